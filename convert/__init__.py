@@ -1,0 +1,1 @@
+"""Convert Hugging Face MoE checkpoints to GGUF (imported as mobile_gguf.convert)."""

@@ -1,0 +1,48 @@
+"""The error tree: each class knows the exit code the CLI ends with.
+
+A message says what is wrong, with which file or value, and what to do, in one line.
+"""
+
+
+class MobileError(Exception):
+    """Base of every error a user can cause or meet; its text is meant for them."""
+
+    exit_code = 1
+
+
+class UsageError(MobileError):
+    """An option or argument that cannot be meant."""
+
+    exit_code = 2
+
+
+class BudgetError(UsageError):
+    """A byte budget that cannot work for this model or this machine."""
+
+
+class ModelNotFoundError(MobileError):
+    """The model reference leads to no file."""
+
+    exit_code = 3
+
+
+class ModelFormatError(MobileError):
+    """The file is not a GGUF, or not one that can be run."""
+
+
+class EngineError(MobileError):
+    """The engine is missing, does not fit the binding, or failed."""
+
+    exit_code = 4
+
+
+class EngineBuildError(EngineError):
+    """Fetching, patching or compiling the engine failed."""
+
+
+class ExpertReadError(EngineError):
+    """Expert bytes could not be read while decoding; names file, layer and expert."""
+
+
+class ModelBusyError(MobileError):
+    """A Model was used from two threads at once, or after close()."""

@@ -1,0 +1,1 @@
+"""Hook patches and C++ sources of the engine; data only."""

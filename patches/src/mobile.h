@@ -1,0 +1,134 @@
+// mobile.h - the C API that mobile-gguf adds to libllama.
+//
+// Mechanism: a model loaded while load parameters are pending keeps its routed experts in an
+// expert store (read from the GGUF on demand, evicted under one byte budget) instead of in an
+// ordinary buffer; every context of such a model routes through one custom op per MoE layer.
+// Invariant: residency changes when bytes are read, never what is computed. The only calls that
+// change outputs are the ones that say so (fewer experts, replay).
+// Limits: one decode at a time per model; calls on a context are made by the thread that decodes.
+//
+// Errors are returned as enum mobile_status, with a text in mobile_last_error(). Nothing here
+// prints, aborts or throws.
+
+#pragma once
+
+#include "llama.h"
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define MOBILE_ABI_VERSION 1
+
+enum mobile_status {
+    MOBILE_OK           =  0,
+    MOBILE_ERR_ARGUMENT = -1, // a value out of range; nothing was changed
+    MOBILE_ERR_STATE    = -2, // the call does not fit the model (e.g. it has no experts)
+    MOBILE_ERR_BUDGET   = -3, // the budget is below the smallest legal one
+    MOBILE_ERR_IO       = -4, // a read failed or came back short; the text names file, layer, expert
+    MOBILE_ERR_MEMORY   = -5, // the operating system refused memory
+};
+
+enum mobile_eviction {
+    MOBILE_EVICTION_LRU    = 0, // least recently used
+    MOBILE_EVICTION_MOEPIC = 1, // smallest mu * rho^(nu/omega), arXiv 2509.08342
+};
+
+enum mobile_io {
+    MOBILE_IO_AUTO     = 0, // unbuffered where the file system allows it, else buffered
+    MOBILE_IO_DIRECT   = 1, // unbuffered or fail
+    MOBILE_IO_BUFFERED = 2, // through the page cache, dropped after each read
+};
+
+enum mobile_residency {
+    MOBILE_NOT_RESIDENT = 0,
+    MOBILE_LOADING      = 1,
+    MOBILE_RESIDENT     = 2,
+};
+
+// set before a load
+struct mobile_load_params {
+    uint64_t budget_bytes; // host tier: expert bytes in memory at any time; 0: all experts
+    int32_t  n_io_threads; // > 0
+    int32_t  eviction;     // enum mobile_eviction
+    int32_t  io;           // enum mobile_io
+    int32_t  reserved;     // 0
+};
+
+struct mobile_model_info {
+    uint64_t expert_bytes;     // all routed experts, as they stand in the file
+    uint64_t budget_bytes;     // in force
+    uint64_t budget_min_bytes; // smallest legal budget: the largest layer's experts
+    uint64_t budget_all_bytes; // budget at which every expert is resident (a little over expert_bytes: alignment)
+    int32_t  n_layer;          // of the model
+    int32_t  n_layer_moe;      // layers with routed experts in the store; 0: a dense model
+    int32_t  n_expert;
+    int32_t  n_expert_used;    // top-k
+    int32_t  direct_io;        // 1: reads are unbuffered
+    int32_t  eviction;         // enum mobile_eviction
+};
+
+// all fields count from the last reset, but for resident_bytes
+struct mobile_counters {
+    uint64_t n_tokens;            // tokens computed, each pass counted
+    uint64_t n_tokens_little;     // of these, with fewer than top-k experts
+    uint64_t n_hits;              // routed (layer, expert) needs found resident or already being read
+    uint64_t n_misses;            // ... that had to be read
+    uint64_t n_evictions;
+    uint64_t n_prefetched;        // experts read ahead of need
+    uint64_t n_prefetch_hits;     // of these, needed before they were evicted
+    uint64_t bytes_read;          // from the file, alignment included
+    uint64_t bytes_read_demand;   // of these, for misses
+    uint64_t bytes_routed;        // expert bytes that the routed experts amount to
+    uint64_t stall_us;            // wall time in which the computation waited for reads
+    uint64_t resident_bytes;      // now
+    uint64_t resident_bytes_peak; // highest since the last reset
+};
+
+LLAMA_API int32_t      mobile_abi_version(void);
+LLAMA_API const char * mobile_last_error (void); // of this thread; "" if none
+
+LLAMA_API struct mobile_load_params mobile_load_default_params(void);
+
+// the next model load on this thread takes params and clears them, whether it succeeds or not;
+// NULL takes them back. the load itself must not map the file (use_mmap = false)
+LLAMA_API int32_t mobile_load_set_params(const struct mobile_load_params * params);
+
+// MOBILE_ERR_STATE if the model was loaded without load parameters
+LLAMA_API int32_t mobile_model_get_info(const struct llama_model * model, struct mobile_model_info * info);
+
+// state: [n_layer * n_expert] enum mobile_residency, row-major by layer; dense layers are all 0
+LLAMA_API int32_t mobile_model_get_residency(const struct llama_model * model, uint8_t * state, size_t n_state);
+
+// changes outputs. every token from the next decode on uses at most k routed experts, weights
+// renormalised where the model renormalises its top-k. k = 0 or k >= top-k: all (exact)
+LLAMA_API int32_t mobile_set_n_expert_used(struct llama_context * ctx, int32_t k);
+
+// changes outputs. the same per token, for the next decode only. k: [n_tokens], in batch order
+LLAMA_API int32_t mobile_set_batch_n_expert_used(struct llama_context * ctx, const int32_t * k, int32_t n_tokens);
+
+// starts reading, in layer order, the experts that the last little pass left out (ranks k+1..K):
+// hints for a run of the same position with all experts. returns how many reads were queued, < 0: error
+LLAMA_API int32_t mobile_prefetch_masked(struct llama_context * ctx);
+
+LLAMA_API int32_t mobile_get_counters  (const struct llama_context * ctx, struct mobile_counters * counters);
+LLAMA_API int32_t mobile_reset_counters(struct llama_context * ctx);
+
+// text of the error that made the last decode on ctx fail inside the expert store; "" if it did not
+LLAMA_API const char * mobile_context_error(const struct llama_context * ctx);
+
+// records every routed (token, layer, rank) as CSV:
+// turn,phase,step,layer,slot,expert,weight,residency,expert_bytes (phase 0: a batch, 1: a single token).
+// path is replaced; mobile_trace_stop reports a failed write
+LLAMA_API int32_t mobile_trace_start(struct llama_context * ctx, const char * path);
+LLAMA_API int32_t mobile_trace_stop (struct llama_context * ctx);
+
+// changes outputs. expert ids come from ids: [n_steps][n_layer][k] instead of from the router, for
+// the token at position p from step p % n_steps; k must be the model's top-k. NULL ends it
+LLAMA_API int32_t mobile_set_replay(struct llama_context * ctx, const int32_t * ids, int32_t n_steps, int32_t n_layer, int32_t k);
+
+#ifdef __cplusplus
+}
+#endif

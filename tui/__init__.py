@@ -1,0 +1,1 @@
+"""The Textual chat (imported as mobile_gguf.tui)."""
