@@ -1,0 +1,1 @@
+"""The benchmark harness (imported as mobile_gguf.bench) and its recorded results."""
