@@ -1,0 +1,279 @@
+#include "mobile-load.h"
+
+#include "ggml-expert.h"
+
+#include "llama-model-loader.h"
+#include "llama-model.h"
+
+#include "ggml-backend-impl.h"
+#include "ggml-backend.h"
+
+#include <algorithm>
+#include <cstring>
+#include <deque>
+#include <memory>
+#include <stdexcept>
+#include <vector>
+
+// merged gate_up, gate, up and down of the routed experts; not biases, scales or shared experts
+static const char * EXPERT_PATTERN = "^blk\\.[0-9]+\\.ffn_(gate_up|up|gate|down)_exps\\.weight$";
+
+// what a tensor in our buffer knows; its address stands in op_params, which a weight does not use
+struct mobile_tensor {
+    mobile_store * store = nullptr;
+    int32_t        layer = -1;
+    int32_t        piece = -1;
+};
+
+struct mobile_buffer_context {
+    std::unique_ptr<mobile_store> store;
+    std::deque<mobile_tensor>     tensors;
+    void * base = nullptr;
+    size_t size = 0;
+};
+
+// of the load that runs on this thread
+struct mobile_loading {
+    bool                                          pending = false;
+    mobile_load_params                            params  = {};
+    std::vector<llama_model_tensor_buft_override> overrides;
+};
+
+static thread_local mobile_loading g_loading;
+static thread_local std::string    g_last_error;
+
+enum mobile_status mobile_fail(enum mobile_status status, const std::string & text) {
+    g_last_error = text;
+    return status;
+}
+
+const char * mobile_last_error(void) {
+    return g_last_error.c_str();
+}
+
+void mobile_load_set_pending(const mobile_load_params * params) {
+    g_loading.pending = params != nullptr;
+    if (params) {
+        g_loading.params = *params;
+    }
+}
+
+//
+// buffer type
+//
+
+static mobile_tensor * tensor_record(const ggml_tensor * tensor) {
+    mobile_tensor * record = nullptr;
+    memcpy(&record, tensor->op_params, sizeof(record));
+    return record;
+}
+
+static void buffer_free(ggml_backend_buffer_t buffer) {
+    auto * ctx = (mobile_buffer_context *) buffer->context;
+    mobile_unmap(ctx->base, ctx->size);
+    delete ctx;
+}
+
+static void * buffer_get_base(ggml_backend_buffer_t buffer) {
+    return ((mobile_buffer_context *) buffer->context)->base;
+}
+
+// copies what lies in the file, through the store: for whoever reads a weight as a tensor
+static void buffer_get_tensor(ggml_backend_buffer_t buffer, const ggml_tensor * tensor, void * data, size_t offset, size_t size) {
+    GGML_UNUSED(buffer);
+    mobile_tensor * record = tensor_record(tensor);
+    while (size > 0) {
+        const size_t expert = offset/tensor->nb[2];
+        const size_t skip   = offset%tensor->nb[2];
+        const size_t n      = std::min(size, tensor->nb[2] - skip);
+        mobile_need need;
+        need.expert  = (int32_t) expert;
+        need.lasting = false;
+        record->store->request(record->layer, { need });
+        memcpy(data, record->store->resolve(record->layer, record->piece, expert, true) + skip, n);
+        record->store->end_pass();
+        data    = (char *) data + n;
+        offset += n;
+        size   -= n;
+    }
+}
+
+static void buffer_set_tensor(ggml_backend_buffer_t buffer, ggml_tensor * tensor, const void * data, size_t offset, size_t size) {
+    GGML_UNUSED(buffer);
+    GGML_UNUSED(data);
+    GGML_UNUSED(offset);
+    GGML_UNUSED(size);
+    GGML_ABORT("expert tensor %s is read-only", tensor->name);
+}
+
+static void buffer_clear(ggml_backend_buffer_t buffer, uint8_t value) {
+    GGML_UNUSED(buffer);
+    GGML_UNUSED(value);
+}
+
+static const char * buft_get_name(ggml_backend_buffer_type_t buft) {
+    GGML_UNUSED(buft);
+    return "experts";
+}
+
+static ggml_backend_buffer_t buft_alloc_buffer(ggml_backend_buffer_type_t buft, size_t size) {
+    auto ctx = std::make_unique<mobile_buffer_context>();
+    ctx->store = std::make_unique<mobile_store>(g_loading.params);
+    ctx->size  = std::max(size, mobile_page_size());
+    ctx->base  = mobile_reserve(ctx->size);
+    if (!ctx->base) {
+        return nullptr;
+    }
+    ggml_backend_buffer_i iface = {};
+    iface.free_buffer = buffer_free;
+    iface.get_base    = buffer_get_base;
+    iface.set_tensor  = buffer_set_tensor;
+    iface.get_tensor  = buffer_get_tensor;
+    iface.clear       = buffer_clear;
+    return ggml_backend_buffer_init(buft, iface, ctx.release(), size);
+}
+
+static size_t buft_get_alignment(ggml_backend_buffer_type_t buft) {
+    GGML_UNUSED(buft);
+    return 64;
+}
+
+static bool buft_is_host(ggml_backend_buffer_type_t buft) {
+    GGML_UNUSED(buft);
+    return true; // the CPU backend computes on it
+}
+
+static const char * resolve_expert(const ggml_tensor * w, int64_t expert, const char * stock, bool wait);
+
+static ggml_backend_buffer_type_t mobile_buffer_type() {
+    static ggml_backend_buffer_type buft = [] {
+        ggml_backend_buffer_type b = {};
+        b.iface.get_name      = buft_get_name;
+        b.iface.alloc_buffer  = buft_alloc_buffer;
+        b.iface.get_alignment = buft_get_alignment;
+        b.iface.is_host       = buft_is_host;
+        b.device              = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+        ggml_expert_set_resolver(resolve_expert);
+        return b;
+    }();
+    return &buft;
+}
+
+static const char * resolve_expert(const ggml_tensor * w, int64_t expert, const char * stock, bool wait) {
+    if (!w->buffer || ggml_backend_buffer_get_type(w->buffer) != mobile_buffer_type()) {
+        return stock;
+    }
+    const mobile_tensor * record = tensor_record(w);
+    return record->store->resolve(record->layer, record->piece, expert, wait);
+}
+
+//
+// loading
+//
+
+const llama_model_tensor_buft_override * mobile_load_begin(const llama_model_tensor_buft_override * overrides) {
+    if (!g_loading.pending) {
+        return overrides;
+    }
+    g_loading.pending = false;
+    g_last_error.clear();
+
+    // the user's own overrides come first
+    g_loading.overrides.clear();
+    for (const auto * o = overrides; o && o->pattern; ++o) {
+        g_loading.overrides.push_back(*o);
+    }
+    g_loading.overrides.push_back({ EXPERT_PATTERN, mobile_buffer_type() });
+    g_loading.overrides.push_back({ nullptr, nullptr });
+    return g_loading.overrides.data();
+}
+
+// the order in which build_moe_ffn uses a layer's tensors
+static int piece_order(const char * name) {
+    static const char * order[] = { "ffn_gate_up_exps", "ffn_up_exps", "ffn_gate_exps", "ffn_down_exps" };
+    for (int i = 0; i < 4; ++i) {
+        if (strstr(name, order[i])) {
+            return i;
+        }
+    }
+    return 4;
+}
+
+static int layer_number(const char * name) {
+    int il = -1;
+    sscanf(name, "blk.%d.", &il);
+    return il;
+}
+
+[[noreturn]] static void load_failed(enum mobile_status status, const std::string & text) {
+    mobile_fail(status, text);
+    throw std::runtime_error(text);
+}
+
+bool mobile_load_tensors(llama_model_loader & ml, ggml_context * ctx, llama_progress_callback progress, void * progress_data) {
+    std::vector<ggml_tensor *> tensors;
+    for (ggml_tensor * t = ggml_get_first_tensor(ctx); t; t = ggml_get_next_tensor(ctx, t)) {
+        if (t->buffer && ggml_backend_buffer_get_type(t->buffer) == mobile_buffer_type()) {
+            tensors.push_back(t);
+        }
+    }
+    if (tensors.empty()) {
+        return false;
+    }
+    if (ml.use_mmap) {
+        load_failed(MOBILE_ERR_ARGUMENT, "an expert budget needs a load without mmap (use_mmap = false)");
+    }
+    std::stable_sort(tensors.begin(), tensors.end(), [](const ggml_tensor * a, const ggml_tensor * b) {
+        const int la = layer_number(a->name);
+        const int lb = layer_number(b->name);
+        return la != lb ? la < lb : piece_order(a->name) < piece_order(b->name);
+    });
+
+    auto * buffer = (mobile_buffer_context *) tensors[0]->buffer->context;
+    mobile_store & store = *buffer->store;
+
+    std::string err;
+    std::vector<int> file_of(ml.files.size(), -1);
+    for (ggml_tensor * t : tensors) {
+        const auto & weight = ml.require_weight(t->name);
+        int & file = file_of.at(weight.idx);
+        if (file < 0) {
+            file = store.add_file(ml.files[weight.idx]->file_id(), err);
+            if (file < 0) {
+                load_failed(MOBILE_ERR_IO, err);
+            }
+        }
+        std::vector<mobile_range> ranges(t->ne[2]);
+        for (int64_t e = 0; e < t->ne[2]; ++e) {
+            ranges[e] = { (uint16_t) file, weight.offs + e*t->nb[2], t->nb[2] };
+        }
+        if (!store.add_piece(layer_number(t->name), t->name, std::move(ranges), err)) {
+            load_failed(MOBILE_ERR_IO, err);
+        }
+        const int32_t layer = store.layer_of_il[layer_number(t->name)];
+        buffer->tensors.push_back({ &store, layer, store.layers[layer].n_pieces - 1 });
+        const mobile_tensor * record = &buffer->tensors.back();
+        memcpy(t->op_params, &record, sizeof(record));
+        ml.size_done += ggml_nbytes(t);
+    }
+
+    const float done = (float) (ml.size_done - store.expert_bytes)/(float) ml.size_data;
+    const float part = (float) store.expert_bytes/(float) ml.size_data;
+    const int32_t status = store.start([&](float f) { return !progress || progress(done + f*part, progress_data); }, err);
+    if (status != MOBILE_OK) {
+        load_failed((enum mobile_status) status, err);
+    }
+    if (progress && ml.size_done >= ml.size_data) {
+        progress(1.0f, progress_data);
+    }
+    return true;
+}
+
+mobile_store * mobile_store_of(const llama_model & model) {
+    for (const auto & [name, tensor] : model.tensors_by_name) {
+        if (tensor->buffer && ggml_backend_buffer_get_type(tensor->buffer) == mobile_buffer_type()) {
+            return ((mobile_buffer_context *) tensor->buffer->context)->store.get();
+        }
+    }
+    return nullptr;
+}

@@ -1,0 +1,33 @@
+// mobile-load.h - how expert tensors get into the store instead of into memory.
+//
+// Mechanism: load parameters pending on this thread add one entry to the loader's tensor buffer type
+// overrides. The entry sends routed expert tensors to a buffer type of ours, which reserves address
+// space; the loader's copy loop then hands those tensors over here, with their place in the file,
+// instead of reading them.
+// Invariant: a load without pending parameters takes none of these paths.
+// Limits: host-side CPU kernels read the tensors (through ggml_expert_data); the file is not mapped.
+
+#pragma once
+
+#include "mobile-store.h"
+#include "mobile.h"
+
+#include <string>
+
+struct ggml_context;
+struct llama_model;
+struct llama_model_loader;
+
+// for the loader's constructor: takes this thread's pending parameters, returns the overrides to use
+const llama_model_tensor_buft_override * mobile_load_begin(const llama_model_tensor_buft_override * overrides);
+
+// for the loader's copy loop: true if ctx holds expert tensors, which are now the store's. throws
+// std::runtime_error with the reason if they cannot be
+bool mobile_load_tensors(llama_model_loader & ml, ggml_context * ctx, llama_progress_callback progress, void * progress_data);
+
+// NULL if no tensor of the model is in a store
+mobile_store * mobile_store_of(const llama_model & model);
+
+// for the C API
+void                      mobile_load_set_pending(const mobile_load_params * params);
+enum mobile_status        mobile_fail(enum mobile_status status, const std::string & text); // sets mobile_last_error()

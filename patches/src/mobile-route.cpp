@@ -1,0 +1,354 @@
+#include "mobile-route.h"
+
+#include "mobile-load.h"
+
+#include "llama-batch.h"
+#include "llama-model.h"
+
+#include "ggml-backend.h"
+#include "ggml.h"
+
+#include <algorithm>
+#include <cstring>
+
+// a batch of more tokens than this passes through the cache: only its last tokens count as uses, the
+// others' experts go first
+static constexpr int64_t LASTING_TOKENS = 8;
+
+// custom ops know their tensors by position
+static const ggml_tensor * src_ids    (const ggml_tensor * dst) { return dst->src[0]; }
+static const ggml_tensor * src_weights(const ggml_tensor * dst) { return dst->src[1]; }
+
+static int32_t & id_at(const ggml_tensor * t, int64_t rank, int64_t token) {
+    return *(int32_t *) ((char *) t->data + rank*t->nb[0] + token*t->nb[1]);
+}
+
+static float & weight_at(const ggml_tensor * t, int64_t rank, int64_t token) {
+    return *(float *) ((char *) t->data + rank*t->nb[1] + token*t->nb[2]);
+}
+
+// which token of the ubatch a layer's column is: the last layer computes only tokens with an output
+static int32_t token_of(mobile_context & ctx, int64_t column, int64_t n_columns) {
+    if (n_columns == (int64_t) ctx.k_token.size()) {
+        return (int32_t) column;
+    }
+    if (n_columns == (int64_t) ctx.outputs.size()) {
+        return ctx.outputs[column];
+    }
+    ctx.mapped = false;
+    return 0;
+}
+
+//
+// ids
+//
+
+// marks all but the k heaviest of a token's ids as skipped
+static void mask_token(const mobile_route & route, ggml_tensor * dst, const ggml_tensor * weights, int64_t token, int32_t k) {
+    const int64_t n_used = dst->ne[0];
+    if (route.ranked) {
+        for (int64_t rank = k; rank < n_used; ++rank) {
+            id_at(dst, rank, token) = -1;
+        }
+        return;
+    }
+    std::vector<int64_t> order(n_used);
+    for (int64_t i = 0; i < n_used; ++i) {
+        order[i] = i;
+    }
+    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
+        return weight_at(weights, a, token) > weight_at(weights, b, token);
+    });
+    for (int64_t i = k; i < n_used; ++i) {
+        id_at(dst, order[i], token) = -1;
+    }
+}
+
+// what the layer needs of the store: distinct experts, ascending, so that reads run forward in the file
+static std::vector<mobile_need> collect_needs(const mobile_context & ctx, const ggml_tensor * ids, int32_t n_expert) {
+    const int64_t n_tokens = ids->ne[1];
+
+    std::vector<uint32_t> n_of  (n_expert, 0);
+    std::vector<int64_t>  last_of(n_expert, 0);
+    for (int64_t t = 0; t < n_tokens; ++t) {
+        for (int64_t rank = 0; rank < ids->ne[0]; ++rank) {
+            const int32_t id = id_at(ids, rank, t);
+            if (id >= 0 && id < n_expert) {
+                n_of[id]++;
+                last_of[id] = t;
+            }
+        }
+    }
+    std::vector<mobile_need> needs;
+    for (int32_t e = 0; e < n_expert; ++e) {
+        if (n_of[e] > 0) {
+            mobile_need need;
+            need.expert   = e;
+            need.n_tokens = n_of[e];
+            need.time     = ctx.time + (double) last_of[e];
+            need.lasting  = last_of[e] >= n_tokens - LASTING_TOKENS;
+            needs.push_back(need);
+        }
+    }
+    return needs;
+}
+
+static void route_ids(ggml_tensor * dst, int ith, int nth, void * userdata) {
+    GGML_UNUSED(nth);
+    if (ith != 0) {
+        return;
+    }
+    mobile_route   & route = *(mobile_route *) userdata;
+    mobile_context & ctx   = *route.ctx;
+    const ggml_tensor * ids = src_ids(dst);
+
+    const int64_t n_used   = dst->ne[0];
+    const int64_t n_tokens = dst->ne[1];
+
+    route.masked.clear();
+    for (int64_t t = 0; t < n_tokens; ++t) {
+        const int32_t token = token_of(ctx, t, n_tokens);
+        if (ctx.replay.empty() || route.il >= ctx.n_layer) {
+            for (int64_t rank = 0; rank < n_used; ++rank) {
+                id_at(dst, rank, t) = id_at(ids, rank, t);
+            }
+        } else {
+            const int64_t step = ctx.pos[token] % ctx.replay_steps;
+            memcpy(&id_at(dst, 0, t), &ctx.replay[(step*ctx.n_layer + route.il)*ctx.replay_k], n_used*sizeof(int32_t));
+        }
+        const int32_t k = ctx.k_token[token];
+        if (k > 0 && k < n_used) {
+            if (n_tokens == 1 && route.ranked) {
+                for (int64_t rank = k; rank < n_used; ++rank) {
+                    route.masked.push_back(id_at(dst, rank, t));
+                }
+            }
+            mask_token(route, dst, src_weights(dst), t, k);
+        }
+    }
+
+    mobile_store & store = *ctx.store;
+    const int32_t layer = route.il < (int32_t) store.layer_of_il.size() ? store.layer_of_il[route.il] : -1;
+    if (layer < 0) {
+        return;
+    }
+    if (ctx.trace) {
+        ctx.trace_resident.resize(n_used*n_tokens);
+        for (int64_t i = 0; i < n_used*n_tokens; ++i) {
+            const int32_t id = id_at(dst, i % n_used, i/n_used);
+            ctx.trace_resident[i] = id >= 0 && store.residency(layer, id) != MOBILE_NOT_RESIDENT;
+        }
+    }
+    const std::vector<mobile_need> needs = collect_needs(ctx, dst, store.layers[layer].n_expert);
+    store.request(layer, needs);
+
+    // a long batch needs nearly all of the next layer as well
+    if (n_tokens > LASTING_TOKENS && 2*needs.size() >= (size_t) store.layers[layer].n_expert && layer + 1 < (int32_t) store.layers.size()) {
+        store.read_ahead(layer + 1);
+    }
+}
+
+//
+// weights
+//
+
+static void trace_layer(mobile_context & ctx, const mobile_route & route, const ggml_tensor * ids, const ggml_tensor * weights) {
+    const int64_t n_used   = ids->ne[0];
+    const int64_t n_tokens = ids->ne[1];
+    const int32_t layer    = route.il < (int32_t) ctx.store->layer_of_il.size() ? ctx.store->layer_of_il[route.il] : -1;
+    const uint64_t bytes   = layer < 0 ? 0 : ctx.store->expert_bytes_of(ctx.store->layers[layer]);
+    const int phase = ctx.k_token.size() > 1 ? 0 : 1;
+
+    for (int64_t t = 0; t < n_tokens; ++t) {
+        const long long step = (long long) ctx.trace_step + token_of(ctx, t, n_tokens);
+        for (int64_t rank = 0; rank < n_used; ++rank) {
+            const int32_t id = id_at(ids, rank, t);
+            if (id >= 0) {
+                const bool resident = layer >= 0 && ctx.trace_resident[t*n_used + rank];
+                fprintf(ctx.trace, "%d,%d,%lld,%d,%d,%d,%g,%d,%llu\n", ctx.trace_turn, phase, step, route.il, (int) rank, id,
+                    weight_at(weights, rank, t), resident ? 1 : 0, (unsigned long long) (resident ? 0 : bytes));
+            }
+        }
+    }
+}
+
+static void route_weights(ggml_tensor * dst, int ith, int nth, void * userdata) {
+    GGML_UNUSED(nth);
+    if (ith != 0) {
+        return;
+    }
+    mobile_route   & route = *(mobile_route *) userdata;
+    mobile_context & ctx   = *route.ctx;
+    const ggml_tensor * ids     = src_ids(dst);
+    const ggml_tensor * weights = src_weights(dst);
+
+    const int64_t n_used   = dst->ne[1];
+    const int64_t n_tokens = dst->ne[2];
+
+    for (int64_t t = 0; t < n_tokens; ++t) {
+        float sum_all  = 0.0f;
+        float sum_kept = 0.0f;
+        for (int64_t rank = 0; rank < n_used; ++rank) {
+            const float w    = weight_at(weights, rank, t);
+            const bool  kept = id_at(ids, rank, t) >= 0;
+            sum_all  += w;
+            sum_kept += kept ? w : 0.0f;
+            weight_at(dst, rank, t) = kept ? w : 0.0f;
+        }
+        // the kept experts take over the sum that the model gives its top-k
+        if (route.renormalise && sum_kept != sum_all && sum_kept != 0.0f) {
+            for (int64_t rank = 0; rank < n_used; ++rank) {
+                weight_at(dst, rank, t) *= sum_all/sum_kept;
+            }
+        }
+    }
+    if (ctx.trace) {
+        trace_layer(ctx, route, ids, dst);
+    }
+}
+
+static void route_rows(ggml_tensor * dst, int ith, int nth, void * userdata) {
+    GGML_UNUSED(nth);
+    GGML_UNUSED(userdata);
+    if (ith != 0) {
+        return;
+    }
+    for (int64_t t = 0; t < dst->ne[1]; ++t) {
+        for (int64_t rank = 0; rank < dst->ne[0]; ++rank) {
+            id_at(dst, rank, t) = std::max(id_at(src_ids(dst), rank, t), 0);
+        }
+    }
+}
+
+//
+// graph
+//
+
+void mobile_route_build(
+        mobile_context * ctx, ggml_context * ctx0, ggml_backend_sched_t sched, ggml_backend_t backend_cpu,
+        int il, bool renormalise, bool ranked, ggml_tensor ** ids, ggml_tensor ** weights) {
+    if (il < 0 || il >= (int) ctx->routes.size()) {
+        return;
+    }
+    mobile_route & route = ctx->routes[il];
+    route.renormalise = renormalise;
+    route.ranked      = ranked;
+
+    const int64_t n_used   = (*ids)->ne[0];
+    const int64_t n_tokens = (*ids)->ne[1];
+
+    // the ids op reads weights only to rank ids that come unranked
+    ggml_tensor * ids_args[2] = { *ids, *weights };
+    ggml_tensor * routed = ggml_custom_4d(ctx0, GGML_TYPE_I32, n_used, n_tokens, 1, 1, ids_args, ranked ? 1 : 2, route_ids, 1, &route);
+    ggml_format_name(routed, "ffn_moe_routed_ids-%d", il);
+
+    ggml_tensor * weights_args[2] = { routed, *weights };
+    ggml_tensor * scaled = ggml_custom_4d(ctx0, GGML_TYPE_F32, 1, n_used, n_tokens, 1, weights_args, 2, route_weights, 1, &route);
+    ggml_format_name(scaled, "ffn_moe_routed_weights-%d", il);
+
+    // some backends claim every op
+    ggml_backend_sched_set_tensor_backend(sched, routed, backend_cpu);
+    ggml_backend_sched_set_tensor_backend(sched, scaled, backend_cpu);
+
+    *ids     = routed;
+    *weights = scaled;
+}
+
+ggml_tensor * mobile_route_rows(ggml_context * ctx0, ggml_tensor * ids) {
+    ggml_custom_op_t fun = nullptr;
+    if (ids->op == GGML_OP_CUSTOM) {
+        memcpy(&fun, ids->op_params, sizeof(fun));
+    }
+    if (fun != route_ids) {
+        return ids;
+    }
+    return ggml_custom_4d(ctx0, GGML_TYPE_I32, ids->ne[0], ids->ne[1], 1, 1, &ids, 1, route_rows, 1, nullptr);
+}
+
+//
+// context
+//
+
+std::shared_ptr<mobile_context> mobile_context_new(const struct llama_model & model) {
+    mobile_store * store = mobile_store_of(model);
+    if (!store) {
+        return nullptr;
+    }
+    auto ctx = std::make_shared<mobile_context>();
+    ctx->store         = store;
+    ctx->n_layer       = (int32_t) model.hparams.n_layer();
+    ctx->n_expert_used = (int32_t) model.hparams.n_expert_used();
+    // layers behind n_layer (next-token prediction) route as well
+    ctx->routes.resize(std::max<size_t>(ctx->n_layer, store->layer_of_il.size()));
+    for (size_t il = 0; il < ctx->routes.size(); ++il) {
+        ctx->routes[il].ctx = ctx.get();
+        ctx->routes[il].il  = (int32_t) il;
+    }
+    ctx->base = store->counters();
+    return ctx;
+}
+
+mobile_context::~mobile_context() {
+    if (trace) {
+        fclose(trace);
+    }
+}
+
+void mobile_ubatch_begin(mobile_context * ctx, const llama_ubatch & ubatch) {
+    if (!ctx) {
+        return;
+    }
+    const size_t n_tokens = ubatch.n_tokens;
+
+    ctx->k_token.assign(n_tokens, ctx->k);
+    ctx->pos.assign(n_tokens, 0);
+    ctx->outputs.clear();
+    for (size_t i = 0; i < n_tokens; ++i) {
+        if (!ctx->k_batch.empty() && ubatch.data && i < ubatch.data->batch_idxs.size()) {
+            const int32_t index = ubatch.data->batch_idxs[i];
+            if (index >= 0 && (size_t) index < ctx->k_batch.size()) {
+                ctx->k_token[i] = ctx->k_batch[index];
+            }
+        }
+        if (ubatch.pos) {
+            ctx->pos[i] = ubatch.pos[i];
+        }
+        if (ubatch.output && ubatch.output[i]) {
+            ctx->outputs.push_back((int32_t) i);
+        }
+        ctx->n_tokens_little += ctx->k_token[i] > 0 && ctx->k_token[i] < ctx->n_expert_used;
+    }
+    ctx->n_tokens += n_tokens;
+    ctx->mapped    = true;
+    ctx->error.clear();
+    if (ctx->trace && n_tokens > 1) {
+        ctx->trace_turn++;
+    }
+    ctx->trace_turn = std::max(ctx->trace_turn, 0);
+    ctx->store->begin_pass();
+}
+
+bool mobile_ubatch_end(mobile_context * ctx) {
+    if (!ctx) {
+        return true;
+    }
+    const size_t n_tokens = ctx->k_token.size();
+    ctx->time       += (double) n_tokens;
+    ctx->trace_step += (int64_t) n_tokens;
+
+    bool ok = ctx->store->end_pass();
+    if (!ok) {
+        ctx->error = "expert read failed: " + ctx->store->error();
+    }
+    const bool uniform = std::all_of(ctx->k_token.begin(), ctx->k_token.end(), [&](int32_t k) { return k == ctx->k_token[0]; });
+    if (ok && !ctx->mapped && (!uniform || !ctx->replay.empty())) {
+        ctx->error = "this model computes a part of the batch in some layer: per-token expert counts cannot be told apart";
+        ok = false;
+    }
+    ctx->k_batch_done += n_tokens;
+    if (!ok || ctx->k_batch_done >= ctx->k_batch.size()) {
+        ctx->k_batch.clear();
+        ctx->k_batch_done = 0;
+    }
+    return ok;
+}

@@ -1,0 +1,216 @@
+// mobile-store.h - the host tier: routed experts in memory under one byte budget.
+//
+// Mechanism: every (layer, expert) knows its byte ranges in the GGUF, one piece per tensor (gate, up,
+// down, or gate_up, down). A miss takes a slot, evicting the expert with the smallest retention key if
+// there is no free one, and queues a read per piece, in the order in which the layer uses the pieces;
+// I/O threads serve the queue, and a computing thread that has to wait serves it too instead of
+// spinning. Slots are recycled with their pages, since fresh pages on every miss would cost more than
+// half the read bandwidth.
+// Invariants: slots in use never exceed the budget; a piece is computed from only when all its bytes
+// have arrived; a pinned expert is not evicted; reads ahead never evict what single tokens use, beyond
+// two layers' worth.
+// Limits: one graph computation at a time; a layer's experts all fit (checked at load).
+
+#pragma once
+
+#include "mobile-os.h"
+#include "mobile-policy.h"
+#include "mobile.h"
+
+#include <atomic>
+#include <condition_variable>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <set>
+#include <string>
+#include <thread>
+#include <vector>
+
+constexpr int MOBILE_MAX_PIECES = 3;
+
+// where a piece's bytes lie
+struct mobile_range {
+    uint16_t file   = 0;
+    uint64_t offset = 0;
+    uint64_t size   = 0;
+};
+
+enum mobile_piece_state : uint32_t {
+    MOBILE_PIECE_ABSENT  = 0,
+    MOBILE_PIECE_LOADING = 1,
+    MOBILE_PIECE_READY   = 2,
+    MOBILE_PIECE_FAILED  = 3,
+};
+
+// fields are guarded by mobile_store::mutex, but for piece_state and data: a thread that reads
+// MOBILE_PIECE_READY (acquire) of a pinned expert may use data without the lock
+struct mobile_expert {
+    std::atomic<uint32_t> piece_state[MOBILE_MAX_PIECES]; // enum mobile_piece_state
+    char *   data       = nullptr; // its slot; NULL: none
+    int32_t  slot       = -1;
+    int32_t  layer      = -1;      // index into mobile_store::layers
+    uint32_t n_pending  = 0;       // chunks queued or being read
+    uint32_t piece_pending[MOBILE_MAX_PIECES] = {};
+    uint8_t  state      = MOBILE_NOT_RESIDENT;
+    bool     pinned     = false;
+    bool     transient  = false;   // came for a batch; goes first
+    bool     ahead      = false;   // its slot was taken to read ahead
+    bool     prefetched = false;   // read ahead and not needed yet
+    bool     failed     = false;   // a read of it failed
+    bool     listed     = false;   // stands in mobile_store::evictable under `key`
+    uint64_t n_uses     = 0;
+    double   last_use   = 0.0;
+    double   key        = 0.0;
+
+    mobile_expert() {
+        for (auto & s : piece_state) {
+            s.store(MOBILE_PIECE_ABSENT, std::memory_order_relaxed);
+        }
+    }
+};
+
+struct mobile_layer {
+    int32_t  il       = -1; // of the model
+    int32_t  n_expert = 0;
+    int32_t  n_pieces = 0;
+    int32_t  cls      = -1; // slot class
+    uint32_t first    = 0;  // its expert 0 in mobile_store::experts
+    std::string piece_name[MOBILE_MAX_PIECES]; // in the order of use
+    std::vector<mobile_range> ranges;          // [n_expert * n_pieces]
+};
+
+// layers whose experts have the same piece sizes share slots
+struct mobile_slot_class {
+    uint64_t piece_size  [MOBILE_MAX_PIECES] = {};
+    uint64_t piece_offset[MOBILE_MAX_PIECES] = {}; // in the slot
+    int32_t  n_pieces   = 0;
+    uint64_t slot_bytes = 0;
+    uint64_t n_experts  = 0;
+    char *   arena      = nullptr;
+    uint64_t n_slots    = 0;      // that the arena has room for
+    uint64_t n_fresh    = 0;      // slots below this index have been used
+    std::vector<int32_t> free;    // with their pages
+    std::vector<int32_t> spare;   // without pages
+};
+
+// a need of the current layer, distinct experts
+struct mobile_need {
+    int32_t  expert   = 0;
+    uint32_t n_tokens = 1;
+    double   time     = 0.0;  // of the last token that routes to it, in tokens
+    bool     lasting  = true; // counts as a use; false: a long batch passing through
+};
+
+class mobile_store {
+public:
+    explicit mobile_store(const mobile_load_params & params);
+    ~mobile_store();
+
+    mobile_store(const mobile_store &) = delete;
+    mobile_store & operator=(const mobile_store &) = delete;
+
+    // set-up, by the loading thread
+
+    // returns the file's index, or -1: err
+    int add_file(int fd, std::string & err);
+    // adds a piece to layer il: one range per expert. call in the order in which the graph uses the pieces.
+    // false: err says what is wrong with it
+    bool add_piece(int il, const std::string & name, std::vector<mobile_range> ranges, std::string & err);
+    // lays out the slots, checks the budget, starts the I/O threads and, if everything fits, reads
+    // everything. progress is called with 0..1 and may return false to cancel
+    int32_t start(const std::function<bool(float)> & progress, std::string & err);
+
+    // read-only after start()
+    std::vector<mobile_layer> layers;        // with experts, ascending il
+    std::vector<int32_t>      layer_of_il;   // index into layers; -1: dense
+    mobile_load_params        params;
+    uint64_t expert_bytes     = 0;
+    uint64_t budget_bytes     = 0;
+    uint64_t budget_min_bytes = 0;
+    uint64_t budget_all_bytes = 0;
+    int32_t  n_expert_max     = 0;
+    bool     all_resident     = false;       // nothing is ever evicted
+
+    bool     direct_io() const;
+    uint64_t expert_bytes_of(const mobile_layer & layer) const; // bytes of one expert in the file
+
+    // for one computation at a time
+
+    // forgets the last error
+    void begin_pass();
+    // pins the needs of a layer and queues reads of those that are missing; returns before they arrive.
+    // unpins the layer before
+    void request(int32_t layer, const std::vector<mobile_need> & needs);
+    // queues reads of a layer that is needed soon, as far as slots can be had without evicting what
+    // single tokens use
+    void read_ahead(int32_t layer);
+    // queues reads of experts that the next pass probably needs; returns how many
+    int32_t prefetch(int32_t layer, const int32_t * experts, size_t n_experts, double now);
+    // unpins the last layer; false: a read failed in this pass, error() says which
+    bool end_pass();
+
+    // address of a piece; see ggml_expert_resolver_t
+    const char * resolve(int32_t layer, int32_t piece, int64_t expert, bool wait);
+
+    std::string     error();
+    mobile_counters counters();
+    void            reset_peak();
+    uint8_t         residency(int32_t layer, int32_t expert);
+
+private:
+    struct item {
+        uint32_t expert;
+        uint16_t piece;
+        uint32_t chunk;
+    };
+
+    enum slot_use { SLOT_DEMAND, SLOT_AHEAD, SLOT_PREFETCH };
+
+    using locked = std::unique_lock<std::mutex>;
+
+    const mobile_range & range_of(uint32_t expert, int piece) const;
+    uint32_t n_chunks(const mobile_range & range) const;
+
+    bool take_slot   (locked & lock, int32_t cls, slot_use use, double now, int32_t & slot);
+    int64_t find_victim(int32_t cls, slot_use use, double now) const;
+    void evict       (uint32_t expert);
+    void release_slot(mobile_expert & x);
+    void list        (uint32_t expert);
+    void unlist      (uint32_t expert);
+    void unpin_all   ();
+    void use         (mobile_expert & x, const mobile_need & need);
+    void begin_load  (uint32_t expert, int32_t slot, bool ahead);
+    void queue_reads (const std::vector<uint32_t> & experts, std::deque<item> & queue);
+    void promote     (const std::vector<uint32_t> & experts);
+    bool run_one     (locked & lock, bool demand_only);
+    void finish      (locked & lock, const item & it, int status, uint64_t n_read, uint64_t n_wanted, uint64_t offset);
+    void io_main     ();
+
+    std::vector<mobile_file>         files;
+    std::vector<mobile_slot_class>   classes;
+    std::unique_ptr<mobile_expert[]> experts;
+    uint64_t                         n_experts = 0;
+    const char *                     zeros = nullptr; // what a failed piece reads as; its results are thrown away
+    uint64_t                         zeros_size = 0;
+
+    std::mutex              mutex;
+    std::condition_variable cv_work; // I/O threads: the queues are not empty, or stop
+    std::condition_variable cv_done; // computing threads: a piece arrived or failed
+    std::deque<item>        demand;  // served first
+    std::deque<item>        ahead;
+    bool                    stop = false;
+    std::vector<std::thread> io_threads;
+
+    std::set<std::pair<double, uint32_t>> evictable; // resident, not pinned; by key
+    std::vector<uint32_t> pinned;
+    uint64_t committed    = 0; // bytes of slots with pages
+    uint64_t n_transient  = 0; // experts that hold a slot and are transient
+    uint64_t n_in_flight  = 0; // experts being loaded
+    uint64_t transient_seq = 0;
+    int32_t  n_waiting    = 0; // computing threads in resolve()
+    int64_t  stall_start  = 0;
+    std::string error_text;
+    mobile_counters count = {};
+};
