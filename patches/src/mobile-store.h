@@ -185,7 +185,8 @@ private:
     void queue_reads (const std::vector<uint32_t> & experts, std::deque<item> & queue);
     void promote     (const std::vector<uint32_t> & experts);
     bool run_one     (locked & lock, bool demand_only);
-    void finish      (locked & lock, const item & it, int status, uint64_t n_read, uint64_t n_wanted, uint64_t offset);
+    void finish      (const item & it, int status, uint64_t n_read, uint64_t n_wanted, uint64_t offset);
+    void wake_io     (size_t n_loads);
     void io_main     ();
 
     std::vector<mobile_file>         files;

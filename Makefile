@@ -1,0 +1,57 @@
+# mobile-gguf: `make run` chats with the demo model, `make test` runs every test.
+# Both set up what is missing: a virtual environment, the engine, the demo model.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+
+.DEFAULT_GOAL := run
+.PHONY: run test lint bench engine stock clean help
+
+help: ## what there is
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# the engine's builder needs nothing but the package itself, so it comes before the dependencies:
+# with our wheel installed, llama-cpp-python is there and pip does not compile the stock one
+$(VENV)/.package: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+engine: $(VENV)/.package ## build and install the engine (nothing if it is there)
+	@$(BIN)/mobile-gguf engine build
+
+$(VENV)/.core: $(VENV)/.package
+	@$(MAKE) --no-print-directory engine
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.core
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+run: $(VENV)/.core engine ## chat with the demo model; without a terminal, answer one prompt
+	@if [ -t 0 ] && [ -t 1 ]; then \
+		$(BIN)/mobile-gguf chat demo; \
+	else \
+		$(BIN)/mobile-gguf run demo --ram-budget 60% --mode big-little "Explain in two sentences why the sky is blue."; \
+	fi
+
+stock: $(VENV)/.package ## build unpatched llama.cpp beside the engine, for comparison
+	@$(BIN)/mobile-gguf engine build --stock
+
+test: $(VENV)/.dev engine stock ## run all tests
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev ## ruff and pyright
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: $(VENV)/.core engine stock ## compare with stock llama.cpp under the same memory cap
+	$(BIN)/mobile-gguf bench --budget 12%,25%,100% --modes exact,little --vs stock $(BENCH)
+
+clean: ## remove the virtual environment (the engine cache stays)
+	rm -rf $(VENV)

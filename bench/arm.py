@@ -1,0 +1,257 @@
+"""Arms: what is compared, and running one once, capped and timed, in a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, TextIO
+
+from mobile_gguf.errors import EngineError
+from mobile_gguf.memory_cap import CgroupError, MemoryCgroup, create_memory_cgroup
+
+from .child import Job
+from .trace import Trace
+
+STDERR_LINES = 20
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One system in one mode under one cap. ``budget_bytes`` is what the experts may take; the whole process
+    may take ``cap_bytes``. ``io_threads`` and ``eviction`` are the engine's, ``load_mode`` is stock's."""
+
+    system: str  # "engine" or "stock"
+    mode: str  # "exact" or "little"
+    budget: str  # as asked, such as "12%"
+    budget_bytes: int
+    cap_bytes: int
+    resident: bool = False  # all experts fit
+    threads: int = 1
+    io_threads: int = 4
+    load_mode: str = "mmap"
+    repack: bool = False
+    eviction: str = "lru"
+
+    @property
+    def label(self) -> str:
+        variant = f" {self.eviction}" if self.system == "engine" and self.eviction != "lru" else ""
+        return f"{self.system} {self.mode}{variant} {self.budget}"
+
+    @property
+    def settings(self) -> str:
+        """What the sweep chose, for the table."""
+        words = [f"t={self.threads}"]
+        if self.system == "engine":
+            words.append(f"io={self.io_threads}")
+        else:
+            words.append(self.load_mode)
+        if self.repack:
+            words.append("repack")
+        return " ".join(words)
+
+    def tuned(self, **settings: Any) -> Arm:
+        """The same arm with other settings."""
+        return replace(self, **settings)
+
+
+@dataclass
+class ArmRun:
+    """One run of an arm. Counts are of decoding, up to the last token that was finished.
+
+    ``read_bytes`` is what the kernel read from disks for the process; ``counters`` are the engine's.
+    """
+
+    n_tokens: int = 0
+    seconds: float = 0.0  # to the end of the last finished token
+    limit_s: float | None = None  # set if the run was stopped after so many seconds of decoding
+    load_s: float | None = None
+    prompt_s: float | None = None
+    cpu_s: float = 0.0
+    read_bytes: int = 0
+    major_faults: int = 0
+    counters: dict[str, int] | None = None
+    peak_bytes: int | None = None
+    capped: bool = False
+    error: str = ""
+    bandwidth: float = 0.0  # bytes/s, measured beside this run
+    cached_bytes_before: int | None = None
+    ids: list[tuple[int, list[list[int]]]] | None = None  # only where they were asked for
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Tokens over seconds; for a stopped run an upper bound: one token more than were finished."""
+        if self.limit_s is not None:
+            return (self.n_tokens + 1) / self.limit_s
+        return self.n_tokens / self.seconds if self.n_tokens and self.seconds else None
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Where arms run: the model, the trace, the libraries and the limits that all arms share.
+
+    ``libraries`` maps a system to its library directory; None is llama-cpp-python's own.
+    """
+
+    model: Path
+    trace: Trace
+    libraries: dict[str, Path | None]
+    little_k: int
+    prompt_limit_s: float = 900.0
+
+    def run(self, arm: Arm, n_tokens: int, limit_s: float) -> ArmRun:
+        """Decode ``n_tokens`` after the prompt, for at most ``limit_s`` seconds.
+
+        What goes wrong with the arm itself (it does not load, it is killed by its cap) is in ``error``.
+        """
+        result = ArmRun()
+        group: MemoryCgroup | None = None
+        # where it may not be, the caller says so once, and ``capped`` stays False
+        with contextlib.suppress(CgroupError):
+            group = create_memory_cgroup(arm.cap_bytes, "mobile-gguf-bench")
+        try:
+            self._run_child(arm, n_tokens, limit_s, group, result)
+            if group is not None:
+                result.peak_bytes = group.peak_bytes()
+                if result.error and group.oom_kills():
+                    result.error = "killed: it does not fit under its memory cap"
+        finally:
+            if group is not None:
+                group.remove()
+        return result
+
+    def routed_ids(self, arm: Arm, n_tokens: int) -> list[tuple[int, list[list[int]]]]:
+        """(layer, expert ids of each token) of every pass, uncapped; raises EngineError if the run fails."""
+        result = ArmRun()
+        self._run_child(arm, n_tokens, self.prompt_limit_s, None, result, ids=True)
+        if result.error or result.ids is None:
+            raise EngineError(f"checking the model's routing failed: {result.error or 'stopped'}")
+        return result.ids
+
+    def _run_child(
+        self,
+        arm: Arm,
+        n_tokens: int,
+        limit_s: float,
+        group: MemoryCgroup | None,
+        result: ArmRun,
+        *,
+        ids: bool = False,
+    ) -> None:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "mobile_gguf.bench.child"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=_environment(self.libraries[arm.system]),
+            # not the caller's: a checkout's own folders must not shadow the installed package
+            cwd=self.model.parent,
+        )
+        stdin, stdout, stderr = process.stdin, process.stdout, process.stderr
+        if stdin is None or stdout is None or stderr is None:
+            raise RuntimeError("a child process without pipes")
+        narration: list[str] = []
+        listener = threading.Thread(target=narration.extend, args=(stderr,), daemon=True)
+        listener.start()
+        finished = patient = False
+        try:
+            if group is not None:
+                with contextlib.suppress(CgroupError):
+                    group.attach(process.pid)
+                    result.capped = True
+            stdin.write(json.dumps(asdict(self._job(arm, n_tokens, ids))) + "\n")
+            stdin.close()
+            finished = _follow(stdout, self.prompt_limit_s, limit_s, result)
+            patient = result.limit_s is None
+        except BrokenPipeError:
+            patient = True  # it has ended, and why is in its status and its stderr
+        finally:
+            status = _end(process, patient)
+            listener.join(timeout=5)
+        if not finished and not result.error and result.limit_s is None:
+            tail = " / ".join(line.strip() for line in narration[-STDERR_LINES:] if line.strip())
+            result.error = f"ended with status {status}{': ' + tail[-400:] if tail else ''}"
+
+    def _job(self, arm: Arm, n_tokens: int, ids: bool) -> Job:
+        prompt = list(range(self.trace.n_prompt))
+        decode = list(range(self.trace.n_prompt, self.trace.n_prompt + n_tokens))
+        return Job(
+            model=str(self.model),
+            prompt=prompt,
+            decode=decode,
+            engine=arm.system == "engine",
+            load_mode=arm.load_mode,
+            repack=arm.repack,
+            threads=arm.threads,
+            decode_k=self.little_k if arm.mode == "little" else 0,
+            budget_bytes=0 if arm.resident else arm.budget_bytes,
+            io_threads=arm.io_threads,
+            eviction=arm.eviction,
+            ids=ids,
+        )
+
+
+def _environment(library: Path | None) -> dict[str, str]:
+    environment = dict(os.environ)
+    environment.pop("LLAMA_CPP_LIB_PATH", None)
+    if library is not None:
+        environment["LLAMA_CPP_LIB_PATH"] = str(library)
+    return environment
+
+
+def _end(process: subprocess.Popen[str], patient: bool) -> int:
+    """Wait for the child, with patience for one that has said all it had to say; then kill it."""
+    try:
+        return process.wait(timeout=10 if patient else 0)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()
+
+
+def _follow(stdout: TextIO, prompt_limit_s: float, limit_s: float, result: ArmRun) -> bool:
+    """Take the child's events into ``result``; True if it said it was done. Stops at the limits."""
+    lines: queue.Queue[str | None] = queue.Queue()
+
+    def listen() -> None:
+        for line in stdout:
+            lines.put(line)
+        lines.put(None)
+
+    threading.Thread(target=listen, daemon=True).start()
+    deadline = time.perf_counter() + prompt_limit_s
+    while True:
+        try:
+            line = lines.get(timeout=max(0.0, deadline - time.perf_counter()))
+        except queue.Empty:
+            if result.prompt_s is None:
+                result.error = f"the prompt was not done after {prompt_limit_s:g} s"
+            else:
+                result.limit_s = limit_s
+            return False
+        if line is None:
+            return False
+        event = json.loads(line)
+        kind = event["event"]
+        if kind == "loaded":
+            result.load_s = event["seconds"]
+        elif kind == "prompt":
+            result.prompt_s = event["seconds"]
+            deadline = time.perf_counter() + limit_s
+        elif kind == "token":
+            result.n_tokens += 1
+            for name in ("seconds", "cpu_s", "read_bytes", "major_faults", "counters"):
+                setattr(result, name, event[name])
+        elif kind == "error":
+            result.error = event["message"]
+            return False
+        elif kind == "done":
+            result.ids = event["ids"]
+            return True

@@ -1,0 +1,117 @@
+"""The ``mobile-gguf`` command: verbs, exit codes, and every error as one line.
+
+stdout is the answer, stderr the narration. Exit codes: 0 ok, 1 failure, 2 usage, 3 model not
+found, 4 engine, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import io
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn, TextIO
+
+from ..errors import MobileError
+
+PROGRAM = "mobile-gguf"
+VERBS = ("run", "chat", "show", "list", "engine")
+EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+
+_EXAMPLES = """examples:
+  mobile-gguf run demo "Why is the sky blue?"
+  mobile-gguf run model.gguf --ram-budget 40% --mode big-little --json "..."
+  mobile-gguf chat model.gguf --ram-budget 6G
+  mobile-gguf show demo
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        text = " ".join(message.split())
+        self.exit(EXIT_USAGE, f"{PROGRAM}: error: {text} (see `{self.prog} --help`)\n")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = Parser(
+        prog=PROGRAM,
+        description="Run Mixture-of-Experts models that do not fit, under a memory budget.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {_version()}")
+    subparsers = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs")
+    for verb in VERBS:
+        importlib.import_module(f"{__name__}.{verb}").register(subparsers)
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse a command line; words of a prompt may also follow after options."""
+    args, rest = parser.parse_known_args(argv)
+    # argparse gives a list of words only the first run of them.
+    options = rest[: rest.index("--")] if "--" in rest else rest
+    if rest and (not hasattr(args, "prompt") or any(len(word) > 1 and word[0] == "-" for word in options)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.prompt += [word for word in rest if word != "--"]
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that cannot show a character gets a question mark, not a traceback.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    parser = make_parser()
+    args = parse(parser, argv)
+    if args.verb is None:
+        parser.print_help(sys.stderr)
+        return EXIT_USAGE
+    with _Notes(sys.stderr):
+        try:
+            code = args.func(args)
+            sys.stdout.flush()
+            return code
+        except MobileError as error:
+            print_error(error)
+            return error.exit_code
+        except KeyboardInterrupt:
+            return EXIT_INTERRUPTED
+        except BrokenPipeError:
+            # Whoever read our output has gone; Python would complain again when it flushes at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return EXIT_FAILURE
+
+
+def print_error(error: MobileError) -> None:
+    """Write an error as the one line that it is."""
+    print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
+
+
+class _Notes:
+    """While the command runs, the package's warnings are notes on stderr."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._handler = logging.StreamHandler(stream)
+        self._handler.setFormatter(logging.Formatter(f"{PROGRAM}: note: %(message)s"))
+
+    def __enter__(self) -> None:
+        logging.getLogger("mobile_gguf").addHandler(self._handler)
+
+    def __exit__(self, *_exception: object) -> None:
+        logging.getLogger("mobile_gguf").removeHandler(self._handler)
+
+
+def _version() -> str:
+    from .. import __version__
+
+    return __version__

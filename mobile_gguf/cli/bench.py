@@ -1,0 +1,157 @@
+"""``mobile-gguf bench``: the engine against stock llama.cpp, replaying real routing under memory caps."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..errors import UsageError
+from ..sizes import parse_size
+
+MODES = ("exact", "little")
+VERSUS = ("stock", "stock-little", "none")
+
+_DESCRIPTION = """Measure decoding speed against stock llama.cpp. A model of random weights that follows a
+recorded routing trace is written to the cache directory (once; it needs --size of disk), and every arm
+replays it in a process of its own under a hard memory cap (budget + slack), page cache dropped, settings
+swept, runs interleaved, with the disk measured beside each run. A run takes minutes; stderr says how far
+it is."""
+
+
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the verb."""
+    parser = subparsers.add_parser(
+        "bench", help="measure speed against stock llama.cpp", description=_DESCRIPTION, allow_abbrev=False
+    )
+
+    def add(*flags: str, help: str, **more: Any) -> None:
+        shown = more.get("default")
+        if shown is not None:
+            help += f" (default: {shown})".replace("%", "%%")
+        parser.add_argument(*flags, help=help, **more)
+
+    add(
+        "--trace",
+        metavar="FILE",
+        type=Path,
+        action="append",
+        help="routing trace, .csv or .csv.gz; without one a made-up routing is used, and said so",
+    )
+    add("--budget", metavar="LIST", default="12%,25%,100%", help="expert budgets, as shares or sizes")
+    add("--modes", metavar="LIST", default="exact,little", help="modes of the engine")
+    add("--vs", metavar="LIST", default="stock", help="stock, stock-little (half the experts) or none")
+    add("--eviction", metavar="LIST", default="lru", help="eviction policies of the engine")
+    add("--size", metavar="SIZE", default="4GiB", help="expert bytes of the model")
+    add("--tokens", metavar="N", type=_positive, default=32, help="decoded tokens a run")
+    add("--repeats", metavar="N", type=_positive, default=3, help="rounds over all arms")
+    add("--slack", metavar="SIZE", default="700MiB", help="memory a process gets beside its budget")
+    add("--arm-seconds", metavar="S", type=_positive, default=300, help="stop decoding after so long")
+    add("-t", "--threads", metavar="LIST", help="thread counts to try (default: 1, half, all)")
+    add("--io-threads", metavar="LIST", default="2,4,8", help="I/O thread counts to try")
+    add("--engine-lib", metavar="DIR", type=Path, help="the engine's libraries (default: installed)")
+    add("--stock-lib", metavar="DIR", type=Path, help="stock libraries (default: `engine build --stock`)")
+    add("--simulate", action="store_true", help="only count misses of eviction policies on the traces")
+    add("--json", action="store_true", help="print one JSON object")
+    add("--out", metavar="FILE", type=Path, help="also write FILE.json and FILE.md")
+    parser.set_defaults(func=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the benchmark, or only the simulation."""
+    budgets = _words(args.budget, "--budget")
+    if args.simulate:
+        return _simulate(args, budgets)
+    from mobile_gguf.bench.harness import run_benchmark
+    from mobile_gguf.bench.plan import BenchOptions
+    from mobile_gguf.bench.report import write_report
+
+    if len(args.trace or ()) > 1:
+        raise UsageError("only --simulate takes more than one --trace")
+    options = BenchOptions(
+        trace=args.trace[0] if args.trace else None,
+        budgets=budgets,
+        modes=_choices(args.modes, "--modes", MODES),
+        versus=tuple(name for name in _choices(args.vs, "--vs", VERSUS) if name != "none"),
+        evictions=_choices(args.eviction, "--eviction", _evictions()),
+        size_bytes=_bytes(args.size, "--size"),
+        tokens=args.tokens,
+        repeats=args.repeats,
+        slack_bytes=_bytes(args.slack, "--slack"),
+        arm_limit_s=float(args.arm_seconds),
+        threads=_numbers(args.threads, "--threads") if args.threads else (),
+        io_threads=_numbers(args.io_threads, "--io-threads"),
+        engine_lib=args.engine_lib,
+        stock_lib=args.stock_lib,
+    )
+    report = run_benchmark(options, _narrate)
+    if args.out is not None:
+        for path in write_report(report, args.out):
+            _narrate(f"wrote {path}")
+    print(json.dumps(report.to_json()) if args.json else report.to_text())
+    return 0
+
+
+def _simulate(args: argparse.Namespace, budgets: tuple[str, ...]) -> int:
+    from mobile_gguf.bench.misses import count_misses, format_misses
+    from mobile_gguf.bench.synthetic import synthesise_trace
+    from mobile_gguf.bench.trace import read_trace
+
+    traces = [read_trace(path) for path in args.trace or ()] or [synthesise_trace()]
+    shares = [parse_size(text).fraction for text in budgets]
+    known = [share for share in shares if share is not None]
+    if len(known) != len(shares):
+        raise UsageError("--simulate takes budgets as shares, such as 12.5%,25%")
+    counted = [(trace, count_misses(trace, known)) for trace in traces]
+    if args.json:
+        print(json.dumps({"traces": [{"trace": trace.source, "rows": rows} for trace, rows in counted]}))
+    else:
+        print("\n\n".join(format_misses(trace, rows) for trace, rows in counted))
+    return 0
+
+
+def _narrate(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _evictions() -> tuple[str, ...]:
+    from ..binding import EVICTION
+
+    return tuple(EVICTION)
+
+
+def _words(text: str, flag: str) -> tuple[str, ...]:
+    words = tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+    if not words:
+        raise UsageError(f"{flag} is empty")
+    return words
+
+
+def _choices(text: str, flag: str, allowed: tuple[str, ...]) -> tuple[str, ...]:
+    words = _words(text, flag)
+    for word in words:
+        if word not in allowed:
+            raise UsageError(f"{flag} {word!r}: choose from {', '.join(allowed)}")
+    return words
+
+
+def _numbers(text: str, flag: str) -> tuple[int, ...]:
+    words = _words(text, flag)
+    if not all(word.isdecimal() and int(word) > 0 for word in words):
+        raise UsageError(f"{flag} {text!r} is not a list of numbers of at least 1, such as 1,2,4")
+    return tuple(int(word) for word in words)
+
+
+def _bytes(text: str, flag: str) -> int:
+    size = parse_size(text)
+    if size.n_bytes is None:
+        raise UsageError(f"{flag} {text!r} is not a number of bytes, such as 512MiB")
+    return size.n_bytes
+
+
+def _positive(text: str) -> Any:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
+    return int(text)

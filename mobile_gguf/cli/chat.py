@@ -1,0 +1,184 @@
+"""``mobile-gguf chat``: a plain line-by-line chat."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ..chat import Conversation
+from ..errors import MobileError
+from ..flags import parse_setting
+from ..model import Model
+from ..options import GenerateOptions, declared, defaults
+from ..paths import data_dir
+from .common import add_model_arguments, generate_options, load_model, narrate, show_answer, show_receipt
+
+PROMPT = ">>> "
+# These belong to the model, which refuses at once what it cannot do.
+_OF_MODEL = ("mode", "gamma", "little_k")
+
+_COMMANDS = ("/help", "/clear", "/system", "/set", "/stats", "/exit")
+
+HELP = """/help               this text
+/clear              forget the conversation
+/system [TEXT]      set the system message; without TEXT show it, `/system none` removes it
+/set [NAME VALUE]   set an option of the answers, as in /set temp 0.2; without a name show them
+/stats              what the model and its expert store did so far
+/exit               leave, as does Ctrl-D; Ctrl-C ends an answer"""
+
+
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the verb."""
+    parser = subparsers.add_parser(
+        "chat",
+        help="chat with a model, line by line",
+        description="Chat with a model in the terminal. /help lists the commands.",
+        allow_abbrev=False,
+    )
+    add_model_arguments(parser)
+    parser.add_argument("-sys", "--system", metavar="TEXT", help="system message")
+    parser.set_defaults(func=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the verb."""
+    interactive = sys.stdin.isatty()
+    options = generate_options(args)
+    with load_model(args) as model, _history(interactive):
+        if interactive:
+            narrate(f"{model.info.name} ({model.mode}); /help for commands, Ctrl-D to leave")
+        repl = Repl(model, Conversation(args.system or ""), options)
+        return repl.run(lambda: input(PROMPT if interactive else ""))
+
+
+class Repl:
+    """Reads lines, answers them, obeys commands; one conversation with one model."""
+
+    def __init__(self, model: Model, conversation: Conversation, options: dict[str, Any]) -> None:
+        self.model = model
+        self.conversation = conversation
+        self.options = options
+        self._commands: dict[str, Callable[[str], None]] = {
+            "/help": self._help,
+            "/clear": self._clear,
+            "/system": self._system,
+            "/set": self._set,
+            "/stats": self._stats,
+        }
+
+    def run(self, read_line: Callable[[], str]) -> int:
+        """Serve lines from ``read_line`` until it raises EOFError or /exit comes; returns the exit code."""
+        while True:
+            try:
+                line = read_line().strip()
+            except EOFError:
+                if sys.stdin.isatty():
+                    print(file=sys.stderr)
+                return 0
+            except KeyboardInterrupt:
+                narrate("\nCtrl-D or /exit to leave")
+                continue
+            except UnicodeDecodeError as error:
+                narrate(f"that line is not text: {error}")
+                continue
+            if line in ("/exit", "/quit", "/bye"):
+                return 0
+            try:
+                self.serve(line)
+            except MobileError as error:
+                from . import print_error
+
+                print_error(error)
+
+    def serve(self, line: str) -> None:
+        """Answer one line or obey it."""
+        if not line:
+            return
+        if not line.startswith("/"):
+            show_receipt(show_answer(self.conversation.ask(self.model, line, **self.options), sys.stdout))
+            return
+        name, _, rest = line.partition(" ")
+        command = self._commands.get(name)
+        if command is None:
+            narrate(f"unknown command {name}; /help lists the commands")
+        else:
+            command(rest.strip())
+
+    def _help(self, _rest: str) -> None:
+        narrate(HELP)
+
+    def _clear(self, _rest: str) -> None:
+        self.conversation.clear()
+        narrate("conversation cleared")
+
+    def _system(self, rest: str) -> None:
+        if rest:
+            self.conversation.system = "" if rest.lower() == "none" else rest
+        narrate(f"system message: {self.conversation.system or 'none'}")
+
+    def _set(self, rest: str) -> None:
+        name, _, value = rest.partition(" ")
+        if value.strip():
+            name, parsed = parse_setting(name, value.strip(), GenerateOptions)
+            if name in _OF_MODEL:
+                self.model.configure(**{name: parsed})
+            else:
+                self.options[name] = parsed
+            narrate(f"{name} = {self._settings()[name]}")
+        elif name:
+            known, _ = parse_setting(name, "default", GenerateOptions)
+            narrate(f"{known} = {self._settings()[known]}")
+        else:
+            narrate("\n".join(f"{name} = {value}" for name, value in self._settings().items()))
+
+    def _settings(self) -> dict[str, Any]:
+        own = {name: getattr(self.model, name) for name in _OF_MODEL}
+        seed = {"seed": self.model.options.seed}
+        return defaults(GenerateOptions) | seed | self.options | own
+
+    def _stats(self, _rest: str) -> None:
+        narrate(json.dumps(self.model.stats(), indent=2))
+
+
+@contextlib.contextmanager
+def _history(interactive: bool) -> Iterator[None]:
+    """Line editing with a history kept in the data directory; nothing without a terminal."""
+    readline = _readline() if interactive else None
+    if readline is None:
+        yield
+        return
+    file = data_dir() / "chat_history"
+    words = [*_COMMANDS, *declared(GenerateOptions)]
+    readline.set_completer(_completer(words))
+    readline.set_completer_delims(" ")
+    readline.parse_and_bind("tab: complete")
+    with contextlib.suppress(OSError):
+        readline.read_history_file(file)
+    try:
+        yield
+    finally:
+        readline.set_history_length(1000)
+        with contextlib.suppress(OSError):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            readline.write_history_file(file)
+
+
+def _readline() -> Any:
+    """The standard library's readline; None where there is none, as on Windows."""
+    try:
+        return importlib.import_module("readline")
+    except ImportError:
+        return None
+
+
+def _completer(words: list[str]) -> Callable[[str, int], str | None]:
+    def complete(text: str, state: int) -> str | None:
+        found = [word for word in words if word.startswith(text)]
+        return found[state] if state < len(found) else None
+
+    return complete

@@ -1,0 +1,100 @@
+"""What the verbs that load a model share: arguments, loading with progress, showing an answer."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Generator
+from dataclasses import replace
+from typing import Any, TextIO
+
+from ..answer import INTERRUPTED, Chunk
+from ..flags import add_arguments, given
+from ..model import Model, load
+from ..options import GenerateOptions, LoadOptions, declared
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """MODEL and the flags of loading and generating; a flag of both belongs to loading."""
+    parser.add_argument("model", metavar="MODEL", help="a GGUF file, a name from `mobile-gguf list`, or demo")
+    add_arguments(parser, LoadOptions)
+    add_arguments(parser, GenerateOptions, skip=declared(LoadOptions))
+
+
+def generate_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The generation options that were given."""
+    of_both = declared(LoadOptions)
+    return {name: value for name, value in given(args, GenerateOptions).items() if name not in of_both}
+
+
+def load_model(args: argparse.Namespace) -> Model:
+    """Load what the arguments say, showing progress on stderr."""
+    with Progress(sys.stderr) as progress:
+        return load(args.model, progress=progress, **given(args, LoadOptions))
+
+
+def show_answer(chunks: Generator[Chunk, None, None], out: TextIO) -> Chunk | None:
+    """Write an answer as it comes; returns its last chunk, None if there was none.
+
+    Ctrl-C, wherever it strikes, ends the answer and keeps the text.
+    """
+    last: Chunk | None = None
+    text = ""
+    try:
+        for chunk in chunks:
+            last = chunk
+            if chunk.text:
+                text = chunk.text
+                out.write(text)
+                out.flush()
+    except KeyboardInterrupt:
+        chunks.close()
+        if last is not None:
+            last = replace(last, finish_reason=INTERRUPTED)
+    finally:
+        if text and not text.endswith("\n"):
+            out.write("\n")
+            out.flush()
+    return last
+
+
+def show_receipt(chunk: Chunk | None) -> None:
+    """Write an answer's receipt to stderr, as one line."""
+    if chunk is not None:
+        cut = " | interrupted" if chunk.finish_reason == INTERRUPTED else ""
+        narrate(chunk.receipt.summary(chunk.tokens_per_second) + cut)
+
+
+def narrate(text: str) -> None:
+    """Write a line to stderr, dim on a terminal that can."""
+    dim = sys.stderr.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+    print(f"\033[2m{text}\033[0m" if dim else text, file=sys.stderr, flush=True)
+
+
+class Progress:
+    """A callback that shows a phase and its share done: one line on a terminal, a line a phase elsewhere."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._terminal = stream.isatty()
+        self._phase = ""
+        self._width = 0
+
+    def __call__(self, phase: str, done: float) -> None:
+        if self._terminal:
+            line = f"{phase} {min(max(done, 0.0), 1.0):4.0%}"
+            self._stream.write("\r" + line.ljust(self._width))
+            self._width = len(line)
+        elif phase != self._phase:
+            self._stream.write(phase + "\n")
+        self._phase = phase
+        self._stream.flush()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        if self._width:
+            self._stream.write("\r" + " " * self._width + "\r")
+            self._stream.flush()

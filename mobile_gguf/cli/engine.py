@@ -1,0 +1,176 @@
+"""`mobile-gguf engine`: build the patched llama.cpp, and say what is pinned, built and installed."""
+
+import argparse
+import json
+import sys
+import time
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from mobile_gguf.vendor import Progress
+
+BACKENDS = ("cpu", "cuda", "vulkan", "hip", "metal")
+
+# without a terminal a line is written at each tenth, so that a CI log shows life and stays short
+_SPARSE_STEPS = 10
+
+
+def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the verb to the command line."""
+    parser = subparsers.add_parser("engine", help="build and inspect the patched llama.cpp")
+    verbs = parser.add_subparsers(dest="engine_verb", metavar="{build,info}", required=True)
+
+    build = verbs.add_parser(
+        "build",
+        help="build the engine and install it into this Python environment; instant when nothing changed",
+        description="Build llama-cpp-python with our patches and install it into this Python environment. "
+        "What was built before is taken from the cache.",
+    )
+    build.add_argument(
+        "--backend",
+        action="append",
+        choices=BACKENDS,
+        help="device backend beside cpu and rpc, which are always in; may be given more than once "
+        "(default: those of the installed engine)",
+    )
+    build.add_argument(
+        "--cuda-architectures",
+        metavar="LIST",
+        help="GPU architectures to compile for, such as '86;89' (default: those of this machine)",
+    )
+    build.add_argument("--stock", action="store_true", help="build the unpatched library too, for comparison")
+    build.add_argument("--force", action="store_true", help="build again from the source distribution")
+    build.add_argument(
+        "--jobs", type=_positive, metavar="N", help="parallel compilations (default: processors)"
+    )
+    build.set_defaults(func=run)
+
+    info = verbs.add_parser("info", help="show pin, patches, backends, ABI version and paths")
+    info.add_argument("--json", action="store_true", help="print one JSON object")
+    info.set_defaults(func=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run `engine build` or `engine info`."""
+    return _build(args) if args.engine_verb == "build" else _info(args)
+
+
+def _positive(text: str) -> int:
+    number = int(text) if text.isdecimal() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
+    return number
+
+
+def _build(args: argparse.Namespace) -> int:
+    import os
+
+    from mobile_gguf import vendor
+
+    chosen = args.backend or args.cuda_architectures or os.environ.get("CMAKE_ARGS")
+    options = None
+    if chosen:
+        options = vendor.EngineOptions.create(args.backend or (), cuda_architectures=args.cuda_architectures)
+    with ProgressDisplay(sys.stderr) as display:
+        found = vendor.ensure_engine(
+            options, stock=args.stock, force=args.force, jobs=args.jobs, progress=display.update
+        )
+    print(f"engine {found.version} is ready: {found.library}")
+    if args.stock:
+        print(f"stock library: {vendor.stock_lib_dir()}")
+    return 0
+
+
+def _info(args: argparse.Namespace) -> int:
+    from mobile_gguf import vendor
+
+    info = vendor.engine_info()
+    print(json.dumps(info) if args.json else format_info(info))
+    return 0
+
+
+def format_info(info: dict[str, Any]) -> str:
+    """The answer of `vendor.engine_info` for people."""
+    pin, installed = info["pin"], info["installed"]
+    if installed is None:
+        state = "none: run `mobile-gguf engine build`"
+    elif not installed["patched"]:
+        state = f"{installed['version']} without our patches: run `mobile-gguf engine build`"
+    else:
+        state = f"{installed['version']} ({', '.join(installed['backends'])}), key {installed['key']}"
+        if not info["current"]:
+            state += ", not the one of these patches and options: run `mobile-gguf engine build`"
+    expected = info["abi_version_expected"]
+    abi = "none" if info["abi_version"] is None else str(info["abi_version"])
+    rows = [
+        ("pin", f"{pin['package']} {pin['version']} (llama.cpp {pin['llama_cpp_commit']})"),
+        ("sha256", pin["sha256"]),
+        ("installed", state),
+        ("library", info["library"] or "none"),
+        ("ABI", abi if expected in (None, info["abi_version"]) else f"{abi} (the patches have {expected})"),
+        ("stock", info["stock"] or "none: run `mobile-gguf engine build --stock`"),
+        ("cache", info["cache"]),
+    ]
+    if info["problem"]:
+        rows.insert(4, ("problem", info["problem"]))
+    rows += [("patch", f"{patch['name']}: {patch['subject']}") for patch in info["patches"]]
+    rows += [
+        ("cached", f"{entry['key']} ({', '.join(entry['backends'])}), built {entry['built']}")
+        for entry in info["cached"]
+    ]
+    return "\n".join(f"{name:<10} {text}" for name, text in rows)
+
+
+class ProgressDisplay:
+    """Build progress on a stream: one line rewritten in place on a terminal, a few lines elsewhere."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._is_terminal = stream.isatty()
+        self._started = time.monotonic()
+        self._last = ""  # stage and step of the last line
+        self._width = 0
+
+    def __enter__(self) -> "ProgressDisplay":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._clear()
+
+    def update(self, progress: "Progress") -> None:
+        """Show a step of the build."""
+        if progress.is_note:
+            self._clear()
+            self._stream.write(progress.stage + "\n")
+            self._stream.flush()
+            return
+        fraction = progress.fraction
+        if self._is_terminal:
+            self._rewrite(self._text(progress))
+            return
+        step = progress.stage if fraction is None else f"{progress.stage} {int(fraction * _SPARSE_STEPS)}"
+        if step != self._last:
+            self._stream.write(self._text(progress) + "\n")
+            self._stream.flush()
+        self._last = step
+
+    def _text(self, progress: "Progress") -> str:
+        seconds = int(time.monotonic() - self._started)
+        clock = f"[{seconds // 60}:{seconds % 60:02}]"
+        if not progress.total:
+            return f"{clock} {progress.stage}"
+        return f"{clock} {progress.stage} {progress.done}/{progress.total} {progress.detail}".rstrip()
+
+    def _clear(self) -> None:
+        if self._width:
+            self._stream.write("\r" + " " * self._width + "\r")
+            self._stream.flush()
+        self._width = 0
+
+    def _rewrite(self, text: str) -> None:
+        import shutil
+
+        text = text[: shutil.get_terminal_size().columns - 1]
+        self._stream.write("\r" + text.ljust(self._width))
+        self._stream.flush()
+        self._width = len(text)

@@ -1,0 +1,88 @@
+"""``mobile-gguf run``: answer one prompt; without one, on a terminal, chat."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..answer import INTERRUPTED
+from ..errors import UsageError
+from .common import add_model_arguments, generate_options, load_model, show_answer, show_receipt
+
+_DESCRIPTION = """Answer a prompt by the model's chat template, or continue it with --raw. The prompt comes
+from the command line, a file (-f) or standard input (also as the word -). Without one, on a terminal, this
+is `mobile-gguf chat`. The answer goes to stdout, its receipt to stderr."""
+
+
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the verb."""
+    parser = subparsers.add_parser(
+        "run", help="answer one prompt, or chat", description=_DESCRIPTION, allow_abbrev=False
+    )
+    add_model_arguments(parser)
+    parser.add_argument("prompt", metavar="PROMPT", nargs="*", help="the prompt; its words are joined")
+    parser.add_argument("-f", "--file", metavar="FILE", help="read the prompt from a file")
+    parser.add_argument("-sys", "--system", metavar="TEXT", help="system message")
+    parser.add_argument("--raw", action="store_true", help="continue the prompt as it is, without a template")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
+    parser.set_defaults(func=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the verb."""
+    from . import EXIT_INTERRUPTED
+
+    if args.raw and args.system is not None:
+        raise UsageError("--system has no effect with --raw: put it into the prompt")
+    prompt = read_prompt(args)
+    if prompt is None:
+        from .chat import run as chat
+
+        return chat(args)
+    options = generate_options(args)
+    with load_model(args) as model:
+        # A model without a template was not taught to chat.
+        raw = args.raw or (model.info.chat_template is None and args.system is None)
+        messages = chat_messages(prompt, args.system)
+        if args.json:
+            reply = model.generate(prompt, **options) if raw else model.chat(messages, **options)
+            print(json.dumps(reply.to_dict(), ensure_ascii=False))
+            reason = reply.finish_reason
+        else:
+            chunks = model.stream(prompt, **options) if raw else model.stream_chat(messages, **options)
+            last = show_answer(chunks, sys.stdout)
+            show_receipt(last)
+            reason = last.finish_reason if last is not None else INTERRUPTED
+    return EXIT_INTERRUPTED if reason == INTERRUPTED else 0
+
+
+def chat_messages(prompt: str, system: str | None) -> list[dict[str, Any]]:
+    """One user message, after the system message if there is one."""
+    before = [{"role": "system", "content": system}] if system else []
+    return [*before, {"role": "user", "content": prompt}]
+
+
+def read_prompt(args: argparse.Namespace) -> str | None:
+    """The prompt from where it was given; None to chat. Raises UsageError if it cannot be had or is empty."""
+    if args.file is not None:
+        if args.prompt:
+            raise UsageError("give a prompt or --file, not both")
+        try:
+            text = Path(args.file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"cannot read {args.file}: {error}") from None
+    elif args.prompt and args.prompt != ["-"]:
+        text = " ".join(args.prompt)
+    elif not args.prompt and not args.json and sys.stdin is not None and sys.stdin.isatty():
+        return None
+    else:
+        try:
+            text = sys.stdin.read() if sys.stdin is not None else ""
+        except UnicodeDecodeError as error:
+            raise UsageError(f"standard input is not text: {error}") from None
+    if not text.strip():
+        raise UsageError("the prompt is empty: give one, or use `mobile-gguf chat`")
+    return text

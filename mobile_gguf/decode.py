@@ -1,0 +1,115 @@
+"""Which experts a pass uses, and when a position is run again: MoBiLE's decision, arXiv 2510.12357.
+
+Pure policy over a narrow view of the decoder, so that the rule can be tested without an engine.
+Little: at most ``little_k`` routed experts; big: all of the top-k. In ``big-little`` a token is
+decoded little first; if the largest softmax probability of that pass is below ``gamma``, the
+token is important: the position is run again with all experts and its KV row overwritten.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+EXACT, LITTLE, BIG_LITTLE = MODES = ("exact", "little", "big-little")
+
+# As the engine has it: 0 routed experts means all of the top-k.
+ALL_EXPERTS = 0
+
+
+class Pass(Enum):
+    """The pass whose logits a token is sampled from."""
+
+    BIG = "big"
+    LITTLE = "little"
+    FALLBACK = "fallback"
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The mode in effect; ``little_k`` routed experts in a little pass, ``gamma`` a probability."""
+
+    mode: str = EXACT
+    gamma: float = 0.7
+    little_k: int = 0
+
+    @property
+    def always_big(self) -> bool:
+        """Whether every kept KV row comes from a big pass: no probability reaches a gamma above 1."""
+        return self.mode == EXACT or (self.mode == BIG_LITTLE and self.gamma > 1)
+
+
+class Decoder(Protocol):
+    """What a step needs of a decoder."""
+
+    def use_experts(self, k: int) -> None:
+        """Use at most ``k`` routed experts from the next pass on; ALL_EXPERTS: the top-k."""
+        ...
+
+    def forward(self, tokens: list[int]) -> None:
+        """Run tokens at the next positions, overwriting whatever was there."""
+        ...
+
+    def step_back(self) -> None:
+        """Forget the last position, so that the next pass overwrites it."""
+        ...
+
+    def prefetch_masked(self) -> None:
+        """Hint that the experts the last little pass left out are wanted."""
+        ...
+
+    def last_logits(self) -> Any:
+        """Logits [n_vocab] of the last pass."""
+        ...
+
+
+def default_little_k(n_expert_used: int) -> int:
+    """Half of the top-k, the paper's choice, at least one; 0 for a model without experts."""
+    return max(min(1, n_expert_used), n_expert_used // 2)
+
+
+def max_probability(logits: npt.NDArray[Any]) -> float:
+    """The largest softmax probability of ``logits`` [n_vocab], stable in float64."""
+    import numpy as np
+
+    shifted = np.asarray(logits, dtype=np.float64)
+    shifted = shifted - shifted.max()
+    return 1.0 / float(np.exp(shifted).sum())
+
+
+def is_important(probability: float, gamma: float) -> bool:
+    """Whether a token whose little pass reached ``probability`` is run again with all experts.
+
+    gamma 0: never; gamma above 1: always. Logits that are not numbers count as important.
+    """
+    if probability != probability:
+        return gamma > 0
+    return probability < gamma
+
+
+def decode_prompt(decoder: Decoder, tokens: list[int]) -> Pass:
+    """Run prompt tokens; a prompt is always big."""
+    decoder.use_experts(ALL_EXPERTS)
+    decoder.forward(tokens)
+    return Pass.BIG
+
+
+def decode_token(decoder: Decoder, token: int, policy: Policy) -> Pass:
+    """Run one generated token as ``policy`` has it; returns the pass that its logits come from."""
+    if policy.mode == EXACT:
+        return decode_prompt(decoder, [token])
+    decoder.use_experts(policy.little_k)
+    decoder.forward([token])
+    if policy.mode == LITTLE:
+        return Pass.LITTLE
+    if not is_important(max_probability(decoder.last_logits()), policy.gamma):
+        return Pass.LITTLE
+    decoder.prefetch_masked()
+    decoder.step_back()
+    decoder.use_experts(ALL_EXPERTS)
+    decoder.forward([token])
+    return Pass.FALLBACK

@@ -1,0 +1,96 @@
+"""Options from text: command-line flags with argparse, ``/set name value`` in the chat."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from .errors import UsageError
+from .options import Opt, declared, defaults
+from .sizes import parse_size
+
+_METAVARS: dict[Any, str] = {int: "N", float: "X", parse_size: "SIZE"}
+
+
+def add_arguments(parser: argparse.ArgumentParser, options: type[Any], skip: Iterable[str] = ()) -> None:
+    """Add the options' flags; only those that are given appear in the namespace."""
+    group = parser.add_argument_group(f"{options.__name__.removesuffix('Options').lower()} options")
+    for name, opt in declared(options).items():
+        if name in skip:
+            continue
+        default = defaults(options)[name]
+        shared: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": _help(opt, default)}
+        if opt.is_flag:
+            group.add_argument(*opt.flags, action="store_const", const=not default, **shared)
+            continue
+        shared["metavar"] = (
+            "{" + ",".join(opt.choices) + "}" if opt.choices else _METAVARS.get(opt.read, "TEXT")
+        )
+        if opt.repeated:
+            shared["action"] = "append"
+        group.add_argument(*opt.flags, type=_reader(name, opt), **shared)
+        if opt.file_flags:
+            shared |= {"metavar": "FILE", "help": "the same, read from a file"}
+            group.add_argument(*opt.file_flags, type=_read_file, **shared)
+
+
+def given(namespace: argparse.Namespace, options: type[Any]) -> dict[str, Any]:
+    """The options that were given on the command line, by name."""
+    return {name: getattr(namespace, name) for name in declared(options) if hasattr(namespace, name)}
+
+
+def parse_setting(name: str, text: str, options: type[Any]) -> tuple[str, Any]:
+    """Read ``/set name value``; the name may be the option's or a flag, ``none`` and ``default`` the default.
+
+    Raises UsageError for an unknown name or a value that cannot be read.
+    """
+    wanted = _plain(name)
+    for known, opt in declared(options).items():
+        if wanted == known or wanted in map(_plain, opt.flags):
+            return known, _parse(known, opt, text, defaults(options)[known])
+    raise UsageError(f"unknown option {name!r}: there are {', '.join(declared(options))}")
+
+
+def _plain(name: str) -> str:
+    return name.lstrip("-").replace("-", "_")
+
+
+def _parse(name: str, opt: Opt, text: str, default: Any) -> Any:
+    if text.lower() in ("none", "default"):
+        return default
+    if opt.is_flag:
+        if text.lower() not in ("on", "off"):
+            raise UsageError(f"{name} is {text!r}: choose on or off")
+        return text.lower() == "on"
+    try:
+        value = opt.check(name, opt.read(text))
+    except ValueError:
+        raise UsageError(f"{name} is {text!r}: it must be a number") from None
+    return [value] if opt.repeated else value
+
+
+def _reader(name: str, opt: Opt) -> Callable[[str], Any]:
+    def read(text: str) -> Any:
+        try:
+            return opt.check(name, opt.read(text))
+        except UsageError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    # argparse says "invalid NAME value" when a ValueError comes out.
+    read.__name__ = "whole number" if opt.read is int else "number"
+    return read
+
+
+def _read_file(name: str) -> str:
+    try:
+        return Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise argparse.ArgumentTypeError(f"cannot read {name}: {error}") from None
+
+
+def _help(opt: Opt, default: Any) -> str:
+    shown = default is not None and not opt.is_flag
+    text = f"{opt.help} (default: {default})" if shown else opt.help
+    return text.replace("%", "%%")  # argparse formats help texts

@@ -1,0 +1,130 @@
+"""Opening a model: engine or stock library, budget, and every failure as one clear error."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .binding import Engine, find_engine, needs_engine
+from .budget import BudgetPlan, estimate_demand, plan_budget
+from .errors import BudgetError, EngineError, MobileError, ModelFormatError
+from .gguf_info import GgufInfo
+from .llama_log import capture_log, clear_errors, last_errors
+from .memory import read_memory
+from .options import LoadOptions
+from .sizes import parse_size
+from .threads import default_threads
+
+if TYPE_CHECKING:
+    from .mobile_llama import MobileLlama
+
+DEFAULT_CONTEXT = 4096
+
+
+def open_backend(info: GgufInfo, options: LoadOptions) -> tuple[MobileLlama, list[str]]:
+    """Load a model as ``options`` say; returns it and what the user must know about it.
+
+    Experts go into the engine's store under the budget. Without experts, or on a stock library, the
+    model is loaded as llama.cpp does it, mapped. Raises BudgetError, ModelFormatError, EngineError.
+    """
+    engine = find_engine()
+    size = parse_size(options.ram_budget)
+    if engine is None and info.is_moe and not size.is_auto:
+        raise needs_engine("a --ram-budget")
+    capture_log(options.verbose)
+    notices: list[str] = []
+    n_ctx = context_size(info, options.n_ctx)
+    if n_ctx > info.n_ctx_train > 0:
+        notices.append(f"a context of {n_ctx} is more than the model was trained with, {info.n_ctx_train}")
+    if not info.is_moe:
+        ignored = "" if size.is_auto else "; --ram-budget has no effect"
+        notices.append(f"{info.path.name} has no experts: it runs as an ordinary dense model{ignored}")
+    elif engine is None:
+        notices.append("stock llama.cpp: experts are mapped, not budgeted; run `mobile-gguf engine build`")
+    if engine is None or not info.is_moe:
+        return _construct(info, options, n_ctx, engine, use_mmap=True), notices
+    plan = plan_for(info, options, n_ctx)
+    if plan.warning:
+        notices.append(plan.warning)
+    engine.set_load_params(
+        budget_bytes=plan.budget_bytes,
+        io_threads=options.io_threads,
+        eviction=options.eviction,
+        io=options.io,
+    )
+    try:
+        llama = _construct(info, options, n_ctx, engine, use_mmap=False)
+    finally:
+        engine.clear_load_params()
+    if llama.store is None:
+        notices.append(
+            f"the engine cannot hold the experts of a {info.architecture} model: no budget, only mode exact"
+        )
+    return llama, notices
+
+
+def context_size(info: GgufInfo, asked: int | None) -> int:
+    """Tokens of context: as asked, 0 for the model's own, by default that but at most 4096."""
+    trained = info.n_ctx_train or DEFAULT_CONTEXT
+    if asked is None:
+        return min(DEFAULT_CONTEXT, trained)
+    return asked or trained
+
+
+def plan_for(info: GgufInfo, options: LoadOptions, n_ctx: int) -> BudgetPlan:
+    """The expert budget for these options on this machine, now."""
+    demand = estimate_demand(info, n_ctx=n_ctx, n_ubatch=options.n_ubatch, flash_attn=options.flash_attn)
+    return plan_budget(parse_size(options.ram_budget), info, demand, read_memory())
+
+
+def _construct(
+    info: GgufInfo, options: LoadOptions, n_ctx: int, engine: Engine | None, *, use_mmap: bool
+) -> MobileLlama:
+    from jinja2 import TemplateError
+
+    from .mobile_llama import MobileLlama
+
+    threads, threads_batch = default_threads()
+    arguments: dict[str, Any] = {
+        "n_ctx": n_ctx,
+        "n_batch": options.n_batch,
+        "n_ubatch": options.n_ubatch,
+        "n_threads": options.threads or threads,
+        "n_threads_batch": options.threads_batch or options.threads or threads_batch,
+        "flash_attn": options.flash_attn,
+        "use_mmap": use_mmap,
+        "verbose": options.verbose,
+    }
+    clear_errors()
+    # Made in two steps, so that what a failed constructor has already loaded is freed at once and
+    # not when the traceback is.
+    llama = MobileLlama.__new__(MobileLlama)
+    try:
+        llama.__init__(str(info.path), engine=engine, **arguments)
+    except TemplateError as error:
+        _discard(llama)
+        raise ModelFormatError(f"{info.path} cannot be used: its chat template is broken: {error}") from None
+    except (ValueError, RuntimeError, OSError, AssertionError, MemoryError) as error:
+        reason = engine.last_error() if engine is not None else ""
+        _discard(llama)
+        raise _load_error(info, n_ctx, error, reason) from None
+    except BaseException:
+        _discard(llama)
+        raise
+    return llama
+
+
+def _discard(llama: MobileLlama) -> None:
+    if hasattr(llama, "_stack"):
+        llama.close()
+
+
+def _load_error(info: GgufInfo, n_ctx: int, error: BaseException, reason: str) -> MobileError:
+    logged = last_errors()
+    if reason:
+        kind = BudgetError if "budget" in reason else EngineError
+        return kind(f"{info.path} cannot be loaded: {reason}")
+    if "llama_context" in str(error):
+        return EngineError(
+            f"no context of {n_ctx} tokens for {info.path}: {logged or error}; try a smaller --ctx-size"
+        )
+    return ModelFormatError(f"{info.path} cannot be loaded: {logged or error}")

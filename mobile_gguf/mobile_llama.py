@@ -1,0 +1,206 @@
+"""llama-cpp-python's Llama with decode steps that follow a policy.
+
+Everything above ``eval`` (completion, chat handlers, sampling, grammar, log probabilities, prefix
+reuse) is llama-cpp-python's own; only how a batch is run is ours. Imported when a model is loaded,
+because it needs llama-cpp-python.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import time
+from collections.abc import Generator, Sequence
+from typing import Any
+
+import numpy as np
+from jinja2 import TemplateError
+from llama_cpp import Llama, LlamaGrammar, llama_cpp
+from llama_cpp.llama_chat_format import CHATML_CHAT_TEMPLATE, Jinja2ChatFormatter
+
+from .binding import Counters, Engine, ModelInfo
+from .decode import ALL_EXPERTS, Pass, Policy, decode_prompt, decode_token
+from .errors import EngineError, ExpertReadError, MobileError, UsageError
+from .llama_log import clear_errors, last_errors
+
+
+class MobileLlama(Llama):
+    """A Llama whose single-token steps run little, big, or little with fallback.
+
+    ``policy`` may be changed between generations. Without an engine (a stock library), or for a model
+    that it holds no experts of (``store`` is None), every step is big. Decoding raises
+    ExpertReadError or EngineError and leaves the object usable.
+    """
+
+    def __init__(self, model_path: str, *, engine: Engine | None, **options: Any) -> None:
+        self.engine: Engine | None = None  # while there is a store to ask it about
+        self.store: ModelInfo | None = None
+        self.has_engine = engine is not None
+        self.policy = Policy()
+        self.last_pass = Pass.BIG
+        self.prompt_evaluated = 0
+        self.prompt_done = 0.0
+        self._prompt_pending = False
+        self._experts = ALL_EXPERTS
+        super().__init__(model_path, **options)
+        self._little_rows = np.zeros(self.input_ids.shape[0], dtype=bool)
+        store = engine.model_info(self.model) if engine is not None else None
+        if store is not None and store.n_layer_moe > 0:
+            self.store, self.engine = store, engine
+
+    # generation
+
+    def generate(self, tokens: Sequence[int], *args: Any, **options: Any) -> Generator[int, Any, None]:  # type: ignore[override]
+        """Llama.generate, whose first evaluation counts as the prompt however short it is."""
+        self._prompt_pending = True
+        if self.policy.always_big and self._little_rows[: self.n_tokens].any():
+            # Rows that a little pass wrote must not be reused for an exact answer.
+            self.n_tokens = int(self._little_rows.argmax())
+            self._requires_eval = True
+        if self.last_pass is not Pass.BIG:
+            # The logits at hand are not a big pass's, and the first token after a prompt is.
+            self._requires_eval = True
+        try:
+            yield from super().generate(tokens, *args, **options)
+        finally:
+            self._sampler = None
+            self._prompt_pending = False
+
+    def eval(self, tokens: Sequence[int]) -> None:
+        """Run tokens at the next positions: several, or a prompt's, big; a single one as the policy says."""
+        batch = list(tokens)
+        is_prompt = self._prompt_pending or len(batch) != 1 or self.n_tokens == 0
+        try:
+            if is_prompt:
+                self.last_pass = decode_prompt(self, batch)
+                self.prompt_evaluated += len(batch)
+            else:
+                self.last_pass = decode_token(self, batch[0], self.policy)
+        except BaseException:
+            # Also for Ctrl-C, which arrives when the engine returns: the rows that were counted are
+            # good, the logits are not. A memory that cannot drop the other rows starts over.
+            self._requires_eval = True
+            if not self.can_step_back:
+                self.reset()
+            raise
+        if is_prompt:
+            self._prompt_pending = False
+            self.prompt_done = time.perf_counter()
+
+    # decode.Decoder
+
+    def use_experts(self, k: int) -> None:
+        if self.engine is not None and k != self._experts:
+            self.engine.set_n_expert_used(self.ctx, k)
+            self._experts = k
+
+    def forward(self, tokens: list[int]) -> None:
+        start = self.n_tokens
+        if start + len(tokens) > self._little_rows.shape[0]:
+            raise UsageError(f"the context of {self._little_rows.shape[0]} tokens is full")
+        clear_errors()
+        try:
+            super().eval(tokens)
+        except RuntimeError as error:
+            raise self._decode_error(error) from None
+        self._little_rows[start : self.n_tokens] = self._experts != ALL_EXPERTS
+
+    def step_back(self) -> None:
+        self.n_tokens -= 1
+        if not self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1):
+            raise EngineError("this model's memory cannot be rolled back, which big-little needs")
+
+    def prefetch_masked(self) -> None:
+        if self.engine is not None:
+            self.engine.prefetch_masked(self.ctx)
+
+    def last_logits(self) -> Any:
+        return np.ctypeslib.as_array(self._ctx.get_logits_ith(-1), shape=(self._n_vocab,))
+
+    def _decode_error(self, error: RuntimeError) -> MobileError:
+        reason = self.engine.context_error(self.ctx) if self.engine is not None else ""
+        if reason:
+            return ExpertReadError(reason)
+        return EngineError(f"decoding failed: {last_errors() or error}")
+
+    # what a Model asks besides
+
+    @property
+    def can_step_back(self) -> bool:
+        """Whether single positions can be dropped from the memory; recurrent ones cannot."""
+        return not (self._is_recurrent or self._is_hybrid)
+
+    def counters(self) -> Counters:
+        """The store's counters since the last reset; all zero without one."""
+        return self.engine.counters(self.ctx) if self.engine is not None else Counters()
+
+    def reset_counters(self) -> None:
+        if self.engine is not None:
+            self.engine.reset_counters(self.ctx)
+
+    def forget(self) -> None:
+        """Drop the whole context, so that the next prompt is computed from its first token."""
+        self.reset()
+        self._requires_eval = True
+
+    def is_end(self, token: int) -> bool:
+        """Whether ``token`` ends an answer (any of the model's end-of-generation tokens)."""
+        return bool(llama_cpp.llama_vocab_is_eog(self._model.vocab, token))
+
+    def piece(self, token: int, special: bool = False) -> bytes:
+        """A token's bytes; control tokens are empty unless ``special``."""
+        # Not Llama.detokenize: it loses pieces longer than 32 bytes.
+        size = 64
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            n = llama_cpp.llama_token_to_piece(self._model.vocab, token, buffer, size, 0, special)
+            if n >= 0:
+                return buffer.raw[:n]
+            size = -n
+
+    def render_chat(self, messages: list[dict[str, Any]]) -> list[int]:
+        """Prompt tokens for ``messages`` by the GGUF's template, by ChatML if it has none.
+
+        Raises UsageError if the template refuses them.
+        """
+        bos = self._token_text(self.token_bos())
+        template = self.metadata.get("tokenizer.chat_template") or CHATML_CHAT_TEMPLATE
+        eos = self._token_text(self.token_eos())
+        try:
+            formatter = Jinja2ChatFormatter(template, eos_token=eos, bos_token=bos)
+            prompt = formatter(messages=messages).prompt  # type: ignore[arg-type]
+        except (TemplateError, ValueError, TypeError) as error:
+            raise UsageError(f"the model's chat template refuses these messages: {error}") from None
+        # Most templates write the beginning-of-sequence token themselves; it must not come twice.
+        twice = bool(bos) and prompt.startswith(bos)
+        return self.tokenize(prompt.encode(), add_bos=not twice, special=True)
+
+    def make_grammar(self, grammar: str | None, json_schema: Any) -> LlamaGrammar | None:
+        """The grammar to sample by, from GBNF text or a JSON schema; raises UsageError if it is none."""
+        if grammar is not None and json_schema is not None:
+            raise UsageError("give a grammar or a JSON schema, not both")
+        if json_schema is not None:
+            try:
+                text = json_schema if isinstance(json_schema, str) else json.dumps(json_schema)
+                made = LlamaGrammar.from_json_schema(text, verbose=False)
+            except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+                raise UsageError(f"the JSON schema cannot be made into a grammar: {error}") from None
+        elif grammar is not None:
+            made = LlamaGrammar.from_string(grammar, verbose=False)
+        else:
+            return None
+        self._check_grammar(made)
+        return made
+
+    def _check_grammar(self, grammar: LlamaGrammar) -> None:
+        # The sampler chain takes a grammar that did not parse for granted and crashes on it.
+        clear_errors()
+        text, root = grammar._grammar.encode(), grammar._root.encode()
+        sampler = llama_cpp.llama_sampler_init_grammar(self._model.vocab, text, root) if text else None
+        if not sampler:
+            reason = last_errors()
+            raise UsageError("the grammar is not valid GBNF" + (f": {reason}" if reason else ""))
+        llama_cpp.llama_sampler_free(sampler)
+
+    def _token_text(self, token: int) -> str:
+        return self._model.token_get_text(token) if token >= 0 else ""

@@ -1,0 +1,356 @@
+"""The Python API: ``load`` a model, generate and chat with it."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import dataclasses
+import logging
+import os
+import random
+import threading
+import weakref
+from collections.abc import Callable, Generator, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import loading
+from .answer import Answer, Backend, Chunk, Reply, Request
+from .binding import Counters, needs_engine
+from .chat import Messages, as_messages
+from .decode import BIG_LITTLE, EXACT, Policy, default_little_k
+from .errors import ModelBusyError, UsageError
+from .gguf_info import GgufInfo, read_gguf_info
+from .options import GenerateOptions, LoadOptions, make_options, takes
+from .resolve import resolve_model
+
+logger = logging.getLogger("mobile_gguf")
+
+# The engine must be freed before the interpreter takes its log callback apart.
+_open_models: weakref.WeakSet[Model] = weakref.WeakSet()
+
+
+@takes(LoadOptions)
+def load(
+    model: str | os.PathLike[str],
+    *,
+    progress: Callable[[str, float], None] | None = None,
+    **options: Any,
+) -> Model:
+    """Load a model and return it ready to generate.
+
+    ``model`` is a path to a GGUF, ``demo``, or a name from ``mobile-gguf list``. ``ram_budget`` bounds
+    the memory for routed experts: bytes, ``512MiB``, ``2G``, ``40%`` of them, or ``auto``. ``mode`` is
+    ``exact``, ``little`` or ``big-little``. ``progress`` is called with a phase and the share done while
+    the demo model is built. The other options are LoadOptions'.
+
+    Raises ModelNotFoundError, ModelFormatError, BudgetError, UsageError, EngineError.
+    """
+    settings = make_options(LoadOptions, options)
+    info = read_gguf_info(resolve_model(model, progress))
+    backend, notices = loading.open_backend(info, settings)
+    return Model(backend, info, settings, notices)
+
+
+class Model:
+    """A loaded model, used by one thread at a time; made by ``load``, freed by ``close``.
+
+    A second thread, or a second answer while one is still being streamed, gets a ModelBusyError.
+    ``mode``, ``gamma`` and ``little_k`` may be set between answers. ``notices`` holds what could not be
+    done as asked; each was also logged as a warning of the logger ``mobile_gguf``.
+    """
+
+    def __init__(
+        self, backend: Backend, info: GgufInfo, options: LoadOptions, notices: Iterable[str] = ()
+    ) -> None:
+        self.info = info
+        self.options = options
+        self.notices: list[str] = []
+        self._backend: Backend | None = backend
+        self._lock = threading.Lock()
+        self._active: weakref.ref[Generator[Chunk, None, None]] | None = None
+        self._totals = Counters()
+        self.n_ctx = loading.context_size(info, options.n_ctx)
+        for notice in notices:
+            self._notify(notice)
+        try:
+            self._policy = self._make_policy(options.mode, options.gamma, options.little_k)
+            backend.policy = self._policy
+        except BaseException:
+            backend.close()
+            raise
+        _open_models.add(self)
+
+    # settings
+
+    @property
+    def path(self) -> Path:
+        return self.info.path
+
+    @property
+    def mode(self) -> str:
+        """The mode in effect: ``exact`` where the model has no experts to leave out."""
+        return self._policy.mode
+
+    @mode.setter
+    def mode(self, mode: str) -> None:
+        self.configure(mode=mode)
+
+    @property
+    def gamma(self) -> float:
+        return self._policy.gamma
+
+    @gamma.setter
+    def gamma(self, gamma: float) -> None:
+        self.configure(gamma=gamma)
+
+    @property
+    def little_k(self) -> int:
+        """Routed experts of a little token."""
+        return self._policy.little_k
+
+    @little_k.setter
+    def little_k(self, little_k: int | None) -> None:
+        self.configure(little_k=little_k)
+
+    def configure(self, **changes: Any) -> None:
+        """Set mode, gamma or little_k for the answers to come; raises UsageError or EngineError."""
+        options = make_options(LoadOptions, changes, self.options)
+        self._policy = self._make_policy(options.mode, options.gamma, options.little_k)
+        self._require_open().policy = self._policy
+        self.options = options
+
+    def _make_policy(self, mode: str, gamma: float, little_k: int | None) -> Policy:
+        top_k = self.info.n_expert_used
+        k = min(little_k, top_k) if little_k is not None else default_little_k(top_k)
+        if mode == EXACT:
+            return Policy(EXACT, gamma, k)
+        backend = self._require_open()
+        if not self.info.is_moe:
+            reason = f"{self.path.name} has no experts"
+        elif top_k <= 1:
+            reason = f"{self.path.name} routes every token to one expert"
+        elif k >= top_k:
+            reason = f"--little-k {little_k} is not below this model's top-k, {top_k}"
+        elif backend.store is None and backend.has_engine:
+            reason = f"the engine cannot hold the experts of a {self.info.architecture} model"
+        else:
+            if not backend.has_engine:
+                raise needs_engine(f"mode {mode}")
+            if mode == BIG_LITTLE and not backend.can_step_back:
+                raise UsageError(
+                    f"mode big-little runs a position twice, and the memory of a {self.info.architecture} "
+                    "model cannot be rolled back: use mode exact or little"
+                )
+            return Policy(mode, gamma, k)
+        self._notify(f"{reason}: mode {mode} has no effect")
+        return Policy(EXACT, gamma, k)
+
+    def _notify(self, notice: str) -> None:
+        if notice not in self.notices:
+            self.notices.append(notice)
+            logger.warning(notice)
+
+    # answers
+
+    @takes(GenerateOptions)
+    def stream(self, prompt: str | Sequence[int], **options: Any) -> Generator[Chunk, None, None]:
+        """Continue ``prompt``, text or token ids, yielding a Chunk per token.
+
+        Closing the generator ends the answer. Raises UsageError, ModelBusyError, ExpertReadError,
+        EngineError; a failed answer leaves the Model usable.
+        """
+        settings = make_options(GenerateOptions, options)
+        return self._stream(self._answer(self._prompt_tokens(prompt), settings))
+
+    @takes(GenerateOptions)
+    def generate(self, prompt: str | Sequence[int], **options: Any) -> Reply:
+        """Continue ``prompt`` and return the whole Reply; raises as ``stream`` does.
+
+        Ctrl-C returns the text so far, with ``finish_reason`` ``interrupted``.
+        """
+        settings = make_options(GenerateOptions, options)
+        return self._join(self._answer(self._prompt_tokens(prompt), settings))
+
+    @takes(GenerateOptions)
+    def stream_chat(self, messages: Messages, **options: Any) -> Generator[Chunk, None, None]:
+        """Answer ``messages`` by the model's chat template, yielding a Chunk per token.
+
+        ``messages`` are dicts with ``role`` and ``content``, oldest first; a string is one of the user's.
+        What earlier answers have in common with them is not computed again. Raises as ``stream`` does.
+        """
+        settings = make_options(GenerateOptions, options)
+        return self._stream(self._answer(self._chat_tokens(messages), settings))
+
+    @takes(GenerateOptions)
+    def chat(self, messages: Messages, **options: Any) -> Reply:
+        """Answer ``messages`` by the model's chat template and return the whole Reply."""
+        settings = make_options(GenerateOptions, options)
+        return self._join(self._answer(self._chat_tokens(messages), settings))
+
+    def _answer(self, prompt: list[int], options: GenerateOptions) -> Answer:
+        backend = self._require_open()
+        if not prompt:
+            raise UsageError("the prompt is empty")
+        room = self.n_ctx - len(prompt)
+        if room <= 0:
+            raise UsageError(
+                f"the prompt has {len(prompt)} tokens and the context only {self.n_ctx}: shorten it or load "
+                "the model with a larger --ctx-size"
+            )
+        asked = options.max_tokens
+        seed = options.seed if options.seed is not None else self.options.seed
+        stop = (options.stop,) if isinstance(options.stop, str) else tuple(options.stop or ())
+        request = Request(
+            prompt=prompt,
+            policy=self._policy_for(options),
+            max_tokens=room if asked is None or asked < 0 else min(asked, room),
+            stop=stop,
+            seed=random.getrandbits(31) if seed is None or seed < 0 else seed,
+            sampling={
+                "temp": float(options.temperature),
+                "top_k": int(options.top_k),
+                "top_p": float(options.top_p),
+                "min_p": float(options.min_p),
+                "typical_p": float(options.typical_p),
+                "repeat_penalty": float(options.repeat_penalty),
+                "presence_penalty": float(options.presence_penalty),
+                "frequency_penalty": float(options.frequency_penalty),
+                "grammar": backend.make_grammar(options.grammar, options.json_schema),
+            },
+            cache_prompt=options.cache_prompt,
+        )
+        return Answer(backend, request, self.info.n_expert_used)
+
+    def _policy_for(self, options: GenerateOptions) -> Policy:
+        if options.mode is None and options.gamma is None and options.little_k is None:
+            return self._policy
+        own = self.options
+        return self._make_policy(
+            own.mode if options.mode is None else options.mode,
+            own.gamma if options.gamma is None else options.gamma,
+            own.little_k if options.little_k is None else options.little_k,
+        )
+
+    def _stream(self, answer: Answer) -> Generator[Chunk, None, None]:
+        handle: list[weakref.ref[Generator[Chunk, None, None]]] = []
+        running = self._run(answer, handle)
+        handle.append(weakref.ref(running))
+        return running
+
+    def _run(
+        self, answer: Answer, handle: list[weakref.ref[Generator[Chunk, None, None]]]
+    ) -> Generator[Chunk, None, None]:
+        """Stream an answer under the lock, which is taken when its first chunk is asked for."""
+        if not self._lock.acquire(blocking=False):
+            raise ModelBusyError(
+                "this Model is already generating: use it from one thread at a time, and finish or close "
+                "a stream before the next answer"
+            )
+        try:
+            self._active = handle[0]
+            self._totals = self._totals + self._require_open().counters()
+            yield from answer.stream()
+        finally:
+            self._active = None
+            self._lock.release()
+
+    def _join(self, answer: Answer) -> Reply:
+        running = self._stream(answer)
+        try:
+            for _chunk in running:
+                pass
+        except KeyboardInterrupt:
+            running.close()
+        return answer.reply()
+
+    def _prompt_tokens(self, prompt: str | Sequence[int]) -> list[int]:
+        backend = self._require_open()
+        if not isinstance(prompt, str):
+            return [int(token) for token in prompt]
+        tokens = backend.tokenize(prompt.encode(errors="replace"), add_bos=True, special=True)
+        bos = backend.token_bos()
+        # Without a prompt the model starts from its beginning-of-sequence token, if it has one.
+        return tokens or ([bos] if bos >= 0 else [])
+
+    def _chat_tokens(self, messages: Messages) -> list[int]:
+        backend = self._require_open()
+        if self.info.chat_template is None:
+            self._notify(f"{self.path.name} has no chat template: ChatML is used")
+        return backend.render_chat(as_messages(messages))
+
+    # tokens, facts, end
+
+    def tokenize(self, text: str, *, add_bos: bool = False, special: bool = True) -> list[int]:
+        """Token ids of ``text``; ``special`` reads control tokens, ``add_bos`` adds what the model adds."""
+        return self._require_open().tokenize(text.encode(errors="replace"), add_bos=add_bos, special=special)
+
+    def detokenize(self, tokens: Iterable[int], *, special: bool = False) -> str:
+        """Text of token ids; control tokens only if ``special``."""
+        backend = self._require_open()
+        return b"".join(backend.piece(token, special) for token in tokens).decode(errors="replace")
+
+    def stats(self) -> dict[str, Any]:
+        """The model's settings, its expert store and all counters since it was loaded; bytes and us."""
+        backend = self._require_open()
+        store = backend.store
+        return {
+            "model": str(self.path),
+            "engine": "mobile" if store is not None else "stock",
+            "mode": self._policy.mode,
+            "gamma": self._policy.gamma,
+            "n_expert_used": self.info.n_expert_used,
+            "little_k": self._policy.little_k,
+            "n_ctx": self.n_ctx,
+            "store": dataclasses.asdict(store) if store is not None else None,
+            "counters": dataclasses.asdict(self._totals + backend.counters()),
+        }
+
+    @property
+    def llama(self) -> Any:
+        """The llama-cpp-python Llama underneath; its own methods decode by this Model's mode too."""
+        return self._require_open()
+
+    def close(self) -> None:
+        """Free the model; a stream that was left unfinished ends. Raises ModelBusyError while generating."""
+        backend = self._backend
+        if backend is None:
+            return
+        running = self._active() if self._active is not None else None
+        try:
+            if running is not None:
+                running.close()
+        except ValueError:  # the generator is executing
+            raise ModelBusyError(
+                "this Model is generating in another thread: wait before closing it"
+            ) from None
+        if not self._lock.acquire(blocking=False):
+            raise ModelBusyError("this Model is generating: wait before closing it")
+        try:
+            self._backend = None
+            backend.close()
+        finally:
+            self._lock.release()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._backend is None else self._policy.mode
+        return f"<Model {self.path.name} {state}>"
+
+    def _require_open(self) -> Backend:
+        if self._backend is None:
+            raise ModelBusyError(f"this Model of {self.path.name} is closed: load it again")
+        return self._backend
+
+
+@atexit.register
+def _close_open_models() -> None:
+    for model in list(_open_models):
+        # A daemon thread may still be generating; the process ends anyway.
+        with contextlib.suppress(ModelBusyError):
+            model.close()

@@ -1,0 +1,218 @@
+"""Every option, declared once: its name, llama.cpp's flags, type, default, range and help.
+
+The Python API takes the names as keywords; ``flags.py`` makes the command line's flags and the
+chat's ``/set`` of the same declarations.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import inspect
+import math
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar
+
+from .binding import EVICTION, IO
+from .decode import MODES
+from .errors import UsageError
+from .sizes import Size, parse_size
+
+Options = TypeVar("Options")
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class Opt:
+    """An option's declaration: its flags, help, how text is read, and what values it may have."""
+
+    def __init__(
+        self,
+        *flags: str,
+        help: str,
+        read: Callable[[str], Any] = str,
+        choices: Sequence[str] = (),
+        low: float | None = None,
+        high: float | None = None,
+        repeated: bool = False,
+        is_flag: bool = False,
+        file_flags: Sequence[str] = (),
+    ) -> None:
+        self.flags = flags
+        self.help = help
+        self.read = read
+        self.choices = tuple(choices)
+        self.low = low
+        self.high = high
+        self.repeated = repeated
+        self.is_flag = is_flag
+        self.file_flags = tuple(file_flags)
+
+    def check(self, name: str, value: Any) -> Any:
+        """Return ``value`` if it may be; raises UsageError saying what may."""
+        if self.choices and value not in self.choices:
+            raise UsageError(f"{name} is {value!r}: choose {', '.join(self.choices)}")
+        if self.read is int or self.read is float:
+            self._check_number(name, value)
+        return value
+
+    def _check_number(self, name: str, value: Any) -> None:
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if not is_number or (self.read is int and value != int(value)):
+            raise UsageError(
+                f"{name} is {value!r}: it must be a {'whole ' if self.read is int else ''}number"
+            )
+        if self.low is not None and value < self.low:
+            raise UsageError(f"{name} is {value}: it must be at least {self.low:g}")
+        if self.high is not None and value > self.high:
+            raise UsageError(f"{name} is {value}: it must be at most {self.high:g}")
+
+
+_RAM_BUDGET = Opt(
+    "--ram-budget", read=parse_size, help="memory for experts: 512MiB, 2G, 40% of them, or auto"
+)
+_MODE = Opt("--mode", choices=MODES, help="experts per token: exact all, little fewer, big-little both")
+_GAMMA = Opt("--gamma", read=float, low=0, help="big-little: run a token again below this probability")
+_LITTLE_K = Opt("--little-k", read=int, low=1, help="experts of a little token (default: half the top-k)")
+_SEED = Opt("-s", "--seed", read=int, low=-1, help="random seed, -1: a new one for every answer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """How a model is loaded."""
+
+    ram_budget: Annotated[str | int | Size, _RAM_BUDGET] = "auto"
+    mode: Annotated[str, _MODE] = "exact"
+    gamma: Annotated[float, _GAMMA] = 0.7
+    little_k: Annotated[int | None, _LITTLE_K] = None
+    n_ctx: Annotated[
+        int | None,
+        Opt("-c", "--ctx-size", read=int, low=0, help="context, 0: the model's (default: that, up to 4096)"),
+    ] = None
+    n_batch: Annotated[int, Opt("-b", "--batch-size", read=int, low=1, help="prompt tokens per call")] = 512
+    n_ubatch: Annotated[int, Opt("-ub", "--ubatch-size", read=int, low=1, help="tokens per graph")] = 512
+    threads: Annotated[
+        int | None, Opt("-t", "--threads", read=int, low=1, help="threads that generate (default: the cores)")
+    ] = None
+    threads_batch: Annotated[
+        int | None, Opt("-tb", "--threads-batch", read=int, low=1, help="... and that process prompts")
+    ] = None
+    io_threads: Annotated[
+        int | None, Opt("--io-threads", read=int, low=1, help="threads that read experts (default: few)")
+    ] = None
+    io: Annotated[str, Opt("--io", choices=tuple(IO), help="how experts are read from the file")] = "auto"
+    eviction: Annotated[
+        str, Opt("--eviction", choices=tuple(EVICTION), help="which expert leaves memory first")
+    ] = "lru"
+    flash_attn: Annotated[
+        bool, Opt("-fa", "--flash-attn", is_flag=True, help="flash attention: smaller compute buffers")
+    ] = False
+    seed: Annotated[int | None, _SEED] = None
+    verbose: Annotated[bool, Opt("-v", "--verbose", is_flag=True, help="show the engine's log")] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions:
+    """How one answer is generated. Mode, gamma, little_k and seed: None means as loaded."""
+
+    max_tokens: Annotated[
+        int | None,
+        Opt(
+            *("-n", "--n-predict", "--predict", "--max-tokens"),
+            read=int,
+            low=-1,
+            help="tokens at most, -1: until the model ends or the context is full (default)",
+        ),
+    ] = None
+    temperature: Annotated[
+        float, Opt("--temp", "--temperature", read=float, low=0, help="0: always the likeliest token")
+    ] = 0.8
+    top_k: Annotated[int, Opt("--top-k", read=int, low=0, help="keep the k likeliest tokens, 0: all")] = 40
+    top_p: Annotated[
+        float, Opt("--top-p", read=float, low=0, high=1, help="keep the likeliest of this total probability")
+    ] = 0.95
+    min_p: Annotated[
+        float, Opt("--min-p", read=float, low=0, high=1, help="keep tokens of this share of the likeliest")
+    ] = 0.05
+    typical_p: Annotated[
+        float, Opt("--typical", "--typical-p", read=float, low=0, high=1, help="locally typical, 1: off")
+    ] = 1.0
+    repeat_penalty: Annotated[
+        float, Opt("--repeat-penalty", read=float, low=0, help="penalise repeated tokens, 1: off")
+    ] = 1.0
+    presence_penalty: Annotated[
+        float, Opt("--presence-penalty", read=float, low=-100, high=100, help="penalise tokens used, 0: off")
+    ] = 0.0
+    frequency_penalty: Annotated[
+        float, Opt("--frequency-penalty", read=float, low=-100, high=100, help="... by how often, 0: off")
+    ] = 0.0
+    seed: Annotated[int | None, _SEED] = None
+    stop: Annotated[
+        str | Sequence[str] | None,
+        Opt("--stop", "-r", "--reverse-prompt", repeated=True, help="text that ends the answer; repeatable"),
+    ] = None
+    grammar: Annotated[
+        str | None, Opt("--grammar", file_flags=("--grammar-file",), help="GBNF grammar the answer follows")
+    ] = None
+    json_schema: Annotated[
+        str | dict[str, Any] | None,
+        Opt(
+            *("-j", "--json-schema"),
+            file_flags=("-jf", "--json-schema-file"),
+            help="JSON schema the answer follows, {} for any JSON",
+        ),
+    ] = None
+    mode: Annotated[str | None, _MODE] = None
+    gamma: Annotated[float | None, _GAMMA] = None
+    little_k: Annotated[int | None, _LITTLE_K] = None
+    cache_prompt: Annotated[
+        bool, Opt("--no-cache-prompt", is_flag=True, help="compute the whole prompt, reuse no context")
+    ] = True
+
+
+@functools.cache
+def declared(options: type[Any]) -> dict[str, Opt]:
+    """The declarations of LoadOptions or GenerateOptions, by name."""
+    hints = typing.get_type_hints(options, include_extras=True)
+    return {item.name: hints[item.name].__metadata__[0] for item in dataclasses.fields(options)}
+
+
+def defaults(options: type[Any]) -> dict[str, Any]:
+    """The default of every option, by name."""
+    return {item.name: item.default for item in dataclasses.fields(options)}
+
+
+def make_options(options: type[Options], values: dict[str, Any], base: Options | None = None) -> Options:
+    """Check keywords and make the options of them, on top of ``base``.
+
+    Raises UsageError for an unknown name (suggesting the nearest) or a value that it cannot have.
+    """
+    known, default = declared(options), defaults(options)
+    for name, value in values.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {near[0]}?" if near else f": there are {', '.join(known)}"
+            raise UsageError(f"unknown option {name!r}{hint}")
+        if not (value is None and default[name] is None):
+            known[name].check(name, value)
+    return options(**(vars(base) if base is not None else {}) | values)
+
+
+def takes(options: type[Any]) -> Callable[[Function], Function]:
+    """Show the declared options in the signature of a function that ends in ``**options``."""
+
+    def decorate(function: Function) -> Function:
+        own = inspect.signature(function)
+        fixed = [item for item in own.parameters.values() if item.kind is not item.VAR_KEYWORD]
+        names = {item.name for item in fixed}
+        keywords = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
+            for name, default in defaults(options).items()
+            if name not in names
+        ]
+        function.__signature__ = own.replace(parameters=[*fixed, *keywords])  # type: ignore[attr-defined]
+        return function
+
+    return decorate

@@ -1,0 +1,42 @@
+"""Where files live: XDG directories, read from the environment at each call and never created here."""
+
+import os
+from pathlib import Path
+
+APP = "mobile-gguf"
+
+
+def _xdg(variable: str, *fallback: str) -> Path:
+    # the specification says that a relative path is invalid and must be ignored
+    value = os.environ.get(variable, "")
+    base = Path(value) if os.path.isabs(value) else Path.home().joinpath(*fallback)
+    return base / APP
+
+
+def cache_dir() -> Path:
+    """What can be made again: `$XDG_CACHE_HOME/mobile-gguf`, by default `~/.cache/mobile-gguf`."""
+    return _xdg("XDG_CACHE_HOME", ".cache")
+
+
+def data_dir() -> Path:
+    """What the user would miss: `$XDG_DATA_HOME/mobile-gguf`, by default `~/.local/share/mobile-gguf`."""
+    return _xdg("XDG_DATA_HOME", ".local", "share")
+
+
+def config_dir() -> Path:
+    """Settings: `$XDG_CONFIG_HOME/mobile-gguf`, by default `~/.config/mobile-gguf`."""
+    return _xdg("XDG_CONFIG_HOME", ".config")
+
+
+def models_dir() -> Path:
+    """GGUF files made or fetched by this package."""
+    return data_dir() / "models"
+
+
+def engine_cache_dir() -> Path:
+    """Engine source, builds and wheels: `$MOBILE_GGUF_ENGINE_CACHE`, by default `cache_dir()`.
+
+    The variable keeps builds, which cost minutes, apart from a cache that is thrown away (tests, CI).
+    """
+    value = os.environ.get("MOBILE_GGUF_ENGINE_CACHE", "")
+    return Path(value) if os.path.isabs(value) else cache_dir()

@@ -1,0 +1,82 @@
+"""Byte sizes as people write them: ``512MiB``, ``2G``, ``40%``, ``auto``."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+from .errors import UsageError
+
+KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
+
+# As in GNU coreutils: K and KiB are powers of 1024, KB is a power of 1000.
+_UNITS = {
+    "": 1, "b": 1,
+    "k": KIB, "ki": KIB, "kib": KIB, "kb": 10**3,
+    "m": MIB, "mi": MIB, "mib": MIB, "mb": 10**6,
+    "g": GIB, "gi": GIB, "gib": GIB, "gb": 10**9,
+    "t": TIB, "ti": TIB, "tib": TIB, "tb": 10**12,
+}  # fmt: skip
+_PATTERN = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*([a-zA-Z]*|%)")
+
+
+@dataclass(frozen=True)
+class Size:
+    """A byte count, a share of something not yet known, or ``auto`` (both None).
+
+    ``n_bytes`` is in bytes, ``fraction`` in (0, 1].
+    """
+
+    n_bytes: int | None = None
+    fraction: float | None = None
+
+    @property
+    def is_auto(self) -> bool:
+        return self.n_bytes is None and self.fraction is None
+
+    def __str__(self) -> str:
+        if self.fraction is not None:
+            return f"{self.fraction * 100:g}%"
+        return "auto" if self.n_bytes is None else format_bytes(self.n_bytes)
+
+
+AUTO = Size()
+
+
+def parse_size(value: str | int | Size) -> Size:
+    """Read a size: bytes as an int, ``512MiB``, ``2G``, ``2GB`` (10^9), ``40%`` or ``auto``.
+
+    Raises UsageError for anything else, for zero and for shares above 100%.
+    """
+    if isinstance(value, Size):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        if value <= 0:
+            raise UsageError(f"a size must be more than 0 bytes, not {value}")
+        return Size(n_bytes=value)
+    text = value.strip() if isinstance(value, str) else ""
+    if text.lower() == "auto":
+        return AUTO
+    match = _PATTERN.fullmatch(text)
+    if match is None or (match[2] != "%" and match[2].lower() not in _UNITS):
+        raise UsageError(f"{value!r} is not a size: write bytes, 512MiB, 2G, 40% or auto")
+    number = float(match[1])
+    if match[2] == "%":
+        if not 0 < number <= 100:
+            raise UsageError(f"{value!r} is not a share: write more than 0% and at most 100%")
+        return Size(fraction=number / 100)
+    if not math.isfinite(number):
+        raise UsageError(f"{value!r} is not a size: the number is too large")
+    n_bytes = int(number * _UNITS[match[2].lower()])
+    if n_bytes <= 0:
+        raise UsageError(f"{value!r} is not a size: write at least one byte")
+    return Size(n_bytes=n_bytes)
+
+
+def format_bytes(n_bytes: int | float) -> str:
+    """Bytes for people, in binary units: ``512 B``, ``12.3 MiB``, ``2.00 GiB``."""
+    for unit, name, digits in ((TIB, "TiB", 2), (GIB, "GiB", 2), (MIB, "MiB", 1), (KIB, "KiB", 1)):
+        if abs(n_bytes) >= unit:
+            return f"{n_bytes / unit:.{digits}f} {name}"
+    return f"{int(n_bytes)} B"

@@ -1,0 +1,90 @@
+"""Every test has directories of its own, and a scripted engine where it does not need the real one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_backend import FakeBackend, fake_info
+
+from mobile_gguf import loading
+from mobile_gguf import model as model_module
+from mobile_gguf.model import Model
+from mobile_gguf.options import LoadOptions
+from mobile_gguf.paths import cache_dir, data_dir, engine_cache_dir
+
+# The user's own directories, looked up before any test is given others: the engine and the demo model
+# are built there once and cost minutes.
+REAL_ENGINE_CACHE = engine_cache_dir()
+REAL_CACHE = cache_dir()
+REAL_DATA = data_dir()
+
+_DIRECTORIES = {
+    "XDG_CACHE_HOME": "cache",
+    "XDG_DATA_HOME": "data",
+    "XDG_CONFIG_HOME": "config",
+    "XDG_STATE_HOME": "state",
+    "HF_HOME": "hf",
+    "HF_HUB_CACHE": "hf/hub",
+    "HUGGINGFACE_HUB_CACHE": "hf/hub",
+}
+
+
+@pytest.fixture(autouse=True)
+def own_directories(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Points every XDG and Hugging Face directory at a new one; the engine's cache stays the user's."""
+    root = tmp_path_factory.mktemp("home")
+    for variable, name in _DIRECTORIES.items():
+        monkeypatch.setenv(variable, str(root / name))
+    monkeypatch.setenv("MOBILE_GGUF_ENGINE_CACHE", str(REAL_ENGINE_CACHE))
+    return root
+
+
+@pytest.fixture
+def real_data(own_directories: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Gives a test the user's own models, for tests with the real demo model."""
+    monkeypatch.setenv("XDG_DATA_HOME", str(REAL_DATA.parent))
+    return REAL_DATA
+
+
+@pytest.fixture(scope="session")
+def demo_gguf() -> Path:
+    """The real demo model, built if this machine has none."""
+    pytest.importorskip("gguf")
+    from mobile_gguf.demo import ensure_demo
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_DATA_HOME", str(REAL_DATA.parent))
+        patch.setenv("XDG_CACHE_HOME", str(REAL_CACHE.parent))
+        return ensure_demo()
+
+
+@pytest.fixture
+def fake_model() -> Iterator[Callable[..., Model]]:
+    """Makes Models over the scripted engine: ``fake_model(backend, info=..., **load_options)``."""
+    made: list[Model] = []
+
+    def make(backend: FakeBackend | None = None, *, info: Any = None, **options: Any) -> Model:
+        made.append(Model(backend or FakeBackend(), info or fake_info(), LoadOptions(**options)))
+        return made[-1]
+
+    yield make
+    for model in made:
+        model.close()
+
+
+@pytest.fixture
+def fake_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., FakeBackend]:
+    """Makes ``load`` (and so the CLI) open the scripted engine for the model file it returns the path of."""
+
+    def install(backend: FakeBackend | None = None, **facts: Any) -> FakeBackend:
+        used = backend or FakeBackend()
+        info = fake_info(**facts)
+        monkeypatch.setattr(loading, "open_backend", lambda _info, _options: (used, []))
+        monkeypatch.setattr(model_module, "read_gguf_info", lambda _path: info)
+        monkeypatch.setattr(model_module, "resolve_model", lambda name, _progress=None: Path(str(name)))
+        return used
+
+    return install
