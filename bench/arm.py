@@ -83,6 +83,7 @@ class ArmRun:
     error: str = ""
     bandwidth: float = 0.0  # bytes/s, measured beside this run
     cached_bytes_before: int | None = None
+    load_average: float | None = None  # of the machine, over the minute before the run's end
     ids: list[tuple[int, list[list[int]]]] | None = None  # only where they were asked for
 
     @property

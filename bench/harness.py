@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import statistics
 import sys
@@ -22,7 +23,7 @@ from .disk import drop_page_cache, measure_bandwidth
 from .geometry import ModelShape, scale_model
 from .hardware import describe_hardware, n_cpus
 from .plan import BenchOptions, plan_arms
-from .report import Report, describe_model, how_measured, make_rows
+from .report import Report, describe_model, doubts, how_measured, make_rows
 from .routing import check_routing
 from .sweep import SweepChoices, default_threads, stock_load_modes, sweep
 from .synthetic import synthesise_trace
@@ -69,6 +70,7 @@ def run_benchmark(options: BenchOptions, narrate: Narrate) -> Report:
     arms = _sweep_all(arms, options, runner, shape, report, narrate)
     _run_rounds(arms, options, runner, shape, report, narrate)
     report.rows = make_rows(arms, report.runs, trace, shape, runner.little_k, options.tokens)
+    report.notes.extend(doubts(report, shape.file_bytes, os.cpu_count() or 1))
     report.notes.append(how_measured(options, report))
     return report
 
@@ -172,6 +174,7 @@ def _run_rounds(
             cached = drop_page_cache(runner.model)
             result = runner.run(arm, options.tokens, options.arm_limit_s)
             result.cached_bytes_before = cached
+            result.load_average = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
             after = bandwidth()
             result.bandwidth = statistics.fmean([before, after])
             before = after

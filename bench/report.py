@@ -89,6 +89,21 @@ def describe_model(shape: ModelShape) -> str:
     )
 
 
+def doubts(report: Report, file_bytes: int, n_cpus: int) -> list[str]:
+    """What a reader should hold against the numbers: a busy machine, a cache that was not empty."""
+    runs = [run for some in report.runs.values() for run in some]
+    notes = []
+    loads = [run.load_average for run in runs if run.load_average is not None]
+    if loads and max(loads) > n_cpus + 1:
+        notes.append(
+            f"the machine was busy with other work: load average up to {max(loads):.1f} on {n_cpus} cores"
+        )
+    cached = max((run.cached_bytes_before or 0 for run in runs), default=0)
+    if cached > file_bytes / 100:
+        notes.append(f"up to {format_bytes(cached)} of the model stayed in the page cache before a run")
+    return notes
+
+
 def how_measured(options: BenchOptions, report: Report) -> str:
     """One line on the method; docs/measurements.md has the rest."""
     slack = format_bytes(options.slack_bytes)

@@ -87,14 +87,12 @@ def read_trace(path: Path) -> Trace:
             missing = [name for name in _COLUMNS if name not in (reader.fieldnames or ())]
             if missing:
                 raise TraceError(f"{path} is not a routing trace: it has no column {', '.join(missing)}")
-            for row in reader:
+            for number, row in enumerate(reader, start=1):
                 try:
                     for name in _COLUMNS:
                         rows[name].append(float(row[name]) if name == "weight" else int(row[name]))
                 except (TypeError, ValueError):
-                    raise TraceError(
-                        f"{path}: routed row {len(rows['step']) + 1} is damaged: {dict(row)}"
-                    ) from None
+                    raise TraceError(f"{path}: row {number} is damaged: {dict(row)}") from None
     except FileNotFoundError:
         raise TraceError(f"no trace at {path}") from None
     except (OSError, EOFError, UnicodeDecodeError) as error:

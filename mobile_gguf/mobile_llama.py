@@ -24,6 +24,10 @@ from .errors import EngineError, ExpertReadError, MobileError, UsageError
 from .llama_log import clear_errors, last_errors
 
 
+# A prompt that is all in the context already is computed anew from here before its end.
+_MIN_PROMPT = 2
+
+
 class MobileLlama(Llama):
     """A Llama whose single-token steps run little, big, or little with fallback.
 
@@ -53,6 +57,15 @@ class MobileLlama(Llama):
     def generate(self, tokens: Sequence[int], *args: Any, **options: Any) -> Generator[int, Any, None]:  # type: ignore[override]
         """Llama.generate, whose first evaluation counts as the prompt however short it is."""
         self._prompt_pending = True
+        self._limit_reuse(list(tokens))
+        try:
+            yield from super().generate(tokens, *args, **options)
+        finally:
+            self._sampler = None
+            self._prompt_pending = False
+
+    def _limit_reuse(self, prompt: list[int]) -> None:
+        """Forget what an earlier answer left in the context and this prompt must not build on."""
         if self.policy.always_big and self._little_rows[: self.n_tokens].any():
             # Rows that a little pass wrote must not be reused for an exact answer.
             self.n_tokens = int(self._little_rows.argmax())
@@ -60,11 +73,12 @@ class MobileLlama(Llama):
         if self.last_pass is not Pass.BIG:
             # The logits at hand are not a big pass's, and the first token after a prompt is.
             self._requires_eval = True
-        try:
-            yield from super().generate(tokens, *args, **options)
-        finally:
-            self._sampler = None
-            self._prompt_pending = False
+        at_hand = not self._requires_eval and self._input_ids.tolist() == prompt
+        if self.can_step_back and not at_hand and self.n_tokens > len(prompt) - _MIN_PROMPT:
+            # One token alone runs through other kernels than a prompt does, and the last digits of its
+            # logits differ: the same question with the same seed would get another answer.
+            self.n_tokens = max(0, len(prompt) - _MIN_PROMPT)
+            self._requires_eval = True
 
     def eval(self, tokens: Sequence[int]) -> None:
         """Run tokens at the next positions: several, or a prompt's, big; a single one as the policy says."""

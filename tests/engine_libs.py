@@ -89,7 +89,10 @@ def source_tree() -> Path:
     """Folder of the pinned llama.cpp."""
     if named := os.environ.get("MOBILE_GGUF_SOURCE"):
         return Path(named) / "vendor" / "llama.cpp"
-    _missing("the pinned source", "set MOBILE_GGUF_SOURCE")
+    from mobile_gguf.vendor.pin import load_pin
+    from mobile_gguf.vendor.source import unpacked_source
+
+    return unpacked_source(load_pin()) / "vendor" / "llama.cpp"
 
 
 def child_environment(lib: Path, **extra: str) -> dict[str, str]:

@@ -11,7 +11,6 @@ import itertools
 import json
 import logging
 import os
-import shutil
 import sys
 import tempfile
 import time
@@ -152,7 +151,9 @@ def convert(spec: dict[str, Any], folder: Path, out: Path) -> None:
                     data = data / scale[:, None, None]
                 yield new_name, data
 
-    Tiny(folder, ftypes[spec["outtype"]], out, eager=True).write()
+    Tiny(
+        folder, ftypes[spec["outtype"]], out, eager=True, split_max_tensors=spec["split_max_tensors"]
+    ).write()
 
 
 def quantize(source: Path, out: Path, ftype: str) -> None:
@@ -182,37 +183,34 @@ def reference_logits(spec: dict[str, Any], model: torch.nn.Module) -> dict[str, 
     return logits
 
 
-def build(spec: dict[str, Any], out_gguf: Path, out_reference: Path | None) -> None:
-    """Writes `out_gguf` and `out_reference` (npz: tokens, k<K> logits); neither appears half-written."""
-    with tempfile.TemporaryDirectory(dir=out_gguf.parent) as scratch:
-        folder = Path(scratch) / "checkpoint"
-        model = make_checkpoint(spec, folder)
-        converted = Path(scratch) / "model.gguf"
-        convert(spec, folder, converted)
+def build(spec: dict[str, Any], target: Path) -> None:
+    """Makes the folder `target`: model.gguf (or its parts) and maybe reference.npz (tokens, k<K> logits)."""
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        checkpoint, result = Path(scratch) / "checkpoint", Path(scratch) / "result"
+        result.mkdir()
+        model = make_checkpoint(spec, checkpoint)
         if spec["quantize"]:
-            source, converted = converted, Path(scratch) / "quantized.gguf"
-            quantize(source, converted, spec["quantize"])
-        if out_reference is not None:
-            arrays = reference_logits(spec, model)
-            with (Path(scratch) / "reference.npz").open("wb") as f:
-                np.savez(f, **arrays)  # type: ignore[arg-type]
-            os.replace(f.name, out_reference)
-        shutil.move(converted, out_gguf)
+            convert(spec, checkpoint, Path(scratch) / "model.gguf")
+            quantize(Path(scratch) / "model.gguf", result / "model.gguf", spec["quantize"])
+        else:
+            convert(spec, checkpoint, result / "model.gguf")
+        if spec["reference_k"]:
+            np.savez(result / "reference.npz", **reference_logits(spec, model))  # type: ignore[arg-type]
+        os.replace(result, target)  # it appears whole or not at all
 
 
 def main() -> int:
-    """Builds {"models": [{"spec": ..., "gguf": path, "reference": path or null}]}; a failure names its model."""
+    """Builds {"models": [{"spec": ..., "folder": path, "error": path}]}; a failure is told in the error file."""
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
     torch.set_num_threads(1)  # these tensors are too small to share
     failed = 0
     for entry in json.load(sys.stdin)["models"]:
         started = time.monotonic()
-        reference = Path(entry["reference"]) if entry["reference"] else None
         try:
-            build(entry["spec"], Path(entry["gguf"]), reference)
-        except Exception as error:  # reported per model, so that one family does not hide the others
+            build(entry["spec"], Path(entry["folder"]))
+        except Exception as error:  # one family must not hide the others
             logging.exception("building %s failed", entry["spec"]["name"])
-            Path(entry["gguf"]).with_suffix(".error").write_text(f"{type(error).__name__}: {error}")
+            Path(entry["error"]).write_text(f"{type(error).__name__}: {error}")
             failed += 1
         print(f"{entry['spec']['name']}: {time.monotonic() - started:.1f} s", file=sys.stderr)
     return 1 if failed else 0

@@ -1,7 +1,7 @@
 """Tiny random MoE models of many architectures: what they look like, and a cache of their GGUF files.
 
 `path(name)` builds everything that is missing in one worker process (`tiny_build`) and keeps it under
-$MOBILE_GGUF_TEST_CACHE, or the user's cache directory, under a key over all that decides the result.
+$MOBILE_GGUF_TEST_CACHE, or beside the engine's builds, under a key over all that decides the result.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,12 @@ import engine_libs
 import numpy as np
 import pytest
 
+from mobile_gguf.paths import engine_cache_dir
+
 VOCAB = 320
 
-# the user's own cache, looked up before any test moves the XDG directories
-CACHE = Path(
-    os.environ.get("MOBILE_GGUF_TEST_CACHE")
-    or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mobile-gguf" / "test-models"
-)
+# beside the engine's builds: looked up before any test moves the user's directories
+CACHE = Path(os.environ.get("MOBILE_GGUF_TEST_CACHE") or engine_cache_dir() / "test-models")
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,7 @@ class TinyModel:
     outtype: str = "f32"
     quantize: str = ""  # tail of a LLAMA_FTYPE_MOSTLY_ name
     expert_scales: bool = False
+    split_max_tensors: int = 0  # > 0: several files of that many tensors
     mxfp4: bool = False
     reference: bool = False  # Transformers' logits are kept beside the GGUF
     on_demand: bool = False  # built only when asked for by name
@@ -189,6 +189,11 @@ MODELS: dict[str, TinyModel] = {
         _qwen3("qwen3moe-q4_k", config=_QWEN3_256, n_expert=8, quantize="Q4_K_M"),
         _qwen3("qwen3moe-q4_0", config=_QWEN3_256, n_expert=8, quantize="Q4_0"),
         _gpt_oss("gpt-oss-mxfp4", mxfp4=True),
+        # as large models are published: in several files
+        TinyModel(
+            "mixtral-split", "MixtralConfig", "MixtralForCausalLM", _MIXTRAL, 2, n_expert=8,
+            outtype="f16", split_max_tensors=20,
+        ),
         # experts that outweigh everything else in the process (200 MB), for memory limits
         TinyModel(
             "bulky", "Qwen3MoeConfig", "Qwen3MoeForCausalLM", _BULKY, 2, n_layer_moe=8, n_expert=32,
@@ -212,21 +217,25 @@ def _key(model: TinyModel) -> str:
     return digest.hexdigest()[:16]
 
 
-def _gguf(model: TinyModel) -> Path:
-    return CACHE / f"{model.name}-{_key(model)}.gguf"
+def _folder(model: TinyModel) -> Path:
+    """Where a model's files lie: one .gguf (or its parts), and the reference logits."""
+    return CACHE / f"{model.name}-{_key(model)}"
+
+
+def _gguf(model: TinyModel) -> Path | None:
+    """The GGUF, the first of its parts if there are several; None if it is not built."""
+    return min(_folder(model).glob("*.gguf"), default=None)
 
 
 def _build(models: list[TinyModel]) -> str:
-    """Builds `models` in one process and returns its narration; their files or .error texts exist afterwards."""
+    """Builds `models` in one process and returns its narration; what failed says so in an .error file."""
     CACHE.mkdir(parents=True, exist_ok=True)
     source = engine_libs.source_tree()
     entries = []
     for model in models:
-        gguf = _gguf(model)
-        gguf.with_suffix(".error").unlink(missing_ok=True)
+        _error(model).unlink(missing_ok=True)
         spec = asdict(model) | {"reference_k": [model.top_k, model.little_k] if model.reference else []}
-        reference = str(gguf.with_suffix(".npz")) if model.reference else None
-        entries.append({"spec": spec, "gguf": str(gguf), "reference": reference})
+        entries.append({"spec": spec, "folder": str(_folder(model)), "error": str(_error(model))})
     # the converter and the gguf package it was released with come first
     python_path = [str(source), str(source / "gguf-py"), os.environ.get("PYTHONPATH", "")]
     environment = engine_libs.child_environment(
@@ -237,29 +246,32 @@ def _build(models: list[TinyModel]) -> str:
         input=json.dumps({"models": entries}), text=True, capture_output=True, env=environment, check=False,
     )  # fmt: skip
     for model in models:
-        gguf = _gguf(model)
-        if not gguf.exists() and not gguf.with_suffix(".error").exists():
-            gguf.with_suffix(".error").write_text(done.stderr[-3000:])
+        if _gguf(model) is None and not _error(model).exists():
+            _error(model).write_text(done.stderr[-3000:])
     return done.stderr
 
 
-@lru_cache(maxsize=None)
+def _error(model: TinyModel) -> Path:
+    return _folder(model).with_suffix(".error")
+
+
+@cache
 def path(name: str) -> Path:
     """The GGUF of a tiny model; skips where torch or Transformers is missing, fails if it cannot be built."""
     for package in ("torch", "transformers"):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed: pip install 'mobile-gguf[convert]'")
     model = MODELS[name]
-    if not _gguf(model).exists():
+    if _gguf(model) is None:
         wanted = [model] if model.on_demand else [m for m in MODELS.values() if not m.on_demand]
-        _build([m for m in wanted if not _gguf(m).exists()])
+        _build([m for m in wanted if _gguf(m) is None])
     gguf = _gguf(model)
-    if not gguf.exists():
-        pytest.fail(f"the tiny model {name} was not built: {gguf.with_suffix('.error').read_text()}")
+    if gguf is None:
+        pytest.fail(f"the tiny model {name} was not built: {_error(model).read_text()}")
     return gguf
 
 
 def reference(name: str) -> dict[str, np.ndarray]:
     """Transformers' logits: tokens [n], and k<K> [n, n_vocab] for all experts and for half of them."""
-    with np.load(path(name).with_suffix(".npz")) as arrays:
+    with np.load(path(name).with_name("reference.npz")) as arrays:
         return dict(arrays)

@@ -185,7 +185,10 @@ def _pip_wheel(
 
 
 def _build_environment(recipe: Recipe, tools: Toolchain, tree: Path) -> dict[str, str]:
-    environ = source.git_environment(tree) | {"PATH": toolchain.search_path()}
+    # named, because cmake and scikit-build-core would each choose by rules of their own, and the stock
+    # library is compared bit for bit
+    compilers = {"CC": tools.c_compiler, "CXX": tools.cxx_compiler} if tools.cxx_compiler else {}
+    environ = compilers | source.git_environment(tree) | {"PATH": toolchain.search_path()}
     if "cuda" in recipe.options.backends:
         environ["CUDACXX"] = toolchain.cuda_compiler()
     return environ

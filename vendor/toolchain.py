@@ -88,7 +88,7 @@ def compiler_version(environ: Mapping[str, str] = os.environ) -> str:
 def _check_cmake(cmake: str) -> None:
     found = re.search(r"version (\d+)\.(\d+)", process.capture([cmake, "--version"]))
     if not found:
-        raise EngineBuildError(f"{cmake} does not run: repair or remove it, or `pip install cmake`")
+        raise EngineBuildError(f"`{cmake} --version` fails: repair it, or `pip install cmake` and remove it")
     if (int(found[1]), int(found[2])) < CMAKE_MINIMUM:
         wanted = ".".join(map(str, CMAKE_MINIMUM))
         raise EngineBuildError(

@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
         for path in write_report(report, args.out):
             _narrate(f"wrote {path}")
     print(json.dumps(report.to_json()) if args.json else report.to_text())
-    return 0
+    return 1 if any(row.errors for row in report.rows) else 0
 
 
 def _simulate(args: argparse.Namespace, budgets: tuple[str, ...]) -> int:

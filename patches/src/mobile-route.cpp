@@ -142,8 +142,8 @@ static void route_ids(ggml_tensor * dst, int ith, int nth, void * userdata) {
     const std::vector<mobile_need> needs = collect_needs(ctx, dst, store.layers[layer].n_expert);
     store.request(layer, needs);
 
-    // a long batch needs nearly all of the next layer as well
-    if (n_tokens > LASTING_TOKENS && 2*needs.size() >= (size_t) store.layers[layer].n_expert && layer + 1 < (int32_t) store.layers.size()) {
+    // a batch that needs nearly all of this layer needs nearly all of the next one
+    if (n_tokens > LASTING_TOKENS && 10*needs.size() >= 9*(size_t) store.layers[layer].n_expert && layer + 1 < (int32_t) store.layers.size()) {
         store.read_ahead(layer + 1);
     }
 }

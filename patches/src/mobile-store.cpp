@@ -267,8 +267,8 @@ void mobile_store::evict(uint32_t expert) {
     count.n_evictions++;
 }
 
-// the expert to evict for a slot of class cls; -1: none that may go
-int64_t mobile_store::find_victim(int32_t cls, slot_use use, double now) const {
+// the expert to evict for a slot of a layer; -1: none that may go
+int64_t mobile_store::find_victim(int32_t layer, slot_use use, double now) const {
     int64_t first = -1;
     int     n     = 0;
     for (const auto & [key, expert] : evictable) {
@@ -280,10 +280,13 @@ int64_t mobile_store::find_victim(int32_t cls, slot_use use, double now) const {
                 break;
             }
         }
+        if (use == SLOT_AHEAD && x.layer == layer) {
+            continue; // it is what is being read ahead
+        }
         if (use == SLOT_PREFETCH && x.last_use >= now) {
             break;
         }
-        if (layers[x.layer].cls == cls) {
+        if (layers[x.layer].cls == layers[layer].cls) {
             return expert;
         }
         if (first < 0) {
@@ -296,8 +299,8 @@ int64_t mobile_store::find_victim(int32_t cls, slot_use use, double now) const {
     return first;
 }
 
-bool mobile_store::take_slot(locked & lock, int32_t cls, slot_use use, double now, int32_t & slot) {
-    mobile_slot_class & c = classes[cls];
+bool mobile_store::take_slot(locked & lock, int32_t layer, slot_use use, double now, int32_t & slot) {
+    mobile_slot_class & c = classes[layers[layer].cls];
     for (;;) {
         if (!c.free.empty()) {
             slot = c.free.back();
@@ -325,7 +328,7 @@ bool mobile_store::take_slot(locked & lock, int32_t cls, slot_use use, double no
             committed -= other->slot_bytes;
             continue;
         }
-        const int64_t victim = find_victim(cls, use, now);
+        const int64_t victim = find_victim(layer, use, now);
         if (victim >= 0) {
             evict((uint32_t) victim);
             continue;
@@ -559,7 +562,7 @@ void mobile_store::request(int32_t layer, const std::vector<mobile_need> & needs
     for (uint32_t expert : misses) {
         int32_t slot = -1;
         // the budget holds a layer, and only this one is pinned
-        GGML_ASSERT(take_slot(lock, l.cls, SLOT_DEMAND, 0.0, slot));
+        GGML_ASSERT(take_slot(lock, layer, SLOT_DEMAND, 0.0, slot));
         begin_load(expert, slot, false);
     }
     queue_reads(misses, demand);
@@ -578,7 +581,7 @@ void mobile_store::read_ahead(int32_t layer) {
         if (x.state != MOBILE_NOT_RESIDENT) {
             continue;
         }
-        if (!take_slot(lock, l.cls, SLOT_AHEAD, 0.0, slot)) {
+        if (!take_slot(lock, layer, SLOT_AHEAD, 0.0, slot)) {
             break;
         }
         mobile_need need;
@@ -605,7 +608,7 @@ int32_t mobile_store::prefetch(int32_t layer, const int32_t * ids, size_t n_ids,
         if (x.state != MOBILE_NOT_RESIDENT) {
             continue;
         }
-        if (!take_slot(lock, l.cls, SLOT_PREFETCH, now, slot)) {
+        if (!take_slot(lock, layer, SLOT_PREFETCH, now, slot)) {
             break;
         }
         x.last_use   = now;
@@ -645,7 +648,7 @@ const char * mobile_store::resolve(int32_t layer, int32_t piece, int64_t expert,
     if (x.state == MOBILE_NOT_RESIDENT && !x.pinned) {
         // not requested by the route op: a graph of somebody else's. load it as a need of this layer
         int32_t slot = -1;
-        if (take_slot(lock, l.cls, SLOT_DEMAND, 0.0, slot)) {
+        if (take_slot(lock, layer, SLOT_DEMAND, 0.0, slot)) {
             x.pinned = true;
             pinned.push_back(id);
             count.n_misses++;
@@ -658,8 +661,7 @@ const char * mobile_store::resolve(int32_t layer, int32_t piece, int64_t expert,
         }
     }
     while ((state = x.piece_state[piece].load(std::memory_order_acquire)) < MOBILE_PIECE_READY) {
-        static const bool nohelp = getenv("NOHELP") != nullptr;
-        if (nohelp || !run_one(lock, true)) {
+        if (!run_one(lock, true)) {
             cv_done.wait(lock);
         }
     }

@@ -173,8 +173,8 @@ private:
     const mobile_range & range_of(uint32_t expert, int piece) const;
     uint32_t n_chunks(const mobile_range & range) const;
 
-    bool take_slot   (locked & lock, int32_t cls, slot_use use, double now, int32_t & slot);
-    int64_t find_victim(int32_t cls, slot_use use, double now) const;
+    bool take_slot   (locked & lock, int32_t layer, slot_use use, double now, int32_t & slot);
+    int64_t find_victim(int32_t layer, slot_use use, double now) const;
     void evict       (uint32_t expert);
     void release_slot(mobile_expert & x);
     void list        (uint32_t expert);

@@ -63,7 +63,7 @@ struct mobile_model_info {
     uint64_t budget_min_bytes; // smallest legal budget: the largest layer's experts
     uint64_t budget_all_bytes; // budget at which every expert is resident (a little over expert_bytes: alignment)
     int32_t  n_layer;          // of the model
-    int32_t  n_layer_moe;      // layers with routed experts in the store; 0: a dense model
+    int32_t  n_layer_moe;      // layers with routed experts
     int32_t  n_expert;
     int32_t  n_expert_used;    // top-k
     int32_t  direct_io;        // 1: reads are unbuffered
@@ -96,7 +96,7 @@ LLAMA_API struct mobile_load_params mobile_load_default_params(void);
 // NULL takes them back. the load itself must not map the file (use_mmap = false)
 LLAMA_API int32_t mobile_load_set_params(const struct mobile_load_params * params);
 
-// MOBILE_ERR_STATE if the model was loaded without load parameters
+// MOBILE_ERR_STATE if the model has no expert store: it is dense, or was loaded without load parameters
 LLAMA_API int32_t mobile_model_get_info(const struct llama_model * model, struct mobile_model_info * info);
 
 // state: [n_layer * n_expert] enum mobile_residency, row-major by layer; dense layers are all 0
