@@ -12,7 +12,7 @@ import threading
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any
 
 from mobile_gguf.errors import EngineError
 from mobile_gguf.memory_cap import CgroupError, MemoryCgroup, create_memory_cgroup
@@ -217,7 +217,7 @@ def _end(process: subprocess.Popen[str], patient: bool) -> int:
         return process.wait()
 
 
-def _follow(stdout: TextIO, prompt_limit_s: float, limit_s: float, result: ArmRun) -> bool:
+def _follow(stdout: IO[str], prompt_limit_s: float, limit_s: float, result: ArmRun) -> bool:
     """Take the child's events into ``result``; True if it said it was done. Stops at the limits."""
     lines: queue.Queue[str | None] = queue.Queue()
 

@@ -103,7 +103,7 @@ def _prepare(trace: Trace, shape: ModelShape, libraries: dict[str, Path | None],
     known = model_path(trace, shape).exists()
     if not known:
         narrate(f"writing the model: {describe_model(shape)}")
-    tenths = -1
+    tenths = 0
 
     def progress(done: int, total: int) -> None:
         nonlocal tenths

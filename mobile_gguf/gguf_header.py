@@ -165,10 +165,8 @@ class _Reader:
         self, table: list[tuple[str, tuple[int, ...], int, int]], data_start: int, alignment: int
     ) -> tuple[TensorInfo, ...]:
         sizes = _type_sizes()
-        ends = {}
         offsets = sorted({row[3] for row in table})
-        for here, after in zip(offsets, [*offsets[1:], max(0, self.size - data_start)], strict=True):
-            ends[here] = after
+        ends = dict(zip(offsets, [*offsets[1:], self.size - data_start], strict=False))
         tensors = []
         for name, shape, type_id, offset in table:
             if offset % alignment:

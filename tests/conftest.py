@@ -43,22 +43,24 @@ def own_directories(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytes
 
 
 @pytest.fixture
-def real_data(own_directories: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Gives a test the user's own models, for tests with the real demo model."""
-    monkeypatch.setenv("XDG_DATA_HOME", str(REAL_DATA.parent))
-    return REAL_DATA
+def real_directories(own_directories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gives a test the user's own cache and models, for what costs minutes to make."""
+    _use_real_directories(monkeypatch)
 
 
 @pytest.fixture(scope="session")
 def demo_gguf() -> Path:
     """The real demo model, built if this machine has none."""
-    pytest.importorskip("gguf")
     from mobile_gguf.demo import ensure_demo
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_DATA_HOME", str(REAL_DATA.parent))
-        patch.setenv("XDG_CACHE_HOME", str(REAL_CACHE.parent))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        _use_real_directories(monkeypatch)
         return ensure_demo()
+
+
+def _use_real_directories(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(REAL_CACHE.parent))
+    monkeypatch.setenv("XDG_DATA_HOME", str(REAL_DATA.parent))
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ import numpy as np
 class LoadParams(ctypes.Structure):
     """struct mobile_load_params"""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("budget_bytes", ctypes.c_uint64),
         ("n_io_threads", ctypes.c_int32),
         ("eviction", ctypes.c_int32),
@@ -34,7 +34,7 @@ class LoadParams(ctypes.Structure):
 class ModelInfo(ctypes.Structure):
     """struct mobile_model_info"""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         *((name, ctypes.c_uint64) for name in
           ("expert_bytes", "budget_bytes", "budget_min_bytes", "budget_all_bytes")),
         *((name, ctypes.c_int32) for name in
@@ -45,7 +45,7 @@ class ModelInfo(ctypes.Structure):
 class Counters(ctypes.Structure):
     """struct mobile_counters"""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         (name, ctypes.c_uint64) for name in
         ("n_tokens", "n_tokens_little", "n_hits", "n_misses", "n_evictions", "n_prefetched", "n_prefetch_hits",
          "bytes_read", "bytes_read_demand", "bytes_routed", "stall_us", "resident_bytes", "resident_bytes_peak")
@@ -215,7 +215,12 @@ class Run:
             k = (ctypes.c_int32 * len(op["k"]))(*op["k"])
             status = mobile.mobile_set_batch_n_expert_used(self.ctx, k, len(op["k"]))
             if status != 0:
-                return {"rc": None, "status": status, "error": mobile.mobile_last_error().decode(), "n_done": 0}
+                return {
+                    "rc": None,
+                    "status": status,
+                    "error": mobile.mobile_last_error().decode(),
+                    "n_done": 0,
+                }
         positions = pos if isinstance(pos, list) else list(range(pos, pos + len(tokens)))
         seqs = op.get("seqs", [0] * len(tokens))
         outputs = op.get("outputs", list(range(len(tokens))))

@@ -7,6 +7,7 @@ skips the test that needs it, with the reason.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -122,8 +123,9 @@ def run_job(
         assert process.stdin is not None and process.stdout is not None
         answer: dict[str, Any] = {}
         try:
-            process.stdin.write(json.dumps({"out": str(out), "runs": runs}) + "\n")
-            process.stdin.flush()
+            with contextlib.suppress(BrokenPipeError):  # it died at once; told below
+                process.stdin.write(json.dumps({"out": str(out), "runs": runs}) + "\n")
+                process.stdin.flush()
             for line in process.stdout:
                 answer = json.loads(line)
                 if "pause" in answer:
@@ -134,7 +136,8 @@ def run_job(
         finally:
             process.kill()
             process.wait()
-            process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
             process.stdout.close()
         stderr.seek(0)
         if process.returncode != 0 or "runs" not in answer:

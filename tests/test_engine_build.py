@@ -25,6 +25,8 @@ from mobile_gguf.vendor.recipe import EngineOptions, Recipe
 
 posix_only = pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX shell")
 
+TOOLS = toolchain.Toolchain("cmake", "ninja", "Ninja", "cc", "c++", "cc 1")
+
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -176,7 +178,7 @@ def packed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Path]]:
             before()
 
         monkeypatch.setattr(build, "_pip_wheel", pip_wheel)
-        monkeypatch.setattr(build.toolchain, "find_toolchain", lambda: None)
+        monkeypatch.setattr(build.toolchain, "find_toolchain", lambda: TOOLS)
         return trees
 
     return install_fake
@@ -258,7 +260,7 @@ def test_full_disk_is_seen_before_and_during_a_build(
         raise OSError(errno.ENOSPC, "No space left on device", str(cache))
 
     monkeypatch.setattr(build.source, "copy_source", full)
-    monkeypatch.setattr(build.toolchain, "find_toolchain", lambda: None)
+    monkeypatch.setattr(build.toolchain, "find_toolchain", lambda: TOOLS)
     with pytest.raises(EngineBuildError, match="the disk is full"):
         build.build_wheel(recipe, patches=patches)
 

@@ -11,7 +11,7 @@ import shutil
 import struct
 import subprocess
 import sys
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,8 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = Path(__file__).parent / "shim" / "read_fault.c"
     out = tmp_path_factory.mktemp("shim") / "read_fault.so"
     subprocess.run(
-        [compiler, "-O1", "-Wall", "-Werror", "-shared", "-fPIC", "-o", out, source, "-ldl", "-lpthread"], check=True
+        [compiler, "-O1", "-Wall", "-Werror", "-shared", "-fPIC", "-o", out, source, "-ldl", "-lpthread"],
+        check=True,
     )
     return out
 
@@ -58,12 +59,14 @@ def good(name: str) -> list[dict[str, Any]]:
     ]
 
 
-def run(name: str, model: Path | str, ops: list[dict[str, Any]], budget: int | str | None = "min", **more: Any) -> Any:
+def run(
+    name: str, model: Path | str, ops: list[dict[str, Any]], budget: int | str | None = "min", **more: Any
+) -> Any:
     mobile = None if budget is None else {"budget": budget, **more.pop("mobile", {})}
     return {"name": name, "model": str(model), "mobile": mobile, "ops": ops, **more}
 
 
-@lru_cache(maxsize=None)
+@cache
 def expected() -> engine_libs.Outcome:
     return engine_libs.run_job(
         engine_libs.stock_lib(), [run("r", tiny_models.path(MODEL), good("good"), None)]
@@ -141,11 +144,15 @@ def test_no_single_failed_read_corrupts(shim: Path, budget: str) -> None:
     for i, after in enumerate(places):
         if decodes[i]["rc"] == 0:
             engine_libs.assert_same_bits(
-                outcome.arrays[f"r/{after}-prompt"], expected().arrays["r/good-prompt"], f"read {after} failed"
+                outcome.arrays[f"r/{after}-prompt"],
+                expected().arrays["r/good-prompt"],
+                f"read {after} failed",
             )
             done = steps[i]["n_done"]
             engine_libs.assert_same_bits(
-                outcome.arrays[f"r/{after}-steps"], expected().arrays["r/good-steps"][:done], f"read {after} failed"
+                outcome.arrays[f"r/{after}-steps"],
+                expected().arrays["r/good-steps"][:done],
+                f"read {after} failed",
             )
     assert_good(outcome, "r", "last")
 
@@ -179,7 +186,9 @@ def test_failed_prefetch_does_not_corrupt(shim: Path) -> None:
     assert sum(op["n_spoilt"] for op in outcome.ops("r", "fault")[1::2]) > 0, "no prefetch met the fault"
     right = expected().arrays["r/good-steps"]
     for i in range(len(FOLLOWING)):
-        engine_libs.assert_same_bits(outcome.arrays[f"r/sure-{i}"], right[i : i + 1], f"token {i}, after the fault")
+        engine_libs.assert_same_bits(
+            outcome.arrays[f"r/sure-{i}"], right[i : i + 1], f"token {i}, after the fault"
+        )
         if (again := outcome.arrays[f"r/again-{i}"]).size:
             engine_libs.assert_same_bits(again, right[i : i + 1], f"token {i}, a prefetch of which failed")
 
@@ -301,7 +310,9 @@ def test_load_parameters_last_for_one_load(tmp_path: Path) -> None:
         run("small", path, [], 1), run("after small", path, good("good"), None),
         run("store", path, good("good"), "min"), run("after store", path, good("good"), None),
     ])  # fmt: skip
-    assert [outcome.runs[name]["loaded"] for name in ("missing", "folder", "small", "store")] == [False] * 3 + [True]
+    assert [outcome.runs[name]["loaded"] for name in ("missing", "folder", "small", "store")] == [
+        False
+    ] * 3 + [True]
     for name in ("missing", "folder", "small", "store"):
         assert outcome.runs[f"after {name}"]["info_status"] == ERR_STATE, f"{name} left its parameters behind"
         assert_good(outcome, f"after {name}", "good")
@@ -350,7 +361,15 @@ def test_model_without_store_refuses() -> None:
         {"op": "reset_counters"}, {"op": "trace_start", "path": os.devnull}, {"op": "trace_stop"},
         *good("good"),
     ], None)])  # fmt: skip
-    for kind in ("set_k", "set_batch_k", "prefetch", "counters", "reset_counters", "trace_start", "trace_stop"):
+    for kind in (
+        "set_k",
+        "set_batch_k",
+        "prefetch",
+        "counters",
+        "reset_counters",
+        "trace_start",
+        "trace_stop",
+    ):
         assert outcome.ops("r", kind)[0]["status"] == ERR_STATE, kind
     assert_good(outcome, "r", "good")
 
@@ -362,7 +381,9 @@ def test_model_without_store_refuses() -> None:
 def test_bad_load_parameters_are_refused(settings: dict[str, int]) -> None:
     """Nothing is changed by a refused call: the load after it is a plain one."""
     engine = engine_libs.engine_lib()
-    outcome = engine_libs.run_job(engine, [run("r", tiny_models.path(MODEL), good("good"), 0, mobile=settings)])
+    outcome = engine_libs.run_job(
+        engine, [run("r", tiny_models.path(MODEL), good("good"), 0, mobile=settings)]
+    )
     assert outcome.runs["r"]["set_params"] == ERR_ARGUMENT
     assert outcome.runs["r"]["info_status"] == ERR_STATE
     assert_good(outcome, "r", "good")

@@ -141,6 +141,52 @@ def test_mask_follows_tokens_through_ubatches(kv_unified: bool) -> None:
     assert_close(outcome.arrays["batch/batch"], expected, spec.tolerance, "masked batch")
 
 
+def test_mask_with_few_outputs() -> None:
+    """The last layer computes only tokens with an output; their mask is still their own."""
+    engine = engine_libs.engine_lib()
+    model = "olmoe"
+    spec = tiny_models.MODELS[model]
+    n = 40
+    tokens = engine_libs.tokens(n, 4, tiny_models.VOCAB)
+    mask = [spec.little_k if i % 3 else 0 for i in range(n)]
+    outputs = [2, 3, 17, 18, 39]
+    batch = {"op": "decode", "tokens": tokens, "k": mask}
+    outcome = decoded(engine_libs.run_job(engine, [run("r", model, [
+        {**batch, "save": "all"},
+        {"op": "clear"}, {**batch, "outputs": outputs, "save": "few"},
+        {"op": "clear"}, {**batch, "outputs": []},
+        {"op": "steps", "tokens": tokens[:4], "pos": n, "save": "after-none"},
+        {"op": "clear"}, {**batch, "outputs": [n - 1]},
+        {"op": "steps", "tokens": tokens[:4], "pos": n, "save": "after-last"},
+    ], n_ubatch=16)]))  # fmt: skip
+    arrays = outcome.arrays
+    assert_close(arrays["r/few"], arrays["r/all"][outputs], spec.tolerance, "tokens with an output")
+    engine_libs.assert_same_bits(
+        arrays["r/after-none"], arrays["r/after-last"], "after a batch without outputs"
+    )
+
+
+@pytest.mark.parametrize("n", [3, 6, 9])
+def test_mask_lasts_for_one_decode(n: int) -> None:
+    """Whatever its length: a mask longer than its batch does not reach the next one."""
+    engine = engine_libs.engine_lib()
+    tokens = engine_libs.tokens(12, 8, tiny_models.VOCAB)
+    outcome = engine_libs.run_job(engine, [run("r", "mixtral", [
+        {"op": "decode", "tokens": tokens[:6]}, {"op": "decode", "tokens": tokens[6:], "pos": 6, "save": "big"},
+        {"op": "remove", "pos": 6}, {"op": "set_batch_k", "k": [1] * n},
+        {"op": "decode", "tokens": tokens[6:], "pos": 6, "save": "masked"},
+        {"op": "remove", "pos": 6}, {"op": "decode", "tokens": tokens[6:], "pos": 6, "save": "next"},
+    ])])  # fmt: skip
+    masked, after = outcome.ops("r", "decode")[2:]
+    assert after["rc"] == 0
+    engine_libs.assert_same_bits(
+        outcome.arrays["r/next"], outcome.arrays["r/big"], "the decode after the mask"
+    )
+    if n == 6:
+        assert masked["rc"] == 0
+        assert np.abs(outcome.arrays["r/masked"] - outcome.arrays["r/big"]).max() > 0.01
+
+
 def test_prefetch_of_masked_experts_changes_no_logits() -> None:
     """The big-little sequence: little pass, hints, the same position again with all experts."""
     engine = engine_libs.engine_lib()

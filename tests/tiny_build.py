@@ -126,7 +126,9 @@ def convert(spec: dict[str, Any], folder: Path, out: Path) -> None:
         "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
     }
     hparams = conversion.ModelBase.load_hparams(folder, False)
-    architecture = spec["architecture"] or conversion.get_model_architecture(hparams, conversion.ModelType.TEXT)
+    architecture = spec["architecture"] or conversion.get_model_architecture(
+        hparams, conversion.ModelType.TEXT
+    )
 
     # a class of its own, so that the next model of the same architecture is converted as it is
     base = conversion.get_model_class(architecture)

@@ -77,7 +77,8 @@ def build_wheel(
         EngineBuildError: a tool is missing, the source cannot be had or patched, or it does not compile.
     """
     tools = _check_tools(recipe)
-    work = paths.engine_cache_dir() / "build" / recipe.build_key
+    # cmake refuses a directory that another generator has used
+    work = _build_dir(recipe) / Path(tools.make).stem
     log = _new_log(f"engine-{recipe.key}")
     with _cache_errors(work):
         stock = source.unpacked_source(recipe.pin, narrate=lambda text: progress(Progress(text)))
@@ -142,10 +143,14 @@ def build_stock(recipe: Recipe, *, jobs: int | None = None, progress: ReportProg
     return stock_dir(recipe.stock_key) / "lib"
 
 
+def _build_dir(recipe: Recipe) -> Path:
+    return paths.engine_cache_dir() / "build" / recipe.build_key
+
+
 def forget(recipe: Recipe) -> None:
     """Drop what a forced build must not use again: objects, unpacked source and the built engine."""
-    root = paths.engine_cache_dir()
-    for path in (root / "build" / recipe.build_key, root / "src", engine_dir(recipe.key)):
+    unpacked = source.source_path(recipe.pin)
+    for path in (_build_dir(recipe), unpacked, engine_dir(recipe.key)):
         shutil.rmtree(path, ignore_errors=True)
 
 
