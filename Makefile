@@ -42,15 +42,22 @@ run: $(VENV)/.core engine ## chat with the demo model; without a terminal, answe
 stock: $(VENV)/.package ## build unpatched llama.cpp beside the engine, for comparison
 	@$(BIN)/mobile-gguf engine build --stock
 
-test: $(VENV)/.dev engine stock ## run all tests
+test: $(VENV)/.dev stock ## run all tests
 	$(BIN)/python -m pytest
 
+# pyright knows no package-dir mapping: it gets the package as it is installed
+TYPES := build/types
 lint: $(VENV)/.dev ## ruff and pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	@rm -rf $(TYPES) && mkdir -p $(TYPES)/mobile_gguf
+	@ln -s $(CURDIR)/mobile_gguf/* $(TYPES)/mobile_gguf/
+	@for d in vendor convert tui bench patches; do ln -s $(CURDIR)/$$d $(TYPES)/mobile_gguf/; done
+	@ln -s $(CURDIR)/tests $(TYPES)/tests
+	@echo '{"include":["mobile_gguf","tests"],"typeCheckingMode":"standard","extraPaths":["tests"]}' > $(TYPES)/pyrightconfig.json
+	$(BIN)/pyright --pythonpath $(CURDIR)/$(BIN)/python -p $(TYPES)
 
-bench: $(VENV)/.core engine stock ## compare with stock llama.cpp under the same memory cap
+bench: $(VENV)/.core stock ## compare with stock llama.cpp under the same memory cap
 	$(BIN)/mobile-gguf bench --budget 12%,25%,100% --modes exact,little --vs stock $(BENCH)
 
 clean: ## remove the virtual environment (the engine cache stays)

@@ -120,7 +120,8 @@ def run_job(
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True,
             env=child_environment(lib, **(environment or {})),
         )  # fmt: skip
-        assert process.stdin is not None and process.stdout is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
         answer: dict[str, Any] = {}
         try:
             with contextlib.suppress(BrokenPipeError):  # it died at once; told below
@@ -144,22 +145,3 @@ def run_job(
             raise ChildDiedError(process.returncode, stderr.read())
         with np.load(out) as arrays:
             return Outcome(answer["runs"], dict(arrays), process.returncode)
-
-
-def tokens(n: int, seed: int, vocab: int) -> list[int]:
-    """n random token ids, the same for the same seed."""
-    return np.random.default_rng(seed).integers(0, vocab, n).tolist()
-
-
-def assert_same_bits(actual: np.ndarray, expected: np.ndarray, label: str) -> None:
-    """Fails unless both arrays hold the same finite float32 bits; says where they first differ."""
-    assert actual.shape == expected.shape, f"{label}: shapes {actual.shape} and {expected.shape}"
-    assert np.isfinite(expected).all(), f"{label}: the expected logits are not finite"
-    different = np.argwhere(actual.view(np.uint32) != expected.view(np.uint32))
-    if len(different):
-        first = tuple(int(i) for i in different[0])
-        pytest.fail(
-            f"{label}: {len(different)} of {actual.size} logits differ, first at {first}: "
-            f"{actual[first]!r} instead of {expected[first]!r}; largest difference "
-            f"{np.nanmax(np.abs(actual - expected)):.3g}"
-        )

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import engine_libs
 import pytest
@@ -18,8 +19,8 @@ from mobile_gguf.errors import BudgetError, ExpertReadError, ModelFormatError, U
 EXPECTED = json.loads((Path(__file__).parent / "data" / "demo-expected.json").read_text())
 PROMPTS = ["Why is the sky blue?", "Write a line about the sea."]
 # threads=1: the machine may be busy, and spinning threads that wait for each other are then slow
-FAST = {"threads": 1, "threads_batch": 1, "n_ctx": 1024}
-GREEDY = {"temperature": 0, "max_tokens": 16, "cache_prompt": False}
+FAST: dict[str, Any] = {"threads": 1, "threads_batch": 1, "n_ctx": 1024}
+GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 16, "cache_prompt": False}
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -169,8 +169,8 @@ def test_a_status_without_a_text_still_says_something():
 
 def test_counters_are_read_field_by_field():
     def fill(_ctx, pointer):
-        for i, (name, _) in enumerate(binding.CountersStruct._fields_):
-            setattr(pointer._obj, name, i)
+        for i, field in enumerate(binding.CountersStruct._fields_):
+            setattr(pointer._obj, field[0], i)
         return 0
 
     counters = Engine(fake_library(get_counters=fill)).counters(1)

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fake_backend import FakeBackend, fake_info, scripted
@@ -200,7 +201,7 @@ def test_notices_are_narrated(command, fake_load):
 def test_no_verb_shows_the_help(command):
     code, out, err = command()
     assert (code, out) == (2, "")
-    assert all(verb in err for verb in ("run", "chat", "show", "list", "engine"))
+    assert all(verb in err for verb in ("run", "chat", "show", "list", "bench", "engine"))
 
 
 def test_version(command):
@@ -209,7 +210,7 @@ def test_version(command):
     assert f'version = "{__version__}"' in project
 
 
-@pytest.mark.parametrize("verb", ["run", "chat", "show", "list"])
+@pytest.mark.parametrize("verb", ["run", "chat", "show", "list", "bench", "engine"])
 def test_every_verb_has_help(command, verb):
     code, out, _ = command(verb, "--help")
     assert code == 0
@@ -355,7 +356,7 @@ def real(tmp_path):
     def run(*argv, **more):
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         command = [sys.executable, "-m", "mobile_gguf", *argv]
-        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | more
+        streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | more
         return subprocess.run(command, text=True, env=environment, cwd=tmp_path, **streams)
 
     return run

@@ -40,7 +40,7 @@ def test_max_probability_of_known_logits():
 
 
 def test_max_probability_is_stable_for_large_logits():
-    assert max_probability(np.float32([1e4, 1e4 - 1])) == pytest.approx(1 / (1 + math.exp(-1)))
+    assert max_probability(np.array([1e4, 1e4 - 1], np.float32)) == pytest.approx(1 / (1 + math.exp(-1)))
     assert max_probability(np.array([0.0, -np.inf])) == 1.0
 
 

@@ -1,4 +1,4 @@
-"""Opening a model: what is asked of the engine, and every failure as a clear error; the engine is scripted."""
+"""Opening a model over a scripted engine: what is asked of it, every failure as a clear error."""
 
 import pytest
 from fake_backend import MIB, FakeBackend, fake_info
@@ -104,11 +104,12 @@ def test_an_architecture_the_engine_cannot_hold(opening):
     assert notices == ["the engine cannot hold the experts of a fakemoe model: no budget, only mode exact"]
 
 
-def test_a_budget_that_may_not_fit_is_a_notice(opening, monkeypatch):
+def test_a_budget_that_may_not_fit_is_a_notice(opening):
+    large = ExpertLayer(16, (4 << 30,))
     _, notices = opening(
-        fake_info(expert_layers=(ExpertLayer(16, (4 << 30,)),) * 4), FakeEngine(), ram_budget="99%"
+        fake_info(expert_layers=(large,) * 4, tensor_bytes=257 << 30), FakeEngine(), ram_budget="99%"
     )
-    assert "may not fit" in notices[0]
+    assert notices[0].startswith("--ram-budget 99% may not fit: 253.44 GiB of experts and about 1.0")
 
 
 def test_contexts():

@@ -182,10 +182,11 @@ def test_the_modes_differ(fake_model):
 @pytest.mark.parametrize("mode", ["exact", "little", "big-little"])
 def test_the_three_kinds_add_up_to_the_tokens(fake_model, mode):
     model = fake_model(FakeBackend(scripted("abcdefgh", sure=[0.9, 0.2, 0.6, 0.8])))
-    for chunk in model.stream("x", mode=mode):
-        receipt = chunk.receipt
-        counts = receipt.tokens_big + receipt.tokens_little + receipt.tokens_fallback
-        assert counts == chunk.completion_tokens
+    chunks = list(model.stream("x", mode=mode))
+    receipts = [chunk.receipt for chunk in chunks]
+    sums = [receipt.tokens_big + receipt.tokens_little + receipt.tokens_fallback for receipt in receipts]
+    assert sums == [chunk.completion_tokens for chunk in chunks]
+    receipt = receipts[-1]
     assert receipt.mode == mode
     expected = {"exact": (9, 0, 0), "little": (1, 8, 0), "big-little": (1, 6, 2)}[mode]
     assert (receipt.tokens_big, receipt.tokens_little, receipt.tokens_fallback) == expected

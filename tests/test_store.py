@@ -7,36 +7,20 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import engine_libs
 import gguf
 import numpy as np
 import pytest
 import tiny_models
+from engine_jobs import assert_same_bits, on_engine, run, succeeded, tokens
 
 RESIDENT = 2  # enum mobile_residency
-PROMPT = engine_libs.tokens(20, 21, tiny_models.VOCAB)
-FOLLOWING = engine_libs.tokens(24, 22, tiny_models.VOCAB)
+PROMPT = tokens(20, 21)
+FOLLOWING = tokens(24, 22)
 MODELS = ["mixtral", "deepseek3", "qwen3moe-q4_k", "granitemoe-swa", "mixtral-split", "nemotron-h"]
-
-
-def run(
-    name: str, model: str, ops: list[dict[str, Any]], budget: str | int = "40%", **more: Any
-) -> dict[str, Any]:
-    mobile = {"budget": budget, **more.pop("mobile", {})}
-    return {"name": name, "model": str(tiny_models.path(model)), "mobile": mobile, "ops": ops, **more}
 
 
 def start(save: str = "prompt") -> list[dict[str, Any]]:
     return [{"op": "clear"}, {"op": "decode", "tokens": PROMPT, "save": save}]
-
-
-def decoded(outcome: engine_libs.Outcome) -> engine_libs.Outcome:
-    for name, result in outcome.runs.items():
-        assert result["loaded"], f"{name} did not load: {result['load_error']} {result['log'][-500:]}"
-        for op in result["ops"]:
-            assert op.get("rc", 0) == 0, f"{name}: {op}"
-            assert op.get("status", 0) == 0, f"{name}: {op}"
-    return outcome
 
 
 def read_trace(path: Path) -> list[dict[str, float]]:
@@ -56,9 +40,8 @@ def expert_tensors(model: str) -> dict[int, list[Any]]:
 
 @pytest.mark.parametrize("model", MODELS)
 def test_model_info_agrees_with_the_file(model: str) -> None:
-    engine = engine_libs.engine_lib()
     spec, tensors = tiny_models.MODELS[model], expert_tensors(model)
-    info = decoded(engine_libs.run_job(engine, [run("r", model, [], "min")])).runs["r"]["info"]
+    info = succeeded(on_engine(run("r", model, [], "min"))).runs["r"]["info"]
     sizes = {layer: sum(int(t.n_bytes) for t in of_layer) for layer, of_layer in tensors.items()}
     assert info["expert_bytes"] == sum(sizes.values())
     assert info["n_layer"] == spec.config["num_hidden_layers"]
@@ -75,13 +58,12 @@ def test_model_info_agrees_with_the_file(model: str) -> None:
 @pytest.mark.parametrize("budget", ["min", "40%", "70%"])
 @pytest.mark.parametrize("model", MODELS)
 def test_counters_agree_with_the_trace(model: str, budget: str, tmp_path: Path) -> None:
-    engine = engine_libs.engine_lib()
     spec, path = tiny_models.MODELS[model], tmp_path / "trace.csv"
-    outcome = decoded(engine_libs.run_job(engine, [run("r", model, [
+    outcome = succeeded(on_engine(run("r", model, [
         *start(), {"op": "trace_start", "path": str(path)}, {"op": "reset_counters"}, {"op": "counters"},
         {"op": "steps", "tokens": FOLLOWING, "pos": len(PROMPT)},
         {"op": "counters"}, {"op": "trace_stop"}, {"op": "residency", "save": "residency"},
-    ], budget)]))  # fmt: skip
+    ], budget)))  # fmt: skip
     zero, after = outcome.ops("r", "counters")
     assert all(zero[name] == 0 for name in ("n_tokens", "n_hits", "n_misses", "bytes_read", "stall_us"))
     rows = read_trace(path)
@@ -122,12 +104,11 @@ def test_counters_agree_with_the_trace(model: str, budget: str, tmp_path: Path) 
 
 def test_batch_counts_distinct_experts(tmp_path: Path) -> None:
     """A batch needs an expert once, however many of its tokens route to it."""
-    engine = engine_libs.engine_lib()
     path = tmp_path / "trace.csv"
-    outcome = decoded(engine_libs.run_job(engine, [run("r", "qwen2moe", [
+    outcome = succeeded(on_engine(run("r", "qwen2moe", [
         {"op": "trace_start", "path": str(path)}, {"op": "reset_counters"}, *start(),
         {"op": "counters"}, {"op": "trace_stop"},
-    ])]))  # fmt: skip
+    ], "40%")))  # fmt: skip
     rows = read_trace(path)
     assert {row["phase"] for row in rows} == {0.0}
     assert len(rows) == len(PROMPT) * 4 * tiny_models.MODELS["qwen2moe"].top_k
@@ -137,22 +118,20 @@ def test_batch_counts_distinct_experts(tmp_path: Path) -> None:
 
 
 def test_little_halves_what_is_routed() -> None:
-    engine = engine_libs.engine_lib()
     spec = tiny_models.MODELS["olmoe"]
-    outcome = decoded(engine_libs.run_job(engine, [run("r", "olmoe", [
+    outcome = succeeded(on_engine(run("r", "olmoe", [
         *start(), {"op": "set_k", "k": spec.little_k}, {"op": "reset_counters"},
         {"op": "steps", "tokens": FOLLOWING, "pos": len(PROMPT)}, {"op": "counters"},
-    ])]))  # fmt: skip
+    ], "40%")))  # fmt: skip
     counters = outcome.ops("r", "counters")[0]
     assert counters["n_hits"] + counters["n_misses"] == len(FOLLOWING) * 4 * spec.little_k
     assert counters["n_tokens_little"] == len(FOLLOWING)
 
 
 def test_all_experts_resident_with_room_for_all() -> None:
-    engine = engine_libs.engine_lib()
-    outcome = decoded(engine_libs.run_job(engine, [run("r", "deepseek3", [
+    outcome = succeeded(on_engine(run("r", "deepseek3", [
         *start(), {"op": "counters"}, {"op": "residency", "save": "residency"},
-    ], 0)]))  # fmt: skip
+    ], 0)))  # fmt: skip
     info, counters = outcome.runs["r"]["info"], outcome.ops("r", "counters")[0]
     assert counters["n_misses"] == counters["n_evictions"] == counters["bytes_read"] == 0
     assert counters["resident_bytes"] == info["budget_all_bytes"]
@@ -172,43 +151,41 @@ def replay_ids(rows: list[dict[str, float]], n_steps: int, n_layer: int, k: int)
 
 @pytest.mark.parametrize("model", MODELS)
 def test_replaying_a_trace_gives_the_same_logits(model: str, tmp_path: Path) -> None:
-    engine = engine_libs.engine_lib()
     spec, path = tiny_models.MODELS[model], tmp_path / "trace.csv"
-    recorded = decoded(engine_libs.run_job(engine, [run("r", model, [
+    recorded = succeeded(on_engine(run("r", model, [
         {"op": "trace_start", "path": str(path)},
         {"op": "steps", "tokens": FOLLOWING, "pos": 0, "save": "logits"}, {"op": "trace_stop"},
-    ])]))  # fmt: skip
+    ], "40%")))  # fmt: skip
     n_layer = recorded.runs["r"]["info"]["n_layer"]
     ids = replay_ids(read_trace(path), len(FOLLOWING), n_layer, spec.top_k)
     other = (ids + 1) % spec.n_expert
     again = tmp_path / "again.csv"
-    replayed = decoded(engine_libs.run_job(engine, [run("r", model, [
+    replayed = succeeded(on_engine(run("r", model, [
         {"op": "replay", "ids": ids.tolist()}, {"op": "trace_start", "path": str(again)},
         {"op": "steps", "tokens": FOLLOWING, "pos": 0, "save": "same"}, {"op": "trace_stop"},
         {"op": "clear"}, {"op": "replay", "ids": other.tolist()},
         {"op": "steps", "tokens": FOLLOWING, "pos": 0, "save": "other"},
         {"op": "clear"}, {"op": "replay", "ids": None},
         {"op": "steps", "tokens": FOLLOWING, "pos": 0, "save": "without"},
-    ], "min")]))  # fmt: skip
+    ], "min")))  # fmt: skip
     arrays = replayed.arrays
-    engine_libs.assert_same_bits(arrays["r/same"], recorded.arrays["r/logits"], "replay of its own trace")
-    engine_libs.assert_same_bits(arrays["r/without"], recorded.arrays["r/logits"], "after the replay ended")
+    assert_same_bits(arrays["r/same"], recorded.arrays["r/logits"], "replay of its own trace")
+    assert_same_bits(arrays["r/without"], recorded.arrays["r/logits"], "after the replay ended")
     assert np.abs(arrays["r/other"] - arrays["r/same"]).max() > 0.01, "other experts gave the same logits"
     assert (replay_ids(read_trace(again), len(FOLLOWING), n_layer, spec.top_k) == ids).all()
 
 
 def test_eviction_policies_differ_in_misses_only(tmp_path: Path) -> None:
     """Both policies compute the same, though not with the same misses: the setting is not ignored."""
-    engine = engine_libs.engine_lib()
     runs = [
         run(f"{eviction}", "deepseek3", [
             *start(), {"op": "reset_counters"},
             {"op": "steps", "tokens": FOLLOWING * 8, "pos": len(PROMPT), "save": "steps"}, {"op": "counters"},
-        ], mobile={"eviction": eviction})
+        ], "40%", mobile={"eviction": eviction})
         for eviction in (0, 1)
     ]  # fmt: skip
-    outcome = decoded(engine_libs.run_job(engine, runs))
-    engine_libs.assert_same_bits(outcome.arrays["1/steps"], outcome.arrays["0/steps"], "moepic against lru")
+    outcome = succeeded(on_engine(*runs))
+    assert_same_bits(outcome.arrays["1/steps"], outcome.arrays["0/steps"], "moepic against lru")
     lru, moepic = (outcome.ops(f"{eviction}", "counters")[0] for eviction in (0, 1))
     assert lru["n_hits"] + lru["n_misses"] == moepic["n_hits"] + moepic["n_misses"]
     assert lru["n_misses"] != moepic["n_misses"]
@@ -216,13 +193,11 @@ def test_eviction_policies_differ_in_misses_only(tmp_path: Path) -> None:
 
 def test_lru_misses_equal_a_simulation(tmp_path: Path) -> None:
     """The oracle is a textbook LRU over the traced ids (all experts of this model have one size)."""
-    engine = engine_libs.engine_lib()
     path = tmp_path / "trace.csv"
-    tokens = engine_libs.tokens(120, 31, tiny_models.VOCAB)
-    outcome = decoded(engine_libs.run_job(engine, [run("r", "qwen2moe", [
-        {"op": "trace_start", "path": str(path)}, {"op": "steps", "tokens": tokens, "pos": 0},
+    outcome = succeeded(on_engine(run("r", "qwen2moe", [
+        {"op": "trace_start", "path": str(path)}, {"op": "steps", "tokens": tokens(120, 31), "pos": 0},
         {"op": "counters"}, {"op": "trace_stop"},
-    ])]))  # fmt: skip
+    ], "40%")))  # fmt: skip
     info, counters = outcome.runs["r"]["info"], outcome.ops("r", "counters")[0]
     n_slots = info["budget_bytes"] * info["n_layer_moe"] * info["n_expert"] // info["budget_all_bytes"]
     by_pass: dict[tuple[float, float], list[tuple[int, int]]] = defaultdict(list)
