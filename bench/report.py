@@ -109,8 +109,8 @@ def how_measured(options: BenchOptions, report: Report) -> str:
     slack = format_bytes(options.slack_bytes)
     cap = f"hard cap per process: budget + {slack}" if report.capped else "no cap"
     return (
-        f"{options.tokens} tokens decoded after {report.trace['n_prompt']} of prompt, {options.repeats} "
-        f"rounds, arms interleaved, page cache dropped before each, {cap}; "
+        f"{options.tokens} tokens decoded after {report.trace['n_prompt']} of prompt, rounds: "
+        f"{options.repeats}, arms interleaved, page cache dropped before each, {cap}; "
         "limit = missed bytes / disk bandwidth + time with everything resident"
     )
 

@@ -17,7 +17,7 @@ CONTEXT_MULTIPLE = 256
 _F16, _F32 = 2, 4
 # The engine's vocabulary: token texts, two hash maps and the merges, measured at 300-400 bytes a token.
 _VOCABULARY_BYTES = 400
-_RESERVE_MIN = 128 * MIB
+_RESERVE_MIN = 64 * MIB
 _RESERVE_SHARE = 20
 
 

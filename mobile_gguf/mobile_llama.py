@@ -7,6 +7,7 @@ because it needs llama-cpp-python.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import time
@@ -21,8 +22,8 @@ from llama_cpp.llama_chat_format import CHATML_CHAT_TEMPLATE, Jinja2ChatFormatte
 from .binding import Counters, Engine, ModelInfo
 from .decode import ALL_EXPERTS, Pass, Policy, decode_prompt, decode_token
 from .errors import EngineError, ExpertReadError, MobileError, UsageError
+from .interrupt import stopping_on_ctrl_c
 from .llama_log import clear_errors, last_errors
-
 
 # A prompt that is all in the context already is computed anew from here before its end.
 _MIN_PROMPT = 2
@@ -114,7 +115,8 @@ class MobileLlama(Llama):
             raise UsageError(f"the context of {self._little_rows.shape[0]} tokens is full")
         clear_errors()
         try:
-            super().eval(tokens)
+            with stopping_on_ctrl_c(self.ctx) if len(tokens) > 1 else contextlib.nullcontext():
+                super().eval(tokens)
         except RuntimeError as error:
             raise self._decode_error(error) from None
         self._little_rows[start : self.n_tokens] = self._experts != ALL_EXPERTS

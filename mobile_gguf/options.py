@@ -89,7 +89,13 @@ class LoadOptions:
     little_k: Annotated[int | None, _LITTLE_K] = None
     n_ctx: Annotated[
         int | None,
-        Opt("-c", "--ctx-size", read=int, low=0, high=1 << 24, help="context, 0: the model's (default: that, up to 4096)"),
+        Opt(
+            *("-c", "--ctx-size"),
+            read=int,
+            low=0,
+            high=1 << 24,
+            help="context, 0: the model's (default: that, up to 4096)",
+        ),
     ] = None
     n_batch: Annotated[int, Opt("-b", "--batch-size", read=int, low=1, help="prompt tokens per call")] = 512
     n_ubatch: Annotated[int, Opt("-ub", "--ubatch-size", read=int, low=1, help="tokens per graph")] = 512
@@ -100,7 +106,8 @@ class LoadOptions:
         int | None, Opt("-tb", "--threads-batch", read=int, low=1, help="... and that process prompts")
     ] = None
     io_threads: Annotated[
-        int | None, Opt("--io-threads", read=int, low=1, high=64, help="threads that read experts (default: few)")
+        int | None,
+        Opt("--io-threads", read=int, low=1, high=64, help="threads that read experts (default: 4)"),
     ] = None
     io: Annotated[str, Opt("--io", choices=tuple(IO), help="how experts are read from the file")] = "auto"
     eviction: Annotated[

@@ -208,7 +208,7 @@ class Run:
         return {"rc": code, "error": error, "n_done": sum(len(r) for r in rows)}
 
     def op_decode(self, op: dict[str, Any]) -> dict[str, Any]:
-        """One batch: tokens, pos (of the first, or a list), seqs, k (per token), outputs (indices; default all)."""
+        """One batch: tokens, pos (the first's, or a list), seqs, k (per token), outputs (indices; or all)."""
         tokens, pos = op["tokens"], op.get("pos", 0)
         if "k" in op:
             assert mobile is not None

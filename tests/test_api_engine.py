@@ -201,6 +201,29 @@ def test_headers_and_the_engine_agree(model):
     assert (store.n_expert, store.n_expert_used) == (info.n_expert, info.n_expert_used)
 
 
+def test_ctrl_c_ends_a_prompt_before_it_is_done(any_model, monkeypatch):
+    from mobile_gguf.interrupt import _Watch
+
+    polls = 0
+
+    def poll(self, _data):
+        nonlocal polls
+        polls += 1
+        if polls == 20:
+            os.kill(os.getpid(), signal.SIGINT)
+        return self.pressed
+
+    monkeypatch.setattr(_Watch, "poll", poll)
+    prompt = "word " * 400
+    reply = any_model.generate(prompt, max_tokens=2, cache_prompt=False)
+    assert (reply.text, reply.finish_reason, reply.timings["prompt_n"]) == ("", "interrupted", 0)
+    assert polls < 40
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    monkeypatch.undo()
+    after = any_model.generate(prompt, temperature=0, max_tokens=4)
+    assert after.tokens == any_model.generate(prompt, temperature=0, max_tokens=4, cache_prompt=False).tokens
+
+
 # the command
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from mobile_gguf.bench import build
 from mobile_gguf.bench.arm import Arm, Runner
 from mobile_gguf.bench.build import ensure_model, model_path, random_blocks, router_logits, router_matrix
@@ -19,7 +20,6 @@ from mobile_gguf.bench.geometry import HEAD_SIZE, ModelShape, scale_model
 from mobile_gguf.bench.routing import compare_routing
 from mobile_gguf.bench.synthetic import synthesise_trace
 from mobile_gguf.bench.trace import Trace, TraceError, read_trace
-
 from mobile_gguf.errors import EngineError, MobileError, UsageError
 from mobile_gguf.sizes import GIB, MIB
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from mobile_gguf.bench import harness
 from mobile_gguf.bench.arm import Arm, ArmRun, Runner, _follow
 from mobile_gguf.bench.disk import cached_bytes, drop_page_cache, measure_bandwidth
@@ -22,7 +23,6 @@ from mobile_gguf.bench.report import Report, doubts, make_rows, write_report
 from mobile_gguf.bench.sweep import SweepChoices, default_threads, stock_load_modes, sweep
 from mobile_gguf.bench.synthetic import synthesise_trace
 from mobile_gguf.bench.table import HEADINGS, Row, format_table, missed_bytes, percent_of_limit, summarise
-
 from mobile_gguf.cli import bench as bench_cli
 from mobile_gguf.errors import MobileError, UsageError
 from mobile_gguf.sizes import GIB, MIB

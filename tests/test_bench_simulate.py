@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from mobile_gguf.bench.misses import count_misses, format_misses
 from mobile_gguf.bench.simulate import (
     POLICIES,

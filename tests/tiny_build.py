@@ -34,7 +34,7 @@ def reference_tokens(vocab_size: int) -> np.ndarray:
 
 
 def write_tokenizer(folder: Path, vocab_size: int) -> None:
-    """Writes a byte-level BPE of `vocab_size` tokens: 256 bytes, merges of two letters, three special tokens."""
+    """Writes a byte-level BPE of `vocab_size` tokens: bytes, merges of two letters, three special tokens."""
     tokens = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = list(itertools.islice(itertools.product("etaoinsh", repeat=2), vocab_size - len(tokens) - 3))
     vocab = {token: i for i, token in enumerate([*tokens, *("".join(merge) for merge in merges)])}
@@ -170,7 +170,7 @@ def quantize(source: Path, out: Path, ftype: str) -> None:
 
 
 def reference_logits(spec: dict[str, Any], model: torch.nn.Module) -> dict[str, np.ndarray]:
-    """Transformers' float32 logits [n_tokens, n_vocab] with each of `spec["reference_k"]` experts per token."""
+    """Transformers' logits, float32 [n_tokens, n_vocab], with each of `spec["reference_k"]` experts."""
     tokens = reference_tokens(spec["config"]["vocab_size"])
     logits = {"tokens": tokens}
     for k in spec["reference_k"]:
@@ -202,7 +202,7 @@ def build(spec: dict[str, Any], target: Path) -> None:
 
 
 def main() -> int:
-    """Builds {"models": [{"spec": ..., "folder": path, "error": path}]}; a failure is told in the error file."""
+    """Builds {"models": [{"spec": ..., "folder": path, "error": path}]}; failures go to the error files."""
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
     torch.set_num_threads(1)  # these tensors are too small to share
     failed = 0

@@ -31,6 +31,7 @@ def generate_options(args: argparse.Namespace) -> dict[str, Any]:
 def load_model(args: argparse.Namespace) -> Model:
     """Load what the arguments say, showing progress on stderr."""
     with Progress(sys.stderr) as progress:
+        progress.show(f"loading {args.model}")
         return load(args.model, progress=progress, **given(args, LoadOptions))
 
 
@@ -82,14 +83,18 @@ class Progress:
         self._width = 0
 
     def __call__(self, phase: str, done: float) -> None:
-        if self._terminal:
-            line = f"{phase} {min(max(done, 0.0), 1.0):4.0%}"
-            self._stream.write("\r" + line.ljust(self._width))
-            self._width = len(line)
-        elif phase != self._phase:
+        self.show(f"{phase} {min(max(done, 0.0), 1.0):4.0%}")
+        if not self._terminal and phase != self._phase:
             self._stream.write(phase + "\n")
+            self._stream.flush()
         self._phase = phase
-        self._stream.flush()
+
+    def show(self, line: str) -> None:
+        """Rewrite the line; nothing without a terminal."""
+        if self._terminal:
+            self._stream.write("\r" + line.ljust(self._width))
+            self._stream.flush()
+            self._width = len(line)
 
     def __enter__(self) -> Progress:
         return self
