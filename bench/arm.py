@@ -38,11 +38,11 @@ class Arm:
     io_threads: int = 4
     load_mode: str = "mmap"
     repack: bool = False
-    eviction: str = "lru"
+    eviction: str = "decay"
 
     @property
     def label(self) -> str:
-        variant = f" {self.eviction}" if self.system == "engine" and self.eviction != "lru" else ""
+        variant = f" {self.eviction}" if self.system == "engine" and self.eviction != "decay" else ""
         return f"{self.system} {self.mode}{variant} {self.budget}"
 
     @property

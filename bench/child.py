@@ -38,7 +38,7 @@ class Job:
     decode_k: int = 0
     budget_bytes: int = 0
     io_threads: int = 4
-    eviction: str = "lru"
+    eviction: str = "decay"
     ids: bool = False
 
 

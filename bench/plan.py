@@ -24,7 +24,7 @@ class BenchOptions:
     budgets: tuple[str, ...] = ("12%", "25%", "100%")
     modes: tuple[str, ...] = ("exact", "little")
     versus: tuple[str, ...] = ("stock",)
-    evictions: tuple[str, ...] = ("lru",)
+    evictions: tuple[str, ...] = ("decay",)
     size_bytes: int = 4 * GIB
     tokens: int = 32
     repeats: int = 3

@@ -109,6 +109,22 @@ class MoEpic(Policy):
         return np.log(self.mu[ids]) + (step - self.last[ids]) * self.log_decay
 
 
+class Decay(Policy):
+    """MoEpic's priority with a short memory, over visits of the expert's own layer: the engine's default."""
+
+    def __init__(self, n_layer: int, n_expert: int, rho: float = 0.25, omega: float = 12) -> None:
+        super().__init__(n_layer, n_expert)
+        self.mu = np.zeros(n_layer * n_expert)
+        self.log_decay = math.log(rho) / omega
+
+    def touch(self, ids: Ids, step: int, layer: int) -> None:
+        self.mu[ids] += 1
+        self.last[ids] = step
+
+    def score(self, ids: Ids, step: int, layer: int) -> Scores:
+        return np.log(self.mu[ids]) + self.missed_visits(ids, step, layer) * self.log_decay
+
+
 class TwoRate(Policy):
     """Two decaying use counts, a short memory and a long one, over visits of the expert's own layer.
 
@@ -141,7 +157,7 @@ PolicyFactory = Callable[[int, int], Policy]
 POLICIES: dict[str, PolicyFactory] = {
     "lru": LeastRecent,
     "moepic": MoEpic,
-    "moepic-16": lambda n_layer, n_expert: MoEpic(n_layer, n_expert, omega=16),
+    "decay": Decay,
     "two-rate": TwoRate,
 }
 

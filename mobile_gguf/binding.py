@@ -18,7 +18,7 @@ from .errors import BudgetError, EngineError, ExpertReadError, MobileError, Usag
 ABI_VERSION = 1
 BUILD_HINT = "run `mobile-gguf engine build`"
 
-EVICTION = {"lru": 0, "moepic": 1}
+EVICTION = {"lru": 0, "moepic": 1, "decay": 2}
 IO = {"auto": 0, "direct": 1, "buffered": 2}
 NOT_RESIDENT, LOADING, RESIDENT = 0, 1, 2
 
@@ -165,7 +165,7 @@ class Engine:
         return _text(self._call("context_error", ctx))
 
     def set_load_params(
-        self, *, budget_bytes: int, io_threads: int | None = None, eviction: str = "lru", io: str = "auto"
+        self, *, budget_bytes: int, io_threads: int | None = None, eviction: str = "decay", io: str = "auto"
     ) -> None:
         """Make the next model load on this thread use the expert store; 0 bytes keeps every expert."""
         params = _with_slack(LoadParamsStruct)
@@ -303,5 +303,6 @@ def _text(value: bytes | None) -> str:
 
 def _choice(name: str, choices: dict[str, int], value: str) -> int:
     if value not in choices:
-        raise UsageError(f"{name} is {value!r}: choose {' or '.join(choices)}")
+        *others, last = choices
+        raise UsageError(f"{name} is {value!r}: choose {', '.join(others)} or {last}")
     return choices[value]

@@ -112,7 +112,7 @@ class LoadOptions:
     io: Annotated[str, Opt("--io", choices=tuple(IO), help="how experts are read from the file")] = "auto"
     eviction: Annotated[
         str, Opt("--eviction", choices=tuple(EVICTION), help="which expert leaves memory first")
-    ] = "lru"
+    ] = "decay"
     flash_attn: Annotated[
         bool, Opt("-fa", "--flash-attn", is_flag=True, help="flash attention: smaller compute buffers")
     ] = False

@@ -47,8 +47,9 @@ class Counters(ctypes.Structure):
 
     _fields_ = [
         (name, ctypes.c_uint64) for name in
-        ("n_tokens", "n_tokens_little", "n_hits", "n_misses", "n_evictions", "n_prefetched", "n_prefetch_hits",
-         "bytes_read", "bytes_read_demand", "bytes_routed", "stall_us", "resident_bytes", "resident_bytes_peak")
+        ("n_tokens", "n_tokens_little", "n_hits", "n_misses", "n_evictions",
+         "n_prefetched", "n_prefetch_hits", "bytes_read", "bytes_read_demand", "bytes_routed",
+         "stall_us", "resident_bytes", "resident_bytes_peak")
     ]  # fmt: skip
 
 

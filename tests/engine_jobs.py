@@ -28,7 +28,8 @@ def run(
 ) -> dict[str, Any]:
     """A run of `engine_child` on a file, or on the tiny model of that name.
 
-    budget: bytes, "40%", "min", 0 for all, or None for a load without load parameters; mobile: others of these.
+    budget: bytes, "40%", "min", 0 for all, or None for a load without load parameters.
+    mobile: other load parameters. settings: of the model and context, see `engine_child`.
     """
     path = model if isinstance(model, Path) else tiny_models.path(model)
     load = None if budget is None else {"budget": budget, **(mobile or {})}

@@ -132,7 +132,7 @@ def options(**fields: Any) -> BenchOptions:
 
 
 def test_arms_of_a_round() -> None:
-    given = options(budgets=("25%", "100%"), versus=("stock", "stock-little"), evictions=("lru", "moepic"))
+    given = options(budgets=("25%", "100%"), versus=("stock", "stock-little"), evictions=("decay", "moepic"))
     arms, notes = plan_arms(given, SHAPE, available_bytes=GIB)
     assert [arm.label for arm in arms] == [
         "stock exact 25%", "stock little 25%", "engine exact 25%", "engine exact moepic 25%",
@@ -335,7 +335,7 @@ def test_simulation_prints_a_table_or_json(tmp_path: Path, capsys: pytest.Captur
     trace.write_text("turn,phase,step,layer,slot,expert,weight,residency,expert_bytes\n" + "\n".join(rows))
     assert bench("--simulate", "--trace", str(trace), "--budget", "50%,100%") == 0
     assert capsys.readouterr().out.splitlines()[2:] == [
-        "| budget | k | lru | moepic | moepic-16 | two-rate | MIN |",
+        "| budget | k | lru | moepic | decay | two-rate | MIN |",
         "|---|---|---|---|---|---|---|",
         # expert 0 in the prompt, then 1 0 1 0; MIN keeps one of them
         "| 50% | 1 | 1.00 | 1.00 | 1.00 | 1.00 | 0.50 |",

@@ -201,5 +201,5 @@ def test_miss_table() -> None:
         lines[0]
         == "misses per token and layer; small: 3 layers x 8 experts, 26 decoded tokens after 4 of prompt"
     )
-    assert lines[2] == "| budget | k | lru | moepic | moepic-16 | two-rate | MIN |"
+    assert lines[2] == "| budget | k | lru | moepic | decay | two-rate | MIN |"
     assert lines[4].startswith("| 50% | 2 | ")

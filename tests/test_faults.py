@@ -137,7 +137,8 @@ def test_failed_prefetch_does_not_corrupt(shim: dict[str, str]) -> None:
         forget = {"op": "remove", "pos": len(PROMPT) + i}
         ops += [
             {"op": "set_k", "k": 1}, step, forget, {"op": "set_k", "k": 0},
-            {"op": "fault", "mode": FAIL_HOLD, "times": 1}, {"op": "prefetch"}, {**step, "save": f"again-{i}"},
+            {"op": "fault", "mode": FAIL_HOLD, "times": 1}, {"op": "prefetch"},
+            {**step, "save": f"again-{i}"},
             # whether or not that failed, the position is there for the next token
             {"op": "fault", "mode": OFF}, forget, {**step, "save": f"sure-{i}"},
         ]  # fmt: skip

@@ -57,10 +57,12 @@ def test_a_stop_string_of_several_bytes_a_character():
 
 @given(
     st.text(alphabet="ab€😀", max_size=30),
-    st.lists(st.text(alphabet="ab€", min_size=1, max_size=3), max_size=3),
+    # None of these overlaps another; of those that do, the first to be complete counts.
+    st.sets(st.sampled_from(["ab", "€€", "😀😀😀"])),
     st.data(),
 )
-def test_any_split_gives_the_same_text(text, stop, data):
+def test_any_split_gives_the_same_text(text, ends, data):
+    stop = sorted(ends)
     raw = text.encode()
     cuts = sorted(data.draw(st.lists(st.integers(0, len(raw)), max_size=6)))
     pieces = [raw[a:b] for a, b in zip([0, *cuts], [*cuts, len(raw)], strict=True)]

@@ -115,9 +115,9 @@ _GEMMA4 = _config(
 )  # fmt: skip
 _GLM4 = _config(
     num_hidden_layers=5, head_dim=32, first_k_dense_replace=1, intermediate_size=128,
-    moe_intermediate_size=72, n_routed_experts=16, n_shared_experts=1, num_experts_per_tok=4, routed_scaling_factor=1.5,
-    n_group=1, topk_group=1, norm_topk_prob=True, use_qk_norm=True, num_mtp_layers=0,
-    num_nextn_predict_layers=0,
+    moe_intermediate_size=72, n_routed_experts=16, n_shared_experts=1, num_experts_per_tok=4,
+    routed_scaling_factor=1.5, n_group=1, topk_group=1, norm_topk_prob=True, use_qk_norm=True,
+    num_mtp_layers=0, num_nextn_predict_layers=0,
 )  # fmt: skip
 _LLAMA4 = _config(
     head_dim=32, intermediate_size=80, intermediate_size_mlp=128, num_local_experts=8, num_experts_per_tok=2,

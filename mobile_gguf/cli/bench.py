@@ -43,7 +43,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add("--budget", metavar="LIST", default="12%,25%,100%", help="expert budgets, as shares or sizes")
     add("--modes", metavar="LIST", default="exact,little", help="modes of the engine")
     add("--vs", metavar="LIST", default="stock", help="stock, stock-little (half the experts) or none")
-    add("--eviction", metavar="LIST", default="lru", help="eviction policies of the engine")
+    add("--eviction", metavar="LIST", default="decay", help="eviction policies of the engine")
     add("--size", metavar="SIZE", default="4GiB", help="expert bytes of the model")
     add("--tokens", metavar="N", type=_positive, default=32, help="decoded tokens a run")
     add("--repeats", metavar="N", type=_positive, default=3, help="rounds over all arms")

@@ -29,7 +29,7 @@ struct mobile_load_params mobile_load_default_params(void) {
     struct mobile_load_params params = {};
     params.budget_bytes = 0;
     params.n_io_threads = 4;
-    params.eviction     = MOBILE_EVICTION_LRU;
+    params.eviction     = MOBILE_EVICTION_DECAY;
     params.io           = MOBILE_IO_AUTO;
     return params;
 }
@@ -39,7 +39,7 @@ int32_t mobile_load_set_params(const struct mobile_load_params * params) {
         if (params->n_io_threads <= 0 || params->n_io_threads > 64) {
             return mobile_fail(MOBILE_ERR_ARGUMENT, "n_io_threads must be 1 to 64");
         }
-        if (params->eviction < MOBILE_EVICTION_LRU || params->eviction > MOBILE_EVICTION_MOEPIC) {
+        if (params->eviction < MOBILE_EVICTION_LRU || params->eviction > MOBILE_EVICTION_DECAY) {
             return mobile_fail(MOBILE_ERR_ARGUMENT, "unknown eviction policy");
         }
         if (params->io < MOBILE_IO_AUTO || params->io > MOBILE_IO_BUFFERED) {

@@ -12,8 +12,11 @@ static constexpr uint64_t CHUNK_BYTES = 512*1024;
 // slots, and its first layers stay for the next batch
 static constexpr double TRANSIENT_KEY = -1e15;
 
-// how many experts from the front of the eviction order are tried for one whose slot has the right shape
-static constexpr int VICTIM_SCAN = 64;
+// how many experts of a layer are tried for one that may go
+static constexpr int VICTIM_SCAN = 8;
+
+// how much staler, in tokens, an expert must be for its slot to change shape
+static constexpr double RESHAPE_TOKENS = 64.0;
 
 static uint64_t round_up(uint64_t n, uint64_t to) {
     return (n + to - 1)/to*to;
@@ -152,6 +155,7 @@ int32_t mobile_store::start(const std::function<bool(float)> & progress, std::st
     }
 
     experts = std::make_unique<mobile_expert[]>(n_experts);
+    evictable.resize(layers.size());
     for (size_t i = 0; i < layers.size(); ++i) {
         for (int e = 0; e < layers[i].n_expert; ++e) {
             experts[layers[i].first + e].layer = (int32_t) i;
@@ -201,10 +205,6 @@ int32_t mobile_store::start(const std::function<bool(float)> & progress, std::st
             }
         }
         locked lock(mutex);
-        evictable.clear();
-        for (uint64_t i = 0; i < n_experts; ++i) {
-            experts[i].listed = false;
-        }
         const uint64_t peak = count.resident_bytes_peak;
         count = {};
         count.resident_bytes_peak = peak;
@@ -234,7 +234,7 @@ uint32_t mobile_store::n_chunks(const mobile_range & range) const {
 void mobile_store::list(uint32_t expert) {
     mobile_expert & x = experts[expert];
     if (!x.listed && !all_resident) {
-        evictable.insert({ x.key, expert });
+        evictable[x.layer].insert({ x.key, expert });
         x.listed = true;
     }
 }
@@ -242,7 +242,7 @@ void mobile_store::list(uint32_t expert) {
 void mobile_store::unlist(uint32_t expert) {
     mobile_expert & x = experts[expert];
     if (x.listed) {
-        evictable.erase({ x.key, expert });
+        evictable[x.layer].erase({ x.key, expert });
         x.listed = false;
     }
 }
@@ -267,36 +267,46 @@ void mobile_store::evict(uint32_t expert) {
     count.n_evictions++;
 }
 
+bool mobile_store::may_go(const mobile_expert & x, int32_t layer, slot_use use, double now) const {
+    switch (use) {
+        case SLOT_DEMAND:
+            return true;
+        case SLOT_AHEAD:
+            // not what is being read ahead itself, and of what single tokens use up to two layers' worth
+            return x.layer != layer &&
+                (x.transient || (n_transient < 2*(uint64_t) n_expert_max && budget_bytes >= 4*budget_min_bytes));
+        case SLOT_PREFETCH:
+            return x.last_use < now;
+    }
+    return false;
+}
+
 // the expert to evict for a slot of a layer; -1: none that may go
 int64_t mobile_store::find_victim(int32_t layer, slot_use use, double now) const {
-    int64_t first = -1;
-    int     n     = 0;
-    for (const auto & [key, expert] : evictable) {
-        const mobile_expert & x = experts[expert];
-        if (use == SLOT_AHEAD && !x.transient) {
-            // the transients come first: from here on it is what single tokens use
-            const uint64_t room = 2*(uint64_t) n_expert_max;
-            if (n_transient >= room || budget_bytes < 4*budget_min_bytes) {
+    const auto   eviction = (enum mobile_eviction) params.eviction;
+    const double step     = mobile_policy_step(eviction);
+
+    // the smallest key among slots of the right shape, and among the others
+    int64_t best     [2] = { -1, -1 };
+    double  best_key [2] = { 0.0, 0.0 };
+    for (int32_t l = 0; l < (int32_t) layers.size(); ++l) {
+        const int other = layers[l].cls != layers[layer].cls;
+        int n = 0;
+        for (auto it = evictable[l].begin(); it != evictable[l].end() && n < VICTIM_SCAN; ++it, ++n) {
+            const mobile_expert & x = experts[it->second];
+            if (may_go(x, layer, use, now)) {
+                const double key = it->first + (l > layer && !x.transient ? mobile_policy_unvisited(eviction) : 0.0);
+                if (best[other] < 0 || key < best_key[other]) {
+                    best    [other] = it->second;
+                    best_key[other] = key;
+                }
                 break;
             }
         }
-        if (use == SLOT_AHEAD && x.layer == layer) {
-            continue; // it is what is being read ahead
-        }
-        if (use == SLOT_PREFETCH && x.last_use >= now) {
-            break;
-        }
-        if (layers[x.layer].cls == layers[layer].cls) {
-            return expert;
-        }
-        if (first < 0) {
-            first = expert;
-        }
-        if (++n == VICTIM_SCAN) {
-            break;
-        }
     }
-    return first;
+    // changing a slot's shape means fresh pages: only for an expert that is clearly staler
+    const bool reshape = best[0] < 0 || (best[1] >= 0 && best_key[1] + RESHAPE_TOKENS*step < best_key[0]);
+    return reshape ? best[1] : best[0];
 }
 
 bool mobile_store::take_slot(locked & lock, int32_t layer, slot_use use, double now, int32_t & slot) {

@@ -59,7 +59,7 @@ struct mobile_expert {
     bool     ahead      = false;   // its slot was taken to read ahead
     bool     prefetched = false;   // read ahead and not needed yet
     bool     failed     = false;   // a read of it failed
-    bool     listed     = false;   // stands in mobile_store::evictable under `key`
+    bool     listed     = false;   // stands in its layer's set in mobile_store::evictable, under `key`
     uint64_t n_uses     = 0;
     double   last_use   = 0.0;
     double   key        = 0.0;
@@ -175,6 +175,7 @@ private:
 
     bool take_slot   (locked & lock, int32_t layer, slot_use use, double now, int32_t & slot);
     int64_t find_victim(int32_t layer, slot_use use, double now) const;
+    bool    may_go     (const mobile_expert & x, int32_t layer, slot_use use, double now) const;
     void evict       (uint32_t expert);
     void release_slot(mobile_expert & x);
     void list        (uint32_t expert);
@@ -204,7 +205,8 @@ private:
     bool                    stop = false;
     std::vector<std::thread> io_threads;
 
-    std::set<std::pair<double, uint32_t>> evictable; // resident, not pinned; by key
+    using by_key = std::set<std::pair<double, uint32_t>>;
+    std::vector<by_key>   evictable; // [n layers] resident, not pinned
     std::vector<uint32_t> pinned;
     uint64_t committed    = 0; // bytes of slots with pages
     uint64_t n_transient  = 0; // experts that hold a slot and are transient

@@ -34,6 +34,7 @@ enum mobile_status {
 enum mobile_eviction {
     MOBILE_EVICTION_LRU    = 0, // least recently used
     MOBILE_EVICTION_MOEPIC = 1, // smallest mu * rho^(nu/omega), arXiv 2509.08342
+    MOBILE_EVICTION_DECAY  = 2, // the same with a short memory, nu counted in visits of the expert's own layer
 };
 
 enum mobile_io {
