@@ -173,7 +173,9 @@ class Run:
             params.type_k = params.type_v = lib.GGML_TYPE_F32
             params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self.ctx = lib.llama_init_from_model(self.model, params)
-        self.n_vocab = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self.model))
+        vocab = lib.llama_model_get_vocab(self.model)
+        assert vocab is not None
+        self.n_vocab = lib.llama_vocab_n_tokens(vocab)
         self.result["context"] = bool(self.ctx)
         self.result["log"] = "".join(log_lines)[-4000:]
         return bool(self.ctx)
@@ -248,13 +250,18 @@ class Run:
             code, logits = self.decode([out[-1]], [n + len(out) - 1], [0], [0])
         return self.finish(op, code, [logits]) | {"tokens": out}
 
+    def memory(self) -> Any:
+        memory = lib.llama_get_memory(self.ctx)
+        assert memory is not None
+        return memory
+
     def op_clear(self, op: dict[str, Any]) -> dict[str, Any]:
-        lib.llama_memory_clear(lib.llama_get_memory(self.ctx), True)
+        lib.llama_memory_clear(self.memory(), True)
         return {}
 
     def op_remove(self, op: dict[str, Any]) -> dict[str, Any]:
         """Forgets everything from pos on."""
-        removed = lib.llama_memory_seq_rm(lib.llama_get_memory(self.ctx), op.get("seq", 0), op["pos"], -1)
+        removed = lib.llama_memory_seq_rm(self.memory(), op.get("seq", 0), op["pos"], -1)
         return {"removed": bool(removed)}
 
     def op_set_k(self, op: dict[str, Any]) -> dict[str, Any]:

@@ -148,7 +148,7 @@ def test_io_threads_default_to_the_engines():
 
 
 def test_unknown_eviction_is_a_usage_error():
-    with pytest.raises(UsageError, match="lru or moepic or decay"):
+    with pytest.raises(UsageError, match="lru, moepic or decay"):
         Engine(fake_library()).set_load_params(budget_bytes=0, eviction="fifo")
 
 

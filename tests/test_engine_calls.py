@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_models
@@ -111,7 +112,7 @@ def test_a_mapped_load_is_refused() -> None:
 
 @pytest.mark.parametrize("budget", ["min", 0])
 @pytest.mark.parametrize("settings", [{"check_tensors": True}, {"load_mode": 4}], ids=["checked", "direct"])
-def test_other_ways_to_load(settings: dict[str, int], budget: str | int) -> None:
+def test_other_ways_to_load(settings: dict[str, Any], budget: str | int) -> None:
     """check_tensors validates what is loaded, mode dio reads it unbuffered: neither gets in the way."""
     outcome = on_engine(run("r", GOOD_MODEL, good("good"), budget, **settings))
     assert_good(outcome, "r")

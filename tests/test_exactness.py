@@ -149,7 +149,7 @@ def test_sequences_in_one_batch_equal_stock() -> None:
         "op": "decode", "tokens": tokens(len(order), 5), "seqs": [seq for seq, _ in order],
         "pos": [i for _, i in order], "save": "logits",
     }  # fmt: skip
-    settings = {"n_seq_max": 3, "n_ctx": 3 * 256, "n_ubatch": 16}
+    settings: dict[str, Any] = {"n_seq_max": 3, "n_ctx": 3 * 256, "n_ubatch": 16}
     stock = succeeded(on_stock(run("r", "mixtral", [batch], None, **settings)))
     patched = succeeded(on_engine(run("r", "mixtral", [batch], "min", **settings)))
     assert_run_equals(patched, "r", stock.arrays, "r")

@@ -15,7 +15,7 @@ from engine_jobs import assert_same_bits, on_engine, on_stock, run, succeeded, t
 
 FAMILIES = tiny_models.REFERENCE_MODELS
 MIXED = ["mixtral", "qwen2moe", "deepseek3", "gpt-oss", "llama4", "qwen3moe-scales", "nemotron-h"]
-F32 = {"f32_kv": True}
+F32: dict[str, Any] = {"f32_kv": True}
 
 
 def assert_close(actual: np.ndarray, expected: np.ndarray, tolerance: float, label: str) -> None:

@@ -7,6 +7,7 @@ stdin: one JSON object, see `main`. The converter and its `gguf` must lead PYTHO
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import json
 import logging
@@ -36,7 +37,8 @@ def reference_tokens(vocab_size: int) -> np.ndarray:
 def write_tokenizer(folder: Path, vocab_size: int) -> None:
     """Writes a byte-level BPE of `vocab_size` tokens: bytes, merges of two letters, three special tokens."""
     tokens = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = list(itertools.islice(itertools.product("etaoinsh", repeat=2), vocab_size - len(tokens) - 3))
+    letters = itertools.product("etaoinsh", "etaoinsh")
+    merges = list(itertools.islice(letters, vocab_size - len(tokens) - 3))
     vocab = {token: i for i, token in enumerate([*tokens, *("".join(merge) for merge in merges)])}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -116,7 +118,7 @@ def make_checkpoint(spec: dict[str, Any], folder: Path) -> torch.nn.Module:
 
 def convert(spec: dict[str, Any], folder: Path, out: Path) -> None:
     """Converts the checkpoint in `folder` with the pinned converter's own classes."""
-    import conversion
+    import conversion  # type: ignore[import-not-found]
     import gguf
 
     ftypes = {
@@ -165,7 +167,7 @@ def quantize(source: Path, out: Path, ftype: str) -> None:
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{ftype}")
     params.nthread = 2
-    if llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), params) != 0:
+    if llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), ctypes.pointer(params)) != 0:
         raise RuntimeError(f"quantising {source} to {ftype} failed")
 
 
