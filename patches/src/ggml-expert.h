@@ -16,14 +16,28 @@ extern "C" {
 
 #define GGML_EXPERT_MAX 4096 // experts in one tensor
 
-// returns the first byte of expert `expert` of w. with wait = false NULL means: not in memory yet.
-// with wait = true the result is never NULL. returns `stock` for tensors that are not its own
-typedef const char * (*ggml_expert_resolver_t)(const struct ggml_tensor * w, int64_t expert, const char * stock, bool wait);
+struct ggml_expert_resolver {
+    // returns the first byte of expert `expert` of w. with wait = false NULL means: not in memory yet.
+    // with wait = true the result is never NULL. returns `stock` for tensors that are not its own
+    const char * (*data)  (const struct ggml_tensor * w, int64_t expert, const char * stock, bool wait);
+    // sleeps while other threads wait in data() for experts of w
+    void         (*settle)(const struct ggml_tensor * w);
+};
 
-GGML_API void ggml_expert_set_resolver(ggml_expert_resolver_t resolver);
+// resolver must stay valid
+GGML_API void ggml_expert_set_resolver(const struct ggml_expert_resolver * resolver);
 
 // thread-safe; callable by every thread of a graph computation
 GGML_API const char * ggml_expert_data(const struct ggml_tensor * w, int64_t expert, bool wait);
+
+// how often a barrier polls before it lets other threads run. few where computing threads sleep for the
+// disk: one that wakes may be queued behind the one that polls for it
+GGML_API int  ggml_expert_barrier_polls(void);
+GGML_API void ggml_expert_set_barrier_polls(int n_polls);
+
+// for a thread that has done its share of w and is about to spin in a barrier: the processor that it
+// would spin on may be the one that serves the read, or the one where a waiting thread is to run
+GGML_API void ggml_expert_settle(const struct ggml_tensor * w);
 
 #ifdef __cplusplus
 }

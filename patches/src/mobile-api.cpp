@@ -45,6 +45,9 @@ int32_t mobile_load_set_params(const struct mobile_load_params * params) {
         if (params->io < MOBILE_IO_AUTO || params->io > MOBILE_IO_BUFFERED) {
             return mobile_fail(MOBILE_ERR_ARGUMENT, "unknown io mode");
         }
+        if (params->reserved != 0) {
+            return mobile_fail(MOBILE_ERR_ARGUMENT, "reserved must be 0");
+        }
     }
     mobile_load_set_pending(params);
     return MOBILE_OK;
@@ -115,7 +118,7 @@ int32_t mobile_set_batch_n_expert_used(struct llama_context * ctx, const int32_t
         }
     }
     m->k_batch.assign(k, k + n_tokens);
-    m->k_batch_done = 0;
+    m->k_batch_ran.assign(n_tokens, 0);
     return MOBILE_OK;
 }
 

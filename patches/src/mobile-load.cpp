@@ -144,6 +144,7 @@ static bool buft_is_host(ggml_backend_buffer_type_t buft) {
 }
 
 static const char * resolve_expert(const ggml_tensor * w, int64_t expert, const char * stock, bool wait);
+static void         settle_expert (const ggml_tensor * w);
 
 static ggml_backend_buffer_type_t mobile_buffer_type() {
     static ggml_backend_buffer_type buft = [] {
@@ -153,7 +154,8 @@ static ggml_backend_buffer_type_t mobile_buffer_type() {
         b.iface.get_alignment = buft_get_alignment;
         b.iface.is_host       = buft_is_host;
         b.device              = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
-        ggml_expert_set_resolver(resolve_expert);
+        static const ggml_expert_resolver resolver = { resolve_expert, settle_expert };
+        ggml_expert_set_resolver(&resolver);
         return b;
     }();
     return &buft;
@@ -165,6 +167,12 @@ static const char * resolve_expert(const ggml_tensor * w, int64_t expert, const 
     }
     const mobile_tensor * record = tensor_record(w);
     return record->store->resolve(record->layer, record->piece, expert, wait);
+}
+
+static void settle_expert(const ggml_tensor * w) {
+    if (w->buffer && ggml_backend_buffer_get_type(w->buffer) == mobile_buffer_type()) {
+        tensor_record(w)->store->settle();
+    }
 }
 
 //
@@ -262,6 +270,9 @@ bool mobile_load_tensors(llama_model_loader & ml, ggml_context * ctx, llama_prog
     const int32_t status = store.start([&](float f) { return !progress || progress(done + f*part, progress_data); }, err);
     if (status != MOBILE_OK) {
         load_failed((enum mobile_status) status, err);
+    }
+    if (!store.all_resident) {
+        ggml_expert_set_barrier_polls(64);
     }
     if (progress && ml.size_done >= ml.size_data) {
         progress(1.0f, progress_data);

@@ -303,11 +303,19 @@ void mobile_ubatch_begin(mobile_context * ctx, const llama_ubatch & ubatch) {
     ctx->k_token.assign(n_tokens, ctx->k);
     ctx->pos.assign(n_tokens, 0);
     ctx->outputs.clear();
+    const size_t n_index = ubatch.data ? std::min(n_tokens, ubatch.data->batch_idxs.size()) : 0;
+    for (size_t i = 0; i < n_index && !ctx->k_batch.empty(); ++i) {
+        const size_t index = ubatch.data->batch_idxs[i];
+        if (index < ctx->k_batch.size() && ctx->k_batch_ran[index]) {
+            ctx->k_batch.clear(); // a token that comes again is another decode's: its batch was shorter than the mask
+        }
+    }
     for (size_t i = 0; i < n_tokens; ++i) {
-        if (!ctx->k_batch.empty() && ubatch.data && i < ubatch.data->batch_idxs.size()) {
-            const int32_t index = ubatch.data->batch_idxs[i];
-            if (index >= 0 && (size_t) index < ctx->k_batch.size()) {
-                ctx->k_token[i] = ctx->k_batch[index];
+        if (!ctx->k_batch.empty() && i < n_index) {
+            const size_t index = ubatch.data->batch_idxs[i];
+            if (index < ctx->k_batch.size()) {
+                ctx->k_token[i]         = ctx->k_batch[index];
+                ctx->k_batch_ran[index] = 1;
             }
         }
         if (ubatch.pos) {
@@ -345,10 +353,8 @@ bool mobile_ubatch_end(mobile_context * ctx) {
         ctx->error = "this model computes a part of the batch in some layer: per-token expert counts cannot be told apart";
         ok = false;
     }
-    ctx->k_batch_done += n_tokens;
-    if (!ok || ctx->k_batch_done >= ctx->k_batch.size()) {
+    if (!ok || std::all_of(ctx->k_batch_ran.begin(), ctx->k_batch_ran.end(), [](uint8_t ran) { return ran != 0; })) {
         ctx->k_batch.clear();
-        ctx->k_batch_done = 0;
     }
     return ok;
 }

@@ -51,7 +51,7 @@ struct mobile_context {
     std::vector<int32_t> k_token;     // [n_tokens]
     std::vector<int32_t> pos;         // [n_tokens]
     std::vector<int32_t> outputs;     // tokens with an output, ascending: what the last layer keeps
-    size_t k_batch_done = 0;          // tokens of k_batch that ran
+    std::vector<uint8_t> k_batch_ran; // of k_batch: this token ran
     double time         = 0.0;        // of its first token, in tokens since the context began
     bool   mapped       = true;       // every layer's tokens could be told apart
 

@@ -431,10 +431,15 @@ bool mobile_store::run_one(locked & lock, bool demand_only) {
     return true;
 }
 
+std::string mobile_store::describe(uint32_t expert, int piece) const {
+    const mobile_layer & l = layers[experts[expert].layer];
+    return files[range_of(expert, piece).file].name + ": layer " + std::to_string(l.il) + ", expert " +
+        std::to_string(expert - l.first) + " (" + l.piece_name[piece] + ")";
+}
+
 void mobile_store::finish(const item & it, int status, uint64_t n_read, uint64_t n_wanted, uint64_t offset) {
     mobile_expert & x = experts[it.expert];
-    const mobile_layer & l = layers[x.layer];
-    const mobile_file  & f = files[range_of(it.expert, it.piece).file];
+    const mobile_file & f = files[range_of(it.expert, it.piece).file];
 
     const uint64_t bytes = f.direct ? round_up(n_read, f.align) : n_read;
     count.bytes_read += bytes;
@@ -447,8 +452,7 @@ void mobile_store::finish(const item & it, int status, uint64_t n_read, uint64_t
         x.failed = true;
         // a failed read ahead is no error: it is tried again when the expert is needed
         if (x.pinned && error_text.empty()) {
-            error_text = f.name + ": layer " + std::to_string(l.il) + ", expert " + std::to_string(it.expert - l.first) +
-                " (" + l.piece_name[it.piece] + "): " +
+            error_text = describe(it.expert, it.piece) + ": " +
                 (status != 0 ? std::string(strerror(status)) : "only " + std::to_string(n_read) + " of " + std::to_string(n_wanted) + " bytes") +
                 " at offset " + std::to_string(offset) +
                 (status != 0 ? "" : "; the file has become shorter since it was loaded");
@@ -677,8 +681,23 @@ const char * mobile_store::resolve(int32_t layer, int32_t piece, int64_t expert,
     }
     if (--n_waiting == 0) {
         count.stall_us += ggml_time_us() - stall_start;
+        cv_done.notify_all();
     }
-    return state == MOBILE_PIECE_READY ? address() : zeros;
+    if (state == MOBILE_PIECE_READY) {
+        return address();
+    }
+    if (error_text.empty()) {
+        // it was read ahead, and failed before this pass asked for it
+        error_text = describe(id, piece) + ": a read ahead of need failed";
+    }
+    return zeros;
+}
+
+void mobile_store::settle() {
+    if (n_waiting.load(std::memory_order_relaxed) > 0) {
+        locked lock(mutex);
+        cv_done.wait(lock, [&] { return n_waiting.load(std::memory_order_relaxed) == 0; });
+    }
 }
 
 //

@@ -154,6 +154,9 @@ public:
     // address of a piece; see ggml_expert_resolver_t
     const char * resolve(int32_t layer, int32_t piece, int64_t expert, bool wait);
 
+    // sleeps while another thread waits in resolve()
+    void settle();
+
     std::string     error();
     mobile_counters counters();
     void            reset_peak();
@@ -187,6 +190,7 @@ private:
     void promote     (const std::vector<uint32_t> & experts);
     bool run_one     (locked & lock, bool demand_only);
     void finish      (const item & it, int status, uint64_t n_read, uint64_t n_wanted, uint64_t offset);
+    std::string describe(uint32_t expert, int piece) const; // for error texts
     void wake_io     (size_t n_loads);
     void io_main     ();
 
@@ -199,7 +203,7 @@ private:
 
     std::mutex              mutex;
     std::condition_variable cv_work; // I/O threads: the queues are not empty, or stop
-    std::condition_variable cv_done; // computing threads: a piece arrived or failed
+    std::condition_variable cv_done; // computing threads: a piece arrived or failed, or nobody waits any more
     std::deque<item>        demand;  // served first
     std::deque<item>        ahead;
     bool                    stop = false;
@@ -212,7 +216,7 @@ private:
     uint64_t n_transient  = 0; // experts that hold a slot and are transient
     uint64_t n_in_flight  = 0; // experts being loaded
     uint64_t transient_seq = 0;
-    int32_t  n_waiting    = 0; // computing threads in resolve()
+    std::atomic<int32_t> n_waiting = 0; // computing threads that wait in resolve(); changed under the lock
     int64_t  stall_start  = 0;
     std::string error_text;
     mobile_counters count = {};
