@@ -136,7 +136,7 @@ def test_store_settings_do_not_change_logits(settings: dict[str, int]) -> None:
     for name in ("40%", "min"):
         assert_run_equals(patched, name, stock_logits(model), "t1")
         info = patched.runs[name]["info"]
-        assert info["eviction"] == settings.get("eviction", 0)
+        assert info["eviction"] == settings.get("eviction", 2)
         if settings.get("io") == 2:
             assert info["direct_io"] == 0
 

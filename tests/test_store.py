@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import csv
-from collections import defaultdict
+import math
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -191,28 +192,41 @@ def test_eviction_policies_differ_in_misses_only(tmp_path: Path) -> None:
     assert lru["n_misses"] != moepic["n_misses"]
 
 
-def test_lru_misses_equal_a_simulation(tmp_path: Path) -> None:
-    """The oracle is a textbook LRU over the traced ids (all experts of this model have one size)."""
+@pytest.mark.parametrize("eviction", [0, 1, 2], ids=["lru", "moepic", "decay"])
+def test_misses_equal_a_simulation(eviction: int, tmp_path: Path) -> None:
+    """The oracle is a plain cache over the traced ids (all experts of this model have one size)."""
     path = tmp_path / "trace.csv"
     outcome = succeeded(on_engine(run("r", "qwen2moe", [
         {"op": "trace_start", "path": str(path)}, {"op": "steps", "tokens": tokens(120, 31), "pos": 0},
         {"op": "counters"}, {"op": "trace_stop"},
-    ], "40%")))  # fmt: skip
+    ], "40%", mobile={"eviction": eviction})))  # fmt: skip
     info, counters = outcome.runs["r"]["info"], outcome.ops("r", "counters")[0]
     n_slots = info["budget_bytes"] * info["n_layer_moe"] * info["n_expert"] // info["budget_all_bytes"]
     by_pass: dict[tuple[float, float], list[tuple[int, int]]] = defaultdict(list)
     for row in read_trace(path):
         by_pass[row["step"], row["layer"]].append((int(row["layer"]), int(row["expert"])))
+    # MoEpic's rho is 0.25; its omega 128 tokens, decay's 12 visits of the expert's own layer
+    decay = {0: 0.0, 1: math.log(4) / 128, 2: math.log(4) / 12}[eviction]
+    n_uses: Counter[tuple[int, int]] = Counter()
     last_use: dict[tuple[int, int], float] = {}  # of what is resident
+
+    def worth(expert: tuple[int, int], layer: float) -> float:
+        if eviction == 0:
+            return last_use[expert]
+        # a layer that this token has yet to reach has had one visit less
+        unvisited = eviction == 2 and expert[0] > layer
+        return math.log(n_uses[expert]) + last_use[expert] * decay + (decay if unvisited else 0.0)
+
     n_misses = 0
-    for (step, _layer), needs in by_pass.items():
+    for (step, layer), needs in by_pass.items():
         missing = [need for need in needs if need not in last_use]
         n_misses += len(missing)
-        # within one token all layers are equally recent; ties go by layer and expert
+        n_uses.update(needs)
+        # ties go by layer and expert
         last_use.update({need: step for need in needs if need in last_use})
         for need in missing:
             if len(last_use) == n_slots:
-                victim = min((x for x in last_use if x not in needs), key=lambda x: (last_use[x], x))
+                _, victim = min((worth(expert, layer), expert) for expert in last_use if expert not in needs)
                 del last_use[victim]
             last_use[need] = step
     assert counters["n_misses"] == n_misses
