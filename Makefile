@@ -36,7 +36,7 @@ run: $(VENV)/.core engine ## chat with the demo model; without a terminal, answe
 	@if [ -t 0 ] && [ -t 1 ]; then \
 		$(BIN)/mobile-gguf chat demo; \
 	else \
-		$(BIN)/mobile-gguf run demo --ram-budget 60% --mode big-little "Explain in two sentences why the sky is blue."; \
+		$(BIN)/mobile-gguf run demo --ram-budget 60% "Explain in two sentences why the sky is blue."; \
 	fi
 
 stock: $(VENV)/.package ## build unpatched llama.cpp beside the engine, for comparison

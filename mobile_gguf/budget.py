@@ -93,6 +93,10 @@ def plan_budget(size: Size, info: GgufInfo, demand: Demand, memory: Memory) -> B
                 f"({format_bytes(info.budget_min_bytes)}) must fit; try a smaller --ctx-size or "
                 "--ubatch-size, or set --ram-budget"
             )
+        # Keeping all of them repacks whole tensors, each with its bytes twice in memory for a moment.
+        staging = max(layer.file_bytes for layer in info.expert_layers)
+        if budget < info.budget_all_bytes + staging:
+            budget = min(budget, info.budget_all_bytes - 1)
     else:
         budget = _asked_bytes(size, info)
         # Between this and budget_min_bytes it depends on the file system, and the engine decides.

@@ -143,14 +143,14 @@ class Run:
         return bool(self.model)
 
     def budget(self) -> int | None:
-        """The budget in bytes; "min" and "40%" are resolved by loading the model once with room for all."""
+        """The budget in bytes; "min" and "40%" are resolved by loading the model once with slots for all."""
         settings = self.spec.get("mobile")
         if settings is None:
             return None
         budget = settings.get("budget", 0)
         if isinstance(budget, int):
             return budget
-        if self.load(0):
+        if self.load(1 << 60):
             lib.llama_model_free(self.model)
         info = self.result["info"]
         if info is None:

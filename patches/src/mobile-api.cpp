@@ -54,7 +54,7 @@ int32_t mobile_load_set_params(const struct mobile_load_params * params) {
 }
 
 int32_t mobile_model_get_info(const struct llama_model * model, struct mobile_model_info * info) {
-    mobile_store * store = model ? mobile_store_of(*model) : nullptr;
+    const std::shared_ptr<mobile_store> store = model ? mobile_store_of(*model) : nullptr;
     if (!store) {
         return mobile_fail(MOBILE_ERR_STATE, NO_STORE);
     }
@@ -73,7 +73,7 @@ int32_t mobile_model_get_info(const struct llama_model * model, struct mobile_mo
 }
 
 int32_t mobile_model_get_residency(const struct llama_model * model, uint8_t * state, size_t n_state) {
-    mobile_store * store = model ? mobile_store_of(*model) : nullptr;
+    const std::shared_ptr<mobile_store> store = model ? mobile_store_of(*model) : nullptr;
     if (!store) {
         return mobile_fail(MOBILE_ERR_STATE, NO_STORE);
     }

@@ -12,11 +12,15 @@
 #include <cstring>
 #include <deque>
 #include <memory>
+#include <regex>
 #include <stdexcept>
 #include <vector>
 
 // merged gate_up, gate, up and down of the routed experts; not biases, scales or shared experts
 static const char * EXPERT_PATTERN = "^blk\\.[0-9]+\\.ffn_(gate_up|up|gate|down)_exps\\.weight$";
+
+// stands in op_params of expert tensors in ordinary buffers, of models that get the route op
+static constexpr uint64_t ROUTED_MARK = 0x6d6f62696c650001;
 
 // what a tensor in our buffer knows; its address stands in op_params, which a weight does not use
 struct mobile_tensor {
@@ -35,6 +39,7 @@ struct mobile_buffer_context {
 // of the load that runs on this thread
 struct mobile_loading {
     bool                                          pending = false;
+    bool                                          mark    = false; // all experts in ordinary buffers
     mobile_load_params                            params  = {};
     std::vector<llama_model_tensor_buft_override> overrides;
 };
@@ -180,11 +185,16 @@ static void settle_expert(const ggml_tensor * w) {
 //
 
 const llama_model_tensor_buft_override * mobile_load_begin(const llama_model_tensor_buft_override * overrides) {
+    g_loading.mark = false;
     if (!g_loading.pending) {
         return overrides;
     }
     g_loading.pending = false;
     g_last_error.clear();
+    if (g_loading.params.budget_bytes == 0) {
+        g_loading.mark = true;
+        return overrides;
+    }
 
     // the user's own overrides come first
     g_loading.overrides.clear();
@@ -213,6 +223,16 @@ static int layer_number(const char * name) {
     return il;
 }
 
+// by layer, then in the order of use
+static std::vector<ggml_tensor *> sorted_by_use(std::vector<ggml_tensor *> tensors) {
+    std::stable_sort(tensors.begin(), tensors.end(), [](const ggml_tensor * a, const ggml_tensor * b) {
+        const int la = layer_number(a->name);
+        const int lb = layer_number(b->name);
+        return la != lb ? la < lb : piece_order(a->name) < piece_order(b->name);
+    });
+    return tensors;
+}
+
 [[noreturn]] static void load_failed(enum mobile_status status, const std::string & text) {
     mobile_fail(status, text);
     throw std::runtime_error(text);
@@ -221,6 +241,9 @@ static int layer_number(const char * name) {
 bool mobile_load_tensors(llama_model_loader & ml, ggml_context * ctx, llama_progress_callback progress, void * progress_data) {
     std::vector<ggml_tensor *> tensors;
     for (ggml_tensor * t = ggml_get_first_tensor(ctx); t; t = ggml_get_next_tensor(ctx, t)) {
+        if (g_loading.mark && std::regex_search(t->name, std::regex(EXPERT_PATTERN))) {
+            memcpy(t->op_params, &ROUTED_MARK, sizeof(ROUTED_MARK));
+        }
         if (t->buffer && ggml_backend_buffer_get_type(t->buffer) == mobile_buffer_type()) {
             tensors.push_back(t);
         }
@@ -231,11 +254,7 @@ bool mobile_load_tensors(llama_model_loader & ml, ggml_context * ctx, llama_prog
     if (ml.use_mmap) {
         load_failed(MOBILE_ERR_ARGUMENT, "an expert budget needs a load without mmap (use_mmap = false)");
     }
-    std::stable_sort(tensors.begin(), tensors.end(), [](const ggml_tensor * a, const ggml_tensor * b) {
-        const int la = layer_number(a->name);
-        const int lb = layer_number(b->name);
-        return la != lb ? la < lb : piece_order(a->name) < piece_order(b->name);
-    });
+    tensors = sorted_by_use(std::move(tensors));
 
     auto * buffer = (mobile_buffer_context *) tensors[0]->buffer->context;
     mobile_store & store = *buffer->store;
@@ -280,11 +299,31 @@ bool mobile_load_tensors(llama_model_loader & ml, ggml_context * ctx, llama_prog
     return true;
 }
 
-mobile_store * mobile_store_of(const llama_model & model) {
+static bool is_marked(const ggml_tensor * tensor) {
+    return memcmp(tensor->op_params, &ROUTED_MARK, sizeof(ROUTED_MARK)) == 0;
+}
+
+std::shared_ptr<mobile_store> mobile_store_of(const llama_model & model) {
+    std::vector<ggml_tensor *> marked;
     for (const auto & [name, tensor] : model.tensors_by_name) {
         if (tensor->buffer && ggml_backend_buffer_get_type(tensor->buffer) == mobile_buffer_type()) {
-            return ((mobile_buffer_context *) tensor->buffer->context)->store.get();
+            return { std::shared_ptr<void>(), ((mobile_buffer_context *) tensor->buffer->context)->store.get() };
+        }
+        if (is_marked(tensor)) {
+            marked.push_back(tensor);
         }
     }
-    return nullptr;
+    if (marked.empty()) {
+        return nullptr;
+    }
+    auto store = std::make_shared<mobile_store>(mobile_load_default_params());
+    std::string err;
+    for (const ggml_tensor * t : sorted_by_use(std::move(marked))) {
+        const std::vector<mobile_range> sizes(t->ne[2], { 0, 0, t->nb[2] });
+        if (!store->add_piece(layer_number(t->name), t->name, sizes, err)) {
+            return nullptr; // no layout that a store could hold: the model runs without the route op
+        }
+    }
+    store->start_plain();
+    return store;
 }

@@ -5,6 +5,8 @@
 // space; the loader's copy loop then hands those tensors over here, with their place in the file,
 // instead of reading them.
 // Invariant: a load without pending parameters takes none of these paths.
+// If the parameters ask for all experts, they are loaded by the stock code into ordinary buffers, repacked if
+// the processor likes that, and are only marked, so that contexts know to build the route op.
 // Limits: host-side CPU kernels read the tensors (through ggml_expert_data); the file is not mapped.
 
 #pragma once
@@ -12,6 +14,7 @@
 #include "mobile-store.h"
 #include "mobile.h"
 
+#include <memory>
 #include <string>
 
 struct ggml_context;
@@ -25,8 +28,9 @@ const llama_model_tensor_buft_override * mobile_load_begin(const llama_model_ten
 // std::runtime_error with the reason if they cannot be
 bool mobile_load_tensors(llama_model_loader & ml, ggml_context * ctx, llama_progress_callback progress, void * progress_data);
 
-// NULL if no tensor of the model is in a store
-mobile_store * mobile_store_of(const llama_model & model);
+// the model's store, which lives as long as the model; for experts in ordinary buffers a new one, which only
+// counts. NULL if the model is dense or was loaded without parameters
+std::shared_ptr<mobile_store> mobile_store_of(const llama_model & model);
 
 // for the C API
 void                      mobile_load_set_pending(const mobile_load_params * params);

@@ -270,7 +270,7 @@ ggml_tensor * mobile_route_rows(ggml_context * ctx0, ggml_tensor * ids) {
 //
 
 std::shared_ptr<mobile_context> mobile_context_new(const struct llama_model & model) {
-    mobile_store * store = mobile_store_of(model);
+    std::shared_ptr<mobile_store> store = mobile_store_of(model);
     if (!store) {
         return nullptr;
     }

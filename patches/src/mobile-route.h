@@ -14,6 +14,7 @@
 #include "mobile.h"
 
 #include <cstdio>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -34,7 +35,7 @@ struct mobile_route {
 
 // the state behind llama_cparams::mobile; used by the thread that decodes
 struct mobile_context {
-    mobile_store * store = nullptr;
+    std::shared_ptr<mobile_store> store;
     int32_t n_layer  = 0;
     int32_t n_expert_used = 0;
 

@@ -59,7 +59,10 @@ bool mobile_store::add_piece(int il, const std::string & name, std::vector<mobil
     }
     for (size_t e = 0; e < ranges.size(); ++e) {
         const mobile_range & r = ranges[e];
-        const mobile_file  & f = files.at(r.file);
+        if (files.empty()) {
+            continue;
+        }
+        const mobile_file & f = files.at(r.file);
         if (r.size == 0 || r.offset > f.size || r.size > f.size - r.offset) {
             err = f.name + ": " + name + ", expert " + std::to_string(e) + " lies outside the file; it is truncated or corrupt";
             return false;
@@ -98,15 +101,11 @@ bool mobile_store::add_piece(int il, const std::string & name, std::vector<mobil
 }
 
 bool mobile_store::direct_io() const {
-    return std::all_of(files.begin(), files.end(), [](const mobile_file & f) { return f.direct; });
+    return !files.empty() && std::all_of(files.begin(), files.end(), [](const mobile_file & f) { return f.direct; });
 }
 
-int32_t mobile_store::start(const std::function<bool(float)> & progress, std::string & err) {
-    uint32_t align = 512;
-    for (const auto & f : files) {
-        align = std::max(align, f.align);
-    }
-
+// slot classes and what budgets mean, for reads aligned to `align`
+void mobile_store::lay_out(uint32_t align) {
     for (auto & l : layers) {
         mobile_slot_class c;
         c.n_pieces = l.n_pieces;
@@ -141,6 +140,23 @@ int32_t mobile_store::start(const std::function<bool(float)> & progress, std::st
         budget_min_bytes  = std::max(budget_min_bytes, bytes);
         budget_all_bytes += bytes;
     }
+}
+
+void mobile_store::start_plain() {
+    lay_out(4096); // a budget that is legal by these figures is legal on every file system
+    budget_bytes = budget_all_bytes;
+    all_resident = true;
+    plain        = true;
+    committed    = expert_bytes;
+    count.resident_bytes_peak = committed;
+}
+
+int32_t mobile_store::start(const std::function<bool(float)> & progress, std::string & err) {
+    uint32_t align = 512;
+    for (const auto & f : files) {
+        align = std::max(align, f.align);
+    }
+    lay_out(align);
 
     budget_bytes = params.budget_bytes == 0 ? budget_all_bytes : std::min(params.budget_bytes, budget_all_bytes);
     all_resident = budget_bytes == budget_all_bytes;
@@ -543,7 +559,7 @@ void mobile_store::request(int32_t layer, const std::vector<mobile_need> & needs
 
     locked lock(mutex);
     count.bytes_routed += needs.size()*(expert_bytes_of(l));
-    if (all_resident && experts[l.first].state == MOBILE_RESIDENT) {
+    if (plain || (all_resident && experts[l.first].state == MOBILE_RESIDENT)) {
         count.n_hits += needs.size();
         return;
     }
@@ -588,6 +604,9 @@ void mobile_store::read_ahead(int32_t layer) {
     const mobile_layer & l = layers[layer];
 
     locked lock(mutex);
+    if (all_resident) {
+        return;
+    }
     std::vector<uint32_t> loads;
     for (int e = 0; e < l.n_expert; ++e) {
         mobile_expert & x = experts[l.first + e];
@@ -614,6 +633,9 @@ int32_t mobile_store::prefetch(int32_t layer, const int32_t * ids, size_t n_ids,
     const mobile_layer & l = layers[layer];
 
     locked lock(mutex);
+    if (all_resident) {
+        return 0;
+    }
     std::vector<uint32_t> loads;
     for (size_t i = 0; i < n_ids; ++i) {
         const uint32_t expert = l.first + ids[i];
@@ -723,5 +745,5 @@ void mobile_store::reset_peak() {
 
 uint8_t mobile_store::residency(int32_t layer, int32_t expert) {
     locked lock(mutex);
-    return experts[layers[layer].first + expert].state;
+    return plain ? MOBILE_RESIDENT : experts[layers[layer].first + expert].state;
 }

@@ -115,12 +115,16 @@ public:
 
     // returns the file's index, or -1: err
     int add_file(int fd, std::string & err);
-    // adds a piece to layer il: one range per expert. call in the order in which the graph uses the pieces.
+    // adds a piece to layer il: one range per expert, without a file only its size. call in the order in which
+    // the graph uses the pieces.
     // false: err says what is wrong with it
     bool add_piece(int il, const std::string & name, std::vector<mobile_range> ranges, std::string & err);
     // lays out the slots, checks the budget, starts the I/O threads and, if everything fits, reads
     // everything. progress is called with 0..1 and may return false to cancel
     int32_t start(const std::function<bool(float)> & progress, std::string & err);
+    // instead of start(): the experts lie in ordinary buffers, in the form that suits the kernels best.
+    // the store counts what is routed and holds nothing
+    void start_plain();
 
     // read-only after start()
     std::vector<mobile_layer> layers;        // with experts, ascending il
@@ -132,6 +136,7 @@ public:
     uint64_t budget_all_bytes = 0;
     int32_t  n_expert_max     = 0;
     bool     all_resident     = false;       // nothing is ever evicted
+    bool     plain            = false;       // nothing is in slots either: start_plain()
 
     bool     direct_io() const;
     uint64_t expert_bytes_of(const mobile_layer & layer) const; // bytes of one expert in the file
@@ -172,6 +177,8 @@ private:
     enum slot_use { SLOT_DEMAND, SLOT_AHEAD, SLOT_PREFETCH };
 
     using locked = std::unique_lock<std::mutex>;
+
+    void lay_out(uint32_t align);
 
     const mobile_range & range_of(uint32_t expert, int piece) const;
     uint32_t n_chunks(const mobile_range & range) const;

@@ -51,7 +51,8 @@ enum mobile_residency {
 
 // set before a load
 struct mobile_load_params {
-    uint64_t budget_bytes; // host tier: expert bytes in memory at any time; 0: all experts
+    uint64_t budget_bytes; // host tier: expert bytes in memory at any time; 0: all experts, as the stock loader
+                           // puts them there
     int32_t  n_io_threads; // > 0
     int32_t  eviction;     // enum mobile_eviction
     int32_t  io;           // enum mobile_io
