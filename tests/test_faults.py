@@ -29,6 +29,7 @@ from engine_jobs import (
 )
 
 OFF, EIO, EOF, SHORT, EINTR, FAIL_HOLD = range(6)  # modes of shim/read_fault.c
+MORE_THAN_ALL = 1 << 60  # bytes
 
 
 @pytest.fixture(scope="session")
@@ -152,9 +153,9 @@ def test_failed_prefetch_does_not_corrupt(shim: dict[str, str]) -> None:
 
 
 def test_failed_read_while_loading(shim: dict[str, str]) -> None:
-    """With room for all experts they are read at load: that load fails, and the next one works."""
+    """With slots for all experts they are read at load: that load fails, and the next one works."""
     outcome = on_engine(
-        run("fault", GOOD_MODEL, [], 0, load_fault={"mode": EIO, "after": 20}),
+        run("fault", GOOD_MODEL, [], MORE_THAN_ALL, load_fault={"mode": EIO, "after": 20}),
         run("next", GOOD_MODEL, good("good"), 0),
         environment=shim,
     )

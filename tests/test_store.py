@@ -129,13 +129,14 @@ def test_little_halves_what_is_routed() -> None:
     assert counters["n_tokens_little"] == len(FOLLOWING)
 
 
-def test_all_experts_resident_with_room_for_all() -> None:
+@pytest.mark.parametrize("budget", [0, 1 << 60], ids=["plain buffers", "slots"])
+def test_all_experts_resident_with_room_for_all(budget: int) -> None:
     outcome = succeeded(on_engine(run("r", "deepseek3", [
         *start(), {"op": "counters"}, {"op": "residency", "save": "residency"},
-    ], 0)))  # fmt: skip
+    ], budget)))  # fmt: skip
     info, counters = outcome.runs["r"]["info"], outcome.ops("r", "counters")[0]
     assert counters["n_misses"] == counters["n_evictions"] == counters["bytes_read"] == 0
-    assert counters["resident_bytes"] == info["budget_all_bytes"]
+    assert counters["resident_bytes"] == info["budget_all_bytes" if budget else "expert_bytes"]
     residency = outcome.arrays["r/residency"]
     assert not residency[0].any(), "layer 0 is dense"
     assert (residency[1:] == RESIDENT).all()
