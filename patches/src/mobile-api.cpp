@@ -2,6 +2,7 @@
 
 #include "mobile.h"
 
+#include "mobile-error.h"
 #include "mobile-load.h"
 #include "mobile-route.h"
 

@@ -1,6 +1,7 @@
 #include "mobile-load.h"
 
 #include "ggml-expert.h"
+#include "mobile-error.h"
 
 #include "llama-model-loader.h"
 #include "llama-model.h"
@@ -45,16 +46,6 @@ struct mobile_loading {
 };
 
 static thread_local mobile_loading g_loading;
-static thread_local std::string    g_last_error;
-
-enum mobile_status mobile_fail(enum mobile_status status, const std::string & text) {
-    g_last_error = text;
-    return status;
-}
-
-const char * mobile_last_error(void) {
-    return g_last_error.c_str();
-}
 
 void mobile_load_set_pending(const mobile_load_params * params) {
     g_loading.pending = params != nullptr;
@@ -190,7 +181,7 @@ const llama_model_tensor_buft_override * mobile_load_begin(const llama_model_ten
         return overrides;
     }
     g_loading.pending = false;
-    g_last_error.clear();
+    mobile_fail(MOBILE_OK, "");
     if (g_loading.params.budget_bytes == 0) {
         g_loading.mark = true;
         return overrides;

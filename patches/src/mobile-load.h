@@ -33,5 +33,4 @@ bool mobile_load_tensors(llama_model_loader & ml, ggml_context * ctx, llama_prog
 std::shared_ptr<mobile_store> mobile_store_of(const llama_model & model);
 
 // for the C API
-void                      mobile_load_set_pending(const mobile_load_params * params);
-enum mobile_status        mobile_fail(enum mobile_status status, const std::string & text); // sets mobile_last_error()
+void mobile_load_set_pending(const mobile_load_params * params);

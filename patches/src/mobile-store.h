@@ -30,6 +30,10 @@
 
 constexpr int MOBILE_MAX_PIECES = 3;
 
+inline uint64_t mobile_round_up(uint64_t n, uint64_t to) {
+    return (n + to - 1)/to*to;
+}
+
 // where a piece's bytes lie
 struct mobile_range {
     uint16_t file   = 0;
