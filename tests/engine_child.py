@@ -11,12 +11,20 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import resource
 import sys
+from pathlib import Path
 from typing import Any
 
 import llama_cpp.llama_cpp as lib
 import numpy as np
+
+
+def peak_resident_bytes() -> int:
+    """Of this program; getrusage would start from the parent's."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("/proc/self/status has no VmHWM")
 
 
 class LoadParams(ctypes.Structure):
@@ -325,7 +333,7 @@ class Run:
 
     def op_rss(self, op: dict[str, Any]) -> dict[str, Any]:
         """Highest resident size of the process so far, in bytes."""
-        return {"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+        return {"peak": peak_resident_bytes()}
 
 
 def main() -> int:
