@@ -109,13 +109,11 @@ class MoEpic(Policy):
         return np.log(self.mu[ids]) + (step - self.last[ids]) * self.log_decay
 
 
-class Decay(Policy):
+class Decay(MoEpic):
     """MoEpic's priority with a short memory, over visits of the expert's own layer: the engine's default."""
 
     def __init__(self, n_layer: int, n_expert: int, rho: float = 0.25, omega: float = 12) -> None:
-        super().__init__(n_layer, n_expert)
-        self.mu = np.zeros(n_layer * n_expert)
-        self.log_decay = math.log(rho) / omega
+        super().__init__(n_layer, n_expert, rho, omega)
 
     def touch(self, ids: Ids, step: int, layer: int) -> None:
         self.mu[ids] += 1

@@ -230,9 +230,10 @@ static std::vector<ggml_tensor *> sorted_by_use(std::vector<ggml_tensor *> tenso
 }
 
 bool mobile_load_tensors(llama_model_loader & ml, ggml_context * ctx, llama_progress_callback progress, void * progress_data) {
+    const std::regex pattern(EXPERT_PATTERN);
     std::vector<ggml_tensor *> tensors;
     for (ggml_tensor * t = ggml_get_first_tensor(ctx); t; t = ggml_get_next_tensor(ctx, t)) {
-        if (g_loading.mark && std::regex_search(t->name, std::regex(EXPERT_PATTERN))) {
+        if (g_loading.mark && std::regex_search(t->name, pattern)) {
             memcpy(t->op_params, &ROUTED_MARK, sizeof(ROUTED_MARK));
         }
         if (t->buffer && ggml_backend_buffer_get_type(t->buffer) == mobile_buffer_type()) {
