@@ -15,17 +15,21 @@
 // others' experts go first
 static constexpr int64_t LASTING_TOKENS = 8;
 
-// custom ops know their tensors by position
+// the op's tensors by position. its result holds ids [K, T] and, behind them, weights [K, T]
 static const ggml_tensor * src_ids    (const ggml_tensor * dst) { return dst->src[0]; }
 static const ggml_tensor * src_weights(const ggml_tensor * dst) { return dst->src[1]; }
 
-static int32_t & id_at(const ggml_tensor * t, int64_t rank, int64_t token) {
-    return *(int32_t *) ((char *) t->data + rank*t->nb[0] + token*t->nb[1]);
+static int32_t id_at(const ggml_tensor * t, int64_t rank, int64_t token) {
+    return *(const int32_t *) ((const char *) t->data + rank*t->nb[0] + token*t->nb[1]);
 }
 
-static float & weight_at(const ggml_tensor * t, int64_t rank, int64_t token) {
-    return *(float *) ((char *) t->data + rank*t->nb[1] + token*t->nb[2]);
+static float weight_at(const ggml_tensor * t, int64_t rank, int64_t token) {
+    return *(const float *) ((const char *) t->data + rank*t->nb[1] + token*t->nb[2]);
 }
+
+// of one token; [K]
+static int32_t * routed_ids    (const ggml_tensor * dst, int64_t token) { return (int32_t *) dst->data + token*dst->ne[0]; }
+static float   * routed_weights(const ggml_tensor * dst, int64_t token) { return (float *) dst->data + (dst->ne[1] + token)*dst->ne[0]; }
 
 // which token of the ubatch a layer's column is: the last layer computes only tokens with an output
 static int32_t token_of(mobile_context & ctx, int64_t column, int64_t n_columns) {
@@ -44,12 +48,11 @@ static int32_t token_of(mobile_context & ctx, int64_t column, int64_t n_columns)
 //
 
 // marks all but the k heaviest of a token's ids as skipped
-static void mask_token(const mobile_route & route, ggml_tensor * dst, const ggml_tensor * weights, int64_t token, int32_t k) {
+static void mask_token(const mobile_route & route, const ggml_tensor * dst, int64_t token, int32_t k) {
     const int64_t n_used = dst->ne[0];
+    int32_t * ids = routed_ids(dst, token);
     if (route.ranked) {
-        for (int64_t rank = k; rank < n_used; ++rank) {
-            id_at(dst, rank, token) = -1;
-        }
+        std::fill(ids + k, ids + n_used, -1);
         return;
     }
     std::vector<int64_t> order(n_used);
@@ -57,153 +60,128 @@ static void mask_token(const mobile_route & route, ggml_tensor * dst, const ggml
         order[i] = i;
     }
     std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
-        return weight_at(weights, a, token) > weight_at(weights, b, token);
+        return weight_at(src_weights(dst), a, token) > weight_at(src_weights(dst), b, token);
     });
     for (int64_t i = k; i < n_used; ++i) {
-        id_at(dst, order[i], token) = -1;
+        ids[order[i]] = -1;
     }
 }
 
 // what the layer needs of the store: distinct experts, ascending, so that reads run forward in the file
-static std::vector<mobile_need> collect_needs(const mobile_context & ctx, const ggml_tensor * ids, int32_t n_expert) {
-    const int64_t n_tokens = ids->ne[1];
-
-    std::vector<uint32_t> n_of  (n_expert, 0);
-    std::vector<int64_t>  last_of(n_expert, 0);
-    for (int64_t t = 0; t < n_tokens; ++t) {
-        for (int64_t rank = 0; rank < ids->ne[0]; ++rank) {
-            const int32_t id = id_at(ids, rank, t);
-            if (id >= 0 && id < n_expert) {
-                n_of[id]++;
-                last_of[id] = t;
-            }
-        }
-    }
-    std::vector<mobile_need> needs;
-    for (int32_t e = 0; e < n_expert; ++e) {
-        if (n_of[e] > 0) {
-            mobile_need need;
-            need.expert   = e;
-            need.n_tokens = n_of[e];
-            need.time     = ctx.time + (double) last_of[e];
-            need.lasting  = last_of[e] >= n_tokens - LASTING_TOKENS;
-            needs.push_back(need);
-        }
-    }
-    return needs;
-}
-
-static void route_ids(ggml_tensor * dst, int ith, int nth, void * userdata) {
-    GGML_UNUSED(nth);
-    if (ith != 0) {
-        return;
-    }
-    mobile_route   & route = *(mobile_route *) userdata;
-    mobile_context & ctx   = *route.ctx;
-    const ggml_tensor * ids = src_ids(dst);
-
+static void collect_needs(mobile_context & ctx, const ggml_tensor * dst, int32_t n_expert) {
     const int64_t n_used   = dst->ne[0];
     const int64_t n_tokens = dst->ne[1];
 
-    route.masked.clear();
+    ctx.need_of.assign(n_expert, {});
     for (int64_t t = 0; t < n_tokens; ++t) {
-        const int32_t token = token_of(ctx, t, n_tokens);
-        if (ctx.replay.empty() || route.il >= ctx.n_layer) {
-            for (int64_t rank = 0; rank < n_used; ++rank) {
-                id_at(dst, rank, t) = id_at(ids, rank, t);
+        const int32_t * ids = routed_ids(dst, t);
+        for (int64_t rank = 0; rank < n_used; ++rank) {
+            if (ids[rank] >= 0 && ids[rank] < n_expert) {
+                mobile_need & need = ctx.need_of[ids[rank]];
+                need.expert  = ids[rank];
+                need.time    = ctx.time + (double) t;
+                need.lasting = t >= n_tokens - LASTING_TOKENS;
+                need.n_tokens++;
             }
-        } else {
-            const int64_t step = ctx.pos[token] % ctx.replay_steps;
-            memcpy(&id_at(dst, 0, t), &ctx.replay[(step*ctx.n_layer + route.il)*ctx.replay_k], n_used*sizeof(int32_t));
-        }
-        const int32_t k = ctx.k_token[token];
-        if (k > 0 && k < n_used) {
-            if (n_tokens == 1 && route.ranked) {
-                for (int64_t rank = k; rank < n_used; ++rank) {
-                    route.masked.push_back(id_at(dst, rank, t));
-                }
-            }
-            mask_token(route, dst, src_weights(dst), t, k);
         }
     }
-
-    mobile_store & store = *ctx.store;
-    const int32_t layer = route.il < (int32_t) store.layer_of_il.size() ? store.layer_of_il[route.il] : -1;
-    if (layer < 0) {
-        return;
-    }
-    if (ctx.trace) {
-        ctx.trace_resident.resize(n_used*n_tokens);
-        for (int64_t i = 0; i < n_used*n_tokens; ++i) {
-            const int32_t id = id_at(dst, i % n_used, i/n_used);
-            ctx.trace_resident[i] = id >= 0 && store.residency(layer, id) != MOBILE_NOT_RESIDENT;
+    ctx.needs.clear();
+    for (const mobile_need & need : ctx.need_of) {
+        if (need.n_tokens > 0) {
+            ctx.needs.push_back(need);
         }
-    }
-    const std::vector<mobile_need> needs = collect_needs(ctx, dst, store.layers[layer].n_expert);
-    store.request(layer, needs);
-
-    // a batch that needs nearly all of this layer needs nearly all of the next one
-    if (n_tokens > LASTING_TOKENS && 10*needs.size() >= 9*(size_t) store.layers[layer].n_expert && layer + 1 < (int32_t) store.layers.size()) {
-        store.read_ahead(layer + 1);
     }
 }
 
-//
-// weights
-//
+static void route_ids(const mobile_context & ctx, mobile_route & route, const ggml_tensor * dst, int64_t t, int32_t token) {
+    const int64_t n_used = dst->ne[0];
+    int32_t * ids = routed_ids(dst, t);
 
-static void trace_layer(mobile_context & ctx, const mobile_route & route, const ggml_tensor * ids, const ggml_tensor * weights) {
-    const int64_t n_used   = ids->ne[0];
-    const int64_t n_tokens = ids->ne[1];
-    const int32_t layer    = route.il < (int32_t) ctx.store->layer_of_il.size() ? ctx.store->layer_of_il[route.il] : -1;
-    const uint64_t bytes   = layer < 0 ? 0 : ctx.store->expert_bytes_of(ctx.store->layers[layer]);
+    if (ctx.replay.empty() || route.il >= ctx.n_layer) {
+        for (int64_t rank = 0; rank < n_used; ++rank) {
+            ids[rank] = id_at(src_ids(dst), rank, t);
+        }
+    } else {
+        const int64_t step = ctx.pos[token] % ctx.replay_steps;
+        memcpy(ids, &ctx.replay[(step*ctx.n_layer + route.il)*ctx.replay_k], n_used*sizeof(int32_t));
+    }
+    const int32_t k = ctx.k_token[token];
+    if (k > 0 && k < n_used) {
+        if (dst->ne[1] == 1 && route.ranked) {
+            route.masked.assign(ids + k, ids + n_used);
+        }
+        mask_token(route, dst, t, k);
+    }
+}
+
+static void route_weights(const mobile_route & route, const ggml_tensor * dst, int64_t t) {
+    const int64_t n_used = dst->ne[0];
+    const int32_t * ids  = routed_ids(dst, t);
+    float * weights      = routed_weights(dst, t);
+
+    float sum_all  = 0.0f;
+    float sum_kept = 0.0f;
+    for (int64_t rank = 0; rank < n_used; ++rank) {
+        const float w = weight_at(src_weights(dst), rank, t);
+        weights[rank] = ids[rank] >= 0 ? w : 0.0f;
+        sum_all  += w;
+        sum_kept += weights[rank];
+    }
+    // the kept experts take over the sum that the model gives its top-k
+    if (route.renormalise && sum_kept != sum_all && sum_kept != 0.0f) {
+        for (int64_t rank = 0; rank < n_used; ++rank) {
+            weights[rank] *= sum_all/sum_kept;
+        }
+    }
+}
+
+static void trace_layer(mobile_context & ctx, const mobile_route & route, int32_t layer, const ggml_tensor * dst) {
+    const int64_t n_used  = dst->ne[0];
+    const uint64_t bytes  = layer < 0 ? 0 : ctx.store->expert_bytes_of(ctx.store->layers[layer]);
     const int phase = ctx.k_token.size() > 1 ? 0 : 1;
 
-    for (int64_t t = 0; t < n_tokens; ++t) {
-        const long long step = (long long) ctx.trace_step + token_of(ctx, t, n_tokens);
+    for (int64_t t = 0; t < dst->ne[1]; ++t) {
+        const long long step = (long long) ctx.trace_step + token_of(ctx, t, dst->ne[1]);
         for (int64_t rank = 0; rank < n_used; ++rank) {
-            const int32_t id = id_at(ids, rank, t);
+            const int32_t id = routed_ids(dst, t)[rank];
             if (id >= 0) {
-                const bool resident = layer >= 0 && ctx.trace_resident[t*n_used + rank];
+                const bool resident = layer >= 0 && ctx.store->residency(layer, id) != MOBILE_NOT_RESIDENT;
                 fprintf(ctx.trace, "%d,%d,%lld,%d,%d,%d,%g,%d,%llu\n", ctx.trace_turn, phase, step, route.il, (int) rank, id,
-                    weight_at(weights, rank, t), resident ? 1 : 0, (unsigned long long) (resident ? 0 : bytes));
+                    routed_weights(dst, t)[rank], resident ? 1 : 0, (unsigned long long) (resident ? 0 : bytes));
             }
         }
     }
 }
 
-static void route_weights(ggml_tensor * dst, int ith, int nth, void * userdata) {
+static void route(ggml_tensor * dst, int ith, int nth, void * userdata) {
     GGML_UNUSED(nth);
     if (ith != 0) {
         return;
     }
     mobile_route   & route = *(mobile_route *) userdata;
     mobile_context & ctx   = *route.ctx;
-    const ggml_tensor * ids     = src_ids(dst);
-    const ggml_tensor * weights = src_weights(dst);
+    mobile_store   & store = *ctx.store;
 
-    const int64_t n_used   = dst->ne[1];
-    const int64_t n_tokens = dst->ne[2];
+    const int64_t n_tokens = dst->ne[1];
+    const int32_t layer    = route.il < (int32_t) store.layer_of_il.size() ? store.layer_of_il[route.il] : -1;
 
+    route.masked.clear();
     for (int64_t t = 0; t < n_tokens; ++t) {
-        float sum_all  = 0.0f;
-        float sum_kept = 0.0f;
-        for (int64_t rank = 0; rank < n_used; ++rank) {
-            const float w    = weight_at(weights, rank, t);
-            const bool  kept = id_at(ids, rank, t) >= 0;
-            sum_all  += w;
-            sum_kept += kept ? w : 0.0f;
-            weight_at(dst, rank, t) = kept ? w : 0.0f;
-        }
-        // the kept experts take over the sum that the model gives its top-k
-        if (route.renormalise && sum_kept != sum_all && sum_kept != 0.0f) {
-            for (int64_t rank = 0; rank < n_used; ++rank) {
-                weight_at(dst, rank, t) *= sum_all/sum_kept;
-            }
-        }
+        route_ids(ctx, route, dst, t, token_of(ctx, t, n_tokens));
+        route_weights(route, dst, t);
     }
     if (ctx.trace) {
-        trace_layer(ctx, route, ids, dst);
+        trace_layer(ctx, route, layer, dst); // before the request changes what is resident
+    }
+    if (layer < 0) {
+        return;
+    }
+    collect_needs(ctx, dst, store.layers[layer].n_expert);
+    store.request(layer, ctx.needs);
+
+    // a batch that needs nearly all of this layer needs nearly all of the next one
+    if (n_tokens > LASTING_TOKENS && 10*ctx.needs.size() >= 9*(size_t) store.layers[layer].n_expert && layer + 1 < (int32_t) store.layers.size()) {
+        store.read_ahead(layer + 1);
     }
 }
 
@@ -215,7 +193,7 @@ static void route_rows(ggml_tensor * dst, int ith, int nth, void * userdata) {
     }
     for (int64_t t = 0; t < dst->ne[1]; ++t) {
         for (int64_t rank = 0; rank < dst->ne[0]; ++rank) {
-            id_at(dst, rank, t) = std::max(id_at(src_ids(dst), rank, t), 0);
+            routed_ids(dst, t)[rank] = std::max(id_at(src_ids(dst), rank, t), 0);
         }
     }
 }
@@ -237,29 +215,24 @@ void mobile_route_build(
     const int64_t n_used   = (*ids)->ne[0];
     const int64_t n_tokens = (*ids)->ne[1];
 
-    // the ids op reads weights only to rank ids that come unranked
-    ggml_tensor * ids_args[2] = { *ids, *weights };
-    ggml_tensor * routed = ggml_custom_4d(ctx0, GGML_TYPE_I32, n_used, n_tokens, 1, 1, ids_args, ranked ? 1 : 2, route_ids, 1, &route);
-    ggml_format_name(routed, "ffn_moe_routed_ids-%d", il);
-
-    ggml_tensor * weights_args[2] = { routed, *weights };
-    ggml_tensor * scaled = ggml_custom_4d(ctx0, GGML_TYPE_F32, 1, n_used, n_tokens, 1, weights_args, 2, route_weights, 1, &route);
-    ggml_format_name(scaled, "ffn_moe_routed_weights-%d", il);
+    ggml_tensor * args[2] = { *ids, *weights };
+    ggml_tensor * routed = ggml_custom_4d(ctx0, GGML_TYPE_I32, n_used, n_tokens, 2, 1, args, 2, ::route, 1, &route);
+    ggml_format_name(routed, "ffn_moe_routed-%d", il);
 
     // some backends claim every op
     ggml_backend_sched_set_tensor_backend(sched, routed, backend_cpu);
-    ggml_backend_sched_set_tensor_backend(sched, scaled, backend_cpu);
 
-    *ids     = routed;
-    *weights = scaled;
+    *ids     = ggml_view_2d(ctx0, routed, n_used, n_tokens, routed->nb[1], 0);
+    *weights = ggml_view_3d(ctx0, routed, 1, n_used, n_tokens, routed->nb[0], routed->nb[1], routed->nb[2]);
+    (*weights)->type = GGML_TYPE_F32; // of the same size: the second half of the result is floats
 }
 
 ggml_tensor * mobile_route_rows(ggml_context * ctx0, ggml_tensor * ids) {
     ggml_custom_op_t fun = nullptr;
-    if (ids->op == GGML_OP_CUSTOM) {
-        memcpy(&fun, ids->op_params, sizeof(fun));
+    if (ids->view_src && ids->view_src->op == GGML_OP_CUSTOM) {
+        memcpy(&fun, ids->view_src->op_params, sizeof(fun));
     }
-    if (fun != route_ids) {
+    if (fun != ::route) {
         return ids;
     }
     return ggml_custom_4d(ctx0, GGML_TYPE_I32, ids->ne[0], ids->ne[1], 1, 1, &ids, 1, route_rows, 1, nullptr);

@@ -102,7 +102,7 @@ struct mobile_slot_class {
 // a need of the current layer, distinct experts
 struct mobile_need {
     int32_t  expert   = 0;
-    uint32_t n_tokens = 1;
+    uint32_t n_tokens = 0;
     double   time     = 0.0;  // of the last token that routes to it, in tokens
     bool     lasting  = true; // counts as a use; false: a long batch passing through
 };
