@@ -7,6 +7,7 @@ https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 from __future__ import annotations
 
+import itertools
 import math
 import struct
 from dataclasses import dataclass
@@ -185,7 +186,20 @@ class _Reader:
                 f"{self.path} is truncated: its tensors need {needed} bytes, the file has {self.size};"
                 " download or copy it again"
             )
+        self.check_apart(tensors)
         return tuple(tensors)
+
+    def check_apart(self, tensors: list[TensorInfo]) -> None:
+        """No name twice, and no byte in two tensors."""
+        names = set[str]()
+        for tensor in tensors:
+            if tensor.name in names:
+                self.fail(f"tensor {tensor.name} is there twice")
+            names.add(tensor.name)
+        in_order = sorted(tensors, key=lambda tensor: tensor.offset)
+        for tensor, following in itertools.pairwise(in_order):
+            if tensor.offset + tensor.n_bytes > following.offset:
+                self.fail(f"tensors {tensor.name} and {following.name} overlap")
 
 
 def _type_sizes() -> dict[int, tuple[int, int]]:

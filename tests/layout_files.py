@@ -52,7 +52,11 @@ def per_expert(tensors: list[Tensor], n_segments: int = 1, seed: int | None = No
             pieces = {m: cut(m, experts[layer, m][0][e], n_segments, neurons) for m in matrices}
             for s in range(n_segments):
                 for m in matrices:
-                    yield f"blk.{layer}.ffn_{m}.{e * n_segments + s}.weight", pieces[m][s], experts[layer, m][1]
+                    yield (
+                        f"blk.{layer}.ffn_{m}.{e * n_segments + s}.weight",
+                        pieces[m][s],
+                        experts[layer, m][1],
+                    )
 
 
 def rewrite(
@@ -100,7 +104,9 @@ def mobile_keys(n_segments: int = 1, version: int = 1) -> dict[str, tuple[Any, g
     return keys
 
 
-def write_per_expert(source: Path, out: Path, n_segments: int = 1, seed: int | None = None, **how: Any) -> Path:
+def write_per_expert(
+    source: Path, out: Path, n_segments: int = 1, seed: int | None = None, **how: Any
+) -> Path:
     """`source` in the per-expert layout, with one calibration tensor that is no part of the model."""
 
     def change(tensors: list[Tensor]) -> list[Tensor]:

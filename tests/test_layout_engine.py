@@ -16,7 +16,11 @@ import pytest
 import tiny_models
 from engine_jobs import assert_same_bits, on_engine, on_stock, run, succeeded, tokens
 
-LENGTHS = {7: 8, 64: 4, 513: 2}  # prompt length (513 does not fit one ubatch of 512) -> single tokens after it
+LENGTHS = {
+    7: 8,
+    64: 4,
+    513: 2,
+}  # prompt length (513 does not fit one ubatch of 512) -> single tokens after it
 BUDGETS: dict[str, int | str | None] = {"40%": "40%", "min": "min", "slots": 1 << 60, "all": 0, "plain": None}
 FAMILIES = [
     "mixtral", "olmoe-bf16", "deepseek3", "llama4",
