@@ -271,6 +271,9 @@ bool mobile_layout_load(llama_model_loader & ml, ggml_tensor * tensor) {
     if (!parts) {
         return false;
     }
+    if (ml.mobile->n_segments > 1 && mobile_load_has_store(ml)) {
+        mobile_throw(MOBILE_ERR_ARGUMENT, std::string(tensor->name) + ": a tensor override keeps it from the expert store, where the other segments go");
+    }
     // buffers of another form (repacked, on a device) want the tensor whole
     const size_t n_bytes = ggml_nbytes(tensor);
     const bool   is_host = ggml_backend_buffer_is_host(tensor->buffer);

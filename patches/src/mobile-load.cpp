@@ -224,6 +224,15 @@ static std::vector<ggml_tensor *> sorted_by_use(std::vector<ggml_tensor *> tenso
     return tensors;
 }
 
+bool mobile_load_has_store(const llama_model_loader & ml) {
+    for (const auto * o = ml.tensor_buft_overrides; o && o->pattern; ++o) {
+        if (o->buft == mobile_buffer_type()) {
+            return true;
+        }
+    }
+    return false;
+}
+
 // where a tensor's experts lie; file: index into the loader's files
 static std::vector<mobile_range> ranges_of(const llama_model_loader & ml, const ggml_tensor * t) {
     if (const mobile_parts * parts = mobile_layout_find(ml, t->name)) {
@@ -259,9 +268,14 @@ bool mobile_load_tensors(llama_model_loader & ml, ggml_context * ctx, llama_prog
     auto * buffer = (mobile_buffer_context *) tensors[0]->buffer->context;
     mobile_store & store = *buffer->store;
 
+    store.n_segments = ml.mobile ? ml.mobile->n_segments : 1;
+
     std::string err;
     std::vector<int> file_of(ml.files.size(), -1);
     for (ggml_tensor * t : tensors) {
+        if (store.n_segments > 1 && !mobile_layout_find(ml, t->name)) {
+            mobile_throw(MOBILE_ERR_ARGUMENT, std::string(t->name) + ": some experts are in segments and these are not");
+        }
         mobile_layout_split(ml, t);
         std::vector<mobile_range> ranges = ranges_of(ml, t);
         for (mobile_range & range : ranges) {

@@ -15,9 +15,13 @@
 // others' experts go first
 static constexpr int64_t LASTING_TOKENS = 8;
 
-// the op's tensors by position. its result holds ids [K, T] and, behind them, weights [K, T]
+// the op's tensors by position. its result holds for each token ids [K, S] and, behind them, weights [K].
+// segment by segment, since mul_mat_id takes input row i % K for id i where there is one row per expert
 static const ggml_tensor * src_ids    (const ggml_tensor * dst) { return dst->src[0]; }
 static const ggml_tensor * src_weights(const ggml_tensor * dst) { return dst->src[1]; }
+
+static int64_t n_used_of    (const ggml_tensor * dst) { return src_ids(dst)->ne[0]; }
+static int64_t n_segments_of(const ggml_tensor * dst) { return dst->ne[0]/n_used_of(dst) - 1; }
 
 static int32_t id_at(const ggml_tensor * t, int64_t rank, int64_t token) {
     return *(const int32_t *) ((const char *) t->data + rank*t->nb[0] + token*t->nb[1]);
@@ -27,9 +31,9 @@ static float weight_at(const ggml_tensor * t, int64_t rank, int64_t token) {
     return *(const float *) ((const char *) t->data + rank*t->nb[1] + token*t->nb[2]);
 }
 
-// of one token; [K]
+// of one token; until expand_segments() the first K are the model's ids
 static int32_t * routed_ids    (const ggml_tensor * dst, int64_t token) { return (int32_t *) dst->data + token*dst->ne[0]; }
-static float   * routed_weights(const ggml_tensor * dst, int64_t token) { return (float *) dst->data + (dst->ne[1] + token)*dst->ne[0]; }
+static float   * routed_weights(const ggml_tensor * dst, int64_t token) { return (float *) dst->data + (token + 1)*dst->ne[0] - n_used_of(dst); }
 
 // which token of the ubatch a layer's column is: the last layer computes only tokens with an output
 static int32_t token_of(mobile_context & ctx, int64_t column, int64_t n_columns) {
@@ -49,7 +53,7 @@ static int32_t token_of(mobile_context & ctx, int64_t column, int64_t n_columns)
 
 // marks all but the k heaviest of a token's ids as skipped
 static void mask_token(const mobile_route & route, const ggml_tensor * dst, int64_t token, int32_t k) {
-    const int64_t n_used = dst->ne[0];
+    const int64_t n_used = n_used_of(dst);
     int32_t * ids = routed_ids(dst, token);
     if (route.ranked) {
         std::fill(ids + k, ids + n_used, -1);
@@ -69,16 +73,16 @@ static void mask_token(const mobile_route & route, const ggml_tensor * dst, int6
 
 // what the layer needs of the store: distinct experts, ascending, so that reads run forward in the file
 static void collect_needs(mobile_context & ctx, const ggml_tensor * dst, int32_t n_expert) {
-    const int64_t n_used   = dst->ne[0];
+    const int64_t n_ids    = n_used_of(dst)*n_segments_of(dst);
     const int64_t n_tokens = dst->ne[1];
 
     ctx.need_of.assign(n_expert, {});
     for (int64_t t = 0; t < n_tokens; ++t) {
         const int32_t * ids = routed_ids(dst, t);
-        for (int64_t rank = 0; rank < n_used; ++rank) {
-            if (ids[rank] >= 0 && ids[rank] < n_expert) {
-                mobile_need & need = ctx.need_of[ids[rank]];
-                need.expert  = ids[rank];
+        for (int64_t i = 0; i < n_ids; ++i) {
+            if (ids[i] >= 0 && ids[i] < n_expert) {
+                mobile_need & need = ctx.need_of[ids[i]];
+                need.expert  = ids[i];
                 need.time    = ctx.time + (double) t;
                 need.lasting = t >= n_tokens - LASTING_TOKENS;
                 need.n_tokens++;
@@ -94,7 +98,7 @@ static void collect_needs(mobile_context & ctx, const ggml_tensor * dst, int32_t
 }
 
 static void route_ids(const mobile_context & ctx, mobile_route & route, const ggml_tensor * dst, int64_t t, int32_t token) {
-    const int64_t n_used = dst->ne[0];
+    const int64_t n_used = n_used_of(dst);
     int32_t * ids = routed_ids(dst, t);
 
     if (ctx.replay.empty() || route.il >= ctx.n_layer) {
@@ -115,7 +119,7 @@ static void route_ids(const mobile_context & ctx, mobile_route & route, const gg
 }
 
 static void route_weights(const mobile_route & route, const ggml_tensor * dst, int64_t t) {
-    const int64_t n_used = dst->ne[0];
+    const int64_t n_used = n_used_of(dst);
     const int32_t * ids  = routed_ids(dst, t);
     float * weights      = routed_weights(dst, t);
 
@@ -136,8 +140,7 @@ static void route_weights(const mobile_route & route, const ggml_tensor * dst, i
 }
 
 static void trace_layer(mobile_context & ctx, const mobile_route & route, int32_t layer, const ggml_tensor * dst) {
-    const int64_t n_used  = dst->ne[0];
-    const uint64_t bytes  = layer < 0 ? 0 : ctx.store->expert_bytes_of(ctx.store->layers[layer]);
+    const int64_t n_used = n_used_of(dst);
     const int phase = ctx.k_token.size() > 1 ? 0 : 1;
 
     for (int64_t t = 0; t < dst->ne[1]; ++t) {
@@ -145,11 +148,22 @@ static void trace_layer(mobile_context & ctx, const mobile_route & route, int32_
         for (int64_t rank = 0; rank < n_used; ++rank) {
             const int32_t id = routed_ids(dst, t)[rank];
             if (id >= 0) {
-                const bool resident = layer >= 0 && ctx.store->residency(layer, id) != MOBILE_NOT_RESIDENT;
+                const uint64_t bytes = layer < 0 ? 0 : ctx.store->missing_of_model(layer, id);
                 fprintf(ctx.trace, "%d,%d,%lld,%d,%d,%d,%g,%d,%llu\n", ctx.trace_turn, phase, step, route.il, (int) rank, id,
-                    routed_weights(dst, t)[rank], resident ? 1 : 0, (unsigned long long) (resident ? 0 : bytes));
+                    routed_weights(dst, t)[rank], layer >= 0 && bytes == 0 ? 1 : 0, (unsigned long long) bytes);
             }
         }
+    }
+}
+
+// the model's expert e is the store's experts e*S + s; its weight is that of each
+static void expand_segments(const ggml_tensor * dst, int64_t t) {
+    const int64_t n_used     = n_used_of(dst);
+    const int64_t n_segments = n_segments_of(dst);
+    int32_t * ids = routed_ids(dst, t);
+    for (int64_t i = n_used*n_segments - 1; i >= 0 && n_segments > 1; --i) {
+        const int32_t id = ids[i % n_used];
+        ids[i] = id < 0 ? -1 : (int32_t) (id*n_segments + i/n_used);
     }
 }
 
@@ -172,6 +186,9 @@ static void route(ggml_tensor * dst, int ith, int nth, void * userdata) {
     }
     if (ctx.trace) {
         trace_layer(ctx, route, layer, dst); // before the request changes what is resident
+    }
+    for (int64_t t = 0; t < n_tokens; ++t) {
+        expand_segments(dst, t);
     }
     if (layer < 0) {
         return;
@@ -215,16 +232,46 @@ void mobile_route_build(
     const int64_t n_used   = (*ids)->ne[0];
     const int64_t n_tokens = (*ids)->ne[1];
 
+    const int64_t n_ids = n_used*ctx->store->n_segments;
     ggml_tensor * args[2] = { *ids, *weights };
-    ggml_tensor * routed = ggml_custom_4d(ctx0, GGML_TYPE_I32, n_used, n_tokens, 2, 1, args, 2, ::route, 1, &route);
+    ggml_tensor * routed = ggml_custom_4d(ctx0, GGML_TYPE_I32, n_ids + n_used, n_tokens, 1, 1, args, 2, ::route, 1, &route);
     ggml_format_name(routed, "ffn_moe_routed-%d", il);
 
     // some backends claim every op
     ggml_backend_sched_set_tensor_backend(sched, routed, backend_cpu);
 
-    *ids     = ggml_view_2d(ctx0, routed, n_used, n_tokens, routed->nb[1], 0);
-    *weights = ggml_view_3d(ctx0, routed, 1, n_used, n_tokens, routed->nb[0], routed->nb[1], routed->nb[2]);
-    (*weights)->type = GGML_TYPE_F32; // of the same size: the second half of the result is floats
+    *ids     = ggml_view_2d(ctx0, routed, n_ids, n_tokens, routed->nb[1], 0);
+    *weights = ggml_view_3d(ctx0, routed, 1, n_used, n_tokens, routed->nb[0], routed->nb[1], n_ids*routed->nb[0]);
+    (*weights)->type = GGML_TYPE_F32; // of the same size: what lies behind the ids is floats
+}
+
+// dst [n_embd, K, T]: the sum over a rank's segments in src [n_embd, K*S, T]
+static void join_segments(ggml_tensor * dst, int ith, int nth, void * userdata) {
+    GGML_UNUSED(userdata);
+    const ggml_tensor * src = dst->src[0];
+    const int64_t n_used = dst->ne[1];
+
+    for (int64_t row = ith; row < n_used*dst->ne[2]; row += nth) {
+        const int64_t rank = row % n_used;
+        const int64_t t    = row/n_used;
+        float * sum = (float *) ((char *) dst->data + rank*dst->nb[1] + t*dst->nb[2]);
+        for (int64_t i = rank; i < src->ne[1]; i += n_used) {
+            const float * part = (const float *) ((const char *) src->data + i*src->nb[1] + t*src->nb[2]);
+            for (int64_t j = 0; j < dst->ne[0]; ++j) {
+                sum[j] = i == rank ? part[j] : sum[j] + part[j];
+            }
+        }
+    }
+}
+
+ggml_tensor * mobile_route_join(ggml_context * ctx0, ggml_backend_sched_t sched, ggml_backend_t backend_cpu, ggml_tensor * experts, const ggml_tensor * weights) {
+    const int64_t n_used = weights->ne[1];
+    if (experts->ne[1] == n_used) {
+        return experts;
+    }
+    ggml_tensor * joined = ggml_custom_4d(ctx0, GGML_TYPE_F32, experts->ne[0], n_used, experts->ne[2], 1, &experts, 1, join_segments, GGML_N_TASKS_MAX, nullptr);
+    ggml_backend_sched_set_tensor_backend(sched, joined, backend_cpu);
+    return joined;
 }
 
 ggml_tensor * mobile_route_rows(ggml_context * ctx0, ggml_tensor * ids) {

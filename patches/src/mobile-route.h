@@ -1,7 +1,7 @@
 // mobile-route.h - the route op: one seam in every MoE layer, between router and experts.
 //
 // Mechanism: build_moe_ffn hands over the ids [K, T] and weights [K, T] of the top-k; one small CPU op
-// returns the ids and weights that run. An id of -1 means "skip": mul_mat_id leaves zeros for it. The op
+// returns the ids and weights that run: with experts in S segments S ids for each. An id of -1 means "skip": mul_mat_id leaves zeros for it. The op
 // also tells the expert store what the layer needs, so that reads start before the first matmul.
 // Invariant: with every policy off ids and weights pass through unchanged, and logits are bit-identical
 // to a build without the op.
@@ -84,6 +84,10 @@ bool mobile_ubatch_end  (mobile_context * ctx);
 void mobile_route_build(
         mobile_context * ctx, ggml_context * ctx0, ggml_backend_sched_t sched, ggml_backend_t backend_cpu,
         int il, bool renormalise, bool ranked, ggml_tensor ** ids, ggml_tensor ** weights);
+
+// for build_moe_ffn: sums the segments of each expert, [n_embd, K*S, T] to [n_embd, K, T]; whole experts pass through
+ggml_tensor * mobile_route_join(
+        ggml_context * ctx0, ggml_backend_sched_t sched, ggml_backend_t backend_cpu, ggml_tensor * experts, const ggml_tensor * weights);
 
 // ids for ggml_get_rows, which knows no -1: skipped ones become 0. others' ids pass through
 ggml_tensor * mobile_route_rows(ggml_context * ctx0, ggml_tensor * ids);
