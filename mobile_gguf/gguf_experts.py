@@ -1,7 +1,7 @@
 """Where a model's routed experts are in its tensor table: stacked, one tensor per expert, or in segments.
 
-The engine makes the same checks (``patches/src/mobile-layout.cpp``); here they come first, with the file's name,
-and the byte counts are what its expert store will take. The format: ``docs/format.md``.
+The engine makes the same checks (``patches/src/mobile-layout.cpp``); here they come first, and the byte
+counts are what its expert store will take. The format: ``docs/format.md``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _EXTRA = re.compile(r"blk\.\d+\.ffn_\w+_exps\.(?!weight$)")
 
 @dataclass(frozen=True)
 class ExpertLayer:
-    """One layer's routed experts: how many, the bytes of each matrix of one, and how many pieces those are in."""
+    """One layer's routed experts: how many, the bytes of each matrix of one, and how many pieces it is in."""
 
     n_expert: int
     matrix_bytes: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""Per-expert GGUFs made from stacked ones with the `gguf` package: an oracle for the engine's reading of them."""
+"""Per-expert GGUFs made from stacked ones with the `gguf` package, an oracle for the engine's reading."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def parts(path: Path) -> list[Path]:
 
 
 def cut(matrix: str, expert: np.ndarray, n_segments: int, neurons: np.ndarray | None) -> list[np.ndarray]:
-    """One expert's matrix [rows, bytes or values of a row] in segments; neurons: their order, unquantised only."""
+    """One expert's matrix [rows, bytes or values] in segments; neurons: their order, unquantised only."""
     if matrix == "down":
         columns = expert if neurons is None else expert[:, neurons]
         return [np.ascontiguousarray(c) for c in np.split(columns, n_segments, axis=1)]
@@ -69,7 +69,7 @@ def rewrite(
     alignment: int = 4096,
     **writer_options: Any,
 ) -> Path:
-    """Writes `source` (all of its parts) with changed tensors and metadata; returns the file, or its first part."""
+    """Writes `source` (all its parts) with changed tensors and metadata; returns the (first) file."""
     readers = [gguf.GGUFReader(part) for part in parts(source)]
     tensors = [(t.name, t.data, t.tensor_type) for reader in readers for t in reader.tensors]
     architecture = readers[0].fields["general.architecture"].contents()

@@ -87,12 +87,16 @@ HOSTILE: dict[str, tuple[Callable[[Tensors], Tensors], int, list[str]]] = {
         lambda tensors: [t for t in tensors if ".3." not in t[0]], 1, ["expert 3 is missing"],
     ),
     "first one missing": (
-        lambda tensors: [t for t in tensors if ".ffn_down.0." not in t[0]], 1, ["ffn_down", "expert 0 is missing"],
+        lambda tensors: [t for t in tensors if ".ffn_down.0." not in t[0]], 1,
+        ["ffn_down", "expert 0 is missing"],
     ),
     "one too many": (with_tensor("blk.0.ffn_gate.4.weight", N_FF, N_EMBD), 1, ["layer 0, ffn_gate", "4"]),
-    "far too many": (with_tensor("blk.0.ffn_gate.999999.weight", N_FF, N_EMBD), 1, ["layer 0, ffn_gate", "999999"]),
+    "far too many": (
+        with_tensor("blk.0.ffn_gate.999999.weight", N_FF, N_EMBD), 1, ["layer 0, ffn_gate", "999999"],
+    ),
     "another type": (
-        changed("blk.0.ffn_gate.1.weight", np.ones((N_FF, N_EMBD), np.float16)), 1, ["expert 1", "type or shape"],
+        changed("blk.0.ffn_gate.1.weight", np.ones((N_FF, N_EMBD), np.float16)), 1,
+        ["expert 1", "type or shape"],
     ),
     "another shape": (
         changed("blk.0.ffn_gate.1.weight", np.ones((N_FF, 2 * N_EMBD), np.float32)), 1,

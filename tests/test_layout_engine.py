@@ -1,6 +1,6 @@
 """The engine on files with one tensor per expert: what it computes from a stacked file, bit for bit.
 
-The per-expert files are written here with the `gguf` package (`layout_files`), not by the converter under test.
+The per-expert files are written here with the `gguf` package (`layout_files`), not by our converter.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def generate() -> list[dict[str, Any]]:
 
 
 @cache
-def stock(model: str, **settings: bool) -> dict[str, np.ndarray]:
+def stock(model: str, **settings: Any) -> dict[str, np.ndarray]:
     """The stock build's logits of `generate` on the stacked file, by name."""
     arrays = succeeded(on_stock(run("r", model, generate(), None, **settings))).arrays
     return {name.removeprefix("r/"): array for name, array in arrays.items()}
@@ -100,7 +100,7 @@ def assert_close(
 def test_segments_equal_whole_experts(model: str, tmp_path: Path) -> None:
     """In the store and joined in ordinary buffers; the neurons of each expert are in another order."""
     n_segments, float_weights = (SEGMENTED | QUANTISED)[model], model in SEGMENTED
-    settings = {"f32_kv": True}  # half precision would blow differences up
+    settings: dict[str, Any] = {"f32_kv": True}  # half precision would blow differences up
     expected = stock(model, **settings)
     seed = 5 if float_weights else None  # quantised rows cannot be shuffled
     path = layout_files.write_per_expert(tiny_models.path(model), tmp_path / "m.gguf", n_segments, seed)
@@ -119,7 +119,7 @@ def test_segments_equal_whole_experts(model: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("model", ["mixtral", "qwen3moe-q4_0", "gpt-oss-mxfp4"])
 def test_repacked_experts_equal_stacked(model: str, tmp_path: Path) -> None:
     """Buffers that want a tensor whole, as the processor's own form of a quantised one does."""
-    repack = {"use_extra_bufts": True}
+    repack: dict[str, Any] = {"use_extra_bufts": True}
     path = layout_files.write_per_expert(tiny_models.path(model), tmp_path / "m.gguf")
     runs = [run(str(budget), path, generate(), budget, **repack) for budget in (None, 0)]
     outcome = succeeded(on_engine(*runs))
@@ -160,7 +160,7 @@ def test_a_nan_in_an_expert_is_found(tmp_path: Path) -> None:
         return experts
 
     path = layout_files.rewrite(tiny_models.path("mixtral"), tmp_path / "m.gguf", spoil)
-    checked = {"check_tensors": True}
+    checked: dict[str, Any] = {"check_tensors": True}
     outcome = on_engine(run("bad", path, [], None, **checked), run("unchecked", path, [], None))
     assert not outcome.runs["bad"]["loaded"]
     assert "blk.2.ffn_up_exps.weight" in outcome.runs["bad"]["load_error"]
@@ -218,15 +218,19 @@ HOSTILE: dict[str, tuple[Any, int, tuple[str, ...]]] = {
     "no first": (without("blk.1.ffn_up.0."), 1, ("layer 1, ffn_up", "expert 0 is missing")),
     "no last": (without("ffn_down.7."), 1, ("ffn_down", "expert 7 is missing")),
     "one too many": (plus("blk.0.ffn_gate.8.weight", 112, 96), 1, ("layer 0, ffn_gate", "9 experts")),
-    "another type": (instead("blk.0.ffn_gate.1.weight", 112, 96, kind=np.float16), 1, ("expert 1", "type or shape")),
+    "another type": (
+        instead("blk.0.ffn_gate.1.weight", 112, 96, kind=np.float16), 1, ("expert 1", "type or shape"),
+    ),
     "another shape": (instead("blk.0.ffn_gate.1.weight", 96, 112), 1, ("expert 1", "type or shape")),
     "not a matrix": (
-        lambda tensors: [(n, d[None].repeat(2, 0), k) if ".ffn_up." in n else (n, d, k) for n, d, k in tensors], 1,
+        lambda tensors: [(n, np.stack([d, d]) if ".ffn_up." in n else d, k) for n, d, k in tensors], 1,
         ("not a matrix",),
     ),
     "twice": (plus("blk.0.ffn_gate_exps.weight", 8, 112, 96), 1, ("layer 0, ffn_gate", "twice")),
     "segment missing": (without("blk.1.ffn_up.5."), 2, ("layer 1", "expert 2, segment 1 is missing")),
-    "segments and biases": (plus("blk.0.ffn_up_exps.bias", 8, 112), 2, ("blk.0.ffn_up_exps.bias", "segments")),
+    "segments and biases": (
+        plus("blk.0.ffn_up_exps.bias", 8, 112), 2, ("blk.0.ffn_up_exps.bias", "segments"),
+    ),
 }  # fmt: skip
 
 
