@@ -17,6 +17,7 @@ import pytest
 import tiny_models
 from engine_jobs import assert_same_bits, on_engine, on_stock, run, succeeded, tokens
 
+from mobile_gguf.convert.layout import to_mobile
 from mobile_gguf.gguf_info import read_gguf_info
 
 LENGTHS = {
@@ -125,6 +126,21 @@ def test_repacked_experts_equal_stacked(model: str, tmp_path: Path) -> None:
     outcome = succeeded(on_engine(*runs))
     for each in runs:
         assert_equals(outcome, each["name"], stock(model, **repack))
+
+
+@pytest.mark.parametrize(("model", "n_segments"), [("mixtral", 1), ("granitemoe-swa", 2), ("gemma4", 1)])
+def test_what_convert_writes(model: str, n_segments: int, tmp_path: Path) -> None:
+    """Our converter's files are those of `layout_files`, as far as the engine can tell."""
+    source, path = tiny_models.path(model), tmp_path / "convert.gguf"
+    to_mobile(source, path, segments=n_segments, segment_order="natural")
+    expected = layout_files.write_per_expert(source, tmp_path / "test.gguf", n_segments)
+    outcome = succeeded(on_engine(*(
+        run(f"{file.stem}, {name}", file, generate(), BUDGETS[name])
+        for file in (path, expected) for name in ("min", "plain")
+    )))  # fmt: skip
+    for name in ("min", "plain"):
+        wanted = {array: outcome.arrays[f"test, {name}/{array}"] for array in stock(model)}
+        assert_equals(outcome, f"convert, {name}", wanted)
 
 
 @pytest.mark.parametrize("mode", [-1, 1, 2, 3, 4], ids=["auto", "mmap", "mlock", "mmap and mlock", "direct"])
