@@ -218,6 +218,8 @@ U32 = struct.pack("<II", 4, 1)
         ({"rows": [row("a", kind=8)]}, "not a multiple of 32"),
         ({"rows": [row("n" * 64)]}, "a tensor's name claims 64 bytes"),
         ({"rows": [row(b"\xff\xfe")]}, "no UTF-8"),
+        ({"rows": [row("a\nb")]}, "control characters"),
+        ({"entries": [text("\x1b[2J") + U32]}, "control characters"),
         ({"entries": [text("") + U32]}, "claims 0 bytes"),
         ({"entries": [text("k") + struct.pack("<I", 99)]}, "unknown type 99"),
         ({"entries": [text("k") + struct.pack("<IIQ", 9, 9, 1)]}, "array of the unsupported type 9"),
