@@ -14,7 +14,7 @@ from pathlib import Path
 
 import atheris  # type: ignore[import-not-found]
 
-with atheris.instrument_imports(include=["mobile_gguf", "fuzz_target"]):
+with atheris.instrument_imports(include=["mobile_gguf", "fuzz_target"]):  # type: ignore[attr-defined]
     import fuzz_target
 
 _EXTRA_MEMORY = 2 << 30
@@ -37,7 +37,8 @@ def main() -> None:
         fuzz_target.check(path)
 
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + _EXTRA_MEMORY,) * 2)
+    limit = used + _EXTRA_MEMORY
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     atheris.Setup([sys.argv[0], f"-max_len={1 << 16}", "-timeout=20", *sys.argv[2:], str(corpus)], one)
     atheris.Fuzz()
 

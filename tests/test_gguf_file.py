@@ -193,7 +193,7 @@ def text(value):
     return struct.pack("<Q", len(raw)) + raw
 
 
-def row(name="a", shape=(8,), kind=0, offset=0):
+def row(name: str | bytes = "a", shape=(8,), kind=0, offset=0):
     return text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)
 
 
