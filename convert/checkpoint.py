@@ -110,7 +110,9 @@ def check_experts(folder: Path, names: list[str], n_expert: int, n_layers: int) 
     if missing_layers:
         raise _incomplete(folder, f"layer {_some(missing_layers)} of {n_layers} has no tensors")
     parts = {part for found in stems.values() for part in found if part.endswith("weight")}
-    every = set(range(n_expert or 1 + max((max(ids) for f in stems.values() for ids in f.values()), default=0)))
+    every = set(
+        range(n_expert or 1 + max((max(ids) for f in stems.values() for ids in f.values()), default=0))
+    )
     for stem, found in sorted(stems.items()):
         for part in sorted(parts | found.keys()):
             missing = sorted(every - found.get(part, set()))
@@ -168,7 +170,7 @@ def _architecture(folder: Path, config: dict[str, Any], known: Collection[str]) 
         if isinstance(part, dict) and isinstance(part.get("architectures"), list) and part["architectures"]
     ]
     if not found or not isinstance(found[0], str):
-        raise ModelFormatError(f"{folder / 'config.json'} names no architecture (\"architectures\")")
+        raise ModelFormatError(f'{folder / "config.json"} names no architecture ("architectures")')
     names = [name for name in found if isinstance(name, str)]
     for name in names:
         if name in known:
@@ -230,7 +232,9 @@ def _read_shards(folder: Path, shards: tuple[Path, ...], index: dict[str, str]) 
         for tensor in read_safetensors_header(path):
             if tensor.name in tensors:
                 other = tensors[tensor.name].path.name
-                raise ModelFormatError(f"{folder}: tensor {tensor.name:.100} is in {other} and in {path.name}")
+                raise ModelFormatError(
+                    f"{folder}: tensor {tensor.name:.100} is in {other} and in {path.name}"
+                )
             tensors[tensor.name] = tensor
     if index:
         missing = [name for name in index if name not in tensors]

@@ -131,7 +131,13 @@ class RowEvaluator:
         return result if pick is None else result[pick]
 
     def _binary(
-        self, function: Any, arguments: list[Any], keywords: dict[str, Any], n_rows: int, start: int, stop: int
+        self,
+        function: Any,
+        arguments: list[Any],
+        keywords: dict[str, Any],
+        n_rows: int,
+        start: int,
+        stop: int,
     ) -> Any:
         n_dims = max((len(value.shape) for value in arguments if hasattr(value, "shape")), default=0)
         operands = []

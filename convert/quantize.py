@@ -91,7 +91,9 @@ def _pattern(text: str) -> str:
 def check_imatrix_fits(imatrix: Path, names: set[str]) -> None:
     """Check that an importance matrix is of this model. Raises ModelFormatError."""
     if not names & read_imatrix(imatrix).values.keys():
-        raise ModelFormatError(f"{imatrix} has no entry for any tensor of this model: it belongs to another one")
+        raise ModelFormatError(
+            f"{imatrix} has no entry for any tensor of this model: it belongs to another one"
+        )
 
 
 def quantize(

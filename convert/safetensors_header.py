@@ -54,9 +54,7 @@ def read_safetensors_header(path: Path) -> list[SourceTensor]:
         raise ModelFormatError(f"{path} cannot be read: {error.strerror or error}") from error
     header = _parse(path, text)
     start = 8 + length
-    tensors = [
-        _tensor(path, name, entry, start) for name, entry in header.items() if name != "__metadata__"
-    ]
+    tensors = [_tensor(path, name, entry, start) for name, entry in header.items() if name != "__metadata__"]
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.n_bytes))
     end = start
     for tensor in tensors:
@@ -93,7 +91,9 @@ def _tensor(path: Path, name: str, entry: Any, start: int) -> SourceTensor:
         raise _bad(path, f"its header says nothing usable about tensor {_short(name)}")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-        raise _bad(path, f"tensor {_short(name)} has the type {_short(dtype)}, which the converter does not read")
+        raise _bad(
+            path, f"tensor {_short(name)} has the type {_short(dtype)}, which the converter does not read"
+        )
     if not _are_sizes(shape) or len(shape) > _MAX_DIMS:
         raise _bad(path, f"tensor {_short(name)} has the impossible shape {_short(shape)}")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[1] < offsets[0]:

@@ -89,6 +89,7 @@ def _adapt(conversion: Any, model_class: Any, architecture: str, pre_tokenizer: 
         if pre_tokenizer:
             return pre_tokenizer
         seen = _HashListener()
+        conversion.logger.setLevel(logging.WARNING)
         conversion.logger.addHandler(seen)
         try:
             return detect(self, tokenizer)
@@ -222,7 +223,11 @@ class _Checkpoint:
         raw = np.fromfile(place.filename, np.uint8, n_bytes * n_rows, offset=place.offset + n_bytes * start)
         if raw.size != n_bytes * n_rows:
             raise ConversionError(f"{place.filename} has become shorter while it was read")
-        rows = torch.from_numpy(raw).view(dtype).reshape(n_rows, *shape[1:]) if shape else torch.from_numpy(raw).view(dtype).reshape(())
+        rows = (
+            torch.from_numpy(raw).view(dtype).reshape(n_rows, *shape[1:])
+            if shape
+            else torch.from_numpy(raw).view(dtype).reshape(())
+        )
         return self.checked(rows, node)
 
     def checked(self, rows: Any, node: Any) -> Any:
