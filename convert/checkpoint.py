@@ -75,7 +75,8 @@ def read_checkpoint(folder: Path, known_architectures: Collection[str]) -> Check
     check_experts(folder, list(names), n_expert, _layer_count(config))
     if not any(any(folder.glob(pattern)) for pattern in _TOKENIZERS):
         raise ModelFormatError(
-            f"{folder} has no tokenizer (tokenizer.json, tokenizer.model, ...): copy the model's tokenizer files"
+            f"{folder} has no tokenizer (tokenizer.json, tokenizer.model, ...): copy the model's tokenizer"
+            " files there"
         )
     matrices = Counter[str]()
     for tensor in tensors:

@@ -35,7 +35,7 @@ def run_child(
     """Run `python -m module` on `job` until it ends.
 
     on_event is called with each object that the child sends; the child goes on after `wait_for_go` when
-    it returns true. `what` names the step in errors. Interrupted, or when on_event raises, the child is ended.
+    it returns true. `what` names the step in errors. Interrupted, or when on_event raises, it is ended.
     Raises ChildError with the child's own words, or with the last line it wrote when it died.
     """
     with tempfile.TemporaryFile(mode="w+", encoding="utf-8", errors="replace") as log:

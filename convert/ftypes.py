@@ -8,8 +8,8 @@ from functools import cache
 
 from mobile_gguf.errors import UsageError
 
-# written by the converter itself, without the quantiser
-CONVERTER_TYPES = ("auto", "f32", "f16", "bf16", "q8_0")
+# written by the converter itself; it could write q8_0 too, but libllama does that with all cores, and then
+# there is a file of full precision to verify against
 FLOAT_TYPES = ("f32", "f16", "bf16")
 
 _ALIASES = {"q3_k": "q3_k_m", "q4_k": "q4_k_m", "q5_k": "q5_k_m", "mxfp4": "mxfp4_moe"}

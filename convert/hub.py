@@ -51,8 +51,8 @@ def _parsed(reference: str) -> dict[str, str]:
         )
     if match["quant"]:
         raise UsageError(
-            f"{reference} names a GGUF of a repository, which this version cannot fetch: download the file and"
-            " convert it by its path"
+            f"{reference} names a GGUF of a repository, which this version cannot fetch: download the file"
+            " and convert it by its path"
         )
     return {"repo": match["repo"], "revision": match["revision"]}
 
@@ -132,8 +132,8 @@ def _explained(reference: str, download: Callable[[], Path]) -> Path:
         raise ModelNotFoundError(f"{reference}: the repository has no such revision") from error
     except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
         raise ModelNotFoundError(
-            f"{reference} is not complete in the Hugging Face cache, and the Hub cannot be asked (offline mode,"
-            " or no network): run again online"
+            f"{reference} is not complete in the Hugging Face cache, and the Hub cannot be asked (offline"
+            " mode, or no network): run again online"
         ) from error
     except errors.HfHubHTTPError as error:
         status = getattr(getattr(error, "response", None), "status_code", None)

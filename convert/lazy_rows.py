@@ -19,13 +19,43 @@ import torch
 
 # one input, every element by itself
 _ELEMENTWISE = frozenset(
-    "to float half bfloat16 double int contiguous clone detach cpu astype numpy type"
-    " abs neg exp log sqrt rsqrt sigmoid tanh square reciprocal invert"
-    " __neg__ __pos__ __abs__ __invert__".split()
+    {
+        *("to", "float", "half", "bfloat16", "double", "int", "type", "astype", "numpy", "cpu"),
+        *(
+            "contiguous",
+            "clone",
+            "detach",
+            "abs",
+            "neg",
+            "exp",
+            "log",
+            "sqrt",
+            "rsqrt",
+            "square",
+            "reciprocal",
+        ),
+        *("sigmoid", "tanh", "__neg__", "__pos__", "__abs__", "__invert__"),
+    }
 )
+_ARITHMETIC = ("add", "sub", "mul", "div", "truediv", "floordiv", "pow", "mod")
+_BITS = ("and", "or", "xor", "lshift", "rshift")
 _BINARY = frozenset(
     f"{under}{prefix}{name}{under}"
-    for name in "add sub mul div truediv floordiv pow and or xor lshift rshift mod".split()
+    for name in [
+        "add",
+        "sub",
+        "mul",
+        "div",
+        "truediv",
+        "floordiv",
+        "pow",
+        "and",
+        "or",
+        "xor",
+        "lshift",
+        "rshift",
+        "mod",
+    ]
     for prefix in ("", "r")
     for under in ("", "__")
 ) | {"bitwise_and", "bitwise_or", "multiply", "subtract", "true_divide"}
@@ -166,7 +196,7 @@ class RowEvaluator:
 
 
 def _converted(node: Any, function: Any, arguments: list[Any]) -> Any:
-    """float32 to float16 or BF16 with torch: the same rounding to nearest even as NumPy's, several times faster.
+    """float32 to float16 or BF16 with torch: NumPy's rounding (to nearest even), several times faster.
 
     None if the operation is another. Values that are not finite are refused elsewhere.
     """

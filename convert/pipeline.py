@@ -12,18 +12,23 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from mobile_gguf.atomic import disk_errors
-from mobile_gguf.errors import UsageError
+from mobile_gguf.errors import MobileError, UsageError
 from mobile_gguf.threads import default_threads
 
 from . import hub, upstream
 from .checkpoint import Checkpoint, read_checkpoint
+from .gguf_file import update_gguf
+from .layout import to_mobile
 from .meter import Progress, ignore
 from .options import ConvertOptions, ConvertResult
 from .plan import ConversionPlan, check_disk, converter_type, default_output, make_plan, resolve_outtype
 from .quantize import QuantizeRequest, check_imatrix_fits, quantize, request_from
+from .verify import verify
+from .verify_result import FAILED, NOT_VERIFIED, VerifyResult
 from .workdir import work_directory
 
 DEFAULTS = ConvertOptions()
@@ -93,7 +98,8 @@ class _Conversion:
             report = upstream.write_stacked(
                 self.checkpoint.folder, stacked, self._converter_type(), converter=self.converter,
                 threads=self.request.threads, name=self.name, pre_tokenizer=self.options.pre_tokenizer,
-                trust_remote_code=self.options.trust_remote_code, on_plan=self._on_plan, progress=self.progress,
+                trust_remote_code=self.options.trust_remote_code, on_plan=self._on_plan,
+                progress=self.progress,
             )  # fmt: skip
             if report is None:
                 return self._result(0, seconds={})
@@ -113,9 +119,37 @@ class _Conversion:
 
     def _finished(
         self, work: Path, stacked: Path, result: Path, seconds: dict[str, float]
-    ) -> tuple[Path, object]:
-        """The laid-out file, verified if that is asked for, and the verification's result."""
-        return result, None
+    ) -> tuple[Path, VerifyResult | None]:
+        """The laid-out file, marked with what its verification found if that was asked for."""
+        options = self.options
+        if not options.stacked:
+            began = time.monotonic()
+            laid_out = work / "mobile.gguf"
+            to_mobile(
+                result, laid_out, segments=options.segments, segment_order=options.segment_order,
+                progress=self.progress,
+            )  # fmt: skip
+            if result != stacked or not options.keep_intermediate:
+                result.unlink()
+            result = laid_out
+            seconds["lay out"] = time.monotonic() - began
+        if not self.verifies:
+            return result, None
+        began = time.monotonic()
+        found = self._verified(result, stacked if self.request.is_needed else None)
+        if metadata := found.metadata():
+            update_gguf(result, metadata, progress=self.progress)
+        seconds["verify"] = time.monotonic() - began
+        return result, found
+
+    def _verified(self, result: Path, reference: Path | None) -> VerifyResult:
+        try:
+            return verify(
+                result, self.checkpoint.folder, reference_gguf=reference, threads=self.request.threads,
+                progress=self.progress,
+            )  # fmt: skip
+        except MobileError as error:  # the file took long to make, and nothing is known to be wrong with it
+            return VerifyResult(NOT_VERIFIED, (str(error),))
 
     @contextmanager
     def _folder(self) -> Iterator[Path]:
@@ -135,7 +169,7 @@ class _Conversion:
         return self.out.with_name(f"{stem}.{self._converter_type()}.gguf")
 
     def _on_plan(self, stacked: upstream.StackedPlan) -> bool:
-        """Look at the header of the stacked file: what quantising it will need, and whether the disk has it."""
+        """From the header of the stacked file: what quantising will need, and whether the disk has it."""
         report = None
         if self.request.imatrix is not None:
             from mobile_gguf.gguf_header import read_header
@@ -166,11 +200,19 @@ class _Conversion:
         details = plan.as_json()
         if seconds:
             details["seconds_by_step"] = {step: round(value, 2) for step, value in seconds.items()}
+        rows, exit_code = plan.rows(), 0
+        if verification is not None:
+            rows = (*rows, ("verification", verification.table()))
+            details["verify"] = verification.as_dict()
+            # one that was not asked for, and could not be made, is no failure
+            failed = verification.status == FAILED or (not verification.passed and bool(self.options.verify))
+            exit_code = int(failed)
         return ConvertResult(
             path=self.out, source=self.source, layout="stacked" if self.options.stacked else "per-expert",
             segments=self.options.segments, n_tensors=plan.n_tensors, n_bytes=n_bytes or plan.final_bytes,
             peak_disk_bytes=plan.peak_bytes, free_bytes=plan.free_bytes, dry_run=self.options.dry_run,
-            rows=plan.rows(), details=details,
+            rows=rows, details=details, exit_code=exit_code,
+            verification=None if verification is None else verification.status,
         )  # fmt: skip
 
 
@@ -187,8 +229,6 @@ def _can_verify() -> bool:
 
 def _timed(result: ConvertResult, checkpoint: Checkpoint, seconds: float) -> ConvertResult:
     """The result with the time all of it took, and the throughput over the checkpoint's bytes."""
-    from dataclasses import replace
-
     if result.dry_run:
         return replace(result, seconds=seconds)
     speed = checkpoint.n_bytes / 1e6 / max(seconds, 1e-9)

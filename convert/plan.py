@@ -22,9 +22,10 @@ _SOURCE_TYPES = {"BF16": "bf16", "F16": "f16", "F32": "f32", "F64": "f32"}
 
 @dataclass(frozen=True)
 class ConversionPlan:
-    """Bytes and steps of one conversion. Sizes: `stacked_bytes` the converter's output (an intermediate where
-    it is quantised), `quantised_bytes` (0: it is not), `final_bytes`; `peak_bytes` are those of all files that
-    exist at once.
+    """Bytes of one conversion.
+
+    `stacked_bytes` is the converter's output (an intermediate where it is quantised), `quantised_bytes` what
+    the quantiser makes of it (0: nothing), `peak_bytes` the size of all files that exist at once.
     """
 
     checkpoint: Checkpoint
@@ -134,7 +135,8 @@ def make_plan(
     return ConversionPlan(
         checkpoint, out, request.outtype, converter, n_tensors, stacked_bytes, quantised_bytes, final,
         max(copies), shutil.disk_usage(_existing(out.parent)).free,
-        dict(quantised.types) if quantised is not None else {}, tuple(quantised.warnings) if quantised else (),
+        dict(quantised.types) if quantised is not None else {},
+        tuple(quantised.warnings) if quantised is not None else (),
     )  # fmt: skip
 
 
@@ -142,8 +144,8 @@ def check_disk(plan: ConversionPlan) -> None:
     """Raise MobileError if the disk of the output is too small for all that exists at once."""
     if plan.peak_bytes > plan.free_bytes:
         raise MobileError(
-            f"cannot write {plan.out}: converting needs {format_bytes(plan.peak_bytes)} on its disk, which has"
-            f" {format_bytes(plan.free_bytes)} free: free some space there, or choose another disk with -o"
+            f"cannot write {plan.out}: converting needs {format_bytes(plan.peak_bytes)} on its disk, which"
+            f" has {format_bytes(plan.free_bytes)} free: free some space there, or choose another with -o"
         )
 
 

@@ -40,7 +40,7 @@ class QuantizeRequest:
     @property
     def is_needed(self) -> bool:
         """False where the converter's own output is already the result."""
-        direct = self.outtype in ftypes.CONVERTER_TYPES
+        direct = self.outtype in ("auto", *ftypes.FLOAT_TYPES)
         return not direct or bool(self.types) or self.pure or self.imatrix is not None
 
 

@@ -62,9 +62,9 @@ def known_architectures(converter: Path) -> frozenset[str]:
     """The names in config.json's "architectures" that the converter has a text model for."""
     tree = ast.parse((converter / "conversion" / "__init__.py").read_text(encoding="utf-8"))
     for node in tree.body:
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            if node.target.id == "TEXT_MODEL_MAP" and node.value is not None:
-                return frozenset(ast.literal_eval(node.value))
+        is_named = isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+        if is_named and node.target.id == "TEXT_MODEL_MAP" and node.value is not None:
+            return frozenset(ast.literal_eval(node.value))
     raise MobileError(f"{converter} holds no converter that this version understands")
 
 
@@ -91,14 +91,14 @@ def write_stacked(
     on_plan: Callable[[StackedPlan], bool] = lambda plan: True,
     progress: Progress = ignore,
 ) -> StackedReport | None:
-    """Convert the checkpoint in `folder` to the stacked GGUF `out`, of one of `ftypes.CONVERTER_TYPES`.
+    """Convert the checkpoint in `folder` to the stacked GGUF `out`, of the type f32, f16, bf16, q8_0 or auto.
 
     on_plan is called when all but the data is known; None is returned if it says no.
     Raises MobileError with the converter's reason, NaN weights and a full disk among them.
     """
     job = {
-        "folder": str(folder.resolve()), "out": str(out), "outtype": outtype, "threads": threads, "name": name,
-        "pre_tokenizer": pre_tokenizer, "trust_remote_code": trust_remote_code,
+        "folder": str(folder.resolve()), "out": str(out), "outtype": outtype, "threads": threads,
+        "name": name, "pre_tokenizer": pre_tokenizer, "trust_remote_code": trust_remote_code,
     }  # fmt: skip
     environment = child_environment(str(converter), str(converter / "gguf-py"))
     # the checkpoint is a folder: nothing here may ask the Hub for anything

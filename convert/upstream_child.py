@@ -95,8 +95,9 @@ def _adapt(conversion: Any, model_class: Any, architecture: str, pre_tokenizer: 
             return detect(self, tokenizer)
         except NotImplementedError as error:
             raise ConversionError(
-                f"the tokenizer in {self.dir_model} is none that llama.cpp knows (hash {seen.hash}): if it splits"
-                " text like one that it knows, name that one with --pre-tokenizer (such as gpt-2, qwen2, llama-bpe)"
+                f"the tokenizer in {self.dir_model} is none that llama.cpp knows (hash {seen.hash}):"
+                " if it splits text like one that it knows, name that one with --pre-tokenizer"
+                " (such as gpt-2, qwen2, llama-bpe)"
             ) from error
         finally:
             conversion.logger.removeHandler(seen)
@@ -129,7 +130,7 @@ class _HashListener(logging.Handler):
 
 
 def _forbid_remote_code(trusted: bool) -> None:
-    """Run Python files of the checkpoint only where the user said so; the converter would for some families."""
+    """Run Python files of the checkpoint only where the user said so; the converter might without asking."""
     import transformers
 
     for auto in (transformers.AutoTokenizer, transformers.AutoConfig):
@@ -210,7 +211,7 @@ class _Checkpoint:
         yield _bytes_of(array)
 
     def read_rows(self, node: Any, start: int, stop: int) -> Any:
-        """Rows of a safetensors tensor, read (not mapped: mapped pages would count as this process's memory)."""
+        """Rows of a safetensors tensor, read, not mapped: mapped pages would count as memory of ours."""
         import numpy as np
         import torch
 
@@ -223,12 +224,8 @@ class _Checkpoint:
         raw = np.fromfile(place.filename, np.uint8, n_bytes * n_rows, offset=place.offset + n_bytes * start)
         if raw.size != n_bytes * n_rows:
             raise ConversionError(f"{place.filename} has become shorter while it was read")
-        rows = (
-            torch.from_numpy(raw).view(dtype).reshape(n_rows, *shape[1:])
-            if shape
-            else torch.from_numpy(raw).view(dtype).reshape(())
-        )
-        return self.checked(rows, node)
+        rows = torch.from_numpy(raw).view(dtype)
+        return self.checked(rows.reshape((n_rows, *shape[1:]) if shape else ()), node)
 
     def checked(self, rows: Any, node: Any) -> Any:
         """The rows of a source tensor if they are all finite."""
@@ -268,7 +265,7 @@ def _explain(error: Exception, job: dict[str, Any]) -> str:
     if "trust_remote_code" in text:
         return f"{folder} brings Python code of its own: read it, and if you trust it say --trust-remote-code"
     if isinstance(error, ImportError):
-        return f"the converter needs a package that is not installed ({text}): pip install 'mobile-gguf[convert]'"
+        return f"the converter needs a package that is missing ({text}): pip install 'mobile-gguf[convert]'"
     if len(text) > 600:
         text = text[:600] + " ..."
     return f"the converter of the pinned llama.cpp cannot use {folder}: {type(error).__name__}: {text}"
