@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 _LAYER = re.compile(r"\.(\d+)\.")
 _ROUTED = re.compile(r"(?<!shared_)experts?\b")
@@ -45,7 +45,7 @@ def stored_types(
     return types
 
 
-def _name_table(architecture: str, n_layer: int):  # noqa: ANN202
+def _name_table(architecture: str, n_layer: int) -> Callable[[str], str | None]:
     from gguf.constants import MODEL_ARCH_NAMES
     from gguf.tensor_mapping import get_tensor_name_map
 

@@ -1,56 +1,64 @@
 """Transformers' side of a verification, in a process of its own: tokens, chat template and logits.
 
-`python -m mobile_gguf.convert.verify_child` reads one JSON object from stdin, {"jobs": [...]}; see
-`Child.run` for a job. stdout: one JSON line for each step of progress, {"phase", "done"}, and one for each
-job, {"result": ...}. Nothing is downloaded and no code of a checkpoint is run.
+`children.run_child` starts it with {"jobs": [...], "memory_bytes", "threads", "stall_seconds"}; see `run_job`
+for a job. It answers {"phase", "done"} on the way and {"result"} once for each job. Nothing is downloaded and
+no code of a checkpoint is run.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from mobile_gguf.convert.child_side import ChildChannel
 
 
 class NotVerifiable(Exception):
     """Transformers cannot be the reference for this checkpoint; the text says why."""
 
 
-def say(**message: Any) -> None:
-    """Write one line to the parent."""
-    print(json.dumps(message), file=_PARENT, flush=True)
+class Reporter:
+    """Says how far the work is; ends the process when it has said nothing for ``stall_seconds``."""
+
+    def __init__(self, channel: ChildChannel, stall_seconds: float) -> None:
+        self._channel = channel
+        self._stall_seconds = stall_seconds
+        self._timer: threading.Timer | None = None
+
+    def __call__(self, phase: str, done: float) -> None:
+        self.rest()
+        self._timer = threading.Timer(self._stall_seconds, self._give_up, (phase,))
+        self._timer.daemon = True
+        self._timer.start()
+        self._channel.send(phase=phase, done=done)
+
+    def rest(self) -> None:
+        """Stop the clock."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _give_up(self, phase: str) -> None:
+        self._channel.send(result={"not_verifiable": f"no progress for {self._stall_seconds:g} s: {phase}"})
+        os._exit(0)
 
 
 def limit_memory(n_bytes: int) -> None:
-    """Make an allocation beyond ``n_bytes`` of the process's own memory fail instead of exhausting the machine."""
-    if n_bytes <= 0:
-        return
+    """Make an allocation beyond ``n_bytes`` of the process's own memory fail; 0: no limit."""
     try:
         import resource
     except ImportError:  # Windows
         return
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_DATA, (n_bytes, n_bytes))
-
-
-def encode(tokenizer: Any, job: dict[str, Any]) -> dict[str, Any]:
-    """Token ids of the job's prompts, with and without what the tokenizer adds; its chat template."""
-    template = tokenizer.chat_template
-    if isinstance(template, dict):
-        template = template.get("default")
-    return {
-        "plain": [tokenizer.encode(text, add_special_tokens=False) for text in job["prompts"]],
-        "full": [tokenizer.encode(text, add_special_tokens=True) for text in job["prompts"]],
-        "template": template,
-    }
+    if n_bytes > 0:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_DATA, (n_bytes, n_bytes))
 
 
 def load_tokenizer(folder: str) -> tuple[Any, str]:
-    """The checkpoint's tokenizer, or None and why it has none."""
+    """The checkpoint's tokenizer, or None and why there is none."""
     from transformers import AutoTokenizer
 
     try:
@@ -59,68 +67,71 @@ def load_tokenizer(folder: str) -> tuple[Any, str]:
         return None, first_line(error)
 
 
+def encode(tokenizer: Any, prompts: list[str]) -> dict[str, Any]:
+    """Token ids of the prompts, without and with what the tokenizer adds; its chat template."""
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    return {
+        "plain": [tokenizer.encode(text, add_special_tokens=False) for text in prompts],
+        "full": [tokenizer.encode(text, add_special_tokens=True) for text in prompts],
+        "template": template,
+    }
+
+
 def load_model(folder: str, own_dtype: bool) -> Any:
     """The checkpoint as Transformers has it, in float32 or in its own type; raises NotVerifiable."""
     import torch
     import transformers
 
-    options: dict[str, Any] = {
-        "trust_remote_code": False,
-        "local_files_only": True,
+    local: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, **local)
+    except (ValueError, KeyError, OSError) as error:
+        version = transformers.__version__
+        raise NotVerifiable(f"transformers {version} does not know it: {first_line(error)}") from None
+    options = local | {
         "attn_implementation": "eager",
         "dtype": "auto" if own_dtype else torch.float32,
         "output_loading_info": True,
     }
-    try:
-        config = transformers.AutoConfig.from_pretrained(
-            folder, trust_remote_code=False, local_files_only=True
-        )
-    except (ValueError, KeyError, OSError) as error:
-        raise NotVerifiable(
-            f"transformers {transformers.__version__} does not know it: {first_line(error)}"
-        ) from None
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         options["quantization_config"] = dequantizing(quantization)
     named = [getattr(transformers, name, None) for name in (config.architectures or [])]
-    classes = [each for each in named if each is not None and name_is_causal(each)]
+    classes = [each for each in named if each is not None and predicts_tokens(each)]
     try:
-        model, loading = (classes or [transformers.AutoModelForCausalLM])[0].from_pretrained(
-            folder, **options
-        )
-    except (MemoryError, RuntimeError) as error:
+        model, found = (classes or [transformers.AutoModelForCausalLM])[0].from_pretrained(folder, **options)
+    except (MemoryError, RuntimeError, ValueError, KeyError, OSError, ImportError, TypeError) as error:
         if is_memory(error):
-            raise NotVerifiable("not enough memory to load it") from None
+            raise NotVerifiable("there is not enough memory to load it") from None
         raise NotVerifiable(f"Transformers cannot load it: {first_line(error)}") from None
-    except (ValueError, KeyError, OSError, ImportError, TypeError, AttributeError) as error:
-        raise NotVerifiable(f"Transformers cannot load it: {first_line(error)}") from None
-    missing = sorted(loading["missing_keys"])
+    missing = sorted(found["missing_keys"])
     if missing:
-        raise NotVerifiable(
-            f"Transformers finds no weights for {len(missing)} of its tensors, e.g. {missing[0]}"
-        )
+        raise NotVerifiable(f"Transformers finds no weights for {len(missing)} tensors, e.g. {missing[0]}")
     return model.eval()
 
 
-def name_is_causal(each: Any) -> bool:
-    """Whether a model class of Transformers predicts the next token."""
-    return each.__name__.endswith(("ForCausalLM", "ForConditionalGeneration", "LMHeadModel"))
+def predicts_tokens(model_class: Any) -> bool:
+    """Whether a model class of Transformers has logits of the next token."""
+    return model_class.__name__.endswith(("ForCausalLM", "ForConditionalGeneration", "LMHeadModel"))
 
 
 def dequantizing(quantization: Any) -> Any:
-    """A checkpoint's quantisation, set to give plain weights."""
+    """A checkpoint's quantisation, set to give plain weights; raises NotVerifiable."""
     from transformers import FineGrainedFP8Config, Mxfp4Config
 
     method = quantization["quant_method"] if isinstance(quantization, dict) else quantization.quant_method
-    known = {"mxfp4": Mxfp4Config, "fp8": FineGrainedFP8Config}
-    if str(method) not in known:
-        raise NotVerifiable(f"its weights are quantised ({method}), which cannot be undone here")
-    return known[str(method)](dequantize=True)
+    known: dict[str, Any] = {"mxfp4": Mxfp4Config, "fp8": FineGrainedFP8Config}
+    name = str(getattr(method, "value", method))
+    if name not in known:
+        raise NotVerifiable(f"its weights are quantised ({name}), which Transformers cannot undo here")
+    return known[name](dequantize=True)
 
 
 def is_memory(error: BaseException) -> bool:
-    """Whether torch or Python ran out of memory."""
-    return isinstance(error, MemoryError) or "alloc" in str(error).lower()
+    """Whether Python or torch ran out of memory."""
+    return isinstance(error, MemoryError) or "allocate memory" in str(error).lower()
 
 
 def first_line(error: BaseException) -> str:
@@ -129,66 +140,70 @@ def first_line(error: BaseException) -> str:
     return " ".join(text.split("\n\n")[0].split())[:300]
 
 
-class Child:
-    """Runs one job: {checkpoint, prompts, ids, max_tokens, tensors, architecture, n_layer, own_dtype, out}."""
+def run_job(job: dict[str, Any], report: Reporter) -> dict[str, Any]:
+    """Run one job: {checkpoint, prompts, ids, max_tokens, out, own_dtype, tensors, architecture, n_layer,
+    n_expert_used}.
 
-    def __init__(self, job: dict[str, Any]) -> None:
-        self.job = job
+    ids: token ids to use in place of the prompts', or null. out: a folder for the logits of prompt i as
+    i.npy, float32 [n_tokens, n_vocab], or null for none. tensors: GGUF tensor name -> type name.
+    """
+    import numpy as np
 
-    def run(self) -> dict[str, Any]:
-        """Write logits of prompt i to out/i.npy, float32 [n_tokens, n_vocab]; return what is not an array."""
-        say(phase="loading the checkpoint's tokenizer", done=0.0)
-        job = self.job
-        tokenizer, why = load_tokenizer(job["checkpoint"])
-        result: dict[str, Any] = {"tokenizer": None, "tokenizer_error": why}
-        if tokenizer is not None:
-            result["tokenizer"] = encode(tokenizer, job)
-        ids = job["ids"]
-        if ids is None:
-            if tokenizer is None:
-                raise NotVerifiable(f"the checkpoint's tokenizer cannot be loaded: {why}")
-            ids = [each[: job["max_tokens"]] for each in result["tokenizer"]["full"]]
-        result["ids"] = ids
-        if job["out"] is None:
-            return result
-        say(phase="loading the checkpoint into Transformers", done=0.1)
-        model = load_model(job["checkpoint"], job["own_dtype"])
-        for index, logits in enumerate(self.logits(model, ids)):
-            import numpy as np
-
-            np.save(Path(job["out"]) / f"{index}.npy", logits)
-            say(
-                phase=f"Transformers, prompt {index + 1} of {len(ids)}",
-                done=0.3 + 0.7 * (index + 1) / len(ids),
-            )
+    report("loading the checkpoint's tokenizer", 0.0)
+    tokenizer, why = load_tokenizer(job["checkpoint"])
+    encoded = encode(tokenizer, job["prompts"]) if tokenizer is not None else None
+    result: dict[str, Any] = {"tokenizer": encoded, "tokenizer_error": why, "ids": job["ids"]}
+    if job["ids"] is None:
+        if encoded is None:
+            raise NotVerifiable(f"the checkpoint's tokenizer cannot be loaded: {why}")
+        result["ids"] = [each[: job["max_tokens"]] for each in encoded["full"]]
+    if job["out"] is None:
         return result
+    report("loading the checkpoint into Transformers", 0.1)
+    model = load_model(job["checkpoint"], job["own_dtype"])
+    reached: set[tuple[int, int]] = set()
+    result["margins"] = []
+    prompts = result["ids"]
+    for index, (logits, routing) in enumerate(compute(model, job, prompts)):
+        np.save(Path(job["out"]) / f"{index}.npy", logits)
+        result["margins"].append(routing.smallest_margins(len(prompts[index])))
+        reached |= routing.experts(job["n_expert_used"])
+        share = 0.3 + 0.7 * (index + 1) / len(prompts)
+        report(f"Transformers: prompt {index + 1} of {len(prompts)}", share)
+    result["experts_reached"] = len(reached)
+    return result
 
-    def logits(self, model: Any, ids: list[list[int]]) -> Iterator[Any]:
-        """Logits of every position of each prompt, teacher-forced."""
-        import torch
 
-        from mobile_gguf.convert.stored_precision import StoredPrecision
-        from mobile_gguf.convert.stored_types import stored_types
+def compute(model: Any, job: dict[str, Any], prompts: list[list[int]]) -> Iterator[tuple[Any, Any]]:
+    """Logits of every position of each prompt, teacher-forced, and how its tokens were routed."""
+    import torch
 
-        job = self.job
-        parameters = [(name, each.ndim) for name, each in model.named_parameters()]
-        types = stored_types(parameters, job["tensors"], job["architecture"], job["n_layer"])
-        vocabulary = model.get_input_embeddings().weight.shape[0]
-        mode = StoredPrecision(model, types, activations=job.get("activations", True))
-        for prompt in ids:
-            if max(prompt) >= vocabulary:
-                raise NotVerifiable(f"token {max(prompt)} is outside the model's vocabulary of {vocabulary}")
-            with torch.no_grad(), mode:
-                output = model(torch.tensor([prompt]), use_cache=False)
-            yield output.logits[0].float().numpy()
+    from mobile_gguf.convert.stored_precision import Routing, StoredPrecision
+    from mobile_gguf.convert.stored_types import stored_types
+
+    parameters = [(name, each.ndim) for name, each in model.named_parameters()]
+    types = stored_types(parameters, job["tensors"], job["architecture"], job["n_layer"])
+    mode = StoredPrecision(model, types)
+    n_vocab = model.get_input_embeddings().weight.shape[0]
+    for prompt in prompts:
+        if not prompt or min(prompt) < 0 or max(prompt) >= n_vocab:
+            raise NotVerifiable(
+                f"a prompt is empty or has tokens outside the model's vocabulary of {n_vocab}"
+            )
+        mode.routing = Routing()
+        with torch.no_grad(), mode:
+            output = model(torch.tensor([prompt]), use_cache=False)
+        yield output.logits[0].float().numpy(), mode.routing
 
 
 def main() -> int:
-    """Run the jobs; each ends in one line, whatever happens to it."""
-    request = json.load(sys.stdin)
+    """Run the jobs; each has one result, whatever happens to it."""
+    channel = ChildChannel()
+    request = channel.job
     limit_memory(request["memory_bytes"])
     os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"
-    say(phase="starting Transformers", done=0.0)
+    report = Reporter(channel, request["stall_seconds"])
+    report("starting Transformers", 0.0)
     import torch
     import transformers
 
@@ -197,18 +212,17 @@ def main() -> int:
     torch.set_num_threads(request["threads"])
     for job in request["jobs"]:
         try:
-            say(result=Child(job).run())
+            result = run_job(job, report)
         except NotVerifiable as error:
-            say(result={"not_verifiable": str(error)})
+            result = {"not_verifiable": str(error)}
         except (MemoryError, RuntimeError) as error:
             if not is_memory(error):
                 raise
-            say(result={"not_verifiable": "Transformers ran out of memory"})
+            result = {"not_verifiable": "Transformers ran out of memory"}
+        report.rest()
+        channel.send(result=result)
     return 0
 
 
 if __name__ == "__main__":
-    # what libraries print must not mix with the messages
-    _PARENT = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
     raise SystemExit(main())

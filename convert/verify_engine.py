@@ -23,8 +23,9 @@ class EngineReference:
     A context manager. Raises what ``load`` does.
     """
 
-    def __init__(self, path: Path, *, n_ctx: int, threads: int | None = None) -> None:
+    def __init__(self, path: Path, *, n_ctx: int, threads: int | None = None, precise: bool = False) -> None:
         self.info: GgufInfo = read_gguf_info(path)
+        self.precise = precise
         self._n_ctx = n_ctx
         self._threads = threads
         self._llama: MobileLlama | None = None
@@ -53,6 +54,11 @@ class EngineReference:
         if self._llama is None:
             raise RuntimeError("the model is opened by the with statement")
         return self._llama
+
+    @property
+    def is_rounded(self) -> bool:
+        """Whether products with the file's matrices round the activations."""
+        return False
 
     @property
     def n_vocab(self) -> int:
