@@ -141,6 +141,10 @@ class RowEvaluator:
         if name in _CATS:
             return self._concatenated(arguments, keywords, start, stop)
         source = arguments[0]
+        if (offset := _first_row(name, arguments, source)) is not None:
+            return function(
+                self.rows(source, start + offset, stop + offset), (slice(None), *arguments[1][1:])
+            )
         if name in _BINARY:
             return self._binary(function, arguments, keywords, n_rows, start, stop)
         if not _is_lazy(source) or not source._meta.shape or source._meta.shape[0] != n_rows:
@@ -205,7 +209,7 @@ def _converted(node: Any, function: Any, arguments: list[Any]) -> Any:
         return None
     kind = getattr(getattr(function, "__self__", None), "__name__", "")
     if kind == "BF16" and function.__name__.endswith("__quantize_array"):
-        return torch.from_numpy(rows).to(torch.bfloat16).view(torch.uint8).numpy()
+        return torch.from_numpy(rows).to(torch.bfloat16).contiguous().view(torch.uint8).numpy()
     if arguments[1:] == [np.float16] and node._meta.dtype == np.float16:
         return torch.from_numpy(rows).to(torch.float16).numpy()
     return None
@@ -262,6 +266,8 @@ def _keeps_rows(name: str, arguments: list[Any], keywords: dict[str, Any], n_dim
         return n_dims() > 2
     if name in _SWAPS and len(arguments) == 3:
         return all(axis % n_dims() != 0 for axis in arguments[1:])
+    if name == "unsqueeze" and len(arguments) == 2:
+        return arguments[1] % (n_dims() + 1) != 0
     if name == "permute":
         order = arguments[1] if isinstance(arguments[1], (list, tuple)) else arguments[1:]
         return len(order) > 0 and order[0] % n_dims() == 0
@@ -276,6 +282,25 @@ def _keeps_rows(name: str, arguments: list[Any], keywords: dict[str, Any], n_dim
             return len(index) - 1 < n_dims()
         return index[0] == slice(None)
     return False
+
+
+def _first_row(name: str, arguments: list[Any], source: Any) -> int | None:
+    """Where `tensor[a:b, ...]` begins; None for any other operation or index."""
+    if name != "__getitem__" or not _is_lazy(source) or len(arguments) != 2:
+        return None
+    index = arguments[1]
+    if not isinstance(index, tuple):
+        arguments[1] = index = (index,)
+    if (
+        not index
+        or not isinstance(index[0], slice)
+        or index[0].step not in (None, 1)
+        or index[0] == slice(None)
+    ):
+        return None
+    if not all(isinstance(item, (int, slice)) for item in index[1:]):
+        return None
+    return index[0].indices(source._meta.shape[0])[0]
 
 
 def _reshape_arguments(

@@ -91,8 +91,14 @@ class _Conversion:
         self.request, self.converter, self.name, self.progress = request, converter, name, progress
         self.verifies = options.verify if options.verify is not None else _can_verify()
         self.plan: ConversionPlan | None = None
+        self.written: ConvertResult | None = None  # the layout's own account
 
     def execute(self) -> ConvertResult:
+        """Do it all, or in a dry run plan it."""
+        options = self.options
+        kept = self._intermediate_path()
+        if options.keep_intermediate and kept.exists() and not (options.force or options.dry_run):
+            raise UsageError(f"{kept} exists, where --keep-intermediate would write: move it, or add --force")
         with self._folder() as work:
             stacked = work / "stacked.gguf"
             report = upstream.write_stacked(
@@ -111,7 +117,7 @@ class _Conversion:
                 quantize(stacked, result, self.request, progress=self.progress)
                 seconds["quantise"] = time.monotonic() - began
             final, verification = self._finished(work, stacked, result, seconds)
-            if self.options.keep_intermediate and self.request.is_needed:
+            if options.keep_intermediate and final != stacked:
                 os.replace(stacked, self._intermediate_path())
             n_bytes = final.stat().st_size
             os.replace(final, self.out)
@@ -125,7 +131,7 @@ class _Conversion:
         if not options.stacked:
             began = time.monotonic()
             laid_out = work / "mobile.gguf"
-            to_mobile(
+            self.written = to_mobile(
                 result, laid_out, segments=options.segments, segment_order=options.segment_order,
                 progress=self.progress,
             )  # fmt: skip
@@ -149,7 +155,7 @@ class _Conversion:
                 progress=self.progress,
             )  # fmt: skip
         except MobileError as error:  # the file took long to make, and nothing is known to be wrong with it
-            return VerifyResult(NOT_VERIFIED, (str(error),))
+            return VerifyResult(NOT_VERIFIED, (str(error).replace(str(result), str(self.out)),))
 
     @contextmanager
     def _folder(self) -> Iterator[Path]:
@@ -209,7 +215,7 @@ class _Conversion:
             exit_code = int(failed)
         return ConvertResult(
             path=self.out, source=self.source, layout="stacked" if self.options.stacked else "per-expert",
-            segments=self.options.segments, n_tensors=plan.n_tensors, n_bytes=n_bytes or plan.final_bytes,
+            segments=self.options.segments, n_tensors=(self.written or plan).n_tensors, n_bytes=n_bytes or plan.final_bytes,
             peak_disk_bytes=plan.peak_bytes, free_bytes=plan.free_bytes, dry_run=self.options.dry_run,
             rows=rows, details=details, exit_code=exit_code,
             verification=None if verification is None else verification.status,

@@ -33,11 +33,11 @@ class StackedPlan:
 
 @dataclass(frozen=True)
 class StackedReport:
-    """What it wrote. `n_whole` counts operations that could not be done row by row (they cost memory)."""
+    """What it wrote. `whole` names the tensors that could not be converted row by row (they cost memory)."""
 
     n_bytes: int
     seconds: float
-    n_whole: int
+    whole: tuple[str, ...]
 
 
 class _StoppedError(Exception):
@@ -129,4 +129,4 @@ def write_stacked(
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise MobileError(f"cannot write {out}: the disk is full: free some space there") from error
         raise MobileError(str(error)) from error
-    return StackedReport(out.stat().st_size, meter.seconds, int(last.get("n_whole", 0)))
+    return StackedReport(out.stat().st_size, meter.seconds, tuple(last.get("whole", ())))

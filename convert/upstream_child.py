@@ -51,11 +51,11 @@ def _convert(channel: ChildChannel) -> None:
 
     torch.set_num_threads(max(1, int(job["threads"])))
     with torch.inference_mode():
-        writer = _prepared(channel, job)
-        _write(channel, writer, Path(job["out"]))
+        writer = prepared(channel, job)
+        write(channel, writer, Path(job["out"]))
 
 
-def _prepared(channel: ChildChannel, job: dict[str, Any]) -> Any:
+def prepared(channel: ChildChannel, job: dict[str, Any]) -> Any:
     """The converter's GGUF writer with all metadata and lazy tensors of the checkpoint."""
     import conversion  # type: ignore[import-not-found]
     import gguf
@@ -111,6 +111,8 @@ def _adapt(conversion: Any, model_class: Any, architecture: str, pre_tokenizer: 
             def mxfp4_layout(blocks: Any) -> Any:
                 return transform(self, blocks)
 
+            if not isinstance(tensor, conversion.LazyTorchTensor):
+                return mxfp4_layout(tensor)
             return conversion.LazyTorchTensor._wrap_fn(mxfp4_layout, meta_noop=True)(tensor)
 
         model_class.transform_nibble_layout = transform_nibble_layout
@@ -143,7 +145,7 @@ def _forbid_remote_code(trusted: bool) -> None:
         auto.from_pretrained = classmethod(from_pretrained)
 
 
-def _write(channel: ChildChannel, writer: Any, out: Path) -> None:
+def write(channel: ChildChannel, writer: Any, out: Path) -> None:
     tensors = writer.tensors[0]
     writer.write_header_to_file(path=out)
     writer.write_kv_data_to_file()
@@ -156,13 +158,14 @@ def _write(channel: ChildChannel, writer: Any, out: Path) -> None:
     channel.send(plan={"n_tensors": len(tensors), "n_bytes": file.tell() + total})
     channel.wait_for_go()
     source = _Checkpoint()
-    done = n_whole = 0
+    done, whole = 0, []
     for index, (name, info) in enumerate(tensors.items()):
         for chunk in source.chunks(info.tensor, name):
             file.write(chunk)
             done += len(chunk)
             channel.send(tensor=index + 1, name=name, done=done, total=total)
-        n_whole += source.n_whole
+        if source.n_whole:
+            whole.append(name)
         writer.write_padding(file, info.nbytes)
         done += writer.ggml_pad(info.nbytes, writer.data_alignment) - info.nbytes
         info.tensor = None  # its graph held what it was made of
@@ -171,7 +174,7 @@ def _write(channel: ChildChannel, writer: Any, out: Path) -> None:
     file.flush()
     os.fsync(file.fileno())
     writer.close()
-    channel.send(done=done, total=total, n_whole=n_whole)
+    channel.send(done=done, total=total, whole=whole)
 
 
 class _Checkpoint:
