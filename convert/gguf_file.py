@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
+import stat
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -223,11 +223,12 @@ def update_gguf(
             metadata[_VERSION_KEY] = Kv.of(_VERSION_KEY, VERSION)
         ordered = _before_experts(list(tensors.values()), extra)
         target = path if out is None else Path(out)
+        mode = stat.S_IMODE(os.stat(path).st_mode)
         if out is not None:
             source.check_target(target)
         write_gguf(target, metadata.values(), ordered, source.alignment, progress)
         if out is None:
-            shutil.copymode(source.path, target)
+            os.chmod(target, mode)
     return target
 
 
