@@ -118,7 +118,7 @@ class MobileLlama(Llama):
             with stopping_on_ctrl_c(self.ctx) if len(tokens) > 1 else contextlib.nullcontext():
                 super().eval(tokens)
         except RuntimeError as error:
-            raise self._decode_error(error) from None
+            raise self.decode_error(error) from None
         self._little_rows[start : self.n_tokens] = self._experts != ALL_EXPERTS
 
     def step_back(self) -> None:
@@ -133,7 +133,8 @@ class MobileLlama(Llama):
     def last_logits(self) -> Any:
         return np.ctypeslib.as_array(self._ctx.get_logits_ith(-1), shape=(self._n_vocab,))
 
-    def _decode_error(self, error: RuntimeError) -> MobileError:
+    def decode_error(self, error: RuntimeError) -> MobileError:
+        """A failed decode as the engine explains it."""
         reason = self.engine.context_error(self.ctx) if self.engine is not None else ""
         if reason:
             return ExpertReadError(reason)
