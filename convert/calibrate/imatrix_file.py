@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from .statistics import InputSums
+from mobile_gguf.observe import InputSums
 
 
 def write_imatrix(

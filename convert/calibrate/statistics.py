@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mobile_gguf.errors import UsageError
+from mobile_gguf.observe import InputSums
 
 from .buddies import Ranked, rank_buddies, rank_transitions
 
@@ -21,21 +22,6 @@ Counts = npt.NDArray[np.int64]
 
 MAX_BUDDIES = 16  # BuddyMoE, arXiv 2511.10054
 MAX_NEXT = 16
-
-
-@dataclass(frozen=True)
-class InputSums:
-    """Squares of what a weight was multiplied with, summed over rows: llama.cpp's imatrix entry.
-
-    ``sum2`` [n_mat, n_per_row] by matrix (expert) and input neuron, ``counts`` [n_mat] rows that were summed.
-    """
-
-    sum2: Floats
-    counts: Counts
-
-    def mean(self) -> Floats:
-        """Mean square by matrix and neuron, [n_mat, n_per_row]; zero where nothing was seen."""
-        return (self.sum2 / np.maximum(self.counts, 1)[:, None]).astype(np.float32)
 
 
 @dataclass(frozen=True)
