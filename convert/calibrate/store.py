@@ -17,7 +17,7 @@ from mobile_gguf.gguf_info import MAX_EXPERTS, GgufInfo, read_gguf_info
 from ..gguf_file import GgufSource, Progress, ignore, update_gguf
 from .buddies import NO_EXPERT, Ranked
 from .importance import expert_layers
-from .statistics import Floats, Statistics
+from .statistics import MAX_NEXT, Floats, Statistics
 
 N_TOKENS = "mobile.statistics.n_tokens"
 HOTNESS = "mobile.hotness"
@@ -122,7 +122,8 @@ class _Reader:
     def ranked(self, name: str, n_layer: int) -> Ranked:
         n_expert = self.info.n_expert
         if n_layer < 1:
-            return Ranked(np.zeros((0, n_expert, 0), np.int32), np.zeros((0, n_expert, 0), np.float32))
+            shape = (0, n_expert, min(n_expert, MAX_NEXT))
+            return Ranked(np.zeros(shape, np.int32), np.zeros(shape, np.float32))
         tensor = self.source.tensor(f"{name}.expert")
         n_rank = tensor.shape[0] if tensor is not None else 0
         if not 1 <= n_rank <= min(n_expert, MAX_EXPERTS):
