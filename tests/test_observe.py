@@ -18,6 +18,8 @@ from engine_jobs import tokens
 from mobile_gguf.binding import find_engine
 from mobile_gguf.convert.calibrate.collect import collect
 from mobile_gguf.convert.calibrate.imatrix_file import write_imatrix
+from mobile_gguf.convert.calibrate.store import read_statistics, write_statistics
+from mobile_gguf.convert.layout import to_mobile
 from mobile_gguf.errors import EngineError, ModelFormatError, UsageError
 from mobile_gguf.gguf_header import read_header
 from mobile_gguf.gguf_info import read_gguf_info
@@ -83,6 +85,23 @@ def test_sums_and_routes_are_those_of_transformers(oracle, monkeypatch, budget, 
         expected = oracle[f"blk.{layer}.ffn_down_exps.weight"] / counts * oracle[f"norms/{layer}"]
         np.testing.assert_allclose(statistics.importance[layer], expected, **CLOSE)
     assert statistics.importance.keys() == set(range(n_layer))
+
+
+@pytest.mark.parametrize("budget", ["100%", "40%"])
+def test_segments_have_the_statistics_of_whole_experts(tmp_path: Path, budget: str):
+    """Experts cut up by their calibrated importance: the same routing, and neurons named as before."""
+    path, cut = tmp_path / "whole.gguf", tmp_path / "cut.gguf"
+    whole = collect(tiny_models.path(NAME), [TEXT], threads=1)
+    write_statistics(tiny_models.path(NAME), whole, out=path)
+    to_mobile(path, cut, segments=4, segment_order="importance")
+    found = collect(cut, [TEXT], ram_budget=budget, threads=1)
+    np.testing.assert_array_equal(found.hotness, whole.hotness)
+    np.testing.assert_allclose(found.weight, whole.weight, rtol=1e-3)
+    np.testing.assert_array_equal(found.transitions.expert, whole.transitions.expert)
+    for layer, values in whole.importance.items():
+        np.testing.assert_allclose(found.importance[layer], values, **CLOSE)
+    write_statistics(cut, found)
+    assert read_statistics(cut) is not None
 
 
 @pytest.mark.parametrize("name", ["gpt-oss", "llama4", "deepseek2", "granitemoe-swa", "gemma4", "nemotron-h"])

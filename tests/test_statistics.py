@@ -14,12 +14,11 @@ from hypothesis import strategies as st
 
 from mobile_gguf.convert.calibrate import store
 from mobile_gguf.convert.calibrate.buddies import NO_EXPERT, Ranked, buddy_list, list_lengths
-from mobile_gguf.convert.calibrate.collect import whole_experts
 from mobile_gguf.convert.calibrate.imatrix_file import write_imatrix
 from mobile_gguf.convert.calibrate.importance import neuron_importance
 from mobile_gguf.convert.calibrate.statistics import MAX_BUDDIES, RouteCounts, Statistics
 from mobile_gguf.convert.gguf_file import GgufSource, update_gguf
-from mobile_gguf.errors import EngineError, ModelFormatError, UsageError
+from mobile_gguf.errors import ModelFormatError, UsageError
 from mobile_gguf.observe import InputSums
 
 
@@ -127,25 +126,11 @@ def test_no_tokens_make_no_statistics():
         RouteCounts((0,), 8, 2).statistics()
 
 
-def test_segments_become_whole_experts():
-    """Expert e of S segments is routed as e*S to e*S + S - 1, in whatever order."""
-    ids = np.array([[5, 1], [0, 3]], np.int32)
-    weights = np.array([[0.75, 0.25], [0.5, 0.5]], np.float32)
-    by_expert = (ids[:, :, None] * 4 + np.arange(4)).reshape(2, 8).astype(np.int32)
-    by_segment = (ids[:, None, :] * 4 + np.arange(4)[:, None]).reshape(2, 8).astype(np.int32)
-    for segments, repeated in ((by_expert, weights.repeat(4, 1)), (by_segment, np.tile(weights, (1, 4)))):
-        whole, kept = whole_experts(segments, repeated, 4)
-        np.testing.assert_array_equal(whole, ids)
-        np.testing.assert_array_equal(kept, weights)
-    with pytest.raises(EngineError, match="not routed to whole experts"):
-        whole_experts(by_expert[:, 1:], weights.repeat(4, 1)[:, 1:], 4)
-
-
 # files
 
 
 def model_file(path: Path, *, n_layer: int = 2, n_expert: int = 6, stacked: bool = True) -> Path:
-    """A GGUF with nothing but what statistics look at: experts of 8 neurons in Q8_0, and their geometry."""
+    """A GGUF with nothing but what statistics look at: experts of 32 neurons, and their geometry."""
     import gguf
 
     writer = gguf.GGUFWriter(path, "qwen3moe")
@@ -158,13 +143,16 @@ def model_file(path: Path, *, n_layer: int = 2, n_expert: int = 6, stacked: bool
     rng = np.random.default_rng(1)
     for layer in range(1, n_layer + 1):  # layer 0 is dense
         down = rng.normal(size=(n_expert, 4, 32)).astype(np.float32)
+        up = rng.normal(size=(n_expert, 32, 4)).astype(np.float32)
         if stacked:
             data = gguf.quantize(down, gguf.GGMLQuantizationType.Q8_0)
+            writer.add_tensor(f"blk.{layer}.ffn_up_exps.weight", up)
             writer.add_tensor(
                 f"blk.{layer}.ffn_down_exps.weight", data, raw_dtype=gguf.GGMLQuantizationType.Q8_0
             )
         else:
             for expert in range(n_expert):
+                writer.add_tensor(f"blk.{layer}.ffn_up.{expert}.weight", up[expert])
                 writer.add_tensor(f"blk.{layer}.ffn_down.{expert}.weight", down[expert])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -294,7 +282,7 @@ def test_importance_is_mean_square_times_column_norm(tmp_path, stacked):
     rng = np.random.default_rng(5)
     sums = InputSums(rng.random((6, 32), np.float32), np.array([4, 0, 1, 9, 2, 3]))
     with GgufSource.open(path) as source:
-        found = neuron_importance(source, {"blk.1.ffn_down_exps.weight": sums}, 6)
+        found = neuron_importance(source, {"blk.1.ffn_down_exps.weight": sums})
     assert found.keys() == {1}
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     for expert in range(6):
@@ -313,7 +301,7 @@ def test_importance_of_another_model_is_refused(tmp_path):
     for shape in ((6, 16), (5, 32)):
         sums = InputSums(np.ones(shape, np.float32), np.ones(shape[0], np.int64))
         with GgufSource.open(path) as source, pytest.raises(ModelFormatError, match="layer 1"):
-            neuron_importance(source, {"blk.1.ffn_down_exps.weight": sums}, 6)
+            neuron_importance(source, {"blk.1.ffn_down_exps.weight": sums})
 
 
 def test_an_imatrix_that_cannot_be_is_refused(tmp_path):

@@ -168,7 +168,7 @@ struct mobile_observed_route {
     int32_t         n_used;
     int32_t         n_tokens; // of the last layer: only tokens with an output
     int32_t         reserved;
-    const int32_t * ids;      // [n_tokens][n_used]; -1: skipped
+    const int32_t * ids;      // [n_tokens][n_used] experts, whole ones where they are in segments; -1: skipped
     const float   * weights;  // [n_tokens][n_used]
 };
 
