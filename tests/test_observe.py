@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import ctypes
 import json
+import re
 import subprocess
 import sys
 from dataclasses import asdict
@@ -24,7 +27,14 @@ from mobile_gguf.errors import EngineError, ModelFormatError, UsageError
 from mobile_gguf.gguf_header import read_header
 from mobile_gguf.gguf_info import read_gguf_info
 from mobile_gguf.loading import open_backend
-from mobile_gguf.observe import INPUTS, NEURONS, ROUTES, Observation
+from mobile_gguf.observe import (
+    INPUTS,
+    NEURONS,
+    ROUTES,
+    Observation,
+    ObservedInputStruct,
+    ObservedRouteStruct,
+)
 from mobile_gguf.options import LoadOptions
 
 NAME = "qwen3moe"
@@ -156,6 +166,42 @@ def test_skipped_experts_are_not_counted(backend, engine):
     assert (routes[0].ids[:, 2:] == -1).all()
     assert (routes[0].ids[:, :2] >= 0).all()
     assert inputs["blk.0.ffn_down_exps.weight"].counts.sum() == 8 * 2
+
+
+def test_observed_routes_are_those_of_the_trace(backend, engine, tmp_path: Path):
+    """The engine's own record, written where the experts are asked for: same ids, same weights."""
+    trace = tmp_path / "trace.csv"
+    engine.trace_start(backend.ctx, trace)
+    with Observation(engine, backend.ctx, ROUTES) as observation:
+        decode(backend, TEXT)
+        routes = observation.take_routes()
+    engine.trace_stop(backend.ctx)
+    with open(trace, newline="") as file:
+        rows = [(int(r["layer"]), int(r["expert"]), float(r["weight"])) for r in csv.DictReader(file)]
+    observed = [
+        (route.layer, expert, weight)
+        for route in routes
+        for expert, weight in zip(route.ids.ravel().tolist(), route.weights.ravel().tolist(), strict=True)
+    ]
+    assert [row[:2] for row in observed] == [row[:2] for row in rows]
+    np.testing.assert_allclose([row[2] for row in observed], [row[2] for row in rows], rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("struct", "mirror"),
+    [("mobile_observed_input", ObservedInputStruct), ("mobile_observed_route", ObservedRouteStruct)],
+)
+def test_structs_are_the_headers(struct, mirror):
+    header = (Path(__file__).parents[1] / "patches" / "src" / "mobile.h").read_text()
+    body = header[header.index(f"struct {struct} {{") :].split("};")[0]
+    c_types = {
+        "int32_t": ctypes.c_int32, "int64_t": ctypes.c_int64, "const char *": ctypes.c_char_p,
+        "const float *": ctypes.POINTER(ctypes.c_float), "const int32_t *": ctypes.POINTER(ctypes.c_int32),
+        "const int64_t *": ctypes.POINTER(ctypes.c_int64),
+    }  # fmt: skip
+    fields = re.findall(r"^    ((?:const )?\w+)(\s+\*)?\s+(\w+);", body, re.MULTILINE)
+    found = [(name, c_types[kind + (" *" if star else "")]) for kind, star, name in fields]
+    assert found == list(mirror._fields_)
 
 
 def test_a_context_is_observed_once(backend, engine):
