@@ -203,9 +203,9 @@ U32 = struct.pack("<II", 4, 1)
 @pytest.mark.parametrize(
     ("what", "words"),
     [
-        ({"entries": [text("k") + U32, text("k") + U32]}, "metadata k stands in it twice"),
-        ({"rows": [row("a"), row("a", offset=32)]}, "tensor a stands in it twice"),
-        ({"rows": [row("a", (16,)), row("b", offset=32)]}, "tensors a and b overlap"),
+        ({"entries": [text("k") + U32, text("k") + U32]}, "metadata k is there twice"),
+        ({"rows": [row("a"), row("a", offset=32)]}, "tensor a is there twice"),
+        ({"rows": [row("a", (16,)), row("b", offset=32)]}, "overlap"),
         ({"rows": [row("a"), row("b")]}, "overlap"),
         ({"rows": [row("a", offset=1 << 40)]}, "truncated"),
         ({"rows": [row("a", offset=(1 << 64) - 32)]}, "truncated"),
