@@ -1,1 +1,1 @@
-"""Measure a model on text and write what was learnt into its file (imported as mobile_gguf.convert.calibrate)."""
+"""Measure a model on text and write what was learnt into its file."""

@@ -1,7 +1,7 @@
 """Which experts go together: buddies within a layer, successors in the next (BuddyMoE, arXiv 2511.10054).
 
-Lists are kept as ranks: the best first, at most so many, each with its share; a cut by cumulative mass is made
-when they are used, so that the mass need not be known at calibration.
+Lists are kept as ranks: the best first, at most so many, each with its share; a cut by cumulative mass is
+made when they are used, so that the mass need not be known at calibration.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def list_lengths(buddies: Ranked, alpha: float) -> npt.NDArray[np.int32]:
 
 
 def buddy_list(buddies: Ranked, row: int, expert: int, alpha: float) -> list[tuple[int, float]]:
-    """One expert's buddies and their q, best first, cut at cumulative mass ``alpha``; ``row`` as in layers."""
+    """One expert's buddies and their q, best first, up to cumulative mass ``alpha``; ``row`` as in layers."""
     length = int(list_lengths(Ranked(buddies.expert[row, expert], buddies.share[row, expert]), alpha))
     return [
         (int(buddies.expert[row, expert, i]), float(buddies.share[row, expert, i])) for i in range(length)

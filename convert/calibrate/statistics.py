@@ -68,7 +68,7 @@ class RouteCounts:
         self.following: Counts = np.zeros((max(n_layer - 1, 0), n_expert, n_expert), np.int64)
 
     def add(self, ids: Ids, weights: Floats) -> None:
-        """Count a batch: ``ids`` and router ``weights`` [n_layer_moe, n_tokens, k]; an id below 0 is no expert.
+        """Count a batch: ``ids`` and ``weights`` [n_layer_moe, n_tokens, k]; an id below 0 is no expert.
 
         Raises UsageError for other shapes, ids that are too large, or an expert twice in a token's set.
         """
