@@ -38,7 +38,8 @@ class Pass(Enum):
 class Policy:
     """The mode in effect; ``little_k`` routed experts in a little pass, ``gamma`` a probability.
 
-    ``importance`` is HEAD or CONFIDENCE; ``head_threshold`` the head's probability above which a token is big.
+    ``importance`` is HEAD or CONFIDENCE; above ``head_threshold``, a probability, the head
+    has a token run big.
     """
 
     mode: str = EXACT

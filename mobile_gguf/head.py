@@ -29,8 +29,8 @@ _F32 = 0
 class Head:
     """A calibrated head; ``threshold`` is the probability above which a token is run big by default.
 
-    ``weight`` [n_embd] and ``token_bias`` [n_vocab] are float32. ``little_k`` are the routed experts of a little
-    pass that goes with ``threshold``; ``auc`` was measured on text that the head was not fitted on.
+    ``weight`` [n_embd] and ``token_bias`` [n_vocab] are float32. ``little_k`` are the routed experts of a
+    little pass that goes with ``threshold``; ``auc`` was measured on text that the head was not fitted on.
     """
 
     weight: npt.NDArray[np.float32]

@@ -151,8 +151,8 @@ class Model:
                 return self._head_policy(head, options, k)
             if mode == BIG_LITTLE and options.importance == HEAD:
                 raise UsageError(
-                    f"{self.path.name} has no importance head: run `mobile-gguf calibrate {self.path.name}`, or "
-                    "use importance confidence"
+                    f"{self.path.name} has no importance head: run `mobile-gguf calibrate "
+                    f"{self.path}`, or use importance confidence"
                 )
             if mode == BIG_LITTLE and not backend.can_step_back:
                 raise UsageError(
