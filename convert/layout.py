@@ -216,8 +216,6 @@ def _stock_order(source: GgufSource, experts: Experts) -> list[TensorPlan]:
     n_tensors = len(stacked) + len(rest)
     if not any(stack.is_single for stack in experts.stacks):
         positions = [stack.position for stack in experts.stacks]
-        n_tensors += len(own)
-        rest, own = list(experts.others), []
     if _are_positions(positions, len(stacked), n_tensors):
         at = dict(zip(positions, stacked, strict=True))  # type: ignore[arg-type]
         others = iter(rest)
