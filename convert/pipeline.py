@@ -91,7 +91,6 @@ class _Conversion:
         self.request, self.converter, self.name, self.progress = request, converter, name, progress
         self.verifies = options.verify if options.verify is not None else _can_verify()
         self.plan: ConversionPlan | None = None
-        self.written: ConvertResult | None = None  # the layout's own account
 
     def execute(self) -> ConvertResult:
         """Do it all, or in a dry run plan it."""
@@ -131,7 +130,7 @@ class _Conversion:
         if not options.stacked:
             began = time.monotonic()
             laid_out = work / "mobile.gguf"
-            self.written = to_mobile(
+            to_mobile(
                 result, laid_out, segments=options.segments, segment_order=options.segment_order,
                 progress=self.progress,
             )  # fmt: skip
@@ -189,11 +188,15 @@ class _Conversion:
                 raise UsageError(
                     f"{self.request.outtype} needs an importance matrix for this model: give --imatrix FILE"
                 )
-        self.plan = make_plan(
-            self.checkpoint, self.out, self.options, self.request, converter=self._converter_type(),
-            n_tensors=stacked.n_tensors, stacked_bytes=stacked.n_bytes, quantised=report,
-            keeps_intermediate=self.options.keep_intermediate or self.verifies,
-        )  # fmt: skip
+        try:
+            self.plan = make_plan(
+                self.checkpoint, self.out, self.options, self.request, converter=self._converter_type(),
+                stacked=stacked, quantised=report,
+                keeps_intermediate=self.options.keep_intermediate or self.verifies,
+            )  # fmt: skip
+        except MobileError as error:  # it names the file that is planned on, which the user never sees
+            text = str(error).replace(str(stacked.header), str(self.checkpoint.folder))
+            raise type(error)(text) from error
         if self.options.dry_run:
             return False
         check_disk(self.plan)
@@ -215,7 +218,7 @@ class _Conversion:
             exit_code = int(failed)
         return ConvertResult(
             path=self.out, source=self.source, layout="stacked" if self.options.stacked else "per-expert",
-            segments=self.options.segments, n_tensors=(self.written or plan).n_tensors,
+            segments=self.options.segments, n_tensors=plan.n_tensors,
             n_bytes=n_bytes or plan.final_bytes,
             peak_disk_bytes=plan.peak_bytes, free_bytes=plan.free_bytes, dry_run=self.options.dry_run,
             rows=rows, details=details, exit_code=exit_code,
