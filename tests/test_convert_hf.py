@@ -303,7 +303,7 @@ def write_wide_checkpoint(folder: Path, like: Path) -> int:
     n_expert, n_embd, n_ff = 16, 2048, 1600
     config = json.loads((like / "config.json").read_text()) | {
         "num_hidden_layers": 1, "hidden_size": n_embd, "moe_intermediate_size": n_ff, "num_experts": n_expert,
-        "max_window_layers": 1, "layer_types": ["full_attention"],
+        "num_local_experts": n_expert, "max_window_layers": 1, "layer_types": ["full_attention"],
     }  # fmt: skip
     layer, heads = "model.layers.0", config["head_dim"]
     n_q, n_kv = config["num_attention_heads"] * heads, config["num_key_value_heads"] * heads
@@ -336,8 +336,7 @@ def write_wide_checkpoint(folder: Path, like: Path) -> int:
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory in KiB is Linux's unit")
 def test_memory_is_bounded(checkpoints: Checkpoints, tmp_path: Path) -> None:
     largest = write_wide_checkpoint(tmp_path / "wide", checkpoints["bf16"])
-    options = CHILD_OPTIONS | {"outtype": "q8_0"}
-    done = run_child(tmp_path / "wide", tmp_path / "x.gguf", **options)
+    done = run_child(tmp_path / "wide", tmp_path / "x.gguf", **(CHILD_OPTIONS | {"outtype": "q8_0"}))
     assert done.returncode == 0, done.stdout + done.stderr
     assert largest > 100e6
     # resident pages of every kind, in each of the processes
