@@ -151,6 +151,13 @@ class Engine:
             "trace_start": (status, [address, text]),
             "trace_stop": (status, [address]),
             "set_replay": (status, [address, address, n, n, n]),
+            "observe_start": (status, [address, n]),
+            "observe_stop": (status, [address]),
+            "observe_n_inputs": (n, [address]),
+            "observe_get_input": (status, [address, n, address]),
+            "observe_n_routes": (n, [address]),
+            "observe_get_route": (status, [address, n, address]),
+            "observe_clear_routes": (status, [address]),
         }
         for name, (result, arguments) in signatures.items():
             function = getattr(self._library, f"mobile_{name}")
@@ -240,6 +247,12 @@ class Engine:
         """
         pointer = None if ids is None else ids.ctypes.data
         self._check(self._call("set_replay", ctx, pointer, n_steps, n_layer, k), "setting the replay")
+
+    def checked(self, name: str, doing: str, *arguments: Any) -> int:
+        """Call ``mobile_NAME`` and return its count or status; raises if that is negative."""
+        result = self._call(name, *arguments)
+        self._check(result, doing)
+        return result
 
     def _call(self, name: str, *arguments: Any) -> Any:
         return self._functions[name](*arguments)
