@@ -132,7 +132,7 @@ class _Conversion:
             laid_out = work / "mobile.gguf"
             to_mobile(
                 result, laid_out, segments=options.segments, segment_order=options.segment_order,
-                progress=self.progress,
+                progress=_renamed(self.progress, f"converting {result.name}", "laying out the experts"),
             )  # fmt: skip
             if result != stacked or not options.keep_intermediate:
                 result.unlink()
@@ -143,7 +143,8 @@ class _Conversion:
         began = time.monotonic()
         found = self._verified(result, stacked if self.request.is_needed else None)
         if metadata := found.metadata():
-            update_gguf(result, metadata, progress=self.progress)
+            renamed = _renamed(self.progress, f"writing {result.name}", "noting the verification")
+            update_gguf(result, metadata, progress=renamed)
         seconds["verify"] = time.monotonic() - began
         return result, found
 
@@ -224,6 +225,11 @@ class _Conversion:
             rows=rows, details=details, exit_code=exit_code,
             verification=None if verification is None else verification.status,
         )  # fmt: skip
+
+
+def _renamed(progress: Progress, hidden: str, shown: str) -> Progress:
+    """Progress of a step that would name a file which the user never sees."""
+    return lambda text, done: progress(text.replace(hidden, shown, 1), done)
 
 
 def _check_output(out: Path, options: ConvertOptions) -> None:
