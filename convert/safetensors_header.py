@@ -10,7 +10,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from mobile_gguf.errors import ModelFormatError
 
@@ -104,7 +104,7 @@ def _tensor(path: Path, name: str, entry: Any, start: int) -> SourceTensor:
     return SourceTensor(name, dtype, tuple(shape), path, start + offsets[0], n_bytes)
 
 
-def _are_sizes(value: Any) -> bool:
+def _are_sizes(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(
         isinstance(item, int) and not isinstance(item, bool) and 0 <= item < 1 << 62 for item in value
     )
