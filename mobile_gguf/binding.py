@@ -150,6 +150,7 @@ class Engine:
             "trace_start": (status, [address, text]),
             "trace_stop": (status, [address]),
             "set_replay": (status, [address, address, n, n, n]),
+            "set_precise": (status, [ctypes.c_bool]),
         }
         for name, (result, arguments) in signatures.items():
             function = getattr(self._library, f"mobile_{name}")
@@ -235,6 +236,10 @@ class Engine:
         """
         pointer = None if ids is None else ids.ctypes.data
         self._check(self._call("set_replay", ctx, pointer, n_steps, n_layer, k), "setting the replay")
+
+    def set_precise(self, on: bool) -> None:
+        """Multiply F16 and BF16 matrices by float32 activations, in every model of this process."""
+        self._check(self._call("set_precise", on), "switching to float32 activations")
 
     def _call(self, name: str, *arguments: Any) -> Any:
         return self._functions[name](*arguments)
