@@ -75,6 +75,7 @@ def encode(tokenizer: Any, prompts: list[str]) -> dict[str, Any]:
     return {
         "plain": [tokenizer.encode(text, add_special_tokens=False) for text in prompts],
         "full": [tokenizer.encode(text, add_special_tokens=True) for text in prompts],
+        "added": tokenizer.encode("", add_special_tokens=True),
         "template": template,
     }
 
