@@ -11,7 +11,7 @@ from .errors import UsageError
 from .options import Opt, declared, defaults
 from .sizes import parse_size
 
-_METAVARS: dict[Any, str] = {int: "N", float: "X", parse_size: "SIZE"}
+_METAVARS: dict[Any, str] = {int: "N", float: "X", Path: "FILE", parse_size: "SIZE"}
 
 
 def add_arguments(parser: argparse.ArgumentParser, options: type[Any], skip: Iterable[str] = ()) -> None:
@@ -25,9 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser, options: type[Any], skip: Ite
         if opt.is_flag:
             group.add_argument(*opt.flags, action="store_const", const=not default, **shared)
             continue
-        shared["metavar"] = (
-            "{" + ",".join(opt.choices) + "}" if opt.choices else _METAVARS.get(opt.read, "TEXT")
-        )
+        chosen = "{" + ",".join(opt.choices) + "}" if opt.choices else _METAVARS.get(opt.read, "TEXT")
+        shared["metavar"] = opt.metavar or chosen
         if opt.repeated:
             shared["action"] = "append"
         group.add_argument(*opt.flags, type=_reader(name, opt), **shared)

@@ -108,7 +108,7 @@ def read_gguf_info(path: Path) -> GgufInfo:
     truncated, damaged, not a model).
     """
     first = read_header(path)
-    headers = [first, *(read_header(part) for part in _other_parts(first))]
+    headers = [first, *(read_header(part) for part in other_parts(first))]
     metadata = first.metadata
     architecture = metadata.get("general.architecture")
     if not isinstance(architecture, str):
@@ -179,7 +179,8 @@ class _Facts:
         return ModelFormatError(f"{self.path} cannot be used: metadata {key} is {value!r:.60}")
 
 
-def _other_parts(first: GgufHeader) -> Iterable[Path]:
+def other_parts(first: GgufHeader) -> Iterable[Path]:
+    """The other files of a split model, given its first one's header; none of a model in one file."""
     count = first.metadata.get("split.count", 0)
     if not isinstance(count, int) or count <= 1:
         return

@@ -39,6 +39,7 @@ class Opt:
         repeated: bool = False,
         is_flag: bool = False,
         file_flags: Sequence[str] = (),
+        metavar: str = "",
     ) -> None:
         self.flags = flags
         self.help = help
@@ -49,6 +50,7 @@ class Opt:
         self.repeated = repeated
         self.is_flag = is_flag
         self.file_flags = tuple(file_flags)
+        self.metavar = metavar
 
     def check(self, name: str, value: Any) -> Any:
         """Return ``value`` if it may be; raises UsageError saying what may."""

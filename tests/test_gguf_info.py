@@ -172,8 +172,11 @@ def test_counts_beyond_the_file(model, tmp_path, offset):
 
 
 def test_a_string_beyond_the_file(model, tmp_path):
-    check(patched(model, tmp_path, 24, struct.pack("<Q", 1 << 40)), "string")
-    check(patched(model, tmp_path, 24, struct.pack("<Q", 1 << 22)), "truncated")
+    # the first key, and the value of general.architecture
+    check(patched(model, tmp_path, 24, struct.pack("<Q", 1 << 40)), "key claims")
+    value = 24 + 8 + len("general.architecture") + 4
+    check(patched(model, tmp_path, value, struct.pack("<Q", 1 << 40)), "string")
+    check(patched(model, tmp_path, value, struct.pack("<Q", 1 << 22)), "truncated")
 
 
 def test_truncated_data_says_how_much_is_missing(model, tmp_path):

@@ -3,8 +3,8 @@
 import hashlib
 from pathlib import Path
 
+from mobile_gguf.atomic import complete_or_absent, disk_errors
 from mobile_gguf.demo import source
-from mobile_gguf.demo.atomic import complete_or_absent, disk_errors
 from mobile_gguf.demo.progress import Progress, ignore, scaled
 from mobile_gguf.paths import models_dir
 from mobile_gguf.vendor import lock

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from gguf import GGUFReader, TokenType
 
+from mobile_gguf.atomic import complete_or_absent, disk_errors
 from mobile_gguf.demo import recipe
-from mobile_gguf.demo.atomic import complete_or_absent, disk_errors
 from mobile_gguf.demo.progress import Progress, ignore, scaled
 from mobile_gguf.demo.source import RECIPE, ensure_source
 from mobile_gguf.errors import MobileError

@@ -8,7 +8,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from mobile_gguf.demo.atomic import complete_or_absent, disk_errors
+from mobile_gguf.atomic import complete_or_absent, disk_errors
 from mobile_gguf.demo.progress import Progress, ignore, scaled
 from mobile_gguf.errors import ModelNotFoundError
 from mobile_gguf.paths import cache_dir

@@ -1,0 +1,144 @@
+"""Files that are complete or absent, and a disk's refusal in one line."""
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from mobile_gguf.errors import MobileError
+from mobile_gguf.sizes import format_bytes
+
+_DATA_REMEDY = ", or set XDG_DATA_HOME and XDG_CACHE_HOME to another disk"
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@contextmanager
+def complete_or_absent(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside `path`; it becomes `path` if the block ends well and is removed if not.
+
+    The temporary name is fixed, so that what a killed process left behind is overwritten by the next one:
+    two writers of one path need a lock. Raises MobileError when the disk refuses.
+    """
+    partial = partial_path(path)
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield partial
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_file(path: Path, n_bytes: int) -> Iterator[BinaryIO]:
+    """Give an empty file to write, unbuffered; it becomes `path` if the block ends well, else it is removed.
+
+    Until then it stands beside `path` as `partial_path(path)`, locked: what a killed process left there is
+    overwritten, and a second writer is refused. The data is on the disk before the name is. `n_bytes` is
+    what will be written. Raises MobileError when there is less space than that, or when the disk refuses.
+    """
+    partial = partial_path(path)
+    with disk_errors(path, remedy=", or write to another disk"):
+        descriptor = _open_locked(partial, path)
+        with os.fdopen(descriptor, "wb", buffering=0) as file:
+            try:
+                file.truncate(0)
+                check_space(path, n_bytes)
+                yield file
+                os.fsync(descriptor)
+                if os.name == "nt":
+                    file.close()
+                os.replace(partial, path)
+            except BaseException:
+                # while the lock is held: afterwards the name may be another writer's
+                if os.name == "nt":
+                    file.close()
+                partial.unlink(missing_ok=True)
+                raise
+        _sync_directory(path.parent)
+
+
+def partial_path(path: Path) -> Path:
+    """Where a file stands until it is complete."""
+    return path.with_name(path.name + ".partial")
+
+
+def check_space(path: Path, n_bytes: int) -> None:
+    """Raise MobileError if a new file `path` of `n_bytes` bytes does not fit on its disk."""
+    free = free_bytes(path)
+    if n_bytes > free:
+        raise MobileError(
+            f"cannot write {path}: it needs {n_bytes} bytes ({format_bytes(n_bytes)}), its disk has {free}"
+            f" free ({format_bytes(free)}): free some space there, or write to another disk"
+        )
+
+
+def free_bytes(path: Path) -> int:
+    """What this user may still write beside `path`, in bytes."""
+    with disk_errors(path, remedy=""):
+        return shutil.disk_usage(path.parent).free
+
+
+@contextmanager
+def disk_errors(path: Path, remedy: str = _DATA_REMEDY) -> Iterator[None]:
+    """Turn an OSError of the block into a MobileError that names `path` and says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            what = "the disk is full: free some space there"
+        elif error.errno == errno.EFBIG:
+            what = "it is larger than a file may be there (see `ulimit -f`): raise the limit"
+        else:
+            what = f"{error.strerror or error}: check that the directory can be written"
+        raise MobileError(f"cannot write {path}: {what}{remedy}") from error
+
+
+def _open_locked(partial: Path, path: Path) -> int:
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+    flags |= getattr(os, "O_NOFOLLOW", 0)
+    while True:
+        descriptor = os.open(partial, flags, 0o666)
+        try:
+            if not _lock(descriptor):
+                raise MobileError(f"cannot write {path}: another process is writing it now")
+            try:
+                if os.path.samestat(os.fstat(descriptor), os.stat(partial)):
+                    return descriptor
+            except FileNotFoundError:
+                pass  # its writer has just given it its name: what was opened is not ours to write
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+if os.name == "nt":
+
+    def _lock(descriptor: int) -> bool:
+        return True  # an open file cannot be replaced there
+
+    def _sync_directory(directory: Path) -> None:
+        pass
+
+else:
+    import fcntl
+
+    def _lock(descriptor: int) -> bool:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            return error.errno in (errno.ENOLCK, errno.ENOTSUP)  # a file system without locks
+        return True
+
+    def _sync_directory(directory: Path) -> None:
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
