@@ -53,17 +53,24 @@ class Judge:
         self.notes: list[str] = []
 
     def judge(self) -> VerifyResult:
-        """Run the engine on what Transformers ran on, and compare. Raises what ``load`` raises."""
+        """Run the engine on what Transformers ran on, and compare.
+
+        A file that the engine refuses has failed. Raises BudgetError and EngineError, which are not its
+        fault.
+        """
         loose: list[Row] = []
-        if self.exact is not None:
-            with self._engine(self.exact, precise=True) as engine:
-                self._judge_strictly(engine)
-                if self.exact is self.subject:
+        try:
+            if self.exact is not None:
+                with self._engine(self.exact, precise=True) as engine:
+                    self._judge_strictly(engine)
+                    if self.exact is self.subject:
+                        self._compare_tokenizers(engine)
+            if self.exact is not self.subject:
+                with self._engine(self.subject, precise=False) as engine:
                     self._compare_tokenizers(engine)
-        if self.exact is not self.subject:
-            with self._engine(self.subject, precise=False) as engine:
-                self._compare_tokenizers(engine)
-                loose = list(self._judge_loosely(engine))
+                    loose += self._judge_loosely(engine)
+        except ModelFormatError as error:
+            self.reasons.append(str(error))
         self.rows += loose
         kl = mean_kl(loose)
         if kl > self.limits.mean_kl:

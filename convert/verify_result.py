@@ -80,7 +80,10 @@ class VerifyResult:
         return worst
 
     def as_dict(self) -> dict[str, Any]:
-        """The result for JSON."""
+        """The result for JSON; a number that is none stands as text."""
+        return _plain(self._as_dict())
+
+    def _as_dict(self) -> dict[str, Any]:
         return {
             "status": self.status,
             "reasons": list(self.reasons),
@@ -92,8 +95,8 @@ class VerifyResult:
         }
 
     def to_json(self) -> str:
-        """The result as one line of JSON; a number that is none is written as text."""
-        return json.dumps(_plain(self.as_dict()), ensure_ascii=False, allow_nan=False)
+        """The result as one line of JSON."""
+        return json.dumps(self.as_dict(), ensure_ascii=False, allow_nan=False)
 
     def metadata(self) -> dict[str, str]:
         """What a GGUF says about its verification; nothing if there was none."""

@@ -1,0 +1,231 @@
+"""Verification can fail: wrong weights, metadata and tokens are found, the file stays and says so."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import verify_models
+
+from mobile_gguf.cli import main
+from mobile_gguf.convert import verify_reference
+from mobile_gguf.convert.verify import Pair, mark, verify, verify_each
+from mobile_gguf.convert.verify_result import FAILED, JSON_KEY, NOT_VERIFIED, PASSED, STATUS_KEY, VerifyResult
+from mobile_gguf.errors import UsageError
+from mobile_gguf.gguf_header import read_header
+
+MODEL = "qwen3moe"
+
+
+def tensor(reader: gguf.GGUFReader, name: str) -> np.ndarray:
+    """A tensor's values, written through to the file."""
+    return next(each.data for each in reader.tensors if each.name == name)
+
+
+def perturb_one_expert(reader: gguf.GGUFReader) -> None:
+    tensor(reader, "blk.1.ffn_up_exps.weight")[3] *= np.float32(1.05)
+
+
+def swap_two_experts(reader: gguf.GGUFReader) -> None:
+    stack = tensor(reader, "blk.2.ffn_down_exps.weight")
+    stack[[4, 9]] = stack[[9, 4]]
+
+
+def swap_gate_and_up_of_an_expert(reader: gguf.GGUFReader) -> None:
+    gate, up = (tensor(reader, f"blk.0.ffn_{kind}_exps.weight") for kind in ("gate", "up"))
+    gate[5], up[5] = up[5].copy(), gate[5].copy()
+
+
+def swap_two_router_rows(reader: gguf.GGUFReader) -> None:
+    router = tensor(reader, "blk.3.ffn_gate_inp.weight")
+    router[[0, 1]] = router[[1, 0]]
+
+
+def change_rope(reader: gguf.GGUFReader) -> None:
+    reader.fields["qwen3moe.rope.freq_base"].parts[-1][0] *= 1.5
+
+
+def change_eps(reader: gguf.GGUFReader) -> None:
+    reader.fields["qwen3moe.attention.layer_norm_rms_epsilon"].parts[-1][0] = 1e-2
+
+
+def put_nan(reader: gguf.GGUFReader) -> None:
+    tensor(reader, "blk.1.ffn_down_exps.weight")[7, 0, 0] = np.nan
+
+
+def swap_two_tokens(reader: gguf.GGUFReader) -> None:
+    field = reader.fields["tokenizer.ggml.tokens"]
+    one, other = (field.parts[field.data[ord(letter) - ord("!")]] for letter in "ab")
+    one[:], other[:] = other.copy(), one.copy()
+
+
+CHANGES: dict[str, tuple[Callable[[gguf.GGUFReader], None] | None, str]] = {
+    "none": (None, ""),
+    "an expert's weights": (perturb_one_expert, "runs differ"),
+    "two experts swapped": (swap_two_experts, "runs differ"),
+    "an expert's gate and up swapped": (swap_gate_and_up_of_an_expert, "runs differ"),
+    "two router rows swapped": (swap_two_router_rows, "runs differ"),
+    "rope base": (change_rope, "runs differ"),
+    "norm epsilon": (change_eps, "runs differ"),
+    "a NaN": (put_nan, "not numbers"),
+    "two tokens swapped": (swap_two_tokens, "other tokens"),
+}
+
+
+@pytest.fixture(scope="module")
+def changed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, VerifyResult]]:
+    """A copy of the model with each change, and what verification says; Transformers is started once."""
+    folder = verify_models.folder(MODEL)
+    scratch = tmp_path_factory.mktemp("changed")
+    pairs = []
+    for number, (change, _) in enumerate(CHANGES.values()):
+        path = scratch / f"{number}.gguf"
+        shutil.copyfile(folder / "model-f32.gguf", path)
+        if change is not None:
+            reader = gguf.GGUFReader(path, "r+")
+            change(reader)
+            reader.data.flush()
+        pairs.append(Pair(path, folder / "checkpoint"))
+    results = verify_each(pairs, threads=1)
+    return {name: (pair.gguf, found) for name, pair, found in zip(CHANGES, pairs, results, strict=True)}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_is_wrong_is_found(name: str, changed: dict[str, tuple[Path, VerifyResult]]) -> None:
+    result = changed[name][1]
+    expected = CHANGES[name][1]
+    assert result.status == (FAILED if expected else PASSED), result.table()
+    assert any(expected in reason for reason in result.reasons) or not expected
+    # what is written into the file is JSON by the book, NaN or not
+    stored = json.loads(result.metadata()[JSON_KEY], parse_constant=lambda word: pytest.fail(word))
+    assert stored["status"] == result.status
+    assert len(stored["rows"]) == 16
+
+
+def test_the_file_is_marked_and_otherwise_kept(changed: dict[str, tuple[Path, VerifyResult]]) -> None:
+    path, result = changed["two experts swapped"]
+    before = {each.name: bytes(each.data) for each in gguf.GGUFReader(path).tensors}
+    mark(path, result)
+    assert read_header(path).metadata[STATUS_KEY] == FAILED
+    after = {each.name: bytes(each.data) for each in gguf.GGUFReader(path).tensors}
+    assert after == before
+    # a later verdict takes its place, and none takes it away
+    mark(path, changed["none"][1])
+    metadata = read_header(path).metadata
+    assert metadata[STATUS_KEY] == PASSED
+    assert json.loads(metadata[JSON_KEY])["worst"]["relative error against Transformers"] < 1e-5
+    mark(path, VerifyResult(NOT_VERIFIED, ("no reference",)))
+    assert not {STATUS_KEY, JSON_KEY} & read_header(path).metadata.keys()
+
+
+class TestCommand:
+    def test_failure(
+        self, changed: dict[str, tuple[Path, VerifyResult]], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        path = changed["two router rows swapped"][0]
+        checkpoint = verify_models.folder(MODEL) / "checkpoint"
+        code = main(["verify", str(path), "--reference", str(checkpoint), "-t", "1"])
+        out = capsys.readouterr().out
+        assert code == 1
+        assert out.splitlines()[-1].startswith("verification failed: ")
+        assert len(out.splitlines()) == 1 + 16 + 1
+        assert path.exists()
+        assert read_header(path).metadata[STATUS_KEY] == FAILED
+
+    def test_a_family_that_transformers_does_not_know(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        folder = verify_models.folder(MODEL)
+        shutil.copytree(folder / "checkpoint", tmp_path / "checkpoint")
+        config = tmp_path / "checkpoint" / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "never-heard-of"}))
+        gguf_path = tmp_path / "model.gguf"
+        shutil.copyfile(folder / "model-f32.gguf", gguf_path)
+        before = gguf_path.read_bytes()
+        code = main(["verify", str(gguf_path), "--reference", str(config.parent), "--json"])
+        answer = json.loads(capsys.readouterr().out)
+        assert code == 1
+        assert answer["status"] == NOT_VERIFIED
+        assert "does not know it" in answer["reasons"][0]
+        assert "never-heard-of" in answer["reasons"][0]
+        assert gguf_path.read_bytes() == before
+
+    def test_a_folder_without_a_checkpoint(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        path = verify_models.folder(MODEL) / "model-f32.gguf"
+        assert main(["verify", str(path), "--reference", str(tmp_path)]) == 2
+        assert "it has no config.json" in capsys.readouterr().err
+
+
+class TestWhatKeepsTransformersFromIt:
+    """Each is a result that says why, never a pass and never a traceback."""
+
+    def ask(self, **options: float) -> VerifyResult:
+        folder = verify_models.folder(MODEL)
+        return verify(folder / "model-f32.gguf", folder / "checkpoint", threads=1, **options)  # type: ignore[arg-type]
+
+    def test_torch_is_not_installed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(verify_reference, "can_verify", lambda: False)
+        result = self.ask()
+        assert result.status == NOT_VERIFIED
+        assert "pip install" in result.reasons[0]
+        assert result.metadata() == {}
+
+    def test_time_out(self) -> None:
+        result = self.ask(stall_seconds=0.2)
+        assert result.status == NOT_VERIFIED
+        assert "no progress for 0.2 s" in result.reasons[0]
+
+    def test_the_process_dies(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        (tmp_path / "dies.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+        monkeypatch.setattr(verify_reference, "CHILD_MODULE", "dies")
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+        result = self.ask()
+        assert result.status == NOT_VERIFIED
+        assert "was killed, most likely because the memory ran out" in result.reasons[0]
+
+    def test_weights_are_missing(self, tmp_path: Path) -> None:
+        from safetensors.numpy import load_file, save_file
+
+        folder = verify_models.folder(MODEL)
+        shutil.copytree(folder / "checkpoint", tmp_path / "checkpoint")
+        weights = load_file(tmp_path / "checkpoint" / "model.safetensors")
+        del weights["model.layers.1.self_attn.q_proj.weight"]
+        save_file(weights, tmp_path / "checkpoint" / "model.safetensors", metadata={"format": "pt"})
+        result = verify(folder / "model-f32.gguf", tmp_path / "checkpoint", threads=1)
+        assert result.status == NOT_VERIFIED
+        assert "model.layers.1.self_attn.q_proj.weight" in result.reasons[0]
+
+    @pytest.mark.parametrize(("gib", "own"), [(8.0, False), (5.0, True)])
+    def test_the_type_follows_the_memory(self, gib: float, own: bool) -> None:
+        assert verify_reference.keeps_own_dtype(1 << 30, int(gib * (1 << 30))) is own
+
+    def test_too_little_memory(self) -> None:
+        with pytest.raises(verify_reference.NotVerifiedError, match="4.00 GiB of memory"):
+            verify_reference.keeps_own_dtype(1 << 30, 3 << 30)
+
+
+def test_the_reference_of_a_quantised_file_must_be_exact() -> None:
+    folder = verify_models.folder(MODEL)
+    quantised = folder / "model-q8_0.gguf"
+    with pytest.raises(UsageError, match="not an F32, F16 or BF16 file"):
+        verify(quantised, folder / "checkpoint", reference_gguf=quantised)
+
+
+@cache
+def _bfloat16_result() -> VerifyResult:
+    folder = verify_models.folder(MODEL)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(verify_reference, "keeps_own_dtype", lambda *_: True)
+        return verify(folder / "model-f32.gguf", folder / "checkpoint", threads=1)
+
+
+def test_weights_kept_in_their_own_type_give_the_same_logits() -> None:
+    result = _bfloat16_result()
+    assert result.status == PASSED, result.table()
+    assert result.facts["reference_precision"] == "16-bit weights, float32 products"
