@@ -21,7 +21,7 @@ class Thresholds:
     """
 
     relative_error: float = 1e-3
-    near_tie: float = 1e-4
+    near_tie: float = 1e-5
     flip_error: float = 0.2
     flip_share: float = 0.25
     mean_kl: float = 0.0

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 # Bits per weight down to which a mean KL (nats per token) is believed to come from rounding; past it, the
 # file is nonsense. Generous on purpose: a small random model loses far more than a trained one.
-_KL_BOUNDS = ((7.5, 0.2), (5.5, 0.5), (4.0, 1.5), (3.0, 3.0), (0.0, 6.0))
+_KL_BOUNDS = ((7.5, 0.5), (5.5, 1.0), (4.0, 2.5), (3.0, 5.0), (0.0, 8.0))
 
 
 def kl_bound(bits_per_weight: float) -> float:
