@@ -11,15 +11,13 @@ from typing import Any, NoReturn
 import numpy as np
 
 from ..errors import ModelFormatError
+from ..gguf_experts import MAX_EXPERTS
 from ..gguf_header import type_block
 from ..gguf_info import MAX_LAYERS
 from .gguf_data import FileRange, TensorPlan
 from .gguf_file import GgufSource
-from .options import MAX_SEGMENTS
 
-PER_EXPERT = "per-expert"
 LAYOUT_KEY, SEGMENTS_KEY = "mobile.layout", "mobile.segments"
-MAX_EXPERTS = 1 << 12  # of a layer, segments counted: what the engine routes to
 SEGMENT_ORDER_TENSOR = "mobile.segments.order."  # and the layer
 
 # an expert's matrices in the order in which they stand in a file
@@ -132,7 +130,7 @@ def read_experts(source: GgufSource) -> Experts:
 
 def _segments(source: GgufSource) -> int:
     segments = source.metadata.get(SEGMENTS_KEY, 1)
-    if not isinstance(segments, int) or isinstance(segments, bool) or not 1 <= segments <= MAX_SEGMENTS:
+    if not isinstance(segments, int) or isinstance(segments, bool) or not 1 <= segments <= MAX_EXPERTS:
         _fail(source.path, f"metadata {SEGMENTS_KEY} is {segments!r:.60}")
     return segments
 

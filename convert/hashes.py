@@ -6,8 +6,9 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..gguf_experts import OWN_PREFIX
 from .experts import read_experts
-from .gguf_file import PREFIX, GgufSource, Progress, ignore
+from .gguf_file import GgufSource, Progress, ignore
 from .layout import stacked_tensors
 
 
@@ -27,7 +28,7 @@ def tensor_hashes(path: Path, progress: Progress = ignore) -> dict[str, TensorHa
     """
     with GgufSource.open(path) as source:
         experts = read_experts(source)
-        own = [tensor for tensor in experts.others if not tensor.name.startswith(PREFIX)]
+        own = [tensor for tensor in experts.others if not tensor.name.startswith(OWN_PREFIX)]
         tensors = [*own, *stacked_tensors(source, experts)]
         total, done = max(1, sum(tensor.n_bytes for tensor in tensors)), 0
         hashes = {}

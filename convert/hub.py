@@ -6,6 +6,7 @@ import importlib.util
 import os
 import re
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from .meter import Progress
 
 PREFIX = "hf:"
 _REFERENCE = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?(?P<quant>:.*)?")
+_SAFETENSORS, _BIN = "model*.safetensors", "pytorch_model*.bin"
 _SMALL_FILES = ("*.json", "README.md", "*.txt", "tokenizer.model", "*.tiktoken", "*.jinja")
 
 
@@ -60,21 +62,24 @@ def _parsed(reference: str) -> dict[str, str]:
 def _download(repo: str, revision: str | None, with_code: bool, progress: Progress) -> Path:
     from huggingface_hub import HfApi, constants, snapshot_download
 
-    patterns = [*_SMALL_FILES, *(["*.py"] if with_code else [])]
-    weights = ["model*.safetensors", "pytorch_model*.bin"]
-    if not constants.HF_HUB_OFFLINE:
-        info = HfApi().model_info(repo, revision=revision)
-        names = [file.rfilename for file in info.siblings or []]
-        if any(re.fullmatch(r"model[^/]*\.safetensors", name) for name in names):
-            weights = weights[:1]  # the same weights a second time in an older format
-        elif not any(re.fullmatch(r"pytorch_model[^/]*\.bin", name) for name in names):
-            raise ModelNotFoundError(_no_weights(repo, names))
-        revision = info.sha or revision  # so that all files are of one commit
-    folder = snapshot_download(
-        repo, revision=revision, allow_patterns=[*patterns, *weights], ignore_patterns=["*/*"],
-        tqdm_class=_reporter(repo, progress),
-    )  # fmt: skip
-    return Path(folder)
+    def snapshot(weights: str) -> Path:
+        patterns = [*_SMALL_FILES, *(["*.py"] if with_code else []), weights]
+        folder = snapshot_download(
+            repo, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"],
+            tqdm_class=_reporter(repo, progress),
+        )  # fmt: skip
+        return Path(folder)
+
+    if constants.HF_HUB_OFFLINE:
+        folder = snapshot(_SAFETENSORS)
+        return folder if any(folder.glob(_SAFETENSORS)) else snapshot(_BIN)
+    info = HfApi().model_info(repo, revision=revision)
+    names = [file.rfilename for file in info.siblings or [] if "/" not in file.rfilename]
+    if any(fnmatch(name, _SAFETENSORS) for name in names):
+        return snapshot(_SAFETENSORS)  # not the same weights a second time in the older format
+    if any(fnmatch(name, _BIN) for name in names):
+        return snapshot(_BIN)
+    raise ModelNotFoundError(_no_weights(repo, names))
 
 
 def _no_weights(repo: str, names: list[str]) -> str:
@@ -153,10 +158,10 @@ def _explained(reference: str, download: Callable[[], Path]) -> Path:
     except MobileError:
         raise
     except Exception as error:  # httpx and its kin raise classes of their own, all of them about the network
-        if type(error).__module__.split(".")[0] not in ("httpx", "httpcore", "requests", "urllib3", "hf_xet"):
+        if not type(error).__module__.startswith(("httpx", "httpcore", "requests", "urllib3", "hf_xet")):
             raise
         raise MobileError(
-            f"{reference}: the Hub cannot be reached ({_first_line(error)}); try again"
+            f"{reference}: the Hub cannot be reached ({_first_line(error)}): try again, or with HF_HUB_OFFLINE=1 if the cache has it"
         ) from error
 
 

@@ -15,9 +15,10 @@ import numpy as np
 
 from ..atomic import free_bytes
 from ..errors import ModelFormatError, UsageError
-from .experts import LAYOUT_KEY, PER_EXPERT, SEGMENT_ORDER_TENSOR, SEGMENTS_KEY, Experts, read_experts
+from ..gguf_experts import FORMAT_VERSION, OWN_PREFIX, PER_EXPERT
+from .experts import LAYOUT_KEY, SEGMENT_ORDER_TENSOR, SEGMENTS_KEY, Experts, read_experts
 from .gguf_data import Kv, TensorPlan
-from .gguf_file import PREFIX, VERSION, GgufSource, Progress, gguf_bytes, ignore, write_gguf
+from .gguf_file import GgufSource, Progress, gguf_bytes, ignore, write_gguf
 from .options import SEGMENT_ORDERS, ConvertResult
 from .segments import Neurons, check_segments, joined
 
@@ -116,10 +117,10 @@ def plan_stacked(source: GgufSource, *, keep_mobile: bool = False) -> FilePlan:
     experts = read_experts(source)
     names = (*source.metadata, *(tensor.name for tensor in source.tensors))
     is_per_expert = any(stack.is_single for stack in experts.stacks)
-    has_more = not keep_mobile and any(name.startswith(PREFIX) for name in names)
+    has_more = not keep_mobile and any(name.startswith(OWN_PREFIX) for name in names)
     if not is_per_expert and not has_more and len(source.parts) == 1:
         raise UsageError(f"{source.path} is a stacked file already: there is nothing to do")
-    dropped = _ABOUT_LAYOUT if keep_mobile else (PREFIX,)
+    dropped = _ABOUT_LAYOUT if keep_mobile else (OWN_PREFIX,)
     kv = tuple(kv for kv in source.kv if not kv.name.startswith(dropped))
     tensors = tuple(t for t in _stock_order(source, experts) if not t.name.startswith(dropped))
     return FilePlan("stacked", 1, kv, tensors, _source_alignment(source))
@@ -179,7 +180,7 @@ def _check_new_layout(source: GgufSource, experts: Experts, segments: int, segme
 def _mobile_metadata(
     source: GgufSource, experts: Experts, segments: int, segment_order: str
 ) -> tuple[Kv, ...]:
-    written: dict[str, Any] = {_VERSION_KEY: VERSION, LAYOUT_KEY: PER_EXPERT}
+    written: dict[str, Any] = {_VERSION_KEY: FORMAT_VERSION, LAYOUT_KEY: PER_EXPERT}
     if source.metadata.get(LAYOUT_KEY) != PER_EXPERT:  # else these are there, and about the stacked file
         written[_SOURCE_ALIGNMENT_KEY] = source.alignment
         if not any(stack.is_single for stack in experts.stacks):
@@ -209,8 +210,8 @@ def _source_alignment(source: GgufSource) -> int:
 def _stock_order(source: GgufSource, experts: Experts) -> list[TensorPlan]:
     """All tensors, the stacked ones where they stood in the stock file, or behind the rest of their layer."""
     stacked = stacked_tensors(source, experts)
-    own = [tensor for tensor in experts.others if tensor.name.startswith(PREFIX)]
-    rest = [tensor for tensor in experts.others if not tensor.name.startswith(PREFIX)]
+    own = [tensor for tensor in experts.others if tensor.name.startswith(OWN_PREFIX)]
+    rest = [tensor for tensor in experts.others if not tensor.name.startswith(OWN_PREFIX)]
     positions = source.metadata.get(_SOURCE_POSITIONS_KEY)
     n_tensors = len(stacked) + len(rest)
     if not any(stack.is_single for stack in experts.stacks):

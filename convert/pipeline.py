@@ -215,7 +215,8 @@ class _Conversion:
             exit_code = int(failed)
         return ConvertResult(
             path=self.out, source=self.source, layout="stacked" if self.options.stacked else "per-expert",
-            segments=self.options.segments, n_tensors=(self.written or plan).n_tensors, n_bytes=n_bytes or plan.final_bytes,
+            segments=self.options.segments, n_tensors=(self.written or plan).n_tensors,
+            n_bytes=n_bytes or plan.final_bytes,
             peak_disk_bytes=plan.peak_bytes, free_bytes=plan.free_bytes, dry_run=self.options.dry_run,
             rows=rows, details=details, exit_code=exit_code,
             verification=None if verification is None else verification.status,

@@ -131,7 +131,9 @@ def quantize(
         )  # fmt: skip
     except ChildError as error:
         raise _explained(error, request, out) from error
-    if not dry_run:
+    if dry_run:
+        report.n_bytes += read_header(source).data_start  # the metadata, which the quantiser does not count
+    else:
         _check_whole(out, report)
     return report
 

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from ..errors import ModelFormatError, UsageError
-from .experts import MAX_EXPERTS, SEGMENT_ORDER_TENSOR, Experts, Stack, stored_order
+from ..gguf_experts import MAX_EXPERTS
+from .experts import SEGMENT_ORDER_TENSOR, Experts, Stack, stored_order
 from .gguf_data import Data, FileRange, TensorPlan
 from .gguf_file import GgufSource
 from .neurons import (

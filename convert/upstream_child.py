@@ -74,6 +74,7 @@ def prepared(channel: ChildChannel, job: dict[str, Any]) -> Any:
         "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
     }[job["outtype"]]
     channel.send(phase="reading the checkpoint's tensors")
+    _map_old_shards(channel, Path(job["out"]).parent)
     model = model_class(folder, ftype, Path(job["out"]), model_name=job.get("name"))
     model.prepare_tensors()
     model.prepare_metadata(vocab_only=False)
@@ -116,6 +117,29 @@ def _adapt(conversion: Any, model_class: Any, architecture: str, pre_tokenizer: 
             return conversion.LazyTorchTensor._wrap_fn(mxfp4_layout, meta_noop=True)(tensor)
 
         model_class.transform_nibble_layout = transform_nibble_layout
+
+
+def _map_old_shards(channel: ChildChannel, work: Path) -> None:
+    """Let the converter map `.bin` shards of torch's old format too: they are rewritten in the present one.
+
+    The old format cannot be mapped, so one such shard at a time is in memory, and all of them on the disk.
+    """
+    import torch
+
+    load = torch.load
+
+    def load_mapped(path: Any, **kwargs: Any) -> Any:
+        try:
+            return load(path, **kwargs)
+        except RuntimeError as error:
+            if "mmap can only be used" not in str(error):
+                raise
+        channel.send(phase=f"rewriting {Path(path).name}, which is in PyTorch's old format")
+        rewritten = work / f"{Path(path).name}.mapped"
+        torch.save(load(path, **{**kwargs, "mmap": False}), rewritten)
+        return load(str(rewritten), **kwargs)
+
+    torch.load = load_mapped
 
 
 class _HashListener(logging.Handler):
@@ -265,6 +289,8 @@ def _explain(error: Exception, job: dict[str, Any]) -> str:
     if isinstance(error, (ConversionError, NotFiniteError)):
         return text
     folder = job.get("folder")
+    if "Weights only load failed" in text:
+        return f"a .bin shard in {folder} is damaged, or holds code and not only weights: it is not loaded"
     if "trust_remote_code" in text:
         return f"{folder} brings Python code of its own: read it, and if you trust it say --trust-remote-code"
     if isinstance(error, ImportError):

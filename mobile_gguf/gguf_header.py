@@ -133,7 +133,7 @@ class _Reader:
             offset = self.file.tell()
             key = self.name("a metadata key", _MAX_KEY)
             if key in metadata:
-                self.fail(f"metadata {key} stands in it twice")
+                self.fail(f"metadata {key} is there twice")
             type_id = self.unpack("I")
             metadata[key] = self.value(key, type_id)
             entries[key] = MetadataEntry(type_id, offset, self.file.tell() - offset)
@@ -192,9 +192,12 @@ class _Reader:
             self.fail(f"{what} claims {length} bytes (1 to {longest} can be)")
         raw = self.take(length)
         try:
-            return raw.decode("utf-8")
+            text = raw.decode("utf-8")
         except UnicodeDecodeError:
             self.fail(f"{what} is no UTF-8 text: {raw!r:.80}")
+        if not text.isprintable():  # it would reach the terminal in messages
+            self.fail(f"{what} holds control characters: {text!r:.80}")
+        return text
 
     def value(self, key: str, kind: int) -> Any:
         if kind in _SCALARS:
@@ -243,7 +246,7 @@ class _Reader:
         tensors: dict[str, TensorInfo] = {}
         for name, shape, type_id, offset in table:
             if name in tensors:
-                self.fail(f"tensor {name} stands in it twice")
+                self.fail(f"tensor {name} is there twice")
             if offset % alignment:
                 self.fail(f"tensor {name} is not aligned to {alignment} bytes")
             if type_id in sizes:

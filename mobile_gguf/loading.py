@@ -30,6 +30,10 @@ def open_backend(info: GgufInfo, options: LoadOptions, **more: Any) -> tuple[Mob
     size = parse_size(options.ram_budget)
     if engine is None and info.is_moe and not size.is_auto:
         raise needs_engine("a --ram-budget")
+    if engine is None and not info.stock:
+        raise needs_engine(
+            f"{info.path} ({info.layout}; `mobile-gguf convert --export` makes a file for stock llama.cpp)"
+        )
     capture_log(options.verbose)
     notices: list[str] = []
     n_ctx = context_size(info, options.n_ctx)

@@ -1,8 +1,8 @@
-"""Converts tiny checkpoints of many families twice in one process: with the pinned converter's own eager code,
-and with ours that goes row by row; says for each whether the files are equal.
+"""Makes tiny checkpoints, and converts some twice: with the pinned converter's eager code, and with ours.
 
-stdin: {"families": [[name, outtype], ...], "scratch": folder}. stdout: one JSON object. The pinned converter and
-its gguf must lead PYTHONPATH.
+stdin: {"checkpoints": [[form, folder], ...], "families": [[name, outtype], ...], "scratch": folder}.
+stdout: for each family one object that says whether both files are equal. The pinned converter and its gguf
+must lead PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -17,8 +17,42 @@ from typing import Any
 import tiny_build
 import tiny_models
 import torch
+import transformers
+from safetensors.torch import load_file
 
 from mobile_gguf.convert import upstream_child
+
+# blocks of 256 values fit its rows: every quantisation can be made of it
+SMALL = {
+    **tiny_models.MODELS["qwen3moe-q4_k"].config, "num_hidden_layers": 2, "num_experts": 4,
+    "num_experts_per_tok": 2,
+}  # fmt: skip
+
+
+def make_form(form: str, folder: Path) -> None:
+    """The same small Qwen3-MoE in one of the forms that checkpoints come in."""
+    model = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**SMALL)).float().eval()
+    tiny_build.randomize(model, 1)
+    if form == "f32":
+        model.save_pretrained(folder)
+    else:
+        model.to(torch.bfloat16).save_pretrained(folder, max_shard_size="1MB")
+    tiny_build.write_tokenizer(folder, SMALL["vocab_size"])
+    if form in ("bin", "legacy-bin"):
+        to_bin(folder, zipped=form == "bin")
+
+
+def to_bin(folder: Path, *, zipped: bool) -> None:
+    """Rewrites safetensors shards as what torch.save makes, in its present or its old format."""
+    index = {}
+    for number, path in enumerate(sorted(folder.glob("*.safetensors"))):
+        tensors = load_file(path)
+        name = f"pytorch_model-{number + 1:05d}.bin"
+        torch.save(tensors, folder / name, _use_new_zipfile_serialization=zipped)
+        index |= dict.fromkeys(tensors, name)
+        path.unlink()
+    (folder / "model.safetensors.index.json").unlink()
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": index}))
 
 
 class Channel:
@@ -94,7 +128,8 @@ def compare(name: str, outtype: str, scratch: Path) -> dict[str, Any]:
 
 def main() -> int:
     request = json.load(sys.stdin)
-    # as in the converter's process: what it logs goes to stderr
+    for form, folder in request["checkpoints"]:
+        make_form(form, Path(folder))
     results = {}
     for name, outtype in request["families"]:
         try:
