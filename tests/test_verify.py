@@ -257,3 +257,30 @@ def test_weights_kept_in_their_own_type_are_computed_with_in_float32(
     assert result.status == PASSED, result.table()
     assert result.facts["reference_precision"] == "16-bit weights, float32 products"
     assert result.worst()["relative error against Transformers"] < 1e-5
+
+
+def test_float32_activations_are_switched_off_again() -> None:
+    from mobile_gguf.convert.verify_engine import EngineReference
+
+    path = verify_models.folder("mixtral") / "model-f16.gguf"
+
+    def logits(precise: bool) -> np.ndarray:
+        with EngineReference(path, n_ctx=32, threads=1, precise=precise) as engine:
+            assert engine.is_precise is precise
+            return engine.at_once(range(20))
+
+    before, precise, after = logits(False), logits(True), logits(False)
+    assert np.array_equal(before, after)
+    assert 1e-5 < np.abs(precise - before).max() < 0.1
+
+
+@pytest.mark.parametrize("segments", [1, 2])
+def test_a_file_of_our_layout(segments: int, tmp_path: Path) -> None:
+    from mobile_gguf.convert.layout import to_mobile
+
+    folder = verify_models.folder("olmoe")
+    to_mobile(folder / "model-f32.gguf", tmp_path / "out.gguf", segments=segments, segment_order="natural")
+    result = verify(tmp_path / "out.gguf", folder / "checkpoint", threads=1)
+    assert result.status == PASSED, result.table()
+    assert not result.notes
+    assert result.worst()["relative error against Transformers"] < 1e-5
