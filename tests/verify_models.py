@@ -35,6 +35,7 @@ OUTTYPES = {
     "llama4": ("f32", "bf16"),
     "granitemoe-swa": ("f32",),
     "gemma4": ("f32",),
+    "nemotron-h": ("f32",),
 }
 _SOURCES = ("tiny_build.py", "family_build.py")
 
