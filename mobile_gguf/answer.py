@@ -6,12 +6,15 @@ import time
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .binding import Counters, ModelInfo
 from .decode import Pass, Policy
 from .receipt import Receipt, Timings
 from .text import TextStream
+
+if TYPE_CHECKING:
+    from .head import Head
 
 STOP, LENGTH, INTERRUPTED = "stop", "length", "interrupted"
 
@@ -65,6 +68,7 @@ class Backend(Protocol):
 
     store: ModelInfo | None  # None without an expert store
     has_engine: bool
+    head: Head | None  # None for a model that was not calibrated
 
     @property
     def can_step_back(self) -> bool: ...

@@ -152,6 +152,13 @@ class Engine:
             "trace_stop": (status, [address]),
             "set_replay": (status, [address, address, n, n, n]),
             "set_precise": (status, [ctypes.c_bool]),
+            "observe_start": (status, [address, n]),
+            "observe_stop": (status, [address]),
+            "observe_n_inputs": (n, [address]),
+            "observe_get_input": (status, [address, n, address]),
+            "observe_n_routes": (n, [address]),
+            "observe_get_route": (status, [address, n, address]),
+            "observe_clear_routes": (status, [address]),
         }
         for name, (result, arguments) in signatures.items():
             function = getattr(self._library, f"mobile_{name}")
@@ -245,6 +252,12 @@ class Engine:
     def set_precise(self, on: bool) -> None:
         """Multiply F16 and BF16 matrices by float32 activations, in every model of this process."""
         self._check(self._call("set_precise", on), "switching to float32 activations")
+
+    def checked(self, name: str, doing: str, *arguments: Any) -> int:
+        """Call ``mobile_NAME`` and return its count or status; raises if that is negative."""
+        result = self._call(name, *arguments)
+        self._check(result, doing)
+        return result
 
     def _call(self, name: str, *arguments: Any) -> Any:
         return self._functions[name](*arguments)

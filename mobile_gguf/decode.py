@@ -1,9 +1,10 @@
 """Which experts a pass uses, and when a position is run again: MoBiLE's decision, arXiv 2510.12357.
 
 Pure policy over a narrow view of the decoder, so that the rule can be tested without an engine.
-Little: at most ``little_k`` routed experts; big: all of the top-k. In ``big-little`` a token is
-decoded little first; if the largest softmax probability of that pass is below ``gamma``, the
-token is important: the position is run again with all experts and its KV row overwritten.
+Little: at most ``little_k`` routed experts; big: all of the top-k. ``big-little`` has two ways to find the
+important tokens. By confidence, MoBiLE's: a token is decoded little first; if the largest softmax probability
+of that pass is below ``gamma``, the position is run again with all experts and its KV row overwritten. By the
+model's importance head, ours: what it says before the pass decides between one big pass and one little.
 """
 
 from __future__ import annotations
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 EXACT, LITTLE, BIG_LITTLE = MODES = ("exact", "little", "big-little")
+
+HEAD, CONFIDENCE = "head", "confidence"
+# auto: the head if the model has one, else confidence.
+IMPORTANCE = ("auto", HEAD, CONFIDENCE)
 
 # As the engine has it: 0 routed experts means all of the top-k.
 ALL_EXPERTS = 0
@@ -31,15 +36,28 @@ class Pass(Enum):
 
 @dataclass(frozen=True)
 class Policy:
-    """The mode in effect; ``little_k`` routed experts in a little pass, ``gamma`` a probability."""
+    """The mode in effect; ``little_k`` routed experts in a little pass, ``gamma`` a probability.
+
+    ``importance`` is HEAD or CONFIDENCE; above ``head_threshold``, a probability, the head
+    has a token run big.
+    """
 
     mode: str = EXACT
     gamma: float = 0.7
     little_k: int = 0
+    importance: str = CONFIDENCE
+    head_threshold: float = 0.5
+
+    @property
+    def uses_head(self) -> bool:
+        """Whether the head is asked before each token."""
+        return self.mode == BIG_LITTLE and self.importance == HEAD
 
     @property
     def always_big(self) -> bool:
         """Whether every kept KV row comes from a big pass: no probability reaches a gamma above 1."""
+        if self.uses_head:
+            return self.head_threshold <= 0
         return self.mode == EXACT or (self.mode == BIG_LITTLE and self.gamma > 1)
 
 
@@ -64,6 +82,10 @@ class Decoder(Protocol):
 
     def last_logits(self) -> Any:
         """Logits [n_vocab] of the last pass."""
+        ...
+
+    def head_probability(self, token: int) -> float | None:
+        """The importance head's probability for ``token``, not run yet; None without a state to ask about."""
         ...
 
 
@@ -92,6 +114,14 @@ def is_important(probability: float, gamma: float) -> bool:
     return probability < gamma
 
 
+def is_important_by_head(probability: float | None, threshold: float) -> bool:
+    """Whether a token to which the head gives ``probability`` is run big at once.
+
+    Threshold 0: always; 1: never. Without a probability, or with one that is not a number, it is.
+    """
+    return threshold <= 0 or probability is None or not probability <= threshold
+
+
 def decode_prompt(decoder: Decoder, tokens: list[int]) -> Pass:
     """Run prompt tokens; a prompt is always big."""
     decoder.use_experts(ALL_EXPERTS)
@@ -103,9 +133,11 @@ def decode_token(decoder: Decoder, token: int, policy: Policy) -> Pass:
     """Run one generated token as ``policy`` has it; returns the pass that its logits come from."""
     if policy.mode == EXACT:
         return decode_prompt(decoder, [token])
+    if policy.uses_head and is_important_by_head(decoder.head_probability(token), policy.head_threshold):
+        return decode_prompt(decoder, [token])
     decoder.use_experts(policy.little_k)
     decoder.forward([token])
-    if policy.mode == LITTLE:
+    if policy.mode == LITTLE or policy.uses_head:
         return Pass.LITTLE
     if not is_important(max_probability(decoder.last_logits()), policy.gamma):
         return Pass.LITTLE

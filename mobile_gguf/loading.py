@@ -47,6 +47,9 @@ def open_backend(info: GgufInfo, options: LoadOptions, **more: Any) -> tuple[Mob
         notices.append("stock llama.cpp: experts are mapped, not budgeted; run `mobile-gguf engine build`")
     if engine is None or not info.is_moe:
         return _construct(info, options, n_ctx, engine, use_mmap=True, **more), notices
+    from .head import read_head
+
+    head = read_head(info)
     plan = plan_for(info, options, n_ctx)
     if plan.warning:
         notices.append(plan.warning)
@@ -60,6 +63,7 @@ def open_backend(info: GgufInfo, options: LoadOptions, **more: Any) -> tuple[Mob
         llama = _construct(info, options, n_ctx, engine, use_mmap=False, **more)
     finally:
         engine.clear_load_params()
+    llama.head = head
     if llama.store is None:
         notices.append(
             f"the engine cannot hold the experts of a {info.architecture} model: no budget, only mode exact"

@@ -22,6 +22,7 @@ from llama_cpp.llama_chat_format import CHATML_CHAT_TEMPLATE, Jinja2ChatFormatte
 from .binding import Counters, Engine, ModelInfo
 from .decode import ALL_EXPERTS, Pass, Policy, decode_prompt, decode_token
 from .errors import EngineError, ExpertReadError, MobileError, UsageError
+from .head import Head
 from .interrupt import stopping_on_ctrl_c
 from .llama_log import clear_errors, last_errors
 
@@ -47,6 +48,10 @@ class MobileLlama(Llama):
         self.prompt_done = 0.0
         self._prompt_pending = False
         self._experts = ALL_EXPERTS
+        self.head: Head | None = None
+        self._keeps_state = False
+        # The position whose token comes next, if the last pass left its hidden state.
+        self._state_at = -1
         super().__init__(model_path, **options)
         self._little_rows = np.zeros(self.input_ids.shape[0], dtype=bool)
         store = engine.model_info(self.model) if engine is not None else None
@@ -114,12 +119,22 @@ class MobileLlama(Llama):
         if start + len(tokens) > self._little_rows.shape[0]:
             raise UsageError(f"the context of {self._little_rows.shape[0]} tokens is full")
         clear_errors()
+        # Asked for its hidden states, llama.cpp computes the logits of every token of a prompt: not there.
+        self._keep_state(self.policy.uses_head and len(tokens) == 1)
+        self._state_at = -1
         try:
             with stopping_on_ctrl_c(self.ctx) if len(tokens) > 1 else contextlib.nullcontext():
                 super().eval(tokens)
         except RuntimeError as error:
             raise self.decode_error(error) from None
         self._little_rows[start : self.n_tokens] = self._experts != ALL_EXPERTS
+        if self._keeps_state:
+            self._state_at = self.n_tokens
+
+    def _keep_state(self, keep: bool) -> None:
+        if keep != self._keeps_state:
+            llama_cpp.llama_set_embeddings(self.ctx, keep)
+            self._keeps_state = keep
 
     def step_back(self) -> None:
         self.n_tokens -= 1
@@ -132,6 +147,14 @@ class MobileLlama(Llama):
 
     def last_logits(self) -> Any:
         return np.ctypeslib.as_array(self._ctx.get_logits_ith(-1), shape=(self._n_vocab,))
+
+    def head_probability(self, token: int) -> float | None:
+        if self.head is None or self._state_at != self.n_tokens:
+            return None
+        state = llama_cpp.llama_get_embeddings_ith(self.ctx, -1)
+        if not state:
+            return None
+        return self.head.probability(np.ctypeslib.as_array(state, shape=self.head.weight.shape), token)
 
     def decode_error(self, error: RuntimeError) -> MobileError:
         """A failed decode as the engine explains it."""

@@ -12,17 +12,20 @@ import threading
 import weakref
 from collections.abc import Callable, Generator, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import loading
 from .answer import Answer, Backend, Chunk, Reply, Request
 from .binding import Counters, needs_engine
 from .chat import Messages, as_messages
-from .decode import BIG_LITTLE, EXACT, Policy, default_little_k
+from .decode import BIG_LITTLE, CONFIDENCE, EXACT, HEAD, Policy, default_little_k
 from .errors import ModelBusyError, UsageError
 from .gguf_info import GgufInfo, read_gguf_info
-from .options import GenerateOptions, LoadOptions, make_options, takes
+from .options import DEFAULT_GAMMA, POLICY_OPTIONS, GenerateOptions, LoadOptions, make_options, takes
 from .resolve import resolve_model
+
+if TYPE_CHECKING:
+    from .head import Head
 
 logger = logging.getLogger("mobile_gguf")
 
@@ -56,7 +59,8 @@ class Model:
     """A loaded model, used by one thread at a time; made by ``load``, freed by ``close``.
 
     A second thread, or a second answer while one is still being streamed, gets a ModelBusyError.
-    ``mode``, ``gamma`` and ``little_k`` may be set between answers. ``notices`` holds what could not be
+    ``mode``, ``gamma`` and ``little_k`` may be set between answers, and with ``configure`` what else
+    decides which tokens are big. ``notices`` holds what could not be
     done as asked; each was also logged as a warning of the logger ``mobile_gguf``.
     """
 
@@ -74,7 +78,7 @@ class Model:
         for notice in notices:
             self._notify(notice)
         try:
-            self._policy = self._make_policy(options.mode, options.gamma, options.little_k)
+            self._policy = self._make_policy(options)
             backend.policy = self._policy
         except BaseException:
             backend.close()
@@ -114,18 +118,24 @@ class Model:
         self.configure(little_k=little_k)
 
     def configure(self, **changes: Any) -> None:
-        """Set mode, gamma or little_k for the answers to come; raises UsageError or EngineError."""
+        """Set mode, gamma, little_k, importance or head_threshold for the answers to come.
+
+        Raises UsageError or EngineError.
+        """
         options = make_options(LoadOptions, changes, self.options)
-        self._policy = self._make_policy(options.mode, options.gamma, options.little_k)
+        self._policy = self._make_policy(options)
         self._require_open().policy = self._policy
         self.options = options
 
-    def _make_policy(self, mode: str, gamma: float, little_k: int | None) -> Policy:
+    def _make_policy(self, options: LoadOptions) -> Policy:
+        mode, gamma, little_k = options.mode, options.gamma, options.little_k
+        backend = self._require_open()
+        head = backend.head if mode == BIG_LITTLE and options.importance != CONFIDENCE else None
         top_k = self.info.n_expert_used
-        k = min(little_k, top_k) if little_k is not None else default_little_k(top_k)
+        default_k = head.little_k if head is not None else default_little_k(top_k)
+        k = min(little_k, top_k) if little_k is not None else default_k
         if mode == EXACT:
             return Policy(EXACT, gamma, k)
-        backend = self._require_open()
         if not self.info.is_moe:
             reason = f"{self.path.name} has no experts"
         elif top_k <= 1:
@@ -137,6 +147,13 @@ class Model:
         else:
             if not backend.has_engine:
                 raise needs_engine(f"mode {mode}")
+            if head is not None:
+                return self._head_policy(head, options, k)
+            if mode == BIG_LITTLE and options.importance == HEAD:
+                raise UsageError(
+                    f"{self.path.name} has no importance head: run `mobile-gguf calibrate "
+                    f"{self.path}`, or use importance confidence"
+                )
             if mode == BIG_LITTLE and not backend.can_step_back:
                 raise UsageError(
                     f"mode big-little runs a position twice, and the memory of a {self.info.architecture} "
@@ -145,6 +162,13 @@ class Model:
             return Policy(mode, gamma, k)
         self._notify(f"{reason}: mode {mode} has no effect")
         return Policy(EXACT, gamma, k)
+
+    def _head_policy(self, head: Head, options: LoadOptions, k: int) -> Policy:
+        if options.gamma != DEFAULT_GAMMA:
+            self._notify("the importance head decides: gamma has no effect without --importance confidence")
+        own = options.head_threshold
+        threshold = head.threshold if own is None else own
+        return Policy(BIG_LITTLE, options.gamma, k, importance=HEAD, head_threshold=threshold)
 
     def _notify(self, notice: str) -> None:
         if notice not in self.notices:
@@ -223,14 +247,11 @@ class Model:
         return Answer(backend, request, self.info.n_expert_used)
 
     def _policy_for(self, options: GenerateOptions) -> Policy:
-        if options.mode is None and options.gamma is None and options.little_k is None:
+        given = {name: getattr(options, name) for name in POLICY_OPTIONS}
+        changes = {name: value for name, value in given.items() if value is not None}
+        if not changes:
             return self._policy
-        own = self.options
-        return self._make_policy(
-            own.mode if options.mode is None else options.mode,
-            own.gamma if options.gamma is None else options.gamma,
-            own.little_k if options.little_k is None else options.little_k,
-        )
+        return self._make_policy(dataclasses.replace(self.options, **changes))
 
     def _stream(self, answer: Answer) -> Generator[Chunk, None, None]:
         handle: list[weakref.ref[Generator[Chunk, None, None]]] = []
@@ -299,6 +320,8 @@ class Model:
             "engine": "mobile" if store is not None else "stock",
             "mode": self._policy.mode,
             "gamma": self._policy.gamma,
+            "importance": self._policy.importance,
+            "head_threshold": self._policy.head_threshold if self._policy.uses_head else None,
             "n_expert_used": self.info.n_expert_used,
             "little_k": self._policy.little_k,
             "n_ctx": self.n_ctx,

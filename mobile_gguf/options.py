@@ -17,9 +17,13 @@ from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
 from .binding import EVICTION, IO
-from .decode import MODES
+from .decode import IMPORTANCE, MODES
 from .errors import UsageError
 from .sizes import Size, parse_size
+
+DEFAULT_GAMMA = 0.7
+# What decides which tokens run with fewer experts; may change from answer to answer.
+POLICY_OPTIONS = ("mode", "gamma", "little_k", "importance", "head_threshold")
 
 Options = TypeVar("Options")
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -77,7 +81,22 @@ _RAM_BUDGET = Opt(
 )
 _MODE = Opt("--mode", choices=MODES, help="experts per token: exact all, little fewer, big-little both")
 _GAMMA = Opt("--gamma", read=float, low=0, help="big-little: run a token again below this probability")
-_LITTLE_K = Opt("--little-k", read=int, low=1, help="experts of a little token (default: half the top-k)")
+_IMPORTANCE = Opt(
+    "--importance", choices=IMPORTANCE, help="big-little: what finds important tokens; auto: the head, if any"
+)
+_HEAD_THRESHOLD = Opt(
+    "--head-threshold",
+    read=float,
+    low=0,
+    high=1,
+    help="big-little: a token is big above this probability of the head (default: as calibrated)",
+)
+_LITTLE_K = Opt(
+    "--little-k",
+    read=int,
+    low=1,
+    help="experts of a little token (default: half the top-k, or as calibrated)",
+)
 _SEED = Opt("-s", "--seed", read=int, low=-1, help="random seed, -1: a new one for every answer")
 
 
@@ -87,7 +106,9 @@ class LoadOptions:
 
     ram_budget: Annotated[str | int | Size, _RAM_BUDGET] = "auto"
     mode: Annotated[str, _MODE] = "exact"
-    gamma: Annotated[float, _GAMMA] = 0.7
+    gamma: Annotated[float, _GAMMA] = DEFAULT_GAMMA
+    importance: Annotated[str, _IMPORTANCE] = "auto"
+    head_threshold: Annotated[float | None, _HEAD_THRESHOLD] = None
     little_k: Annotated[int | None, _LITTLE_K] = None
     n_ctx: Annotated[
         int | None,
@@ -124,7 +145,7 @@ class LoadOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateOptions:
-    """How one answer is generated. Mode, gamma, little_k and seed: None means as loaded."""
+    """How one answer is generated. None means as loaded for what LoadOptions has too."""
 
     max_tokens: Annotated[
         int | None,
@@ -175,6 +196,8 @@ class GenerateOptions:
     ] = None
     mode: Annotated[str | None, _MODE] = None
     gamma: Annotated[float | None, _GAMMA] = None
+    importance: Annotated[str | None, _IMPORTANCE] = None
+    head_threshold: Annotated[float | None, _HEAD_THRESHOLD] = None
     little_k: Annotated[int | None, _LITTLE_K] = None
     cache_prompt: Annotated[
         bool, Opt("--no-cache-prompt", is_flag=True, help="compute the whole prompt, reuse no context")

@@ -15,8 +15,9 @@ class Receipt:
     """One answer's receipt.
 
     A token counts under the pass whose logits it was sampled from, so that big, little and
-    fallback add up to the answer's tokens; the first after a prompt is big. Bytes and
-    milliseconds; ``resident_bytes_peak`` is the most expert bytes in memory during the answer.
+    fallback add up to the answer's tokens; the first after a prompt is big, and so are those that the
+    importance head had run with all experts at once. Bytes and milliseconds; ``resident_bytes_peak`` is the
+    most expert bytes in memory during the answer.
     """
 
     mode: str = EXACT

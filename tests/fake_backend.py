@@ -18,6 +18,7 @@ from mobile_gguf.binding import Counters, ModelInfo
 from mobile_gguf.decode import ALL_EXPERTS, Pass, Policy, decode_prompt, decode_token
 from mobile_gguf.errors import UsageError
 from mobile_gguf.gguf_info import ExpertLayer, GgufInfo
+from mobile_gguf.head import Head
 
 BOS, EOS, N_VOCAB = 256, 257, 258
 TOP_K, MIB = 8, 1 << 20
@@ -93,8 +94,12 @@ class FakeBackend:
         has_engine: bool = True,
         has_store: bool = True,
         can_step_back: bool = True,
+        head: Head | None = None,
+        important: Sequence[float | None] = (),
     ) -> None:
         self.model = model
+        self.head = head
+        self.important = list(important)
         self.n_ctx = n_ctx
         self.policy = Policy()
         self.last_pass = Pass.BIG
@@ -149,6 +154,10 @@ class FakeBackend:
         if getattr(self.model, "needs_prompt", False):
             return self.model(self.rows, self._n_prompt)
         return self.model(self.rows)
+
+    def head_probability(self, token: int) -> float | None:
+        self.log.append("head")
+        return self.important.pop(0) if self.important else None
 
     # answer.Backend
 

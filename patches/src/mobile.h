@@ -145,6 +145,51 @@ LLAMA_API int32_t mobile_set_replay(struct llama_context * ctx, const int32_t * 
 // MOBILE_ERR_STATE before a model is loaded
 LLAMA_API int32_t mobile_set_precise(bool on);
 
+//
+// observation: what a model computes with, for calibration. changes no outputs. works for every model,
+// with and without an expert store; memory is 4 bytes per input row element and matrix, and 8 bytes per routed
+// expert until mobile_observe_clear_routes
+//
+
+enum mobile_observe {
+    MOBILE_OBSERVE_ROUTES  = 1, // routed ids and weights
+    MOBILE_OBSERVE_NEURONS = 2, // squares of what the routed experts' down projections are multiplied with
+    MOBILE_OBSERVE_INPUTS  = 4, // ... and every other weight of a layer, and the output weight
+};
+
+// sums over all rows since the start; by matrix: an expert of a stacked tensor is one
+struct mobile_observed_input {
+    const char    * name;    // of the weight, as in the (stacked) file
+    int64_t         n_row;   // length of an input row
+    int64_t         n_mat;
+    int64_t         n_count; // n_mat for experts, else 1: all matrices have seen as many rows
+    const float   * sum2;    // [n_mat][n_row] squares
+    const int64_t * counts;  // [n_count] rows
+};
+
+// one layer in one ubatch, in the order of computation
+struct mobile_observed_route {
+    int32_t         layer;
+    int32_t         n_used;
+    int32_t         n_tokens; // of the last layer: only tokens with an output
+    int32_t         reserved;
+    const int32_t * ids;      // [n_tokens][n_used] experts, whole ones where they are in segments; -1: skipped
+    const float   * weights;  // [n_tokens][n_used]
+};
+
+// what: a sum of enum mobile_observe. MOBILE_ERR_STATE if ctx is observed or has an evaluation callback;
+// stop before the context is freed
+LLAMA_API int32_t mobile_observe_start(struct llama_context * ctx, int32_t what);
+LLAMA_API int32_t mobile_observe_stop (struct llama_context * ctx); // drops what was gathered
+
+// how many there are, < 0: error. what get returns is valid until the next decode, clear or stop; inputs are
+// ordered by name. MOBILE_ERR_STATE if ctx is not observed, or something could not be
+LLAMA_API int32_t mobile_observe_n_inputs (const struct llama_context * ctx);
+LLAMA_API int32_t mobile_observe_get_input(const struct llama_context * ctx, int32_t i, struct mobile_observed_input * input);
+LLAMA_API int32_t mobile_observe_n_routes (const struct llama_context * ctx);
+LLAMA_API int32_t mobile_observe_get_route(const struct llama_context * ctx, int32_t i, struct mobile_observed_route * route);
+LLAMA_API int32_t mobile_observe_clear_routes(struct llama_context * ctx);
+
 #ifdef __cplusplus
 }
 #endif

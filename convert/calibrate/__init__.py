@@ -1,0 +1,1 @@
+"""Measure a model on text and write what was learnt into its file."""

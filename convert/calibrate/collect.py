@@ -1,0 +1,168 @@
+"""Run a model over text, teacher-forced and exact, and gather the statistics of its experts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mobile_gguf.binding import find_engine, needs_engine
+from mobile_gguf.errors import EngineError, ModelFormatError, UsageError
+from mobile_gguf.gguf_info import GgufInfo, read_gguf_info
+from mobile_gguf.loading import open_backend, plan_for
+from mobile_gguf.observe import INPUTS, NEURONS, ROUTES, Observation, ObservedRoute
+from mobile_gguf.options import LoadOptions
+from mobile_gguf.sizes import MIB, Size, parse_size
+
+from ..experts import read_experts
+from ..gguf_file import GgufSource, Progress, ignore
+from .importance import neuron_importance
+from .statistics import Floats, Ids, RouteCounts, Statistics
+
+if TYPE_CHECKING:
+    from mobile_gguf.mobile_llama import MobileLlama
+
+# Every token of a batch has logits, or the last layer would not compute it.
+_LOGITS_BYTES = 128 * MIB
+_MAX_BATCH = 512
+_NORMS_SHARE = 0.2  # of the time, as progress tells it
+
+
+def collect(
+    model_path: Path,
+    chunks: Sequence[Sequence[int]],
+    *,
+    ram_budget: str | int | Size = "auto",
+    threads: int | None = None,
+    neurons: bool = True,
+    inputs: bool = False,
+    progress: Progress = ignore,
+) -> Statistics:
+    """Run every chunk of token ids from an empty context, all experts on, and gather statistics.
+
+    ``neurons`` asks for the importance of each expert's neurons, ``inputs`` for the sums of every weight's
+    input (an imatrix; see imatrix_file.write_imatrix). The model is loaded here and freed again. Raises
+    UsageError for a dense model or no tokens, EngineError on a stock library, BudgetError as loading does.
+    """
+    info = read_gguf_info(model_path)
+    if not info.is_moe:
+        raise UsageError(f"{model_path} has no experts: there is nothing to calibrate")
+    texts = [list(chunk) for chunk in chunks if len(chunk)]
+    if not texts:
+        raise UsageError("there is no text to calibrate on")
+    engine = find_engine()
+    if engine is None:
+        raise needs_engine("calibration")
+    what = ROUTES | (NEURONS if neurons else 0) | (INPUTS if inputs else 0)
+    share = 1 - _NORMS_SHARE if neurons else 1.0
+    with GgufSource.open(model_path) as source:
+        layers = tuple(layer for layer, _ in read_experts(source).layers())
+        counts = RouteCounts(layers, info.n_expert, info.n_expert_used)
+        llama = _open(info, max(map(len, texts)), ram_budget, threads)
+        try:
+            with Observation(engine, llama.ctx, what) as observation:
+                _run(llama, info, texts, observation, counts, progress, share)
+                observed = observation.inputs()
+        finally:
+            llama.close()
+        for name, sums in observed.items():
+            if not np.isfinite(sums.sum2).all():
+                raise ModelFormatError(
+                    f"{model_path} cannot be calibrated: the inputs of {name} are not finite"
+                )
+        importance = {}
+        if neurons:
+            importance = neuron_importance(
+                source, observed, lambda text, done: progress(text, share + (1 - share) * done)
+            )
+    return counts.statistics(importance=importance, inputs=observed if inputs else {})
+
+
+def _open(info: GgufInfo, n_ctx: int, ram_budget: str | int | Size, threads: int | None) -> MobileLlama:
+    """Load the model; under an ``auto`` budget the logits of a whole batch are counted as well."""
+    batch = _batch_size(info)
+    options = {"n_ctx": n_ctx, "n_batch": batch, "n_ubatch": batch, "threads": threads}
+    budget = parse_size(ram_budget)
+    if budget.is_auto:
+        plan = plan_for(info, LoadOptions(**options), n_ctx)
+        spare = 2 * batch * info.n_vocab * 4
+        kept = plan.budget_bytes or min(plan.available_bytes - plan.demand.total_bytes, info.budget_all_bytes)
+        if plan.budget_bytes or kept + plan.demand.total_bytes + spare > plan.available_bytes:
+            budget = Size(n_bytes=max(kept - spare, info.budget_min_bytes))
+    return open_backend(info, LoadOptions(ram_budget=budget, **options))[0]
+
+
+def _batch_size(info: GgufInfo) -> int:
+    return max(16, min(_MAX_BATCH, _LOGITS_BYTES // (4 * max(info.n_vocab, 1))))
+
+
+def _run(
+    llama: MobileLlama,
+    info: GgufInfo,
+    texts: list[list[int]],
+    observation: Observation,
+    counts: RouteCounts,
+    progress: Progress,
+    share: float,
+) -> None:
+    n_all, n_done = sum(map(len, texts)), 0
+    batch = _batch_size(info)
+    for text in texts:
+        _forget(llama)
+        for start in range(0, len(text), batch):
+            progress("counting experts", share * n_done / n_all)
+            tokens = text[start : start + batch]
+            _decode(llama, tokens, start)
+            counts.add(*_rows(observation.take_routes(), counts, len(tokens)))
+            n_done += len(tokens)
+    progress("counting experts", share)
+
+
+def _forget(llama: MobileLlama) -> None:
+    from llama_cpp import llama_cpp
+
+    memory = llama_cpp.llama_get_memory(llama.ctx)
+    if memory is not None:
+        llama_cpp.llama_memory_clear(memory, True)
+
+
+def _decode(llama: MobileLlama, tokens: list[int], position: int) -> None:
+    """Run tokens at ``position`` and on, with logits for all of them."""
+    from llama_cpp import llama_cpp
+
+    batch = llama_cpp.llama_batch_init(len(tokens), 0, 1)
+    try:
+        batch.n_tokens = len(tokens)
+        for i, token in enumerate(tokens):
+            batch.token[i], batch.pos[i] = token, position + i
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
+            batch.logits[i] = True
+        code = llama_cpp.llama_decode(llama.ctx, batch)
+    finally:
+        llama_cpp.llama_batch_free(batch)
+    if code != 0:
+        reason = llama.engine.context_error(llama.ctx) if llama.engine is not None else ""
+        raise EngineError(reason or f"decoding failed with llama.cpp's code {code}")
+
+
+def _rows(routes: list[ObservedRoute], counts: RouteCounts, n_tokens: int) -> tuple[Ids, Floats]:
+    """Routed ids and weights [n_layer_moe, n_tokens, k] of one decode, micro-batch after micro-batch."""
+    ids = np.full((len(counts.layers), n_tokens, counts.n_expert_used), -1, np.int32)
+    weights = np.zeros(ids.shape, np.float32)
+    row_of = {layer: row for row, layer in enumerate(counts.layers)}
+    done = dict.fromkeys(counts.layers, 0)
+    for route in routes:
+        if route.layer not in row_of:
+            raise EngineError(f"layer {route.layer} routed, but the file has no experts for it")
+        start, k = done[route.layer], route.ids.shape[1]
+        stop = done[route.layer] = start + len(route.ids)
+        if stop > n_tokens or k > counts.n_expert_used:
+            raise EngineError(f"layer {route.layer} routed {stop} tokens of {n_tokens} to {k} experts each")
+        ids[row_of[route.layer], start:stop, :k] = route.ids
+        weights[row_of[route.layer], start:stop, :k] = route.weights
+    for layer, n in done.items():
+        if n not in (0, n_tokens):
+            raise EngineError(f"layer {layer} routed {n} of {n_tokens} tokens")
+    return ids, weights

@@ -1,0 +1,305 @@
+"""``calibrate``: run a model over text, fit its head, price its settings, write it all into the file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mobile_gguf import __version__
+from mobile_gguf.binding import find_engine, needs_engine
+from mobile_gguf.decode import default_little_k
+from mobile_gguf.errors import MobileError, UsageError
+from mobile_gguf.gguf_info import GgufInfo, read_gguf_info
+from mobile_gguf.head import PREFIX as HEAD_PREFIX
+from mobile_gguf.head import TOKEN_BIAS, WEIGHT, Head
+from mobile_gguf.model import Model, load
+from mobile_gguf.paths import cache_dir
+from mobile_gguf.threads import default_threads
+
+from ..gguf_file import GgufSource, Progress, ignore, update_gguf
+from .checkpoint import Checkpoint
+from .collect import collect
+from .curves import Point, choose_default, make_points, make_settings, measure_block
+from .head import Fit, fit_head
+from .lockstep import Lockstep
+from .samples import Samples, collect_samples, join
+from .statistics import Statistics
+from .store import PREFIXES, statistics_metadata, statistics_tensors
+from .text import BLOCK, Text, cut_blocks, held_out, read_text
+
+CALIBRATION_PREFIX = "mobile.calibration."
+DEFAULT_TOKENS = 16384
+# Blocks whose passes are computed side by side.
+_SIDE_BY_SIDE = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrateOptions:
+    """What to calibrate on (no ``text`` files: the built-in text) and where to write it.
+
+    At most ``tokens`` are run; ``out`` None rewrites the model's file. ``kl`` is the divergence above which
+    a token is important, None: so that a quarter of them are. ``curve_blocks`` bounds the held-out blocks
+    that the curves are measured on. ``resume`` False forgets what a stopped run left.
+    """
+
+    text: tuple[Path, ...] = ()
+    tokens: int = DEFAULT_TOKENS
+    out: Path | None = None
+    kl: float | None = None
+    threads: int | None = None
+    ram_budget: Any = "auto"
+    curve_blocks: int = 16
+    resume: bool = True
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was measured; ``path`` is the file that holds it now.
+
+    ``default`` is the setting chosen for ``mode="big-little"``; ``within`` says whether its perplexity is
+    within 1% of big's. ``replaced`` says that the file had been calibrated before.
+    """
+
+    path: Path
+    text: Text
+    n_tokens: int
+    fit: Fit
+    points: list[Point]
+    default: Point
+    within: bool
+    replaced: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; the same is stored in the file, but for its path."""
+        return {"path": str(self.path)} | self.stored()
+
+    def stored(self) -> dict[str, Any]:
+        """What ``mobile.calibration.json`` holds."""
+        fit, head = self.fit, self.fit.head
+        return {
+            "text": self.text.name,
+            "text_sha256": self.text.sha256,
+            "n_tokens": self.n_tokens,
+            "head": {
+                "kl": head.kl,
+                "auc": head.auc,
+                "auc_confidence": fit.auc_confidence,
+                "positives": fit.positives,
+                "n_fit": fit.n_fit,
+                "n_held_out": fit.n_held_out,
+                "strength": fit.strength,
+                "thresholds": {str(share): value for share, value in fit.thresholds.items()},
+            },
+            "default": self.default.to_dict() | {"within_one_percent": self.within},
+            "curves": [point.to_dict() for point in self.points],
+        }
+
+
+def calibrate(path: Path, options: CalibrateOptions, progress: Progress = ignore) -> Calibration:
+    """Calibrate the model at ``path`` and write the results into its file, or into a copy at ``options.out``.
+
+    A run that was stopped goes on where it was. The file is complete or as it was. Raises UsageError (a model
+    without experts or whose memory cannot be rolled back, too little text), EngineError, MobileError.
+    """
+    info = read_gguf_info(path)
+    check_model(info, options.out)
+    text = read_text(options.text)
+    replaced = any(name.startswith(CALIBRATION_PREFIX) for name in info.metadata)
+    checkpoint = Checkpoint(cache_dir() / "calibrate", _key(info, text, options))
+    if not options.resume:
+        checkpoint.clear()
+    run = _Run(info, text, options, checkpoint, progress)
+    with GgufSource.open(path) as source:
+        run.measure(source)
+    default, within = choose_default(run.points)
+    head = dataclasses.replace(
+        run.fit.head, threshold=default.setting.value, little_k=default.setting.little_k
+    )
+    result = Calibration(
+        path=options.out or path,
+        text=text,
+        n_tokens=sum(map(len, run.blocks)),
+        fit=dataclasses.replace(run.fit, head=head),
+        points=run.points,
+        default=default,
+        within=within,
+        replaced=replaced,
+    )
+    _write(path, options.out, result, run.statistics, progress)
+    checkpoint.clear()
+    return result
+
+
+def check_model(info: GgufInfo, out: Path | None) -> None:
+    """Refuse at once what would only fail later. Raises UsageError, MobileError, EngineError."""
+    name = info.path.name
+    if not info.is_moe:
+        raise UsageError(f"{name} has no experts: there is nothing to calibrate")
+    if info.n_expert_used <= 1:
+        raise UsageError(f"{name} routes every token to one expert: there is nothing to leave out")
+    if len(info.files) > 1 and out is None:
+        raise UsageError(
+            f"{name} is split into {len(info.files)} files: give --out FILE for one that holds all"
+        )
+    folder = (out or info.path).parent
+    if not folder.is_dir():
+        raise UsageError(f"there is no folder {folder} to write to")
+    target = out if out is not None and out.exists() else (info.path if out is None else folder)
+    if not os.access(target, os.W_OK) or not os.access(folder, os.W_OK):
+        raise MobileError(f"{target} cannot be written: give --out FILE elsewhere, or change its permissions")
+    if find_engine() is None:
+        raise needs_engine("calibration")
+    try:
+        import sklearn.linear_model  # noqa: F401
+    except ImportError:
+        raise MobileError(
+            "calibration needs scikit-learn: run `pip install 'mobile-gguf[calibrate]'`"
+        ) from None
+
+
+def _key(info: GgufInfo, text: Text, options: CalibrateOptions) -> dict[str, Any]:
+    # All that the measurements depend on; how many threads compute them is not part of it.
+    files = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in info.files]
+    return {
+        "version": __version__,
+        "files": files,
+        "text": text.sha256,
+        "tokens": options.tokens,
+        "kl": options.kl,
+        "curve_blocks": options.curve_blocks,
+    }
+
+
+class _Run:
+    """The measurement, phase by phase; what is done is in the checkpoint at once."""
+
+    fit: Fit
+    points: list[Point]
+    statistics: Statistics
+
+    def __init__(
+        self,
+        info: GgufInfo,
+        text: Text,
+        options: CalibrateOptions,
+        checkpoint: Checkpoint,
+        progress: Progress,
+    ) -> None:
+        self.info = info
+        self.text = text
+        self.options = options
+        self.checkpoint = checkpoint
+        self.progress = progress
+        self.blocks: list[list[int]] = []
+        self.little_k = default_little_k(info.n_expert_used)
+        self.threads = options.threads or default_threads()[1]
+
+    def measure(self, source: GgufSource) -> None:
+        with self._load() as model:
+            if not model.llama.can_step_back:
+                raise UsageError(
+                    f"{self.info.path.name} is a {self.info.architecture} model, whose memory cannot be "
+                    "rolled back: only modes exact and little work with it, and neither needs calibration"
+                )
+            start = model.tokenize("", add_bos=True)
+            self.blocks = cut_blocks(
+                self.text, lambda part: model.tokenize(part, special=False), start, self.options.tokens
+            )
+            samples = self._samples(model)
+            self.progress("fitting the importance head", 0.0)
+            outside = np.isin(samples.block, held_out(len(self.blocks)))
+            self.fit = fit_head(
+                samples.take(~outside),
+                samples.take(outside),
+                source,
+                self.info.n_vocab,
+                little_k=self.little_k,
+                kl=self.options.kl,
+            )
+            self.points = self._curves(model, self.fit.head)
+        self.statistics = collect(
+            self.info.path,
+            self.blocks,
+            ram_budget=self.options.ram_budget,
+            threads=self.options.threads,
+            progress=self.progress,
+        )
+
+    def _load(self) -> Model:
+        # The context of its own stays empty.
+        return load(
+            self.info.path,
+            n_ctx=BLOCK,
+            n_batch=BLOCK,
+            n_ubatch=BLOCK,
+            threads=self.threads,
+            ram_budget=self.options.ram_budget,
+        )
+
+    def _samples(self, model: Model) -> Samples:
+        numbers = list(range(len(self.blocks)))
+        groups = [numbers[i : i + _SIDE_BY_SIDE] for i in range(0, len(numbers), _SIDE_BY_SIDE)]
+        parts = []
+        with self._lockstep(model, _SIDE_BY_SIDE) as lockstep:
+            for i, group in enumerate(groups):
+                self.progress("big and little passes", i / len(groups))
+
+                def make(group: list[int] = group) -> dict[str, npt.NDArray[Any]]:
+                    blocks = [self.blocks[number] for number in group]
+                    return collect_samples(lockstep, blocks, group, self.little_k).arrays()
+
+                parts.append(Samples(**self.checkpoint.get(f"samples-{i:05}", make)))
+        self.progress("big and little passes", 1.0)
+        return join(parts)
+
+    def _curves(self, model: Model, head: Head) -> list[Point]:
+        settings = make_settings(self.info.n_expert_used, self.fit.thresholds)
+        chosen = held_out(len(self.blocks))[: self.options.curve_blocks]
+        measured = []
+        with self._lockstep(model, len(settings)) as lockstep:
+            for i, number in enumerate(chosen):
+                self.progress("trade-off curves", i / len(chosen))
+
+                def make(number: int = number) -> dict[str, npt.NDArray[Any]]:
+                    tokens = self.blocks[number]
+                    return {"columns": measure_block(lockstep, self.info, tokens, settings, head)}
+
+                measured.append(self.checkpoint.get(f"curves-{i:05}", make)["columns"])
+        self.progress("trade-off curves", 1.0)
+        return make_points(settings, measured)
+
+    def _lockstep(self, model: Model, n_seq: int) -> Lockstep:
+        return Lockstep(model.llama, n_seq=n_seq, n_ctx=len(self.blocks[0]), threads=self.threads)
+
+
+def _write(
+    path: Path, out: Path | None, result: Calibration, statistics: Statistics, progress: Progress
+) -> None:
+    head = result.fit.head
+    update_gguf(
+        path,
+        set={
+            HEAD_PREFIX + "bias": head.bias,
+            HEAD_PREFIX + "threshold": head.threshold,
+            HEAD_PREFIX + "thresholds": json.dumps(result.stored()["head"]["thresholds"]),
+            HEAD_PREFIX + "little_k": head.little_k,
+            HEAD_PREFIX + "kl": head.kl,
+            HEAD_PREFIX + "auc": head.auc,
+            CALIBRATION_PREFIX + "text": result.text.name,
+            CALIBRATION_PREFIX + "text_sha256": result.text.sha256,
+            CALIBRATION_PREFIX + "n_tokens": result.n_tokens,
+            CALIBRATION_PREFIX + "json": json.dumps(result.stored()),
+        }
+        | statistics_metadata(statistics),
+        drop=(HEAD_PREFIX, CALIBRATION_PREFIX, *PREFIXES),
+        add_tensors={WEIGHT: head.weight, TOKEN_BIAS: head.token_bias} | statistics_tensors(statistics),
+        out=out,
+        progress=progress,
+    )

@@ -1,0 +1,120 @@
+"""What routing looks like over a text: hotness, co-activation, and which expert follows which.
+
+Pure arithmetic on routed ids, fed a batch at a time, so that memory is that of the counts:
+n_layer * n_expert^2 numbers, whatever the length of the text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from mobile_gguf.errors import UsageError
+from mobile_gguf.observe import InputSums
+
+from .buddies import Ranked, rank_buddies, rank_transitions
+
+Ids = npt.NDArray[np.int32]
+Floats = npt.NDArray[np.float32]
+Counts = npt.NDArray[np.int64]
+
+MAX_BUDDIES = 16  # BuddyMoE, arXiv 2511.10054
+MAX_NEXT = 16
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What calibration learnt about a model's experts from ``n_tokens`` tokens of text.
+
+    Rows follow ``layers``, the numbers of the layers with experts, ascending. ``hotness`` is the share of
+    tokens that route to an expert (a row sums to top-k), ``weight`` the mean router weight it has then.
+    ``buddies`` ranks, per layer and expert, those most often routed together with it; ``transitions``, in a
+    row for each layer but the last, those that a token routed to it meets in the next one.
+    ``importance``: by layer number, [n_expert, n_ff]; empty if it was not asked for. ``inputs``, by tensor
+    name, only serves to write an imatrix and is not stored.
+    """
+
+    n_tokens: int
+    n_expert: int
+    n_expert_used: int
+    layers: tuple[int, ...]
+    hotness: Floats  # [n_layer_moe, n_expert]
+    weight: Floats  # [n_layer_moe, n_expert]
+    buddies: Ranked  # [n_layer_moe, n_expert, n_buddies]
+    transitions: Ranked  # [n_layer_moe - 1, n_expert, n_next]
+    importance: dict[int, Floats] = field(default_factory=dict)
+    inputs: dict[str, InputSums] = field(default_factory=dict)
+
+
+class RouteCounts:
+    """Counts over routed ids, added batch by batch.
+
+    ``layers`` are the numbers of the layers with experts, in the order in which rows are given.
+    """
+
+    def __init__(self, layers: tuple[int, ...], n_expert: int, n_expert_used: int) -> None:
+        n_layer = len(layers)
+        self.layers = layers
+        self.n_expert = n_expert
+        self.n_expert_used = n_expert_used
+        self.n_tokens = 0
+        self.uses: Counts = np.zeros((n_layer, n_expert), np.int64)
+        self.weights = np.zeros((n_layer, n_expert), np.float64)
+        # [layer, i, j]: tokens routed to i and j; the diagonal repeats uses
+        self.together: Counts = np.zeros((n_layer, n_expert, n_expert), np.int64)
+        # [layer, i, j]: tokens routed to i here and to j in the next layer with experts
+        self.following: Counts = np.zeros((max(n_layer - 1, 0), n_expert, n_expert), np.int64)
+
+    def add(self, ids: Ids, weights: Floats) -> None:
+        """Count a batch: ``ids`` and ``weights`` [n_layer_moe, n_tokens, k]; an id below 0 is no expert.
+
+        Raises UsageError for other shapes, ids that are too large, or an expert twice in a token's set.
+        """
+        if ids.ndim != 3 or ids.shape[0] != len(self.layers) or ids.shape != weights.shape:
+            raise UsageError(f"routed ids have the shape {ids.shape} and weights {weights.shape}")
+        if ids.size and ids.max() >= self.n_expert:
+            raise UsageError(f"expert {ids.max()} was routed to: this model has {self.n_expert}")
+        before: npt.NDArray[np.float32] | None = None
+        for row, (layer_ids, layer_weights) in enumerate(zip(ids, weights, strict=True)):
+            routed = self._one_hot(layer_ids)
+            self.uses[row] += routed.sum(0, dtype=np.int64)
+            kept = layer_ids >= 0
+            self.weights[row] += np.bincount(layer_ids[kept], layer_weights[kept], self.n_expert)
+            # exact in float32: a batch has far fewer than 2^24 tokens
+            self.together[row] += (routed.T @ routed).astype(np.int64)
+            if before is not None:
+                self.following[row - 1] += (before.T @ routed).astype(np.int64)
+            before = routed
+        self.n_tokens += ids.shape[1]
+
+    def _one_hot(self, ids: Ids) -> npt.NDArray[np.float32]:
+        """[n_tokens, n_expert], 1 where a token is routed."""
+        routed = np.zeros((len(ids), self.n_expert + 1), np.float32)
+        np.add.at(routed, (np.arange(len(ids))[:, None], np.where(ids < 0, self.n_expert, ids)), 1)
+        if (routed[:, : self.n_expert] > 1).any():
+            raise UsageError("a token was routed to the same expert twice")
+        return routed[:, : self.n_expert]
+
+    def statistics(
+        self,
+        *,
+        importance: dict[int, Floats] | None = None,
+        inputs: dict[str, InputSums] | None = None,
+    ) -> Statistics:
+        """The statistics of all that was counted; raises UsageError if that is nothing."""
+        if self.n_tokens == 0:
+            raise UsageError("no tokens were routed: there is nothing to make statistics of")
+        return Statistics(
+            n_tokens=self.n_tokens,
+            n_expert=self.n_expert,
+            n_expert_used=self.n_expert_used,
+            layers=self.layers,
+            hotness=(self.uses / self.n_tokens).astype(np.float32),
+            weight=(self.weights / np.maximum(self.uses, 1)).astype(np.float32),
+            buddies=rank_buddies(self.together, MAX_BUDDIES),
+            transitions=rank_transitions(self.following, self.uses[:-1], MAX_NEXT),
+            importance=importance or {},
+            inputs=inputs or {},
+        )

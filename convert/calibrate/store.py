@@ -1,0 +1,157 @@
+"""Statistics in a GGUF: which tensors and keys hold them (docs/format-calibration.md), written and read.
+
+A file is untrusted: what is read back is checked against the model's geometry, value by value.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+import numpy.typing as npt
+
+from mobile_gguf.errors import ModelFormatError, UsageError
+from mobile_gguf.gguf_info import GgufInfo, read_gguf_info
+
+from ..experts import read_experts
+from ..gguf_file import GgufSource, Progress, ignore, update_gguf
+from .buddies import NO_EXPERT, Ranked
+from .statistics import MAX_NEXT, Floats, Statistics
+
+N_TOKENS = "mobile.statistics.n_tokens"
+HOTNESS = "mobile.hotness"
+WEIGHT = "mobile.router_weight"
+BUDDIES = "mobile.buddies"
+TRANSITIONS = "mobile.transitions"
+IMPORTANCE = "mobile.importance."
+# All that one calibration replaces of another.
+PREFIXES = ("mobile.statistics.", HOTNESS, WEIGHT, BUDDIES + ".", TRANSITIONS + ".", IMPORTANCE)
+
+# Room for rounding in sums and shares that should be at most 1 (or top-k).
+_SLACK = 1e-4
+
+
+def statistics_tensors(statistics: Statistics) -> dict[str, npt.NDArray[np.generic]]:
+    """The tensors that hold ``statistics``, by name; numpy's order of dimensions."""
+    tensors: dict[str, npt.NDArray[np.generic]] = {HOTNESS: statistics.hotness, WEIGHT: statistics.weight}
+    for name, ranked in ((BUDDIES, statistics.buddies), (TRANSITIONS, statistics.transitions)):
+        if ranked.expert.size:
+            tensors[f"{name}.expert"] = ranked.expert
+            tensors[f"{name}.share"] = ranked.share
+    for layer, values in statistics.importance.items():
+        tensors[f"{IMPORTANCE}{layer}"] = values
+    return tensors
+
+
+def statistics_metadata(statistics: Statistics) -> dict[str, int]:
+    """The metadata that goes with them."""
+    return {N_TOKENS: statistics.n_tokens}
+
+
+def write_statistics(
+    path: Path, statistics: Statistics, *, out: Path | None = None, progress: Progress = ignore
+) -> None:
+    """Put ``statistics`` into the GGUF at ``path``, or into a copy at ``out``, replacing older ones.
+
+    The file is complete or as it was. Raises UsageError if they are another model's, and what update_gguf
+    raises.
+    """
+    with GgufSource.open(path) as source:
+        layers = _layers(source)
+    n_expert = read_gguf_info(path).n_expert
+    if statistics.layers != layers or statistics.n_expert != n_expert:
+        raise UsageError(f"these statistics are not of {path}: its experts are others")
+    update_gguf(
+        path,
+        set=statistics_metadata(statistics),
+        drop=PREFIXES,
+        add_tensors=statistics_tensors(statistics),
+        out=out,
+        progress=progress,
+    )
+
+
+def read_statistics(path: Path, *, importance: bool = True) -> Statistics | None:
+    """The statistics in a GGUF; None if it has none.
+
+    ``importance`` False leaves the neurons' out, which is most of the bytes; ``inputs`` are never stored.
+    Raises ModelFormatError if they do not fit the model.
+    """
+    info = read_gguf_info(path)
+    with GgufSource.open(path) as source:
+        if source.tensor(HOTNESS) is None:
+            return None
+        return _Reader(info, source).read(importance)
+
+
+def _layers(source: GgufSource) -> tuple[int, ...]:
+    return tuple(layer for layer, _ in read_experts(source).layers())
+
+
+class _Reader:
+    def __init__(self, info: GgufInfo, source: GgufSource) -> None:
+        self.info = info
+        self.source = source
+        self.layers = _layers(source)
+
+    def read(self, importance: bool) -> Statistics:
+        n_layer, n_expert = len(self.layers), self.info.n_expert
+        n_tokens = self.source.metadata.get(N_TOKENS)
+        if isinstance(n_tokens, bool) or not isinstance(n_tokens, int) or n_tokens < 1:
+            self.fail(f"metadata {N_TOKENS} is {n_tokens!r:.60}")
+        return Statistics(
+            n_tokens=n_tokens,
+            n_expert=n_expert,
+            n_expert_used=self.info.n_expert_used,
+            layers=self.layers,
+            hotness=self.floats(HOTNESS, (n_layer, n_expert), high=1 + _SLACK),
+            weight=self.floats(WEIGHT, (n_layer, n_expert)),
+            buddies=self.ranked(BUDDIES, n_layer),
+            transitions=self.ranked(TRANSITIONS, n_layer - 1),
+            importance=self.importance() if importance else {},
+        )
+
+    def fail(self, reason: str) -> NoReturn:
+        raise ModelFormatError(
+            f"{self.source.path}: its statistics cannot be used: {reason}; calibrate it again"
+        )
+
+    def floats(self, name: str, shape: tuple[int, ...], *, low: float = 0.0, high: float = np.inf) -> Floats:
+        values = self.array(name, np.dtype(np.float32), shape)
+        if not np.isfinite(values).all() or values.min() < low or values.max() > high:
+            self.fail(f"tensor {name} holds values that cannot be")
+        return values
+
+    def ranked(self, name: str, n_layer: int) -> Ranked:
+        n_expert = self.info.n_expert
+        if n_layer < 1:
+            shape = (0, n_expert, min(n_expert, MAX_NEXT))
+            return Ranked(np.zeros(shape, np.int32), np.zeros(shape, np.float32))
+        tensor = self.source.tensor(f"{name}.expert")
+        n_rank = tensor.shape[0] if tensor is not None else 0
+        if not 1 <= n_rank <= n_expert:
+            self.fail(f"tensor {name}.expert is missing or has the wrong shape")
+        shape = (n_layer, n_expert, n_rank)
+        expert = self.array(f"{name}.expert", np.dtype(np.int32), shape)
+        share = self.floats(f"{name}.share", shape, high=1 + _SLACK)
+        if expert.min() < NO_EXPERT or expert.max() >= n_expert:
+            self.fail(f"tensor {name}.expert names an expert that is not there")
+        if (np.diff(share, axis=-1) > 0).any():
+            self.fail(f"tensor {name}.share does not descend")
+        return Ranked(expert, share)
+
+    def importance(self) -> dict[int, Floats]:
+        found = {}
+        for layer in self.layers:
+            tensor = self.source.tensor(f"{IMPORTANCE}{layer}")
+            if tensor is not None:
+                found[layer] = self.floats(tensor.name, (self.info.n_expert, tensor.shape[0]))
+        return found
+
+    def array(self, name: str, dtype: np.dtype, shape: tuple[int, ...]) -> npt.NDArray:
+        tensor = self.source.tensor(name)
+        kind = {np.dtype(np.float32): 0, np.dtype(np.int32): 26}[dtype]
+        if tensor is None or tensor.type_id != kind or tensor.shape != tuple(reversed(shape)):
+            self.fail(f"tensor {name} is missing or has the wrong type or shape")
+        return self.source.array(name).astype(dtype, copy=False)

@@ -1,0 +1,122 @@
+"""``mobile-gguf calibrate``: measure a model on text and write what was learnt into its file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TextIO
+
+from ..resolve import resolve_model
+from .common import Progress, narrate
+
+_DESCRIPTION = """Run a model over text with all and with fewer experts, fit the importance head that mode
+big-little uses, measure what each setting costs and saves, count which experts are used, and write it all
+into the file (or into a copy, --out). A run that was stopped goes on where it was."""
+
+
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the verb."""
+    parser = subparsers.add_parser(
+        "calibrate",
+        help="measure a model and store its importance head and statistics",
+        description=_DESCRIPTION,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="a GGUF file, a name from `mobile-gguf list`, or demo")
+    add(
+        "--text", metavar="FILE", type=Path, nargs="+", action="extend", help="UTF-8 text (default: built in)"
+    )
+    add(
+        "--tokens", metavar="N", type=_positive, default=16384, help="at most so many tokens (default: 16384)"
+    )
+    add("--out", metavar="FILE", type=Path, help="write a copy and leave MODEL as it is")
+    add(
+        "--kl",
+        metavar="X",
+        type=_divergence,
+        help="a token is important if little differs by more than this KL (default: a quarter of them are)",
+    )
+    add("--plot", metavar="FILE", type=Path, help="draw the trade-off curves to a .png or .svg")
+    add("--no-resume", action="store_true", help="start anew, whatever a stopped run left")
+    add("--ram-budget", metavar="SIZE", default="auto", help="memory for experts (default: auto)")
+    add("-t", "--threads", metavar="N", type=_positive, help="threads (default: the cores)")
+    add("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(func=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the verb."""
+    from mobile_gguf.convert.calibrate.plot import check_plot, plot
+    from mobile_gguf.convert.calibrate.report import lines
+    from mobile_gguf.convert.calibrate.run import CalibrateOptions, calibrate
+
+    if args.plot is not None:
+        check_plot(args.plot)
+    options = CalibrateOptions(
+        text=tuple(args.text or ()),
+        tokens=args.tokens,
+        out=args.out,
+        kl=args.kl,
+        threads=args.threads,
+        ram_budget=args.ram_budget,
+        resume=not args.no_resume,
+    )
+    with TimedProgress(sys.stderr) as progress:
+        result = calibrate(resolve_model(args.model, progress), options, progress)
+    if result.replaced:
+        narrate("replaced an earlier calibration")
+    if not result.within:
+        narrate("no setting of the head is within 1% of big's perplexity: the nearest is the default")
+    if args.plot is not None:
+        plot(result.points, args.plot, f"{result.path.name} on {result.text.name}")
+        narrate(f"wrote {args.plot}")
+    print(json.dumps(result.to_dict()) if args.json else "\n".join(lines(result)), flush=True)
+    narrate(f"wrote {result.path}")
+    return 0
+
+
+class TimedProgress(Progress):
+    """Progress that says how long the phase will take, from its first report on."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(stream)
+        self._started = (time.monotonic(), 0.0)
+        self._left = ""
+
+    def __call__(self, phase: str, done: float) -> None:
+        now = time.monotonic()
+        if phase != self._phase:
+            self._started, self._left = (now, done), ""
+        elapsed, share = now - self._started[0], done - self._started[1]
+        if share > 0 and elapsed > 1:
+            self._left = f", {_duration(elapsed * (1 - done) / share)} left"
+        super().__call__(phase, done)
+
+    def show(self, line: str) -> None:
+        super().show(line + self._left)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: it must be at least 1")
+    return value
+
+
+def _divergence(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}: it must be a number above 0")
+    return value
+
+
+_positive.__name__ = "whole number"
+_divergence.__name__ = "number"
