@@ -66,7 +66,12 @@ def run(args: argparse.Namespace) -> int:
         resume=not args.no_resume,
     )
     with TimedProgress(sys.stderr) as progress:
-        result = calibrate(resolve_model(args.model, progress), options, progress)
+        try:
+            result = calibrate(resolve_model(args.model, progress), options, progress)
+        except KeyboardInterrupt:
+            progress.show("")
+            narrate("stopped: the same command goes on from here")
+            raise
     if result.replaced:
         narrate("replaced an earlier calibration")
     if not result.within:
