@@ -18,10 +18,13 @@ import tiny_models
 
 import mobile_gguf
 from mobile_gguf.binding import find_engine
+from mobile_gguf.convert.calibrate.plot import check_plot
+from mobile_gguf.convert.calibrate.run import check_model
 from mobile_gguf.convert.calibrate.store import read_statistics
 from mobile_gguf.convert.calibrate.text import read_text
 from mobile_gguf.convert.gguf_file import GgufSource
 from mobile_gguf.decode import Pass
+from mobile_gguf.errors import MobileError
 from mobile_gguf.gguf_info import read_gguf_info
 from mobile_gguf.head import read_head
 
@@ -98,9 +101,20 @@ def test_the_transcript(calibrated: Run) -> None:
     of_k = ["little", "confidence < #", "head > # (30%)"]
     assert names == ["big", *of_k, *of_k]
     assert [row.split("|")[2].strip() for row in table[1:]] == ["8", *"444666"]
-    narration = calibrated.narration
-    assert "big and little passes" in narration
-    assert narration[-2:] == [f"wrote {calibrated.folder / 'curves.svg'}", f"wrote {calibrated.out}"]
+    assert calibrated.narration == [
+        "big and little passes",
+        "fitting the importance head",
+        "trade-off curves",
+        "running the text",
+        "neuron importance",
+        "writing demo.gguf",
+        *(
+            ["no setting of the head is within 1% of big's perplexity: the nearest is the default"]
+            * ("NOT" in lines[3])
+        ),
+        f"wrote {calibrated.folder / 'curves.svg'}",
+        f"wrote {calibrated.out}",
+    ]
     assert (calibrated.folder / "curves.svg").read_text().startswith("<?xml")
 
 
@@ -147,9 +161,10 @@ def test_statistics_are_stored_too(calibrated: Run) -> None:
     assert statistics.hotness.sum(axis=1) == pytest.approx(np.full(30, 8.0), rel=1e-4)
 
 
-def test_a_killed_run_goes_on_and_gives_the_same(calibrated: Run, demo_gguf: Path, tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_and_gives_the_same(calibrated: Run, tmp_path: Path) -> None:
+    """Of a model that has been calibrated before, which changes nothing but for a line that says so."""
     out = tmp_path / "resumed.gguf"
-    arguments = (demo_gguf, "--text", calibrated.text, "--tokens", N_TOKENS, "--out", out)
+    arguments = (calibrated.out, "--text", calibrated.text, "--tokens", N_TOKENS, "--out", out)
     killed = calibrate(tmp_path / "cache", *arguments, die_after=3)
     assert killed.returncode == -signal.SIGKILL
     assert not list(tmp_path.glob("*.gguf*")), "nothing is written before the end"
@@ -159,7 +174,12 @@ def test_a_killed_run_goes_on_and_gives_the_same(calibrated: Run, demo_gguf: Pat
     # two results are missing: a third would have to be one that is made again
     resumed = calibrate(tmp_path / "cache", *arguments, "--json", die_after=2)
     assert resumed.returncode == 0, resumed.stderr
+    assert "replaced an earlier calibration" in resumed.stderr.splitlines()
     assert stored(out) == stored(calibrated.out)
+    with GgufSource.open(out) as again, GgufSource.open(calibrated.out) as before:
+        assert sorted(kv.name for kv in again.kv) == sorted(kv.name for kv in before.kv)
+        assert [tensor.name for tensor in again.tensors] == [tensor.name for tensor in before.tensors]
+        assert np.array_equal(again.array("mobile.head.weight"), before.array("mobile.head.weight"))
     assert json.loads(resumed.stdout) == {"path": str(out)} | stored(out)
     assert not folder.exists()
 
@@ -263,3 +283,21 @@ def test_outputs_that_cannot_be(tmp_path: Path, demo_gguf: Path) -> None:
     assert line.endswith("x.jpg must end in .png or .svg")
     line = refused(tmp_path, demo_gguf, "--kl", "-1")
     assert "must be a number above 0" in line
+
+
+def test_a_file_that_may_not_be_written(demo_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Known before anything is measured; the system's answer is made up, for root may write everything."""
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    with pytest.raises(MobileError, match=r"smollm2.* cannot be written: give --out FILE elsewhere"):
+        check_model(read_gguf_info(demo_gguf), None)
+
+
+def test_without_the_packages_it_says_which(demo_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(
+        MobileError, match=r"needs scikit-learn: run `pip install 'mobile-gguf\[calibrate\]'`"
+    ):
+        check_model(read_gguf_info(demo_gguf), None)
+    with pytest.raises(MobileError, match="--plot needs matplotlib"):
+        check_plot(Path("x.png"))

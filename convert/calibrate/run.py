@@ -19,15 +19,18 @@ from mobile_gguf.errors import MobileError, UsageError
 from mobile_gguf.gguf_info import GgufInfo, read_gguf_info
 from mobile_gguf.head import PREFIX as HEAD_PREFIX
 from mobile_gguf.head import TOKEN_BIAS, WEIGHT, Head
+from mobile_gguf.loading import plan_for
 from mobile_gguf.model import Model, load
+from mobile_gguf.options import LoadOptions
 from mobile_gguf.paths import cache_dir
+from mobile_gguf.sizes import Size, parse_size
 from mobile_gguf.threads import default_threads
 
 from ..gguf_file import GgufSource, Progress, ignore, update_gguf
 from .checkpoint import Checkpoint
 from .collect import collect
 from .curves import Point, choose_default, make_points, make_settings, measure_block
-from .head import Fit, fit_head
+from .head import SHARES, Fit, fit_head
 from .lockstep import Lockstep
 from .samples import Samples, collect_samples, join
 from .statistics import Statistics
@@ -233,15 +236,17 @@ class _Run:
         )
 
     def _load(self) -> Model:
-        # The context of its own stays empty.
-        return load(
-            self.info.path,
-            n_ctx=BLOCK,
-            n_batch=BLOCK,
-            n_ubatch=BLOCK,
-            threads=self.threads,
-            ram_budget=self.options.ram_budget,
-        )
+        # The context of its own stays empty; what the sequences need instead is left to them.
+        own = {"n_ctx": BLOCK, "n_batch": BLOCK, "n_ubatch": BLOCK, "threads": self.threads}
+        budget = parse_size(self.options.ram_budget)
+        if budget.is_auto:
+            n_seq = max(
+                _SIDE_BY_SIDE, len(make_settings(self.info.n_expert_used, dict.fromkeys(SHARES, 0.0)))
+            )
+            plan = plan_for(self.info, LoadOptions(**own), (1 + n_seq) * BLOCK)
+            if plan.budget_bytes:
+                budget = Size(n_bytes=plan.budget_bytes)
+        return load(self.info.path, ram_budget=budget, **own)
 
     def _samples(self, model: Model) -> Samples:
         numbers = list(range(len(self.blocks)))

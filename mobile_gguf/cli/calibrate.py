@@ -85,28 +85,26 @@ def run(args: argparse.Namespace) -> int:
 
 
 class TimedProgress(Progress):
-    """Progress that says how long the phase will take, from its first report on."""
+    """Progress with the time that is left, where the phase does not say; a phase is the words before a colon."""
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__(stream)
-        self._started = (time.monotonic(), 0.0)
-        self._left = ""
+        self._name = ""
+        self._started = (0.0, 0.0)
 
     def __call__(self, phase: str, done: float) -> None:
-        now = time.monotonic()
-        if phase != self._phase:
-            self._started, self._left = (now, done), ""
+        name, now = phase.split(":")[0], time.monotonic()
+        if name != self._name:
+            self._name, self._started = name, (now, done)
         elapsed, share = now - self._started[0], done - self._started[1]
-        if share > 0 and elapsed > 1:
-            self._left = f", {_duration(elapsed * (1 - done) / share)} left"
-        super().__call__(phase, done)
-
-    def show(self, line: str) -> None:
-        super().show(line + self._left)
+        if share > 0 and elapsed > 1 and "ETA" not in phase:
+            phase += f", ETA {_duration(elapsed * (1 - done) / share)}"
+        super().__call__(phase if self._terminal else name, done)
 
 
 def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02}"
 
 
 def _positive(text: str) -> int:
