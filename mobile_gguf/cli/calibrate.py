@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 class TimedProgress(Progress):
-    """Progress with the time that is left, where the phase does not say; a phase is the words before a colon."""
+    """Progress with the time left, where the phase does not say; a phase is the words before a colon."""
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__(stream)
