@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
+import stat
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +18,7 @@ import numpy as np
 
 from ..atomic import replacing_file
 from ..errors import ModelFormatError, UsageError
+from ..gguf_experts import FORMAT_VERSION, OWN_PREFIX
 from ..gguf_header import DEFAULT_ALIGNMENT, MAGIC
 from ..gguf_info import other_parts
 from ..sizes import format_bytes
@@ -25,8 +26,6 @@ from .gguf_data import FileRange, Kv, Part, TensorPlan
 
 Progress = Callable[[str, float], None]
 
-PREFIX = "mobile."
-VERSION = 1
 _FILE_VERSION = 3
 _ALIGNMENT_KEY = "general.alignment"
 _VERSION_KEY = "mobile.version"
@@ -141,12 +140,12 @@ class GgufSource:
 
 def check_version(path: Path, metadata: Mapping[str, Any]) -> None:
     """Raise ModelFormatError if the file was made by a mobile-gguf with a newer format than this one's."""
-    version = metadata.get(_VERSION_KEY, VERSION)
+    version = metadata.get(_VERSION_KEY, FORMAT_VERSION)
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise ModelFormatError(f"{path} cannot be used: metadata {_VERSION_KEY} is {version!r:.60}")
-    if version > VERSION:
+    if version > FORMAT_VERSION:
         raise ModelFormatError(
-            f"{path} has {_VERSION_KEY} {version}, this program knows {VERSION}: update mobile-gguf"
+            f"{path} has {_VERSION_KEY} {version}, this program knows {FORMAT_VERSION}: update mobile-gguf"
         )
 
 
@@ -219,15 +218,16 @@ def update_gguf(
         added = {name: TensorPlan.of(name, array) for name, array in (add_tensors or {}).items()}
         tensors |= {name: tensor for name, tensor in added.items() if name in tensors}
         extra = [tensor for name, tensor in added.items() if name not in tensors]
-        if _VERSION_KEY not in metadata and any(name.startswith(PREFIX) for name in (*metadata, *added)):
-            metadata[_VERSION_KEY] = Kv.of(_VERSION_KEY, VERSION)
+        if _VERSION_KEY not in metadata and any(name.startswith(OWN_PREFIX) for name in (*metadata, *added)):
+            metadata[_VERSION_KEY] = Kv.of(_VERSION_KEY, FORMAT_VERSION)
         ordered = _before_experts(list(tensors.values()), extra)
         target = path if out is None else Path(out)
+        mode = stat.S_IMODE(os.stat(path).st_mode)
         if out is not None:
             source.check_target(target)
         write_gguf(target, metadata.values(), ordered, source.alignment, progress)
         if out is None:
-            shutil.copymode(source.path, target)
+            os.chmod(target, mode)
     return target
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from .errors import BudgetError, EngineError, ExpertReadError, MobileError, UsageError
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 BUILD_HINT = "run `mobile-gguf engine build`"
 
 EVICTION = {"lru": 0, "moepic": 1, "decay": 2}
@@ -140,6 +140,7 @@ class Engine:
             "load_default_params": (LoadParamsStruct, []),
             "load_set_params": (status, [address]),
             "model_get_info": (status, [address, address]),
+            "model_get_n_segments": (n, [address]),
             "model_get_residency": (status, [address, address, ctypes.c_size_t]),
             "set_n_expert_used": (status, [address, n]),
             "set_batch_n_expert_used": (status, [address, address, n]),
@@ -193,6 +194,10 @@ class Engine:
         if self._call("model_get_info", model, ctypes.byref(info)) != 0:
             return None
         return ModelInfo(**_fields(info))
+
+    def n_segments(self, model: int) -> int:
+        """Segments in which the store holds each expert; 1 if they are whole, or there is no store."""
+        return max(1, self._call("model_get_n_segments", model))
 
     def residency(self, model: int, n_layer: int, n_expert: int) -> list[bytes]:
         """One byte per expert (NOT_RESIDENT, LOADING, RESIDENT), a row per layer; dense layers are 0."""

@@ -133,7 +133,7 @@ class _Reader:
             offset = self.file.tell()
             key = self.name("a metadata key", _MAX_KEY)
             if key in metadata:
-                self.fail(f"metadata {key} stands in it twice")
+                self.fail(f"metadata {key} is there twice")
             type_id = self.unpack("I")
             metadata[key] = self.value(key, type_id)
             entries[key] = MetadataEntry(type_id, offset, self.file.tell() - offset)
@@ -243,7 +243,7 @@ class _Reader:
         tensors: dict[str, TensorInfo] = {}
         for name, shape, type_id, offset in table:
             if name in tensors:
-                self.fail(f"tensor {name} stands in it twice")
+                self.fail(f"tensor {name} is there twice")
             if offset % alignment:
                 self.fail(f"tensor {name} is not aligned to {alignment} bytes")
             if type_id in sizes:

@@ -14,35 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ModelFormatError, ModelNotFoundError
+from .gguf_experts import OWN_PREFIX, ExpertLayer, read_experts
 from .gguf_header import GgufHeader, TensorInfo, read_header
 
-MAX_LAYERS, MAX_EXPERTS = 1 << 12, 1 << 14
+MAX_LAYERS = 1 << 12
 
-# Stacked as in stock files, or one tensor per expert as in ours.
-_EXPERT = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down|gate_up)(_exps|\.\d+)\.weight")
 _SPLIT = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
-
-
-# The coarsest alignment at which the expert store reads; finer ones need a little less memory.
-STORE_ALIGNMENT = 4096
-
-
-@dataclass(frozen=True)
-class ExpertLayer:
-    """One layer's routed experts: how many, and the bytes of each matrix of one of them."""
-
-    n_expert: int
-    matrix_bytes: tuple[int, ...]
-
-    @property
-    def file_bytes(self) -> int:
-        return self.n_expert * sum(self.matrix_bytes)
-
-    def store_bytes(self, alignment: int = STORE_ALIGNMENT) -> int:
-        """Memory for all of them in the expert store: a matrix starts anywhere within its first block."""
-        return self.n_expert * sum(
-            -(-(n + alignment - 1) // alignment) * alignment for n in self.matrix_bytes
-        )
 
 
 @dataclass(frozen=True)
@@ -68,8 +45,10 @@ class GgufInfo:
     n_expert_used: int
     n_ff_expert: int
     expert_layers: tuple[ExpertLayer, ...]
-    tensor_bytes: int
+    tensor_bytes: int  # of the model; tensors named mobile.* are not loaded
     chat_template: str | None
+    layout: str = "stacked"  # or "per-expert"
+    segments: int = 1  # tensors that each expert's matrix is cut into
     metadata: dict[str, Any] = field(repr=False, compare=False, default_factory=dict)
 
     @property
@@ -125,6 +104,7 @@ def read_gguf_info(path: Path) -> GgufInfo:
     head = facts.integer("embedding_length") // max(n_head, default=1) if any(n_head) else 0
     n_expert = facts.integer("expert_count")
     template = metadata.get("tokenizer.chat_template")
+    experts = read_experts(path, metadata, tensors, n_layer, n_expert)
     return GgufInfo(
         path=path,
         files=tuple(header.path for header in headers),
@@ -144,9 +124,11 @@ def read_gguf_info(path: Path) -> GgufInfo:
         n_expert=n_expert,
         n_expert_used=facts.integer("expert_used_count") if n_expert else 0,
         n_ff_expert=facts.integer("expert_feed_forward_length", n_ff),
-        expert_layers=_expert_layers(path, tensors, n_layer),
-        tensor_bytes=sum(tensor.n_bytes for tensor in tensors),
+        expert_layers=experts.layers,
+        tensor_bytes=sum(t.n_bytes for t in tensors if not t.name.startswith(OWN_PREFIX)),
         chat_template=template if isinstance(template, str) and template else None,
+        layout=experts.layout,
+        segments=experts.n_segments,
         metadata=metadata,
     )
 
@@ -200,24 +182,6 @@ def other_parts(first: GgufHeader) -> Iterable[Path]:
         if not part.is_file():
             raise ModelNotFoundError(f"part {number} of {count} of {first.path} is missing: {part}")
         yield part
-
-
-def _expert_layers(path: Path, tensors: Iterable[TensorInfo], n_layer: int) -> tuple[ExpertLayer, ...]:
-    layers: dict[int, dict[str, list[int]]] = {}
-    for tensor in tensors:
-        match = _EXPERT.fullmatch(tensor.name)
-        if match is not None:
-            n_expert = tensor.shape[-1] if match[3] == "_exps" else 1
-            sizes = layers.setdefault(int(match[1]), {}).setdefault(match[2], [])
-            sizes += [tensor.n_bytes // n_expert] * min(n_expert, MAX_EXPERTS)
-    if layers and max(layers) >= n_layer:
-        raise ModelFormatError(
-            f"{path} cannot be used: it has experts in layer {max(layers)} but says it has {n_layer} layers"
-        )
-    return tuple(
-        ExpertLayer(max(map(len, matrices.values())), tuple(max(sizes) for sizes in matrices.values()))
-        for _, matrices in sorted(layers.items())
-    )
 
 
 def _quantization(metadata: dict[str, Any], tensors: Iterable[TensorInfo]) -> str:

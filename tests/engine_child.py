@@ -78,6 +78,7 @@ def bind() -> ctypes.CDLL | None:
         "mobile_load_default_params": (LoadParams, []),
         "mobile_load_set_params": (int32, [ctypes.POINTER(LoadParams)]),
         "mobile_model_get_info": (int32, [void_p, ctypes.POINTER(ModelInfo)]),
+        "mobile_model_get_n_segments": (int32, [void_p]),
         "mobile_model_get_residency": (int32, [void_p, ctypes.POINTER(ctypes.c_uint8), ctypes.c_size_t]),
         "mobile_set_n_expert_used": (int32, [void_p, int32]),
         "mobile_set_batch_n_expert_used": (int32, [void_p, int32_p, int32]),
@@ -293,6 +294,20 @@ class Run:
     def op_reset_counters(self, op: dict[str, Any]) -> dict[str, Any]:
         assert mobile is not None
         return {"status": mobile.mobile_reset_counters(self.ctx)}
+
+    def op_n_segments(self, op: dict[str, Any]) -> dict[str, Any]:
+        assert mobile is not None
+        return {"status": mobile.mobile_model_get_n_segments(self.model)}
+
+    def op_quantize(self, op: dict[str, Any]) -> dict[str, Any]:
+        """Quantises the run's file with libllama."""
+        params = lib.llama_model_quantize_default_params()
+        params.ftype, params.nthread = op["ftype"], 2
+        code = lib.llama_model_quantize(
+            self.spec["model"].encode(), op["out"].encode(), ctypes.pointer(params)
+        )
+        error = mobile.mobile_last_error().decode() if mobile is not None else ""
+        return {"rc": code, "error": error}
 
     def op_residency(self, op: dict[str, Any]) -> dict[str, Any]:
         """Saves enum mobile_residency, uint8 [n_layer, n_expert]."""

@@ -16,14 +16,13 @@ from mobile_gguf.observe import INPUTS, NEURONS, ROUTES, Observation, ObservedRo
 from mobile_gguf.options import LoadOptions
 from mobile_gguf.sizes import MIB, Size, parse_size
 
+from ..experts import read_experts
 from ..gguf_file import GgufSource, Progress, ignore
-from .importance import expert_layers, neuron_importance
+from .importance import neuron_importance
 from .statistics import Floats, Ids, RouteCounts, Statistics
 
 if TYPE_CHECKING:
     from mobile_gguf.mobile_llama import MobileLlama
-
-SEGMENTS_KEY = "mobile.segments"
 
 # Every token of a batch has logits, or the last layer would not compute it.
 _LOGITS_BYTES = 128 * MIB
@@ -59,7 +58,8 @@ def collect(
     what = ROUTES | (NEURONS if neurons else 0) | (INPUTS if inputs else 0)
     share = 1 - _NORMS_SHARE if neurons else 1.0
     with GgufSource.open(model_path) as source:
-        counts = RouteCounts(expert_layers(source), info.n_expert, info.n_expert_used)
+        layers = tuple(layer for layer, _ in read_experts(source).layers())
+        counts = RouteCounts(layers, info.n_expert, info.n_expert_used)
         llama = _open(info, max(map(len, texts)), ram_budget, threads)
         try:
             with Observation(engine, llama.ctx, what) as observation:
@@ -75,7 +75,7 @@ def collect(
         importance = {}
         if neurons:
             importance = neuron_importance(
-                source, observed, info.n_expert, lambda text, done: progress(text, share + (1 - share) * done)
+                source, observed, lambda text, done: progress(text, share + (1 - share) * done)
             )
     return counts.statistics(importance=importance, inputs=observed if inputs else {})
 
@@ -107,18 +107,17 @@ def _run(
     progress: Progress,
     share: float,
 ) -> None:
-    n_segments = _segments(info)
     n_all, n_done = sum(map(len, texts)), 0
     batch = _batch_size(info)
     for text in texts:
         _forget(llama)
         for start in range(0, len(text), batch):
-            progress(f"running the text: token {n_done} of {n_all}", share * n_done / n_all)
+            progress("counting experts", share * n_done / n_all)
             tokens = text[start : start + batch]
             _decode(llama, tokens, start)
-            counts.add(*_rows(observation.take_routes(), counts, len(tokens), n_segments))
+            counts.add(*_rows(observation.take_routes(), counts, len(tokens)))
             n_done += len(tokens)
-    progress(f"running the text: token {n_done} of {n_all}", share)
+    progress("counting experts", share)
 
 
 def _forget(llama: MobileLlama) -> None:
@@ -148,14 +147,7 @@ def _decode(llama: MobileLlama, tokens: list[int], position: int) -> None:
         raise EngineError(reason or f"decoding failed with llama.cpp's code {code}")
 
 
-def _segments(info: GgufInfo) -> int:
-    segments = info.metadata.get(SEGMENTS_KEY, 1)
-    return segments if isinstance(segments, int) and segments > 1 else 1
-
-
-def _rows(
-    routes: list[ObservedRoute], counts: RouteCounts, n_tokens: int, n_segments: int
-) -> tuple[Ids, Floats]:
+def _rows(routes: list[ObservedRoute], counts: RouteCounts, n_tokens: int) -> tuple[Ids, Floats]:
     """Routed ids and weights [n_layer_moe, n_tokens, k] of one decode, micro-batch after micro-batch."""
     ids = np.full((len(counts.layers), n_tokens, counts.n_expert_used), -1, np.int32)
     weights = np.zeros(ids.shape, np.float32)
@@ -164,25 +156,13 @@ def _rows(
     for route in routes:
         if route.layer not in row_of:
             raise EngineError(f"layer {route.layer} routed, but the file has no experts for it")
-        route_ids, route_weights = whole_experts(route.ids, route.weights, n_segments)
-        start, k = done[route.layer], route_ids.shape[1]
-        stop = done[route.layer] = start + len(route_ids)
+        start, k = done[route.layer], route.ids.shape[1]
+        stop = done[route.layer] = start + len(route.ids)
         if stop > n_tokens or k > counts.n_expert_used:
             raise EngineError(f"layer {route.layer} routed {stop} tokens of {n_tokens} to {k} experts each")
-        ids[row_of[route.layer], start:stop, :k] = route_ids
-        weights[row_of[route.layer], start:stop, :k] = route_weights
+        ids[row_of[route.layer], start:stop, :k] = route.ids
+        weights[row_of[route.layer], start:stop, :k] = route.weights
     for layer, n in done.items():
         if n not in (0, n_tokens):
             raise EngineError(f"layer {layer} routed {n} of {n_tokens} tokens")
     return ids, weights
-
-
-def whole_experts(ids: Ids, weights: Floats, n_segments: int) -> tuple[Ids, Floats]:
-    """Ids of experts where the engine routes to their segments: expert e is segments e*S to e*S + S - 1."""
-    if n_segments == 1:
-        return ids, weights
-    first = ids % n_segments == 0
-    if not (first.sum(-1) * n_segments == ids.shape[1]).all():
-        raise EngineError("a token was not routed to whole experts")
-    shape = (len(ids), ids.shape[1] // n_segments)
-    return ids[first].reshape(shape) // n_segments, weights[first].reshape(shape)

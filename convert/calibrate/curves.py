@@ -110,8 +110,7 @@ class _Run:
         self.settings = settings
         self.head = head
         self.sequences = list(range(len(settings)))
-        n_segments = info.metadata.get("mobile.segments", 1)
-        self.layer_bytes = [layer.file_bytes / layer.n_expert / n_segments for layer in info.expert_layers]
+        self.layer_bytes = [layer.file_bytes / layer.n_expert for layer in info.expert_layers]
         self.states: Floats | None = None
 
     def prompt(self, token: int, position: int) -> None:

@@ -12,12 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 from mobile_gguf.errors import ModelFormatError, UsageError
-from mobile_gguf.gguf_info import MAX_EXPERTS, GgufInfo, read_gguf_info
+from mobile_gguf.gguf_info import GgufInfo, read_gguf_info
 
+from ..experts import read_experts
 from ..gguf_file import GgufSource, Progress, ignore, update_gguf
 from .buddies import NO_EXPERT, Ranked
-from .importance import expert_layers
-from .statistics import Floats, Statistics
+from .statistics import MAX_NEXT, Floats, Statistics
 
 N_TOKENS = "mobile.statistics.n_tokens"
 HOTNESS = "mobile.hotness"
@@ -58,7 +58,7 @@ def write_statistics(
     raises.
     """
     with GgufSource.open(path) as source:
-        layers = expert_layers(source)
+        layers = _layers(source)
     n_expert = read_gguf_info(path).n_expert
     if statistics.layers != layers or statistics.n_expert != n_expert:
         raise UsageError(f"these statistics are not of {path}: its experts are others")
@@ -85,11 +85,15 @@ def read_statistics(path: Path, *, importance: bool = True) -> Statistics | None
         return _Reader(info, source).read(importance)
 
 
+def _layers(source: GgufSource) -> tuple[int, ...]:
+    return tuple(layer for layer, _ in read_experts(source).layers())
+
+
 class _Reader:
     def __init__(self, info: GgufInfo, source: GgufSource) -> None:
         self.info = info
         self.source = source
-        self.layers = expert_layers(source)
+        self.layers = _layers(source)
 
     def read(self, importance: bool) -> Statistics:
         n_layer, n_expert = len(self.layers), self.info.n_expert
@@ -122,10 +126,11 @@ class _Reader:
     def ranked(self, name: str, n_layer: int) -> Ranked:
         n_expert = self.info.n_expert
         if n_layer < 1:
-            return Ranked(np.zeros((0, n_expert, 0), np.int32), np.zeros((0, n_expert, 0), np.float32))
+            shape = (0, n_expert, min(n_expert, MAX_NEXT))
+            return Ranked(np.zeros(shape, np.int32), np.zeros(shape, np.float32))
         tensor = self.source.tensor(f"{name}.expert")
         n_rank = tensor.shape[0] if tensor is not None else 0
-        if not 1 <= n_rank <= min(n_expert, MAX_EXPERTS):
+        if not 1 <= n_rank <= n_expert:
             self.fail(f"tensor {name}.expert is missing or has the wrong shape")
         shape = (n_layer, n_expert, n_rank)
         expert = self.array(f"{name}.expert", np.dtype(np.int32), shape)

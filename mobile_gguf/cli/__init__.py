@@ -18,7 +18,7 @@ from typing import NoReturn, TextIO
 from ..errors import MobileError
 
 PROGRAM = "mobile-gguf"
-VERBS = ("run", "chat", "show", "list", "calibrate", "bench", "engine")
+VERBS = ("run", "chat", "show", "list", "convert", "calibrate", "bench", "engine")
 EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 _EXAMPLES = """examples:
@@ -26,6 +26,7 @@ _EXAMPLES = """examples:
   mobile-gguf run model.gguf --ram-budget 40% --mode big-little --json "..."
   mobile-gguf chat model.gguf --ram-budget 6G
   mobile-gguf show demo
+  mobile-gguf convert model.gguf
 """
 
 

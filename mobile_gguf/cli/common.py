@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
 from collections.abc import Generator
 from dataclasses import replace
@@ -74,24 +75,31 @@ def narrate(text: str) -> None:
 
 
 class Progress:
-    """A callback that shows a phase and its share done: one line on a terminal, a line a phase elsewhere."""
+    """A callback that shows a phase and its share done: one line that is rewritten on a terminal.
+
+    Elsewhere a line for each phase, and for a phase with details (after a colon) one for each tenth of it.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._terminal = stream.isatty()
-        self._phase = ""
+        self._written = ("", 0)
         self._width = 0
 
     def __call__(self, phase: str, done: float) -> None:
-        self.show(f"{phase} {min(max(done, 0.0), 1.0):4.0%}")
-        if not self._terminal and phase != self._phase:
+        done = min(max(done, 0.0), 1.0)
+        self.show(f"{phase} {done:4.0%}")
+        name, colon, _ = phase.partition(": ")
+        step = (name, int(done * 10) if colon else 0)
+        if not self._terminal and step != self._written:
             self._stream.write(phase + "\n")
             self._stream.flush()
-        self._phase = phase
+        self._written = step
 
     def show(self, line: str) -> None:
         """Rewrite the line; nothing without a terminal."""
         if self._terminal:
+            line = line[: shutil.get_terminal_size().columns - 1]
             self._stream.write("\r" + line.ljust(self._width))
             self._stream.flush()
             self._width = len(line)

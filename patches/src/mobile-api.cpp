@@ -66,7 +66,7 @@ int32_t mobile_model_get_info(const struct llama_model * model, struct mobile_mo
     info->budget_all_bytes = store->budget_all_bytes;
     info->n_layer          = (int32_t) model->hparams.n_layer();
     info->n_layer_moe      = (int32_t) store->layers.size();
-    info->n_expert         = store->n_expert_max;
+    info->n_expert         = store->n_expert_max/store->n_segments;
     info->n_expert_used    = (int32_t) model->hparams.n_expert_used();
     info->direct_io        = store->direct_io();
     info->eviction         = store->params.eviction;
@@ -79,18 +79,26 @@ int32_t mobile_model_get_residency(const struct llama_model * model, uint8_t * s
         return mobile_fail(MOBILE_ERR_STATE, NO_STORE);
     }
     const size_t n_layer  = model->hparams.n_layer();
-    const size_t n_expert = store->n_expert_max;
+    const size_t n_expert = store->n_expert_max/store->n_segments;
     if (n_state != n_layer*n_expert) {
         return mobile_fail(MOBILE_ERR_ARGUMENT, "state must have n_layer * n_expert entries");
     }
     memset(state, MOBILE_NOT_RESIDENT, n_state);
     for (size_t i = 0; i < store->layers.size(); ++i) {
         const mobile_layer & l = store->layers[i];
-        for (int32_t e = 0; (size_t) l.il < n_layer && e < l.n_expert; ++e) {
-            state[l.il*n_expert + e] = store->residency((int32_t) i, e);
+        for (int32_t e = 0; (size_t) l.il < n_layer && e < l.n_expert/store->n_segments; ++e) {
+            state[l.il*n_expert + e] = store->residency_of_model((int32_t) i, e);
         }
     }
     return MOBILE_OK;
+}
+
+int32_t mobile_model_get_n_segments(const struct llama_model * model) {
+    const std::shared_ptr<mobile_store> store = model ? mobile_store_of(*model) : nullptr;
+    if (!store) {
+        return mobile_fail(MOBILE_ERR_STATE, NO_STORE);
+    }
+    return store->n_segments;
 }
 
 int32_t mobile_set_n_expert_used(struct llama_context * ctx, int32_t k) {
@@ -132,8 +140,14 @@ int32_t mobile_prefetch_masked(struct llama_context * ctx) {
     for (const auto & route : m->routes) {
         const size_t il = route.il;
         if (!route.masked.empty() && il < m->store->layer_of_il.size() && m->store->layer_of_il[il] >= 0) {
+            std::vector<int32_t> ids;
+            for (int32_t id : route.masked) {
+                for (int32_t s = 0; s < m->store->n_segments; ++s) {
+                    ids.push_back(id*m->store->n_segments + s);
+                }
+            }
             // ctx->time is one past the last pass's token
-            n += m->store->prefetch(m->store->layer_of_il[il], route.masked.data(), route.masked.size(), m->time - 1.0);
+            n += m->store->prefetch(m->store->layer_of_il[il], ids.data(), ids.size(), m->time - 1.0);
         }
     }
     return n;
@@ -226,10 +240,11 @@ int32_t mobile_set_replay(struct llama_context * ctx, const int32_t * ids, int32
             std::to_string(m->n_expert_used) + "] ids for this model");
     }
     const size_t n = (size_t) n_steps*n_layer*k;
+    const int32_t n_expert = m->store->n_expert_max/m->store->n_segments;
     for (size_t i = 0; i < n; ++i) {
-        if (ids[i] < 0 || ids[i] >= m->store->n_expert_max) {
+        if (ids[i] < 0 || ids[i] >= n_expert) {
             return mobile_fail(MOBILE_ERR_ARGUMENT, "expert " + std::to_string(ids[i]) + " in the replay: this model has " +
-                std::to_string(m->store->n_expert_max));
+                std::to_string(n_expert));
         }
     }
     m->replay.assign(ids, ids + n);

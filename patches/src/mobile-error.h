@@ -8,3 +8,6 @@
 
 // sets this thread's text and returns status
 enum mobile_status mobile_fail(enum mobile_status status, const std::string & text);
+
+// the same, for code that llama.cpp's loader calls: throws std::runtime_error with the text
+[[noreturn]] void mobile_throw(enum mobile_status status, const std::string & text);

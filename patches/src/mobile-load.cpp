@@ -2,6 +2,7 @@
 
 #include "ggml-expert.h"
 #include "mobile-error.h"
+#include "mobile-layout.h"
 
 #include "llama-model-loader.h"
 #include "llama-model.h"
@@ -14,7 +15,6 @@
 #include <deque>
 #include <memory>
 #include <regex>
-#include <stdexcept>
 #include <vector>
 
 // merged gate_up, gate, up and down of the routed experts; not biases, scales or shared experts
@@ -177,11 +177,11 @@ static void settle_expert(const ggml_tensor * w) {
 
 const llama_model_tensor_buft_override * mobile_load_begin(const llama_model_tensor_buft_override * overrides) {
     g_loading.mark = false;
+    mobile_fail(MOBILE_OK, "");
     if (!g_loading.pending) {
         return overrides;
     }
     g_loading.pending = false;
-    mobile_fail(MOBILE_OK, "");
     if (g_loading.params.budget_bytes == 0) {
         g_loading.mark = true;
         return overrides;
@@ -224,9 +224,26 @@ static std::vector<ggml_tensor *> sorted_by_use(std::vector<ggml_tensor *> tenso
     return tensors;
 }
 
-[[noreturn]] static void load_failed(enum mobile_status status, const std::string & text) {
-    mobile_fail(status, text);
-    throw std::runtime_error(text);
+bool mobile_load_has_store(const llama_model_loader & ml) {
+    for (const auto * o = ml.tensor_buft_overrides; o && o->pattern; ++o) {
+        if (o->buft == mobile_buffer_type()) {
+            return true;
+        }
+    }
+    return false;
+}
+
+// where a tensor's experts lie; file: index into the loader's files
+static std::vector<mobile_range> ranges_of(const llama_model_loader & ml, const ggml_tensor * t) {
+    if (const mobile_parts * parts = mobile_layout_find(ml, t->name)) {
+        return parts->ranges;
+    }
+    const auto & weight = ml.require_weight(t->name);
+    std::vector<mobile_range> ranges(t->ne[2]);
+    for (int64_t e = 0; e < t->ne[2]; ++e) {
+        ranges[e] = { weight.idx, weight.offs + e*t->nb[2], t->nb[2] };
+    }
+    return ranges;
 }
 
 bool mobile_load_tensors(llama_model_loader & ml, ggml_context * ctx, llama_progress_callback progress, void * progress_data) {
@@ -244,30 +261,35 @@ bool mobile_load_tensors(llama_model_loader & ml, ggml_context * ctx, llama_prog
         return false;
     }
     if (ml.use_mmap) {
-        load_failed(MOBILE_ERR_ARGUMENT, "an expert budget needs a load without mmap (use_mmap = false)");
+        mobile_throw(MOBILE_ERR_ARGUMENT, "an expert budget needs a load without mmap (use_mmap = false)");
     }
     tensors = sorted_by_use(std::move(tensors));
 
     auto * buffer = (mobile_buffer_context *) tensors[0]->buffer->context;
     mobile_store & store = *buffer->store;
 
+    store.n_segments = ml.mobile ? ml.mobile->n_segments : 1;
+
     std::string err;
     std::vector<int> file_of(ml.files.size(), -1);
     for (ggml_tensor * t : tensors) {
-        const auto & weight = ml.require_weight(t->name);
-        int & file = file_of.at(weight.idx);
-        if (file < 0) {
-            file = store.add_file(ml.files[weight.idx]->file_id(), err);
-            if (file < 0) {
-                load_failed(MOBILE_ERR_IO, err);
-            }
+        if (store.n_segments > 1 && !mobile_layout_find(ml, t->name)) {
+            mobile_throw(MOBILE_ERR_ARGUMENT, std::string(t->name) + ": some experts are in segments and these are not");
         }
-        std::vector<mobile_range> ranges(t->ne[2]);
-        for (int64_t e = 0; e < t->ne[2]; ++e) {
-            ranges[e] = { (uint16_t) file, weight.offs + e*t->nb[2], t->nb[2] };
+        mobile_layout_split(ml, t);
+        std::vector<mobile_range> ranges = ranges_of(ml, t);
+        for (mobile_range & range : ranges) {
+            int & file = file_of.at(range.file);
+            if (file < 0) {
+                file = store.add_file(ml.files[range.file]->file_id(), err);
+                if (file < 0) {
+                    mobile_throw(MOBILE_ERR_IO, err);
+                }
+            }
+            range.file = (uint16_t) file;
         }
         if (!store.add_piece(layer_number(t->name), t->name, std::move(ranges), err)) {
-            load_failed(MOBILE_ERR_IO, err);
+            mobile_throw(MOBILE_ERR_IO, err);
         }
         const int32_t layer = store.layer_of_il[layer_number(t->name)];
         buffer->tensors.push_back({ &store, layer, store.layers[layer].n_pieces - 1 });
@@ -280,7 +302,7 @@ bool mobile_load_tensors(llama_model_loader & ml, ggml_context * ctx, llama_prog
     const float part = (float) store.expert_bytes/(float) ml.size_data;
     const int32_t status = store.start([&](float f) { return !progress || progress(done + f*part, progress_data); }, err);
     if (status != MOBILE_OK) {
-        load_failed((enum mobile_status) status, err);
+        mobile_throw((enum mobile_status) status, err);
     }
     if (!store.all_resident) {
         ggml_expert_set_barrier_polls(64);

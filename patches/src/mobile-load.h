@@ -28,6 +28,9 @@ const llama_model_tensor_buft_override * mobile_load_begin(const llama_model_ten
 // std::runtime_error with the reason if they cannot be
 bool mobile_load_tensors(llama_model_loader & ml, ggml_context * ctx, llama_progress_callback progress, void * progress_data);
 
+// whether this load puts experts into a store
+bool mobile_load_has_store(const llama_model_loader & ml);
+
 // the model's store, which lives as long as the model; for experts in ordinary buffers a new one, which only
 // counts. NULL if the model is dense or was loaded without parameters
 std::shared_ptr<mobile_store> mobile_store_of(const llama_model & model);

@@ -40,8 +40,9 @@ static int32_t layer_of(const std::string & name) {
 
 // the router weights of a layer, whatever has been done to them; the last one before the experts counts
 static bool is_router_weights(const ggml_tensor * t) {
+    // the route op's result is a view of its own type behind the ids
     static const char * names[] = {
-        "ffn_moe_weights-", "ffn_moe_weights_softmax-", "ffn_moe_weights_norm-", "ffn_moe_weights_scaled-", "ffn_moe_routed_weights-",
+        "ffn_moe_weights-", "ffn_moe_weights_softmax-", "ffn_moe_weights_norm-", "ffn_moe_weights_scaled-", "ffn_moe_routed-",
     };
     for (const char * name : names) {
         if (strncmp(t->name, name, strlen(name)) == 0) {
@@ -186,18 +187,24 @@ void mobile_observer::keep_weights(const ggml_tensor * t) {
 void mobile_observer::add_route(const ggml_tensor * t) {
     const ggml_tensor * ids = t->src[2];
 
+    // experts in segments have one weight and S ids each, e*S + s, those of the first segments before the others
+    const int64_t n_tokens   = ids->ne[1];
+    const int64_t n_used     = (int64_t) weights.size()/n_tokens;
+    const int64_t n_segments = n_used > 0 ? ids->ne[0]/n_used : 0;
+
     mobile_route_record record;
     record.il       = layer_of(weight_name(t->src[0]));
-    record.n_used   = (int32_t) ids->ne[0];
-    record.n_tokens = (int32_t) ids->ne[1];
-    const char * data = on_host(ids, host_ids);
-    for (int64_t token = 0; token < ids->ne[1]; ++token) {
-        for (int64_t rank = 0; rank < ids->ne[0]; ++rank) {
-            record.ids.push_back(*(const int32_t *) (data + rank*ids->nb[0] + token*ids->nb[1]));
-        }
-    }
-    if (weights.size() != record.ids.size()) {
+    record.n_used   = (int32_t) n_used;
+    record.n_tokens = (int32_t) n_tokens;
+    if (n_segments < 1 || n_segments*(int64_t) weights.size() != ids->ne[0]*n_tokens) {
         throw std::runtime_error("layer " + std::to_string(record.il) + " computes its router weights in a way that is not known here");
+    }
+    const char * data = on_host(ids, host_ids);
+    for (int64_t token = 0; token < n_tokens; ++token) {
+        for (int64_t rank = 0; rank < n_used; ++rank) {
+            const int32_t id = *(const int32_t *) (data + rank*ids->nb[0] + token*ids->nb[1]);
+            record.ids.push_back(id < 0 ? -1 : id/(int32_t) n_segments);
+        }
     }
     record.weights = std::move(weights);
     weights.clear();

@@ -31,7 +31,7 @@ struct mobile_route_record {
     int32_t il       = -1;
     int32_t n_used   = 0;
     int32_t n_tokens = 0;
-    std::vector<int32_t> ids;      // [n_tokens][n_used] as they were computed; -1: skipped
+    std::vector<int32_t> ids;      // [n_tokens][n_used] whole experts that were computed with; -1: skipped
     std::vector<float>   weights;  // [n_tokens][n_used]
 };
 

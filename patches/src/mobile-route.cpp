@@ -15,17 +15,25 @@
 // others' experts go first
 static constexpr int64_t LASTING_TOKENS = 8;
 
-// custom ops know their tensors by position
+// the op's tensors by position. its result holds for each token ids [K, S] and, behind them, weights [K].
+// segment by segment, since mul_mat_id takes input row i % K for id i where there is one row per expert
 static const ggml_tensor * src_ids    (const ggml_tensor * dst) { return dst->src[0]; }
 static const ggml_tensor * src_weights(const ggml_tensor * dst) { return dst->src[1]; }
 
-static int32_t & id_at(const ggml_tensor * t, int64_t rank, int64_t token) {
-    return *(int32_t *) ((char *) t->data + rank*t->nb[0] + token*t->nb[1]);
+static int64_t n_used_of    (const ggml_tensor * dst) { return src_ids(dst)->ne[0]; }
+static int64_t n_segments_of(const ggml_tensor * dst) { return dst->ne[0]/n_used_of(dst) - 1; }
+
+static int32_t id_at(const ggml_tensor * t, int64_t rank, int64_t token) {
+    return *(const int32_t *) ((const char *) t->data + rank*t->nb[0] + token*t->nb[1]);
 }
 
-static float & weight_at(const ggml_tensor * t, int64_t rank, int64_t token) {
-    return *(float *) ((char *) t->data + rank*t->nb[1] + token*t->nb[2]);
+static float weight_at(const ggml_tensor * t, int64_t rank, int64_t token) {
+    return *(const float *) ((const char *) t->data + rank*t->nb[1] + token*t->nb[2]);
 }
+
+// of one token; until expand_segments() the first K are the model's ids
+static int32_t * routed_ids    (const ggml_tensor * dst, int64_t token) { return (int32_t *) dst->data + token*dst->ne[0]; }
+static float   * routed_weights(const ggml_tensor * dst, int64_t token) { return (float *) dst->data + (token + 1)*dst->ne[0] - n_used_of(dst); }
 
 // which token of the ubatch a layer's column is: the last layer computes only tokens with an output
 static int32_t token_of(mobile_context & ctx, int64_t column, int64_t n_columns) {
@@ -44,12 +52,11 @@ static int32_t token_of(mobile_context & ctx, int64_t column, int64_t n_columns)
 //
 
 // marks all but the k heaviest of a token's ids as skipped
-static void mask_token(const mobile_route & route, ggml_tensor * dst, const ggml_tensor * weights, int64_t token, int32_t k) {
-    const int64_t n_used = dst->ne[0];
+static void mask_token(const mobile_route & route, const ggml_tensor * dst, int64_t token, int32_t k) {
+    const int64_t n_used = n_used_of(dst);
+    int32_t * ids = routed_ids(dst, token);
     if (route.ranked) {
-        for (int64_t rank = k; rank < n_used; ++rank) {
-            id_at(dst, rank, token) = -1;
-        }
+        std::fill(ids + k, ids + n_used, -1);
         return;
     }
     std::vector<int64_t> order(n_used);
@@ -57,153 +64,141 @@ static void mask_token(const mobile_route & route, ggml_tensor * dst, const ggml
         order[i] = i;
     }
     std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
-        return weight_at(weights, a, token) > weight_at(weights, b, token);
+        return weight_at(src_weights(dst), a, token) > weight_at(src_weights(dst), b, token);
     });
     for (int64_t i = k; i < n_used; ++i) {
-        id_at(dst, order[i], token) = -1;
+        ids[order[i]] = -1;
     }
 }
 
 // what the layer needs of the store: distinct experts, ascending, so that reads run forward in the file
-static std::vector<mobile_need> collect_needs(const mobile_context & ctx, const ggml_tensor * ids, int32_t n_expert) {
-    const int64_t n_tokens = ids->ne[1];
+static void collect_needs(mobile_context & ctx, const ggml_tensor * dst, int32_t n_expert) {
+    const int64_t n_ids    = n_used_of(dst)*n_segments_of(dst);
+    const int64_t n_tokens = dst->ne[1];
 
-    std::vector<uint32_t> n_of  (n_expert, 0);
-    std::vector<int64_t>  last_of(n_expert, 0);
+    ctx.need_of.assign(n_expert, {});
     for (int64_t t = 0; t < n_tokens; ++t) {
-        for (int64_t rank = 0; rank < ids->ne[0]; ++rank) {
-            const int32_t id = id_at(ids, rank, t);
-            if (id >= 0 && id < n_expert) {
-                n_of[id]++;
-                last_of[id] = t;
+        const int32_t * ids = routed_ids(dst, t);
+        for (int64_t i = 0; i < n_ids; ++i) {
+            if (ids[i] >= 0 && ids[i] < n_expert) {
+                mobile_need & need = ctx.need_of[ids[i]];
+                need.expert  = ids[i];
+                need.time    = ctx.time + (double) t;
+                need.lasting = t >= n_tokens - LASTING_TOKENS;
+                need.n_tokens++;
             }
         }
     }
-    std::vector<mobile_need> needs;
-    for (int32_t e = 0; e < n_expert; ++e) {
-        if (n_of[e] > 0) {
-            mobile_need need;
-            need.expert   = e;
-            need.n_tokens = n_of[e];
-            need.time     = ctx.time + (double) last_of[e];
-            need.lasting  = last_of[e] >= n_tokens - LASTING_TOKENS;
-            needs.push_back(need);
+    ctx.needs.clear();
+    for (const mobile_need & need : ctx.need_of) {
+        if (need.n_tokens > 0) {
+            ctx.needs.push_back(need);
         }
     }
-    return needs;
 }
 
-static void route_ids(ggml_tensor * dst, int ith, int nth, void * userdata) {
+static void route_ids(const mobile_context & ctx, mobile_route & route, const ggml_tensor * dst, int64_t t, int32_t token) {
+    const int64_t n_used = n_used_of(dst);
+    int32_t * ids = routed_ids(dst, t);
+
+    if (ctx.replay.empty() || route.il >= ctx.n_layer) {
+        for (int64_t rank = 0; rank < n_used; ++rank) {
+            ids[rank] = id_at(src_ids(dst), rank, t);
+        }
+    } else {
+        const int64_t step = ctx.pos[token] % ctx.replay_steps;
+        memcpy(ids, &ctx.replay[(step*ctx.n_layer + route.il)*ctx.replay_k], n_used*sizeof(int32_t));
+    }
+    const int32_t k = ctx.k_token[token];
+    if (k > 0 && k < n_used) {
+        if (dst->ne[1] == 1 && route.ranked) {
+            route.masked.assign(ids + k, ids + n_used);
+        }
+        mask_token(route, dst, t, k);
+    }
+}
+
+static void route_weights(const mobile_route & route, const ggml_tensor * dst, int64_t t) {
+    const int64_t n_used = n_used_of(dst);
+    const int32_t * ids  = routed_ids(dst, t);
+    float * weights      = routed_weights(dst, t);
+
+    float sum_all  = 0.0f;
+    float sum_kept = 0.0f;
+    for (int64_t rank = 0; rank < n_used; ++rank) {
+        const float w = weight_at(src_weights(dst), rank, t);
+        weights[rank] = ids[rank] >= 0 ? w : 0.0f;
+        sum_all  += w;
+        sum_kept += weights[rank];
+    }
+    // the kept experts take over the sum that the model gives its top-k
+    if (route.renormalise && sum_kept != sum_all && sum_kept != 0.0f) {
+        for (int64_t rank = 0; rank < n_used; ++rank) {
+            weights[rank] *= sum_all/sum_kept;
+        }
+    }
+}
+
+static void trace_layer(mobile_context & ctx, const mobile_route & route, int32_t layer, const ggml_tensor * dst) {
+    const int64_t n_used = n_used_of(dst);
+    const int phase = ctx.k_token.size() > 1 ? 0 : 1;
+
+    for (int64_t t = 0; t < dst->ne[1]; ++t) {
+        const long long step = (long long) ctx.trace_step + token_of(ctx, t, dst->ne[1]);
+        for (int64_t rank = 0; rank < n_used; ++rank) {
+            const int32_t id = routed_ids(dst, t)[rank];
+            if (id >= 0) {
+                const uint64_t bytes = layer < 0 ? 0 : ctx.store->missing_of_model(layer, id);
+                fprintf(ctx.trace, "%d,%d,%lld,%d,%d,%d,%g,%d,%llu\n", ctx.trace_turn, phase, step, route.il, (int) rank, id,
+                    routed_weights(dst, t)[rank], layer >= 0 && bytes == 0 ? 1 : 0, (unsigned long long) bytes);
+            }
+        }
+    }
+}
+
+// the model's expert e is the store's experts e*S + s; its weight is that of each
+static void expand_segments(const ggml_tensor * dst, int64_t t) {
+    const int64_t n_used     = n_used_of(dst);
+    const int64_t n_segments = n_segments_of(dst);
+    int32_t * ids = routed_ids(dst, t);
+    for (int64_t i = n_used*n_segments - 1; i >= 0 && n_segments > 1; --i) {
+        const int32_t id = ids[i % n_used];
+        ids[i] = id < 0 ? -1 : (int32_t) (id*n_segments + i/n_used);
+    }
+}
+
+static void route(ggml_tensor * dst, int ith, int nth, void * userdata) {
     GGML_UNUSED(nth);
     if (ith != 0) {
         return;
     }
     mobile_route   & route = *(mobile_route *) userdata;
     mobile_context & ctx   = *route.ctx;
-    const ggml_tensor * ids = src_ids(dst);
+    mobile_store   & store = *ctx.store;
 
-    const int64_t n_used   = dst->ne[0];
     const int64_t n_tokens = dst->ne[1];
+    const int32_t layer    = route.il < (int32_t) store.layer_of_il.size() ? store.layer_of_il[route.il] : -1;
 
     route.masked.clear();
     for (int64_t t = 0; t < n_tokens; ++t) {
-        const int32_t token = token_of(ctx, t, n_tokens);
-        if (ctx.replay.empty() || route.il >= ctx.n_layer) {
-            for (int64_t rank = 0; rank < n_used; ++rank) {
-                id_at(dst, rank, t) = id_at(ids, rank, t);
-            }
-        } else {
-            const int64_t step = ctx.pos[token] % ctx.replay_steps;
-            memcpy(&id_at(dst, 0, t), &ctx.replay[(step*ctx.n_layer + route.il)*ctx.replay_k], n_used*sizeof(int32_t));
-        }
-        const int32_t k = ctx.k_token[token];
-        if (k > 0 && k < n_used) {
-            if (n_tokens == 1 && route.ranked) {
-                for (int64_t rank = k; rank < n_used; ++rank) {
-                    route.masked.push_back(id_at(dst, rank, t));
-                }
-            }
-            mask_token(route, dst, src_weights(dst), t, k);
-        }
+        route_ids(ctx, route, dst, t, token_of(ctx, t, n_tokens));
+        route_weights(route, dst, t);
     }
-
-    mobile_store & store = *ctx.store;
-    const int32_t layer = route.il < (int32_t) store.layer_of_il.size() ? store.layer_of_il[route.il] : -1;
+    if (ctx.trace) {
+        trace_layer(ctx, route, layer, dst); // before the request changes what is resident
+    }
+    for (int64_t t = 0; t < n_tokens; ++t) {
+        expand_segments(dst, t);
+    }
     if (layer < 0) {
         return;
     }
-    if (ctx.trace) {
-        ctx.trace_resident.resize(n_used*n_tokens);
-        for (int64_t i = 0; i < n_used*n_tokens; ++i) {
-            const int32_t id = id_at(dst, i % n_used, i/n_used);
-            ctx.trace_resident[i] = id >= 0 && store.residency(layer, id) != MOBILE_NOT_RESIDENT;
-        }
-    }
-    const std::vector<mobile_need> needs = collect_needs(ctx, dst, store.layers[layer].n_expert);
-    store.request(layer, needs);
+    collect_needs(ctx, dst, store.layers[layer].n_expert);
+    store.request(layer, ctx.needs);
 
     // a batch that needs nearly all of this layer needs nearly all of the next one
-    if (n_tokens > LASTING_TOKENS && 10*needs.size() >= 9*(size_t) store.layers[layer].n_expert && layer + 1 < (int32_t) store.layers.size()) {
+    if (n_tokens > LASTING_TOKENS && 10*ctx.needs.size() >= 9*(size_t) store.layers[layer].n_expert && layer + 1 < (int32_t) store.layers.size()) {
         store.read_ahead(layer + 1);
-    }
-}
-
-//
-// weights
-//
-
-static void trace_layer(mobile_context & ctx, const mobile_route & route, const ggml_tensor * ids, const ggml_tensor * weights) {
-    const int64_t n_used   = ids->ne[0];
-    const int64_t n_tokens = ids->ne[1];
-    const int32_t layer    = route.il < (int32_t) ctx.store->layer_of_il.size() ? ctx.store->layer_of_il[route.il] : -1;
-    const uint64_t bytes   = layer < 0 ? 0 : ctx.store->expert_bytes_of(ctx.store->layers[layer]);
-    const int phase = ctx.k_token.size() > 1 ? 0 : 1;
-
-    for (int64_t t = 0; t < n_tokens; ++t) {
-        const long long step = (long long) ctx.trace_step + token_of(ctx, t, n_tokens);
-        for (int64_t rank = 0; rank < n_used; ++rank) {
-            const int32_t id = id_at(ids, rank, t);
-            if (id >= 0) {
-                const bool resident = layer >= 0 && ctx.trace_resident[t*n_used + rank];
-                fprintf(ctx.trace, "%d,%d,%lld,%d,%d,%d,%g,%d,%llu\n", ctx.trace_turn, phase, step, route.il, (int) rank, id,
-                    weight_at(weights, rank, t), resident ? 1 : 0, (unsigned long long) (resident ? 0 : bytes));
-            }
-        }
-    }
-}
-
-static void route_weights(ggml_tensor * dst, int ith, int nth, void * userdata) {
-    GGML_UNUSED(nth);
-    if (ith != 0) {
-        return;
-    }
-    mobile_route   & route = *(mobile_route *) userdata;
-    mobile_context & ctx   = *route.ctx;
-    const ggml_tensor * ids     = src_ids(dst);
-    const ggml_tensor * weights = src_weights(dst);
-
-    const int64_t n_used   = dst->ne[1];
-    const int64_t n_tokens = dst->ne[2];
-
-    for (int64_t t = 0; t < n_tokens; ++t) {
-        float sum_all  = 0.0f;
-        float sum_kept = 0.0f;
-        for (int64_t rank = 0; rank < n_used; ++rank) {
-            const float w    = weight_at(weights, rank, t);
-            const bool  kept = id_at(ids, rank, t) >= 0;
-            sum_all  += w;
-            sum_kept += kept ? w : 0.0f;
-            weight_at(dst, rank, t) = kept ? w : 0.0f;
-        }
-        // the kept experts take over the sum that the model gives its top-k
-        if (route.renormalise && sum_kept != sum_all && sum_kept != 0.0f) {
-            for (int64_t rank = 0; rank < n_used; ++rank) {
-                weight_at(dst, rank, t) *= sum_all/sum_kept;
-            }
-        }
-    }
-    if (ctx.trace) {
-        trace_layer(ctx, route, ids, dst);
     }
 }
 
@@ -215,7 +210,7 @@ static void route_rows(ggml_tensor * dst, int ith, int nth, void * userdata) {
     }
     for (int64_t t = 0; t < dst->ne[1]; ++t) {
         for (int64_t rank = 0; rank < dst->ne[0]; ++rank) {
-            id_at(dst, rank, t) = std::max(id_at(src_ids(dst), rank, t), 0);
+            routed_ids(dst, t)[rank] = std::max(id_at(src_ids(dst), rank, t), 0);
         }
     }
 }
@@ -237,29 +232,54 @@ void mobile_route_build(
     const int64_t n_used   = (*ids)->ne[0];
     const int64_t n_tokens = (*ids)->ne[1];
 
-    // the ids op reads weights only to rank ids that come unranked
-    ggml_tensor * ids_args[2] = { *ids, *weights };
-    ggml_tensor * routed = ggml_custom_4d(ctx0, GGML_TYPE_I32, n_used, n_tokens, 1, 1, ids_args, ranked ? 1 : 2, route_ids, 1, &route);
-    ggml_format_name(routed, "ffn_moe_routed_ids-%d", il);
-
-    ggml_tensor * weights_args[2] = { routed, *weights };
-    ggml_tensor * scaled = ggml_custom_4d(ctx0, GGML_TYPE_F32, 1, n_used, n_tokens, 1, weights_args, 2, route_weights, 1, &route);
-    ggml_format_name(scaled, "ffn_moe_routed_weights-%d", il);
+    const int64_t n_ids = n_used*ctx->store->n_segments;
+    ggml_tensor * args[2] = { *ids, *weights };
+    ggml_tensor * routed = ggml_custom_4d(ctx0, GGML_TYPE_I32, n_ids + n_used, n_tokens, 1, 1, args, 2, ::route, 1, &route);
+    ggml_format_name(routed, "ffn_moe_routed-%d", il);
 
     // some backends claim every op
     ggml_backend_sched_set_tensor_backend(sched, routed, backend_cpu);
-    ggml_backend_sched_set_tensor_backend(sched, scaled, backend_cpu);
 
-    *ids     = routed;
-    *weights = scaled;
+    *ids     = ggml_view_2d(ctx0, routed, n_ids, n_tokens, routed->nb[1], 0);
+    *weights = ggml_view_3d(ctx0, routed, 1, n_used, n_tokens, routed->nb[0], routed->nb[1], n_ids*routed->nb[0]);
+    (*weights)->type = GGML_TYPE_F32; // of the same size: what lies behind the ids is floats
+}
+
+// dst [n_embd, K, T]: the sum over a rank's segments in src [n_embd, K*S, T]
+static void join_segments(ggml_tensor * dst, int ith, int nth, void * userdata) {
+    GGML_UNUSED(userdata);
+    const ggml_tensor * src = dst->src[0];
+    const int64_t n_used = dst->ne[1];
+
+    for (int64_t row = ith; row < n_used*dst->ne[2]; row += nth) {
+        const int64_t rank = row % n_used;
+        const int64_t t    = row/n_used;
+        float * sum = (float *) ((char *) dst->data + rank*dst->nb[1] + t*dst->nb[2]);
+        for (int64_t i = rank; i < src->ne[1]; i += n_used) {
+            const float * part = (const float *) ((const char *) src->data + i*src->nb[1] + t*src->nb[2]);
+            for (int64_t j = 0; j < dst->ne[0]; ++j) {
+                sum[j] = i == rank ? part[j] : sum[j] + part[j];
+            }
+        }
+    }
+}
+
+ggml_tensor * mobile_route_join(ggml_context * ctx0, ggml_backend_sched_t sched, ggml_backend_t backend_cpu, ggml_tensor * experts, const ggml_tensor * weights) {
+    const int64_t n_used = weights->ne[1];
+    if (experts->ne[1] == n_used) {
+        return experts;
+    }
+    ggml_tensor * joined = ggml_custom_4d(ctx0, GGML_TYPE_F32, experts->ne[0], n_used, experts->ne[2], 1, &experts, 1, join_segments, GGML_N_TASKS_MAX, nullptr);
+    ggml_backend_sched_set_tensor_backend(sched, joined, backend_cpu);
+    return joined;
 }
 
 ggml_tensor * mobile_route_rows(ggml_context * ctx0, ggml_tensor * ids) {
     ggml_custom_op_t fun = nullptr;
-    if (ids->op == GGML_OP_CUSTOM) {
-        memcpy(&fun, ids->op_params, sizeof(fun));
+    if (ids->view_src && ids->view_src->op == GGML_OP_CUSTOM) {
+        memcpy(&fun, ids->view_src->op_params, sizeof(fun));
     }
-    if (fun != route_ids) {
+    if (fun != ::route) {
         return ids;
     }
     return ggml_custom_4d(ctx0, GGML_TYPE_I32, ids->ne[0], ids->ne[1], 1, 1, &ids, 1, route_rows, 1, nullptr);

@@ -1,8 +1,8 @@
 // mobile-route.h - the route op: one seam in every MoE layer, between router and experts.
 //
-// Mechanism: build_moe_ffn hands over the ids [K, T] and weights [K, T] of the top-k; two small CPU ops
-// return the ids and weights that run. An id of -1 means "skip": mul_mat_id leaves zeros for it. The
-// ids op also tells the expert store what the layer needs, so that reads start before the first matmul.
+// Mechanism: build_moe_ffn hands over the ids [K, T] and weights [K, T] of the top-k; one small CPU op
+// returns the ids and weights that run: with experts in S segments S ids for each. An id of -1 means "skip": mul_mat_id leaves zeros for it. The op
+// also tells the expert store what the layer needs, so that reads start before the first matmul.
 // Invariant: with every policy off ids and weights pass through unchanged, and logits are bit-identical
 // to a build without the op.
 // Limits: runs on one thread and never waits for the disk (ggml_expert_data does); weights are connected
@@ -24,7 +24,7 @@ struct ggml_tensor;
 struct llama_ubatch;
 struct mobile_context;
 
-// user data of a layer's ops; lives as long as the context
+// user data of a layer's op; lives as long as the context
 struct mobile_route {
     mobile_context * ctx   = nullptr;
     int32_t          il    = -1;
@@ -56,11 +56,14 @@ struct mobile_context {
     double time         = 0.0;        // of its first token, in tokens since the context began
     bool   mapped       = true;       // every layer's tokens could be told apart
 
+    // of the running layer
+    std::vector<mobile_need> need_of; // [n_expert]
+    std::vector<mobile_need> needs;   // those that are needed, ascending
+
     // trace
     FILE *  trace      = nullptr;
     int32_t trace_turn = -1;
     int64_t trace_step = 0;           // of the ubatch's first token
-    std::vector<uint8_t> trace_resident; // of the last layer's ids, [K*T]
 
     uint64_t n_tokens        = 0;
     uint64_t n_tokens_little = 0;
@@ -77,10 +80,14 @@ std::shared_ptr<mobile_context> mobile_context_new(const struct llama_model & mo
 void mobile_ubatch_begin(mobile_context * ctx, const llama_ubatch & ubatch);
 bool mobile_ubatch_end  (mobile_context * ctx);
 
-// for build_moe_ffn: puts the route ops behind ids [K, T] and weights [1, K, T]
+// for build_moe_ffn: puts the route op behind ids [K, T] and weights [1, K, T]
 void mobile_route_build(
         mobile_context * ctx, ggml_context * ctx0, ggml_backend_sched_t sched, ggml_backend_t backend_cpu,
         int il, bool renormalise, bool ranked, ggml_tensor ** ids, ggml_tensor ** weights);
+
+// for build_moe_ffn: sums the segments of each expert, [n_embd, K*S, T] to [n_embd, K, T]; whole experts pass through
+ggml_tensor * mobile_route_join(
+        ggml_context * ctx0, ggml_backend_sched_t sched, ggml_backend_t backend_cpu, ggml_tensor * experts, const ggml_tensor * weights);
 
 // ids for ggml_get_rows, which knows no -1: skipped ones become 0. others' ids pass through
 ggml_tensor * mobile_route_rows(ggml_context * ctx0, ggml_tensor * ids);

@@ -88,8 +88,9 @@ bool mobile_store::run_one(locked & lock, bool demand_only) {
 
 std::string mobile_store::describe(uint32_t expert, int piece) const {
     const mobile_layer & l = layers[experts[expert].layer];
-    return files[range_of(expert, piece).file].name + ": layer " + std::to_string(l.il) + ", expert " +
-        std::to_string(expert - l.first) + " (" + l.piece_name[piece] + ")";
+    const int part = (int) (expert - l.first);
+    return files[range_of(expert, piece).file].name + ": layer " + std::to_string(l.il) + ", expert " + std::to_string(part/n_segments) +
+        (n_segments > 1 ? ", segment " + std::to_string(part%n_segments) : "") + " (" + l.piece_name[piece] + ")";
 }
 
 void mobile_store::finish(const item & it, int status, uint64_t n_read, uint64_t n_wanted, uint64_t offset) {

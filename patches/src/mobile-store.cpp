@@ -145,7 +145,7 @@ int32_t mobile_store::start(const std::function<bool(float)> & progress, std::st
     all_resident = budget_bytes == budget_all_bytes;
     if (budget_bytes < budget_min_bytes) {
         err = "an expert budget of " + std::to_string(budget_bytes) + " bytes is below the smallest that can work, " +
-            std::to_string(budget_min_bytes) + " bytes: all " + std::to_string(n_expert_max) +
+            std::to_string(budget_min_bytes) + " bytes: all " + std::to_string(n_expert_max/n_segments) +
             " experts of one layer, which a prompt needs at once";
         return MOBILE_ERR_BUDGET;
     }
@@ -238,7 +238,21 @@ void mobile_store::reset_peak() {
     count.resident_bytes_peak = committed;
 }
 
-uint8_t mobile_store::residency(int32_t layer, int32_t expert) {
+uint8_t mobile_store::residency_of_model(int32_t layer, int32_t expert) {
     locked lock(mutex);
-    return plain ? MOBILE_RESIDENT : experts[layers[layer].first + expert].state;
+    uint8_t state = MOBILE_RESIDENT;
+    for (int s = 0; s < n_segments && !plain; ++s) {
+        state = std::min(state, experts[layers[layer].first + expert*n_segments + s].state);
+    }
+    return state;
+}
+
+uint64_t mobile_store::missing_of_model(int32_t layer, int32_t expert) {
+    locked lock(mutex);
+    uint64_t bytes = 0;
+    for (int s = 0; s < n_segments && !plain; ++s) {
+        const bool missing = experts[layers[layer].first + expert*n_segments + s].state == MOBILE_NOT_RESIDENT;
+        bytes += missing ? expert_bytes_of(layers[layer]) : 0;
+    }
+    return bytes;
 }

@@ -9,6 +9,8 @@
 // Invariants: slots in use never exceed the budget; a piece is computed from only when all its bytes
 // have arrived; a pinned expert is not evicted; reads ahead never evict what single tokens use, beyond
 // two layers' worth.
+// Experts that the file holds in S segments are E*S experts here, segment s of expert e being e*S + s; what
+// `of_model` stands in the name of takes the model's experts.
 // Limits: one graph computation at a time; a layer's experts all fit (checked at load).
 
 #pragma once
@@ -102,7 +104,7 @@ struct mobile_slot_class {
 // a need of the current layer, distinct experts
 struct mobile_need {
     int32_t  expert   = 0;
-    uint32_t n_tokens = 1;
+    uint32_t n_tokens = 0;
     double   time     = 0.0;  // of the last token that routes to it, in tokens
     bool     lasting  = true; // counts as a use; false: a long batch passing through
 };
@@ -139,6 +141,7 @@ public:
     uint64_t budget_min_bytes = 0;
     uint64_t budget_all_bytes = 0;
     int32_t  n_expert_max     = 0;
+    int32_t  n_segments       = 1;           // set before start()
     bool     all_resident     = false;       // nothing is ever evicted
     bool     plain            = false;       // nothing is in slots either: start_plain()
 
@@ -169,7 +172,10 @@ public:
     std::string     error();
     mobile_counters counters();
     void            reset_peak();
-    uint8_t         residency(int32_t layer, int32_t expert);
+    // an expert in segments is as resident as its least resident segment
+    uint8_t         residency_of_model(int32_t layer, int32_t expert);
+    // bytes of the file that a use of it would have to read now
+    uint64_t        missing_of_model  (int32_t layer, int32_t expert);
 
 private:
     struct item {

@@ -7,6 +7,10 @@
 // change outputs are the ones that say so (fewer experts, replay).
 // Limits: one decode at a time per model; calls on a context are made by the thread that decodes.
 //
+// Files may hold every expert as a tensor of its own, or in S segments (mobile.segments). Calls that take or
+// return expert numbers mean the model's experts, whatever the file; the store counts segments: with S segments in
+// the store a use of an expert is S needs (n_hits, n_misses, n_evictions, n_prefetched) of a share of its bytes.
+//
 // Errors are returned as enum mobile_status, with a text in mobile_last_error(). Nothing here
 // prints, aborts or throws.
 
@@ -20,7 +24,7 @@
 extern "C" {
 #endif
 
-#define MOBILE_ABI_VERSION 1
+#define MOBILE_ABI_VERSION 2
 
 enum mobile_status {
     MOBILE_OK           =  0,
@@ -101,6 +105,11 @@ LLAMA_API int32_t mobile_load_set_params(const struct mobile_load_params * param
 // MOBILE_ERR_STATE if the model has no expert store: it is dense, or was loaded without load parameters
 LLAMA_API int32_t mobile_model_get_info(const struct llama_model * model, struct mobile_model_info * info);
 
+// segments in which the store holds each expert; 1: whole, as also when all experts are in ordinary buffers.
+// < 0: an error, as of mobile_model_get_info
+LLAMA_API int32_t mobile_model_get_n_segments(const struct llama_model * model);
+
+// an expert in segments is as resident as its least resident segment.
 // state: [n_layer * n_expert] enum mobile_residency, row-major by layer; dense layers are all 0
 LLAMA_API int32_t mobile_model_get_residency(const struct llama_model * model, uint8_t * state, size_t n_state);
 
@@ -112,7 +121,7 @@ LLAMA_API int32_t mobile_set_n_expert_used(struct llama_context * ctx, int32_t k
 LLAMA_API int32_t mobile_set_batch_n_expert_used(struct llama_context * ctx, const int32_t * k, int32_t n_tokens);
 
 // starts reading, in layer order, the experts that the last little pass left out (ranks k+1..K):
-// hints for a run of the same position with all experts. returns how many reads were queued, < 0: error
+// hints for a run of the same position with all experts. returns how many experts or segments were queued, < 0: error
 LLAMA_API int32_t mobile_prefetch_masked(struct llama_context * ctx);
 
 LLAMA_API int32_t mobile_get_counters  (const struct llama_context * ctx, struct mobile_counters * counters);
@@ -159,7 +168,7 @@ struct mobile_observed_route {
     int32_t         n_used;
     int32_t         n_tokens; // of the last layer: only tokens with an output
     int32_t         reserved;
-    const int32_t * ids;      // [n_tokens][n_used]; -1: skipped
+    const int32_t * ids;      // [n_tokens][n_used] experts, whole ones where they are in segments; -1: skipped
     const float   * weights;  // [n_tokens][n_used]
 };
 
