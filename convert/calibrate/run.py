@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 from dataclasses import dataclass
@@ -267,6 +268,8 @@ class _Run:
     def _curves(self, model: Model, head: Head) -> list[Point]:
         settings = make_settings(self.info.n_expert_used, self.fit.thresholds)
         chosen = held_out(len(self.blocks))[: self.options.curve_blocks]
+        # With other settings, or another head, other results.
+        series = hashlib.sha256(repr((settings, head.bias)).encode()).hexdigest()[:8]
         measured = []
         with self._lockstep(model, len(settings)) as lockstep:
             for i, number in enumerate(chosen):
@@ -276,7 +279,7 @@ class _Run:
                     tokens = self.blocks[number]
                     return {"columns": measure_block(lockstep, self.info, tokens, settings, head)}
 
-                measured.append(self.checkpoint.get(f"curves-{i:05}", make)["columns"])
+                measured.append(self.checkpoint.get(f"curves-{series}-{i:05}", make)["columns"])
         self.progress("trade-off curves", 1.0)
         return make_points(settings, measured)
 
