@@ -18,7 +18,7 @@ _MAX_NAME = 63  # of a tensor in a GGUF
 
 
 def check_imatrix_target(path: Path, models: Sequence[Path]) -> None:
-    """Raise UsageError for a place where no imatrix can be, before hours of work: a folder, a model's file."""
+    """Raise UsageError, before hours of work, where no imatrix can be: a folder, a model's file."""
     if not path.parent.is_dir():
         raise UsageError(f"there is no folder {path.parent} to write {path.name} to")
     if path.is_dir():
