@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -91,7 +92,7 @@ def test_a_head_finds_what_state_and_token_tell(embedding_file: Path) -> None:
         fit = fit_head(fitted, held, source, N_VOCAB, little_k=4, kl=None)
         blind = fit_head(
             fitted,
-            Samples(**held.arrays() | {"state": held.state[::-1]}),
+            dataclasses.replace(held, state=held.state[::-1]),
             source,
             N_VOCAB,
             little_k=4,
@@ -275,6 +276,7 @@ def test_a_checkpoint_makes_each_result_once(tmp_path: Path) -> None:
         made.append(name)
         return {"values": np.arange(3)}
 
+    checkpoint = Checkpoint(tmp_path, {"text": "a"})
     for _ in range(2):
         checkpoint = Checkpoint(tmp_path, {"text": "a"})
         assert checkpoint.get("one", lambda: make("one"))["values"].tolist() == [0, 1, 2]
