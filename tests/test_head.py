@@ -26,7 +26,7 @@ from mobile_gguf.convert.calibrate.samples import Samples
 from mobile_gguf.convert.calibrate.text import MIN_BLOCK, MIN_BLOCKS, Text, cut_blocks, held_out, read_text
 from mobile_gguf.convert.gguf_data import Kv, TensorPlan
 from mobile_gguf.convert.gguf_file import GgufSource, write_gguf
-from mobile_gguf.errors import ModelFormatError, UsageError
+from mobile_gguf.errors import MobileError, ModelFormatError, UsageError
 from mobile_gguf.gguf_info import GgufInfo
 from mobile_gguf.head import TOKEN_BIAS, WEIGHT, Head, read_head, sigmoid
 from mobile_gguf.observe import ObservedRoute
@@ -117,6 +117,14 @@ def test_a_kl_that_hardly_any_token_exceeds_is_refused(embedding_file: Path) -> 
         samples = made_up_samples(200, 5, source.array("token_embd.weight"))
         with pytest.raises(UsageError, match="0 of 200 tokens differ by a KL above 1e\\+09"):
             fit_head(samples, samples, source, N_VOCAB, little_k=4, kl=1e9)
+
+
+def test_a_model_that_computes_no_numbers_is_refused(embedding_file: Path) -> None:
+    with GgufSource.open(embedding_file) as source:
+        samples = made_up_samples(200, 5, source.array("token_embd.weight"))
+        samples.kl[17] = np.nan
+        with pytest.raises(MobileError, match="computes what is not a number"):
+            fit_head(samples, samples, source, N_VOCAB, little_k=4, kl=None)
 
 
 # --- the file
