@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 
 from ..errors import ModelFormatError, UsageError
-from ..gguf_header import GgufHeader, read_errors, read_open_header
+from ..gguf_header import GgufHeader, open_gguf, read_errors, read_open_header
 
 CHUNK = 4 << 20
 
@@ -53,8 +53,8 @@ class Part:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._file: BinaryIO = open_gguf(path)
         with read_errors(path):
-            self._file: BinaryIO = open(path, "rb")  # noqa: SIM115
             try:
                 self._opened = self._state()
                 self.header: GgufHeader = read_open_header(path, self._file)

@@ -79,8 +79,16 @@ def read_header(path: Path) -> GgufHeader:
     Raises ModelNotFoundError if there is no such file, ModelFormatError if it is not a GGUF, is
     damaged, or ends before its tensors do.
     """
-    with read_errors(path), open(path, "rb") as file:
+    with open_gguf(path) as file, read_errors(path):
         return read_open_header(path, file)
+
+
+def open_gguf(path: Path) -> BinaryIO:
+    """Open a file for reading; raises as `read_header` does. A pipe, which would wait, is refused."""
+    with read_errors(path):
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise ModelFormatError(f"{path} is not a regular file, so not a GGUF file")
+        return open(path, "rb")
 
 
 def read_open_header(path: Path, file: BinaryIO) -> GgufHeader:

@@ -8,6 +8,7 @@ import re
 import struct
 
 import gguf
+import layout_files
 import numpy as np
 import pytest
 import tiny_models
@@ -127,6 +128,17 @@ def test_stacked_with_our_metadata(tmp_path, sample):
 
 
 # segments
+
+
+@pytest.mark.parametrize("n_segments", [1, 2])
+@pytest.mark.parametrize("name", ["qwen3moe", "granitemoe-swa", "nemotron-h"])
+def test_another_writer_makes_the_same_tensors(tmp_path, name, n_segments):
+    theirs = layout_files.write_per_expert(tiny_models.path(name), tmp_path / "theirs.gguf", n_segments)
+    to_mobile(tiny_models.path(name), tmp_path / "m.gguf", segments=n_segments, segment_order="natural")
+    ours, expected = tensors(tmp_path / "m.gguf"), tensors(theirs)
+    expected.pop("mobile.hotness")
+    assert list(ours) == list(expected)
+    assert all(np.array_equal(ours[key].data, expected[key].data) for key in expected)
 
 
 def importance(seed, n_ff=N_FF):
