@@ -17,7 +17,7 @@ from typing import Any
 
 from mobile_gguf.errors import ModelFormatError, ModelNotFoundError
 
-from .safetensors_header import SourceTensor, read_safetensors_header
+from .safetensors_header import MAX_NAME, SourceTensor, read_safetensors_header
 
 _MAX_JSON_BYTES = 64 << 20
 _EXPERT_COUNTS = (
@@ -110,6 +110,8 @@ def check_experts(folder: Path, names: list[str], n_expert: int, n_layers: int) 
     stems: dict[str, dict[str, set[int]]] = {}
     layers = set()
     for name in names:
+        if len(name) > MAX_NAME:
+            raise _incomplete(folder, f"a tensor is called {name:.40}... in its index")
         if match := _LAYER.search(name):
             layers.add(int(match[1]))
         if match := _EXPERT.match(name):
