@@ -34,7 +34,7 @@ class Data(Protocol):
     def chunks(self) -> Iterator[bytes | memoryview]: ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Memory:
     """Bytes that are in memory."""
 
@@ -94,7 +94,7 @@ class Part:
         return status.st_size, status.st_mtime_ns
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class FileRange:
     """`n_bytes` bytes of a file from `offset`."""
 
@@ -118,7 +118,7 @@ class FileRange:
         self.part.check_unchanged()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Kv:
     """One metadata entry: its name, and key, type and value as they stand in the file."""
 
@@ -142,7 +142,7 @@ class Kv:
         return cls(name, Memory(_number(len(key), 8) + key + _number(type_id, 4) + raw))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorPlan:
     """A tensor to write: name, shape in ggml order (the fastest dimension first), type, and its bytes."""
 

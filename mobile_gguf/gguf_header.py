@@ -38,7 +38,7 @@ _MAX_KEPT = 1 << 27
 _NEWER_TYPES = {42: (64, 18)}  # Q2_0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorInfo:
     """One row of the tensor table; ``offset`` counts from the start of the tensor data."""
 
@@ -49,7 +49,7 @@ class TensorInfo:
     n_bytes: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class MetadataEntry:
     """Where a metadata entry stands in its file: key, type and value, ``n_bytes`` from ``offset``."""
 

@@ -109,3 +109,50 @@ def test_a_prompt_is_big_even_after_little_tokens():
 )
 def test_which_policies_never_keep_a_little_row(policy, always):
     assert policy.always_big is always
+
+
+# the importance head
+
+
+def by_head(*important, threshold=0.4, little_k=3):
+    backend = FakeBackend(scripted("abcdef", [0.1] * 6), important=important)
+    backend._n_prompt = 1
+    decode_prompt(backend, [1])
+    backend.log.clear()
+    policy = Policy("big-little", little_k=little_k, importance="head", head_threshold=threshold)
+    return backend, policy
+
+
+@pytest.mark.parametrize(
+    ("probability", "expected"),
+    [(0.41, Pass.BIG), (0.4, Pass.LITTLE), (0.1, Pass.LITTLE), (None, Pass.BIG), (math.nan, Pass.BIG)],
+)
+def test_the_head_chooses_one_pass(probability, expected):
+    backend, policy = by_head(probability)
+    assert decode_token(backend, ord("a"), policy) is expected
+    assert backend.log == ["head", "big 1" if expected is Pass.BIG else "little 1"]
+    assert backend.rows[-1] == (ord("a"), ALL_EXPERTS if expected is Pass.BIG else 3)
+
+
+def test_an_unsure_little_pass_is_kept_where_the_head_decides():
+    backend, policy = by_head(0.0)
+    assert max_probability(backend.last_logits()) > 0.9
+    assert decode_token(backend, ord("a"), policy) is Pass.LITTLE
+    assert max_probability(backend.last_logits()) < policy.gamma
+    assert "back" not in backend.log
+
+
+@pytest.mark.parametrize(("threshold", "big"), [(0, True), (1, False)])
+def test_thresholds_of_always_and_never(threshold, big):
+    for probability in (0.0, 0.5, 1.0):
+        backend, policy = by_head(probability, threshold=threshold)
+        assert policy.always_big is big
+        assert (decode_token(backend, ord("a"), policy) is Pass.BIG) is big
+
+
+def test_the_head_has_no_say_in_other_modes():
+    assert not Policy("little", importance="head").uses_head
+    assert not Policy("exact", importance="head").uses_head
+    backend, _ = by_head(0.9)
+    assert decode_token(backend, ord("a"), Policy("little", little_k=3, importance="head")) is Pass.LITTLE
+    assert backend.log == ["little 1"]

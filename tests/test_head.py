@@ -187,6 +187,7 @@ def test_settings_are_big_first_and_cover_both_little_k() -> None:
     assert settings[0] == Setting("big", 8)
     assert {setting.little_k for setting in settings[1:]} == {4, 6}
     assert [s.value for s in settings if s.kind == "head" and s.little_k == 4] == [0.6, 0.4]
+    assert len({s.value for s in settings if s.kind == "head" and s.little_k == 6}) == 1
     assert {setting.little_k for setting in make_settings(2, {30: 0.4})[1:]} == {1}
 
 

@@ -102,6 +102,17 @@ def test_the_stock_file_comes_back_whole(tmp_path, alignment):
     assert (tmp_path / "s.gguf").read_bytes() == source.read_bytes()
 
 
+def test_tensors_of_ours_anywhere_do_not_disturb_the_order(tmp_path, sample):
+    more = {"mobile.hotness": np.ones((2, 3))}
+    update_gguf(sample, add_tensors=more, out=tmp_path / "c.gguf")
+    rewritten(tmp_path / "c.gguf", tmp_path / "front.gguf", lambda all_: [all_[-1], *all_[:-1]])
+    to_mobile(tmp_path / "front.gguf", tmp_path / "m.gguf")
+    to_stacked(tmp_path / "m.gguf", tmp_path / "s.gguf")
+    assert (tmp_path / "s.gguf").read_bytes() == sample.read_bytes()
+    to_stacked(tmp_path / "front.gguf", tmp_path / "s2.gguf")
+    assert (tmp_path / "s2.gguf").read_bytes() == sample.read_bytes()
+
+
 def test_stacked_with_our_metadata(tmp_path, sample):
     to_mobile(sample, tmp_path / "m.gguf")
     update_gguf(

@@ -2,11 +2,13 @@
 
 import json
 
+import numpy as np
 import pytest
 from fake_backend import BOS, EOS, FakeBackend, fake_info, scripted
 
 from mobile_gguf.binding import Counters
 from mobile_gguf.errors import UsageError
+from mobile_gguf.head import Head
 from mobile_gguf.model import Model
 
 
@@ -253,3 +255,54 @@ def test_model_is_what_load_returns(fake_load):
     with load("some.gguf") as model:
         assert isinstance(model, Model)
         assert model.generate("x").text == "hey"
+
+
+# the importance head
+
+
+def head_of(n_vocab=258, threshold=0.4, little_k=6):
+    return Head(np.zeros(64, np.float32), np.zeros(n_vocab, np.float32), 0.0, threshold, little_k, 0.1, 0.8)
+
+
+def test_a_calibrated_model_asks_its_head(fake_model):
+    backend = FakeBackend(
+        scripted("abcdef", [0.1] * 8), head=head_of(), important=[0.9, 0.2, None, 0.3, 0.41]
+    )
+    model = fake_model(backend, mode="big-little")
+    receipt = model.generate("x", max_tokens=6).receipt
+    assert (receipt.tokens_big, receipt.tokens_little, receipt.tokens_fallback) == (4, 2, 0)
+    assert model.little_k == receipt.little_k == 6
+    stats = model.stats()
+    assert (stats["importance"], stats["head_threshold"]) == ("head", 0.4)
+
+
+def test_the_head_can_be_put_aside_and_its_threshold_moved(fake_model):
+    backend = FakeBackend(scripted("abcdef", [0.1] * 8), head=head_of(), important=[0.5] * 8)
+    model = fake_model(backend, mode="big-little", importance="confidence")
+    assert model.generate("x", max_tokens=3).receipt.tokens_fallback == 2
+    assert (model.little_k, model.stats()["head_threshold"]) == (4, None)
+    model.configure(importance="head", head_threshold=0.6)
+    assert model.generate("x", max_tokens=3).receipt.tokens_little == 2
+    assert model.generate("x", max_tokens=3, head_threshold=0.45).receipt.tokens_big == 3
+    assert model.generate("x", max_tokens=3, importance="confidence").receipt.tokens_fallback == 2
+    assert model.generate("x", max_tokens=3, mode="little").receipt.little_k == 4
+
+
+def test_a_head_that_is_not_there_is_asked_for_in_vain(fake_model):
+    with pytest.raises(UsageError, match=r"no importance head: run `mobile-gguf calibrate fake\.gguf`"):
+        fake_model(mode="big-little", importance="head")
+    assert fake_model(mode="big-little").stats()["importance"] == "confidence"
+    assert fake_model(importance="head").mode == "exact"
+
+
+def test_gamma_without_effect_is_said(fake_model):
+    model = fake_model(FakeBackend(head=head_of()), mode="big-little", gamma=0.5)
+    assert any("gamma has no effect" in notice for notice in model.notices)
+    assert not fake_model(FakeBackend(head=head_of()), mode="big-little").notices
+
+
+def test_a_memory_that_cannot_be_rolled_back_will_do_for_the_head(fake_model):
+    backend = FakeBackend(head=head_of(), can_step_back=False)
+    assert fake_model(backend, mode="big-little").mode == "big-little"
+    with pytest.raises(UsageError, match="cannot be rolled back"):
+        fake_model(backend, mode="big-little", importance="confidence")

@@ -68,15 +68,18 @@ class Point:
 
 
 def make_settings(top_k: int, thresholds: dict[int, float]) -> list[Setting]:
-    """All big, and then the grid: gammas and head thresholds (by share) for each little_k."""
+    """All big, and then the grid: gammas and head thresholds (by share), coarser for the larger little_k."""
     half = default_little_k(top_k)
-    ks = sorted({half, max(half, 3 * top_k // 4)})
-    settings = [Setting(BIG, top_k), *(Setting(LITTLE, k) for k in ks)]
-    for k in ks:
-        settings += [Setting(HEAD, k, value, share) for share, value in sorted(thresholds.items())]
+    shares = sorted(thresholds.items())
+    larger = max(half, 3 * top_k // 4)
+    settings = [Setting(BIG, top_k), Setting(LITTLE, half)]
+    settings += [Setting(HEAD, half, value, share) for share, value in shares]
     # Runs of neighbouring sequences are computed together, and the high gammas are those that run again.
-    for k, gammas in zip(ks, (GAMMAS, GAMMAS[::-1]), strict=False):
-        settings += [Setting(CONFIDENCE, k, gamma) for gamma in gammas]
+    settings += [Setting(CONFIDENCE, half, gamma) for gamma in GAMMAS]
+    if larger > half:
+        settings += [Setting(CONFIDENCE, larger, gamma) for gamma in GAMMAS[:0:-1] or GAMMAS]
+        settings += [Setting(HEAD, larger, value, share) for share, value in shares[::2]]
+        settings.append(Setting(LITTLE, larger))
     return settings
 
 

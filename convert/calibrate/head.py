@@ -21,7 +21,7 @@ from .samples import Floats, Samples
 
 # The share of tokens that count as important where no --kl is given.
 POSITIVE_SHARE = 0.25
-SHARES = (10, 20, 30, 40, 50, 60, 70, 80)
+SHARES = (10, 20, 30, 40, 50, 60, 70, 80, 90)
 _EMBEDDING = "token_embd.weight"
 _STRENGTHS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 _FOLDS = 4

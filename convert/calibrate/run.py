@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 from dataclasses import dataclass
@@ -19,15 +20,19 @@ from mobile_gguf.errors import MobileError, UsageError
 from mobile_gguf.gguf_info import GgufInfo, read_gguf_info
 from mobile_gguf.head import PREFIX as HEAD_PREFIX
 from mobile_gguf.head import TOKEN_BIAS, WEIGHT, Head
+from mobile_gguf.loading import plan_for
 from mobile_gguf.model import Model, load
+from mobile_gguf.options import LoadOptions
 from mobile_gguf.paths import cache_dir
+from mobile_gguf.sizes import Size, parse_size
 from mobile_gguf.threads import default_threads
 
 from ..gguf_file import GgufSource, Progress, ignore, update_gguf
 from .checkpoint import Checkpoint
 from .collect import collect
 from .curves import Point, choose_default, make_points, make_settings, measure_block
-from .head import Fit, fit_head
+from .head import SHARES, Fit, fit_head
+from .imatrix_file import check_imatrix_target, write_imatrix
 from .lockstep import Lockstep
 from .samples import Samples, collect_samples, join
 from .statistics import Statistics
@@ -46,12 +51,14 @@ class CalibrateOptions:
 
     At most ``tokens`` are run; ``out`` None rewrites the model's file. ``kl`` is the divergence above which
     a token is important, None: so that a quarter of them are. ``curve_blocks`` bounds the held-out blocks
-    that the curves are measured on. ``resume`` False forgets what a stopped run left.
+    that the curves are measured on. ``resume`` False forgets what a stopped run left. ``imatrix`` also gets
+    an importance matrix for quantising.
     """
 
     text: tuple[Path, ...] = ()
     tokens: int = DEFAULT_TOKENS
     out: Path | None = None
+    imatrix: Path | None = None
     kl: float | None = None
     threads: int | None = None
     ram_budget: Any = "auto"
@@ -110,6 +117,8 @@ def calibrate(path: Path, options: CalibrateOptions, progress: Progress = ignore
     """
     info = read_gguf_info(path)
     check_model(info, options.out)
+    if options.imatrix is not None:
+        check_imatrix_target(options.imatrix, [*info.files, *([options.out] if options.out else [])])
     text = read_text(options.text)
     replaced = any(name.startswith(CALIBRATION_PREFIX) for name in info.metadata)
     checkpoint = Checkpoint(cache_dir() / "calibrate", _key(info, text, options))
@@ -132,6 +141,9 @@ def calibrate(path: Path, options: CalibrateOptions, progress: Progress = ignore
         within=within,
         replaced=replaced,
     )
+    if options.imatrix is not None:
+        datasets = [text.name]
+        write_imatrix(options.imatrix, run.statistics.inputs, datasets=datasets, chunk_size=BLOCK)
     _write(path, options.out, result, run.statistics, progress)
     checkpoint.clear()
     return result
@@ -229,19 +241,22 @@ class _Run:
             self.blocks,
             ram_budget=self.options.ram_budget,
             threads=self.options.threads,
+            inputs=self.options.imatrix is not None,
             progress=self.progress,
         )
 
     def _load(self) -> Model:
-        # The context of its own stays empty.
-        return load(
-            self.info.path,
-            n_ctx=BLOCK,
-            n_batch=BLOCK,
-            n_ubatch=BLOCK,
-            threads=self.threads,
-            ram_budget=self.options.ram_budget,
-        )
+        # The context of its own stays empty; what the sequences need instead is left to them.
+        own = {"n_ctx": BLOCK, "n_batch": BLOCK, "n_ubatch": BLOCK, "threads": self.threads}
+        budget = parse_size(self.options.ram_budget)
+        if budget.is_auto:
+            n_seq = max(
+                _SIDE_BY_SIDE, len(make_settings(self.info.n_expert_used, dict.fromkeys(SHARES, 0.0)))
+            )
+            plan = plan_for(self.info, LoadOptions(**own), (1 + n_seq) * BLOCK)
+            if plan.budget_bytes:
+                budget = Size(n_bytes=plan.budget_bytes)
+        return load(self.info.path, ram_budget=budget, **own)
 
     def _samples(self, model: Model) -> Samples:
         numbers = list(range(len(self.blocks)))
@@ -262,6 +277,8 @@ class _Run:
     def _curves(self, model: Model, head: Head) -> list[Point]:
         settings = make_settings(self.info.n_expert_used, self.fit.thresholds)
         chosen = held_out(len(self.blocks))[: self.options.curve_blocks]
+        # With other settings, or another head, other results.
+        series = hashlib.sha256(repr((settings, head.bias)).encode()).hexdigest()[:8]
         measured = []
         with self._lockstep(model, len(settings)) as lockstep:
             for i, number in enumerate(chosen):
@@ -271,7 +288,7 @@ class _Run:
                     tokens = self.blocks[number]
                     return {"columns": measure_block(lockstep, self.info, tokens, settings, head)}
 
-                measured.append(self.checkpoint.get(f"curves-{i:05}", make)["columns"])
+                measured.append(self.checkpoint.get(f"curves-{series}-{i:05}", make)["columns"])
         self.progress("trade-off curves", 1.0)
         return make_points(settings, measured)
 

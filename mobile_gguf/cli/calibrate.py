@@ -40,6 +40,12 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         type=_divergence,
         help="a token is important if little differs by more than this KL (default: a quarter of them are)",
     )
+    add(
+        "--imatrix",
+        metavar="OUT.gguf",
+        type=Path,
+        help="also write an importance matrix, for `mobile-gguf convert --imatrix` and llama-quantize",
+    )
     add("--plot", metavar="FILE", type=Path, help="draw the trade-off curves to a .png or .svg")
     add("--no-resume", action="store_true", help="start anew, whatever a stopped run left")
     add("--ram-budget", metavar="SIZE", default="auto", help="memory for experts (default: auto)")
@@ -60,17 +66,25 @@ def run(args: argparse.Namespace) -> int:
         text=tuple(args.text or ()),
         tokens=args.tokens,
         out=args.out,
+        imatrix=args.imatrix,
         kl=args.kl,
         threads=args.threads,
         ram_budget=args.ram_budget,
         resume=not args.no_resume,
     )
     with TimedProgress(sys.stderr) as progress:
-        result = calibrate(resolve_model(args.model, progress), options, progress)
+        try:
+            result = calibrate(resolve_model(args.model, progress), options, progress)
+        except KeyboardInterrupt:
+            progress.show("")
+            narrate("stopped: the same command goes on from here")
+            raise
     if result.replaced:
         narrate("replaced an earlier calibration")
     if not result.within:
         narrate("no setting of the head is within 1% of big's perplexity: the nearest is the default")
+    if args.imatrix is not None:
+        narrate(f"wrote {args.imatrix}")
     if args.plot is not None:
         plot(result.points, args.plot, f"{result.path.name} on {result.text.name}")
         narrate(f"wrote {args.plot}")
@@ -80,28 +94,26 @@ def run(args: argparse.Namespace) -> int:
 
 
 class TimedProgress(Progress):
-    """Progress that says how long the phase will take, from its first report on."""
+    """Progress with the time left, where the phase does not say; a phase is the words before a colon."""
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__(stream)
-        self._started = (time.monotonic(), 0.0)
-        self._left = ""
+        self._name = ""
+        self._started = (0.0, 0.0)
 
     def __call__(self, phase: str, done: float) -> None:
-        now = time.monotonic()
-        if phase != self._phase:
-            self._started, self._left = (now, done), ""
+        name, now = phase.split(":")[0], time.monotonic()
+        if name != self._name:
+            self._name, self._started = name, (now, done)
         elapsed, share = now - self._started[0], done - self._started[1]
-        if share > 0 and elapsed > 1:
-            self._left = f", {_duration(elapsed * (1 - done) / share)} left"
-        super().__call__(phase, done)
-
-    def show(self, line: str) -> None:
-        super().show(line + self._left)
+        if share > 0 and elapsed > 1 and "ETA" not in phase:
+            phase += f", ETA {_duration(elapsed * (1 - done) / share)}"
+        super().__call__(phase if self._terminal else name, done)
 
 
 def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02}"
 
 
 def _positive(text: str) -> int:
