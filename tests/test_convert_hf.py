@@ -19,6 +19,7 @@ from convert_checkpoints import Checkpoints
 from convert_runs import STACKED, run_child
 
 from mobile_gguf.convert import ftypes, plan, quantize, upstream
+from mobile_gguf.convert.checkpoint import read_checkpoint
 from mobile_gguf.convert.hashes import tensor_hashes
 from mobile_gguf.convert.options import ConvertOptions, ConvertResult
 from mobile_gguf.convert.pipeline import convert_checkpoint
@@ -131,10 +132,13 @@ def test_dry_run_writes_nothing_and_is_right(
 
 
 def test_the_default_name_tells_source_and_type(checkpoints: Checkpoints) -> None:
-    result = convert_checkpoint(
-        checkpoints["f32"], None, replace(STACKED, outtype="auto", stacked=False, dry_run=True)
-    )
-    assert result.path == checkpoints.folder / "f32-f16.mobile.gguf"
+    known = upstream.known_architectures(upstream.converter_dir())
+    auto = {
+        form: plan.resolve_outtype("auto", read_checkpoint(checkpoints[form], known))
+        for form in ("f32", "bf16", "bin")
+    }
+    assert auto == {"f32": "f16", "bf16": "bf16", "bin": "bf16"}
+    assert plan.default_output("m", Path("d"), "f16", stacked=False) == Path("d/m-f16.mobile.gguf")
     assert plan.default_output("m", Path("d"), "q4_k_m", stacked=True) == Path("d/m-q4_k_m.gguf")
 
 
