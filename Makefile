@@ -6,7 +6,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := run
-.PHONY: run test lint bench engine stock clean help
+.PHONY: run test lint fuzz bench engine stock clean help
 
 help: ## what there is
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -56,6 +56,12 @@ lint: $(VENV)/.dev ## ruff and pyright
 	@ln -s $(CURDIR)/tests $(TYPES)/tests
 	@echo '{"include":["mobile_gguf","tests"],"typeCheckingMode":"standard","extraPaths":["tests"]}' > $(TYPES)/pyrightconfig.json
 	$(BIN)/pyright --pythonpath $(CURDIR)/$(BIN)/python -p $(TYPES)
+
+FUZZ_SECONDS ?= 600
+fuzz: $(VENV)/.dev ## hostile GGUF headers, FUZZ_SECONDS long; build/fuzz remembers what was found
+	@mkdir -p build/fuzz
+	PYTHONPATH=tests $(BIN)/python tests/fuzz_gguf.py build/fuzz/corpus -max_total_time=$(FUZZ_SECONDS) \
+		-artifact_prefix=build/fuzz/
 
 bench: $(VENV)/.core stock ## compare with stock llama.cpp under the same memory cap
 	$(BIN)/mobile-gguf bench --budget 12%,25%,100% --modes exact,little --vs stock $(BENCH)

@@ -69,7 +69,8 @@ def compute_buffer_bytes(info: GgufInfo, n_ctx: int, n_ubatch: int, flash_attn: 
     heads = max(info.n_head, default=0)
     scores = 0 if flash_attn else heads * n_ctx * n_ubatch * _F32
     routed = max(1, info.n_expert_used)
-    activations = n_ubatch * (8 * info.n_embd + routed * (3 * info.n_ff_expert + 2 * info.n_embd)) * _F32
+    outputs = (info.segments + 1) * info.n_embd  # of each expert: of its segments, and their sum
+    activations = n_ubatch * (8 * info.n_embd + routed * (3 * info.n_ff_expert + outputs)) * _F32
     mask = n_ctx * n_ubatch * _F32
     logits = 2 * info.n_vocab * _F32
     return scores + activations + mask + logits + info.n_vocab * _VOCABULARY_BYTES

@@ -16,13 +16,13 @@ from .errors import ModelFormatError
 from .gguf_header import TensorInfo
 
 FORMAT_VERSION = 1  # of mobile.* metadata; a newer one is refused
-PER_EXPERT = "per-expert"
+STACKED, PER_EXPERT = "stacked", "per-expert"  # layouts
 OWN_PREFIX = "mobile."  # names of tensors that are ours and no part of the model
 # The coarsest alignment at which the expert store reads; finer ones need a little less memory.
 STORE_ALIGNMENT = 4096
 MAX_EXPERTS = 1 << 12  # GGML_EXPERT_MAX: what one tensor of the engine holds, segments counted
 
-_STACKED = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down|gate_up)_exps\.weight")
+_ALL = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down|gate_up)_exps\.weight")
 _ONE = re.compile(r"blk\.(0|[1-9]\d{0,5})\.ffn_(gate|up|down|gate_up)\.(0|[1-9]\d{0,5})\.weight")
 _EXTRA = re.compile(r"blk\.\d+\.ffn_\w+_exps\.(?!weight$)")
 
@@ -51,7 +51,7 @@ class ExpertLayer:
 
 @dataclass(frozen=True)
 class ExpertTable:
-    """How a file holds its experts: "stacked" or "per-expert", in how many segments each, and by layer."""
+    """How a file holds its experts: its layout, into how many segments each is cut, and by layer."""
 
     layout: str
     n_segments: int
@@ -83,7 +83,7 @@ class _Reading:
         for tensor in tensors:
             if match := _ONE.fullmatch(tensor.name):
                 ones.setdefault((int(match[1]), match[2]), {})[int(match[3])] = tensor
-            elif match := _STACKED.fullmatch(tensor.name):
+            elif match := _ALL.fullmatch(tensor.name):
                 stacked[int(match[1]), match[2]] = tensor
         if n_segments > 1:
             self.check_segments(tensors, bool(ones))
@@ -100,7 +100,7 @@ class _Reading:
         if layers and max(layers) >= self.n_layer:
             self.fail(f"it has experts in layer {max(layers)} but says it has {self.n_layer} layers")
         return ExpertTable(
-            PER_EXPERT if ones else "stacked",
+            PER_EXPERT if ones else STACKED,
             n_segments,
             tuple(
                 ExpertLayer(max(n for n, _ in matrices), tuple(size for _, size in matrices), n_segments)

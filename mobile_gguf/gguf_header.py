@@ -192,9 +192,12 @@ class _Reader:
             self.fail(f"{what} claims {length} bytes (1 to {longest} can be)")
         raw = self.take(length)
         try:
-            return raw.decode("utf-8")
+            text = raw.decode("utf-8")
         except UnicodeDecodeError:
             self.fail(f"{what} is no UTF-8 text: {raw!r:.80}")
+        if not text.isprintable():  # it would reach the terminal in messages
+            self.fail(f"{what} holds control characters: {text!r:.80}")
+        return text
 
     def value(self, key: str, kind: int) -> Any:
         if kind in _SCALARS:

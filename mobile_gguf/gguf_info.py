@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ModelFormatError, ModelNotFoundError
-from .gguf_experts import OWN_PREFIX, ExpertLayer, read_experts
+from .gguf_experts import OWN_PREFIX, STACKED, ExpertLayer, read_experts
 from .gguf_header import GgufHeader, TensorInfo, read_header
 
 MAX_LAYERS = 1 << 12
@@ -47,8 +47,9 @@ class GgufInfo:
     expert_layers: tuple[ExpertLayer, ...]
     tensor_bytes: int  # of the model; tensors named mobile.* are not loaded
     chat_template: str | None
-    layout: str = "stacked"  # or "per-expert"
+    layout: str = STACKED  # or "per-expert"
     segments: int = 1  # tensors that each expert's matrix is cut into
+    stock: bool = True  # stock llama.cpp can load it: stacked, and no tensor named mobile.*
     metadata: dict[str, Any] = field(repr=False, compare=False, default_factory=dict)
 
     @property
@@ -105,6 +106,7 @@ def read_gguf_info(path: Path) -> GgufInfo:
     n_expert = facts.integer("expert_count")
     template = metadata.get("tokenizer.chat_template")
     experts = read_experts(path, metadata, tensors, n_layer, n_expert)
+    of_model = [tensor for tensor in tensors if not tensor.name.startswith(OWN_PREFIX)]
     return GgufInfo(
         path=path,
         files=tuple(header.path for header in headers),
@@ -125,10 +127,11 @@ def read_gguf_info(path: Path) -> GgufInfo:
         n_expert_used=facts.integer("expert_used_count") if n_expert else 0,
         n_ff_expert=facts.integer("expert_feed_forward_length", n_ff),
         expert_layers=experts.layers,
-        tensor_bytes=sum(t.n_bytes for t in tensors if not t.name.startswith(OWN_PREFIX)),
+        tensor_bytes=sum(tensor.n_bytes for tensor in of_model),
         chat_template=template if isinstance(template, str) and template else None,
         layout=experts.layout,
         segments=experts.n_segments,
+        stock=experts.layout == STACKED and len(of_model) == len(tensors),
         metadata=metadata,
     )
 

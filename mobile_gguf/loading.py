@@ -20,16 +20,20 @@ if TYPE_CHECKING:
 DEFAULT_CONTEXT = 4096
 
 
-def open_backend(info: GgufInfo, options: LoadOptions) -> tuple[MobileLlama, list[str]]:
+def open_backend(info: GgufInfo, options: LoadOptions, **more: Any) -> tuple[MobileLlama, list[str]]:
     """Load a model as ``options`` say; returns it and what the user must know about it.
 
     Experts go into the engine's store under the budget. Without experts, or on a stock library, the
-    model is loaded as llama.cpp does it, mapped. Raises BudgetError, ModelFormatError, EngineError.
+    model is loaded as llama.cpp does it, mapped. ``more`` goes to llama-cpp-python's Llama. Raises BudgetError, ModelFormatError, EngineError.
     """
     engine = find_engine()
     size = parse_size(options.ram_budget)
     if engine is None and info.is_moe and not size.is_auto:
         raise needs_engine("a --ram-budget")
+    if engine is None and not info.stock:
+        raise needs_engine(
+            f"{info.path} ({info.layout}; `mobile-gguf convert --export` makes a file for stock llama.cpp)"
+        )
     capture_log(options.verbose)
     notices: list[str] = []
     n_ctx = context_size(info, options.n_ctx)
@@ -41,7 +45,7 @@ def open_backend(info: GgufInfo, options: LoadOptions) -> tuple[MobileLlama, lis
     elif engine is None:
         notices.append("stock llama.cpp: experts are mapped, not budgeted; run `mobile-gguf engine build`")
     if engine is None or not info.is_moe:
-        return _construct(info, options, n_ctx, engine, use_mmap=True), notices
+        return _construct(info, options, n_ctx, engine, use_mmap=True, **more), notices
     from .head import read_head
 
     head = read_head(info)
@@ -55,7 +59,7 @@ def open_backend(info: GgufInfo, options: LoadOptions) -> tuple[MobileLlama, lis
         io=options.io,
     )
     try:
-        llama = _construct(info, options, n_ctx, engine, use_mmap=False)
+        llama = _construct(info, options, n_ctx, engine, use_mmap=False, **more)
     finally:
         engine.clear_load_params()
     llama.head = head
@@ -81,7 +85,7 @@ def plan_for(info: GgufInfo, options: LoadOptions, n_ctx: int) -> BudgetPlan:
 
 
 def _construct(
-    info: GgufInfo, options: LoadOptions, n_ctx: int, engine: Engine | None, *, use_mmap: bool
+    info: GgufInfo, options: LoadOptions, n_ctx: int, engine: Engine | None, *, use_mmap: bool, **more: Any
 ) -> MobileLlama:
     from jinja2 import TemplateError
 
@@ -97,6 +101,7 @@ def _construct(
         "flash_attn": options.flash_attn,
         "use_mmap": use_mmap,
         "verbose": options.verbose,
+        **more,
     }
     clear_errors()
     # Made in two steps, so that what a failed constructor has already loaded is freed at once and

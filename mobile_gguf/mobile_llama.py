@@ -126,7 +126,7 @@ class MobileLlama(Llama):
             with stopping_on_ctrl_c(self.ctx) if len(tokens) > 1 else contextlib.nullcontext():
                 super().eval(tokens)
         except RuntimeError as error:
-            raise self._decode_error(error) from None
+            raise self.decode_error(error) from None
         self._little_rows[start : self.n_tokens] = self._experts != ALL_EXPERTS
         if self._keeps_state:
             self._state_at = self.n_tokens
@@ -156,7 +156,8 @@ class MobileLlama(Llama):
             return None
         return self.head.probability(np.ctypeslib.as_array(state, shape=self.head.weight.shape), token)
 
-    def _decode_error(self, error: RuntimeError) -> MobileError:
+    def decode_error(self, error: RuntimeError) -> MobileError:
+        """A failed decode as the engine explains it."""
         reason = self.engine.context_error(self.ctx) if self.engine is not None else ""
         if reason:
             return ExpertReadError(reason)

@@ -52,8 +52,8 @@ def test_gamma_decides_between_little_and_exact(model, prompt):
         for name, options in {
             "exact": {"mode": "exact"},
             "little": {"mode": "little"},
-            "never": {"mode": "big-little", "gamma": 0},
-            "always": {"mode": "big-little", "gamma": 1.01},
+            "never": {"mode": "big-little", "gamma": 0, "importance": "confidence"},
+            "always": {"mode": "big-little", "gamma": 1.01, "importance": "confidence"},
         }.items()
     }
     assert answers["never"].tokens == answers["little"].tokens
@@ -65,7 +65,7 @@ def test_gamma_decides_between_little_and_exact(model, prompt):
 
 
 def test_the_paper_gamma_mixes_both(any_model):
-    receipt = any_model.chat(PROMPTS[0], **GREEDY, mode="big-little").receipt
+    receipt = any_model.chat(PROMPTS[0], **GREEDY, mode="big-little", importance="confidence").receipt
     assert receipt.tokens_big == 1
     assert receipt.tokens_little > 0
     assert receipt.tokens_fallback > 0

@@ -255,7 +255,7 @@ def test_hidden_states_leave_the_logits_alone(demo_gguf: Path) -> None:
 # --- refusals
 
 
-def refused(tmp_path: Path, *arguments: str | Path) -> str:
+def refused(tmp_path: Path, *arguments: str | int | Path) -> str:
     done = calibrate(tmp_path / "cache", *arguments)
     assert done.stdout == ""
     *_, last = done.stderr.splitlines()

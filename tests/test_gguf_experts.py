@@ -194,3 +194,13 @@ def test_duplicate_names(stacked: Path, tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes().replace(b"blk.0.ffn_up.1.weight", b"blk.0.ffn_up.2.weight"))
     with pytest.raises(ModelFormatError, match=r"x\.gguf .*ffn_up\.2\.weight is there twice"):
         read_gguf_info(path)
+
+
+def test_what_stock_llama_cpp_can_load(stacked: Path, tmp_path: Path) -> None:
+    assert read_gguf_info(stacked).stock
+    assert not read_gguf_info(layout_files.write_per_expert(stacked, tmp_path / "a.gguf")).stock
+    calibrated = layout_files.rewrite(
+        stacked, tmp_path / "b.gguf", lambda tensors: with_tensor("mobile.hotness", 3, 4)(tensors)
+    )
+    info = read_gguf_info(calibrated)
+    assert (info.layout, info.stock) == ("stacked", False)

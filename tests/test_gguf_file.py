@@ -193,7 +193,7 @@ def text(value):
     return struct.pack("<Q", len(raw)) + raw
 
 
-def row(name="a", shape=(8,), kind=0, offset=0):
+def row(name: str | bytes = "a", shape=(8,), kind=0, offset=0):
     return text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)
 
 
@@ -218,6 +218,8 @@ U32 = struct.pack("<II", 4, 1)
         ({"rows": [row("a", kind=8)]}, "not a multiple of 32"),
         ({"rows": [row("n" * 64)]}, "a tensor's name claims 64 bytes"),
         ({"rows": [row(b"\xff\xfe")]}, "no UTF-8"),
+        ({"rows": [row("a\nb")]}, "control characters"),
+        ({"entries": [text("\x1b[2J") + U32]}, "control characters"),
         ({"entries": [text("") + U32]}, "claims 0 bytes"),
         ({"entries": [text("k") + struct.pack("<I", 99)]}, "unknown type 99"),
         ({"entries": [text("k") + struct.pack("<IIQ", 9, 9, 1)]}, "array of the unsupported type 9"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from mobile_gguf.convert.calibrate.samples import Samples
 from mobile_gguf.convert.calibrate.text import MIN_BLOCK, MIN_BLOCKS, Text, cut_blocks, held_out, read_text
 from mobile_gguf.convert.gguf_data import Kv, TensorPlan
 from mobile_gguf.convert.gguf_file import GgufSource, write_gguf
-from mobile_gguf.errors import ModelFormatError, UsageError
+from mobile_gguf.errors import MobileError, ModelFormatError, UsageError
 from mobile_gguf.gguf_info import GgufInfo
 from mobile_gguf.head import TOKEN_BIAS, WEIGHT, Head, read_head, sigmoid
 from mobile_gguf.observe import ObservedRoute
@@ -91,7 +92,7 @@ def test_a_head_finds_what_state_and_token_tell(embedding_file: Path) -> None:
         fit = fit_head(fitted, held, source, N_VOCAB, little_k=4, kl=None)
         blind = fit_head(
             fitted,
-            Samples(**held.arrays() | {"state": held.state[::-1]}),
+            dataclasses.replace(held, state=held.state[::-1]),
             source,
             N_VOCAB,
             little_k=4,
@@ -116,6 +117,14 @@ def test_a_kl_that_hardly_any_token_exceeds_is_refused(embedding_file: Path) -> 
         samples = made_up_samples(200, 5, source.array("token_embd.weight"))
         with pytest.raises(UsageError, match="0 of 200 tokens differ by a KL above 1e\\+09"):
             fit_head(samples, samples, source, N_VOCAB, little_k=4, kl=1e9)
+
+
+def test_a_model_that_computes_no_numbers_is_refused(embedding_file: Path) -> None:
+    with GgufSource.open(embedding_file) as source:
+        samples = made_up_samples(200, 5, source.array("token_embd.weight"))
+        samples.kl[17] = np.nan
+        with pytest.raises(MobileError, match="computes what is not a number"):
+            fit_head(samples, samples, source, N_VOCAB, little_k=4, kl=None)
 
 
 # --- the file
@@ -275,6 +284,7 @@ def test_a_checkpoint_makes_each_result_once(tmp_path: Path) -> None:
         made.append(name)
         return {"values": np.arange(3)}
 
+    checkpoint = Checkpoint(tmp_path, {"text": "a"})
     for _ in range(2):
         checkpoint = Checkpoint(tmp_path, {"text": "a"})
         assert checkpoint.get("one", lambda: make("one"))["values"].tolist() == [0, 1, 2]

@@ -170,7 +170,7 @@ def test_segments_add_up_to_the_expert(tmp_path, kind, merged, n_segments, order
             total = sum(expert_output(*piece, x) for piece in pieces)
             assert np.allclose(total, expert_output(gate, up, down, x), rtol=1e-4, atol=1e-4)
             means = by_layer[f"mobile.importance.{layer}"][expert].reshape(-1, block).mean(axis=1)
-            neurons = np.arange(n_ff) if order == "natural" else stored.data[expert]
+            neurons = np.arange(n_ff) if stored is None else stored.data[expert]
             if order == "importance":
                 assert np.array_equal(np.sort(neurons), np.arange(n_ff))
                 assert (np.diff(means[neurons[::block] // block]) <= 0).all()

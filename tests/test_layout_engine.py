@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import engine_libs
-import gguf
 import layout_files
 import numpy as np
 import pytest
 import tiny_models
 from engine_jobs import assert_same_bits, on_engine, on_stock, run, succeeded, tokens
 
+from mobile_gguf.convert.layout import to_mobile
 from mobile_gguf.gguf_info import read_gguf_info
 
 LENGTHS = {
@@ -127,6 +127,21 @@ def test_repacked_experts_equal_stacked(model: str, tmp_path: Path) -> None:
         assert_equals(outcome, each["name"], stock(model, **repack))
 
 
+@pytest.mark.parametrize(("model", "n_segments"), [("mixtral", 1), ("granitemoe-swa", 2), ("gemma4", 1)])
+def test_what_convert_writes(model: str, n_segments: int, tmp_path: Path) -> None:
+    """Our converter's files are those of `layout_files`, as far as the engine can tell."""
+    source, path = tiny_models.path(model), tmp_path / "convert.gguf"
+    to_mobile(source, path, segments=n_segments, segment_order="natural")
+    expected = layout_files.write_per_expert(source, tmp_path / "test.gguf", n_segments)
+    outcome = succeeded(on_engine(*(
+        run(f"{file.stem}, {name}", file, generate(), BUDGETS[name])
+        for file in (path, expected) for name in ("min", "plain")
+    )))  # fmt: skip
+    for name in ("min", "plain"):
+        wanted = {array: outcome.arrays[f"test, {name}/{array}"] for array in stock(model)}
+        assert_equals(outcome, f"convert, {name}", wanted)
+
+
 @pytest.mark.parametrize("mode", [-1, 1, 2, 3, 4], ids=["auto", "mmap", "mlock", "mmap and mlock", "direct"])
 def test_ways_to_load(mode: int, tmp_path: Path) -> None:
     """A per-expert file is never mapped, whoever asks for it."""
@@ -184,96 +199,6 @@ def test_byte_counts_are_the_engines(model: str, n_segments: int, tmp_path: Path
     assert largest[0] <= figures[0] <= largest[1]
     assert sum(by_alignment[0]) <= figures[1] <= sum(by_alignment[1])
     assert (info.budget_min_bytes, info.budget_all_bytes) == (largest[1], sum(by_alignment[1]))
-
-
-def no_model(path: Path, *words: str, budgets: tuple[int | None, ...] = (None, 0, 1 << 60)) -> None:
-    """Loading `path` must fail with one line that has `words`."""
-    outcome = on_engine(*(run(str(budget), path, [], budget) for budget in budgets))
-    for budget in budgets:
-        result = outcome.runs[str(budget)]
-        assert not result["loaded"]
-        assert "\n" not in result["load_error"]
-        assert path.name in result["load_error"]
-        assert all(word in result["load_error"] for word in words), result["load_error"]
-
-
-# what is done to the tiny Mixtral in n segments, and the words that say what is wrong with it
-def without(name: str) -> Any:
-    return lambda tensors: [t for t in tensors if name not in t[0]]
-
-
-def plus(name: str, *shape: int) -> Any:
-    extra = (name, np.ones(shape, np.float32), gguf.GGMLQuantizationType.F32)
-    return lambda tensors: [*tensors, extra]
-
-
-def instead(name: str, *shape: int, kind: Any = np.float32) -> Any:
-    data = np.ones(shape, kind)
-    type_id = gguf.GGMLQuantizationType.F16 if kind == np.float16 else gguf.GGMLQuantizationType.F32
-    return lambda tensors: [(name, data, type_id) if t[0] == name else t for t in tensors]
-
-
-HOSTILE: dict[str, tuple[Any, int, tuple[str, ...]]] = {
-    "gap": (without("blk.1.ffn_up.2."), 1, ("layer 1, ffn_up", "expert 2 is missing")),
-    "no first": (without("blk.1.ffn_up.0."), 1, ("layer 1, ffn_up", "expert 0 is missing")),
-    "no last": (without("ffn_down.7."), 1, ("ffn_down", "expert 7 is missing")),
-    "one too many": (plus("blk.0.ffn_gate.8.weight", 112, 96), 1, ("layer 0, ffn_gate", "9 experts")),
-    "another type": (
-        instead("blk.0.ffn_gate.1.weight", 112, 96, kind=np.float16), 1, ("expert 1", "type or shape"),
-    ),
-    "another shape": (instead("blk.0.ffn_gate.1.weight", 96, 112), 1, ("expert 1", "type or shape")),
-    "not a matrix": (
-        lambda tensors: [(n, np.stack([d, d]) if ".ffn_up." in n else d, k) for n, d, k in tensors], 1,
-        ("not a matrix",),
-    ),
-    "twice": (plus("blk.0.ffn_gate_exps.weight", 8, 112, 96), 1, ("layer 0, ffn_gate", "twice")),
-    "segment missing": (without("blk.1.ffn_up.5."), 2, ("layer 1", "expert 2, segment 1 is missing")),
-    "segments and biases": (
-        plus("blk.0.ffn_up_exps.bias", 8, 112), 2, ("blk.0.ffn_up_exps.bias", "segments"),
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", HOSTILE)
-def test_hostile_tensors(case: str, tmp_path: Path) -> None:
-    change, n_segments, words = HOSTILE[case]
-    path = layout_files.rewrite(
-        tiny_models.path("mixtral"), tmp_path / "hostile.gguf",
-        lambda tensors: change(list(layout_files.per_expert(tensors, n_segments))),
-        set_keys=layout_files.mobile_keys(n_segments),
-    )  # fmt: skip
-    no_model(path, *words)
-
-
-U32, STRING = gguf.GGUFValueType.UINT32, gguf.GGUFValueType.STRING
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "word"),
-    [
-        ("mobile.version", (2, U32), "newer"),
-        ("mobile.version", ("1", STRING), "mobile.version"),
-        ("mobile.layout", ("spiral", STRING), "mobile.layout"),
-        ("mobile.layout", (1, U32), "mobile.layout"),
-        ("mobile.segments", (0, U32), "mobile.segments"),
-        ("mobile.segments", ("2", STRING), "mobile.segments"),
-        ("mobile.segments", (3, U32), "missing"),
-        ("mobile.segments", (4_000_000_000, U32), "mobile.segments"),
-    ],
-)
-def test_hostile_metadata(key: str, value: Any, word: str, tmp_path: Path) -> None:
-    path = layout_files.rewrite(
-        tiny_models.path("mixtral"), tmp_path / "hostile.gguf",
-        lambda tensors: list(layout_files.per_expert(tensors)),
-        set_keys=layout_files.mobile_keys() | {key: value},
-    )  # fmt: skip
-    no_model(path, word)
-
-
-def test_stacked_file_of_a_newer_version(tmp_path: Path) -> None:
-    keys = {"mobile.version": (9, U32)}
-    path = layout_files.rewrite(tiny_models.path("mixtral"), tmp_path / "hostile.gguf", set_keys=keys)
-    no_model(path, "mobile.version 9")
 
 
 def test_truncated_file(tmp_path: Path) -> None:

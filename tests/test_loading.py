@@ -153,3 +153,10 @@ def test_the_log_is_kept_for_error_messages(capsys):
     assert capsys.readouterr().err == ""
     llama_log.clear_errors()
     assert llama_log.last_errors() == ""
+
+
+def test_a_file_in_our_layout_needs_the_engine(opening):
+    per_expert = fake_info(expert_layers=MOE.expert_layers, layout="per-expert", stock=False)
+    with pytest.raises(EngineError, match=r"per-expert.*--export.*engine build"):
+        opening(per_expert, None)
+    opening(per_expert, FakeEngine())

@@ -6,6 +6,7 @@ Float32 models and float32 KV, so that only the order of a sum differs from the 
 from __future__ import annotations
 
 import csv
+import re
 from pathlib import Path
 from typing import Any
 
@@ -138,3 +139,21 @@ def test_prefetch_reads_all_segments_of_what_was_masked(segmented: Path) -> None
     counters = outcome.ops("r", "counters")[0]
     assert queued == counters["n_prefetched"] > 0
     assert queued <= 4 * N_SEGMENTS
+
+
+@MIXTRAL
+def test_a_read_that_fails_names_the_segment(segmented: Path) -> None:
+    """The file loses its end, the last layer's experts, after it was loaded."""
+
+    def cut() -> None:
+        with segmented.open("r+b") as file:
+            file.truncate(segmented.stat().st_size - 64 * 1024)
+
+    ops = [{"op": "pause", "name": "cut"}, PROMPT, {"op": "steps", "tokens": TEXT, "pos": N}]
+    outcome = on_engine(run("r", segmented, ops, "min"), on_pause={"cut": cut})
+    failed = [op for op in outcome.runs["r"]["ops"] if op.get("rc", 0) != 0]
+    assert failed
+    for op in failed:
+        assert re.search(r"m\.gguf: layer 3, expert [67], segment \d \(blk\.3\.ffn_", op["error"]), op[
+            "error"
+        ]

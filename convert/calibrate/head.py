@@ -54,6 +54,7 @@ def fit_head(
     The head's threshold is the one for 30% of tokens, until a curve gives a better. Raises UsageError if the
     text has too few tokens on one side of ``kl``, MobileError if scikit-learn is missing.
     """
+    _check_finite(fitted.kl, fitted.state, held_out.kl, held_out.state)
     level = float(np.quantile(fitted.kl, 1 - POSITIVE_SHARE)) if kl is None else kl
     labels, held_labels = fitted.kl > level, held_out.kl > level
     for side in (labels, held_labels):
@@ -64,7 +65,6 @@ def fit_head(
             )
     embeddings = Embeddings(source, n_vocab)
     features = np.concatenate([fitted.state, embeddings.rows(fitted.token)], axis=1)
-    _check_finite(features)
     mean, scale = features.mean(0), features.std(0)
     scale[scale == 0] = 1
     coefficients, intercept, strength = _fit((features - mean) / scale, labels, fitted.block)
@@ -146,9 +146,11 @@ def _logistic_regression() -> Any:
     return LogisticRegression
 
 
-def _check_finite(features: npt.NDArray[Any]) -> None:
-    if not np.isfinite(features).all():
-        raise MobileError("the model's hidden states are not finite numbers: it cannot be calibrated")
+def _check_finite(*measured: npt.NDArray[Any]) -> None:
+    if not all(np.isfinite(values).all() for values in measured):
+        raise MobileError(
+            "the model computes what is not a number (NaN or infinity): it cannot be calibrated"
+        )
 
 
 class Embeddings:

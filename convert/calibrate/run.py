@@ -62,7 +62,7 @@ class CalibrateOptions:
     kl: float | None = None
     threads: int | None = None
     ram_budget: Any = "auto"
-    curve_blocks: int = 16
+    curve_blocks: int = 8
     resume: bool = True
 
 

@@ -84,6 +84,14 @@ static uint32_t metadata_n_expert(const llama_model_loader & ml) {
     return id >= 0 && gguf_get_kv_type(ml.metadata, id) == GGUF_TYPE_UINT32 ? gguf_get_val_u32(ml.metadata, id) : 0;
 }
 
+int64_t mobile_layout_tensor_index(const gguf_context * meta, const char * name) {
+    static thread_local int64_t next = 0;
+    if (next >= gguf_get_n_tensors(meta) || strcmp(gguf_get_tensor_name(meta, next), name) != 0) {
+        next = gguf_find_tensor(meta, name);
+    }
+    return next++; // -1: not found
+}
+
 //
 // gathering
 //

@@ -18,6 +18,7 @@
 #include <vector>
 
 struct ggml_tensor;
+struct gguf_context;
 struct llama_model_loader;
 
 enum mobile_matrix {
@@ -37,6 +38,10 @@ struct mobile_layout {
     int32_t n_segments = 1;
     std::map<std::string, mobile_parts> tensors; // by the stacked tensor's name
 };
+
+// gguf_find_tensor for whoever goes through a file's tensors in order, which there are tens of thousands of: looks
+// behind the tensor found last on this thread first
+int64_t mobile_layout_tensor_index(const gguf_context * meta, const char * name);
 
 // for the loader's constructor, when all tables are read. throws std::runtime_error with the reason if the file
 // is newer than this code or its experts do not make up stacked tensors

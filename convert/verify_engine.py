@@ -1,0 +1,112 @@
+"""The engine's side of a verification: logits of every position, at once and step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from ..errors import ModelFormatError
+from ..gguf_info import GgufInfo, read_gguf_info
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from ..mobile_llama import MobileLlama
+
+
+class EngineReference:
+    """A GGUF opened for verification: exact, the KV cache in float32, memory as ``auto`` finds it.
+
+    A context manager. Raises what ``load`` does.
+    """
+
+    def __init__(self, path: Path, *, n_ctx: int, threads: int | None = None, precise: bool = False) -> None:
+        self.info: GgufInfo = read_gguf_info(path)
+        self.precise = precise
+        self._n_ctx = n_ctx
+        self._threads = threads
+        self._llama: MobileLlama | None = None
+
+    def __enter__(self) -> EngineReference:
+        from llama_cpp import llama_cpp
+
+        from ..loading import open_backend
+        from ..options import LoadOptions
+
+        options = LoadOptions(n_ctx=self._n_ctx, n_batch=self._n_ctx, threads=self._threads)
+        kind = llama_cpp.GGML_TYPE_F32
+        self._llama, _ = open_backend(self.info, options, type_k=kind, type_v=kind)
+        return self
+
+    def __exit__(
+        self, _kind: type[BaseException] | None, _error: BaseException | None, _where: TracebackType | None
+    ) -> None:
+        if self._llama is not None:
+            self._llama.close()
+            self._llama = None
+
+    @property
+    def llama(self) -> MobileLlama:
+        """The opened model."""
+        if self._llama is None:
+            raise RuntimeError("the model is opened by the with statement")
+        return self._llama
+
+    @property
+    def is_rounded(self) -> bool:
+        """Whether products with the file's matrices round the activations."""
+        return False
+
+    @property
+    def n_vocab(self) -> int:
+        return self.llama.n_vocab()
+
+    @property
+    def chat_template(self) -> str | None:
+        return self.llama.metadata.get("tokenizer.chat_template")
+
+    def tokenize(self, text: str, *, add_special: bool) -> list[int]:
+        """Token ids of ``text``, control tokens read; with what the model adds if ``add_special``."""
+        return self.llama.tokenize(text.encode(), add_bos=add_special, special=True)
+
+    def at_once(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Logits [n_tokens, n_vocab] of the tokens as one prompt."""
+        self.llama.forget()
+        return self._decode(list(tokens), 0)
+
+    def step_by_step(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Logits [n_tokens, n_vocab] of the tokens, one decode each."""
+        import numpy as np
+
+        self.llama.forget()
+        return np.concatenate([self._decode([token], position) for position, token in enumerate(tokens)])
+
+    def _decode(self, tokens: list[int], position: int) -> npt.NDArray[np.float32]:
+        import numpy as np
+        from llama_cpp import llama_cpp
+
+        llama, n_tokens = self.llama, len(tokens)
+        outside = [token for token in tokens if not 0 <= token < self.n_vocab]
+        if outside:
+            raise ModelFormatError(
+                f"{self.info.path} has a vocabulary of {self.n_vocab}, and the checkpoint's tokenizer gives "
+                f"token {outside[0]}"
+            )
+        if position == 0:
+            llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(llama.ctx), True)
+        batch = llama_cpp.llama_batch_init(n_tokens, 0, 1)
+        try:
+            batch.n_tokens = n_tokens
+            for i, token in enumerate(tokens):
+                batch.token[i], batch.pos[i], batch.logits[i] = token, position + i, True
+                batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
+            code = llama_cpp.llama_decode(llama.ctx, batch)
+        finally:
+            llama_cpp.llama_batch_free(batch)
+        if code != 0:
+            raise llama.decode_error(RuntimeError(f"llama_decode returned {code}"))
+        rows = np.ctypeslib.as_array(llama_cpp.llama_get_logits(llama.ctx), (n_tokens * self.n_vocab,))
+        return rows.reshape(n_tokens, self.n_vocab).copy()

@@ -1,0 +1,131 @@
+"""What a verification found: rows, a verdict, and both as JSON and as a table."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+PASSED, FAILED, NOT_VERIFIED = "passed", "failed", "not verified"
+
+STATUS_KEY, JSON_KEY = "mobile.verify.status", "mobile.verify.json"
+KEY_PREFIX = "mobile.verify."
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """Beyond which a file fails. Errors are relative (`divergence.relative_error`), KL in nats per token.
+
+    ``near_tie`` is a lead of a chosen expert over the next one, as a share of the best score, at which
+    float32 summation order may choose either; ``flip_error`` and ``flip_share`` bound what that excuses.
+    """
+
+    relative_error: float = 1e-3
+    near_tie: float = 1e-4
+    flip_error: float = 0.2
+    flip_share: float = 0.25
+    mean_kl: float = 0.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One prompt run one way, against one reference; errors and KL over its tokens."""
+
+    prompt: int
+    run: str  # "at once" | "step by step"
+    against: str  # "Transformers" | "16-bit"
+    n_tokens: int
+    worst_error: float
+    n_same_top: int
+    n_tied_top: int
+    n_near_ties: int
+    mean_kl: float
+    worst_kl: float
+    problem: str = ""
+
+    def cells(self) -> tuple[str, ...]:
+        """The row for the table."""
+        top = f"{self.n_same_top}/{self.n_tokens}" + (f" +{self.n_tied_top} tied" if self.n_tied_top else "")
+        return (
+            str(self.prompt + 1), self.run, self.against, f"{self.worst_error:.1e}", top,
+            f"{self.mean_kl:.1e}", f"{self.worst_kl:.1e}", self.problem or "ok",
+        )  # fmt: skip
+
+
+_HEADINGS = ("prompt", "run", "against", "worst error", "same top", "mean KL", "worst KL", "")
+
+
+@dataclass(frozen=True)
+class VerifyResult:
+    """The verdict on a GGUF: ``status`` passed, failed or not verified, and why if not passed."""
+
+    status: str
+    reasons: tuple[str, ...] = ()
+    rows: tuple[Row, ...] = ()
+    thresholds: Thresholds = field(default_factory=Thresholds)
+    facts: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        return self.status == PASSED
+
+    def worst(self) -> dict[str, float]:
+        """The largest error and KL of all rows, by what they are against."""
+        worst: dict[str, float] = {}
+        for row in self.rows:
+            for name, value in (("relative error", row.worst_error), ("mean KL", row.mean_kl)):
+                key = f"{name} against {row.against}"
+                worst[key] = max(worst.get(key, 0.0), value) if value == value else value
+        return worst
+
+    def as_dict(self) -> dict[str, Any]:
+        """The result for JSON."""
+        return {
+            "status": self.status,
+            "reasons": list(self.reasons),
+            "notes": list(self.notes),
+            "worst": self.worst(),
+            "thresholds": asdict(self.thresholds),
+            "facts": self.facts,
+            "rows": [asdict(row) for row in self.rows],
+        }
+
+    def to_json(self) -> str:
+        """The result as one line of JSON; a number that is none is written as text."""
+        return json.dumps(_plain(self.as_dict()), ensure_ascii=False, allow_nan=False)
+
+    def metadata(self) -> dict[str, str]:
+        """What a GGUF says about its verification; nothing if there was none."""
+        if self.status == NOT_VERIFIED:
+            return {}
+        return {STATUS_KEY: self.status, JSON_KEY: self.to_json()}
+
+    def summary(self) -> str:
+        """The verdict in one line."""
+        worst = ", ".join(f"{name} {value:.1e}" for name, value in self.worst().items() if "error" in name)
+        detail = "; ".join(self.reasons) or worst
+        return f"{self.status}: {detail}" if detail else self.status
+
+    def table(self) -> str:
+        """Rows, notes and the verdict for people."""
+        lines = []
+        if self.rows:
+            cells = [_HEADINGS, *(row.cells() for row in self.rows)]
+            widths = [max(len(line[i]) for line in cells) for i in range(len(_HEADINGS))]
+            for line in cells:
+                padded = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+                lines.append("  ".join(padded).rstrip())
+        lines += [f"note: {note}" for note in self.notes]
+        return "\n".join([*lines, f"verification {self.summary()}"])
+
+
+def _plain(value: Any) -> Any:
+    """``value`` with numbers that JSON has no word for as text."""
+    if isinstance(value, dict):
+        return {name: _plain(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return str(value)
+    return value
