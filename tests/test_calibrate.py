@@ -45,7 +45,7 @@ def engine() -> None:
 
 
 def calibrate(
-    cache: Path, *arguments: str | Path, die_after: int = NEVER
+    cache: Path, *arguments: str | int | Path, die_after: int = NEVER
 ) -> subprocess.CompletedProcess[str]:
     words = [str(word) for word in ("-t", 1, *arguments)]
     command = [sys.executable, str(CHILD), str(die_after), *words]
