@@ -58,10 +58,12 @@ lint: $(VENV)/.dev ## ruff and pyright
 	$(BIN)/pyright --pythonpath $(CURDIR)/$(BIN)/python -p $(TYPES)
 
 FUZZ_SECONDS ?= 600
-fuzz: $(VENV)/.dev ## hostile GGUF headers, FUZZ_SECONDS long; build/fuzz remembers what was found
+fuzz: $(VENV)/.dev ## hostile GGUF and safetensors headers, FUZZ_SECONDS each; build/fuzz remembers what was found
 	@mkdir -p build/fuzz
-	PYTHONPATH=tests $(BIN)/python tests/fuzz_gguf.py build/fuzz/corpus -max_total_time=$(FUZZ_SECONDS) \
-		-artifact_prefix=build/fuzz/
+	for target in gguf safetensors; do \
+		PYTHONPATH=tests $(BIN)/python tests/fuzz.py $$target build/fuzz/$$target -max_total_time=$(FUZZ_SECONDS) \
+			-artifact_prefix=build/fuzz/ || exit 1; \
+	done
 
 bench: $(VENV)/.core stock ## compare with stock llama.cpp under the same memory cap
 	$(BIN)/mobile-gguf bench --budget 12%,25%,100% --modes exact,little --vs stock $(BENCH)

@@ -1,15 +1,21 @@
-"""What the fuzzer and the property tests run: everything from a GGUF's first byte to a planned conversion."""
+"""What the fuzzer and the property tests run: from a GGUF's first byte to a planned conversion, and what a
+safetensors file says about itself.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import safetensors
+import safetensors.numpy
 from gguf_samples import N_EXPERT, N_FF, N_LAYER, write_sample
 
 from mobile_gguf.convert.gguf_file import GgufSource, write_gguf
 from mobile_gguf.convert.layout import FilePlan, plan_mobile, plan_stacked
+from mobile_gguf.convert.safetensors_header import read_safetensors_header
 from mobile_gguf.errors import MobileError
 from mobile_gguf.gguf_info import read_gguf_info
 
@@ -69,3 +75,46 @@ def _is_planned(action: Callable[[], object]) -> bool:
 def _check_line(error: MobileError) -> None:
     if not str(error).isprintable():
         raise AssertionError(f"more than a line: {error!r}") from error
+
+
+def safetensors_samples(folder: Path) -> list[Path]:
+    """Files that a corpus of safetensors starts from."""
+    rng = np.random.default_rng(5)
+    tensors = {
+        "model.embed_tokens.weight": rng.standard_normal((4, 3)).astype(np.float32),
+        "model.layers.0.mlp.experts.0.up_proj.weight": rng.standard_normal((2, 4)).astype(np.float16),
+        "model.layers.0.mlp.gate.weight": np.arange(3, dtype=np.int64),
+        "scalar": np.array(1, np.uint8),
+    }
+    made = [folder / "one.safetensors", folder / "none.safetensors"]
+    safetensors.numpy.save_file(tensors, made[0], metadata={"format": "pt"})
+    safetensors.numpy.save_file({}, made[1])
+    return made
+
+
+def check_safetensors(path: Path) -> int:
+    """Read a safetensors header; returns how many tensors were accepted.
+
+    What is accepted, the safetensors package must accept as well, and read the same bytes.
+    """
+    try:
+        found = read_safetensors_header(path)
+    except MobileError as error:
+        _check_line(error)
+        return 0
+    raw = path.read_bytes()
+    theirs = dict(safetensors.deserialize(raw))
+    ours = {tensor.name: raw[tensor.offset : tensor.offset + tensor.n_bytes] for tensor in found}
+    if {name: bytes(entry["data"]) for name, entry in theirs.items()} != ours:
+        raise AssertionError(f"safetensors reads something else: {sorted(theirs)} and {sorted(ours)}")
+    return len(found)
+
+
+class Target(NamedTuple):
+    """Something to fuzz: where a corpus starts, and what is done with every file."""
+
+    samples: Callable[[Path], list[Path]]
+    check: Callable[[Path], int]
+
+
+TARGETS = {"gguf": Target(samples, check), "safetensors": Target(safetensors_samples, check_safetensors)}

@@ -1,4 +1,4 @@
-"""Damaged and hostile GGUFs: one clear error or a whole plan, never anything else."""
+"""Damaged and hostile GGUF and safetensors files: one clear error or a whole result, never anything else."""
 
 import importlib.util
 import os
@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 # long runs are `make fuzz FUZZ_SECONDS=600`
-SECONDS = int(os.environ.get("MOBILE_GGUF_FUZZ_SECONDS", "15"))
+SECONDS = int(os.environ.get("MOBILE_GGUF_FUZZ_SECONDS", "12"))
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +26,13 @@ def test_the_samples_are_whole(tmp_path, samples):
         path = tmp_path / f"{number}.gguf"
         path.write_bytes(raw)
         assert fuzz_target.check(path) >= 2
+
+
+def test_whole_safetensors_are_accepted(tmp_path):
+    assert [fuzz_target.check_safetensors(path) for path in fuzz_target.safetensors_samples(tmp_path)] == [
+        4,
+        0,
+    ]
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -46,10 +53,11 @@ def test_damaged_files(tmp_path, samples, data):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("atheris") is None, reason="atheris is not installed")
-def test_coverage_guided(tmp_path):
-    fuzzer = Path(__file__).with_name("fuzz_gguf.py")
+@pytest.mark.parametrize("target", fuzz_target.TARGETS)
+def test_coverage_guided(tmp_path, target):
+    fuzzer = Path(__file__).with_name("fuzz.py")
     done = subprocess.run(
-        [sys.executable, str(fuzzer), "corpus", f"-max_total_time={SECONDS}", "-seed=1"],
+        [sys.executable, str(fuzzer), target, "corpus", f"-max_total_time={SECONDS}", "-seed=1"],
         cwd=tmp_path, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
