@@ -17,7 +17,7 @@ from typing import Any
 
 from mobile_gguf.errors import ModelFormatError, ModelNotFoundError
 
-from .safetensors_header import SourceTensor, read_safetensors_header
+from .safetensors_header import MAX_NAME, SourceTensor, read_safetensors_header
 
 _MAX_JSON_BYTES = 64 << 20
 _EXPERT_COUNTS = (
@@ -26,8 +26,8 @@ _EXPERT_COUNTS = (
 )  # fmt: skip
 _TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "ffn_config", "thinker_config")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json", "*.tiktoken", "vocab.txt")
-_EXPERT = re.compile(r"^(?P<stem>.*?\.(?P<layer>\d+)\..*?experts)\.(?P<expert>\d+)\.(?P<part>.+)$")
-_LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
+_EXPERT = re.compile(r"^(?P<stem>.*?\.(?P<layer>\d{1,9})\..*?experts)\.(?P<expert>\d{1,9})\.(?P<part>.+)$")
+_LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d{1,9})\.")
 _ROUTERS = ("gate.weight", "router.weight", "router.layer.weight", "gate.wg.weight", "router.proj.weight")
 _PART_OF = re.compile(r"^(.*)-(\d{5})-of-(\d{5})(\.\w+)$")
 
@@ -59,7 +59,8 @@ def read_checkpoint(folder: Path, known_architectures: Collection[str]) -> Check
         raise ModelNotFoundError(f"{folder} is no directory with a Hugging Face checkpoint")
     config = _read_config(folder)
     architecture = _architecture(folder, config, known_architectures)
-    n_expert = expert_count(config)
+    counts = expert_counts(config)
+    n_expert = max(counts, default=0)
     shards, index = _shards(folder)
     if shards[0].suffix == ".bin":
         tensors: tuple[SourceTensor, ...] = ()
@@ -72,7 +73,7 @@ def read_checkpoint(folder: Path, known_architectures: Collection[str]) -> Check
             f"{folder} is a dense model ({architecture}), not a Mixture-of-Experts one: convert it with "
             "llama.cpp's convert_hf_to_gguf.py; there are no experts here to manage"
         )
-    check_experts(folder, list(names), n_expert, _layer_count(config))
+    check_experts(folder, list(names), n_expert if len(counts) == 1 else 0, _layer_count(config))
     if not any(any(folder.glob(pattern)) for pattern in _TOKENIZERS):
         raise ModelFormatError(
             f"{folder} has no tokenizer (tokenizer.json, tokenizer.model, ...): copy the model's tokenizer"
@@ -87,42 +88,49 @@ def read_checkpoint(folder: Path, known_architectures: Collection[str]) -> Check
     return Checkpoint(folder, config, architecture, n_expert, shards, tensors, n_bytes, dtype)
 
 
-def expert_count(config: dict[str, Any]) -> int:
-    """Experts per layer that a config promises; 0 if it names none."""
-    found = 0
-    for part in (config, *(config.get(key) for key in _TEXT_CONFIGS)):
-        for key in _EXPERT_COUNTS if isinstance(part, dict) else ():
-            value = part.get(key)
-            values = value if isinstance(value, list) else [value]
-            found = max([found, *(v for v in values if isinstance(v, int) and not isinstance(v, bool))])
+def expert_counts(config: dict[str, Any], depth: int = 3) -> set[int]:
+    """The numbers of experts per layer that a config names; empty or {0} for a dense model."""
+    found = set()
+    for key in _EXPERT_COUNTS:
+        value = config.get(key)
+        values = value if isinstance(value, list) else [value]
+        found |= {v for v in values if isinstance(v, int) and not isinstance(v, bool)}
+    for key in _TEXT_CONFIGS if depth else ():
+        part = config.get(key)
+        if isinstance(part, dict):
+            found |= expert_counts(part, depth - 1)
     return found
 
 
 def check_experts(folder: Path, names: list[str], n_expert: int, n_layers: int) -> None:
-    """Check that no layer lacks an expert, or a part of one. Raises ModelFormatError."""
+    """Check that no layer lacks an expert, or a part of one; n_expert is 0 where layers may differ.
+
+    Raises ModelFormatError.
+    """
     stems: dict[str, dict[str, set[int]]] = {}
     layers = set()
     for name in names:
+        if len(name) > MAX_NAME:
+            raise _incomplete(folder, f"a tensor is called {name:.40}... in its index")
         if match := _LAYER.search(name):
             layers.add(int(match[1]))
         if match := _EXPERT.match(name):
-            stems.setdefault(match["stem"], {}).setdefault(match["part"], set()).add(int(match["expert"]))
+            # a matrix may be stored as several tensors, and in some layers otherwise than in others
+            part = match["part"].partition(".")[0]
+            stems.setdefault(match["stem"], {}).setdefault(part, set()).add(int(match["expert"]))
     missing_layers = sorted(set(range(n_layers)) - layers) if layers else []
     if missing_layers:
         raise _incomplete(folder, f"layer {_some(missing_layers)} of {n_layers} has no tensors")
-    parts = {part for found in stems.values() for part in found if part.endswith("weight")}
-    every = set(
-        range(n_expert or 1 + max((max(ids) for f in stems.values() for ids in f.values()), default=0))
-    )
+    parts = {part for found in stems.values() for part in found}
     for stem, found in sorted(stems.items()):
-        for part in sorted(parts | found.keys()):
-            missing = sorted(every - found.get(part, set()))
-            if missing:
-                raise _incomplete(folder, f"{stem} has no {part} for expert {_some(missing)} of {len(every)}")
-            if extra := sorted(found[part] - every):
-                raise _incomplete(
-                    folder, f"{stem} has expert {_some(extra)}, but config.json says {len(every)}"
-                )
+        count = n_expert or 1 + max(max(ids) for ids in found.values())
+        for part in sorted(parts):
+            ids = found.get(part, set())
+            if extra := sorted(n for n in ids if n >= count):
+                raise _incomplete(folder, f"{stem} has expert {_some(extra)}, but config.json says {count}")
+            if len(ids) < count:
+                missing = [n for n in range(min(count, 2 * len(ids) + 2)) if n not in ids]
+                raise _incomplete(folder, f"{stem} has no {part} for expert {missing[0]} of {count}")
     _check_routed_layers(folder, names, set(stems))
 
 

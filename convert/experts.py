@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from ..errors import ModelFormatError
-from ..gguf_experts import MAX_EXPERTS
+from ..gguf_experts import MAX_EXPERTS, OWN_PREFIX
 from ..gguf_header import type_block
 from ..gguf_info import MAX_LAYERS
 from .gguf_data import FileRange, TensorPlan
@@ -22,8 +22,8 @@ SEGMENT_ORDER_TENSOR = "mobile.segments.order."  # and the layer
 
 # an expert's matrices in the order in which they stand in a file
 KINDS = ("gate_up", "up", "gate", "down")
-_STACKED = re.compile(r"blk\.(\d{1,5})\.ffn_(gate_up|up|gate|down)_exps\.weight")
-_SINGLE = re.compile(r"blk\.(\d{1,5})\.ffn_(gate_up|up|gate|down)\.(0|[1-9]\d{0,5})\.weight")
+_STACKED = re.compile(r"blk\.(0|[1-9]\d{0,4})\.ffn_(gate_up|up|gate|down)_exps\.weight")
+_SINGLE = re.compile(r"blk\.(0|[1-9]\d{0,4})\.ffn_(gate_up|up|gate|down)\.(0|[1-9]\d{0,5})\.weight")
 _BESIDE = re.compile(r"blk\.\d+\.ffn_(gate_up|up|gate|down)_exps\.(?!weight$).+")
 _I32 = 26
 
@@ -33,8 +33,8 @@ class Stack:
     """One matrix of all experts of a layer.
 
     `pieces` [n_piece] are the bytes of each expert, or of each segment; `shape` is one's, in ggml order;
-    `segments` of them make an expert. `position` is where its first tensor stands in the file's table,
-    `is_single` whether each piece is a tensor.
+    `segments` of them make an expert. `position` is where its first tensor stands among the model's
+    (ours left out), `is_single` whether each piece is a tensor.
     """
 
     layer: int
@@ -108,15 +108,19 @@ def read_experts(source: GgufSource) -> Experts:
     singles: dict[tuple[int, str], dict[int, tuple[int, TensorPlan]]] = {}
     stacked: dict[tuple[int, str], tuple[int, TensorPlan]] = {}
     others, beside = [], []
-    for position, tensor in enumerate(source.tensors):
+    position = 0
+    for tensor in source.tensors:
         if match := _STACKED.fullmatch(tensor.name):
             stacked[int(match[1]), match[2]] = position, tensor
         elif match := _SINGLE.fullmatch(tensor.name):
             singles.setdefault((int(match[1]), match[2]), {})[int(match[3])] = position, tensor
         else:
             others.append(tensor)
+            if tensor.name.startswith(OWN_PREFIX):
+                continue
             if _BESIDE.fullmatch(tensor.name):
                 beside.append(tensor.name)
+        position += 1
     if both := stacked.keys() & singles.keys():
         _fail(source.path, f"layer {min(both)[0]} has its experts both stacked and one by one")
     stacks = [_of_stacked(source.path, key, *found) for key, found in stacked.items()]

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 
 from ..errors import ModelFormatError, UsageError
-from ..gguf_header import GgufHeader, read_errors, read_open_header
+from ..gguf_header import GgufHeader, open_gguf, read_errors, read_open_header
 
 CHUNK = 4 << 20
 
@@ -34,7 +34,7 @@ class Data(Protocol):
     def chunks(self) -> Iterator[bytes | memoryview]: ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Memory:
     """Bytes that are in memory."""
 
@@ -53,8 +53,8 @@ class Part:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._file: BinaryIO = open_gguf(path)
         with read_errors(path):
-            self._file: BinaryIO = open(path, "rb")  # noqa: SIM115
             try:
                 self._opened = self._state()
                 self.header: GgufHeader = read_open_header(path, self._file)
@@ -94,7 +94,7 @@ class Part:
         return status.st_size, status.st_mtime_ns
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class FileRange:
     """`n_bytes` bytes of a file from `offset`."""
 
@@ -118,7 +118,7 @@ class FileRange:
         self.part.check_unchanged()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Kv:
     """One metadata entry: its name, and key, type and value as they stand in the file."""
 
@@ -142,7 +142,7 @@ class Kv:
         return cls(name, Memory(_number(len(key), 8) + key + _number(type_id, 4) + raw))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorPlan:
     """A tensor to write: name, shape in ggml order (the fastest dimension first), type, and its bytes."""
 

@@ -252,15 +252,15 @@ class _Layout:
         self.kv = tuple(entries.values())
         self.tensors = tuple(tensors)
         self.alignment = alignment or DEFAULT_ALIGNMENT
-        rows = []
+        table = bytearray()
         position = 0
         for tensor in self.tensors:
             name = tensor.name.encode()
-            dims = [_number(n, 8) for n in tensor.shape]
-            rows += [_number(len(name), 8), name, _number(len(dims), 4), *dims]
-            rows += [_number(tensor.type_id, 4), _number(position, 8)]
+            table += _number(len(name), 8) + name + _number(len(tensor.shape), 4)
+            table += b"".join(_number(n, 8) for n in tensor.shape)
+            table += _number(tensor.type_id, 4) + _number(position, 8)
             position += _padded(tensor.n_bytes, self.alignment)
-        self.table = b"".join(rows)
+        self.table = memoryview(table)
         self.n_bytes = position
         header_bytes = 24 + sum(entry.n_bytes for entry in self.kv) + len(self.table)
         self.data_start = _padded(header_bytes, self.alignment)

@@ -161,7 +161,8 @@ def _explained(reference: str, download: Callable[[], Path]) -> Path:
         if not type(error).__module__.startswith(("httpx", "httpcore", "requests", "urllib3", "hf_xet")):
             raise
         raise MobileError(
-            f"{reference}: the Hub cannot be reached ({_first_line(error)}): try again, or with HF_HUB_OFFLINE=1 if the cache has it"
+            f"{reference}: the Hub cannot be reached ({_first_line(error)}): try again, or with"
+            " HF_HUB_OFFLINE=1 if the cache has it"
         ) from error
 
 

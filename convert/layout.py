@@ -100,11 +100,13 @@ def plan_mobile(source: GgufSource, segments: int = 1, segment_order: str = "imp
     if by_importance:
         tensors += neurons.order_tensors()
     for _, stacks in experts.layers():
-        cuts = [(stack, tuple(neurons.pieces(stack, segments))) for stack in stacks]
+        cuts = [
+            (stack, stack.logical_shape(segments), tuple(neurons.pieces(stack, segments))) for stack in stacks
+        ]
         tensors += [
-            TensorPlan(stack.single_name(n), stack.logical_shape(segments), stack.type_id, pieces[n])
+            TensorPlan(stack.single_name(n), shape, stack.type_id, pieces[n])
             for n in range(stacks[0].n_expert * segments)
-            for stack, pieces in cuts
+            for stack, shape, pieces in cuts
         ]
     if len(tensors) > _MAX_TENSORS:
         raise UsageError(f"{source.path} would have {len(tensors)} tensors: give fewer --segments")
@@ -216,8 +218,6 @@ def _stock_order(source: GgufSource, experts: Experts) -> list[TensorPlan]:
     n_tensors = len(stacked) + len(rest)
     if not any(stack.is_single for stack in experts.stacks):
         positions = [stack.position for stack in experts.stacks]
-        n_tensors += len(own)
-        rest, own = list(experts.others), []
     if _are_positions(positions, len(stacked), n_tensors):
         at = dict(zip(positions, stacked, strict=True))  # type: ignore[arg-type]
         others = iter(rest)

@@ -17,7 +17,7 @@ from .gguf_data import CHUNK, Data, FileRange
 Places = Callable[[], np.ndarray]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Joined:
     """The bytes of several pieces, one after the other."""
 
@@ -32,7 +32,7 @@ class Joined:
             yield from piece.chunks()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Computed:
     """An array that is made when it is written."""
 
@@ -43,7 +43,7 @@ class Computed:
         yield memoryview(np.ascontiguousarray(self.array())).cast("B")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Rows:
     """Chosen neurons of a matrix that has a row for each; `halves` is 2 where gate and up stand in one.
 
@@ -75,7 +75,7 @@ class Rows:
         check_unchanged(self.pieces)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Columns:
     """Chosen neurons of a matrix that has a column for each, in whole blocks of its type.
 

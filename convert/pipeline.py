@@ -91,7 +91,6 @@ class _Conversion:
         self.request, self.converter, self.name, self.progress = request, converter, name, progress
         self.verifies = options.verify if options.verify is not None else _can_verify()
         self.plan: ConversionPlan | None = None
-        self.written: ConvertResult | None = None  # the layout's own account
 
     def execute(self) -> ConvertResult:
         """Do it all, or in a dry run plan it."""
@@ -131,9 +130,9 @@ class _Conversion:
         if not options.stacked:
             began = time.monotonic()
             laid_out = work / "mobile.gguf"
-            self.written = to_mobile(
+            to_mobile(
                 result, laid_out, segments=options.segments, segment_order=options.segment_order,
-                progress=self.progress,
+                progress=_renamed(self.progress, f"converting {result.name}", "laying out the experts"),
             )  # fmt: skip
             if result != stacked or not options.keep_intermediate:
                 result.unlink()
@@ -144,7 +143,8 @@ class _Conversion:
         began = time.monotonic()
         found = self._verified(result, stacked if self.request.is_needed else None)
         if metadata := found.metadata():
-            update_gguf(result, metadata, progress=self.progress)
+            renamed = _renamed(self.progress, f"writing {result.name}", "noting the verification")
+            update_gguf(result, metadata, progress=renamed)
         seconds["verify"] = time.monotonic() - began
         return result, found
 
@@ -189,11 +189,15 @@ class _Conversion:
                 raise UsageError(
                     f"{self.request.outtype} needs an importance matrix for this model: give --imatrix FILE"
                 )
-        self.plan = make_plan(
-            self.checkpoint, self.out, self.options, self.request, converter=self._converter_type(),
-            n_tensors=stacked.n_tensors, stacked_bytes=stacked.n_bytes, quantised=report,
-            keeps_intermediate=self.options.keep_intermediate or self.verifies,
-        )  # fmt: skip
+        try:
+            self.plan = make_plan(
+                self.checkpoint, self.out, self.options, self.request, converter=self._converter_type(),
+                stacked=stacked, quantised=report,
+                keeps_intermediate=self.options.keep_intermediate or self.verifies,
+            )  # fmt: skip
+        except MobileError as error:  # it names the file that is planned on, which the user never sees
+            text = str(error).replace(str(stacked.header), str(self.checkpoint.folder))
+            raise type(error)(text) from error
         if self.options.dry_run:
             return False
         check_disk(self.plan)
@@ -215,12 +219,17 @@ class _Conversion:
             exit_code = int(failed)
         return ConvertResult(
             path=self.out, source=self.source, layout="stacked" if self.options.stacked else "per-expert",
-            segments=self.options.segments, n_tensors=(self.written or plan).n_tensors,
+            segments=self.options.segments, n_tensors=plan.n_tensors,
             n_bytes=n_bytes or plan.final_bytes,
             peak_disk_bytes=plan.peak_bytes, free_bytes=plan.free_bytes, dry_run=self.options.dry_run,
             rows=rows, details=details, exit_code=exit_code,
             verification=None if verification is None else verification.status,
         )  # fmt: skip
+
+
+def _renamed(progress: Progress, hidden: str, shown: str) -> Progress:
+    """Progress of a step that would name a file which the user never sees."""
+    return lambda text, done: progress(text.replace(hidden, shown, 1), done)
 
 
 def _check_output(out: Path, options: ConvertOptions) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import shutil
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,13 @@ from mobile_gguf.sizes import format_bytes
 
 from . import ftypes
 from .checkpoint import Checkpoint
+from .gguf_data import FileRange, TensorPlan
+from .gguf_file import GgufSource
+from .layout import plan_mobile
 from .options import ConvertOptions
 from .quantize import QuantizeReport, QuantizeRequest
+from .upstream import StackedPlan
 
-# every expert's tensor starts on a page
-_PAGE = 4096
 _SOURCE_TYPES = {"BF16": "bf16", "F16": "f16", "F32": "f32", "F64": "f32"}
 
 
@@ -48,7 +52,6 @@ class ConversionPlan:
             ("architecture", f"{self.checkpoint.architecture}, {self.checkpoint.n_expert} experts"),
             ("source", f"{len(self.checkpoint.shards)} {kind} files, {format_bytes(self.checkpoint.n_bytes)}"
                        f" {self.checkpoint.dtype}".rstrip()),
-            ("tensors", f"{self.n_tensors} (stacked)"),
         ]  # fmt: skip
         if self.quantised_bytes:
             rows.append(("intermediate", f"{self.converter_type}, {format_bytes(self.stacked_bytes)}"))
@@ -104,14 +107,14 @@ def make_plan(
     request: QuantizeRequest,
     *,
     converter: str,
-    n_tensors: int,
-    stacked_bytes: int,
+    stacked: StackedPlan,
     quantised: QuantizeReport | None,
     keeps_intermediate: bool,
 ) -> ConversionPlan:
     """The plan, from the converter's header and the quantiser's dry run.
 
-    Raises ModelFormatError where the quantiser would have to quantise what is quantised already.
+    Raises ModelFormatError where the quantiser would have to quantise what is quantised already, and what
+    `layout.plan_mobile` raises for experts that cannot be laid out as asked.
     """
     if quantised is not None and quantised.requantized:
         raise ModelFormatError(
@@ -120,24 +123,41 @@ def make_plan(
             " --outtype mxfp4_moe, or --experts mxfp4"
         )
     quantised_bytes = quantised.n_bytes if quantised is not None else 0
-    stacked_result = quantised_bytes or stacked_bytes
-    n_layers = 3 * (n_tensors // 8)  # an upper bound of the layers' stacked tensors
-    padding = 0 if options.stacked else _PAGE * checkpoint.n_expert * max(1, options.segments) * n_layers
-    final = stacked_result + min(padding, stacked_result // 8)
-    copies = [stacked_bytes]
-    if quantised_bytes:
-        copies.append(stacked_bytes + quantised_bytes)
+    final, n_tensors = quantised_bytes or stacked.n_bytes, stacked.n_tensors
+    copies = [stacked.n_bytes + quantised_bytes]
     if not options.stacked:
-        copies.append(
-            final + stacked_result + (stacked_bytes if quantised_bytes and keeps_intermediate else 0)
-        )
+        types = quantised.types if quantised is not None else {}
+        before = final + (stacked.n_bytes if quantised_bytes and keeps_intermediate else 0)
+        final, n_tensors = _laid_out(stacked.header, types, options)
+        copies.append(before + final)
     copies.append(2 * final)  # what verification found is written into a new copy of the file
     return ConversionPlan(
-        checkpoint, out, request.outtype, converter, n_tensors, stacked_bytes, quantised_bytes, final,
+        checkpoint, out, request.outtype, converter, n_tensors, stacked.n_bytes, quantised_bytes, final,
         max(copies), shutil.disk_usage(_existing(out.parent)).free,
-        dict(quantised.types) if quantised is not None else {},
+        dict(Counter(quantised.types.values())) if quantised is not None else {},
         tuple(quantised.warnings) if quantised is not None else (),
     )  # fmt: skip
+
+
+def _laid_out(header: Path, types: dict[str, str], options: ConvertOptions) -> tuple[int, int]:
+    """(bytes, tensors) of the per-expert file, planned on a header with the types that tensors will have."""
+    with GgufSource.open(header) as source:
+        source.tensors = tuple(_as_type(tensor, types.get(tensor.name)) for tensor in source.tensors)
+        planned = plan_mobile(source, options.segments, options.segment_order)
+        return planned.file_bytes, len(planned.tensors)
+
+
+def _as_type(tensor: TensorPlan, name: str | None) -> TensorPlan:
+    """The tensor as the quantiser will write it; its data is only as long as that, and never read."""
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    if name is None or not isinstance(tensor.data, FileRange):
+        return tensor
+    kind = GGMLQuantizationType(ftypes.tensor_types()[name])
+    block, block_bytes = GGML_QUANT_SIZES[kind]
+    n_bytes = math.prod(tensor.shape) // block * block_bytes
+    data = FileRange(tensor.data.part, tensor.data.offset, n_bytes)
+    return TensorPlan(tensor.name, tensor.shape, int(kind), data)
 
 
 def check_disk(plan: ConversionPlan) -> None:

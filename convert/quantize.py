@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,12 +47,12 @@ class QuantizeRequest:
 class QuantizeReport:
     """What the quantiser did, or in a dry run would do: bytes are rounded as it logs them.
 
-    `types` counts the tensors of each type in the result; `warnings` are its own.
+    `types` are the tensors' types in the result, by name; `warnings` are its own.
     """
 
     n_tensors: int = 0
     n_bytes: int = 0
-    types: Counter[str] = field(default_factory=Counter)
+    types: dict[str, str] = field(default_factory=dict)
     requantized: list[str] = field(default_factory=list)
     needs_imatrix: bool = False
     warnings: list[str] = field(default_factory=list)
@@ -113,7 +112,7 @@ def quantize(
             done += event["done"]
             report.n_tensors = event["n_tensors"]
             report.n_bytes += event["written"]
-            report.types[event["target"].lower()] += 1
+            report.types[event["name"]] = event["target"].lower()
             if event["source"] != event["target"] and event["source"] not in ftypes.FLOAT_TYPES:
                 report.requantized.append(event["name"])
             meter.update(event["tensor"], event["n_tensors"], done)

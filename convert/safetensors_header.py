@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from mobile_gguf.errors import ModelFormatError
 
@@ -20,6 +21,7 @@ DTYPE_BYTES = {
     "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
 }  # fmt: skip
 MAX_HEADER_BYTES = 32 << 20  # three times that of the largest published checkpoint, were it one file
+MAX_NAME = 512
 _MAX_DIMS = 8
 
 
@@ -72,8 +74,8 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
+            counts = Counter(name for name, _ in pairs)
+            twice = next(name for name, count in counts.items() if count > 1)
             raise _bad(path, f"{_short(twice)} stands in its header twice")
         return result
 
@@ -87,6 +89,8 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
 
 
 def _tensor(path: Path, name: str, entry: Any, start: int) -> SourceTensor:
+    if len(name) > MAX_NAME:
+        raise _bad(path, f"a tensor's name has {len(name)} characters, {_short(name)}")
     if not isinstance(entry, dict):
         raise _bad(path, f"its header says nothing usable about tensor {_short(name)}")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
@@ -104,7 +108,7 @@ def _tensor(path: Path, name: str, entry: Any, start: int) -> SourceTensor:
     return SourceTensor(name, dtype, tuple(shape), path, start + offsets[0], n_bytes)
 
 
-def _are_sizes(value: Any) -> bool:
+def _are_sizes(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(
         isinstance(item, int) and not isinstance(item, bool) and 0 <= item < 1 << 62 for item in value
     )

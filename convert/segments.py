@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -101,8 +102,7 @@ class Neurons:
         for expert in range(stack.n_expert):
             own = stack.pieces[expert * stack.segments : (expert + 1) * stack.segments]
             for start in range(0, n_places * segments, n_places):
-                places = functools.partial(self._chosen, stack.layer, expert, start, n_places)
-                yield _moved(stack, own, n_places, places)
+                yield _moved(stack, own, n_places, _Span(self, stack.layer, expert, start, n_places))
 
     def _make_order(self, layer: int) -> np.ndarray | None:
         """Which neuron of the stacked file is to stand at each place; None: the one it has there."""
@@ -132,7 +132,8 @@ class Neurons:
             return order
         return inverse(stands) if order is None else np.take_along_axis(inverse(stands), order, axis=1)
 
-    def _chosen(self, layer: int, expert: int, start: int, n_places: int) -> np.ndarray:
+    def chosen(self, layer: int, expert: int, start: int, n_places: int) -> np.ndarray:
+        """Where the neurons for these places of an expert stand in the source."""
         places = self._places(layer)
         if places is None:
             return np.arange(start, start + n_places)
@@ -145,6 +146,20 @@ class Neurons:
             n_ff = down.width * down.segments
             order = np.broadcast_to(np.arange(n_ff, dtype=np.int32), (down.n_expert, n_ff))
         return order.astype("<i4", copy=False)
+
+
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """Where the neurons of one piece stand, asked for when it is written: there may be 100,000s of pieces."""
+
+    neurons: Neurons
+    layer: int
+    expert: int
+    start: int
+    n_places: int
+
+    def __call__(self) -> np.ndarray:
+        return self.neurons.chosen(self.layer, self.expert, self.start, self.n_places)
 
 
 def joined(pieces: Iterable[Data]) -> Data:
@@ -164,7 +179,7 @@ def joined(pieces: Iterable[Data]) -> Data:
     return runs[0] if len(runs) == 1 else Joined(tuple(runs))
 
 
-def _moved(stack: Stack, own: tuple[FileRange, ...], n_places: int, places: functools.partial) -> Data:
+def _moved(stack: Stack, own: tuple[FileRange, ...], n_places: int, places: _Span) -> Data:
     n_in, n_out = stack.shape
     if stack.kind == "down":
         return Columns(own, n_out, stack.block, n_places, places)

@@ -58,6 +58,16 @@ def round_to(tensor: torch.Tensor, kind: str) -> torch.Tensor:
     return tensor.to(ROUNDED[kind]).float()
 
 
+class NarrowedError(Exception):
+    """Float32 activations were made 16-bit ones, so that the computation is no float32 reference."""
+
+
+def _is_narrowed(result: Any, args: tuple[Any, ...]) -> bool:
+    if not isinstance(result, torch.Tensor) or result.dtype not in ROUNDED.values():
+        return False
+    return any(isinstance(each, torch.Tensor) and each.dtype == torch.float32 for each in args)
+
+
 class StoredPrecision(TorchFunctionMode):
     """Computes in float32 with parameters rounded as ``types`` (parameter name -> GGUF type) says.
 
@@ -98,6 +108,8 @@ class StoredPrecision(TorchFunctionMode):
             return self._widened(result) if len(args) < 2 else self._embedded(args[1], result)
         if func in _TOP_K:
             self.routing.record(args[0], result.indices)
+        elif _is_narrowed(result, args):
+            raise NarrowedError("this family rounds its activations to the type of its weights")
         return result
 
     def _embedded(self, table: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

@@ -62,8 +62,9 @@ def known_architectures(converter: Path) -> frozenset[str]:
     """The names in config.json's "architectures" that the converter has a text model for."""
     tree = ast.parse((converter / "conversion" / "__init__.py").read_text(encoding="utf-8"))
     for node in tree.body:
-        is_named = isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
-        if is_named and node.target.id == "TEXT_MODEL_MAP" and node.value is not None:
+        if not isinstance(node, ast.AnnAssign) or node.value is None:
+            continue
+        if isinstance(node.target, ast.Name) and node.target.id == "TEXT_MODEL_MAP":
             return frozenset(ast.literal_eval(node.value))
     raise MobileError(f"{converter} holds no converter that this version understands")
 

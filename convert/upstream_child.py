@@ -274,7 +274,7 @@ def _chunked(tensor: Any) -> Any:
 def _bytes_of(rows: Any) -> memoryview:
     import numpy as np
 
-    return memoryview(np.ascontiguousarray(rows).reshape(-1).view(np.uint8))
+    return np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data
 
 
 def _product(shape: tuple[int, ...]) -> int:

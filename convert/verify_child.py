@@ -75,6 +75,7 @@ def encode(tokenizer: Any, prompts: list[str]) -> dict[str, Any]:
     return {
         "plain": [tokenizer.encode(text, add_special_tokens=False) for text in prompts],
         "full": [tokenizer.encode(text, add_special_tokens=True) for text in prompts],
+        "added": tokenizer.encode("", add_special_tokens=True),
         "template": template,
     }
 
@@ -95,6 +96,9 @@ def load_model(folder: str, own_dtype: bool) -> Any:
         "dtype": "auto" if own_dtype else torch.float32,
         "output_loading_info": True,
     }
+    # not the kernels for all experts at once: they round activations to the weights' type
+    config._experts_implementation = "eager"
+    options["config"] = config
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         options["quantization_config"] = dequantizing(quantization)
@@ -207,13 +211,15 @@ def main() -> int:
     import torch
     import transformers
 
+    from mobile_gguf.convert.stored_precision import NarrowedError
+
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(request["threads"])
     for job in request["jobs"]:
         try:
             result = run_job(job, report)
-        except NotVerifiable as error:
+        except (NotVerifiable, NarrowedError) as error:
             result = {"not_verifiable": str(error)}
         except (MemoryError, RuntimeError) as error:
             if not is_memory(error):

@@ -7,25 +7,28 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from ..errors import ModelFormatError
-from ..gguf_info import GgufInfo, read_gguf_info
+from mobile_gguf.binding import find_engine
+from mobile_gguf.errors import ModelFormatError
+from mobile_gguf.gguf_info import GgufInfo, read_gguf_info
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from ..mobile_llama import MobileLlama
+    from mobile_gguf.mobile_llama import MobileLlama
 
 
 class EngineReference:
     """A GGUF opened for verification: exact, the KV cache in float32, memory as ``auto`` finds it.
 
-    A context manager. Raises what ``load`` does.
+    A context manager. ``precise``: activations stay float32 where the file has 16-bit matrices; a stock
+    llama.cpp cannot do that (`is_precise`). One at a time in a process. Raises what ``load`` does.
     """
 
     def __init__(self, path: Path, *, n_ctx: int, threads: int | None = None, precise: bool = False) -> None:
         self.info: GgufInfo = read_gguf_info(path)
-        self.precise = precise
+        self.is_precise = False
+        self._precise = precise
         self._n_ctx = n_ctx
         self._threads = threads
         self._llama: MobileLlama | None = None
@@ -33,17 +36,25 @@ class EngineReference:
     def __enter__(self) -> EngineReference:
         from llama_cpp import llama_cpp
 
-        from ..loading import open_backend
-        from ..options import LoadOptions
+        from mobile_gguf.loading import open_backend
+        from mobile_gguf.options import LoadOptions
 
         options = LoadOptions(n_ctx=self._n_ctx, n_batch=self._n_ctx, threads=self._threads)
         kind = llama_cpp.GGML_TYPE_F32
         self._llama, _ = open_backend(self.info, options, type_k=kind, type_v=kind)
+        engine = find_engine() if self._precise else None
+        if engine is not None:
+            engine.set_precise(True)
+            self.is_precise = True
         return self
 
     def __exit__(
         self, _kind: type[BaseException] | None, _error: BaseException | None, _where: TracebackType | None
     ) -> None:
+        engine = find_engine() if self.is_precise else None
+        if engine is not None:
+            engine.set_precise(False)
+            self.is_precise = False
         if self._llama is not None:
             self._llama.close()
             self._llama = None
@@ -54,11 +65,6 @@ class EngineReference:
         if self._llama is None:
             raise RuntimeError("the model is opened by the with statement")
         return self._llama
-
-    @property
-    def is_rounded(self) -> bool:
-        """Whether products with the file's matrices round the activations."""
-        return False
 
     @property
     def n_vocab(self) -> int:

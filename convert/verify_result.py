@@ -21,7 +21,7 @@ class Thresholds:
     """
 
     relative_error: float = 1e-3
-    near_tie: float = 1e-4
+    near_tie: float = 1e-5
     flip_error: float = 0.2
     flip_share: float = 0.25
     mean_kl: float = 0.0
@@ -80,7 +80,10 @@ class VerifyResult:
         return worst
 
     def as_dict(self) -> dict[str, Any]:
-        """The result for JSON."""
+        """The result for JSON; a number that is none stands as text."""
+        return _plain(self._as_dict())
+
+    def _as_dict(self) -> dict[str, Any]:
         return {
             "status": self.status,
             "reasons": list(self.reasons),
@@ -92,8 +95,8 @@ class VerifyResult:
         }
 
     def to_json(self) -> str:
-        """The result as one line of JSON; a number that is none is written as text."""
-        return json.dumps(_plain(self.as_dict()), ensure_ascii=False, allow_nan=False)
+        """The result as one line of JSON."""
+        return json.dumps(self.as_dict(), ensure_ascii=False, allow_nan=False)
 
     def metadata(self) -> dict[str, str]:
         """What a GGUF says about its verification; nothing if there was none."""

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .divergence import kl_divergence, relative_error, same_top, tied_top
-from .verify_result import Row, Thresholds
+from mobile_gguf.convert.divergence import kl_divergence, relative_error, same_top, tied_top
+from mobile_gguf.convert.verify_result import Row, Thresholds
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from .divergence import Logits
+    from mobile_gguf.convert.divergence import Logits
 
 # Bits per weight down to which a mean KL (nats per token) is believed to come from rounding; past it, the
 # file is nonsense. Generous on purpose: a small random model loses far more than a trained one.
-_KL_BOUNDS = ((7.5, 0.2), (5.5, 0.5), (4.0, 1.5), (3.0, 3.0), (0.0, 6.0))
+_KL_BOUNDS = ((7.5, 0.5), (5.5, 1.0), (4.0, 2.5), (3.0, 5.0), (0.0, 8.0))
 
 
 def kl_bound(bits_per_weight: float) -> float:

@@ -151,6 +151,7 @@ class Engine:
             "trace_start": (status, [address, text]),
             "trace_stop": (status, [address]),
             "set_replay": (status, [address, address, n, n, n]),
+            "set_precise": (status, [ctypes.c_bool]),
             "observe_start": (status, [address, n]),
             "observe_stop": (status, [address]),
             "observe_n_inputs": (n, [address]),
@@ -247,6 +248,10 @@ class Engine:
         """
         pointer = None if ids is None else ids.ctypes.data
         self._check(self._call("set_replay", ctx, pointer, n_steps, n_layer, k), "setting the replay")
+
+    def set_precise(self, on: bool) -> None:
+        """Multiply F16 and BF16 matrices by float32 activations, in every model of this process."""
+        self._check(self._call("set_precise", on), "switching to float32 activations")
 
     def checked(self, name: str, doing: str, *arguments: Any) -> int:
         """Call ``mobile_NAME`` and return its count or status; raises if that is negative."""

@@ -38,7 +38,7 @@ _MAX_KEPT = 1 << 27
 _NEWER_TYPES = {42: (64, 18)}  # Q2_0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorInfo:
     """One row of the tensor table; ``offset`` counts from the start of the tensor data."""
 
@@ -49,7 +49,7 @@ class TensorInfo:
     n_bytes: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class MetadataEntry:
     """Where a metadata entry stands in its file: key, type and value, ``n_bytes`` from ``offset``."""
 
@@ -79,8 +79,16 @@ def read_header(path: Path) -> GgufHeader:
     Raises ModelNotFoundError if there is no such file, ModelFormatError if it is not a GGUF, is
     damaged, or ends before its tensors do.
     """
-    with read_errors(path), open(path, "rb") as file:
+    with open_gguf(path) as file, read_errors(path):
         return read_open_header(path, file)
+
+
+def open_gguf(path: Path) -> BinaryIO:
+    """Open a file for reading; raises as `read_header` does. A pipe, which would wait, is refused."""
+    with read_errors(path):
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise ModelFormatError(f"{path} is not a regular file, so not a GGUF file")
+        return open(path, "rb")
 
 
 def read_open_header(path: Path, file: BinaryIO) -> GgufHeader:

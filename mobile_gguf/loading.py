@@ -24,7 +24,8 @@ def open_backend(info: GgufInfo, options: LoadOptions, **more: Any) -> tuple[Mob
     """Load a model as ``options`` say; returns it and what the user must know about it.
 
     Experts go into the engine's store under the budget. Without experts, or on a stock library, the
-    model is loaded as llama.cpp does it, mapped. ``more`` goes to llama-cpp-python's Llama. Raises BudgetError, ModelFormatError, EngineError.
+    model is loaded as llama.cpp does it, mapped. ``more`` goes to llama-cpp-python's Llama.
+    Raises BudgetError, ModelFormatError, EngineError.
     """
     engine = find_engine()
     size = parse_size(options.ram_budget)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import convert_checkpoints
 import pytest
 from fake_backend import FakeBackend, fake_info
 
@@ -48,6 +49,12 @@ def own_directories(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytes
         monkeypatch.setenv(variable, str(root / name))
     monkeypatch.setenv("MOBILE_GGUF_ENGINE_CACHE", str(REAL_ENGINE_CACHE))
     return root
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> convert_checkpoints.Checkpoints:
+    """Small Hugging Face checkpoints; skips without torch."""
+    return convert_checkpoints.make(tmp_path_factory.mktemp("checkpoints"))
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import sys
 import threading
@@ -40,7 +41,8 @@ def main() -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return 130
-    print(json.dumps(result.as_json()))
+    peaks = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    print(json.dumps(result.as_json() | {"peak_bytes": 1024 * max(peaks)}))
     return result.exit_code
 
 

@@ -36,7 +36,7 @@ def make_form(form: str, folder: Path) -> None:
     if form == "f32":
         model.save_pretrained(folder)
     else:
-        model.to(torch.bfloat16).save_pretrained(folder, max_shard_size="1MB")
+        model.bfloat16().save_pretrained(folder, max_shard_size="1MB")
     tiny_build.write_tokenizer(folder, SMALL["vocab_size"])
     if form in ("bin", "legacy-bin"):
         to_bin(folder, zipped=form == "bin")

@@ -1,7 +1,7 @@
 """Builds checkpoints of tiny models with their GGUF files in several types, for `test_verify_families`.
 
-Run as a script in the environment of `tiny_build`. stdin: {"entries": [{"spec", "folder", "outtypes"}]}. A folder
-gets checkpoint/ and model-<outtype>.gguf, and appears whole or not at all.
+Run as a script in the environment of `tiny_build`. stdin: {"entries": [{"spec", "folder", "outtypes"}]}.
+A folder gets checkpoint/ and model-<outtype>.gguf, and appears whole or not at all.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def engine() -> None:
 
 
 def calibrate(
-    cache: Path, *arguments: str | Path, die_after: int = NEVER
+    cache: Path, *arguments: str | int | Path, die_after: int = NEVER
 ) -> subprocess.CompletedProcess[str]:
     words = [str(word) for word in ("-t", 1, *arguments)]
     command = [sys.executable, str(CHILD), str(die_after), *words]
@@ -77,8 +77,9 @@ def calibrated(demo_gguf: Path, text: Path, tmp_path_factory: pytest.TempPathFac
     out = folder / "demo.gguf"
     plot = folder / "curves.svg"
     done = calibrate(
-        folder / "cache", demo_gguf, "--text", text, "--tokens", N_TOKENS, "--out", out, "--plot", plot
-    )
+        folder / "cache", demo_gguf, "--text", text, "--tokens", N_TOKENS, "--out", out, "--plot", plot,
+        "--imatrix", folder / "imatrix.gguf",
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return Run(folder, text, out, done.stdout, done.stderr.splitlines())
 
@@ -112,6 +113,7 @@ def test_the_transcript(calibrated: Run) -> None:
             ["no setting of the head is within 1% of big's perplexity: the nearest is the default"]
             * ("NOT" in lines[3])
         ),
+        f"wrote {calibrated.folder / 'imatrix.gguf'}",
         f"wrote {calibrated.folder / 'curves.svg'}",
         f"wrote {calibrated.out}",
     ]
@@ -159,6 +161,13 @@ def test_statistics_are_stored_too(calibrated: Run) -> None:
     assert statistics is not None
     assert statistics.n_tokens == N_TOKENS
     assert statistics.hotness.sum(axis=1) == pytest.approx(np.full(30, 8.0), rel=1e-4)
+
+
+def test_an_importance_matrix_is_written_too(calibrated: Run) -> None:
+    with GgufSource.open(calibrated.folder / "imatrix.gguf") as source:
+        assert source.metadata["imatrix.datasets"] == ["story.txt"]
+        assert (source.array("blk.0.attn_q.weight.counts") == N_TOKENS).all()
+        assert source.array("blk.0.ffn_down_exps.weight.counts").sum() == 8 * N_TOKENS
 
 
 def test_a_killed_run_goes_on_and_gives_the_same(calibrated: Run, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from mobile_gguf.convert.checkpoint import check_experts, expert_count, read_checkpoint
+from mobile_gguf.convert.checkpoint import check_experts, expert_counts, read_checkpoint
 from mobile_gguf.convert.safetensors_header import MAX_HEADER_BYTES, read_safetensors_header
 from mobile_gguf.errors import MobileError, ModelFormatError, ModelNotFoundError
 
@@ -110,34 +110,35 @@ def test_configs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "count"),
     [
-        ({"num_local_experts": 8}, 8),
-        ({"text_config": {"n_routed_experts": 64}}, 64),
-        ({"num_experts": [4, 16, 4]}, 16),
-        ({"num_experts": True}, 0),
-        ({"num_experts": "8"}, 0),
-        ({"num_local_experts": 0}, 0),
+        ({"num_local_experts": 8, "num_experts": 8}, {8}),
+        ({"text_config": {"n_routed_experts": 64}}, {64}),
+        ({"thinker_config": {"text_config": {"num_experts": 64}}}, {64}),
+        ({"num_experts": [4, 16, 4]}, {4, 16}),
+        ({"num_experts": True}, set()),
+        ({"num_experts": "8"}, set()),
+        ({"num_local_experts": 0}, {0}),
     ],
 )
-def test_expert_counts(config: dict[str, Any], count: int) -> None:
-    assert expert_count(config) == count
+def test_expert_counts(config: dict[str, Any], count: set[int]) -> None:
+    assert expert_counts(config) == count
 
 
 def test_missing_experts(tmp_path: Path) -> None:
     one = "model.layers.1.mlp.experts.2.up_proj.weight"
     text = refused(write(tmp_path, without(one)))
-    assert "model.layers.1.mlp.experts has no up_proj.weight for expert 2 of 3" in text
+    assert "model.layers.1.mlp.experts has no up_proj for expert 2 of 3" in text
     text = refused(write(tmp_path, without("model.layers.0.mlp.experts.1.", "model.layers.0.mlp.experts.2.")))
-    assert "for expert 1 and 1 more of 3" in text
+    assert "for expert 1 of 3" in text
     # a part that all experts of one layer lack, all experts of one layer, one layer
     no_up = {n: v for n, v in tensors().items() if not (".1." in n and "up_proj" in n)}
     no_up |= {n: v for n, v in tensors().items() if n.startswith("model.layers.0")}
     no_up = {n: v for n, v in no_up.items() if not (n.startswith("model.layers.1") and "up_proj" in n)}
-    assert "has no up_proj.weight for expert 0 and 2 more" in refused(write(tmp_path, no_up))
+    assert "has no up_proj for expert 0 of 3" in refused(write(tmp_path, no_up))
     text = refused(write(tmp_path, without("model.layers.1.mlp.experts")))
     assert "model.layers.1.mlp has a router and no experts" in text
     assert "layer 1 of 2 has no tensors" in refused(write(tmp_path, without("model.layers.1")))
     assert "config.json says 2" in refused(write(tmp_path, num_experts=2))
-    assert "for expert 3 and 1 more of 5" in refused(write(tmp_path, num_experts=5))
+    assert "for expert 3 of 5" in refused(write(tmp_path, num_experts=5))
 
 
 def test_stacked_experts_and_dense_first_layers_are_whole() -> None:
@@ -148,6 +149,18 @@ def test_stacked_experts_and_dense_first_layers_are_whole() -> None:
         check_experts(Path("x"), [*stacked[:1], *routers], 4, 2)
     dense_first = [f"model.layers.1.mlp.experts.{e}.up_proj.weight" for e in range(2)]
     check_experts(Path("x"), ["model.layers.0.mlp.up_proj.weight", *dense_first], 2, 2)
+    # layers of different sizes, and matrices stored in different ways
+    mixed = [f"model.layers.0.mlp.experts.{e}.up_proj.weight" for e in range(3)]
+    mixed += [
+        f"model.layers.1.mlp.experts.{e}.up_proj.weight_{p}" for e in range(2) for p in ("packed", "scale")
+    ]
+    check_experts(Path("x"), mixed, 0, 2)
+    with pytest.raises(ModelFormatError, match="for expert 1 of 3"):
+        check_experts(Path("x"), [name for name in mixed if ".0.mlp.experts.1." not in name], 0, 2)
+    # a number of experts that would take all memory to list
+    with pytest.raises(ModelFormatError, match="for expert 2 of"):
+        check_experts(Path("x"), dense_first, 1 << 60, 0)
+    check_experts(Path("x"), [f"model.layers.1.mlp.experts.{'9' * 400}.up_proj.weight"], 2, 0)
 
 
 def test_indexes(tmp_path: Path) -> None:
@@ -215,6 +228,7 @@ def entry(dtype: Any = "F16", shape: Any = (2,), offsets: Any = (0, 4)) -> dict[
         (raw({"a": entry(offsets=[4, 0])}, b"1234"), "impossible range"),
         (raw({"a": entry(offsets=[0, 1 << 70])}, b"1234"), "impossible range"),
         (raw({"a": entry(offsets=[0, 6])}, b"123456"), "6 bytes, which is not F16"),
+        (raw({".1" * 9000: entry()}, b"1234"), "18000 characters"),
         (raw({"a": entry()}, b"12"), "truncated"),
         (raw({"a": entry()}, b"123456"), "the file has"),
         (raw({"a": entry(), "b": entry(offsets=[2, 6])}, b"123456"), "overlaps"),

@@ -277,6 +277,9 @@ def test_a_file_that_cannot_be_read(tmp_path):
         GgufSource.open(tmp_path)
     with pytest.raises(ModelNotFoundError):
         GgufSource.open("a\0b")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ModelFormatError, match="not a regular file"):
+        GgufSource.open(tmp_path / "pipe")
 
 
 # whole or absent

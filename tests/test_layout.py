@@ -8,6 +8,7 @@ import re
 import struct
 
 import gguf
+import layout_files
 import numpy as np
 import pytest
 import tiny_models
@@ -102,6 +103,17 @@ def test_the_stock_file_comes_back_whole(tmp_path, alignment):
     assert (tmp_path / "s.gguf").read_bytes() == source.read_bytes()
 
 
+def test_tensors_of_ours_anywhere_do_not_disturb_the_order(tmp_path, sample):
+    more = {"mobile.hotness": np.ones((2, 3))}
+    update_gguf(sample, add_tensors=more, out=tmp_path / "c.gguf")
+    rewritten(tmp_path / "c.gguf", tmp_path / "front.gguf", lambda all_: [all_[-1], *all_[:-1]])
+    to_mobile(tmp_path / "front.gguf", tmp_path / "m.gguf")
+    to_stacked(tmp_path / "m.gguf", tmp_path / "s.gguf")
+    assert (tmp_path / "s.gguf").read_bytes() == sample.read_bytes()
+    to_stacked(tmp_path / "front.gguf", tmp_path / "s2.gguf")
+    assert (tmp_path / "s2.gguf").read_bytes() == sample.read_bytes()
+
+
 def test_stacked_with_our_metadata(tmp_path, sample):
     to_mobile(sample, tmp_path / "m.gguf")
     update_gguf(
@@ -116,6 +128,17 @@ def test_stacked_with_our_metadata(tmp_path, sample):
 
 
 # segments
+
+
+@pytest.mark.parametrize("n_segments", [1, 2])
+@pytest.mark.parametrize("name", ["qwen3moe", "granitemoe-swa", "nemotron-h"])
+def test_another_writer_makes_the_same_tensors(tmp_path, name, n_segments):
+    theirs = layout_files.write_per_expert(tiny_models.path(name), tmp_path / "theirs.gguf", n_segments)
+    to_mobile(tiny_models.path(name), tmp_path / "m.gguf", segments=n_segments, segment_order="natural")
+    ours, expected = tensors(tmp_path / "m.gguf"), tensors(theirs)
+    expected.pop("mobile.hotness")
+    assert list(ours) == list(expected)
+    assert all(np.array_equal(ours[key].data, expected[key].data) for key in expected)
 
 
 def importance(seed, n_ff=N_FF):

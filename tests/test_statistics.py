@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from mobile_gguf.convert.calibrate import store
 from mobile_gguf.convert.calibrate.buddies import NO_EXPERT, Ranked, buddy_list, list_lengths
-from mobile_gguf.convert.calibrate.imatrix_file import write_imatrix
+from mobile_gguf.convert.calibrate.imatrix_file import check_imatrix_target, write_imatrix
 from mobile_gguf.convert.calibrate.importance import neuron_importance
 from mobile_gguf.convert.calibrate.statistics import MAX_BUDDIES, RouteCounts, Statistics
 from mobile_gguf.convert.gguf_file import GgufSource, update_gguf
@@ -319,6 +319,19 @@ def test_an_imatrix_that_cannot_be_is_refused(tmp_path):
         with pytest.raises(UsageError, match=reason):
             write_imatrix(path, inputs, **{"datasets": ["a"], "chunk_size": 8, **options})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_for_an_imatrix_is_checked_first(tmp_path):
+    model = tmp_path / "m.gguf"
+    model.touch()
+    check_imatrix_target(tmp_path / "i.gguf", [model])
+    for path, reason in [
+        (tmp_path / "none" / "i.gguf", "there is no folder"),
+        (tmp_path, "is a folder"),
+        (tmp_path / "." / "m.gguf", "is the model's file"),
+    ]:
+        with pytest.raises(UsageError, match=reason):
+            check_imatrix_target(path, [model])
 
 
 def test_a_copy_leaves_the_file_alone(tmp_path):

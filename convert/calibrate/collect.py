@@ -112,12 +112,12 @@ def _run(
     for text in texts:
         _forget(llama)
         for start in range(0, len(text), batch):
-            progress("counting experts", share * n_done / n_all)
+            progress(f"running the text: token {n_done} of {n_all}", share * n_done / n_all)
             tokens = text[start : start + batch]
             _decode(llama, tokens, start)
             counts.add(*_rows(observation.take_routes(), counts, len(tokens)))
             n_done += len(tokens)
-    progress("counting experts", share)
+    progress(f"running the text: token {n_done} of {n_all}", share)
 
 
 def _forget(llama: MobileLlama) -> None:

@@ -17,6 +17,16 @@ _OUTPUT = "output.weight"
 _MAX_NAME = 63  # of a tensor in a GGUF
 
 
+def check_imatrix_target(path: Path, models: Sequence[Path]) -> None:
+    """Raise UsageError, before hours of work, where no imatrix can be: a folder, a model's file."""
+    if not path.parent.is_dir():
+        raise UsageError(f"there is no folder {path.parent} to write {path.name} to")
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder: give the imatrix a file")
+    if any(path.resolve() == model.resolve() for model in models):
+        raise UsageError(f"{path} is the model's file: give the imatrix another")
+
+
 def write_imatrix(
     path: Path,
     inputs: Mapping[str, InputSums],

@@ -43,10 +43,10 @@ def neuron_importance(
         values = mean.reshape(shape)
         for index, piece in enumerate(stack.pieces):
             share = (number + index / len(stack.pieces)) / len(stacks)
-            progress("importance of neurons", share)
+            progress(f"neuron importance: layer {stack.layer}", share)
             values[index] *= _column_norms(source, stack, piece)
         found[stack.layer] = _as_stacked(source, stack, values)
-    progress("importance of neurons", 1.0)
+    progress("neuron importance", 1.0)
     return found
 
 

@@ -32,6 +32,7 @@ from .checkpoint import Checkpoint
 from .collect import collect
 from .curves import Point, choose_default, make_points, make_settings, measure_block
 from .head import SHARES, Fit, fit_head
+from .imatrix_file import check_imatrix_target, write_imatrix
 from .lockstep import Lockstep
 from .samples import Samples, collect_samples, join
 from .statistics import Statistics
@@ -50,12 +51,14 @@ class CalibrateOptions:
 
     At most ``tokens`` are run; ``out`` None rewrites the model's file. ``kl`` is the divergence above which
     a token is important, None: so that a quarter of them are. ``curve_blocks`` bounds the held-out blocks
-    that the curves are measured on. ``resume`` False forgets what a stopped run left.
+    that the curves are measured on. ``resume`` False forgets what a stopped run left. ``imatrix`` also gets
+    an importance matrix for quantising.
     """
 
     text: tuple[Path, ...] = ()
     tokens: int = DEFAULT_TOKENS
     out: Path | None = None
+    imatrix: Path | None = None
     kl: float | None = None
     threads: int | None = None
     ram_budget: Any = "auto"
@@ -114,6 +117,8 @@ def calibrate(path: Path, options: CalibrateOptions, progress: Progress = ignore
     """
     info = read_gguf_info(path)
     check_model(info, options.out)
+    if options.imatrix is not None:
+        check_imatrix_target(options.imatrix, [*info.files, *([options.out] if options.out else [])])
     text = read_text(options.text)
     replaced = any(name.startswith(CALIBRATION_PREFIX) for name in info.metadata)
     checkpoint = Checkpoint(cache_dir() / "calibrate", _key(info, text, options))
@@ -136,6 +141,9 @@ def calibrate(path: Path, options: CalibrateOptions, progress: Progress = ignore
         within=within,
         replaced=replaced,
     )
+    if options.imatrix is not None:
+        datasets = [text.name]
+        write_imatrix(options.imatrix, run.statistics.inputs, datasets=datasets, chunk_size=BLOCK)
     _write(path, options.out, result, run.statistics, progress)
     checkpoint.clear()
     return result
@@ -233,6 +241,7 @@ class _Run:
             self.blocks,
             ram_budget=self.options.ram_budget,
             threads=self.options.threads,
+            inputs=self.options.imatrix is not None,
             progress=self.progress,
         )
 

@@ -40,6 +40,12 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         type=_divergence,
         help="a token is important if little differs by more than this KL (default: a quarter of them are)",
     )
+    add(
+        "--imatrix",
+        metavar="OUT.gguf",
+        type=Path,
+        help="also write an importance matrix, for `mobile-gguf convert --imatrix` and llama-quantize",
+    )
     add("--plot", metavar="FILE", type=Path, help="draw the trade-off curves to a .png or .svg")
     add("--no-resume", action="store_true", help="start anew, whatever a stopped run left")
     add("--ram-budget", metavar="SIZE", default="auto", help="memory for experts (default: auto)")
@@ -60,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
         text=tuple(args.text or ()),
         tokens=args.tokens,
         out=args.out,
+        imatrix=args.imatrix,
         kl=args.kl,
         threads=args.threads,
         ram_budget=args.ram_budget,
@@ -76,6 +83,8 @@ def run(args: argparse.Namespace) -> int:
         narrate("replaced an earlier calibration")
     if not result.within:
         narrate("no setting of the head is within 1% of big's perplexity: the nearest is the default")
+    if args.imatrix is not None:
+        narrate(f"wrote {args.imatrix}")
     if args.plot is not None:
         plot(result.points, args.plot, f"{result.path.name} on {result.text.name}")
         narrate(f"wrote {args.plot}")

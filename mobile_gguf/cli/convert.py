@@ -89,7 +89,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def rows(result: ConvertResult) -> list[tuple[str, str]]:
-    """What a conversion did, or would do, for people."""
+    """What a conversion did, or would do, for people; the result's own rows stand for the general ones."""
+    own = {name for name, _ in result.rows}
     cut = "" if result.segments == 1 else f", {result.segments} segments"
     shown = [
         ("would write" if result.dry_run else "written", str(result.path)),
@@ -97,18 +98,18 @@ def rows(result: ConvertResult) -> list[tuple[str, str]]:
         ("tensors", str(result.n_tensors)),
         ("size", f"{result.n_bytes} ({format_bytes(result.n_bytes)})"),
     ]
-    if result.dry_run:
+    if result.dry_run and "disk" not in own:
         enough = "enough" if result.peak_disk_bytes <= result.free_bytes else "NOT ENOUGH"
         shown += [
             ("disk needed", f"{result.peak_disk_bytes} ({format_bytes(result.peak_disk_bytes)})"),
             ("disk free", f"{result.free_bytes} ({format_bytes(result.free_bytes)}): {enough}"),
         ]
-    else:
+    if not result.dry_run and "throughput" not in own:
         speed = result.n_bytes / max(result.seconds, 1e-9)
         shown.append(("time", f"{result.seconds:.1f} s ({format_bytes(speed)}/s)"))
-    if result.verification is not None and not any(name == "verification" for name, _ in result.rows):
+    if result.verification is not None:
         shown.append(("verification", result.verification))
-    return [*shown, *result.rows]
+    return [*((name, value) for name, value in shown if name not in own), *result.rows]
 
 
 def default_output(source: Path, options: ConvertOptions) -> Path:

@@ -21,6 +21,8 @@ VERIFY_STATUS, VERIFY_JSON = "mobile.verify.status", "mobile.verify.json"
 ALPHAS = (0.5, 0.9)
 
 _COLUMNS = ("setting", "little-k", "mean KL", "same top", "perplexity", "big tokens", "bytes/token")
+_KINDS = ("big", "little", "confidence", "head")
+_PER_ROW = 5
 _NUMBERS = ("kl", "agreement", "perplexity", "big_share", "expert_bytes", "value", "little_k")
 
 
@@ -89,23 +91,27 @@ def calibration_rows(info: GgufInfo, calibration: Mapping[str, Any]) -> list[tup
             f"(confidence, after the pass: {_fixed(head.get('auc_confidence'), 3)})",
         ),
         ("important tokens", f"those with a KL of little from big above {_fixed(head.get('kl'), 3)}"),
-        ("head thresholds", _thresholds(head.get("thresholds"))),
+        *_threshold_rows(head.get("thresholds")),
         ("default of big-little", f"{_setting(default)}, little-k {default['little_k']}"),
     ]
 
 
-def _thresholds(thresholds: Any) -> str:
+def _threshold_rows(thresholds: Any) -> list[tuple[str, str]]:
+    """Which share of tokens is run big at once, by threshold."""
     if not isinstance(thresholds, dict):
-        return "none"
+        return []
     shown = [f"{share}%: {_fixed(value, 3)}" for share, value in thresholds.items()]
-    return "share of tokens run big at once " + ", ".join(shown)
+    starts = range(0, len(shown), _PER_ROW)
+    texts = [", ".join(shown[start : start + _PER_ROW]) for start in starts]
+    names = ["thresholds by share big", *[""] * len(texts)]
+    return list(zip(names, texts, strict=False))
 
 
 def price_lines(calibration: Mapping[str, Any]) -> list[str]:
     """The measured price of every lossy setting, as a table; the default's row has a star."""
     default = calibration["default"]
     rows: list[tuple[str, ...]] = [_COLUMNS]
-    for point in calibration["curves"]:
+    for point in sorted(calibration["curves"], key=_place):
         star = " *" if all(point[name] == default.get(name) for name in ("kind", "value", "little_k")) else ""
         rows.append(
             (
@@ -124,6 +130,13 @@ def price_lines(calibration: Mapping[str, Any]) -> list[str]:
         + "  ".join(f"{c:>{w}}" for c, w in zip(others, widths[1:], strict=True)).rstrip()
         for first, *others in rows
     ]
+
+
+def _place(point: Mapping[str, Any]) -> tuple[bool, float, int, str, float]:
+    """All big first; then by little-k and kind, from the cheapest to the dearest."""
+    kind = point["kind"]
+    known = _KINDS.index(kind) if kind in _KINDS else len(_KINDS)
+    return kind != _KINDS[0], point["little_k"], known, kind, point["expert_bytes"]
 
 
 def _setting(point: Mapping[str, Any]) -> str:

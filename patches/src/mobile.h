@@ -140,6 +140,11 @@ LLAMA_API int32_t mobile_trace_stop (struct llama_context * ctx);
 // the token at position p from step p % n_steps; k must be the model's top-k. NULL ends it
 LLAMA_API int32_t mobile_set_replay(struct llama_context * ctx, const int32_t * ids, int32_t n_steps, int32_t n_layer, int32_t k);
 
+// changes outputs. F16 and BF16 matrices are multiplied by float32 activations on the CPU, not by activations
+// rounded to 16 bits: for all models of the process, slower, and only to be changed while nothing decodes.
+// MOBILE_ERR_STATE before a model is loaded
+LLAMA_API int32_t mobile_set_precise(bool on);
+
 //
 // observation: what a model computes with, for calibration. changes no outputs. works for every model,
 // with and without an expert store; memory is 4 bytes per input row element and matrix, and 8 bytes per routed

@@ -1,0 +1,69 @@
+"""``mobile-gguf verify``: is a GGUF what its checkpoint says?"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from ..errors import MobileError, UsageError
+from ..gguf_info import read_gguf_info
+from ..resolve import resolve_model
+from .common import Progress, narrate
+
+_DESCRIPTION = """\
+Compare a GGUF's logits and tokens with those of the Hugging Face checkpoint that it was made from.
+
+Transformers runs the checkpoint, the engine the GGUF, on fixed prompts. F32, F16 and BF16 files must agree to
+a thousandth and choose the same tokens; a quantised file is judged by its KL divergence from the 16-bit file.
+The verdict is written into the file. Exit code 0: passed; 1: failed, or not verified for the reason told.
+"""
+_EXAMPLES = """examples:
+  mobile-gguf verify model-f16.gguf --reference ./checkpoint
+  mobile-gguf verify model-q4_k_m.gguf --reference ./checkpoint --reference-gguf model-f16.gguf
+"""
+
+
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the verb."""
+    parser = subparsers.add_parser(
+        "verify",
+        help="compare a GGUF with the checkpoint it was made from",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", metavar="MODEL", help="a GGUF file, a name from `mobile-gguf list`, or demo")
+    parser.add_argument(
+        "--reference", metavar="FOLDER", type=Path, required=True, help="the Hugging Face checkpoint's folder"
+    )
+    parser.add_argument(
+        "--reference-gguf",
+        metavar="FILE",
+        type=Path,
+        help="the 16-bit GGUF that a quantised one was made from",
+    )
+    parser.add_argument("--no-mark", action="store_true", help="leave the file as it is: write no verdict")
+    parser.add_argument("-t", "--threads", type=int, metavar="N", help="threads (default: the cores)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(func=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the verb."""
+    from mobile_gguf.convert.verify import mark, verify
+
+    if args.threads is not None and args.threads < 1:
+        raise UsageError(f"--threads is {args.threads}: it must be at least 1")
+    with Progress(sys.stderr) as progress:
+        path = resolve_model(args.model, progress)
+        result = verify(
+            path, args.reference, reference_gguf=args.reference_gguf, threads=args.threads, progress=progress
+        )
+        is_split = len(read_gguf_info(path).files) > 1
+        if not args.no_mark and not is_split:
+            mark(path, result, progress)
+    if is_split and not args.no_mark:
+        narrate(f"{path.name} is split over several files: the verdict is not written into it")
+    print(result.to_json() if args.json else result.table())
+    return 0 if result.passed else MobileError.exit_code
