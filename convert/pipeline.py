@@ -19,16 +19,16 @@ from mobile_gguf.atomic import disk_errors
 from mobile_gguf.errors import MobileError, UsageError
 from mobile_gguf.threads import default_threads
 
-from . import hub, upstream
-from .checkpoint import Checkpoint, read_checkpoint
 from .gguf_file import update_gguf
+from .hf import hub, upstream
+from .hf.checkpoint import Checkpoint, read_checkpoint
 from .layout import to_mobile
 from .meter import Progress, ignore
 from .options import ConvertOptions, ConvertResult
 from .plan import ConversionPlan, check_disk, converter_type, default_output, make_plan, resolve_outtype
 from .quantize import QuantizeRequest, check_imatrix_fits, quantize, request_from
-from .verify import verify
-from .verify_result import FAILED, NOT_VERIFIED, VerifyResult
+from .verify.check import verify
+from .verify.result import FAILED, NOT_VERIFIED, VerifyResult
 from .workdir import work_directory
 
 DEFAULTS = ConvertOptions()

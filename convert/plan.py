@@ -13,13 +13,13 @@ from mobile_gguf.errors import MobileError, ModelFormatError
 from mobile_gguf.sizes import format_bytes
 
 from . import ftypes
-from .checkpoint import Checkpoint
 from .gguf_data import FileRange, TensorPlan
 from .gguf_file import GgufSource
+from .hf.checkpoint import Checkpoint
+from .hf.upstream import StackedPlan
 from .layout import plan_mobile
 from .options import ConvertOptions
 from .quantize import QuantizeReport, QuantizeRequest
-from .upstream import StackedPlan
 
 _SOURCE_TYPES = {"BF16": "bf16", "F16": "f16", "F32": "f32", "F64": "f32"}
 

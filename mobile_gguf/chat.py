@@ -1,35 +1,14 @@
-"""Chat messages: what may stand for them, and a conversation that grows turn by turn."""
+"""A conversation that grows turn by turn."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
-
-from .errors import UsageError
 
 if TYPE_CHECKING:
     from .answer import Chunk
     from .model import Model
-
-Messages = str | Sequence[Mapping[str, Any]]
-
-
-def as_messages(messages: Messages) -> list[dict[str, Any]]:
-    """Messages as the templates take them; a string is one message of the user's.
-
-    Raises UsageError if they are empty or one of them has no role or content.
-    """
-    if isinstance(messages, str):
-        return [{"role": "user", "content": messages}]
-    checked = []
-    for message in messages:
-        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-            raise UsageError(f"a chat message needs role and content, not {message!r:.80}")
-        checked.append(dict(message))
-    if not checked:
-        raise UsageError("there are no messages to answer")
-    return checked
 
 
 @dataclass

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 from . import loading
 from .answer import Answer, Backend, Chunk, Reply, Request
 from .binding import Counters, needs_engine
-from .chat import Messages, as_messages
 from .decode import BIG_LITTLE, CONFIDENCE, EXACT, HEAD, Policy, default_little_k
 from .errors import ModelBusyError, UsageError
 from .gguf_info import GgufInfo, read_gguf_info
+from .messages import Messages, as_messages
 from .options import DEFAULT_GAMMA, POLICY_OPTIONS, GenerateOptions, LoadOptions, make_options, takes
 from .resolve import resolve_model
 

@@ -14,6 +14,8 @@ import sys
 import threading
 from pathlib import Path
 
+from peak_memory import peak_resident_bytes
+
 from mobile_gguf.convert.options import ConvertOptions
 from mobile_gguf.convert.pipeline import convert_checkpoint
 from mobile_gguf.errors import MobileError
@@ -41,8 +43,8 @@ def main() -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return 130
-    peaks = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    print(json.dumps(result.as_json() | {"peak_bytes": 1024 * max(peaks)}))
+    of_children = 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    print(json.dumps(result.as_json() | {"peak_bytes": max(peak_resident_bytes(), of_children)}))
     return result.exit_code
 
 

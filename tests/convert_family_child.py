@@ -20,7 +20,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from mobile_gguf.convert import upstream_child
+from mobile_gguf.convert.hf import upstream_child
 
 # blocks of 256 values fit its rows: every quantisation can be made of it
 SMALL = {

@@ -12,19 +12,11 @@ import ctypes
 import json
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 import llama_cpp.llama_cpp as lib
 import numpy as np
-
-
-def peak_resident_bytes() -> int:
-    """Of this program; getrusage would start from the parent's."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise OSError("/proc/self/status has no VmHWM")
+from peak_memory import peak_resident_bytes
 
 
 class LoadParams(ctypes.Structure):

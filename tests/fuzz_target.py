@@ -14,8 +14,8 @@ import safetensors.numpy
 from gguf_samples import N_EXPERT, N_FF, N_LAYER, write_sample
 
 from mobile_gguf.convert.gguf_file import GgufSource, write_gguf
+from mobile_gguf.convert.hf.safetensors_header import read_safetensors_header
 from mobile_gguf.convert.layout import FilePlan, plan_mobile, plan_stacked
-from mobile_gguf.convert.safetensors_header import read_safetensors_header
 from mobile_gguf.errors import MobileError
 from mobile_gguf.gguf_info import read_gguf_info
 

@@ -1,11 +1,11 @@
-"""`verify_child` with PhiMoE as llama.cpp has it: another router, and another norm."""
+"""`child` with PhiMoE as llama.cpp has it: another router, and another norm."""
 
 from __future__ import annotations
 
 import torch
 from transformers.models.phimoe import modeling_phimoe
 
-from mobile_gguf.convert import verify_child
+from mobile_gguf.convert.verify import child
 
 
 def top_of_softmax(
@@ -25,4 +25,4 @@ def rms_with_bias(norm: torch.nn.LayerNorm, values: torch.Tensor) -> torch.Tenso
 if __name__ == "__main__":
     modeling_phimoe.sparsemixer = top_of_softmax
     torch.nn.LayerNorm.forward = rms_with_bias  # type: ignore[method-assign]
-    raise SystemExit(verify_child.main())
+    raise SystemExit(child.main())

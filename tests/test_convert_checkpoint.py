@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from mobile_gguf.convert.checkpoint import check_experts, expert_counts, read_checkpoint
-from mobile_gguf.convert.safetensors_header import MAX_HEADER_BYTES, read_safetensors_header
+from mobile_gguf.convert.hf.checkpoint import check_experts, expert_counts, read_checkpoint
+from mobile_gguf.convert.hf.safetensors_header import MAX_HEADER_BYTES, read_safetensors_header
 from mobile_gguf.errors import MobileError, ModelFormatError, ModelNotFoundError
 
 KNOWN = {"Qwen3MoeForCausalLM", "Qwen3ForCausalLM", "MixtralForCausalLM", "GptOssForCausalLM"}

@@ -15,7 +15,7 @@ import hub_stub
 import pytest
 from hub_stub import HubStub
 
-from mobile_gguf.convert import hub
+from mobile_gguf.convert.hf import hub
 from mobile_gguf.errors import UsageError
 
 if importlib.util.find_spec("huggingface_hub") is None:
@@ -24,7 +24,7 @@ if importlib.util.find_spec("huggingface_hub") is None:
 # HF_ENDPOINT and HF_HOME are read when huggingface_hub is imported: a process of its own for each
 CODE = """
 import json, sys
-from mobile_gguf.convert.hub import fetch_checkpoint
+from mobile_gguf.convert.hf.hub import fetch_checkpoint
 from mobile_gguf.errors import MobileError
 texts = []
 try:

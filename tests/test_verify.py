@@ -13,9 +13,9 @@ import pytest
 import verify_models
 
 from mobile_gguf.cli import main
-from mobile_gguf.convert import verify_reference
-from mobile_gguf.convert.verify import Pair, mark, verify, verify_each
-from mobile_gguf.convert.verify_result import FAILED, JSON_KEY, NOT_VERIFIED, PASSED, STATUS_KEY, VerifyResult
+from mobile_gguf.convert.verify import reference
+from mobile_gguf.convert.verify.check import Pair, mark, verify, verify_each
+from mobile_gguf.convert.verify.result import FAILED, JSON_KEY, NOT_VERIFIED, PASSED, STATUS_KEY, VerifyResult
 from mobile_gguf.errors import UsageError
 from mobile_gguf.gguf_header import read_header
 
@@ -169,7 +169,7 @@ class TestWhatKeepsTransformersFromIt:
         return verify(folder / "model-f32.gguf", folder / "checkpoint", threads=1, **options)  # type: ignore[arg-type]
 
     def test_torch_is_not_installed(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(verify_reference, "can_verify", lambda: False)
+        monkeypatch.setattr(reference, "can_verify", lambda: False)
         result = self.ask()
         assert result.status == NOT_VERIFIED
         assert "pip install" in result.reasons[0]
@@ -182,7 +182,7 @@ class TestWhatKeepsTransformersFromIt:
 
     def test_the_process_dies(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         (tmp_path / "dies.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
-        monkeypatch.setattr(verify_reference, "CHILD_MODULE", "dies")
+        monkeypatch.setattr(reference, "CHILD_MODULE", "dies")
         monkeypatch.setenv("PYTHONPATH", str(tmp_path))
         result = self.ask()
         assert result.status == NOT_VERIFIED
@@ -202,11 +202,11 @@ class TestWhatKeepsTransformersFromIt:
 
     @pytest.mark.parametrize(("gib", "own"), [(8.0, False), (5.0, True)])
     def test_the_type_follows_the_memory(self, gib: float, own: bool) -> None:
-        assert verify_reference.keeps_own_dtype(1 << 30, int(gib * (1 << 30))) is own
+        assert reference.keeps_own_dtype(1 << 30, int(gib * (1 << 30))) is own
 
     def test_too_little_memory(self) -> None:
-        with pytest.raises(verify_reference.NotVerifiedError, match=r"4\.00 GiB of memory"):
-            verify_reference.keeps_own_dtype(1 << 30, 3 << 30)
+        with pytest.raises(reference.NotVerifiedError, match=r"4\.00 GiB of memory"):
+            reference.keeps_own_dtype(1 << 30, 3 << 30)
 
 
 def test_the_reference_of_a_quantised_file_must_be_exact() -> None:
@@ -252,7 +252,7 @@ def test_weights_kept_in_their_own_type_are_computed_with_in_float32(
     for each in reader.tensors:
         each.data[:] = (to_bfloat16(each.data).astype(np.uint32) << 16).view(np.float32)
     reader.data.flush()
-    monkeypatch.setattr(verify_reference, "keeps_own_dtype", lambda *_: True)
+    monkeypatch.setattr(reference, "keeps_own_dtype", lambda *_: True)
     result = verify(path, checkpoint, threads=1)
     assert result.status == PASSED, result.table()
     assert result.facts["reference_precision"] == "16-bit weights, float32 products"
@@ -260,7 +260,7 @@ def test_weights_kept_in_their_own_type_are_computed_with_in_float32(
 
 
 def test_float32_activations_are_switched_off_again() -> None:
-    from mobile_gguf.convert.verify_engine import EngineReference
+    from mobile_gguf.convert.verify.engine import EngineReference
 
     path = verify_models.folder("mixtral") / "model-f16.gguf"
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import verify_models
 
-from mobile_gguf.convert import verify_reference
-from mobile_gguf.convert.verify import Pair, verify, verify_each
-from mobile_gguf.convert.verify_result import FAILED, PASSED, VerifyResult
+from mobile_gguf.convert.verify import reference
+from mobile_gguf.convert.verify.check import Pair, verify, verify_each
+from mobile_gguf.convert.verify.result import FAILED, PASSED, VerifyResult
 
 # llama.cpp and Transformers compute these differently: see the classes below
 DIFFERENT = ("phimoe-f16", "nemotron-h")
@@ -90,7 +90,7 @@ class TestPhiMoE:
         assert min(row.worst_error for row in result.rows) > 0.05
 
     def test_all_else_is_equal(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(verify_reference, "CHILD_MODULE", "phimoe_child")
+        monkeypatch.setattr(reference, "CHILD_MODULE", "phimoe_child")
         monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
         result = verify(*_paths("phimoe-f16"), threads=1)
         assert result.status == PASSED, result.table()

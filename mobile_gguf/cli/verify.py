@@ -51,7 +51,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(args: argparse.Namespace) -> int:
     """Run the verb."""
-    from mobile_gguf.convert.verify import mark, verify
+    from mobile_gguf.convert.verify.check import mark, verify
 
     if args.threads is not None and args.threads < 1:
         raise UsageError(f"--threads is {args.threads}: it must be at least 1")

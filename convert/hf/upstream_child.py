@@ -1,6 +1,6 @@
 """The pinned llama.cpp's own converter, as a process: a checkpoint's folder in, one stacked GGUF out.
 
-Run as `python -m mobile_gguf.convert.upstream_child` by `upstream`, with the pinned llama.cpp and its gguf-py
+Run as `python -m mobile_gguf.convert.hf.upstream_child` by `upstream`, with llama.cpp and its gguf-py
 leading PYTHONPATH. All knowledge of architectures is the converter's. Ours is how the tensors are written:
 row by row (`lazy_rows`), checked for values that are not finite, with progress; and what is known before the
 first of them: the header is written first, the file is stretched to its final size, and the parent looks at
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mobile_gguf.convert.child_side import ChildChannel
-from mobile_gguf.convert.finite import NotFiniteError, require_finite
+from mobile_gguf.convert.hf.finite import NotFiniteError, require_finite
 
 _CHUNK_BYTES = 16 << 20  # of float32: what is converted at a time, unless one row (one expert) is more
 _GPT_OSS = "GptOssForCausalLM"
@@ -210,7 +210,7 @@ class _Checkpoint:
 
     def chunks(self, tensor: Any, name: str) -> Any:
         """The bytes of one output tensor, some rows at a time."""
-        from mobile_gguf.convert.lazy_rows import RowEvaluator
+        from mobile_gguf.convert.hf.lazy_rows import RowEvaluator
 
         self.n_whole, self._name = 0, name
         shape = tuple(tensor.shape)
@@ -228,7 +228,7 @@ class _Checkpoint:
         self.n_whole = evaluator.n_whole
 
     def _eager(self, tensor: Any) -> Any:
-        from mobile_gguf.convert.lazy_rows import RowEvaluator
+        from mobile_gguf.convert.hf.lazy_rows import RowEvaluator
 
         if hasattr(tensor, "tofile") and not hasattr(tensor, "_meta") and hasattr(tensor, "_chunks"):
             yield from _chunked(tensor)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mobile_gguf.convert.children import ChildError, child_environment, run_child
-from mobile_gguf.convert.verify_prompts import PROMPTS
-from mobile_gguf.convert.verify_subject import Subject
+from mobile_gguf.convert.verify.prompts import PROMPTS
+from mobile_gguf.convert.verify.subject import Subject
 from mobile_gguf.errors import MobileError
 from mobile_gguf.memory import read_memory
 from mobile_gguf.sizes import GIB, format_bytes
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, float], None]
 
-CHILD_MODULE = "mobile_gguf.convert.verify_child"
+CHILD_MODULE = "mobile_gguf.convert.verify.child"
 # What torch and Transformers take before any weight is there, and the logits and buffers.
 _CHILD_OVERHEAD = 3 * GIB // 2
 

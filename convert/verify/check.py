@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mobile_gguf.convert.verify_judge import Judge
-from mobile_gguf.convert.verify_reference import Question, ask_transformers, can_verify
-from mobile_gguf.convert.verify_result import KEY_PREFIX, NOT_VERIFIED, VerifyResult
-from mobile_gguf.convert.verify_subject import Subject, read_subject
+from mobile_gguf.convert.verify.judge import Judge
+from mobile_gguf.convert.verify.reference import Question, ask_transformers, can_verify
+from mobile_gguf.convert.verify.result import KEY_PREFIX, NOT_VERIFIED, VerifyResult
+from mobile_gguf.convert.verify.subject import Subject, read_subject
 from mobile_gguf.errors import UsageError
 from mobile_gguf.gguf_header import read_header
 from mobile_gguf.threads import default_threads

@@ -12,7 +12,7 @@ from typing import Any
 
 from mobile_gguf.errors import MobileError, ModelNotFoundError, UsageError
 
-from .meter import Progress
+from ..meter import Progress
 
 PREFIX = "hf:"
 _REFERENCE = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?(?P<quant>:.*)?")

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from mobile_gguf.convert.verify_engine import EngineReference
-from mobile_gguf.convert.verify_prompts import PROMPTS
-from mobile_gguf.convert.verify_reference import Reference
-from mobile_gguf.convert.verify_result import FAILED, PASSED, Row, Thresholds, VerifyResult
-from mobile_gguf.convert.verify_rows import kl_bound, loose_row, mean_kl, strict_row
-from mobile_gguf.convert.verify_subject import Subject
+from mobile_gguf.convert.verify.engine import EngineReference
+from mobile_gguf.convert.verify.prompts import PROMPTS
+from mobile_gguf.convert.verify.reference import Reference
+from mobile_gguf.convert.verify.result import FAILED, PASSED, Row, Thresholds, VerifyResult
+from mobile_gguf.convert.verify.rows import kl_bound, loose_row, mean_kl, strict_row
+from mobile_gguf.convert.verify.subject import Subject
 from mobile_gguf.errors import ModelFormatError
 
 if TYPE_CHECKING:

@@ -15,10 +15,10 @@ from mobile_gguf.errors import MobileError, UsageError
 from mobile_gguf.vendor.pin import load_pin
 from mobile_gguf.vendor.source import LLAMA_CPP, unpacked_source
 
-from .children import ChildError, child_environment, run_child
-from .meter import Meter, Progress, ignore
+from ..children import ChildError, child_environment, run_child
+from ..meter import Meter, Progress, ignore
 
-MODULE = "mobile_gguf.convert.upstream_child"
+MODULE = "mobile_gguf.convert.hf.upstream_child"
 _NEEDED = ("torch", "transformers", "safetensors")
 
 
