@@ -106,8 +106,8 @@ def test_the_transcript(calibrated: Run) -> None:
         "big and little passes",
         "fitting the importance head",
         "trade-off curves",
-        "counting experts",
-        "importance of neurons",
+        "running the text",
+        "neuron importance",
         "writing demo.gguf",
         *(
             ["no setting of the head is within 1% of big's perplexity: the nearest is the default"]
