@@ -30,7 +30,7 @@ Drop when: never.
 diff --git a/llama_cpp/__init__.py b/llama_cpp/__init__.py
 --- a/llama_cpp/__init__.py
 +++ b/llama_cpp/__init__.py
- -1 +1 
+@@ -1 +1 @@
 -__version__ = "1.2.3"
 +__version__ = "1.2.3+mobile.1"
 """
@@ -47,7 +47,7 @@ Drop when: never.
 diff --git a/vendor/llama.cpp/src/graph.cpp b/vendor/llama.cpp/src/graph.cpp
 --- a/vendor/llama.cpp/src/graph.cpp
 +++ b/vendor/llama.cpp/src/graph.cpp
- -8,5 +8,6 
+@@ -8,5 +8,6 @@
  line 8
  line 9
  line 10
