@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import engine_child
-import llama_cpp.llama_cpp as lib
 import numpy as np
 from engine_child import fields, mobile
 
@@ -152,14 +151,14 @@ class DeviceRun(engine_child.Run):
         return {"status": status, **fields(counters)}
 
     def op_device_residency(self, op: dict[str, Any]) -> dict[str, Any]:
-        """Saves enum mobile_residency of the slots, uint8 [n_layer, n_expert]."""
+        """Saves enum mobile_residency of the slots, uint8 [n_layer, n_expert]; n_resident: with a slot."""
         assert mobile is not None
         info = self.result["info"]
         state = np.zeros((info["n_layer"], info["n_expert"]), np.uint8)
         pointer = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
         status = mobile.mobile_device_get_residency(self.ctx, pointer, state.size)
         self.arrays[f"{self.spec['name']}/{op['save']}"] = state
-        return {"status": status, "n_resident": int((state == 2).sum())}
+        return {"status": status, "n_resident": int((state > 0).sum())}
 
 
 if __name__ == "__main__":

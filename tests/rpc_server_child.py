@@ -1,6 +1,6 @@
 """An RPC server of llama.cpp on loopback, for tests: a device with real buffers and real transfers.
 
-argv: endpoint, threads, and bytes of address space that it may take beyond what it has when it starts (0: no limit).
+argv: endpoint, threads, and how many bytes of address space it may take once it has started (0: no limit).
 The library is the one in $LLAMA_CPP_LIB_PATH.
 """
 

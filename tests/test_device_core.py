@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import tiny_models
@@ -26,6 +27,8 @@ from device_jobs import (
     succeeded_on_devices,
 )
 from engine_jobs import on_engine, run, succeeded, tokens
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 # biases (gpt-oss), shared experts (deepseek), weights before the experts (llama4), quantised, many layers
 MODELS = ["qwen3moe", "mixtral", "gpt-oss", "deepseek3", "llama4", "gpt-oss-mxfp4", "qwen3moe-q4_k"]
@@ -58,23 +61,21 @@ def assert_as_on_cpu(outcome: Any, name: str, model: str) -> None:
     np.testing.assert_allclose(outcome.arrays[f"{name}/last"], logits, atol=0.01, err_msg=name)
 
 
-def expert_bytes(model: str) -> int:
-    """Of one expert, biases included; the tiny models' layers are alike."""
+def expert_bytes(model: str) -> tuple[int, int]:
+    """Of one expert, biases included: the smallest and the largest of all layers."""
     by_layer: dict[int, int] = {}
     for part in sorted(tiny_models.path(model).parent.glob("*.gguf")):
-        import gguf
-
         for tensor in gguf.GGUFReader(part).tensors:
             if "_exps." in tensor.name:
                 layer = int(tensor.name.split(".")[1])
                 by_layer[layer] = by_layer.get(layer, 0) + int(tensor.n_bytes)
-    assert len(set(by_layer.values())) == 1
-    return by_layer.popitem()[1] // tiny_models.MODELS[model].n_expert
+    n_expert = tiny_models.MODELS[model].n_expert
+    return min(by_layer.values()) // n_expert, max(by_layer.values()) // n_expert
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_every_miss_policy_generates_what_the_cpu_does(model: str, rpc: list[str]) -> None:
-    """Two and three tiers, at budgets that evict and that do not; poison is in every slot that was evicted."""
+    """Two and three tiers, at budgets that evict and that do not; evicted slots are poisoned."""
     runs = [
         device_run(f"{miss}, {budget}, host {host}", model, rpc, [
             {"op": "device_start", "budget": budget, "miss": miss, "poison": 1}, {"op": "reset_counters"},
@@ -85,23 +86,26 @@ def test_every_miss_policy_generates_what_the_cpu_does(model: str, rpc: list[str
         if (miss, budget) != (AUTO, 1.0)
     ]  # fmt: skip
     outcome = succeeded_on_devices(*runs)
-    size = expert_bytes(model)
+    smallest, largest = expert_bytes(model)
     for spec in runs:
         name = spec["name"]
         assert_as_on_cpu(outcome, name, model)
         device, host = outcome.ops(name, "device_counters")[0], outcome.ops(name, "counters")[0]
         info = outcome.ops(name, "device_info")[0]["devices"][0]
         n_resident = outcome.ops(name, "device_residency")[0]["n_resident"]
-        # the prompt passes the cache by but for its last layer, which computes one token
-        spec_model = tiny_models.MODELS[model]
-        routed = (N_STEPS * spec_model.n_layer_moe + 1) * spec_model.top_k
-        assert device["n_hits"] + device["n_misses"] == routed
+        # the prompt passes the cache by, but for a last layer that computes one token
+        tiny = tiny_models.MODELS[model]
+        routed = device["n_hits"] + device["n_misses"]
+        assert routed - N_STEPS * tiny.n_layer_moe * tiny.top_k in (0, tiny.top_k)
         assert device["n_fetched"] + device["n_cpu"] == device["n_misses"]
-        assert device["bytes_uploaded"] == (device["n_fetched"] + device["n_admitted"]) * size
-        assert device["bytes_uploaded_background"] == device["n_admitted"] * size
+        n_uploads = device["n_fetched"] + device["n_admitted"]
+        assert n_uploads * smallest <= device["bytes_uploaded"] <= n_uploads * largest
+        background = device["bytes_uploaded_background"]
+        assert device["n_admitted"] * smallest <= background <= device["n_admitted"] * largest
         # a second upload of an expert needs an eviction in between
-        assert device["n_fetched"] + device["n_admitted"] - device["n_evictions"] == n_resident
-        assert device["resident_bytes"] == n_resident * size <= device["resident_bytes_peak"]
+        assert n_uploads - device["n_evictions"] == n_resident
+        assert n_resident * smallest <= device["resident_bytes"] <= n_resident * largest
+        assert device["resident_bytes"] <= device["resident_bytes_peak"] <= info["pool_bytes"]
         assert n_resident <= info["n_slots"]
         assert device["n_wasted"] <= device["n_evictions"]
         assert host["n_hits"] + host["n_misses"] >= device["n_misses"]
@@ -128,7 +132,8 @@ def test_placements_switch_between_decodes(rpc: list[str]) -> None:
         *greedy(),
     ]
     little = [
-        {"op": "set_k", "k": spec.little_k}, {"op": "clear"}, {"op": "decode", "tokens": PROMPT, "save": "little"},
+        {"op": "set_k", "k": spec.little_k}, {"op": "clear"},
+        {"op": "decode", "tokens": PROMPT, "save": "little"},
     ]  # fmt: skip
     outcome = succeeded_on_devices(device_run("d", model, rpc, [*ops, *little]))
     assert len(outcome.ops("d", "greedy")) == 9
@@ -140,7 +145,8 @@ def test_placements_switch_between_decodes(rpc: list[str]) -> None:
 def test_two_devices_share_the_budget(rpc: list[str]) -> None:
     with rpc_servers() as other:
         outcome = succeeded_on_devices(device_run("d", "qwen3moe", [*rpc, *other], [
-            {"op": "device_start", "budget": 0.5, "miss": FETCH, "poison": 1}, *greedy(), {"op": "device_info"},
+            {"op": "device_start", "budget": 0.5, "miss": FETCH, "poison": 1}, *greedy(),
+            {"op": "device_info"},
             {"op": "device_placement", "placement": LAYERS}, *greedy(),
         ], "40%"))  # fmt: skip
     assert_as_on_cpu(outcome, "d", "qwen3moe")
@@ -172,16 +178,17 @@ def test_small_batches_use_the_cache_and_large_ones_do_not(rpc: list[str]) -> No
 
 def test_budget_below_a_token_is_refused_with_the_smallest(rpc: list[str]) -> None:
     outcome = on_devices(device_run("d", "qwen3moe", rpc, [
-        {"op": "device_start", "budget": 1}, {"op": "device_start", "budget": 0.01}, *greedy(), {"op": "device_info"},
+        {"op": "device_start", "budget": 1}, {"op": "device_start", "budget": 0.01}, *greedy(),
     ]))  # fmt: skip
     first, second = outcome.ops("d", "device_start")
     assert first["status"] == second["status"] == ERR_BUDGET
     smallest = int(first["error"].split("smallest that can work, ")[1].split(" ")[0])
-    assert smallest == 2 * tiny_models.MODELS["qwen3moe"].top_k * expert_bytes("qwen3moe")
+    assert smallest == 2 * tiny_models.MODELS["qwen3moe"].top_k * expert_bytes("qwen3moe")[0]
     assert_as_on_cpu(outcome, "d", "qwen3moe")
     outcome = on_devices(device_run("d", "qwen3moe", rpc, [
-        {"op": "device_start", "budget": smallest - 1}, {"op": "device_start", "budget": smallest, "miss": FETCH, "poison": 1},
-        *greedy(), {"op": "device_info"},
+        {"op": "device_start", "budget": smallest - 1},
+        {"op": "device_start", "budget": smallest, "miss": FETCH, "poison": 1}, *greedy(),
+        {"op": "device_info"},
     ]))  # fmt: skip
     assert [op["status"] for op in outcome.ops("d", "device_start")] == [ERR_BUDGET, 0]
     assert outcome.ops("d", "device_info")[0]["devices"][0]["pool_bytes"] == smallest
@@ -190,17 +197,17 @@ def test_budget_below_a_token_is_refused_with_the_smallest(rpc: list[str]) -> No
 
 def test_bad_calls_are_refused(rpc: list[str]) -> None:
     bad = [
-        {"miss": 3}, {"miss": -1}, {"placement": 3}, {"eviction": 9}, {"n_batch_max": 0}, {"n_batch_max": 129},
-        {"n_uploads": -1}, {"poison": 2},
+        {"miss": 3}, {"miss": -1}, {"placement": 3}, {"eviction": 9}, {"n_batch_max": 0},
+        {"n_batch_max": 129}, {"n_uploads": -1}, {"poison": 2},
     ]  # fmt: skip
     outcome = on_devices(
         device_run("d", "qwen3moe", rpc, [
             *({"op": "device_start", "budget": 0.5, **fields} for fields in bad),
-            {"op": "device_placement", "placement": CACHE}, {"op": "device_miss", "miss": CPU}, {"op": "device_stop"},
-            {"op": "device_counters"}, *greedy(),
+            {"op": "device_placement", "placement": CACHE}, {"op": "device_miss", "miss": CPU},
+            {"op": "device_stop"}, {"op": "device_counters"}, *greedy(),
         ]),
         run("no device", "qwen3moe", [{"op": "device_count"}, {"op": "device_start", "budget": 1 << 20}], 0),
-        run("no store", "qwen3moe", [{"op": "device_count"}, {"op": "device_start", "budget": 1 << 20}], None),
+        run("no store", "qwen3moe", [{"op": "device_start", "budget": 1 << 20}], None),
     )  # fmt: skip
     assert [op["status"] for op in outcome.ops("d", "device_start")] == [ERR_ARGUMENT] * len(bad)
     assert outcome.ops("d", "device_placement")[0]["status"] == ERR_STATE
@@ -216,7 +223,7 @@ def test_bad_calls_are_refused(rpc: list[str]) -> None:
 def test_no_memory_on_the_device_leaves_the_context_usable() -> None:
     """The server may take a little more than weights, KV cache and compute buffers need; slots do not fit."""
     model = "bulky"
-    with rpc_servers(memory=256 << 20) as rpc:
+    with rpc_servers(memory=128 << 20) as rpc:
         outcome = on_devices(device_run("d", model, rpc, [
             {"op": "device_start", "budget": 1.0}, *greedy(8), {"op": "device_counters"},
         ], n_ctx=128, n_ubatch=64))  # fmt: skip
@@ -231,7 +238,7 @@ def test_trace_replay_and_masks_work_as_on_the_host(rpc: list[str], tmp_path: Pa
     """A trace on the device has the CPU's ids; replaying it, and a mask per token, give the CPU's logits."""
     model, following = "deepseek3", tokens(16, 33)
     spec = tiny_models.MODELS[model]
-    k = [spec.top_k, spec.little_k, 1, 2]
+    k, n_layer = [spec.top_k, spec.little_k, 1, 2], spec.config["num_hidden_layers"]
 
     def ops(trace: Path) -> list[dict[str, Any]]:
         return [
@@ -243,7 +250,7 @@ def test_trace_replay_and_masks_work_as_on_the_host(rpc: list[str], tmp_path: Pa
             {"op": "set_k", "k": spec.little_k},
             {"op": "steps", "tokens": following, "pos": len(PROMPT) + 20, "save": "little"},
             {"op": "set_k", "k": 0},
-            {"op": "replay", "ids": [[[j, j + 1, j + 2, j + 3]] * 4 for j in range(8)]},
+            {"op": "replay", "ids": [[[j, j + 1, j + 2, j + 3]] * n_layer for j in range(8)]},
             {"op": "steps", "tokens": following, "pos": len(PROMPT) + 36, "save": "replayed"},
         ]
 
@@ -269,3 +276,59 @@ def test_trace_replay_and_masks_work_as_on_the_host(rpc: list[str], tmp_path: Pa
                 atol=0.02,
                 err_msg=f"{name}, {part}",
             )
+
+
+PLACEMENTS = st.sampled_from([HOST, CACHE, LAYERS])
+ACTIONS = st.one_of(
+    st.fixed_dictionaries({"op": st.just("steps"), "n": st.integers(1, 6)}),
+    st.fixed_dictionaries({"op": st.just("decode"), "n": st.integers(2, 40)}),
+    st.fixed_dictionaries({"op": st.just("device_placement"), "placement": PLACEMENTS}),
+    st.fixed_dictionaries({"op": st.just("device_miss"), "miss": st.sampled_from([AUTO, FETCH, CPU])}),
+    st.fixed_dictionaries({"op": st.just("set_k"), "k": st.integers(0, 4)}),
+    st.fixed_dictionaries({"op": st.just("remove"), "back": st.integers(1, 8)}),
+    st.just({"op": "device_residency"}),
+)  # fmt: skip
+
+
+def scripted(actions: list[dict[str, Any]], device: bool) -> list[dict[str, Any]]:
+    """The actions as ops of a run; without a device only those that change what is computed."""
+    ops: list[dict[str, Any]] = []
+    pos = 0
+    for i, action in enumerate(actions):
+        kind = action["op"]
+        if kind in ("steps", "decode"):
+            ops.append({"op": kind, "tokens": tokens(action["n"], 1000 + i), "pos": pos, "save": f"out-{i}"})
+            pos += action["n"]
+        elif kind == "remove":
+            pos = max(0, pos - action["back"])
+            ops.append({"op": "remove", "pos": pos})
+        elif kind == "device_residency":
+            ops += [{"op": kind, "save": f"state-{i}"}] if device else []
+        elif device or not kind.startswith("device"):
+            ops.append(action)
+    return ops
+
+
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    actions=st.lists(ACTIONS, min_size=12, max_size=40),
+    model=st.sampled_from(["qwen3moe", "gpt-oss", "mixtral"]),
+    budget=st.floats(0.55, 1.0), host=st.sampled_from([0, "40%"]), n_uploads=st.integers(0, 6),
+)  # fmt: skip
+def test_any_interleaving_computes_what_the_cpu_does(
+    rpc: list[str], actions: list[dict[str, Any]], model: str, budget: float, host: int | str, n_uploads: int
+) -> None:
+    """A slot that is read before its upload is complete, or after its eviction, holds NaNs."""
+    start = {
+        "op": "device_start", "budget": budget, "miss": CPU, "poison": 1, "n_uploads": n_uploads,
+    }  # fmt: skip
+    outcome = succeeded_on_devices(
+        device_run("d", model, rpc, [start, *scripted(actions, True)], host, n_ctx=1700)
+    )
+    expected = succeeded(on_engine(run("r", model, scripted(actions, False), 0, n_ctx=1700))).arrays
+    for name, logits in expected.items():
+        actual = outcome.arrays[name.replace("r/", "d/")]
+        assert np.isfinite(actual).all(), name
+        # a router may choose another expert where two score alike: rare, and not what this is about
+        close = np.isclose(actual, logits, atol=0.05).all(axis=1)
+        assert close.mean() > 0.9, name

@@ -8,6 +8,7 @@
 #include "llama-context.h"
 #include "llama-model.h"
 
+#include <algorithm>
 #include <cstring>
 #include <exception>
 
@@ -232,13 +233,15 @@ int32_t mobile_device_get_residency(const struct llama_context * ctx, uint8_t * 
     if (!m->slots) {
         return MOBILE_OK;
     }
+    m->slots->collect();
     for (const mobile_device_layer & l : m->slots->layers) {
         for (size_t e = 0; (size_t) l.il < n_layer && e < l.n_expert/n_segments; ++e) {
-            bool resident = true; // as resident as its least resident segment
+            uint8_t least = MOBILE_RESIDENT; // an expert is as resident as its least resident segment
             for (size_t s = 0; s < n_segments; ++s) {
-                resident = resident && l.experts[e*n_segments + s].slot >= 0;
+                const mobile_device_expert & x = l.experts[e*n_segments + s];
+                least = std::min<uint8_t>(least, x.slot < 0 ? MOBILE_NOT_RESIDENT : x.loading ? MOBILE_LOADING : MOBILE_RESIDENT);
             }
-            state[l.il*n_expert + e] = resident ? MOBILE_RESIDENT : MOBILE_NOT_RESIDENT;
+            state[l.il*n_expert + e] = least;
         }
     }
     return MOBILE_OK;

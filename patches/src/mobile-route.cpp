@@ -245,8 +245,8 @@ static void route(ggml_tensor * dst, int ith, int nth, void * userdata) {
         for (int64_t t = 0; t < n_tokens; ++t) {
             split_ids(ctx, dst, t);
         }
-        const bool computes = std::any_of(ctx.missing.begin(), ctx.missing.end(), [&](const mobile_need & need) { return ctx.slot_of[need.expert] < 0; });
-        route.start_us = computes ? ggml_time_us() : 0;
+        route.n_cold   = (int32_t) std::count_if(ctx.missing.begin(), ctx.missing.end(), [&](const mobile_need & need) { return ctx.slot_of[need.expert] < 0; });
+        route.start_us = ggml_time_us();
     }
 
     // a batch that needs nearly all of this layer needs nearly all of the next one
@@ -276,8 +276,8 @@ static void cold_end(ggml_tensor * dst, int ith, int nth, void * userdata) {
     }
     mobile_route & route = *(mobile_route *) userdata;
     memcpy(dst->data, dst->src[0]->data, ggml_nbytes(dst));
-    if (route.start_us > 0 && route.ctx->slots) {
-        route.ctx->slots->add_cpu_time(ggml_time_us() - route.start_us);
+    if (route.n_cold > 0 && route.ctx->slots) {
+        route.ctx->slots->add_cpu_time(route.n_cold, ggml_time_us() - route.start_us);
     }
 }
 
@@ -439,7 +439,7 @@ ggml_tensor * mobile_route_join(
     return joined;
 }
 
-ggml_tensor * mobile_route_rows(ggml_context * ctx0, ggml_tensor * ids) {
+ggml_tensor * mobile_route_rows(ggml_context * ctx0, ggml_backend_sched_t sched, ggml_backend_t backend_cpu, ggml_tensor * ids) {
     ggml_custom_op_t fun = nullptr;
     if (ids->view_src && ids->view_src->op == GGML_OP_CUSTOM && ids->view_offs == 0) {
         memcpy(&fun, ids->view_src->op_params, sizeof(fun));
@@ -447,7 +447,9 @@ ggml_tensor * mobile_route_rows(ggml_context * ctx0, ggml_tensor * ids) {
     if (fun != ::route) {
         return ids;
     }
-    return ggml_custom_4d(ctx0, GGML_TYPE_I32, ids->ne[0], ids->ne[1], 1, 1, &ids, 1, route_rows, 1, nullptr);
+    ggml_tensor * rows = ggml_custom_4d(ctx0, GGML_TYPE_I32, ids->ne[0], ids->ne[1], 1, 1, &ids, 1, route_rows, 1, nullptr);
+    ggml_backend_sched_set_tensor_backend(sched, rows, backend_cpu);
+    return rows;
 }
 
 //

@@ -38,7 +38,8 @@ struct mobile_route {
     mobile_experts       host;            // the layer's tensors, as the last graph had them
     bool                 once    = true;  // no graph had others besides
     bool                 keep    = false; // a device may compute: no -1, but a weight of 0
-    int64_t              start_us = 0;    // of the running cold chain; 0: it has nothing to do
+    int64_t              start_us = 0;    // of the running cold chain
+    int32_t              n_cold   = 0;    // distinct experts in it
 };
 
 // the state behind llama_cparams::mobile; used by the thread that decodes
@@ -127,4 +128,4 @@ ggml_tensor * mobile_route_join(
         const mobile_context * ctx, ggml_context * ctx0, ggml_backend_sched_t sched, ggml_backend_t backend_cpu, ggml_tensor * experts, const ggml_tensor * weights);
 
 // ids for ggml_get_rows, which knows no -1: skipped ones become 0. others' ids pass through
-ggml_tensor * mobile_route_rows(ggml_context * ctx0, ggml_tensor * ids);
+ggml_tensor * mobile_route_rows(ggml_context * ctx0, ggml_backend_sched_t sched, ggml_backend_t backend_cpu, ggml_tensor * ids);

@@ -150,6 +150,19 @@ int32_t mobile_slots::start(std::string & err) {
             return MOBILE_ERR_MEMORY;
         }
     }
+    for (auto & p : pools) {
+        measure_link(p);
+    }
+    for (size_t i = 0; i < devices.size(); ++i) {
+        uint64_t largest = 0;
+        for (const auto & p : pools) {
+            largest = std::max(largest, p.device == (int32_t) i ? p.slot_bytes : 0);
+        }
+        devices[i].uploader = std::make_unique<mobile_uploader>();
+        if (!devices[i].uploader->start(devices[i].dev, params.n_uploads, largest)) {
+            devices[i].uploader.reset();
+        }
+    }
     const auto placement = (enum mobile_placement) params.placement;
     params.placement = MOBILE_PLACEMENT_HOST;
     set_placement(placement);
@@ -228,7 +241,16 @@ const mobile_experts * mobile_slots::slots_of(int32_t il) const {
 }
 
 void mobile_slots::empty() {
-    unpin_all();
+    for (auto & d : devices) {
+        if (d.uploader) {
+            d.uploader->drain();
+        }
+    }
+    collect();
+    if (current >= 0) {
+        unpin_all();
+    }
+    on_cpu.clear();
     for (auto & l : layers) {
         for (int32_t e = 0; e < l.n_expert; ++e) {
             l.experts[e].slot   = -1;
@@ -248,11 +270,11 @@ void mobile_slots::empty() {
 }
 
 void mobile_slots::set_placement(enum mobile_placement placement) {
-    const auto held = (enum mobile_placement) params.placement;
     params.placement = placement;
-    if (placement == MOBILE_PLACEMENT_HOST || placement == held) {
+    if (placement == MOBILE_PLACEMENT_HOST || placement == contents) {
         return; // what is in the slots stays good
     }
+    contents = placement;
     empty();
     if (placement == MOBILE_PLACEMENT_LAYERS) {
         fill_layers();
@@ -373,40 +395,95 @@ bool mobile_slots::take_slot(int32_t layer, double key, bool gated, int32_t & sl
     return true;
 }
 
-// queues the copies on the computing stream. false: some bytes are not in host memory, or not what the file says
-bool mobile_slots::upload(mobile_device_layer & l, int32_t expert, int32_t slot, bool wait) {
+// false: some bytes are not in host memory, or not what the file says
+bool mobile_slots::parts_of(const mobile_device_layer & l, int32_t expert, int32_t slot, bool wait, std::vector<mobile_upload_part> & parts) {
     const mobile_pool & p = pools[l.pool];
 
-    const char * data[MEMBERS.size()] = {};
-    for (size_t i = 0; i < MEMBERS.size(); ++i) {
-        const member m = MEMBERS[i];
+    parts.clear();
+    for (member m : MEMBERS) {
         if (const ggml_tensor * t = l.host.*m) {
-            data[i] = is_weight(m) ? ggml_expert_data(t, expert, wait) : (const char *) t->data + expert*t->nb[expert_dim(m)];
-            if (!data[i]) {
+            const size_t size = t->nb[expert_dim(m)];
+            const char * data = is_weight(m) ? ggml_expert_data(t, expert, wait) : (const char *) t->data + expert*size;
+            if (!data) {
                 return false;
             }
+            parts.push_back({ p.slots.*m, data, slot*size, size });
         }
     }
-    if (!store.plain && !store.error().empty()) {
+    return store.plain || store.error().empty();
+}
+
+// queues the copies on the computing stream
+bool mobile_slots::upload(mobile_device_layer & l, int32_t expert, int32_t slot, bool wait) {
+    std::vector<mobile_upload_part> parts;
+    if (!parts_of(l, expert, slot, wait, parts)) {
         return false;
     }
-    for (size_t i = 0; i < MEMBERS.size(); ++i) {
-        if (ggml_tensor * t = p.slots.*MEMBERS[i]) {
-            const size_t size = t->nb[expert_dim(MEMBERS[i])];
-            ggml_backend_tensor_set_async(devices[p.device].backend, t, data[i], slot*size, size);
+    for (const auto & part : parts) {
+        ggml_backend_tensor_set_async(devices[l.device].backend, part.tensor, part.data, part.offset, part.size);
+    }
+    count.bytes_uploaded += pools[l.pool].slot_bytes;
+    return true;
+}
+
+// uploads zeros to a zero slot
+void mobile_slots::measure_link(mobile_pool & p) {
+    mobile_device & d = devices[p.device];
+    ggml_backend_buffer_type_t buft = ggml_backend_dev_host_buffer_type(d.dev);
+    ggml_backend_buffer_ptr zeros(ggml_backend_buft_alloc_buffer(buft ? buft : ggml_backend_cpu_buffer_type(), p.slot_bytes));
+    if (!zeros) {
+        return;
+    }
+    ggml_backend_buffer_clear(zeros.get(), 0);
+    double best = INFINITY; // the first also warms up
+    for (int i = 0; i < 4; ++i) {
+        const int64_t start = ggml_time_us();
+        for (member m : MEMBERS) {
+            if (p.slots.*m) {
+                ggml_backend_tensor_set_async(d.backend, p.slots.*m, ggml_backend_buffer_get_base(zeros.get()), 0, (p.slots.*m)->nb[expert_dim(m)]);
+            }
+        }
+        ggml_backend_synchronize(d.backend);
+        best = std::min(best, (double) (ggml_time_us() - start));
+    }
+    d.upload_us = std::max(d.upload_us, best);
+}
+
+void mobile_slots::collect() {
+    for (auto & d : devices) {
+        if (!d.uploader) {
+            continue;
+        }
+        for (const mobile_upload & done : d.uploader->done()) {
+            layers[done.layer].experts[done.expert].loading = false;
+            list(layers[done.layer], done.expert);
         }
     }
-    count.bytes_uploaded += p.slot_bytes;
-    return true;
 }
 
 //
 // passes
 //
 
+// how many of a layer's misses to upload. uploads and the CPU work at the same time, so both should take equally long
+size_t mobile_slots::n_to_fetch(const mobile_device_layer & l, size_t n_missing) const {
+    if (params.miss != MOBILE_MISS_AUTO) {
+        return params.miss == MOBILE_MISS_FETCH ? n_missing : 0;
+    }
+    const double link = devices[l.device].upload_us;
+    return link <= 0.0 ? 0 : (size_t) (n_missing*cpu_us_per_expert/(cpu_us_per_expert + link));
+}
+
+void mobile_slots::add_cpu_time(int32_t n_experts, uint64_t us) {
+    const double each = (double) us/std::max(n_experts, 1);
+    cpu_us_per_expert = cpu_us_per_expert == 0.0 ? each : 0.95*cpu_us_per_expert + 0.05*each;
+    count.cpu_us += us;
+}
+
 void mobile_slots::assign(int32_t il, const std::vector<mobile_need> & needs, std::vector<int32_t> & slot, std::vector<mobile_need> & missing) {
     const auto eviction = (enum mobile_eviction) params.eviction;
 
+    collect();
     unpin_all();
     on_cpu.clear();
     current = layer_of_il[il];
@@ -414,6 +491,7 @@ void mobile_slots::assign(int32_t il, const std::vector<mobile_need> & needs, st
 
     slot.assign(l.n_expert, -1);
     missing.clear();
+    std::vector<int32_t> wanted;
     for (const mobile_need & need : needs) {
         mobile_device_expert & x = l.experts[need.expert];
         if (x.listed) {
@@ -424,34 +502,34 @@ void mobile_slots::assign(int32_t il, const std::vector<mobile_need> & needs, st
         x.n_uses  += need.n_tokens;
         x.last_use = need.time;
         x.key      = mobile_policy_key(eviction, x.n_uses, x.last_use);
-        if (x.slot >= 0) {
+        if (x.slot >= 0 && !x.loading) {
             count.n_hits++;
             x.fresh = false;
             slot[need.expert] = x.slot;
             pinned.push_back(need.expert);
-        } else {
-            count.n_misses++;
-            missing.push_back(need);
-            on_cpu.emplace_back(before, need.expert);
+            continue;
+        }
+        count.n_misses++;
+        missing.push_back(need);
+        on_cpu.emplace_back(before, need.expert);
+        if (!x.loading) {
+            wanted.push_back(need.expert);
         }
     }
-    if (params.miss != MOBILE_MISS_FETCH) {
-        count.n_cpu += missing.size();
-        return;
-    }
-    on_cpu.clear();
-    for (const mobile_need & need : missing) {
-        mobile_device_expert & x = l.experts[need.expert];
+    // the ones worth most
+    const size_t n = std::min(n_to_fetch(l, missing.size()), wanted.size());
+    std::stable_sort(wanted.begin(), wanted.end(), [&](int32_t a, int32_t b) { return l.experts[a].key > l.experts[b].key; });
+    for (size_t i = 0; i < n; ++i) {
         int32_t s = -1;
-        if (take_slot(current, x.key, false, s)) {
-            x.slot = s;
-            slot[need.expert] = s;
-            pinned.push_back(need.expert);
-            fetches.push_back(need.expert);
-        } else {
-            count.n_cpu++;
+        if (!take_slot(current, l.experts[wanted[i]].key, false, s)) {
+            break;
         }
+        l.experts[wanted[i]].slot = s;
+        slot[wanted[i]] = s;
+        pinned.push_back(wanted[i]);
+        fetches.push_back(wanted[i]);
     }
+    count.n_cpu += missing.size();
 }
 
 void mobile_slots::fetch(std::vector<int32_t> & slot) {
@@ -461,12 +539,12 @@ void mobile_slots::fetch(std::vector<int32_t> & slot) {
     mobile_device_layer & l = layers[current];
     const int64_t start = ggml_time_us();
     for (int32_t expert : fetches) {
-        mobile_device_expert & x = l.experts[expert];
-        if (upload(l, expert, x.slot, true)) {
+        // with a choice, what is still being read is computed on the CPU, piece by piece as it arrives
+        if (upload(l, expert, l.experts[expert].slot, params.miss == MOBILE_MISS_FETCH)) {
             count.n_fetched++;
+            count.n_cpu--;
             continue;
         }
-        // the pass has failed; nothing of it may stay
         slot[expert] = -1;
         release(l, expert);
         pinned.erase(std::find(pinned.begin(), pinned.end(), expert));
@@ -476,26 +554,38 @@ void mobile_slots::fetch(std::vector<int32_t> & slot) {
 }
 
 void mobile_slots::admit() {
-    if (on_cpu.empty() || params.n_uploads <= 0) {
+    if (on_cpu.empty() || params.n_uploads <= 0 || params.miss == MOBILE_MISS_FETCH) {
         return;
     }
     mobile_device_layer & l = layers[current];
+    mobile_device       & d = devices[l.device];
     const int64_t start = ggml_time_us();
+    collect();
     int32_t n = 0;
     for (const auto & [before, expert] : on_cpu) {
         mobile_device_expert & x = l.experts[expert];
         const bool again = x.last_use - before <= ADMIT_WINDOW;
+        const bool room  = d.uploader ? d.uploader->has_room() : n < params.n_uploads;
         int32_t slot = -1;
-        if (x.slot >= 0 || n >= params.n_uploads || (pools[l.pool].free.empty() && !again) || !take_slot(current, x.key, true, slot)) {
+        if (x.slot >= 0 || !room || (pools[l.pool].free.empty() && !again) || !take_slot(current, x.key, true, slot)) {
             continue;
         }
         x.slot = slot;
-        if (!upload(l, expert, slot, false)) {
+        mobile_upload up;
+        up.layer  = current;
+        up.expert = expert;
+        if (!(d.uploader ? parts_of(l, expert, slot, false, up.parts) : upload(l, expert, slot, false))) {
             release(l, expert);
             continue;
         }
         x.fresh = true;
-        list(l, expert);
+        if (d.uploader) {
+            x.loading = true;
+            d.uploader->queue(std::move(up), store.plain);
+            count.bytes_uploaded += pools[l.pool].slot_bytes;
+        } else {
+            list(l, expert);
+        }
         count.n_admitted++;
         count.bytes_uploaded_background += pools[l.pool].slot_bytes;
         n++;

@@ -16,6 +16,7 @@
 #pragma once
 
 #include "mobile-store.h"
+#include "mobile-upload.h"
 #include "mobile.h"
 
 #include "ggml-backend.h"
@@ -46,6 +47,7 @@ struct mobile_experts {
 struct mobile_device_expert {
     int32_t  slot     = -1;      // -1: none
     bool     listed   = false;   // stands in its layer's evictable set, under `key`
+    bool     loading  = false;   // the upload into its slot is on its way
     bool     fresh    = false;   // not used since its upload
     uint64_t n_uses   = 0;
     double   last_use = -1e9;    // in tokens
@@ -84,6 +86,8 @@ struct mobile_device {
     uint64_t expert_bytes = 0;
     uint64_t pool_bytes   = 0;
     int32_t  n_layers     = 0;
+    double   upload_us    = 0.0;          // of one expert, measured when the slots were made
+    std::unique_ptr<mobile_uploader> uploader; // NULL: uploads run on the computing stream
 };
 
 // whether experts can be copied from these tensors
@@ -122,8 +126,10 @@ public:
     void assign(int32_t il, const std::vector<mobile_need> & needs, std::vector<int32_t> & slot, std::vector<mobile_need> & missing);
     // uploads what assign() gave a slot to; the store has them requested. slot[e] becomes -1 where a read failed
     void fetch(std::vector<int32_t> & slot);
-    // of a cold chain that computed something
-    void add_cpu_time(uint64_t us) { count.cpu_us += us; }
+    // of the running layer's cold chain: so many experts in so much time
+    void add_cpu_time(int32_t n_experts, uint64_t us);
+    // makes background uploads that are complete visible
+    void collect();
     // unpins; forgets what the layer before missed
     void end_pass();
 
@@ -143,13 +149,18 @@ private:
     void     release     (mobile_device_layer & l, int32_t expert);
     void     list        (mobile_device_layer & l, int32_t expert);
     void     unpin_all   ();
+    bool     parts_of    (const mobile_device_layer & l, int32_t expert, int32_t slot, bool wait, std::vector<mobile_upload_part> & parts);
     bool     upload      (mobile_device_layer & l, int32_t expert, int32_t slot, bool wait);
+    void     measure_link(mobile_pool & pool);
+    size_t   n_to_fetch  (const mobile_device_layer & l, size_t n_missing) const;
     void     empty       ();
     void     fill_layers ();
 
+    enum mobile_placement contents = MOBILE_PLACEMENT_HOST; // what the slots were filled for
     mobile_store & store;
     int32_t n_used; // ids per token in the graph
 
+    double  cpu_us_per_expert = 0.0;                  // moving average; 0: not measured yet
     int32_t current = -1;                             // layer of the pinned experts
     std::vector<int32_t> pinned;                      // experts of it that are in slots
     std::vector<int32_t> fetches;                     // ... and are to be uploaded
