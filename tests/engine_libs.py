@@ -112,7 +112,8 @@ def run_job(
     """Runs `runs` (see `engine_child`) on the build in `lib`.
 
     on_pause: what to do at each `pause` op, by its name. prefix: a command that starts the child (e.g. one
-    that puts itself under a memory limit first). child: the program. Raises ChildDiedError if the process did not finish the job.
+    that puts itself under a memory limit first). child: the program. Raises ChildDiedError if the process did
+    not finish the job.
     """
     with tempfile.TemporaryDirectory() as scratch, open(Path(scratch) / "stderr", "w+") as stderr:
         out = Path(scratch) / "out.npz"

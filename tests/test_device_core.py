@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import layout_files
 import numpy as np
 import pytest
 import tiny_models
@@ -48,9 +49,9 @@ def greedy(n: int = N_STEPS) -> list[dict[str, Any]]:
 
 
 @cache
-def on_cpu(model: str) -> tuple[list[int], np.ndarray]:
+def on_cpu(model: str, n: int = N_STEPS) -> tuple[list[int], np.ndarray]:
     """Greedy tokens and the last logits of the CPU alone."""
-    outcome = succeeded(on_engine(run("cpu", model, greedy(), 0)))
+    outcome = succeeded(on_engine(run("cpu", model, greedy(n), 0)))
     return outcome.ops("cpu", "greedy")[0]["tokens"], outcome.arrays["cpu/last"]
 
 
@@ -278,6 +279,28 @@ def test_trace_replay_and_masks_work_as_on_the_host(rpc: list[str], tmp_path: Pa
             )
 
 
+@pytest.mark.parametrize("n_segments", [1, 4], ids=["whole", "segments"])
+@pytest.mark.parametrize("model", ["mixtral", "llama4", "granitemoe-swa", "nemotron-h"])
+def test_files_with_a_tensor_per_expert(model: str, n_segments: int, rpc: list[str], tmp_path: Path) -> None:
+    """Experts in segments have a slot per segment, and are summed on the device."""
+    path = layout_files.write_per_expert(tiny_models.path(model), tmp_path / "m.gguf", n_segments, seed=2)
+    outcome = succeeded_on_devices(*(
+        device_run(f"{miss} {placement} {host}", path, rpc, [
+            {"op": "device_start", "budget": 0.7, "miss": miss, "placement": placement, "poison": 1},
+            *greedy(24), {"op": "device_counters"},
+        ], host)
+        for miss, placement, host in (
+            (FETCH, CACHE, "40%"), (CPU, CACHE, "40%"), (CPU, LAYERS, "40%"), (CPU, CACHE, 0),
+        )
+    ))  # fmt: skip
+    expected, logits = on_cpu(model, 24)
+    for name in outcome.runs:
+        assert outcome.ops(name, "greedy")[0]["tokens"] == expected, name
+        np.testing.assert_allclose(outcome.arrays[f"{name}/last"], logits, atol=0.01, err_msg=name)
+        if str(CACHE) == name.split()[1]:
+            assert outcome.ops(name, "device_counters")[0]["n_hits"] > 0
+
+
 PLACEMENTS = st.sampled_from([HOST, CACHE, LAYERS])
 ACTIONS = st.one_of(
     st.fixed_dictionaries({"op": st.just("steps"), "n": st.integers(1, 6)}),
@@ -309,7 +332,7 @@ def scripted(actions: list[dict[str, Any]], device: bool) -> list[dict[str, Any]
     return ops
 
 
-@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     actions=st.lists(ACTIONS, min_size=12, max_size=40),
     model=st.sampled_from(["qwen3moe", "gpt-oss", "mixtral"]),

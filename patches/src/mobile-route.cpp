@@ -297,7 +297,8 @@ static bool has_offload(ggml_backend_sched_t sched) {
 }
 
 static bool has_policy(const mobile_context & ctx) {
-    return (ctx.k > 0 && ctx.k < ctx.n_expert_used) || !ctx.k_batch.empty() || !ctx.replay.empty() || ctx.trace;
+    // ids of segments come from the route op
+    return ctx.store->n_segments > 1 || (ctx.k > 0 && ctx.k < ctx.n_expert_used) || !ctx.k_batch.empty() || !ctx.replay.empty() || ctx.trace;
 }
 
 bool mobile_graph_holds(mobile_context * ctx) {
@@ -338,6 +339,7 @@ const mobile_experts * mobile_route_build(
 
     const mobile_experts * whole = ctx->slots ? ctx->slots->whole_layer(il) : nullptr;
     const bool is_whole = whole && whole->down == experts.down;
+    ctx->is_whole = is_whole;
     if (is_whole) {
         ctx->has_policy = ctx->has_policy || has_policy(*ctx);
         if (!ctx->has_policy) {
@@ -426,7 +428,7 @@ ggml_tensor * mobile_route_join(
     if (experts->ne[1] == n_used) {
         return experts;
     }
-    if (ctx && ctx->hot_ids) { // on a device
+    if (ctx && (ctx->hot_ids || ctx->is_whole)) { // on a device
         ggml_tensor * sum = nullptr;
         for (int64_t i = 0; i < experts->ne[1]; i += n_used) {
             ggml_tensor * part = ggml_view_3d(ctx0, experts, experts->ne[0], n_used, experts->ne[2], experts->nb[1], experts->nb[2], i*experts->nb[1]);

@@ -75,6 +75,7 @@ struct mobile_context {
     std::unique_ptr<mobile_slots> slots;        // NULL: none
     bool                 stale       = false;   // the graph must be built anew
     bool                 has_policy  = false;   // whole layers on a device have a route op
+    bool                 is_whole    = false;   // the layer that is being built lies in slots as a whole
     ggml_tensor *        hot_ids     = nullptr; // while the hot chain is built
     ggml_tensor *        hot_weights = nullptr;
     int                  cold_start  = 0;       // first node of the cold chain that is being built
