@@ -100,6 +100,9 @@ std::shared_ptr<mobile_context> mobile_context_new(const struct llama_model & mo
 void mobile_ubatch_begin(mobile_context * ctx, const llama_ubatch & ubatch);
 bool mobile_ubatch_end  (mobile_context * ctx);
 
+// the op; userdata: a mobile_route
+void mobile_route_run(ggml_tensor * dst, int ith, int nth, void * userdata);
+
 // for llama_context. false: the last graph cannot be used again
 bool     mobile_graph_holds (mobile_context * ctx);
 // nodes that hot chains may add to a graph

@@ -15,6 +15,7 @@
 
 #pragma once
 
+#include "mobile-experts.h"
 #include "mobile-store.h"
 #include "mobile-upload.h"
 #include "mobile.h"
@@ -27,21 +28,6 @@
 #include <string>
 #include <utility>
 #include <vector>
-
-// a layer's expert tensors as build_moe_ffn takes them: weights, biases, scales. NULL: there is none
-struct mobile_experts {
-    ggml_tensor * gate_up   = nullptr;
-    ggml_tensor * up        = nullptr;
-    ggml_tensor * gate      = nullptr;
-    ggml_tensor * down      = nullptr;
-    ggml_tensor * gate_up_b = nullptr;
-    ggml_tensor * up_b      = nullptr;
-    ggml_tensor * gate_b    = nullptr;
-    ggml_tensor * down_b    = nullptr;
-    ggml_tensor * up_s      = nullptr;
-    ggml_tensor * gate_s    = nullptr;
-    ggml_tensor * down_s    = nullptr;
-};
 
 // one expert of a layer with a pool
 struct mobile_device_expert {
@@ -89,9 +75,6 @@ struct mobile_device {
     double   upload_us    = 0.0;          // of one expert, measured when the slots were made
     std::unique_ptr<mobile_uploader> uploader; // NULL: uploads run on the computing stream
 };
-
-// whether experts can be copied from these tensors
-bool mobile_experts_on_host(const mobile_experts & experts);
 
 class mobile_slots {
 public:
