@@ -6,7 +6,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := run
-.PHONY: run test lint fuzz bench engine stock clean help
+.PHONY: run test lint docs fuzz bench engine stock clean help
 
 help: ## what there is
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -56,6 +56,9 @@ lint: $(VENV)/.dev ## ruff and pyright
 	@ln -s $(CURDIR)/tests $(TYPES)/tests
 	@echo '{"include":["mobile_gguf","tests"],"typeCheckingMode":"standard","extraPaths":["tests"]}' > $(TYPES)/pyrightconfig.json
 	$(BIN)/pyright --pythonpath $(CURDIR)/$(BIN)/python -p $(TYPES)
+
+docs: $(VENV)/.dev ## write docs/api.md from the docstrings
+	$(BIN)/python docs/make_api.py
 
 FUZZ_SECONDS ?= 600
 fuzz: $(VENV)/.dev ## hostile GGUF and safetensors headers, FUZZ_SECONDS each; build/fuzz remembers what was found
