@@ -15,7 +15,7 @@ from typing import Any
 
 from .errors import BudgetError, EngineError, ExpertReadError, MobileError, UsageError
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 BUILD_HINT = "run `mobile-gguf engine build`"
 
 EVICTION = {"lru": 0, "moepic": 1, "decay": 2}
@@ -35,7 +35,7 @@ class LoadParamsStruct(ctypes.Structure):
         ("n_io_threads", ctypes.c_int32),
         ("eviction", ctypes.c_int32),
         ("io", ctypes.c_int32),
-        ("reserved", ctypes.c_int32),
+        ("on_host", ctypes.c_int32),
     ]
 
 

@@ -27,7 +27,7 @@ class LoadParams(ctypes.Structure):
         ("n_io_threads", ctypes.c_int32),
         ("eviction", ctypes.c_int32),
         ("io", ctypes.c_int32),
-        ("reserved", ctypes.c_int32),
+        ("on_host", ctypes.c_int32),
     ]
 
 
@@ -119,14 +119,14 @@ class Run:
             assert mobile is not None
             params = mobile.mobile_load_default_params()
             params.budget_bytes = budget
-            for name in ("n_io_threads", "eviction", "io", "reserved"):
+            for name in ("n_io_threads", "eviction", "io", "on_host"):
                 if name in self.spec["mobile"]:
                     setattr(params, name, self.spec["mobile"][name])
             self.result["set_params"] = mobile.mobile_load_set_params(ctypes.byref(params))
         model_params = lib.llama_model_default_params()
         model_params.load_mode = self.spec.get("load_mode", lib.LLAMA_LOAD_MODE_NONE)
         model_params.use_extra_bufts = self.spec.get("use_extra_bufts", False)
-        model_params.n_gpu_layers = 0
+        model_params.n_gpu_layers = self.spec.get("n_gpu_layers", 0)
         model_params.check_tensors = self.spec.get("check_tensors", False)
         if "load_fault" in self.spec:
             set_fault(self.spec["model"], self.spec["load_fault"])
@@ -343,14 +343,14 @@ class Run:
         return {"peak": peak_resident_bytes()}
 
 
-def main() -> int:
+def main(run_type: type[Run] = Run) -> int:
     job = json.loads(sys.stdin.readline())
     lib.llama_backend_init()
     lib.llama_log_set(keep_log, ctypes.c_void_p(0))
     arrays: dict[str, np.ndarray] = {}
     results: dict[str, Any] = {}
     for spec in job["runs"]:
-        run = Run(spec, arrays)
+        run = run_type(spec, arrays)
         if run.open():
             for op in spec["ops"]:
                 run.result["ops"].append({"op": op["op"], **getattr(run, f"op_{op['op']}")(op)})

@@ -107,16 +107,17 @@ def run_job(
     on_pause: dict[str, Callable[[], None]] | None = None,
     prefix: list[str] | None = None,
     environment: dict[str, str] | None = None,
+    child: Path = CHILD,
 ) -> Outcome:
     """Runs `runs` (see `engine_child`) on the build in `lib`.
 
     on_pause: what to do at each `pause` op, by its name. prefix: a command that starts the child (e.g. one
-    that puts itself under a memory limit first). Raises ChildDiedError if the process did not finish the job.
+    that puts itself under a memory limit first). child: the program. Raises ChildDiedError if the process did not finish the job.
     """
     with tempfile.TemporaryDirectory() as scratch, open(Path(scratch) / "stderr", "w+") as stderr:
         out = Path(scratch) / "out.npz"
         process = subprocess.Popen(
-            [*(prefix or []), sys.executable, str(CHILD)],
+            [*(prefix or []), sys.executable, str(child)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True,
             env=child_environment(lib, **(environment or {})),
         )  # fmt: skip

@@ -8,6 +8,7 @@
 
 #pragma once
 
+#include "ggml-backend.h"
 #include "ggml.h"
 
 #ifdef __cplusplus
@@ -22,6 +23,8 @@ struct ggml_expert_resolver {
     const char * (*data)  (const struct ggml_tensor * w, int64_t expert, const char * stock, bool wait);
     // sleeps while other threads wait in data() for experts of w
     void         (*settle)(const struct ggml_tensor * w);
+    // whether w's experts are not at w->data
+    bool         (*owns)  (const struct ggml_tensor * w);
 };
 
 // resolver must stay valid
@@ -29,6 +32,13 @@ GGML_API void ggml_expert_set_resolver(const struct ggml_expert_resolver * resol
 
 // thread-safe; callable by every thread of a graph computation
 GGML_API const char * ggml_expert_data(const struct ggml_tensor * w, int64_t expert, bool wait);
+
+// whether nothing may be read at w->data
+GGML_API bool ggml_expert_is_elsewhere(const struct ggml_tensor * w);
+
+// for the scheduler: copies experts of w, to which it may apply, into `copy` on a backend. used: a bitset of
+// experts; NULL: all
+GGML_API void ggml_expert_copy(ggml_backend_t backend, const struct ggml_tensor * w, struct ggml_tensor * copy, const uint32_t * used);
 
 // how often a barrier polls before it lets other threads run. few where computing threads sleep for the
 // disk: one that wakes may be queued behind the one that polls for it

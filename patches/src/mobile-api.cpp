@@ -46,8 +46,8 @@ int32_t mobile_load_set_params(const struct mobile_load_params * params) {
         if (params->io < MOBILE_IO_AUTO || params->io > MOBILE_IO_BUFFERED) {
             return mobile_fail(MOBILE_ERR_ARGUMENT, "unknown io mode");
         }
-        if (params->reserved != 0) {
-            return mobile_fail(MOBILE_ERR_ARGUMENT, "reserved must be 0");
+        if (params->on_host != 0 && params->on_host != 1) {
+            return mobile_fail(MOBILE_ERR_ARGUMENT, "on_host must be 0 or 1");
         }
     }
     mobile_load_set_pending(params);
@@ -183,6 +183,9 @@ int32_t mobile_reset_counters(struct llama_context * ctx) {
     m->base            = m->store->counters();
     m->n_tokens        = 0;
     m->n_tokens_little = 0;
+    if (m->slots) {
+        m->slots->reset_counters();
+    }
     return MOBILE_OK;
 }
 

@@ -20,6 +20,9 @@
 // merged gate_up, gate, up and down of the routed experts; not biases, scales or shared experts
 static const char * EXPERT_PATTERN = "^blk\\.[0-9]+\\.ffn_(gate_up|up|gate|down)_exps\\.weight$";
 
+// what else has a row per expert, and is used where the experts are
+static const char * EXPERT_SMALL_PATTERN = "^blk\\.[0-9]+\\.ffn_(gate_up|up|gate|down)_exps\\.(bias|scale)$";
+
 // stands in op_params of expert tensors in ordinary buffers, of models that get the route op
 static constexpr uint64_t ROUTED_MARK = 0x6d6f62696c650001;
 
@@ -141,6 +144,7 @@ static bool buft_is_host(ggml_backend_buffer_type_t buft) {
 
 static const char * resolve_expert(const ggml_tensor * w, int64_t expert, const char * stock, bool wait);
 static void         settle_expert (const ggml_tensor * w);
+static bool         owns_expert   (const ggml_tensor * w);
 
 static ggml_backend_buffer_type_t mobile_buffer_type() {
     static ggml_backend_buffer_type buft = [] {
@@ -150,11 +154,25 @@ static ggml_backend_buffer_type_t mobile_buffer_type() {
         b.iface.get_alignment = buft_get_alignment;
         b.iface.is_host       = buft_is_host;
         b.device              = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
-        static const ggml_expert_resolver resolver = { resolve_expert, settle_expert };
+        static const ggml_expert_resolver resolver = { resolve_expert, settle_expert, owns_expert };
         ggml_expert_set_resolver(&resolver);
         return b;
     }();
     return &buft;
+}
+
+// host memory for experts that devices are filled from: as the file has them, never repacked, in memory that a
+// device reads fast where there is such
+static ggml_backend_buffer_type_t host_buffer_type() {
+    for (size_t i = 0; i < ggml_backend_dev_count(); ++i) {
+        ggml_backend_dev_t dev = ggml_backend_dev_get(i);
+        if (ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_GPU && ggml_backend_dev_host_buffer_type(dev)) {
+            return ggml_backend_dev_host_buffer_type(dev);
+        }
+    }
+    // a copy, since the loader takes the CPU's own type to mean "any that the CPU can use"
+    static ggml_backend_buffer_type plain = *ggml_backend_cpu_buffer_type();
+    return &plain;
 }
 
 static const char * resolve_expert(const ggml_tensor * w, int64_t expert, const char * stock, bool wait) {
@@ -171,6 +189,10 @@ static void settle_expert(const ggml_tensor * w) {
     }
 }
 
+static bool owns_expert(const ggml_tensor * w) {
+    return w->buffer && ggml_backend_buffer_get_type(w->buffer) == mobile_buffer_type();
+}
+
 //
 // loading
 //
@@ -182,8 +204,8 @@ const llama_model_tensor_buft_override * mobile_load_begin(const llama_model_ten
         return overrides;
     }
     g_loading.pending = false;
-    if (g_loading.params.budget_bytes == 0) {
-        g_loading.mark = true;
+    g_loading.mark = g_loading.params.budget_bytes == 0;
+    if (g_loading.mark && !g_loading.params.on_host) {
         return overrides;
     }
 
@@ -192,7 +214,8 @@ const llama_model_tensor_buft_override * mobile_load_begin(const llama_model_ten
     for (const auto * o = overrides; o && o->pattern; ++o) {
         g_loading.overrides.push_back(*o);
     }
-    g_loading.overrides.push_back({ EXPERT_PATTERN, mobile_buffer_type() });
+    g_loading.overrides.push_back({ EXPERT_PATTERN, g_loading.mark ? host_buffer_type() : mobile_buffer_type() });
+    g_loading.overrides.push_back({ EXPERT_SMALL_PATTERN, ggml_backend_cpu_buffer_type() });
     g_loading.overrides.push_back({ nullptr, nullptr });
     return g_loading.overrides.data();
 }

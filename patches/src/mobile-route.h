@@ -5,11 +5,15 @@
 // also tells the expert store what the layer needs, so that reads start before the first matmul.
 // Invariant: with every policy off ids and weights pass through unchanged, and logits are bit-identical
 // to a build without the op.
-// Limits: runs on one thread and never waits for the disk (ggml_expert_data does); weights are connected
+// With a device tier (mobile-slots.h) a layer has two chains: the op's ids name experts that the CPU computes, a
+// second set names slots of the device, with -1 and zero slots for the respective others. Node order is route op,
+// hot chain, cold chain, sum: the device computes while the CPU does.
+// Limits: runs on one thread and waits for the disk only to upload an expert (else ggml_expert_data does); weights are connected
 // whole, which on a device is one small copy back to the host per layer.
 
 #pragma once
 
+#include "mobile-slots.h"
 #include "mobile-store.h"
 #include "mobile.h"
 
@@ -31,6 +35,10 @@ struct mobile_route {
     bool             renormalise = false; // the model's top-k weights have a fixed sum
     bool             ranked      = true;  // ids come in descending order of score
     std::vector<int32_t> masked;          // ids that the last single-token pass left out
+    mobile_experts       host;            // the layer's tensors, as the last graph had them
+    bool                 once    = true;  // no graph had others besides
+    bool                 keep    = false; // a device may compute: no -1, but a weight of 0
+    int64_t              start_us = 0;    // of the running cold chain; 0: it has nothing to do
 };
 
 // the state behind llama_cparams::mobile; used by the thread that decodes
@@ -59,6 +67,16 @@ struct mobile_context {
     // of the running layer
     std::vector<mobile_need> need_of; // [n_expert]
     std::vector<mobile_need> needs;   // those that are needed, ascending
+    std::vector<mobile_need> missing; // of these, those not in a device's slots
+    std::vector<int32_t>     slot_of; // [n_expert] in the device's pool, -1: none
+
+    // device tier
+    std::unique_ptr<mobile_slots> slots;        // NULL: none
+    bool                 stale       = false;   // the graph must be built anew
+    bool                 has_policy  = false;   // whole layers on a device have a route op
+    ggml_tensor *        hot_ids     = nullptr; // while the hot chain is built
+    ggml_tensor *        hot_weights = nullptr;
+    int                  cold_start  = 0;       // first node of the cold chain that is being built
 
     // trace
     FILE *  trace      = nullptr;
@@ -80,14 +98,33 @@ std::shared_ptr<mobile_context> mobile_context_new(const struct llama_model & mo
 void mobile_ubatch_begin(mobile_context * ctx, const llama_ubatch & ubatch);
 bool mobile_ubatch_end  (mobile_context * ctx);
 
-// for build_moe_ffn: puts the route op behind ids [K, T] and weights [1, K, T]
-void mobile_route_build(
-        mobile_context * ctx, ggml_context * ctx0, ggml_backend_sched_t sched, ggml_backend_t backend_cpu,
-        int il, bool renormalise, bool ranked, ggml_tensor ** ids, ggml_tensor ** weights);
+// for llama_context. false: the last graph cannot be used again
+bool     mobile_graph_holds (mobile_context * ctx);
+// nodes that hot chains may add to a graph
+uint32_t mobile_graph_nodes (const mobile_context * ctx);
+// tokens in the largest ubatch with hot chains, at most n_tokens; 0: there is none
+uint32_t mobile_graph_tokens(const mobile_context * ctx, uint32_t n_tokens);
+
+// for build_moe_ffn: tensors to use instead, if the whole layer lies in slots; else NULL. ctx may be NULL
+const mobile_experts * mobile_route_whole(mobile_context * ctx, int il, const ggml_tensor * down, bool no_lora);
+
+// for build_moe_ffn: puts the route op behind ids [K, T] and weights [1, K, T]. experts: the tensors in use. cur:
+// their input [n_embd, 1, T]. returns the slots for which a hot chain is to be built, or NULL. the hot chain's own
+// call replaces ids and weights and returns NULL
+const mobile_experts * mobile_route_build(
+        mobile_context * ctx, ggml_context * ctx0, ggml_backend_sched_t sched, ggml_backend_t backend_cpu, int il, bool renormalise, bool ranked,
+        bool no_lora, const mobile_experts & experts, ggml_tensor * cur, ggml_tensor ** ids, ggml_tensor ** weights);
+
+// for build_moe_ffn: the hot chain is built, the cold one begins
+void mobile_route_cold(mobile_context * ctx, ggml_cgraph * gf);
+
+// for build_moe_ffn: the cold chain is built; returns the sum of both
+ggml_tensor * mobile_route_sum(
+        mobile_context * ctx, ggml_context * ctx0, ggml_cgraph * gf, ggml_backend_sched_t sched, ggml_backend_t backend_cpu, int il, ggml_tensor * cold, ggml_tensor * hot);
 
 // for build_moe_ffn: sums the segments of each expert, [n_embd, K*S, T] to [n_embd, K, T]; whole experts pass through
 ggml_tensor * mobile_route_join(
-        ggml_context * ctx0, ggml_backend_sched_t sched, ggml_backend_t backend_cpu, ggml_tensor * experts, const ggml_tensor * weights);
+        const mobile_context * ctx, ggml_context * ctx0, ggml_backend_sched_t sched, ggml_backend_t backend_cpu, ggml_tensor * experts, const ggml_tensor * weights);
 
 // ids for ggml_get_rows, which knows no -1: skipped ones become 0. others' ids pass through
 ggml_tensor * mobile_route_rows(ggml_context * ctx0, ggml_tensor * ids);

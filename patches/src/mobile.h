@@ -24,7 +24,7 @@
 extern "C" {
 #endif
 
-#define MOBILE_ABI_VERSION 2
+#define MOBILE_ABI_VERSION 3
 
 enum mobile_status {
     MOBILE_OK           =  0,
@@ -60,7 +60,8 @@ struct mobile_load_params {
     int32_t  n_io_threads; // > 0
     int32_t  eviction;     // enum mobile_eviction
     int32_t  io;           // enum mobile_io
-    int32_t  reserved;     // 0
+    int32_t  on_host;      // 1: routed experts stay in host memory, in the file's layout, even where other
+                           // weights go to a device. what a device tier needs
 };
 
 struct mobile_model_info {
@@ -144,6 +145,88 @@ LLAMA_API int32_t mobile_set_replay(struct llama_context * ctx, const int32_t * 
 // rounded to 16 bits: for all models of the process, slower, and only to be changed while nothing decodes.
 // MOBILE_ERR_STATE before a model is loaded
 LLAMA_API int32_t mobile_set_precise(bool on);
+
+//
+// device tier: some routed experts in slots of a device's memory as well, under a byte budget of its own.
+// changes where experts are computed, so results differ as far as devices do
+//
+
+enum mobile_miss {
+    MOBILE_MISS_AUTO  = 0, // whichever was measured to take less time
+    MOBILE_MISS_FETCH = 1, // uploaded, then computed on the device
+    MOBILE_MISS_CPU   = 2, // computed on the CPU; uploaded later if they have earned a slot
+};
+
+enum mobile_placement {
+    MOBILE_PLACEMENT_HOST   = 0, // nothing in the slots is used
+    MOBILE_PLACEMENT_CACHE  = 1, // a cache of experts of all layers
+    MOBILE_PLACEMENT_LAYERS = 2, // all experts of as many layers as fit; no cache
+};
+
+struct mobile_device_params {
+    uint64_t budget_bytes; // slots on all devices together, among them K per device and expert shape that are always zero
+    int32_t  miss;         // enum mobile_miss
+    int32_t  placement;    // enum mobile_placement
+    int32_t  eviction;     // enum mobile_eviction
+    int32_t  n_batch_max;  // passes of more tokens compute without the slots. 1 to 128
+    int32_t  n_uploads;    // background uploads in flight; 0: none, misses computed on the CPU are never uploaded
+    int32_t  poison;       // 1: what is evicted is overwritten with garbage first, to find errors
+    int32_t  reserved[2];  // 0
+};
+
+struct mobile_device_info {
+    char     name[64];
+    char     description[128];
+    uint64_t free_bytes;   // now, by the driver
+    uint64_t total_bytes;
+    uint64_t pool_bytes;   // taken for slots
+    uint64_t expert_bytes; // of the layers on this device
+    int32_t  n_layers;     // with routed experts
+    int32_t  n_slots;      // that can hold an expert
+    int32_t  is_gpu;
+    int32_t  is_async;
+};
+
+// count passes of up to n_batch_max tokens in which the cache was used. n_hits + n_misses are the needs; those of
+// n_misses are also counted as needs of the host tier
+struct mobile_device_counters {
+    uint64_t n_hits;
+    uint64_t n_misses;
+    uint64_t n_fetched;                 // misses uploaded before use
+    uint64_t n_cpu;                     // misses computed on the CPU
+    uint64_t n_admitted;                // uploads of what the CPU computed
+    uint64_t n_evictions;
+    uint64_t n_wasted;                  // evicted without a use since they were uploaded
+    uint64_t bytes_uploaded;            // all uploads
+    uint64_t bytes_uploaded_background; // of these, of what the CPU computed
+    uint64_t bytes_wasted;
+    uint64_t upload_us;                 // wall time in which the computation waited for uploads
+    uint64_t cpu_us;                    // wall time of computing misses on the CPU
+    uint64_t resident_bytes;            // now
+    uint64_t resident_bytes_peak;
+};
+
+LLAMA_API struct mobile_device_params mobile_device_default_params(void);
+
+// takes memory for slots on every device that holds layers with routed experts. MOBILE_ERR_STATE if there is none,
+// or the experts are not on the host; MOBILE_ERR_BUDGET and MOBILE_ERR_MEMORY leave ctx as it was
+LLAMA_API int32_t mobile_device_start(struct llama_context * ctx, const struct mobile_device_params * params);
+// gives the memory back; MOBILE_OK if there is none
+LLAMA_API int32_t mobile_device_stop(struct llama_context * ctx);
+
+// between decodes. a change between CACHE and LAYERS empties the slots
+LLAMA_API int32_t mobile_device_set_placement(struct llama_context * ctx, int32_t placement);
+LLAMA_API int32_t mobile_device_set_miss(struct llama_context * ctx, int32_t miss);
+
+// devices that hold layers with routed experts, in the order of the layers; before a start as well. < 0: error
+LLAMA_API int32_t mobile_device_count(const struct llama_context * ctx);
+LLAMA_API int32_t mobile_device_get_info(const struct llama_context * ctx, int32_t i, struct mobile_device_info * info);
+
+// zero before a start; mobile_reset_counters resets them
+LLAMA_API int32_t mobile_device_get_counters(const struct llama_context * ctx, struct mobile_device_counters * counters);
+
+// state: [n_layer * n_expert] enum mobile_residency in slots, row-major by layer
+LLAMA_API int32_t mobile_device_get_residency(const struct llama_context * ctx, uint8_t * state, size_t n_state);
 
 //
 // observation: what a model computes with, for calibration. changes no outputs. works for every model,

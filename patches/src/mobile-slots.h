@@ -1,0 +1,157 @@
+// mobile-slots.h - the device tier: routed experts in slots of device memory, under one byte budget.
+//
+// Mechanism: each device that holds layers with routed experts has a pool per expert shape: tensors like the
+// model's own expert tensors with n_slots instead of n_expert rows, shared by the layers of that shape. Placement
+// CACHE: the route op asks assign() which experts of a layer are in slots; their ids become slot numbers for the
+// hot chain on the device, the others are computed on the CPU as ever. A miss is uploaded before use (fetch), or
+// computed on the CPU and uploaded later if it has earned a slot (cpu). Placement LAYERS: whole layers lie in
+// contiguous slots, and their graph is the stock graph on views of the pool.
+// The first K slots of a pool are zero for ever: rank i of a token points at slot i when its expert is elsewhere,
+// and gets zeros. They are K, not one, since some kernels take no expert twice for one token.
+// Invariants: a slot is named in a graph only after its upload was queued on the stream that computes, or is
+// complete; a slot that the running layer uses is not evicted; what a failed read gave never stays in a slot.
+// Limits: used by the thread that decodes; experts with LoRA adapters, and layers that call build_moe_ffn twice,
+// are computed without slots.
+
+#pragma once
+
+#include "mobile-store.h"
+#include "mobile.h"
+
+#include "ggml-backend.h"
+#include "ggml-cpp.h"
+
+#include <memory>
+#include <set>
+#include <string>
+#include <utility>
+#include <vector>
+
+// a layer's expert tensors as build_moe_ffn takes them: weights, biases, scales. NULL: there is none
+struct mobile_experts {
+    ggml_tensor * gate_up   = nullptr;
+    ggml_tensor * up        = nullptr;
+    ggml_tensor * gate      = nullptr;
+    ggml_tensor * down      = nullptr;
+    ggml_tensor * gate_up_b = nullptr;
+    ggml_tensor * up_b      = nullptr;
+    ggml_tensor * gate_b    = nullptr;
+    ggml_tensor * down_b    = nullptr;
+    ggml_tensor * up_s      = nullptr;
+    ggml_tensor * gate_s    = nullptr;
+    ggml_tensor * down_s    = nullptr;
+};
+
+// one expert of a layer with a pool
+struct mobile_device_expert {
+    int32_t  slot     = -1;      // -1: none
+    bool     listed   = false;   // stands in its layer's evictable set, under `key`
+    bool     fresh    = false;   // not used since its upload
+    uint64_t n_uses   = 0;
+    double   last_use = -1e9;    // in tokens
+    double   key      = 0.0;
+};
+
+struct mobile_device_layer {
+    int32_t il       = -1;
+    int32_t device   = -1;
+    int32_t pool     = -1;
+    int32_t n_expert = 0;       // as the store counts them
+    int32_t whole_slot = -1;    // of its expert 0 in placement LAYERS; -1: it does not fit
+    bool    filled   = false;   // ... and all its experts are there
+    mobile_experts host;
+    mobile_experts whole;       // views of the pool, if whole_slot >= 0
+    std::vector<mobile_device_expert> experts;      // [n_expert]
+    std::set<std::pair<double, int32_t>> evictable; // (key, expert) in slots and not in use
+};
+
+struct mobile_pool {
+    int32_t  device     = -1;
+    int32_t  n_layers   = 0;
+    int64_t  n_expert   = 0;    // of all its layers
+    uint64_t slot_bytes = 0;
+    int32_t  n_zero     = 0;    // slots that are always zero
+    int32_t  n_slots    = 0;    // those included
+    mobile_experts slots;
+    std::vector<int32_t> free;
+    ggml_context_ptr        ctx;
+    ggml_backend_buffer_ptr buffer;
+};
+
+struct mobile_device {
+    ggml_backend_dev_t dev     = nullptr;
+    ggml_backend_t     backend = nullptr; // the one that computes
+    uint64_t expert_bytes = 0;
+    uint64_t pool_bytes   = 0;
+    int32_t  n_layers     = 0;
+};
+
+// whether experts can be copied from these tensors
+bool mobile_experts_on_host(const mobile_experts & experts);
+
+class mobile_slots {
+public:
+    // n_used: ids per token and layer, as the store counts experts
+    mobile_slots(const mobile_device_params & params, mobile_store & store, int32_t n_used);
+
+    mobile_slots(const mobile_slots &) = delete;
+    mobile_slots & operator=(const mobile_slots &) = delete;
+
+    // set-up
+
+    void add_layer(int32_t il, const mobile_experts & host, ggml_backend_dev_t dev, ggml_backend_t backend);
+    // takes the memory. MOBILE_ERR_BUDGET, MOBILE_ERR_MEMORY: err says why, and the object is of no use
+    int32_t start(std::string & err);
+
+    // empties the slots where their contents change, and fills them for LAYERS
+    void set_placement(enum mobile_placement placement);
+
+    const mobile_device_layer * layer_of(int32_t il) const;
+
+    // whether a graph of n_tokens has a hot chain at layer il
+    bool is_cached(int32_t il, int64_t n_tokens) const;
+    // the layer's tensors if it lies in slots as a whole, else NULL
+    const mobile_experts * whole_layer(int32_t il) const;
+    const mobile_experts * slots_of(int32_t il) const;
+
+    // for the route op
+
+    // uploads what the layer before computed on the CPU and has earned a slot. call while the store still pins it
+    void admit();
+    // decides where each need is computed: slot[e] becomes the slot, or -1. missing: those the host tier is needed for
+    void assign(int32_t il, const std::vector<mobile_need> & needs, std::vector<int32_t> & slot, std::vector<mobile_need> & missing);
+    // uploads what assign() gave a slot to; the store has them requested. slot[e] becomes -1 where a read failed
+    void fetch(std::vector<int32_t> & slot);
+    // of a cold chain that computed something
+    void add_cpu_time(uint64_t us) { count.cpu_us += us; }
+    // unpins; forgets what the layer before missed
+    void end_pass();
+
+    mobile_device_params params;
+    std::vector<mobile_device>       devices;
+    std::vector<mobile_device_layer> layers;      // ascending il
+    std::vector<int32_t>             layer_of_il; // index into layers, -1: none
+    std::vector<mobile_pool>         pools;
+    mobile_device_counters           count = {};
+
+    void reset_counters();
+
+private:
+    bool     alloc_pool  (mobile_pool & pool, const mobile_experts & like, std::string & err);
+    bool     take_slot   (int32_t layer, double key, bool gated, int32_t & slot);
+    void     evict       (int32_t layer, int32_t expert);
+    void     release     (mobile_device_layer & l, int32_t expert);
+    void     list        (mobile_device_layer & l, int32_t expert);
+    void     unpin_all   ();
+    bool     upload      (mobile_device_layer & l, int32_t expert, int32_t slot, bool wait);
+    void     empty       ();
+    void     fill_layers ();
+
+    mobile_store & store;
+    int32_t n_used; // ids per token in the graph
+
+    int32_t current = -1;                             // layer of the pinned experts
+    std::vector<int32_t> pinned;                      // experts of it that are in slots
+    std::vector<int32_t> fetches;                     // ... and are to be uploaded
+    std::vector<std::pair<double, int32_t>> on_cpu;   // (time of the use before, expert) of it
+};

@@ -1,0 +1,271 @@
+"""The device tier on a device with real buffers and real transfers: an RPC server on loopback.
+
+The oracle is the run on the CPU alone, which `test_exactness` holds against the stock build.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_models
+from device_jobs import (
+    AUTO,
+    CACHE,
+    CPU,
+    FETCH,
+    HOST,
+    LAYERS,
+    device_run,
+    on_devices,
+    rpc_servers,
+    succeeded_on_devices,
+)
+from engine_jobs import on_engine, run, succeeded, tokens
+
+# biases (gpt-oss), shared experts (deepseek), weights before the experts (llama4), quantised, many layers
+MODELS = ["qwen3moe", "mixtral", "gpt-oss", "deepseek3", "llama4", "gpt-oss-mxfp4", "qwen3moe-q4_k"]
+PROMPT = tokens(40, 31)  # more than fit the cache's batches
+N_STEPS = 64
+ERR_ARGUMENT, ERR_STATE, ERR_BUDGET, ERR_MEMORY = -1, -2, -3, -5
+
+
+@pytest.fixture(scope="module")
+def rpc() -> Iterator[list[str]]:
+    with rpc_servers() as endpoints:
+        yield endpoints
+
+
+def greedy(n: int = N_STEPS) -> list[dict[str, Any]]:
+    return [{"op": "clear"}, {"op": "greedy", "tokens": PROMPT, "n": n, "save": "last"}]
+
+
+@cache
+def on_cpu(model: str) -> tuple[list[int], np.ndarray]:
+    """Greedy tokens and the last logits of the CPU alone."""
+    outcome = succeeded(on_engine(run("cpu", model, greedy(), 0)))
+    return outcome.ops("cpu", "greedy")[0]["tokens"], outcome.arrays["cpu/last"]
+
+
+def assert_as_on_cpu(outcome: Any, name: str, model: str) -> None:
+    expected, logits = on_cpu(model)
+    for result in outcome.ops(name, "greedy"):
+        assert result["tokens"] == expected, name
+    np.testing.assert_allclose(outcome.arrays[f"{name}/last"], logits, atol=0.01, err_msg=name)
+
+
+def expert_bytes(model: str) -> int:
+    """Of one expert, biases included; the tiny models' layers are alike."""
+    by_layer: dict[int, int] = {}
+    for part in sorted(tiny_models.path(model).parent.glob("*.gguf")):
+        import gguf
+
+        for tensor in gguf.GGUFReader(part).tensors:
+            if "_exps." in tensor.name:
+                layer = int(tensor.name.split(".")[1])
+                by_layer[layer] = by_layer.get(layer, 0) + int(tensor.n_bytes)
+    assert len(set(by_layer.values())) == 1
+    return by_layer.popitem()[1] // tiny_models.MODELS[model].n_expert
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_miss_policy_generates_what_the_cpu_does(model: str, rpc: list[str]) -> None:
+    """Two and three tiers, at budgets that evict and that do not; poison is in every slot that was evicted."""
+    runs = [
+        device_run(f"{miss}, {budget}, host {host}", model, rpc, [
+            {"op": "device_start", "budget": budget, "miss": miss, "poison": 1}, {"op": "reset_counters"},
+            *greedy(), {"op": "device_counters"}, {"op": "counters"}, {"op": "device_info"},
+            {"op": "device_residency", "save": "residency"},
+        ], host)
+        for miss in (FETCH, CPU, AUTO) for budget in (0.5, 1.0) for host in (0, "40%")
+        if (miss, budget) != (AUTO, 1.0)
+    ]  # fmt: skip
+    outcome = succeeded_on_devices(*runs)
+    size = expert_bytes(model)
+    for spec in runs:
+        name = spec["name"]
+        assert_as_on_cpu(outcome, name, model)
+        device, host = outcome.ops(name, "device_counters")[0], outcome.ops(name, "counters")[0]
+        info = outcome.ops(name, "device_info")[0]["devices"][0]
+        n_resident = outcome.ops(name, "device_residency")[0]["n_resident"]
+        # the prompt passes the cache by but for its last layer, which computes one token
+        spec_model = tiny_models.MODELS[model]
+        routed = (N_STEPS * spec_model.n_layer_moe + 1) * spec_model.top_k
+        assert device["n_hits"] + device["n_misses"] == routed
+        assert device["n_fetched"] + device["n_cpu"] == device["n_misses"]
+        assert device["bytes_uploaded"] == (device["n_fetched"] + device["n_admitted"]) * size
+        assert device["bytes_uploaded_background"] == device["n_admitted"] * size
+        # a second upload of an expert needs an eviction in between
+        assert device["n_fetched"] + device["n_admitted"] - device["n_evictions"] == n_resident
+        assert device["resident_bytes"] == n_resident * size <= device["resident_bytes_peak"]
+        assert n_resident <= info["n_slots"]
+        assert device["n_wasted"] <= device["n_evictions"]
+        assert host["n_hits"] + host["n_misses"] >= device["n_misses"]
+        budget = float(name.split(", ")[1])
+        if budget == 1.0:
+            assert device["n_evictions"] == 0
+            assert device["n_hits"] > 0.8 * routed
+        else:
+            assert info["pool_bytes"] <= budget * info["expert_bytes"] + 4096
+            assert device["n_evictions"] > 0
+
+
+def test_placements_switch_between_decodes(rpc: list[str]) -> None:
+    """Whole layers, cache and host, in every order, give the CPU's tokens; so do masks on whole layers."""
+    model = "qwen3moe"
+    spec = tiny_models.MODELS[model]
+    ops: list[dict[str, Any]] = [{"op": "device_start", "budget": 0.6, "miss": CPU, "poison": 1}]
+    for placement in (CACHE, LAYERS, HOST, LAYERS, CACHE, HOST, CACHE):
+        ops += [{"op": "device_placement", "placement": placement}, *greedy()]
+    ops += [
+        {"op": "device_stop"},
+        *greedy(),
+        {"op": "device_start", "budget": 0.6, "placement": LAYERS},
+        *greedy(),
+    ]
+    little = [
+        {"op": "set_k", "k": spec.little_k}, {"op": "clear"}, {"op": "decode", "tokens": PROMPT, "save": "little"},
+    ]  # fmt: skip
+    outcome = succeeded_on_devices(device_run("d", model, rpc, [*ops, *little]))
+    assert len(outcome.ops("d", "greedy")) == 9
+    assert_as_on_cpu(outcome, "d", model)
+    expected = succeeded(on_engine(run("r", model, little, 0))).arrays["r/little"]
+    np.testing.assert_allclose(outcome.arrays["d/little"], expected, atol=0.01)
+
+
+def test_two_devices_share_the_budget(rpc: list[str]) -> None:
+    with rpc_servers() as other:
+        outcome = succeeded_on_devices(device_run("d", "qwen3moe", [*rpc, *other], [
+            {"op": "device_start", "budget": 0.5, "miss": FETCH, "poison": 1}, *greedy(), {"op": "device_info"},
+            {"op": "device_placement", "placement": LAYERS}, *greedy(),
+        ], "40%"))  # fmt: skip
+    assert_as_on_cpu(outcome, "d", "qwen3moe")
+    devices = outcome.ops("d", "device_info")[0]["devices"]
+    assert [device["name"] for device in devices] == ["RPC0", "RPC1"]
+    assert sum(device["n_layers"] for device in devices) == tiny_models.MODELS["qwen3moe"].n_layer_moe
+    for device in devices:
+        assert device["pool_bytes"] <= 0.5 * device["expert_bytes"]
+
+
+def test_small_batches_use_the_cache_and_large_ones_do_not(rpc: list[str]) -> None:
+    """Drafts of up to n_batch_max tokens are cached; their needs are counted once per pass."""
+    model, following = "qwen3moe", tokens(60, 32)
+    ops: list[dict[str, Any]] = [{"op": "decode", "tokens": PROMPT}]
+    batches = [following[:5], following[5:37], following[37:]]
+    pos = len(PROMPT)
+    for i, batch in enumerate(batches):
+        ops.append({"op": "decode", "tokens": batch, "pos": pos, "save": f"batch-{i}"})
+        pos += len(batch)
+    device = [{"op": "device_start", "budget": 0.5, "miss": FETCH, "poison": 1, "n_batch_max": 23}]
+    counted = [x for op in ops for x in (op, {"op": "device_counters"})]
+    outcome = succeeded_on_devices(device_run("d", model, rpc, [*device, *counted], "40%"))
+    expected = succeeded(on_engine(run("r", model, ops, 0)))
+    for i in range(len(batches)):
+        np.testing.assert_allclose(outcome.arrays[f"d/batch-{i}"], expected.arrays[f"r/batch-{i}"], atol=0.01)
+    needs = [c["n_hits"] + c["n_misses"] for c in outcome.ops("d", "device_counters")]
+    assert needs[0] == 0 < needs[1] == needs[2] < needs[3]  # 40, 5, 32 and 23 tokens
+
+
+def test_budget_below_a_token_is_refused_with_the_smallest(rpc: list[str]) -> None:
+    outcome = on_devices(device_run("d", "qwen3moe", rpc, [
+        {"op": "device_start", "budget": 1}, {"op": "device_start", "budget": 0.01}, *greedy(), {"op": "device_info"},
+    ]))  # fmt: skip
+    first, second = outcome.ops("d", "device_start")
+    assert first["status"] == second["status"] == ERR_BUDGET
+    smallest = int(first["error"].split("smallest that can work, ")[1].split(" ")[0])
+    assert smallest == 2 * tiny_models.MODELS["qwen3moe"].top_k * expert_bytes("qwen3moe")
+    assert_as_on_cpu(outcome, "d", "qwen3moe")
+    outcome = on_devices(device_run("d", "qwen3moe", rpc, [
+        {"op": "device_start", "budget": smallest - 1}, {"op": "device_start", "budget": smallest, "miss": FETCH, "poison": 1},
+        *greedy(), {"op": "device_info"},
+    ]))  # fmt: skip
+    assert [op["status"] for op in outcome.ops("d", "device_start")] == [ERR_BUDGET, 0]
+    assert outcome.ops("d", "device_info")[0]["devices"][0]["pool_bytes"] == smallest
+    assert_as_on_cpu(outcome, "d", "qwen3moe")
+
+
+def test_bad_calls_are_refused(rpc: list[str]) -> None:
+    bad = [
+        {"miss": 3}, {"miss": -1}, {"placement": 3}, {"eviction": 9}, {"n_batch_max": 0}, {"n_batch_max": 129},
+        {"n_uploads": -1}, {"poison": 2},
+    ]  # fmt: skip
+    outcome = on_devices(
+        device_run("d", "qwen3moe", rpc, [
+            *({"op": "device_start", "budget": 0.5, **fields} for fields in bad),
+            {"op": "device_placement", "placement": CACHE}, {"op": "device_miss", "miss": CPU}, {"op": "device_stop"},
+            {"op": "device_counters"}, *greedy(),
+        ]),
+        run("no device", "qwen3moe", [{"op": "device_count"}, {"op": "device_start", "budget": 1 << 20}], 0),
+        run("no store", "qwen3moe", [{"op": "device_count"}, {"op": "device_start", "budget": 1 << 20}], None),
+    )  # fmt: skip
+    assert [op["status"] for op in outcome.ops("d", "device_start")] == [ERR_ARGUMENT] * len(bad)
+    assert outcome.ops("d", "device_placement")[0]["status"] == ERR_STATE
+    assert outcome.ops("d", "device_miss")[0]["status"] == ERR_STATE
+    assert outcome.ops("d", "device_stop")[0]["status"] == 0
+    assert not any(value for name, value in outcome.ops("d", "device_counters")[0].items() if name != "op")
+    assert_as_on_cpu(outcome, "d", "qwen3moe")
+    assert outcome.ops("no device", "device_count")[0]["status"] == 0
+    assert outcome.ops("no device", "device_start")[0]["status"] == ERR_STATE
+    assert outcome.ops("no store", "device_start")[0]["status"] == ERR_STATE
+
+
+def test_no_memory_on_the_device_leaves_the_context_usable() -> None:
+    """The server may take a little more than weights, KV cache and compute buffers need; slots do not fit."""
+    model = "bulky"
+    with rpc_servers(memory=256 << 20) as rpc:
+        outcome = on_devices(device_run("d", model, rpc, [
+            {"op": "device_start", "budget": 1.0}, *greedy(8), {"op": "device_counters"},
+        ], n_ctx=128, n_ubatch=64))  # fmt: skip
+    result = outcome.ops("d", "device_start")[0]
+    assert result["status"] == ERR_MEMORY
+    assert "RPC0" in result["error"]
+    expected = succeeded(on_engine(run("r", model, greedy(8), 0))).ops("r", "greedy")[0]["tokens"]
+    assert outcome.ops("d", "greedy")[0]["tokens"] == expected
+
+
+def test_trace_replay_and_masks_work_as_on_the_host(rpc: list[str], tmp_path: Path) -> None:
+    """A trace on the device has the CPU's ids; replaying it, and a mask per token, give the CPU's logits."""
+    model, following = "deepseek3", tokens(16, 33)
+    spec = tiny_models.MODELS[model]
+    k = [spec.top_k, spec.little_k, 1, 2]
+
+    def ops(trace: Path) -> list[dict[str, Any]]:
+        return [
+            {"op": "decode", "tokens": PROMPT},
+            {"op": "trace_start", "path": str(trace)},
+            {"op": "steps", "tokens": following, "pos": len(PROMPT), "save": "steps"},
+            {"op": "trace_stop"},
+            {"op": "decode", "tokens": following[:4], "pos": len(PROMPT) + 16, "k": k, "save": "masked"},
+            {"op": "set_k", "k": spec.little_k},
+            {"op": "steps", "tokens": following, "pos": len(PROMPT) + 20, "save": "little"},
+            {"op": "set_k", "k": 0},
+            {"op": "replay", "ids": [[[j, j + 1, j + 2, j + 3]] * 4 for j in range(8)]},
+            {"op": "steps", "tokens": following, "pos": len(PROMPT) + 36, "save": "replayed"},
+        ]
+
+    runs = [
+        device_run(str(miss), model, rpc, [
+            {"op": "device_start", "budget": 0.5, "miss": miss, "poison": 1}, *ops(tmp_path / f"{miss}.csv"),
+        ], "60%")
+        for miss in (FETCH, CPU)
+    ]  # fmt: skip
+    outcome = succeeded_on_devices(*runs)
+    expected = succeeded(on_engine(run("r", model, ops(tmp_path / "cpu.csv"), "60%")))
+
+    def routes(name: str) -> list[list[str]]:
+        return [line.split(",")[:6] for line in (tmp_path / f"{name}.csv").read_text().splitlines()]
+
+    for spec_run in runs:
+        name = spec_run["name"]
+        assert routes(name) == routes("cpu")
+        for part in ("steps", "masked", "little", "replayed"):
+            np.testing.assert_allclose(
+                outcome.arrays[f"{name}/{part}"],
+                expected.arrays[f"r/{part}"],
+                atol=0.02,
+                err_msg=f"{name}, {part}",
+            )
