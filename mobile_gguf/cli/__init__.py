@@ -18,7 +18,7 @@ from typing import NoReturn, TextIO
 from ..errors import MobileError
 
 PROGRAM = "mobile-gguf"
-VERBS = ("run", "chat", "show", "list", "convert", "verify", "calibrate", "bench", "engine")
+VERBS = ("run", "chat", "plan", "show", "list", "convert", "verify", "calibrate", "bench", "engine")
 EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 _EXAMPLES = """examples:

@@ -61,11 +61,12 @@ def show_answer(chunks: Generator[Chunk, None, None], out: TextIO) -> Chunk | No
     return last
 
 
-def show_receipt(chunk: Chunk | None) -> None:
-    """Write an answer's receipt to stderr, as one line."""
+def show_receipt(chunk: Chunk | None, more: str = "") -> None:
+    """Write an answer's receipt to stderr, as one line, with ``more`` at its end."""
     if chunk is not None:
+        more = f" | {more}" if more else ""
         cut = " | interrupted" if chunk.finish_reason == INTERRUPTED else ""
-        narrate(chunk.receipt.summary(chunk.tokens_per_second) + cut)
+        narrate(chunk.receipt.summary(chunk.tokens_per_second) + more + cut)
 
 
 def narrate(text: str) -> None:
