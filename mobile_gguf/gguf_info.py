@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,8 +88,13 @@ def read_gguf_info(path: Path) -> GgufInfo:
     truncated, damaged, not a model).
     """
     first = read_header(path)
-    headers = [first, *(read_header(part) for part in other_parts(first))]
-    metadata = first.metadata
+    return make_gguf_info([first, *(read_header(part) for part in other_parts(first))])
+
+
+def make_gguf_info(headers: Sequence[GgufHeader]) -> GgufInfo:
+    """The same of headers that were read already, of all files in order. Raises ModelFormatError."""
+    first = headers[0]
+    path, metadata = first.path, first.metadata
     architecture = metadata.get("general.architecture")
     if not isinstance(architecture, str):
         raise ModelFormatError(f"{path} cannot be used: it names no architecture, so it is not a model")

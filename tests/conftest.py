@@ -48,6 +48,7 @@ def own_directories(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytes
     for variable, name in _DIRECTORIES.items():
         monkeypatch.setenv(variable, str(root / name))
     monkeypatch.setenv("MOBILE_GGUF_ENGINE_CACHE", str(REAL_ENGINE_CACHE))
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # no test asks the real Hub
     return root
 
 

@@ -15,10 +15,12 @@ from ..flags import add_arguments, given
 from ..model import Model, load
 from ..options import GenerateOptions, LoadOptions, declared
 
+MODEL_HELP = "a GGUF file, a name from `mobile-gguf list`, hf:org/repo[:quant], or demo"
+
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """MODEL and the flags of loading and generating; a flag of both belongs to loading."""
-    parser.add_argument("model", metavar="MODEL", help="a GGUF file, a name from `mobile-gguf list`, or demo")
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     add_arguments(parser, LoadOptions)
     add_arguments(parser, GenerateOptions, skip=declared(LoadOptions))
 
