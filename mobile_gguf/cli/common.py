@@ -91,7 +91,8 @@ class Progress:
         self.show(f"{phase} {done:4.0%}")
         name, colon, _ = phase.partition(": ")
         step = (name, int(done * 10) if colon else 0)
-        if not self._terminal and step != self._written:
+        # Reading a model is over soon, and what comes of it says enough.
+        if not self._terminal and step != self._written and name != "loading":
             self._stream.write(phase + "\n")
             self._stream.flush()
         self._written = step
