@@ -42,7 +42,8 @@ def open_backend(
             f"{info.path} ({info.layout}; `mobile-gguf convert --export` makes a file for stock llama.cpp)"
         )
     capture_log(options.verbose)
-    more["progress"] = progress
+    if progress is not None:
+        more["progress"] = progress
     notices: list[str] = []
     n_ctx = context_size(info, options.n_ctx)
     if n_ctx > info.n_ctx_train > 0:
@@ -99,7 +100,7 @@ def _construct(
     engine: Engine | None,
     *,
     use_mmap: bool,
-    progress: Progress | None,
+    progress: Progress | None = None,
     **more: Any,
 ) -> MobileLlama:
     from jinja2 import TemplateError
