@@ -16,9 +16,10 @@ from ..model import Model, load
 from ..options import GenerateOptions, LoadOptions, declared
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+def add_model_arguments(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
     """MODEL and the flags of loading and generating; a flag of both belongs to loading."""
-    parser.add_argument("model", metavar="MODEL", help="a GGUF file, a name from `mobile-gguf list`, or demo")
+    text = "a GGUF file, a name from `mobile-gguf list`, or demo"
+    parser.add_argument("model", metavar="MODEL", nargs="?" if optional else None, help=text)
     add_arguments(parser, LoadOptions)
     add_arguments(parser, GenerateOptions, skip=declared(LoadOptions))
 
