@@ -32,7 +32,12 @@ $(VENV)/.dev: $(VENV)/.core
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
-run: $(VENV)/.core engine ## chat with the demo model; without a terminal, answer one prompt
+# the chat's screen is an extra
+$(VENV)/.tui: $(VENV)/.core
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[tui]'
+	@touch $@
+
+run: $(VENV)/.tui engine ## chat with the demo model; without a terminal, answer one prompt
 	@if [ -t 0 ] && [ -t 1 ]; then \
 		$(BIN)/mobile-gguf chat demo; \
 	else \

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from .binding import Engine, find_engine, needs_engine
@@ -19,12 +20,17 @@ if TYPE_CHECKING:
 
 DEFAULT_CONTEXT = 4096
 
+Progress = Callable[[str, float], None]
 
-def open_backend(info: GgufInfo, options: LoadOptions, **more: Any) -> tuple[MobileLlama, list[str]]:
+
+def open_backend(
+    info: GgufInfo, options: LoadOptions, progress: Progress | None = None, **more: Any
+) -> tuple[MobileLlama, list[str]]:
     """Load a model as ``options`` say; returns it and what the user must know about it.
 
     Experts go into the engine's store under the budget. Without experts, or on a stock library, the
-    model is loaded as llama.cpp does it, mapped. ``more`` goes to llama-cpp-python's Llama.
+    model is loaded as llama.cpp does it, mapped. ``progress`` is called with a phase and the share done;
+    what it raises ends the loading. ``more`` goes to llama-cpp-python's Llama.
     Raises BudgetError, ModelFormatError, EngineError.
     """
     engine = find_engine()
@@ -36,6 +42,8 @@ def open_backend(info: GgufInfo, options: LoadOptions, **more: Any) -> tuple[Mob
             f"{info.path} ({info.layout}; `mobile-gguf convert --export` makes a file for stock llama.cpp)"
         )
     capture_log(options.verbose)
+    if progress is not None:
+        more["progress"] = progress
     notices: list[str] = []
     n_ctx = context_size(info, options.n_ctx)
     if n_ctx > info.n_ctx_train > 0:
@@ -86,7 +94,14 @@ def plan_for(info: GgufInfo, options: LoadOptions, n_ctx: int) -> BudgetPlan:
 
 
 def _construct(
-    info: GgufInfo, options: LoadOptions, n_ctx: int, engine: Engine | None, *, use_mmap: bool, **more: Any
+    info: GgufInfo,
+    options: LoadOptions,
+    n_ctx: int,
+    engine: Engine | None,
+    *,
+    use_mmap: bool,
+    progress: Progress | None = None,
+    **more: Any,
 ) -> MobileLlama:
     from jinja2 import TemplateError
 
@@ -104,23 +119,41 @@ def _construct(
         "verbose": options.verbose,
         **more,
     }
+    watch = _LoadWatch(progress) if progress is not None else None
     clear_errors()
     # Made in two steps, so that what a failed constructor has already loaded is freed at once and
     # not when the traceback is.
     llama = MobileLlama.__new__(MobileLlama)
     try:
-        llama.__init__(str(info.path), engine=engine, **arguments)
+        llama.__init__(str(info.path), engine=engine, keep_loading=watch, **arguments)
     except TemplateError as error:
         _discard(llama)
         raise ModelFormatError(f"{info.path} cannot be used: its chat template is broken: {error}") from None
     except (ValueError, RuntimeError, OSError, AssertionError, MemoryError) as error:
         reason = engine.last_error() if engine is not None else ""
         _discard(llama)
+        if watch is not None and watch.error is not None:
+            raise watch.error from None
         raise _load_error(info, n_ctx, error, reason) from None
     except BaseException:
         _discard(llama)
         raise
     return llama
+
+
+class _LoadWatch:
+    """llama.cpp's question while it loads, whether to go on; remembers what the answer raised."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self.error: BaseException | None = None
+
+    def __call__(self, share: float) -> bool:
+        try:
+            self._progress("loading", share)
+        except BaseException as error:  # must not pass through C
+            self.error = error
+        return self.error is None
 
 
 def _discard(llama: MobileLlama) -> None:

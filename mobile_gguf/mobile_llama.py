@@ -11,7 +11,7 @@ import contextlib
 import ctypes
 import json
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,7 +38,15 @@ class MobileLlama(Llama):
     ExpertReadError or EngineError and leaves the object usable.
     """
 
-    def __init__(self, model_path: str, *, engine: Engine | None, **options: Any) -> None:
+    def __init__(
+        self,
+        model_path: str,
+        *,
+        engine: Engine | None,
+        keep_loading: Callable[[float], bool] | None = None,
+        **options: Any,
+    ) -> None:
+        self._keep_loading = keep_loading
         self.engine: Engine | None = None  # while there is a store to ask it about
         self.store: ModelInfo | None = None
         self.has_engine = engine is not None
@@ -57,6 +65,20 @@ class MobileLlama(Llama):
         store = engine.model_info(self.model) if engine is not None else None
         if store is not None and store.n_layer_moe > 0:
             self.store, self.engine = store, engine
+
+    @property
+    def model_params(self) -> llama_cpp.llama_model_params:
+        """llama.cpp's load parameters, with ``keep_loading`` as their progress callback."""
+        return self._model_params
+
+    @model_params.setter
+    def model_params(self, params: llama_cpp.llama_model_params) -> None:
+        # Llama makes its parameters where no argument reaches the callback.
+        if self._keep_loading is not None:
+            keep_loading = self._keep_loading
+            self._load_callback = llama_cpp.llama_progress_callback(lambda share, _data: keep_loading(share))
+            params.progress_callback = self._load_callback
+        self._model_params = params
 
     # generation
 

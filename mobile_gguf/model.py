@@ -45,13 +45,13 @@ def load(
     ``model`` is a path to a GGUF, ``demo``, or a name from ``mobile-gguf list``. ``ram_budget`` bounds
     the memory for routed experts: bytes, ``512MiB``, ``2G``, ``40%`` of them, or ``auto``. ``mode`` is
     ``exact``, ``little`` or ``big-little``. ``progress`` is called with a phase and the share done while
-    the demo model is built. The other options are LoadOptions'.
+    the demo model is built and while a model is read; what it raises ends that. The others are LoadOptions'.
 
     Raises ModelNotFoundError, ModelFormatError, BudgetError, UsageError, EngineError.
     """
     settings = make_options(LoadOptions, options)
     info = read_gguf_info(resolve_model(model, progress))
-    backend, notices = loading.open_backend(info, settings)
+    backend, notices = loading.open_backend(info, settings, progress)
     return Model(backend, info, settings, notices)
 
 

@@ -80,8 +80,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser()
     args = parse(parser, argv)
     if args.verb is None:
-        parser.print_help(sys.stderr)
-        return EXIT_USAGE
+        if not (sys.stdin and sys.stdin.isatty() and sys.stdout and sys.stdout.isatty()):
+            parser.print_help(sys.stderr)
+            return EXIT_USAGE
+        # On a terminal the program alone is its chat, which lets one pick a model.
+        args = parse(parser, ["chat"])
     with _Notes(sys.stderr):
         try:
             code = args.func(args)

@@ -18,9 +18,9 @@ from ..options import GenerateOptions, LoadOptions, declared
 MODEL_HELP = "a GGUF file, a name from `mobile-gguf list`, hf:org/repo[:quant], or demo"
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+def add_model_arguments(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
     """MODEL and the flags of loading and generating; a flag of both belongs to loading."""
-    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("model", metavar="MODEL", nargs="?" if optional else None, help=MODEL_HELP)
     add_arguments(parser, LoadOptions)
     add_arguments(parser, GenerateOptions, skip=declared(LoadOptions))
 
@@ -94,7 +94,8 @@ class Progress:
         self.show(f"{phase} {done:4.0%}")
         name, colon, _ = phase.partition(": ")
         step = (name, int(done * 10) if colon else 0)
-        if not self._terminal and step != self._written:
+        # Reading a model is over soon, and what comes of it says enough.
+        if not self._terminal and step != self._written and name != "loading":
             self._stream.write(phase + "\n")
             self._stream.flush()
         self._written = step
