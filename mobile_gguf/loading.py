@@ -6,6 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from .binding import Engine, find_engine, needs_engine
 from .budget import BudgetPlan, estimate_demand, plan_budget
+from .device_calls import DeviceCalls
+from .device_plan import host_share
+from .device_tier import DeviceRequest, request_devices, start_tier
 from .errors import BudgetError, EngineError, MobileError, ModelFormatError
 from .gguf_info import GgufInfo
 from .llama_log import capture_log, clear_errors, last_errors
@@ -24,8 +27,8 @@ def open_backend(info: GgufInfo, options: LoadOptions, **more: Any) -> tuple[Mob
     """Load a model as ``options`` say; returns it and what the user must know about it.
 
     Experts go into the engine's store under the budget. Without experts, or on a stock library, the
-    model is loaded as llama.cpp does it, mapped. ``more`` goes to llama-cpp-python's Llama.
-    Raises BudgetError, ModelFormatError, EngineError.
+    model is loaded as llama.cpp does it, mapped. With a device all else goes there, and experts into slots.
+    ``more`` goes to llama-cpp-python's Llama. Raises BudgetError, ModelFormatError, EngineError.
     """
     engine = find_engine()
     size = parse_size(options.ram_budget)
@@ -45,12 +48,37 @@ def open_backend(info: GgufInfo, options: LoadOptions, **more: Any) -> tuple[Mob
         notices.append(f"{info.path.name} has no experts: it runs as an ordinary dense model{ignored}")
     elif engine is None:
         notices.append("stock llama.cpp: experts are mapped, not budgeted; run `mobile-gguf engine build`")
+    request, remarks = request_devices(info, options, n_ctx, engine)
+    notices += remarks
+    if request is not None and not request.is_asked:
+        try:
+            llama = _open(info, options, n_ctx, engine, request, notices, more)
+        except (EngineError, ModelFormatError, BudgetError) as error:
+            # What nobody asked for must not keep a model from running.
+            notices.append(f"the model stays on the host: {error}")
+            request = None
+        else:
+            return llama, notices
+    return _open(info, options, n_ctx, engine, request, notices, more), notices
+
+
+def _open(
+    info: GgufInfo,
+    options: LoadOptions,
+    n_ctx: int,
+    engine: Engine | None,
+    request: DeviceRequest | None,
+    notices: list[str],
+    more: dict[str, Any],
+) -> MobileLlama:
+    """Load a model on the requested devices, None for the host alone; adds to ``notices``."""
+    more = more | {"devices": None if request is None else request.devices}
     if engine is None or not info.is_moe:
-        return _construct(info, options, n_ctx, engine, use_mmap=True, **more), notices
+        return _construct(info, options, n_ctx, engine, use_mmap=True, **more)
     from .head import read_head
 
     head = read_head(info)
-    plan = plan_for(info, options, n_ctx)
+    plan = plan_for(info, options, n_ctx, request)
     if plan.warning:
         notices.append(plan.warning)
     engine.set_load_params(
@@ -58,6 +86,7 @@ def open_backend(info: GgufInfo, options: LoadOptions, **more: Any) -> tuple[Mob
         io_threads=options.io_threads,
         eviction=options.eviction,
         io=options.io,
+        on_host=request is not None,
     )
     try:
         llama = _construct(info, options, n_ctx, engine, use_mmap=False, **more)
@@ -68,7 +97,17 @@ def open_backend(info: GgufInfo, options: LoadOptions, **more: Any) -> tuple[Mob
         notices.append(
             f"the engine cannot hold the experts of a {info.architecture} model: no budget, only mode exact"
         )
-    return llama, notices
+    elif request is not None:
+        try:
+            calls = DeviceCalls(engine, llama.ctx)
+            llama.device, remarks = start_tier(
+                calls, info, options, request, plan.budget_bytes or plan.expert_bytes
+            )
+        except BaseException:
+            _discard(llama)
+            raise
+        notices += remarks
+    return llama
 
 
 def context_size(info: GgufInfo, asked: int | None) -> int:
@@ -79,15 +118,20 @@ def context_size(info: GgufInfo, asked: int | None) -> int:
     return asked or trained
 
 
-def plan_for(info: GgufInfo, options: LoadOptions, n_ctx: int) -> BudgetPlan:
-    """The expert budget for these options on this machine, now."""
+def plan_for(
+    info: GgufInfo, options: LoadOptions, n_ctx: int, request: DeviceRequest | None = None
+) -> BudgetPlan:
+    """The host tier's expert budget for these options on this machine, now; ``request``: with devices."""
     demand = estimate_demand(info, n_ctx=n_ctx, n_ubatch=options.n_ubatch, flash_attn=options.flash_attn)
+    if request is not None and not request.shares_host_memory:
+        demand = host_share(demand, info)
     return plan_budget(parse_size(options.ram_budget), info, demand, read_memory())
 
 
 def _construct(
     info: GgufInfo, options: LoadOptions, n_ctx: int, engine: Engine | None, *, use_mmap: bool, **more: Any
 ) -> MobileLlama:
+    """Make the Llama; ``more`` holds ``devices``, None for the host alone, and keywords of its own."""
     from jinja2 import TemplateError
 
     from .mobile_llama import MobileLlama
