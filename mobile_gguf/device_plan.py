@@ -6,6 +6,7 @@ process when a later allocation fails.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -70,21 +71,45 @@ def host_share(demand: Demand, info: GgufInfo) -> Demand:
 
 
 def pool_min_bytes(info: GgufInfo, n_devices: int = 1) -> int:
-    """The smallest legal pool: one token's experts of a layer, for every shape of expert and device."""
-    return n_devices * sum(2 * k * size for size, k in _slot_shapes(info))
+    """The smallest legal pool: one token's experts of a layer, for every shape of expert and device.
+
+    The engine gives each shape its share of the budget by expert bytes, and as many slots as a token uses
+    stay empty. With several devices an estimate.
+    """
+    shapes = _shapes(info)
+    least = (2 * shape.n_used * shape.slot_bytes * info.expert_bytes / shape.total_bytes for shape in shapes)
+    return n_devices * math.ceil(max(least, default=0))
 
 
 def pool_all_bytes(info: GgufInfo, n_devices: int = 1) -> int:
     """A pool in which every expert has a slot."""
-    return info.expert_bytes + n_devices * sum(k * size for size, k in _slot_shapes(info))
+    return info.expert_bytes + n_devices * sum(shape.n_used * shape.slot_bytes for shape in _shapes(info))
 
 
-def _slot_shapes(info: GgufInfo) -> set[tuple[int, int]]:
-    """Bytes of a slot, and how many slots a token uses at once: as many again are always zero, for misses."""
-    return {
-        (sum(n // layer.n_segments for n in layer.matrix_bytes), info.n_expert_used * layer.n_segments)
-        for layer in info.expert_layers
-    }
+@dataclass
+class _Shape:
+    """Experts that share a pool: bytes of a slot, slots that a token uses at once, bytes of all of them."""
+
+    slot_bytes: int
+    n_used: int
+    total_bytes: int = 0
+
+
+def _shapes(info: GgufInfo) -> list[_Shape]:
+    shapes: dict[tuple[object, ...], _Shape] = {}
+    for layer in info.expert_layers:
+        slot = sum(n // layer.n_segments for n in layer.matrix_bytes)
+        key = (layer.matrix_bytes, layer.n_segments)
+        shape = shapes.setdefault(key, _Shape(slot, info.n_expert_used * layer.n_segments))
+        shape.total_bytes += layer.file_bytes
+    return list(shapes.values())
+
+
+def _engine_budget(budget: int, info: GgufInfo, n_devices: int) -> int:
+    """A budget that is kept: asked for all experts' bytes, the engine adds the empty slots on top."""
+    if info.expert_bytes <= budget < pool_all_bytes(info, n_devices):
+        return info.expert_bytes - max(shape.slot_bytes for shape in _shapes(info))
+    return min(budget, pool_all_bytes(info, n_devices))
 
 
 def check_budget(size: Size, info: GgufInfo, n_devices: int = 1) -> int | None:
@@ -104,7 +129,7 @@ def check_budget(size: Size, info: GgufInfo, n_devices: int = 1) -> int | None:
             f"({format_bytes(least)}, {share:g}% of its experts), one token's experts of a layer; or use "
             "--vram-budget off"
         )
-    return min(asked, pool_all_bytes(info, n_devices))
+    return _engine_budget(asked, info, n_devices)
 
 
 def check_fit(devices: Sequence[Device], demand: DeviceDemand, pool_bytes: int) -> str:
@@ -158,5 +183,5 @@ def auto_budget(
         if share:
             budgets.append(int(usable / share))
     n = len(budgets)
-    budget = min(*budgets, pool_all_bytes(info, n))
+    budget = _engine_budget(min(budgets), info, n)
     return budget if budget >= pool_min_bytes(info, n) else 0

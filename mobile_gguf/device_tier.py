@@ -194,6 +194,8 @@ def _make_pools(
             break
         try:
             _start(calls, options, budget, _first_placement(options, budget, info, len(devices)))
+        except BudgetError:
+            break  # several devices or shapes: the smallest legal budget is more than the estimate
         except EngineMemoryError as error:
             logger.info("%s; trying less", error)
             budget = int(budget * _SHRINK)

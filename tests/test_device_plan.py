@@ -43,7 +43,8 @@ def test_the_smallest_and_the_largest_pool():
 
 def test_every_shape_of_expert_has_a_pool():
     layers = (ExpertLayer(16, (MIB, MIB)), ExpertLayer(16, (2 * MIB, MIB)), ExpertLayer(16, (MIB, MIB)))
-    assert pool_min_bytes(fake_info(expert_layers=layers)) == 16 * 2 * MIB + 16 * 3 * MIB
+    # a third of the layers, 3 of 7 MiB: its share of the budget must hold 16 slots of 3 MiB
+    assert pool_min_bytes(fake_info(expert_layers=layers)) == 16 * 7 * MIB
 
 
 def test_a_segment_has_a_slot():
@@ -56,6 +57,11 @@ def test_asked_sizes():
     assert check_budget(parse_size("2GiB"), INFO) == 2 * GIB
     assert check_budget(parse_size("50%"), INFO) == 2 * GIB
     assert check_budget(parse_size("100%"), INFO) == check_budget(parse_size("1TiB"), INFO) == 72 * SLOT
+
+
+def test_the_slots_that_stay_empty_are_within_the_budget():
+    # the engine adds them to a budget of all experts' bytes
+    assert check_budget(parse_size("4GiB"), INFO) == 4 * GIB - SLOT
 
 
 def test_less_than_a_tokens_experts_is_refused_and_the_named_budgets_are_legal():
