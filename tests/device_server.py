@@ -17,7 +17,7 @@ from typing import Any
 import engine_libs
 import numpy as np
 
-CHILD = Path(__file__).with_name("device_child.py")
+CHILD = Path(__file__).with_name("device_api_child.py")
 
 _SERVE = """
 import ctypes, sys
@@ -80,7 +80,7 @@ def _wait_for(port: int, process: subprocess.Popen[bytes]) -> None:
 def run_child(
     *runs: dict[str, Any], lib: Path | None = None, prefix: list[str] | None = None
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Run jobs of ``device_child`` in a process of their own; returns results by name, and arrays."""
+    """Run jobs of ``device_api_child`` in a process of their own; returns results by name, and arrays."""
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "out.npz"
         done = subprocess.run(

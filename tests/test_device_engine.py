@@ -1,4 +1,4 @@
-"""The device tier over the real engine, through the Python API and the command; the device is an RPC server."""
+"""The device tier over the real engine, by the Python API and the command; the device is an RPC server."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def server() -> Iterator[Server]:
 
 
 def spec(name: str, server: Server | None, model: str = MODEL, **settings: Any) -> dict[str, Any]:
-    """A run of ``device_child``; ``settings`` that it does not know are load options."""
+    """A run of ``device_api_child``; ``settings`` that it does not know are load options."""
     own = ("n", "forced", "prompt", "placements", "mode", "watch")
     job = {key: settings.pop(key) for key in own if key in settings}
     options = {"n_ctx": 512, **settings}
@@ -73,9 +73,8 @@ def test_logits_are_stocks_on_the_same_device_and_tokens_the_hosts(server):
         spec(f"tokens-{miss}", server, n=N, miss=miss, ram_budget="50%") for miss in ("auto", "fetch", "cpu")
     ]
     results, arrays = run_child(*jobs)
-    stock = {
-        "name": "stock", "model": jobs[0]["model"], "stock": server.endpoint, "prompt": PROMPT, "forced": FORCED
-    }  # fmt: skip
+    stock = {"name": "stock", "stock": server.endpoint, "prompt": PROMPT, "forced": FORCED}
+    stock["model"] = jobs[0]["model"]
     expected = run_child(stock, lib=engine_libs.stock_lib())[1]["stock"]
     assert len(arrays) == 12
     for name, logits in arrays.items():
@@ -135,7 +134,7 @@ def test_counters_add_up(server, miss, budget):
 
 
 def test_both_budgets_hold_and_nothing_grows_after_the_load():
-    """Three tiers of a model of 200 MB of experts: a quarter on the device, a fifth in memory, under a hard cap."""
+    """Three tiers of 200 MB of experts: a quarter on the device, a fifth in memory, under a hard cap."""
     options = {"model": "bulky", "n": 24, "ram_budget": "20%", "vram_budget": "25%", "n_ctx": 512}
     off = one(spec("r", None, **(options | {"vram_budget": "off"}), prompt=LONG))
     wanted = off["answers"][0]["tokens"]
@@ -166,7 +165,7 @@ def test_both_budgets_hold_and_nothing_grows_after_the_load():
 
 
 def test_a_device_that_refuses_the_pool():
-    """An asked budget is an error with numbers, auto takes what there is, and the host alone goes on working."""
+    """An asked budget is an error with numbers, auto takes what there is, the host alone goes on working."""
     with rpc_server() as server:
         status = server.resident("VmSize")
         # the dense part and its buffers take some 60 MB, the pool would take 200
