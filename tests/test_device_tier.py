@@ -1,5 +1,7 @@
 """Which devices a model is loaded on, and what happens when they refuse: scripted devices."""
 
+from typing import Any
+
 import pytest
 from fake_backend import MIB, FakeBackend, fake_info, scripted
 
@@ -16,7 +18,7 @@ from mobile_gguf.options import LoadOptions
 GIB = 1 << 30
 MOE = fake_info(expert_layers=(ExpertLayer(16, (MIB, MIB)),) * 4, tensor_bytes=130 * MIB)
 DENSE = fake_info(n_expert=0, n_expert_used=0, expert_layers=())
-ENGINE = object()
+ENGINE: Any = object()
 
 
 class FakeCalls:
@@ -60,7 +62,7 @@ def devices(monkeypatch):
 GPU = Device(1, "GPU0", "a GPU", 8 * GIB, 16 * GIB)
 
 
-def request(info=MOE, engine=ENGINE, **options):
+def request(info=MOE, engine=ENGINE, **options) -> tuple[Any, list[str]]:
     return request_devices(info, LoadOptions(**options), 512, engine)
 
 
