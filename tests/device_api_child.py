@@ -1,175 +1,113 @@
-"""`engine_child` with devices: runs whose layers are on RPC servers, and ops of the device tier.
+"""Runs generations with and without devices in a process of its own, since a server once added stays known.
 
-<<<<<<<< HEAD:tests/device_child.py
-A run's settings may have "rpc" (endpoints that become devices; its layers go there) and "on_host".
-========
 stdin: {"out": npz path, "runs": [{"name", "model", "options", "prompt", "n" or "forced", ...}]}; stdout: one
 line with results by name. ``forced`` tokens are decoded one by one and their logits saved as the array
 "name". A run with ``stock`` set is llama-cpp-python's own, with all layers on the server that it names.
->>>>>>>> b820172 (Tests of the device tier: a child of their own name):tests/device_api_child.py
 """
 
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
-import engine_child
-import llama_cpp.llama_cpp as lib
 import numpy as np
-from engine_child import fields, mobile
+from peak_memory import peak_resident_bytes
+
+import mobile_gguf
+from mobile_gguf.errors import MobileError
 
 
-class DeviceParams(ctypes.Structure):
-    """struct mobile_device_params"""
-
-    _fields_ = [
-        ("budget_bytes", ctypes.c_uint64),
-        *((name, ctypes.c_int32) for name in
-          ("miss", "placement", "eviction", "n_batch_max", "n_uploads", "poison")),
-        ("reserved", ctypes.c_int32 * 2),
-    ]  # fmt: skip
-
-
-class DeviceInfo(ctypes.Structure):
-    """struct mobile_device_info"""
-
-    _fields_ = [
-        ("name", ctypes.c_char * 64),
-        ("description", ctypes.c_char * 128),
-        *((name, ctypes.c_uint64) for name in ("free_bytes", "total_bytes", "pool_bytes", "expert_bytes")),
-        *((name, ctypes.c_int32) for name in ("n_layers", "n_slots", "is_gpu", "is_async")),
-    ]  # fmt: skip
+def forced_logits(llama: Any, prompt: list[int], tokens: list[int]) -> np.ndarray:
+    """Logits [1 + n, n_vocab] after a prompt and after each of ``tokens``."""
+    rows = []
+    for batch in [prompt, *([token] for token in tokens)]:
+        llama.eval(batch)
+        logits = llama._ctx.get_logits_ith(-1)
+        rows.append(np.ctypeslib.as_array(logits, shape=(llama.n_vocab(),)).copy())
+    return np.stack(rows)
 
 
-class DeviceCounters(ctypes.Structure):
-    """struct mobile_device_counters"""
-
-    _fields_ = [
-        (name, ctypes.c_uint64) for name in
-        ("n_hits", "n_misses", "n_fetched", "n_cpu", "n_admitted", "n_evictions", "n_wasted",
-         "bytes_uploaded", "bytes_uploaded_background", "bytes_wasted", "upload_us", "cpu_us",
-         "resident_bytes", "resident_bytes_peak")
-    ]  # fmt: skip
+def watched(spec: dict[str, Any]) -> int:
+    """Address space of the process that the run watches: what was allocated there, used or not."""
+    if "watch" not in spec:
+        return 0
+    status = Path(f"/proc/{spec['watch']}/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmSize:")) * 1024
 
 
-def bind() -> None:
-    if mobile is None:
-        return
-    void_p, int32 = ctypes.c_void_p, ctypes.c_int32
-    signatures: dict[str, tuple[Any, list[Any]]] = {
-        "default_params": (DeviceParams, []),
-        "start": (int32, [void_p, ctypes.POINTER(DeviceParams)]),
-        "stop": (int32, [void_p]),
-        "set_placement": (int32, [void_p, int32]),
-        "set_miss": (int32, [void_p, int32]),
-        "count": (int32, [void_p]),
-        "get_info": (int32, [void_p, int32, ctypes.POINTER(DeviceInfo)]),
-        "get_counters": (int32, [void_p, ctypes.POINTER(DeviceCounters)]),
-        "get_residency": (int32, [void_p, ctypes.POINTER(ctypes.c_uint8), ctypes.c_size_t]),
+def run_ours(spec: dict[str, Any], arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    try:
+        with mobile_gguf.load(spec["model"], threads=1, threads_batch=1, **spec.get("options", {})) as model:
+            result: dict[str, Any] = {"notices": model.notices, "answers": []}
+            result["watched_at_load"] = watched(spec)
+            for placement in spec.get("placements", [None]):
+                if placement is not None:
+                    model.llama.device.calls.set_placement(placement)
+                if "forced" in spec:
+                    model.llama.reset()
+                    model.llama.reset_counters()
+                    name = spec["name"] if placement is None else f"{spec['name']}-{placement}"
+                    arrays[name] = forced_logits(model.llama, spec["prompt"], spec["forced"])
+                    counters = model.llama.device_counters()
+                    result["device_counters"] = vars(counters)
+                    result["counters"] = vars(model.llama.counters())
+                    tier = model.llama.device
+                    if tier is not None:
+                        rows = tier.calls.residency(model.info.n_layer, model.info.n_expert)
+                        result["n_resident"] = sum(row.count(2) for row in rows)
+                else:
+                    mode = spec.get("mode", "exact")
+                    options = {"temperature": 0, "max_tokens": spec["n"], "cache_prompt": False, "mode": mode}
+                    reply = model.generate(spec["prompt"], **options)
+                    result["answers"].append(
+                        {"tokens": reply.tokens, "receipt": reply.receipt.to_dict(), "text": reply.text}
+                    )
+            result["stats"] = model.stats()
+            result["peak"] = peak_resident_bytes()
+            result["watched"] = watched(spec)
+            return result
+    except MobileError as error:
+        return {"error": type(error).__name__, "message": str(error)}
+
+
+def run_stock(spec: dict[str, Any], arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    import llama_cpp
+    from llama_cpp import llama_cpp as lib
+
+    lib.llama_backend_init()
+    ggml = lib._lib
+    ggml.ggml_backend_rpc_add_server.restype = ctypes.c_void_p
+    ggml.ggml_backend_register(ctypes.c_void_p(ggml.ggml_backend_rpc_add_server(spec["stock"].encode())))
+    llama = llama_cpp.Llama(
+        spec["model"],
+        n_gpu_layers=-1,
+        n_ctx=512,
+        n_threads=1,
+        n_threads_batch=1,
+        use_mmap=False,
+        verbose=False,
+    )
+    arrays[spec["name"]] = forced_logits(llama, spec["prompt"], spec["forced"])
+    llama.close()
+    return {}
+
+
+def main() -> None:
+    job = json.loads(sys.stdin.read())
+    arrays: dict[str, np.ndarray] = {}
+    results = {
+        spec["name"]: (run_stock if "stock" in spec else run_ours)(spec, arrays) for spec in job["runs"]
     }
-    for name, (restype, argtypes) in signatures.items():
-        function = getattr(mobile, f"mobile_device_{name}")
-        function.restype, function.argtypes = restype, argtypes
-
-
-def add_server(endpoint: str) -> None:
-    """Makes an RPC server a device of this process, once."""
-    if endpoint in _servers:
-        return
-    folder = Path(os.environ["LLAMA_CPP_LIB_PATH"])
-    base, rpc = ctypes.CDLL(str(folder / "libggml.so")), ctypes.CDLL(str(folder / "libggml-rpc.so"))
-    rpc.ggml_backend_rpc_add_server.restype = ctypes.c_void_p
-    rpc.ggml_backend_rpc_add_server.argtypes = [ctypes.c_char_p]
-    registry = rpc.ggml_backend_rpc_add_server(endpoint.encode())
-    assert registry, f"no RPC server at {endpoint}"
-    base.ggml_backend_register.argtypes = [ctypes.c_void_p]
-    base.ggml_backend_register.restype = None
-    base.ggml_backend_register(registry)
-    _servers.append(endpoint)
-
-
-_servers: list[str] = []
-
-
-class DeviceRun(engine_child.Run):
-    """A run on devices; the ops `device_*` are mobile.h's calls."""
-
-    def load(self, budget: int | None) -> bool:
-        for endpoint in self.spec.get("rpc", []):
-            add_server(endpoint)
-        return super().load(budget)
-
-    def status(self, status: int) -> dict[str, Any]:
-        assert mobile is not None
-        return {"status": status, "error": mobile.mobile_last_error().decode() if status < 0 else ""}
-
-    def infos(self) -> list[dict[str, Any]]:
-        assert mobile is not None
-        found = []
-        for i in range(max(0, mobile.mobile_device_count(self.ctx))):
-            info = DeviceInfo()
-            assert mobile.mobile_device_get_info(self.ctx, i, ctypes.byref(info)) == 0
-            values = {name: getattr(info, name) for name, *_ in DeviceInfo._fields_}
-            found.append(
-                {key: value.decode() if isinstance(value, bytes) else value for key, value in values.items()}
-            )
-        return found
-
-    def op_device_start(self, op: dict[str, Any]) -> dict[str, Any]:
-        """budget: bytes, or a share of the experts' bytes on devices as a float; other fields by name."""
-        assert mobile is not None
-        params = mobile.mobile_device_default_params()
-        budget = op["budget"]
-        if isinstance(budget, float):
-            budget = int(budget * sum(info["expert_bytes"] for info in self.infos()))
-        params.budget_bytes = budget
-        for name in ("miss", "placement", "eviction", "n_batch_max", "n_uploads", "poison"):
-            if name in op:
-                setattr(params, name, op[name])
-        return self.status(mobile.mobile_device_start(self.ctx, ctypes.byref(params)))
-
-    def op_device_stop(self, op: dict[str, Any]) -> dict[str, Any]:
-        assert mobile is not None
-        return self.status(mobile.mobile_device_stop(self.ctx))
-
-    def op_device_placement(self, op: dict[str, Any]) -> dict[str, Any]:
-        assert mobile is not None
-        return self.status(mobile.mobile_device_set_placement(self.ctx, op["placement"]))
-
-    def op_device_miss(self, op: dict[str, Any]) -> dict[str, Any]:
-        assert mobile is not None
-        return self.status(mobile.mobile_device_set_miss(self.ctx, op["miss"]))
-
-    def op_device_count(self, op: dict[str, Any]) -> dict[str, Any]:
-        assert mobile is not None
-        return {"status": mobile.mobile_device_count(self.ctx)}
-
-    def op_device_info(self, op: dict[str, Any]) -> dict[str, Any]:
-        return {"status": 0, "devices": self.infos()}
-
-    def op_device_counters(self, op: dict[str, Any]) -> dict[str, Any]:
-        assert mobile is not None
-        counters = DeviceCounters()
-        status = mobile.mobile_device_get_counters(self.ctx, ctypes.byref(counters))
-        return {"status": status, **fields(counters)}
-
-    def op_device_residency(self, op: dict[str, Any]) -> dict[str, Any]:
-        """Saves enum mobile_residency of the slots, uint8 [n_layer, n_expert]."""
-        assert mobile is not None
-        info = self.result["info"]
-        state = np.zeros((info["n_layer"], info["n_expert"]), np.uint8)
-        pointer = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
-        status = mobile.mobile_device_get_residency(self.ctx, pointer, state.size)
-        self.arrays[f"{self.spec['name']}/{op['save']}"] = state
-        return {"status": status, "n_resident": int((state == 2).sum())}
+    with open(job["out"], "wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+    print(json.dumps(results), flush=True)
 
 
 if __name__ == "__main__":
-    bind()
-    code = engine_child.main(DeviceRun)
-    sys.stdout.flush()
-    os._exit(code)
+    main()
+    # a build under test may not tear down cleanly at exit; what the job asked for is done by then
+    os._exit(0)
