@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -26,6 +25,7 @@ from .memory import read_memory
 from .options import LoadOptions, defaults
 from .placement_controller import PlacementController
 from .placement_memory import placement_key
+from .rpc import connect_servers
 from .sizes import OFF, Size, format_bytes, parse_size_or_off
 
 logger = logging.getLogger("mobile_gguf.device")
@@ -99,12 +99,7 @@ def request_devices(
 def find_devices(servers: str) -> list[Device]:
     """This machine's GPUs and the named RPC servers; raises EngineError for a server that is not there."""
     library, _path = load_library()
-    handles: Sequence[int] = ()
-    if servers:
-        from .rpc import connect_servers
-
-        handles = connect_servers(servers)
-    return list_devices(library, handles)
+    return list_devices(library, connect_servers(servers) if servers else ())
 
 
 def _without_effect(options: LoadOptions, why: str) -> list[str]:

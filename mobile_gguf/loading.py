@@ -14,6 +14,7 @@ from .gguf_info import GgufInfo
 from .llama_log import capture_log, clear_errors, last_errors
 from .memory import read_memory
 from .options import LoadOptions
+from .rpc import clear_loss, last_loss
 from .sizes import parse_size
 from .threads import default_threads
 
@@ -149,6 +150,7 @@ def _construct(
         **more,
     }
     clear_errors()
+    clear_loss()
     # Made in two steps, so that what a failed constructor has already loaded is freed at once and
     # not when the traceback is.
     llama = MobileLlama.__new__(MobileLlama)
@@ -174,6 +176,9 @@ def _discard(llama: MobileLlama) -> None:
 
 def _load_error(info: GgufInfo, n_ctx: int, error: BaseException, reason: str) -> MobileError:
     logged = last_errors()
+    lost = last_loss()
+    if lost:
+        return EngineError(f"{info.path} cannot be loaded: {lost}")
     if reason:
         kind = BudgetError if "budget" in reason else EngineError
         return kind(f"{info.path} cannot be loaded: {reason}")

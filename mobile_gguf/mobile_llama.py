@@ -28,6 +28,7 @@ from .errors import EngineError, ExpertReadError, MobileError, UsageError
 from .head import Head
 from .interrupt import stopping_on_ctrl_c
 from .llama_log import clear_errors, last_errors
+from .rpc import context_loss
 
 # A prompt that is all in the context already is computed anew from here before its end.
 _MIN_PROMPT = 2
@@ -50,6 +51,7 @@ class MobileLlama(Llama):
         **options: Any,
     ) -> None:
         self._devices = device_array(devices or ())
+        self.has_devices = bool(devices)
         self.device: DeviceTier | None = None  # set by loading, when there are slot pools
         self.engine: Engine | None = None  # while there is a store to ask it about
         self.store: ModelInfo | None = None
@@ -191,6 +193,9 @@ class MobileLlama(Llama):
 
     def decode_error(self, error: RuntimeError) -> MobileError:
         """A failed decode as the engine explains it."""
+        lost = context_loss(self.ctx) if self.has_devices else ""
+        if lost:
+            return EngineError(lost)
         reason = self.engine.context_error(self.ctx) if self.engine is not None else ""
         if reason:
             return ExpertReadError(reason)
