@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from .binding import Counters, ModelInfo
 from .decode import Pass, Policy
+from .device_structs import DeviceCounters
 from .receipt import Receipt, Timings
 from .text import TextStream
 
 if TYPE_CHECKING:
+    from .device_tier import DeviceTier
     from .head import Head
 
 STOP, LENGTH, INTERRUPTED = "stop", "length", "interrupted"
@@ -69,6 +71,7 @@ class Backend(Protocol):
     store: ModelInfo | None  # None without an expert store
     has_engine: bool
     head: Head | None  # None for a model that was not calibrated
+    device: DeviceTier | None  # None on the host alone
 
     @property
     def can_step_back(self) -> bool: ...
@@ -82,6 +85,7 @@ class Backend(Protocol):
     def token_bos(self) -> int: ...
     def set_seed(self, seed: int) -> None: ...
     def counters(self) -> Counters: ...
+    def device_counters(self) -> DeviceCounters: ...
     def reset_counters(self) -> None: ...
     def forget(self) -> None: ...
     def close(self) -> None: ...
@@ -125,6 +129,7 @@ class Answer:
         self._busy_seconds = 0.0
         self._prompt_seconds = 0.0
         self._counters = Counters()
+        self._device_counters = DeviceCounters()
         store = backend.store
         self._budget_bytes = store.budget_bytes if store is not None else 0
         self.finish_reason: str | None = None
@@ -151,6 +156,7 @@ class Answer:
             ended = time.perf_counter()
             self._busy_seconds += ended - started
             self._counters = self._backend.counters()
+            self._device_counters = self._backend.device_counters()
         if not self._tokens:
             # Sampling the first token belongs to the generation, as in llama-server.
             self._prompt_seconds = max(0.0, min(self._backend.prompt_done, ended) - started)
@@ -194,6 +200,7 @@ class Answer:
     def receipt(self) -> Receipt:
         """The receipt so far."""
         counters, policy = self._counters, self._request.policy
+        on_device, tier = self._device_counters, self._backend.device
         return Receipt(
             mode=policy.mode,
             n_expert_used=self._n_expert_used,
@@ -207,6 +214,11 @@ class Answer:
             stall_ms=counters.stall_us / 1e3,
             budget_bytes=self._budget_bytes,
             resident_bytes_peak=counters.resident_bytes_peak,
+            device_hits=on_device.n_hits,
+            device_misses=on_device.n_misses,
+            bytes_uploaded=on_device.bytes_uploaded,
+            upload_stall_ms=on_device.upload_us / 1e3,
+            vram_budget_bytes=tier.budget_bytes if tier is not None else 0,
         )
 
     @property

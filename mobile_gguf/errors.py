@@ -40,6 +40,10 @@ class EngineBuildError(EngineError):
     """Fetching, patching or compiling the engine failed."""
 
 
+class EngineMemoryError(EngineError):
+    """The operating system or a device refused memory; names the device and the bytes."""
+
+
 class ExpertReadError(EngineError):
     """Expert bytes could not be read while decoding; names file, layer and expert."""
 

@@ -7,11 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from .binding import Engine, find_engine, needs_engine
 from .budget import BudgetPlan, estimate_demand, plan_budget
+from .device_calls import DeviceCalls
+from .device_plan import host_share
+from .device_tier import DeviceRequest, request_devices, start_tier
 from .errors import BudgetError, EngineError, MobileError, ModelFormatError
 from .gguf_info import GgufInfo
 from .llama_log import capture_log, clear_errors, last_errors
 from .memory import read_memory
 from .options import LoadOptions
+from .rpc import clear_loss, last_loss
 from .sizes import parse_size
 from .threads import default_threads
 
@@ -29,9 +33,9 @@ def open_backend(
     """Load a model as ``options`` say; returns it and what the user must know about it.
 
     Experts go into the engine's store under the budget. Without experts, or on a stock library, the
-    model is loaded as llama.cpp does it, mapped. ``progress`` is called with a phase and the share done;
-    what it raises ends the loading. ``more`` goes to llama-cpp-python's Llama.
-    Raises BudgetError, ModelFormatError, EngineError.
+    model is loaded as llama.cpp does it, mapped. With a device all else goes there, and experts into slots.
+    ``progress`` is called with a phase and the share done; what it raises ends the loading. ``more`` goes
+    to llama-cpp-python's Llama. Raises BudgetError, ModelFormatError, EngineError.
     """
     engine = find_engine()
     size = parse_size(options.ram_budget)
@@ -53,12 +57,37 @@ def open_backend(
         notices.append(f"{info.path.name} has no experts: it runs as an ordinary dense model{ignored}")
     elif engine is None:
         notices.append("stock llama.cpp: experts are mapped, not budgeted; run `mobile-gguf engine build`")
+    request, remarks = request_devices(info, options, n_ctx, engine)
+    notices += remarks
+    if request is not None and not request.is_asked:
+        try:
+            llama = _open(info, options, n_ctx, engine, request, notices, more)
+        except (EngineError, ModelFormatError, BudgetError) as error:
+            # What nobody asked for must not keep a model from running.
+            notices.append(f"the model stays on the host: {error}")
+            request = None
+        else:
+            return llama, notices
+    return _open(info, options, n_ctx, engine, request, notices, more), notices
+
+
+def _open(
+    info: GgufInfo,
+    options: LoadOptions,
+    n_ctx: int,
+    engine: Engine | None,
+    request: DeviceRequest | None,
+    notices: list[str],
+    more: dict[str, Any],
+) -> MobileLlama:
+    """Load a model on the requested devices, None for the host alone; adds to ``notices``."""
+    more = more | {"devices": None if request is None else request.devices}
     if engine is None or not info.is_moe:
-        return _construct(info, options, n_ctx, engine, use_mmap=True, **more), notices
+        return _construct(info, options, n_ctx, engine, use_mmap=True, **more)
     from .head import read_head
 
     head = read_head(info)
-    plan = plan_for(info, options, n_ctx)
+    plan = plan_for(info, options, n_ctx, request)
     if plan.warning:
         notices.append(plan.warning)
     engine.set_load_params(
@@ -66,6 +95,7 @@ def open_backend(
         io_threads=options.io_threads,
         eviction=options.eviction,
         io=options.io,
+        on_host=request is not None,
     )
     try:
         llama = _construct(info, options, n_ctx, engine, use_mmap=False, **more)
@@ -76,7 +106,17 @@ def open_backend(
         notices.append(
             f"the engine cannot hold the experts of a {info.architecture} model: no budget, only mode exact"
         )
-    return llama, notices
+    elif request is not None:
+        try:
+            calls = DeviceCalls(engine, llama.ctx)
+            llama.device, remarks = start_tier(
+                calls, info, options, request, plan.budget_bytes or plan.expert_bytes
+            )
+        except BaseException:
+            _discard(llama)
+            raise
+        notices += remarks
+    return llama
 
 
 def context_size(info: GgufInfo, asked: int | None) -> int:
@@ -87,9 +127,13 @@ def context_size(info: GgufInfo, asked: int | None) -> int:
     return asked or trained
 
 
-def plan_for(info: GgufInfo, options: LoadOptions, n_ctx: int) -> BudgetPlan:
-    """The expert budget for these options on this machine, now."""
+def plan_for(
+    info: GgufInfo, options: LoadOptions, n_ctx: int, request: DeviceRequest | None = None
+) -> BudgetPlan:
+    """The host tier's expert budget for these options on this machine, now; ``request``: with devices."""
     demand = estimate_demand(info, n_ctx=n_ctx, n_ubatch=options.n_ubatch, flash_attn=options.flash_attn)
+    if request is not None and not request.shares_host_memory:
+        demand = host_share(demand, info)
     return plan_budget(parse_size(options.ram_budget), info, demand, read_memory())
 
 
@@ -103,6 +147,7 @@ def _construct(
     progress: Progress | None = None,
     **more: Any,
 ) -> MobileLlama:
+    """Make the Llama; ``more`` holds ``devices``, None for the host alone, and keywords of its own."""
     from jinja2 import TemplateError
 
     from .mobile_llama import MobileLlama
@@ -121,6 +166,7 @@ def _construct(
     }
     watch = _LoadWatch(progress) if progress is not None else None
     clear_errors()
+    clear_loss()
     # Made in two steps, so that what a failed constructor has already loaded is freed at once and
     # not when the traceback is.
     llama = MobileLlama.__new__(MobileLlama)
@@ -163,6 +209,9 @@ def _discard(llama: MobileLlama) -> None:
 
 def _load_error(info: GgufInfo, n_ctx: int, error: BaseException, reason: str) -> MobileError:
     logged = last_errors()
+    lost = last_loss()
+    if lost:
+        return EngineError(f"{info.path} cannot be loaded: {lost}")
     if reason:
         kind = BudgetError if "budget" in reason else EngineError
         return kind(f"{info.path} cannot be loaded: {reason}")

@@ -21,10 +21,14 @@ from llama_cpp.llama_chat_format import CHATML_CHAT_TEMPLATE, Jinja2ChatFormatte
 
 from .binding import Counters, Engine, ModelInfo
 from .decode import ALL_EXPERTS, Pass, Policy, decode_prompt, decode_token
+from .device_list import Device, device_array
+from .device_structs import DeviceCounters
+from .device_tier import DeviceTier
 from .errors import EngineError, ExpertReadError, MobileError, UsageError
 from .head import Head
 from .interrupt import stopping_on_ctrl_c
 from .llama_log import clear_errors, last_errors
+from .rpc import context_loss
 
 # A prompt that is all in the context already is computed anew from here before its end.
 _MIN_PROMPT = 2
@@ -43,10 +47,14 @@ class MobileLlama(Llama):
         model_path: str,
         *,
         engine: Engine | None,
+        devices: Sequence[Device] | None = None,
         keep_loading: Callable[[float], bool] | None = None,
         **options: Any,
     ) -> None:
         self._keep_loading = keep_loading
+        self._devices = device_array(devices or ())
+        self.has_devices = bool(devices)
+        self.device: DeviceTier | None = None  # set by loading, when there are slot pools
         self.engine: Engine | None = None  # while there is a store to ask it about
         self.store: ModelInfo | None = None
         self.has_engine = engine is not None
@@ -60,7 +68,7 @@ class MobileLlama(Llama):
         self._keeps_state = False
         # The position whose token comes next, if the last pass left its hidden state.
         self._state_at = -1
-        super().__init__(model_path, **options)
+        super().__init__(model_path, n_gpu_layers=-1 if devices else 0, **options)
         self._little_rows = np.zeros(self.input_ids.shape[0], dtype=bool)
         store = engine.model_info(self.model) if engine is not None else None
         if store is not None and store.n_layer_moe > 0:
@@ -68,12 +76,14 @@ class MobileLlama(Llama):
 
     @property
     def model_params(self) -> llama_cpp.llama_model_params:
-        """llama.cpp's load parameters, with ``keep_loading`` as their progress callback."""
+        """llama.cpp's load parameters, with our devices, and ``keep_loading`` as their progress callback."""
         return self._model_params
 
     @model_params.setter
     def model_params(self, params: llama_cpp.llama_model_params) -> None:
-        # Llama makes its parameters where no argument reaches the callback.
+        # Llama makes its parameters where no argument reaches these two. Without a list of devices llama.cpp
+        # would take all there are, also RPC servers that another model of this process was loaded on.
+        params.devices = ctypes.cast(self._devices, ctypes.c_void_p)
         if self._keep_loading is not None:
             keep_loading = self._keep_loading
             self._load_callback = llama_cpp.llama_progress_callback(lambda share, _data: keep_loading(share))
@@ -117,7 +127,7 @@ class MobileLlama(Llama):
                 self.last_pass = decode_prompt(self, batch)
                 self.prompt_evaluated += len(batch)
             else:
-                self.last_pass = decode_token(self, batch[0], self.policy)
+                self.last_pass = self._decode_token(batch[0])
         except BaseException:
             # Also for Ctrl-C, which arrives when the engine returns: the rows that were counted are
             # good, the logits are not. A memory that cannot drop the other rows starts over.
@@ -128,6 +138,16 @@ class MobileLlama(Llama):
         if is_prompt:
             self._prompt_pending = False
             self.prompt_done = time.perf_counter()
+
+    def _decode_token(self, token: int) -> Pass:
+        if self.device is None:
+            return decode_token(self, token, self.policy)
+        self.device.controller.before_step(self.policy.mode)
+        started = time.perf_counter()
+        kind = decode_token(self, token, self.policy)
+        llama_cpp.llama_synchronize(self.ctx)
+        self.device.controller.after_step(time.perf_counter() - started)
+        return kind
 
     # decode.Decoder
 
@@ -180,6 +200,9 @@ class MobileLlama(Llama):
 
     def decode_error(self, error: RuntimeError) -> MobileError:
         """A failed decode as the engine explains it."""
+        lost = context_loss(self.ctx) if self.has_devices else ""
+        if lost:
+            return EngineError(lost)
         reason = self.engine.context_error(self.ctx) if self.engine is not None else ""
         if reason:
             return ExpertReadError(reason)
@@ -195,6 +218,10 @@ class MobileLlama(Llama):
     def counters(self) -> Counters:
         """The store's counters since the last reset; all zero without one."""
         return self.engine.counters(self.ctx) if self.engine is not None else Counters()
+
+    def device_counters(self) -> DeviceCounters:
+        """The device tier's counters since the last reset; all zero without one."""
+        return self.device.counters() if self.device is not None else DeviceCounters()
 
     def reset_counters(self) -> None:
         if self.engine is not None:

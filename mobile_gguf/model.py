@@ -18,6 +18,7 @@ from . import loading
 from .answer import Answer, Backend, Chunk, Reply, Request
 from .binding import Counters, needs_engine
 from .decode import BIG_LITTLE, CONFIDENCE, EXACT, HEAD, Policy, default_little_k
+from .device_structs import DeviceCounters
 from .errors import ModelBusyError, UsageError
 from .gguf_info import GgufInfo, read_gguf_info
 from .messages import Messages, as_messages
@@ -43,9 +44,10 @@ def load(
     """Load a model and return it ready to generate.
 
     ``model`` is a path to a GGUF, ``demo``, or a name from ``mobile-gguf list``. ``ram_budget`` bounds
-    the memory for routed experts: bytes, ``512MiB``, ``2G``, ``40%`` of them, or ``auto``. ``mode`` is
-    ``exact``, ``little`` or ``big-little``. ``progress`` is called with a phase and the share done while
-    the demo model is built and while a model is read; what it raises ends that. The others are LoadOptions'.
+    the memory for routed experts: bytes, ``512MiB``, ``2G``, ``40%`` of them, or ``auto``; ``vram_budget``
+    the same on devices, or ``off``. ``mode`` is ``exact``, ``little`` or ``big-little``. ``progress`` is
+    called with a phase and the share done while the demo model is built and while a model is read; what it
+    raises ends that. The others are LoadOptions'.
 
     Raises ModelNotFoundError, ModelFormatError, BudgetError, UsageError, EngineError.
     """
@@ -74,6 +76,7 @@ class Model:
         self._lock = threading.Lock()
         self._active: weakref.ref[Generator[Chunk, None, None]] | None = None
         self._totals = Counters()
+        self._device_totals = DeviceCounters()
         self.n_ctx = loading.context_size(info, options.n_ctx)
         for notice in notices:
             self._notify(notice)
@@ -270,7 +273,9 @@ class Model:
             )
         try:
             self._active = handle[0]
-            self._totals = self._totals + self._require_open().counters()
+            backend = self._require_open()
+            self._totals = self._totals + backend.counters()
+            self._device_totals = self._device_totals + backend.device_counters()
             yield from answer.stream()
         finally:
             self._active = None
@@ -312,9 +317,13 @@ class Model:
         return b"".join(backend.piece(token, special) for token in tokens).decode(errors="replace")
 
     def stats(self) -> dict[str, Any]:
-        """The model's settings, its expert store and all counters since it was loaded; bytes and us."""
+        """The model's settings, its expert store and devices, all counters since it was loaded; bytes and us.
+
+        ``device`` is None on the host alone; ``placement`` in it has both figures of the comparison.
+        """
         backend = self._require_open()
         store = backend.store
+        device_counters = self._device_totals + backend.device_counters()
         return {
             "model": str(self.path),
             "engine": "mobile" if store is not None else "stock",
@@ -327,6 +336,7 @@ class Model:
             "n_ctx": self.n_ctx,
             "store": dataclasses.asdict(store) if store is not None else None,
             "counters": dataclasses.asdict(self._totals + backend.counters()),
+            "device": backend.device.facts(device_counters) if backend.device is not None else None,
         }
 
     @property

@@ -16,6 +16,7 @@ import numpy as np
 
 from mobile_gguf.binding import Counters, ModelInfo
 from mobile_gguf.decode import ALL_EXPERTS, Pass, Policy, decode_prompt, decode_token
+from mobile_gguf.device_structs import DeviceCounters
 from mobile_gguf.errors import UsageError
 from mobile_gguf.gguf_info import ExpertLayer, GgufInfo
 from mobile_gguf.head import Head
@@ -117,6 +118,8 @@ class FakeBackend:
         self._experts = ALL_EXPERTS
         self._n_prompt = 0
         self._counters = Counters()
+        self._device_counters = DeviceCounters()
+        self.device: Any = None
         self.has_engine = has_engine
         self.store = ModelInfo(4 * MIB, 2 * MIB, MIB, 4 * MIB, 4, 4, 16, TOP_K, 0, 0) if has_store else None
 
@@ -142,6 +145,10 @@ class FakeBackend:
             resident_bytes=MIB,
             resident_bytes_peak=MIB + 1,
         )
+        if self.device is not None:
+            self._device_counters = self._device_counters + DeviceCounters(
+                n_hits=4 * len(tokens), n_misses=len(tokens), bytes_uploaded=2048, upload_us=1500
+            )
 
     def step_back(self) -> None:
         self.rows.pop()
@@ -207,7 +214,11 @@ class FakeBackend:
     def counters(self) -> Counters:
         return self._counters
 
+    def device_counters(self) -> DeviceCounters:
+        return self._device_counters
+
     def reset_counters(self) -> None:
+        self._device_counters = DeviceCounters()
         self._counters = Counters()
 
     def forget(self) -> None:
