@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from .binding import Counters, ModelInfo
 from .decode import Pass, Policy
 from .device_structs import DeviceCounters
+from .errors import AnswerStopped
 from .receipt import Receipt, Timings
 from .text import TextStream
 
@@ -67,6 +68,7 @@ class Backend(Protocol):
     last_pass: Pass
     prompt_evaluated: int
     prompt_done: float
+    should_stop: Callable[[], bool] | None  # asked while a prompt is computed
 
     store: ModelInfo | None  # None without an expert store
     has_engine: bool
@@ -80,7 +82,8 @@ class Backend(Protocol):
     def tokenize(self, text: bytes, add_bos: bool = ..., special: bool = ...) -> list[int]: ...
     def piece(self, token: int, special: bool = ...) -> bytes: ...
     def is_end(self, token: int) -> bool: ...
-    def render_chat(self, messages: list[dict[str, Any]]) -> list[int]: ...
+    def last_logits(self) -> Any: ...
+    def render_chat(self, messages: list[dict[str, Any]], **values: Any) -> list[int]: ...
     def make_grammar(self, grammar: str | None, json_schema: Any) -> Any: ...
     def token_bos(self) -> int: ...
     def set_seed(self, seed: int) -> None: ...
@@ -102,17 +105,23 @@ class Request:
     seed: int
     sampling: dict[str, Any]
     cache_prompt: bool = True
+    should_stop: Callable[[], bool] | None = None
 
 
 def generate_steps(backend: Backend, request: Request) -> Generator[tuple[int, Pass], None, None]:
     """The bottom layer: sampled tokens, each with the pass its logits came from, without an end."""
     backend.policy = request.policy
+    backend.should_stop = request.should_stop
     backend.set_seed(request.seed)
     if not request.cache_prompt:
         backend.forget()
     with closing(backend.generate(list(request.prompt), **request.sampling)) as tokens:
         for token in tokens:
             yield token, backend.last_pass
+
+
+def _never() -> bool:
+    return False
 
 
 class Answer:
@@ -135,16 +144,17 @@ class Answer:
         self.finish_reason: str | None = None
 
     def stream(self) -> Generator[Chunk, None, None]:
-        """Yield a chunk per token until the answer ends; Ctrl-C ends it with ``interrupted``."""
+        """Yield a chunk per token until the end; Ctrl-C or ``should_stop`` make it ``interrupted``."""
         self._backend.reset_counters()
         self._backend.prompt_evaluated = 0
+        should_stop = self._request.should_stop or _never
         with closing(generate_steps(self._backend, self._request)) as steps:
             if self._request.max_tokens <= 0:
                 yield self._end(LENGTH)
             while self.finish_reason is None:
                 try:
-                    chunk = self._advance(steps)
-                except KeyboardInterrupt:
+                    chunk = self._end(INTERRUPTED) if should_stop() else self._advance(steps)
+                except (KeyboardInterrupt, AnswerStopped):
                     chunk = self._end(INTERRUPTED)
                 yield chunk
 

@@ -48,5 +48,13 @@ class ExpertReadError(EngineError):
     """Expert bytes could not be read while decoding; names file, layer and expert."""
 
 
+class AnswerStopped(MobileError):
+    """An answer was asked to stop while its prompt was computed; Model makes a finish reason of it."""
+
+
+class QueueFullError(MobileError):
+    """As many requests wait for the model as may."""
+
+
 class ModelBusyError(MobileError):
     """A Model was used from two threads at once, or after close()."""

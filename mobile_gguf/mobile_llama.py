@@ -26,7 +26,7 @@ from .device_structs import DeviceCounters
 from .device_tier import DeviceTier
 from .errors import EngineError, ExpertReadError, MobileError, UsageError
 from .head import Head
-from .interrupt import stopping_on_ctrl_c
+from .interrupt import stopping_on_request
 from .llama_log import clear_errors, last_errors
 from .rpc import context_loss
 
@@ -62,6 +62,7 @@ class MobileLlama(Llama):
         self.last_pass = Pass.BIG
         self.prompt_evaluated = 0
         self.prompt_done = 0.0
+        self.should_stop: Callable[[], bool] | None = None
         self._prompt_pending = False
         self._experts = ALL_EXPERTS
         self.head: Head | None = None
@@ -165,13 +166,16 @@ class MobileLlama(Llama):
         self._keep_state(self.policy.uses_head and len(tokens) == 1)
         self._state_at = -1
         try:
-            with stopping_on_ctrl_c(self.ctx) if len(tokens) > 1 else contextlib.nullcontext():
+            with self._interruptible() if len(tokens) > 1 else contextlib.nullcontext():
                 super().eval(tokens)
         except RuntimeError as error:
             raise self.decode_error(error) from None
         self._little_rows[start : self.n_tokens] = self._experts != ALL_EXPERTS
         if self._keeps_state:
             self._state_at = self.n_tokens
+
+    def _interruptible(self) -> contextlib.AbstractContextManager[None]:
+        return stopping_on_request(self.ctx, self.should_stop)
 
     def _keep_state(self, keep: bool) -> None:
         if keep != self._keeps_state:
@@ -247,9 +251,10 @@ class MobileLlama(Llama):
                 return buffer.raw[:n]
             size = -n
 
-    def render_chat(self, messages: list[dict[str, Any]]) -> list[int]:
+    def render_chat(self, messages: list[dict[str, Any]], **values: Any) -> list[int]:
         """Prompt tokens for ``messages`` by the GGUF's template, by ChatML if it has none.
 
+        ``values`` (``tools``, ``enable_thinking``) are what the template may use besides.
         Raises UsageError if the template refuses them.
         """
         bos = self._token_text(self.token_bos())
@@ -257,7 +262,7 @@ class MobileLlama(Llama):
         eos = self._token_text(self.token_eos())
         try:
             formatter = Jinja2ChatFormatter(template, eos_token=eos, bos_token=bos)
-            prompt = formatter(messages=messages).prompt  # type: ignore[arg-type]
+            prompt = formatter(messages=messages, **values).prompt  # type: ignore[arg-type]
         except (TemplateError, ValueError, TypeError) as error:
             raise UsageError(f"the model's chat template refuses these messages: {error}") from None
         # Most templates write the beginning-of-sequence token themselves; it must not come twice.

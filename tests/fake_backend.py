@@ -106,6 +106,7 @@ class FakeBackend:
         self.last_pass = Pass.BIG
         self.prompt_evaluated = 0
         self.prompt_done = 0.0
+        self.should_stop: Callable[[], bool] | None = None
         self.can_step_back = can_step_back
         self.rows: list[Row] = []
         self.log: list[str] = []
@@ -196,7 +197,7 @@ class FakeBackend:
     def is_end(self, token: int) -> bool:
         return token == EOS
 
-    def render_chat(self, messages: list[dict[str, Any]]) -> list[int]:
+    def render_chat(self, messages: list[dict[str, Any]], **_values: Any) -> list[int]:
         if any(message["role"] not in ("system", "user", "assistant") for message in messages):
             raise UsageError("the model's chat template refuses these messages: unknown role")
         text = "".join(f"<{message['role']}>{message['content']}\n" for message in messages)

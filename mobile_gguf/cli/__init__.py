@@ -19,7 +19,7 @@ from ..errors import MobileError
 
 PROGRAM = "mobile-gguf"
 VERBS = (
-    *("run", "chat", "plan"),
+    *("run", "chat", "serve", "plan"),
     *("pull", "list", "show", "rm"),
     *("convert", "verify", "calibrate"),
     *("bench", "engine"),
