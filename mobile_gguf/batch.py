@@ -136,19 +136,30 @@ class OutputFile:
 
 
 class StreamOutput:
-    """The same on a stream such as stdout, which cannot be gone on with."""
+    """The same on standard output, a pipe or a device, which cannot be gone on with."""
 
     n_before = n_failed_before = 0
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
 
+    @classmethod
+    def open(cls, path: Path) -> StreamOutput:
+        """A path that is no regular file. Raises MobileError."""
+        with disk_errors(path, remedy=""):
+            return cls(open(path, "wb", buffering=0))
+
     def write(self, answer: dict[str, Any]) -> None:
-        self._stream.write(_encoded(answer))
-        self._stream.flush()
+        try:
+            self._stream.write(_encoded(answer))
+            self._stream.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise MobileError(f"cannot write the answers: {error.strerror or error}") from error
 
     def close(self) -> None:
-        self._stream.flush()
+        """Nothing: each line is out already, and standard output is not ours to close."""
 
 
 def run_batch(

@@ -58,6 +58,8 @@ def run(args: argparse.Namespace) -> int:
     keys = [item.key(settings) for item in items]
     if args.out in (None, "-"):
         output = StreamOutput(sys.stdout.buffer)
+    elif Path(args.out).exists() and not Path(args.out).is_file():
+        output = StreamOutput.open(Path(args.out))
     else:
         output = OutputFile(Path(args.out), keys, overwrite=args.overwrite)
     try:
