@@ -12,6 +12,8 @@ from ..answer import INTERRUPTED
 from ..errors import UsageError
 from ..model import Model
 from ..receipt import Receipt
+from .batch import add_batch_arguments
+from .batch import run as run_batch
 from .common import add_model_arguments, generate_options, load_model, show_answer, show_receipt
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("-sys", "--system", metavar="TEXT", help="system message")
     parser.add_argument("--raw", action="store_true", help="continue the prompt as it is, without a template")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
+    add_batch_arguments(parser)
     parser.set_defaults(func=run)
 
 
@@ -42,6 +45,10 @@ def run(args: argparse.Namespace) -> int:
 
     if args.raw and args.system is not None:
         raise UsageError("--system has no effect with --raw: put it into the prompt")
+    if args.batch is not None:
+        return run_batch(args)
+    if args.out is not None or args.overwrite or args.strict:
+        raise UsageError("--out, --overwrite and --strict need --batch FILE")
     prompt = read_prompt(args)
     if prompt is None:
         from .chat import run as chat
