@@ -282,7 +282,8 @@ class Ggml:
         self.call("backend_tensor_set", tensor, ctypes.addressof(block), 0, n_bytes)
 
     def _repacking(self, device: Device, product: int, weight: int) -> int | None:
-        """The first extra buffer type of the CPU that has kernels for this product, as llama.cpp chooses it."""
+        """The first extra buffer type of the CPU that has kernels for this product, as llama.cpp chooses
+        it."""
         reg = self.call("backend_dev_backend_reg", device.handle)
         address = self.call("backend_reg_get_proc_address", reg, b"ggml_backend_dev_get_extra_bufts")
         if not address:
