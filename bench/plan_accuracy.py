@@ -217,7 +217,7 @@ def write(out: Path, results: list[Result], hardware: str) -> None:
         "",
         f"- median error {median(errors):.0%} over {len(results)} configurations, largest {max(errors):.0%}; "
         f"{inside} inside the band",
-        f"- machine: {hardware}; load average {min(loads):.1f} to {max(loads):.1f}, median {median(loads):.1f}",
+        f"- machine: {hardware}; load average {min(loads):.1f}-{max(loads):.1f}, median {median(loads):.1f}",
     ]
     if learnt_errors:
         error = median(map(abs, learnt_errors))

@@ -13,6 +13,7 @@ from ..flags import add_arguments, given
 from ..gguf_info import GgufInfo, read_gguf_info
 from ..options import LoadOptions, declared, make_options
 from ..resolve import resolve_model
+from ..sizes import parse_size
 from .common import Progress, narrate
 
 if TYPE_CHECKING:
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 
 _DESCRIPTION = """Say what of a model fits where, which budgets and flags to use, and how many tokens per
 second to expect, before anything of it is loaded: from the GGUF's header and a measurement of this machine,
-which takes seconds, at most a minute, and is kept. What cannot fit is refused (exit code 1) with what would."""
+which takes seconds, at most a minute, and is kept. What cannot fit is refused (exit code 1), with what would
+instead."""
 _PLANNED = (
     "ram_budget", "vram_budget", "rpc", "miss", "placement", "mode", "gamma", "importance", "head_threshold",
     "little_k", "n_ctx", "n_ubatch", "threads", "io_threads", "eviction", "flash_attn",
@@ -112,6 +114,8 @@ def _devices(
     asked = None if vram is None else str(vram)
     if asked == "off":
         return [], None, []
+    if asked is not None:
+        parse_size(asked)
     try:
         ggml = Ggml()
         found = [device for device in ggml.devices() if device.kind in (GPU, IGPU)]
