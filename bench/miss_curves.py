@@ -2,8 +2,8 @@
 
     python -m mobile_gguf.bench.miss_curves qwen.route.csv.gz gemma.route.csv.gz
 
-Models with fewer experts than a trace has are stood in for by the trace with its experts merged into groups at
-random: a group is needed when one of its experts is. Misses are those of ``simulate``.
+Models with fewer experts than a trace has are stood in for by the trace with its experts merged into groups
+at random: a group is needed when one of its experts is. Misses are those of ``simulate``.
 """
 
 from __future__ import annotations

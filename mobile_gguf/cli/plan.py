@@ -1,4 +1,5 @@
-"""``mobile-gguf plan``: before loading a model, what fits where, with which flags, and how fast it will be."""
+"""``mobile-gguf plan``: before loading a model, what fits where, with which flags, and how fast it will
+be."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from ..flags import add_arguments, given
 from ..gguf_info import GgufInfo, read_gguf_info
 from ..options import LoadOptions, declared, make_options
 from ..resolve import resolve_model
+from ..sizes import parse_size
 from .common import Progress, narrate
 
 if TYPE_CHECKING:
@@ -19,9 +21,10 @@ if TYPE_CHECKING:
     from ..plan.machine import Measurements
     from ..plan.workload import Workload
 
-_DESCRIPTION = """Say what of a model fits where, which budgets and flags to use, and how many tokens per second to
-expect, before anything of it is loaded: from the GGUF's header and a measurement of this machine, which takes
-seconds, at most a minute, and is kept. What cannot fit is refused (exit code 1) with what would."""
+_DESCRIPTION = """Say what of a model fits where, which budgets and flags to use, and how many tokens per
+second to expect, before anything of it is loaded: from the GGUF's header and a measurement of this machine,
+which takes seconds, at most a minute, and is kept. What cannot fit is refused (exit code 1), with what would
+instead."""
 _PLANNED = (
     "ram_budget", "vram_budget", "rpc", "miss", "placement", "mode", "gamma", "importance", "head_threshold",
     "little_k", "n_ctx", "n_ubatch", "threads", "io_threads", "eviction", "flash_attn",
@@ -85,9 +88,16 @@ def run(args: argparse.Namespace) -> int:
             narrate("interrupted; what was measured is kept")
             raise
     plan = make_plan(
-        info, workload, measurements, options,
-        devices=devices, vram=vram, rpc=getattr(args, "rpc", None), n_weights=count_weights(info), notes=notes,
-    )  # fmt: skip
+        info,
+        workload,
+        measurements,
+        options,
+        devices=devices,
+        vram=vram,
+        rpc=getattr(args, "rpc", None),
+        n_weights=count_weights(info),
+        notes=notes,
+    )
     print(json.dumps(plan_facts(plan), ensure_ascii=False) if args.json else "\n".join(plan_lines(plan)))
     return 0
 
@@ -104,6 +114,8 @@ def _devices(
     asked = None if vram is None else str(vram)
     if asked == "off":
         return [], None, []
+    if asked is not None:
+        parse_size(asked)
     try:
         ggml = Ggml()
         found = [device for device in ggml.devices() if device.kind in (GPU, IGPU)]
@@ -117,8 +129,8 @@ def _devices(
     if not found:
         if asked not in (None, "auto"):
             raise FitError(
-                f"--vram-budget {asked}: there is no device here; build the engine for one (`mobile-gguf engine "
-                "build --backend ...`), give --rpc HOST:PORT, or plan without"
+                f"--vram-budget {asked}: there is no device here; build the engine for one (`mobile-gguf "
+                "engine build --backend ...`), give --rpc HOST:PORT, or plan without"
             )
         return [], None, []
     return [DeviceMemory(one.name, one.free_bytes, one.total_bytes) for one in found], asked or "auto", []

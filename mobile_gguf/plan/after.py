@@ -48,8 +48,9 @@ def compare_run(
 ) -> Comparison | None:
     """Hold an answer of ``n_tokens`` against what the plan says of its budget, mode and length.
 
-    ``device``: ``Model.stats()["device"]``, if there is a device tier. None without measurements that suffice, or
-    for an answer too short to have a speed. With ``teach`` it corrects later predictions. Never raises.
+    ``device``: ``Model.stats()["device"]``, if there is a device tier. None without measurements that
+    suffice, or for an answer too short to have a speed. With ``teach`` it corrects later predictions. Never
+    raises.
     """
     if n_tokens < 2 or tokens_per_second <= 0:
         return None

@@ -18,9 +18,9 @@ def predict_cached(info: GgufInfo, options: LoadOptions | None = None) -> Predic
     """The speed of a model with ``options`` (default: LoadOptions()) by measurements made before.
 
     Never measures and never raises for the machine's or the file's sake: None without a valid measurement of
-    this machine (``mobile-gguf plan MODEL`` makes one), and for a model that does not fit. Of matrices that no
-    plan has measured it is a guess from those of the same type, and the band says so. Host tier only. Reads the
-    header and two small files; takes milliseconds.
+    this machine (``mobile-gguf plan MODEL`` makes one), and for a model that does not fit. Of matrices that
+    no plan has measured it is a guess from those of the same type, and the band says so. Host tier only.
+    Reads the header and two small files; takes milliseconds.
     """
     options = options or LoadOptions()
     measurements = read_measurements()

@@ -1,8 +1,9 @@
 """What a budget misses in real routing: tables made by ``python -m mobile_gguf.bench.miss_curves``.
 
-Source: the routing of Qwen3-30B-A3B and gemma-4-26B-A4B (128 experts a layer, top-6; a prompt of 27 tokens and 128
-decoded ones, github.com/Helldez/BigMoeOnEdge), replayed through the engine's eviction policies; means of the two,
-which differ by 7% in the median. Rows for fewer experts come from the same traces with experts merged at random.
+Source: the routing of Qwen3-30B-A3B and gemma-4-26B-A4B (128 experts a layer, top-6; a prompt of 27 tokens
+and 128 decoded ones, github.com/Helldez/BigMoeOnEdge), replayed through the engine's eviction policies;
+means of the two, which differ by 7% in the median. Rows for fewer experts come from the same traces with
+experts merged at random.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ POLICY = {
     "moepic": (1.02, 1.03, 1.04, 1.05, 1.06, 1.07, 1.07, 1.04, 1.04, 1.05),
 }
 
-# The engine misses more than the replay does: the prompt comes in one batch, and some slots serve reads ahead.
-# From bench/results/qwen3-30b-a3b-trace.json, four arms: 1.10 to 1.16.
+# The engine misses more than the replay does: the prompt comes in one batch, and some slots serve reads
+# ahead. From bench/results/qwen3-30b-a3b-trace.json, four arms: 1.10 to 1.16.
 ENGINE_FACTOR = 1.12
 # Half-width of the error band, as a share of the misses: the two traces, and that a third model is neither.
 SPREAD = 0.25

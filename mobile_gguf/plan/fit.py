@@ -1,6 +1,7 @@
 """What of a model fits where: context, buffers, dense weights and experts in device memory, RAM and the file.
 
-Pure arithmetic on the header and on what memory there is; a model that does not fit is refused with what would.
+Pure arithmetic on the header and on what memory there is; a model that does not fit is refused with what
+would.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from ..budget import CONTEXT_MULTIPLE, Demand, estimate_demand, plan_budget
 from ..errors import BudgetError, MobileError, UsageError
 from ..gguf_info import GgufInfo
 from ..memory import Memory
-from ..sizes import KIB, MIB, Size, format_bytes
+from ..sizes import AUTO, KIB, MIB, Size, format_bytes
 
 _DEVICE_RESERVE_MIN, _DEVICE_RESERVE_SHARE = 256 * MIB, 20
 _SMALL_UBATCH = 128
@@ -59,12 +60,13 @@ class Fit:
 
 @dataclass(frozen=True)
 class Asked:
-    """What a plan is made for. ``ram`` and ``vram``: a size, a share of the experts, or auto; vram None: off."""
+    """What a plan is made for. ``ram`` and ``vram``: a size, a share of the experts, or auto; vram None:
+    off."""
 
     n_ctx: int
     n_ubatch: int
     flash_attn: bool = False
-    ram: Size = Size()
+    ram: Size = AUTO
     vram: Size | None = None
 
 
@@ -135,7 +137,7 @@ def _plan_host(info: GgufInfo, asked: Asked, demand: Demand, memory: Memory, n_b
 
 def _largest_budget(info: GgufInfo, demand: Demand, memory: Memory) -> str:
     try:
-        plan = plan_budget(Size(), info, demand, memory)
+        plan = plan_budget(AUTO, info, demand, memory)
     except BudgetError:
         return "no budget does: use a smaller --ctx-size or --ubatch-size"
     return f"--ram-budget {mebibytes(plan.budget_bytes or info.budget_all_bytes)} does"
@@ -143,7 +145,7 @@ def _largest_budget(info: GgufInfo, demand: Demand, memory: Memory) -> str:
 
 def _plan_device(info: GgufInfo, asked: Asked, demand: Demand, devices: Sequence[DeviceMemory]) -> int:
     """The devices' budget for expert slots together."""
-    vram = asked.vram or Size()
+    vram = asked.vram or AUTO
     free = sum(device.free_bytes for device in devices)
     names = ", ".join(device.name for device in devices)
     reserve = max(_DEVICE_RESERVE_MIN, free // _DEVICE_RESERVE_SHARE)
@@ -202,7 +204,8 @@ def _refusal(info: GgufInfo, asked: Asked, demand: Demand, source: str, free: in
 
 
 def _smaller_context(info: GgufInfo, asked: Asked, room: int, otherwise: str) -> str:
-    """The flags with which everything but the experts takes at most ``room`` bytes; ``otherwise`` if none do."""
+    """The flags with which everything but the experts takes at most ``room`` bytes; ``otherwise`` if none
+    do."""
     found = largest_context(info, asked, room)
     if found is None:
         return otherwise

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import random
+import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..binding import load_library
-from ..errors import EngineError
+from ..errors import EngineError, UsageError
 
 F32, I32 = 0, 26
 CPU, GPU, IGPU, ACCEL = 0, 1, 2, 3  # enum ggml_backend_dev_type
@@ -24,6 +25,7 @@ _BUFFER_OFFSET = 8  # of `buffer` in struct ggml_tensor, after an enum
 _GRAPH_NODES = 4096
 _FILL = 0x11  # as a half it is a small ordinary number, as it is in quants
 _USAGE_WEIGHTS = 1
+_CONNECT_S = 3.0
 
 _A, _N, _I, _T = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int64, ctypes.c_char_p
 
@@ -68,6 +70,19 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ggml_backend_reg_dev_count": (_N, (_A,)),
     "ggml_backend_reg_dev_get": (_A, (_A, _N)),
 }
+
+
+def require_server(endpoint: str) -> None:
+    """Raise EngineError unless something answers at host:port; the library itself would abort the process."""
+    host, _, port = endpoint.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 1 << 16:
+        raise UsageError(f"--rpc {endpoint!r} is not HOST:PORT")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
+    except OSError as error:
+        raise EngineError(
+            f"no RPC server answers at {endpoint} ({error.strerror or error}): start one, or leave out --rpc"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -135,6 +150,7 @@ class Ggml:
 
     def rpc_devices(self, endpoint: str) -> list[Device]:
         """The devices of an RPC server at host:port. Raises EngineError if there is none."""
+        require_server(endpoint)
         reg = self.call("backend_reg_by_name", b"RPC")
         address = (
             self.call("backend_reg_get_proc_address", reg, b"ggml_backend_rpc_add_server") if reg else None
@@ -282,7 +298,8 @@ class Ggml:
         self.call("backend_tensor_set", tensor, ctypes.addressof(block), 0, n_bytes)
 
     def _repacking(self, device: Device, product: int, weight: int) -> int | None:
-        """The first extra buffer type of the CPU that has kernels for this product, as llama.cpp chooses it."""
+        """The first extra buffer type of the CPU that has kernels for this product, as llama.cpp chooses
+        it."""
         reg = self.call("backend_dev_backend_reg", device.handle)
         address = self.call("backend_reg_get_proc_address", reg, b"ggml_backend_dev_get_extra_bufts")
         if not address:

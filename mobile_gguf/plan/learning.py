@@ -1,7 +1,8 @@
-"""What runs taught about predictions: a bounded correction per machine, model and mode, and the share of big tokens.
+"""What runs taught about predictions: a bounded correction per machine, model and mode, and the share of big
+tokens.
 
-correction = actual / predicted tokens per second, averaged in its logarithm with a weight of ``_WEIGHT`` for the
-newest run and never beyond ``_BOUND`` either way. Only answers of ``MIN_TOKENS`` or more teach.
+correction = actual / predicted tokens per second, averaged in its logarithm with a weight of ``_WEIGHT`` for
+the newest run and never beyond ``_BOUND`` either way. Only answers of ``MIN_TOKENS`` or more teach.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ _MIN_BAND = 1.1  # even a model seen often varies by so much
 
 @dataclass(frozen=True)
 class Lesson:
-    """What is known of one model in one mode: log of the correction, its mean deviation, how many runs taught,
-    and the share of big tokens (None: not of big-little)."""
+    """What is known of one model in one mode: log of the correction, its mean deviation, how many runs
+    taught, and the share of big tokens (None: not of big-little)."""
 
     log_correction: float = 0.0
     deviation: float = 0.0

@@ -1,7 +1,7 @@
 """Measurements of this machine, kept between runs: who it is, what was measured when, and reading it back.
 
-One JSON file per machine under the cache directory. A file of another machine, engine, driver or format is not
-read, an entry older than ``MAX_AGE_DAYS`` neither; a damaged file counts as none.
+One JSON file per machine under the cache directory. A file of another machine, engine, driver or format is
+not read, an entry older than ``MAX_AGE_DAYS`` neither; a damaged file counts as none.
 """
 
 from __future__ import annotations
@@ -110,7 +110,8 @@ def write_measurements(measurements: Measurements) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace a small JSON file: readers see the old or the new one. Raises MobileError if the disk refuses."""
+    """Replace a small JSON file: readers see the old or the new one. Raises MobileError if the disk
+    refuses."""
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)

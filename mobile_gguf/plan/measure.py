@@ -1,7 +1,7 @@
 """Measuring what a plan for one model needs to know about the machine, in at most a minute.
 
-What was measured before is not measured again. Nothing large is written; about 100 MiB of memory is used for a
-moment. Ctrl-C ends it between two samples; what was measured until then is kept.
+What was measured before is not measured again. Nothing large is written; about 100 MiB of memory is used for
+a moment. Ctrl-C ends it between two samples; what was measured until then is kept.
 """
 
 from __future__ import annotations
@@ -79,12 +79,14 @@ def steps_for(
     io_threads: int = DEFAULT_IO_THREADS,
     *,
     resident: bool = True,
+    stored: bool = True,
     devices: Sequence[Device] = (),
     ggml: Ggml | None = None,
 ) -> list[Step]:
     """Every measurement that a plan for this model takes; ``ks`` are the experts a token may use.
 
-    ``resident``: also as the experts are multiplied when all of them stay in memory.
+    ``resident``: as the experts are multiplied when all of them stay in memory; ``stored``: as when not, and
+    the disk.
     """
     ggml = ggml or Ggml()
     cpu = next((device for device in ggml.devices() if device.kind == CPU), None)
@@ -103,7 +105,7 @@ def steps_for(
     n_expert, segments = info.n_expert, info.segments
     for product in workload.experts:
         for k in ks:
-            for usual in (False, True) if resident else (False,):
+            for usual in [False] * stored + [True] * resident:
                 add_product(product, n_expert * segments, k * segments, usual)
     for product in main_products(workload):
         add_product(product, 1, 1, True)
@@ -115,7 +117,7 @@ def steps_for(
 
         found.append(Step(f"{name}.layer", _OVERHEAD_S + 0.3, "measuring the engine", overheads))
     disk = disk_name(info.path)
-    for product in workload.experts:
+    for product in workload.experts if stored else ():
         n_bytes = read_size(product.n_bytes)
         for n_threads in sorted({1, io_threads}):
             name = read_name(disk, n_bytes, n_threads)

@@ -1,7 +1,7 @@
 """How many of its experts a token misses under a budget: pure functions of share, geometry and policy.
 
-``share`` is the budget over the bytes at which every expert stays. From a model's calibrated hotness where it has
-one, else from the curves of recorded traces (``curves.py``).
+``share`` is the budget over the bytes at which every expert stays. From a model's calibrated hotness where
+it has one, else from the curves of recorded traces (``curves.py``).
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ def miss_rate(
     n_tokens: int = _ANSWER_TOKENS,
     hotness: Sequence[Sequence[float]] | None = None,
 ) -> MissRate:
-    """Misses per need of a token that uses ``k`` of ``n_expert`` experts a layer, in an answer of ``n_tokens``.
+    """Misses per need of a token that uses ``k`` of ``n_expert`` experts a layer, in an answer of
+    ``n_tokens``.
 
     ``hotness``: for each layer, the share of tokens that route to each expert. A rate never exceeds 1.
     """
@@ -60,7 +61,8 @@ def miss_rate(
 
 
 def steady_rate(share: float, n_expert: int, k: float) -> float:
-    """Misses per need of a long answer under ``decay``, by the traces; log-linear between the tables' rows."""
+    """Misses per need of a long answer under ``decay``, by the traces; log-linear between the tables'
+    rows."""
     if share >= _ALL:
         return 0.0
     at = math.log2(min(max(n_expert, _EXPERTS[0]), _EXPERTS[-1]))
@@ -125,13 +127,14 @@ def independent_rate(share: float, hotness: Sequence[Sequence[float]]) -> float:
 
 
 def _popular_traces(share: float, n_expert: int, k: float) -> float:
-    """``independent_rate`` of routing as popular as the traces': Zipf's law with a cut-off at a seventh of the
-    experts, which bench/synthetic.py fitted to them."""
+    """``independent_rate`` of routing as popular as the traces': Zipf's law with a cut-off at a seventh of
+    the experts, which bench/synthetic.py fitted to them."""
     weights = [(i + 1) ** -0.4 * math.exp(-i / (18 / 128 * n_expert)) for i in range(n_expert)]
     total = sum(weights)
     return independent_rate(share, [[min(1.0, k * w / total) for w in weights]])
 
 
 def miss_distribution(k: int, rate: float) -> list[float]:
-    """Probabilities of 0 .. k misses in one layer, for independent needs (the mean is what the traces fix)."""
+    """Probabilities of 0 .. k misses in one layer, for independent needs (the mean is what the traces
+    fix)."""
     return [math.comb(k, m) * rate**m * (1 - rate) ** (k - m) for m in range(k + 1)]

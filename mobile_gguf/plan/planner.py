@@ -140,7 +140,8 @@ def suggest(
     vram: str | None = None,
     rpc: str | None = None,
 ) -> str:
-    """A command line to copy: budgets, context and micro-batch as planned, the mode as asked for or worth it."""
+    """A command line to copy: budgets, context and micro-batch as planned, the mode as asked for or worth
+    it."""
     words = ["mobile-gguf", "run", str(info.path)]
     if info.is_moe:
         all_stay = fit.ram_share >= 1

@@ -36,8 +36,8 @@ DEFAULT_BIG_SHARE = (0.2, 0.5, 0.9)  # low, expected, high: without calibration 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a prediction is for. Shares are of all experts; ``big_share`` (low, expected, high) are the tokens of
-    big-little that all experts are used for, ``by_head`` whether the head finds them."""
+    """What a prediction is for. Shares are of all experts; ``big_share`` (low, expected, high) are the
+    tokens of big-little that all experts are used for, ``by_head`` whether the head finds them."""
 
     mode: str = EXACT
     k: int = 0
@@ -67,7 +67,8 @@ def predict(
     disk: str,
     hotness: Sequence[Sequence[float]] | None = None,
 ) -> Prediction | None:
-    """Decoding speed with ``settings``; None if too little was measured. ``disk``: as ``disk_name`` says it."""
+    """Decoding speed with ``settings``; None if too little was measured. ``disk``: as ``disk_name`` says
+    it."""
     try:
         middle = _Case(info, workload, measurements, settings, disk, hotness, "value", 0).seconds()
         fast = _Case(info, workload, measurements, settings, disk, hotness, "fast", -1).seconds()
@@ -100,7 +101,8 @@ def predict_prefill(
 
 
 class _Case:
-    """One corner of the error band: ``which`` quartile of what was measured, ``sign`` of the misses' spread."""
+    """One corner of the error band: ``which`` quartile of what was measured, ``sign`` of the misses'
+    spread."""
 
     def __init__(
         self,

@@ -9,7 +9,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Prediction:
-    """Decoding speed foreseen for one model with given settings; the actual one is expected in [low, high]."""
+    """Decoding speed foreseen for one model with given settings; the actual one is expected in [low,
+    high]."""
 
     mode: str
     predicted_tps: float

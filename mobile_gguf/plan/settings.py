@@ -1,5 +1,5 @@
-"""From options and a file to the settings of a prediction: budgets as shares, experts of a little token, and how
-many tokens of big-little will be big."""
+"""From options and a file to the settings of a prediction: budgets as shares, experts of a little token, and
+how many tokens of big-little will be big."""
 
 from __future__ import annotations
 

@@ -74,8 +74,8 @@ def layer_seconds(one: Pass, n_misses: int, reads: Reads) -> float:
 def mixed_seconds(little_s: float, big_s: float, again_s: float, big_share: float, *, by_head: bool) -> float:
     """Big-little: little tokens, and a share that is important.
 
-    With a head these are run big at once; by confidence they are run little first and ``again_s`` is the second
-    pass, which finds what the first has loaded.
+    With a head these are run big at once; by confidence they are run little first and ``again_s`` is the
+    second pass, which finds what the first has loaded.
     """
     if by_head:
         return (1 - big_share) * little_s + big_share * big_s
@@ -84,8 +84,9 @@ def mixed_seconds(little_s: float, big_s: float, again_s: float, big_share: floa
 
 @dataclass(frozen=True)
 class DeviceTier:
-    """What a device does for a token: seconds of one layer's experts there, of one expert's upload, and of what
-    a layer costs beside them (copies of activations, launches); ``slots_share`` of all experts have a slot."""
+    """What a device does for a token: seconds of one layer's experts there, of one expert's upload, and of
+    what a layer costs beside them (copies of activations, launches); ``slots_share`` of all experts have a
+    slot."""
 
     expert_s: float
     upload_s: float
@@ -96,8 +97,8 @@ class DeviceTier:
 def device_layer_seconds(device: DeviceTier, host: Pass, rate: float, miss: str) -> float:
     """One layer's experts with a share ``rate`` of needs not on the device.
 
-    ``fetch``: uploaded, then computed there; ``cpu``: computed by the host while the device computes the hits;
-    ``auto``: the split at which both sides end together, never worse than either.
+    ``fetch``: uploaded, then computed there; ``cpu``: computed by the host while the device computes the
+    hits; ``auto``: the split at which both sides end together, never worse than either.
     """
     misses = rate * host.k
     hot = device.expert_s * (1 - rate)

@@ -1,7 +1,8 @@
 """What a token costs beside its bytes: a model of next to no weights, run by the engine itself.
 
 Two models that differ only in their number of layers are written to a temporary directory (a few MiB) and
-decoded; the slope is a layer's cost (norms, attention, routing, barriers), the rest a token's (graph, output).
+decoded; the slope is a layer's cost (norms, attention, routing, barriers), the rest a token's (graph,
+output).
 """
 
 from __future__ import annotations
