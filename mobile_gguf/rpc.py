@@ -69,9 +69,7 @@ def _parse_endpoint(part: str, text: str) -> Endpoint:
     if not colon:
         raise UsageError(f"--rpc {part}: the port is missing; give HOST:PORT, such as {part}:{DEFAULT_PORT}")
     if ":" in host:
-        raise UsageError(
-            f"--rpc {part}: not HOST:PORT; llama.cpp's RPC has host names and IPv4 addresses only"
-        )
+        raise UsageError(f"--rpc {part}: not HOST:PORT; llama.cpp's RPC knows host names and IPv4 addresses")
     if not _HOST.fullmatch(host):
         raise UsageError(f"--rpc {part}: {host!r} is no host name; give HOST:PORT")
     if not (port.isascii() and port.isdecimal() and 0 < int(port) < 65536):
@@ -100,8 +98,8 @@ def probe_server(endpoint: Endpoint, seconds: float = CONNECT_SECONDS) -> Server
             return _interview(connection, endpoint)
         except TimeoutError:
             raise EngineError(
-                f"--rpc {endpoint}: no answer within {seconds:g} s; an RPC server serves one client at a time: "
-                "it may have another, hang, or be something else"
+                f"--rpc {endpoint}: no answer within {seconds:g} s; a server has one client at a time: "
+                "it may be busy with another, hang, or be something else"
             ) from None
         except (OSError, EOFError, ValueError) as error:
             raise EngineError(
