@@ -239,7 +239,9 @@ def test_run_json_has_the_tier_in_its_receipt(server, demo_gguf):
         "512",
         "--json",
     ]
-    device = command(*line, "--rpc", server.endpoint, "--vram-budget", "50%", "--placement", "cache")
+    device = command(
+        *line, "--rpc", server.endpoint, "--vram-budget", "50%", "--placement", "cache", "--miss", "fetch"
+    )
     host = command(*line, "--vram-budget", "off")
     assert device.returncode == host.returncode == 0, device.stderr
     on_device, alone = json.loads(device.stdout), json.loads(host.stdout)
