@@ -46,10 +46,11 @@ class PrefetchCountersStruct(ctypes.Structure):
 class PrefetchCounters:
     """What was read ahead since the last reset of the counters, and what is in use now.
 
-    Counts, bytes and microseconds as in mobile.h: ``n_queued`` experts were read, of which ``n_used`` were needed
-    before they left memory, ``n_wasted`` left it unused; ``n_unused`` are there still. ``saved_us`` is an
-    estimate: the bytes that had arrived when they were needed, times the stall that a byte read on demand cost.
-    ``next_permille`` is the time of a pass with predictions over one without, as measured last; 0: not yet.
+    Counts, bytes and microseconds as in mobile.h: ``n_queued`` experts were read, of which ``n_used`` were
+    needed before they left memory, ``n_wasted`` left it unused; ``n_unused`` are there still. ``saved_us``
+    is an estimate: the bytes that had arrived when they were needed, times the stall that a byte read on
+    demand cost. ``next_permille`` is the time of a pass with predictions over one without, as measured
+    last; 0: not yet.
     """
 
     n_predicted: int = 0
