@@ -12,6 +12,7 @@ from .binding import Counters, ModelInfo
 from .decode import Pass, Policy
 from .device_structs import DeviceCounters
 from .errors import AnswerStopped
+from .prefetch import PrefetchCounters
 from .receipt import Receipt, Timings
 from .text import TextStream
 
@@ -89,6 +90,7 @@ class Backend(Protocol):
     def set_seed(self, seed: int) -> None: ...
     def counters(self) -> Counters: ...
     def device_counters(self) -> DeviceCounters: ...
+    def prefetch_counters(self) -> PrefetchCounters: ...
     def reset_counters(self) -> None: ...
     def forget(self) -> None: ...
     def close(self) -> None: ...
@@ -139,6 +141,7 @@ class Answer:
         self._prompt_seconds = 0.0
         self._counters = Counters()
         self._device_counters = DeviceCounters()
+        self._ahead = PrefetchCounters()
         store = backend.store
         self._budget_bytes = store.budget_bytes if store is not None else 0
         self.finish_reason: str | None = None
@@ -167,6 +170,7 @@ class Answer:
             self._busy_seconds += ended - started
             self._counters = self._backend.counters()
             self._device_counters = self._backend.device_counters()
+            self._ahead = self._backend.prefetch_counters()
         if not self._tokens:
             # Sampling the first token belongs to the generation, as in llama-server.
             self._prompt_seconds = max(0.0, min(self._backend.prompt_done, ended) - started)
@@ -229,6 +233,9 @@ class Answer:
             bytes_uploaded=on_device.bytes_uploaded,
             upload_stall_ms=on_device.upload_us / 1e3,
             vram_budget_bytes=tier.budget_bytes if tier is not None else 0,
+            prefetch_hits=self._ahead.n_used,
+            prefetch_wasted_bytes=self._ahead.bytes_wasted,
+            prefetch_saved_ms=self._ahead.saved_us / 1e3,
         )
 
     @property

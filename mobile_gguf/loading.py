@@ -15,6 +15,7 @@ from .gguf_info import GgufInfo
 from .llama_log import capture_log, clear_errors, last_errors
 from .memory import read_memory
 from .options import LoadOptions
+from .prefetch import set_prefetch
 from .rpc import clear_loss, last_loss
 from .sizes import parse_size
 from .threads import default_threads
@@ -106,7 +107,9 @@ def _open(
         notices.append(
             f"the engine cannot hold the experts of a {info.architecture} model: no budget, only mode exact"
         )
-    elif request is not None:
+    else:
+        set_prefetch(engine, llama.ctx, options.prefetch)
+    if llama.store is not None and request is not None:
         try:
             calls = DeviceCalls(engine, llama.ctx)
             llama.device, remarks = start_tier(

@@ -28,6 +28,7 @@ from .errors import EngineError, ExpertReadError, MobileError, UsageError
 from .head import Head
 from .interrupt import stopping_on_request
 from .llama_log import clear_errors, last_errors
+from .prefetch import PrefetchCounters, prefetch_counters
 from .rpc import context_loss
 
 # A prompt that is all in the context already is computed anew from here before its end.
@@ -226,6 +227,10 @@ class MobileLlama(Llama):
     def device_counters(self) -> DeviceCounters:
         """The device tier's counters since the last reset; all zero without one."""
         return self.device.counters() if self.device is not None else DeviceCounters()
+
+    def prefetch_counters(self) -> PrefetchCounters:
+        """What was read ahead since the last reset; all zero without a store."""
+        return prefetch_counters(self.engine, self.ctx) if self.engine is not None else PrefetchCounters()
 
     def reset_counters(self) -> None:
         if self.engine is not None:

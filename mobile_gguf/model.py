@@ -344,7 +344,8 @@ class Model:
     def stats(self) -> dict[str, Any]:
         """The model's settings, its expert store and devices, all counters since it was loaded; bytes and us.
 
-        ``device`` is None on the host alone; ``placement`` in it has both figures of the comparison.
+        ``device`` is None on the host alone; ``placement`` in it has both figures of the comparison. ``prefetch``
+        counts the answer that runs or ran last.
         """
         backend = self._require_open()
         store = backend.store
@@ -361,6 +362,7 @@ class Model:
             "n_ctx": self.n_ctx,
             "store": dataclasses.asdict(store) if store is not None else None,
             "counters": dataclasses.asdict(self._totals + backend.counters()),
+            "prefetch": backend.prefetch_counters().to_dict() if store is not None else None,
             "device": backend.device.facts(device_counters) if backend.device is not None else None,
         }
 

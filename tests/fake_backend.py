@@ -20,6 +20,7 @@ from mobile_gguf.device_structs import DeviceCounters
 from mobile_gguf.errors import UsageError
 from mobile_gguf.gguf_info import ExpertLayer, GgufInfo
 from mobile_gguf.head import Head
+from mobile_gguf.prefetch import PrefetchCounters
 
 BOS, EOS, N_VOCAB = 256, 257, 258
 TOP_K, MIB = 8, 1 << 20
@@ -217,6 +218,9 @@ class FakeBackend:
 
     def device_counters(self) -> DeviceCounters:
         return self._device_counters
+
+    def prefetch_counters(self) -> PrefetchCounters:
+        return PrefetchCounters()
 
     def reset_counters(self) -> None:
         self._device_counters = DeviceCounters()

@@ -22,7 +22,8 @@ static constexpr int64_t LASTING_TOKENS = 8;
 // id i where there is one row per expert
 static const ggml_tensor * src_ids    (const ggml_tensor * dst) { return dst->src[0]; }
 static const ggml_tensor * src_weights(const ggml_tensor * dst) { return dst->src[1]; }
-static bool                has_hot    (const ggml_tensor * dst) { return dst->src[2] != nullptr; }
+static const ggml_tensor * src_cur    (const ggml_tensor * dst) { return dst->src[2]; } // NULL: nothing reads it
+static bool                has_hot    (const ggml_tensor * dst) { return dst->src[3] != nullptr; }
 
 static int64_t n_used_of    (const ggml_tensor * dst) { return src_ids(dst)->ne[0]; }
 static int64_t n_segments_of(const ggml_tensor * dst) { return (dst->ne[0]/n_used_of(dst) - 1)/(has_hot(dst) ? 2 : 1); }
@@ -199,6 +200,39 @@ static void split_ids(const mobile_context & ctx, const ggml_tensor * dst, int64
     }
 }
 
+// what runs, before devices take their part
+static void keep_routed(mobile_context & ctx, const ggml_tensor * dst) {
+    const int64_t n_used = n_used_of(dst);
+    ctx.routed.resize(n_used*dst->ne[1]);
+    for (int64_t t = 0; t < dst->ne[1]; ++t) {
+        std::copy_n(routed_ids(dst, t), n_used, &ctx.routed[t*n_used]);
+    }
+}
+
+bool mobile_route_on_device(const mobile_context & ctx, int32_t layer, int32_t expert) {
+    const int32_t il = ctx.store->layers[layer].il;
+    if (!ctx.slots) {
+        return false;
+    }
+    const mobile_device_layer * l = ctx.slots->layer_of(il);
+    return ctx.slots->whole_layer(il) || (l && ctx.slots->is_cached(il, 1) && l->experts[expert].slot >= 0);
+}
+
+// hints for the layer that comes next
+static void predict_next(mobile_context & ctx, const mobile_route & route, int32_t layer, const ggml_tensor * dst) {
+    const int32_t next = layer + 1;
+    ctx.on_device.clear();
+    if (ctx.slots && next < (int32_t) ctx.store->layers.size()) {
+        ctx.on_device.resize(ctx.store->layers[next].n_expert);
+        for (size_t e = 0; e < ctx.on_device.size(); ++e) {
+            ctx.on_device[e] = mobile_route_on_device(ctx, next, (int32_t) e);
+        }
+    }
+    const ggml_tensor * cur = route.routes_cur ? src_cur(dst) : nullptr;
+    ctx.predictor->add_layer(layer, ctx.routed, dst->ne[1], cur ? (const float *) cur->data : nullptr, cur ? cur->ne[0] : 0,
+        cur ? cur->nb[2]/sizeof(float) : 0, ctx.on_device, ctx.time);
+}
+
 static void route(ggml_tensor * dst, int ith, int nth, void * userdata) {
     GGML_UNUSED(nth);
     if (ith != 0) {
@@ -219,6 +253,7 @@ static void route(ggml_tensor * dst, int ith, int nth, void * userdata) {
     if (ctx.trace) {
         trace_layer(ctx, route, layer, dst); // before the request changes what is resident
     }
+    keep_routed(ctx, dst);
     for (int64_t t = 0; t < n_tokens; ++t) {
         if (route.keep && !has_hot(dst)) {
             keep_ids(ctx, route, dst, t, token_of(ctx, t, n_tokens));
@@ -248,6 +283,7 @@ static void route(ggml_tensor * dst, int ith, int nth, void * userdata) {
         const bool computes = std::any_of(ctx.missing.begin(), ctx.missing.end(), [&](const mobile_need & need) { return ctx.slot_of[need.expert] < 0; });
         route.start_us = computes ? ggml_time_us() : 0;
     }
+    predict_next(ctx, route, layer, dst);
 
     // a batch that needs nearly all of this layer needs nearly all of the next one
     if (n_tokens > LASTING_TOKENS && 10*ctx.needs.size() >= 9*(size_t) store.layers[layer].n_expert && layer + 1 < (int32_t) store.layers.size()) {
@@ -325,7 +361,7 @@ const mobile_experts * mobile_route_whole(mobile_context * ctx, int il, const gg
 
 const mobile_experts * mobile_route_build(
         mobile_context * ctx, ggml_context * ctx0, ggml_backend_sched_t sched, ggml_backend_t backend_cpu, int il, bool renormalise, bool ranked,
-        bool no_lora, const mobile_experts & experts, ggml_tensor * cur, ggml_tensor ** ids, ggml_tensor ** weights) {
+        bool routes_cur, bool no_lora, const mobile_experts & experts, ggml_tensor * cur, ggml_tensor ** ids, ggml_tensor ** weights) {
     if (ctx->hot_ids) {
         *ids     = ctx->hot_ids;
         *weights = ctx->hot_weights;
@@ -349,6 +385,7 @@ const mobile_experts * mobile_route_build(
     }
     route.renormalise = renormalise;
     route.ranked      = ranked;
+    route.routes_cur  = routes_cur;
 
     const int64_t n_used   = (*ids)->ne[0];
     const int64_t n_tokens = (*ids)->ne[1];
@@ -357,8 +394,10 @@ const mobile_experts * mobile_route_build(
     const bool hot = ctx->slots && no_lora && n_used == ctx->n_expert_used && ctx->slots->is_cached(il, n_tokens) && ctx->slots->layer_of(il)->host.down == experts.down;
     route.keep = is_whole || (n_tokens > 1 && has_offload(sched));
 
-    ggml_tensor * args[3] = { *ids, *weights, cur };
-    ggml_tensor * routed = ggml_custom_4d(ctx0, GGML_TYPE_I32, n_ids + n_used + (hot ? n_ids : 0), n_tokens, 1, 1, args, hot ? 3 : 2, ::route, 1, &route);
+    // the next layer is predicted of it in short passes only. with a hot chain a fourth argument says so
+    const int n_args = hot ? 4 : n_tokens <= mobile_predictor::N_TOKENS_MAX && !ctx->store->all_resident ? 3 : 2;
+    ggml_tensor * args[4] = { *ids, *weights, cur, cur };
+    ggml_tensor * routed = ggml_custom_4d(ctx0, GGML_TYPE_I32, n_ids + n_used + (hot ? n_ids : 0), n_tokens, 1, 1, args, n_args, ::route, 1, &route);
     ggml_format_name(routed, "ffn_moe_routed-%d", il);
 
     // some backends claim every op
@@ -470,6 +509,7 @@ std::shared_ptr<mobile_context> mobile_context_new(const struct llama_model & mo
         ctx->routes[il].il  = (int32_t) il;
     }
     ctx->base = store->counters();
+    ctx->predictor = std::make_unique<mobile_predictor>(model, store);
     return ctx;
 }
 
@@ -519,6 +559,7 @@ void mobile_ubatch_begin(mobile_context * ctx, const llama_ubatch & ubatch) {
     }
     ctx->trace_turn = std::max(ctx->trace_turn, 0);
     ctx->store->begin_pass();
+    ctx->predictor->begin_pass((int64_t) n_tokens, ctx->k_token[0]);
 }
 
 bool mobile_ubatch_end(mobile_context * ctx) {
@@ -534,6 +575,7 @@ bool mobile_ubatch_end(mobile_context * ctx) {
     ctx->trace_step += (int64_t) n_tokens;
 
     bool ok = ctx->store->end_pass();
+    ctx->predictor->end_pass(ok);
     if (!ok) {
         ctx->error = "expert read failed: " + ctx->store->error();
     }
