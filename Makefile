@@ -6,7 +6,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := run
-.PHONY: run test lint fuzz bench engine stock clean help
+.PHONY: run test lint docs fuzz bench engine stock clean help
 
 help: ## what there is
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -32,7 +32,12 @@ $(VENV)/.dev: $(VENV)/.core
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
-run: $(VENV)/.core engine ## chat with the demo model; without a terminal, answer one prompt
+# the chat's screen is an extra
+$(VENV)/.tui: $(VENV)/.core
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[tui]'
+	@touch $@
+
+run: $(VENV)/.tui engine ## chat with the demo model; without a terminal, answer one prompt
 	@if [ -t 0 ] && [ -t 1 ]; then \
 		$(BIN)/mobile-gguf chat demo; \
 	else \
@@ -56,6 +61,9 @@ lint: $(VENV)/.dev ## ruff and pyright
 	@ln -s $(CURDIR)/tests $(TYPES)/tests
 	@echo '{"include":["mobile_gguf","tests"],"typeCheckingMode":"standard","extraPaths":["tests"]}' > $(TYPES)/pyrightconfig.json
 	$(BIN)/pyright --pythonpath $(CURDIR)/$(BIN)/python -p $(TYPES)
+
+docs: $(VENV)/.dev ## write docs/api.md from the docstrings
+	$(BIN)/python docs/make_api.py
 
 FUZZ_SECONDS ?= 600
 fuzz: $(VENV)/.dev ## hostile GGUF and safetensors headers, FUZZ_SECONDS each; build/fuzz remembers what was found

@@ -39,6 +39,8 @@ class Job:
     budget_bytes: int = 0
     io_threads: int = 4
     eviction: str = "decay"
+    prefetch: str = "off"
+    predictor: str = "auto"
     ids: bool = False
 
 
@@ -54,7 +56,7 @@ def main() -> int:
 
 
 def _run(job: Job) -> None:
-    from mobile_gguf import binding, llama_log
+    from mobile_gguf import binding, llama_log, prefetch
 
     _, path = binding.load_library()
     from llama_cpp import llama_cpp
@@ -74,6 +76,8 @@ def _run(job: Job) -> None:
     ctx = _new_context(llama_cpp, model, job, recorder)
     _emit("loaded", seconds=time.perf_counter() - started, library=path)
     if engine is not None:
+        prefetch.set_predictor(engine, ctx, job.predictor)
+        prefetch.set_prefetch(engine, ctx, job.prefetch)
         engine.reset_counters(ctx)
     before = _Usage.now()
     started = time.perf_counter()
@@ -87,7 +91,8 @@ def _run(job: Job) -> None:
     for token in job.decode:
         _decode(llama_cpp, engine, ctx, [token])
         _emit("token", seconds=time.perf_counter() - started, **_spent(before, engine, ctx))
-    _emit("done", ids=recorder.ids if recorder else None)
+    ahead = asdict(prefetch.prefetch_counters(engine, ctx)) if engine is not None else None
+    _emit("done", prefetch=ahead, ids=recorder.ids if recorder else None)
     llama_cpp.llama_free(ctx)
     llama_cpp.llama_model_free(model)
 

@@ -55,7 +55,7 @@ def convert_checkpoint(
     if options.pre_tokenizer:
         upstream.check_pre_tokenizer(converter, options.pre_tokenizer)
     name = None
-    if hub.is_reference(str(source)):
+    if hub.is_checkpoint_reference(str(source)):
         name = hub.repository_name(str(source))
         folder = hub.fetch_checkpoint(str(source), with_code=options.trust_remote_code, progress=progress)
     else:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .binding import Counters, ModelInfo
 from .decode import Pass, Policy
+from .device_structs import DeviceCounters
+from .errors import AnswerStopped
+from .prefetch import PrefetchCounters
 from .receipt import Receipt, Timings
 from .text import TextStream
 
 if TYPE_CHECKING:
+    from .device_tier import DeviceTier
     from .head import Head
 
 STOP, LENGTH, INTERRUPTED = "stop", "length", "interrupted"
@@ -65,10 +69,12 @@ class Backend(Protocol):
     last_pass: Pass
     prompt_evaluated: int
     prompt_done: float
+    should_stop: Callable[[], bool] | None  # asked while a prompt is computed
 
     store: ModelInfo | None  # None without an expert store
     has_engine: bool
     head: Head | None  # None for a model that was not calibrated
+    device: DeviceTier | None  # None on the host alone
 
     @property
     def can_step_back(self) -> bool: ...
@@ -77,11 +83,14 @@ class Backend(Protocol):
     def tokenize(self, text: bytes, add_bos: bool = ..., special: bool = ...) -> list[int]: ...
     def piece(self, token: int, special: bool = ...) -> bytes: ...
     def is_end(self, token: int) -> bool: ...
-    def render_chat(self, messages: list[dict[str, Any]]) -> list[int]: ...
+    def last_logits(self) -> Any: ...
+    def render_chat(self, messages: list[dict[str, Any]], **values: Any) -> list[int]: ...
     def make_grammar(self, grammar: str | None, json_schema: Any) -> Any: ...
     def token_bos(self) -> int: ...
     def set_seed(self, seed: int) -> None: ...
     def counters(self) -> Counters: ...
+    def device_counters(self) -> DeviceCounters: ...
+    def prefetch_counters(self) -> PrefetchCounters: ...
     def reset_counters(self) -> None: ...
     def forget(self) -> None: ...
     def close(self) -> None: ...
@@ -98,17 +107,23 @@ class Request:
     seed: int
     sampling: dict[str, Any]
     cache_prompt: bool = True
+    should_stop: Callable[[], bool] | None = None
 
 
 def generate_steps(backend: Backend, request: Request) -> Generator[tuple[int, Pass], None, None]:
     """The bottom layer: sampled tokens, each with the pass its logits came from, without an end."""
     backend.policy = request.policy
+    backend.should_stop = request.should_stop
     backend.set_seed(request.seed)
     if not request.cache_prompt:
         backend.forget()
     with closing(backend.generate(list(request.prompt), **request.sampling)) as tokens:
         for token in tokens:
             yield token, backend.last_pass
+
+
+def _never() -> bool:
+    return False
 
 
 class Answer:
@@ -125,21 +140,24 @@ class Answer:
         self._busy_seconds = 0.0
         self._prompt_seconds = 0.0
         self._counters = Counters()
+        self._device_counters = DeviceCounters()
+        self._ahead = PrefetchCounters()
         store = backend.store
         self._budget_bytes = store.budget_bytes if store is not None else 0
         self.finish_reason: str | None = None
 
     def stream(self) -> Generator[Chunk, None, None]:
-        """Yield a chunk per token until the answer ends; Ctrl-C ends it with ``interrupted``."""
+        """Yield a chunk per token until the end; Ctrl-C or ``should_stop`` make it ``interrupted``."""
         self._backend.reset_counters()
         self._backend.prompt_evaluated = 0
+        should_stop = self._request.should_stop or _never
         with closing(generate_steps(self._backend, self._request)) as steps:
             if self._request.max_tokens <= 0:
                 yield self._end(LENGTH)
             while self.finish_reason is None:
                 try:
-                    chunk = self._advance(steps)
-                except KeyboardInterrupt:
+                    chunk = self._end(INTERRUPTED) if should_stop() else self._advance(steps)
+                except (KeyboardInterrupt, AnswerStopped):
                     chunk = self._end(INTERRUPTED)
                 yield chunk
 
@@ -151,6 +169,8 @@ class Answer:
             ended = time.perf_counter()
             self._busy_seconds += ended - started
             self._counters = self._backend.counters()
+            self._device_counters = self._backend.device_counters()
+            self._ahead = self._backend.prefetch_counters()
         if not self._tokens:
             # Sampling the first token belongs to the generation, as in llama-server.
             self._prompt_seconds = max(0.0, min(self._backend.prompt_done, ended) - started)
@@ -194,6 +214,7 @@ class Answer:
     def receipt(self) -> Receipt:
         """The receipt so far."""
         counters, policy = self._counters, self._request.policy
+        on_device, tier = self._device_counters, self._backend.device
         return Receipt(
             mode=policy.mode,
             n_expert_used=self._n_expert_used,
@@ -207,6 +228,14 @@ class Answer:
             stall_ms=counters.stall_us / 1e3,
             budget_bytes=self._budget_bytes,
             resident_bytes_peak=counters.resident_bytes_peak,
+            device_hits=on_device.n_hits,
+            device_misses=on_device.n_misses,
+            bytes_uploaded=on_device.bytes_uploaded,
+            upload_stall_ms=on_device.upload_us / 1e3,
+            vram_budget_bytes=tier.budget_bytes if tier is not None else 0,
+            prefetch_hits=self._ahead.n_used,
+            prefetch_wasted_bytes=self._ahead.bytes_wasted,
+            prefetch_saved_ms=self._ahead.saved_us / 1e3,
         )
 
     @property

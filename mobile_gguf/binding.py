@@ -13,7 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import BudgetError, EngineError, ExpertReadError, MobileError, UsageError
+from .device_structs import DeviceParamsStruct
+from .errors import (
+    BudgetError,
+    EngineError,
+    EngineMemoryError,
+    ExpertReadError,
+    MobileError,
+    UsageError,
+)
 
 ABI_VERSION = 3
 BUILD_HINT = "run `mobile-gguf engine build`"
@@ -22,7 +30,12 @@ EVICTION = {"lru": 0, "moepic": 1, "decay": 2}
 IO = {"auto": 0, "direct": 1, "buffered": 2}
 NOT_RESIDENT, LOADING, RESIDENT = 0, 1, 2
 
-_STATUS_ERRORS: dict[int, type[MobileError]] = {-1: UsageError, -3: BudgetError, -4: ExpertReadError}
+_STATUS_ERRORS: dict[int, type[MobileError]] = {
+    -1: UsageError,
+    -3: BudgetError,
+    -4: ExpertReadError,
+    -5: EngineMemoryError,
+}
 # An engine of the same ABI may append fields; reading into a larger block keeps that harmless.
 _SLACK_BYTES = 1024
 
@@ -145,6 +158,9 @@ class Engine:
             "set_n_expert_used": (status, [address, n]),
             "set_batch_n_expert_used": (status, [address, address, n]),
             "prefetch_masked": (n, [address]),
+            "set_prefetch": (status, [address, n]),
+            "set_predictor": (status, [address, n]),
+            "get_prefetch_counters": (status, [address, address]),
             "get_counters": (status, [address, address]),
             "reset_counters": (status, [address]),
             "context_error": (text, [address]),
@@ -159,6 +175,15 @@ class Engine:
             "observe_n_routes": (n, [address]),
             "observe_get_route": (status, [address, n, address]),
             "observe_clear_routes": (status, [address]),
+            "device_default_params": (DeviceParamsStruct, []),
+            "device_start": (status, [address, address]),
+            "device_stop": (status, [address]),
+            "device_set_placement": (status, [address, n]),
+            "device_set_miss": (status, [address, n]),
+            "device_count": (n, [address]),
+            "device_get_info": (status, [address, n, address]),
+            "device_get_counters": (status, [address, address]),
+            "device_get_residency": (status, [address, address, ctypes.c_size_t]),
         }
         for name, (result, arguments) in signatures.items():
             function = getattr(self._library, f"mobile_{name}")
@@ -174,15 +199,25 @@ class Engine:
         return _text(self._call("context_error", ctx))
 
     def set_load_params(
-        self, *, budget_bytes: int, io_threads: int | None = None, eviction: str = "decay", io: str = "auto"
+        self,
+        *,
+        budget_bytes: int,
+        io_threads: int | None = None,
+        eviction: str = "decay",
+        io: str = "auto",
+        on_host: bool = False,
     ) -> None:
-        """Make the next model load on this thread use the expert store; 0 bytes keeps every expert."""
-        params = _with_slack(LoadParamsStruct)
+        """Make the next model load on this thread use the expert store; 0 bytes keeps every expert.
+
+        ``on_host`` keeps routed experts in host memory even where other weights go to a device.
+        """
+        params = with_slack(LoadParamsStruct)
         defaults = self._call("load_default_params")
         params.budget_bytes = budget_bytes
         params.n_io_threads = io_threads if io_threads is not None else defaults.n_io_threads
-        params.eviction = _choice("eviction", EVICTION, eviction)
-        params.io = _choice("io", IO, io)
+        params.eviction = choice("eviction", EVICTION, eviction)
+        params.io = choice("io", IO, io)
+        params.on_host = on_host
         self._check(self._call("load_set_params", ctypes.byref(params)), "setting the load parameters")
 
     def clear_load_params(self) -> None:
@@ -191,10 +226,10 @@ class Engine:
 
     def model_info(self, model: int) -> ModelInfo | None:
         """The model's expert store, or None if it was loaded without one."""
-        info = _with_slack(ModelInfoStruct)
+        info = with_slack(ModelInfoStruct)
         if self._call("model_get_info", model, ctypes.byref(info)) != 0:
             return None
-        return ModelInfo(**_fields(info))
+        return ModelInfo(**struct_fields(info))
 
     def n_segments(self, model: int) -> int:
         """Segments in which the store holds each expert; 1 if they are whole, or there is no store."""
@@ -225,9 +260,9 @@ class Engine:
 
     def counters(self, ctx: int) -> Counters:
         """What the store did since the last reset."""
-        counters = _with_slack(CountersStruct)
+        counters = with_slack(CountersStruct)
         self._check(self._call("get_counters", ctx, ctypes.byref(counters)), "reading counters")
-        return Counters(**_fields(counters))
+        return Counters(**struct_fields(counters))
 
     def reset_counters(self, ctx: int) -> None:
         """Start counting anew; the peak starts from what is resident."""
@@ -258,6 +293,10 @@ class Engine:
         result = self._call(name, *arguments)
         self._check(result, doing)
         return result
+
+    def default_device_params(self) -> DeviceParamsStruct:
+        """The engine's own settings of a device tier."""
+        return self._call("device_default_params")
 
     def _call(self, name: str, *arguments: Any) -> Any:
         return self._functions[name](*arguments)
@@ -311,12 +350,14 @@ def needs_engine(feature: str) -> EngineError:
     return EngineError(f"{feature} needs the mobile-gguf engine, and this is a stock llama.cpp: {BUILD_HINT}")
 
 
-def _with_slack(struct: type[ctypes.Structure]) -> Any:
+def with_slack(struct: type[ctypes.Structure]) -> Any:
+    """An empty struct that an engine of the same ABI may write more fields behind."""
     block = ctypes.create_string_buffer(ctypes.sizeof(struct) + _SLACK_BYTES)
     return struct.from_buffer(block)
 
 
-def _fields(struct: ctypes.Structure) -> dict[str, int]:
+def struct_fields(struct: ctypes.Structure) -> dict[str, int]:
+    """A struct's integer fields by name."""
     return {field[0]: int(getattr(struct, field[0])) for field in struct._fields_}
 
 
@@ -324,7 +365,8 @@ def _text(value: bytes | None) -> str:
     return (value or b"").decode("utf-8", errors="replace")
 
 
-def _choice(name: str, choices: dict[str, int], value: str) -> int:
+def choice(name: str, choices: dict[str, int], value: str) -> int:
+    """The engine's number for a named choice; raises UsageError naming those that there are."""
     if value not in choices:
         *others, last = choices
         raise UsageError(f"{name} is {value!r}: choose {', '.join(others)} or {last}")

@@ -40,8 +40,20 @@ class EngineBuildError(EngineError):
     """Fetching, patching or compiling the engine failed."""
 
 
+class EngineMemoryError(EngineError):
+    """The operating system or a device refused memory; names the device and the bytes."""
+
+
 class ExpertReadError(EngineError):
     """Expert bytes could not be read while decoding; names file, layer and expert."""
+
+
+class AnswerStopped(MobileError):
+    """An answer was asked to stop while its prompt was computed; Model makes a finish reason of it."""
+
+
+class QueueFullError(MobileError):
+    """As many requests wait for the model as may."""
 
 
 class ModelBusyError(MobileError):

@@ -90,6 +90,6 @@ def _read_file(name: str) -> str:
 
 
 def _help(opt: Opt, default: Any) -> str:
-    shown = default is not None and default != () and not opt.is_flag
+    shown = default not in (None, (), "") and not opt.is_flag
     text = f"{opt.help} (default: {default})" if shown else opt.help
     return text.replace("%", "%%")  # argparse formats help texts

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from .gguf_header import GgufHeader, TensorInfo, read_header
 
 MAX_LAYERS = 1 << 12
 
+# llama.cpp's input layer
+_EMBEDDING = re.compile(r"(per_layer_)?token_embd(_norm)?\.weight")
 _SPLIT = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
@@ -49,6 +51,7 @@ class GgufInfo:
     chat_template: str | None
     layout: str = STACKED  # or "per-expert"
     segments: int = 1  # tensors that each expert's matrix is cut into
+    embedding_bytes: int = 0  # of the token embedding, which stays on the host with all layers on devices
     stock: bool = True  # stock llama.cpp can load it: stacked, and no tensor named mobile.*
     metadata: dict[str, Any] = field(repr=False, compare=False, default_factory=dict)
 
@@ -88,8 +91,13 @@ def read_gguf_info(path: Path) -> GgufInfo:
     truncated, damaged, not a model).
     """
     first = read_header(path)
-    headers = [first, *(read_header(part) for part in other_parts(first))]
-    metadata = first.metadata
+    return make_gguf_info([first, *(read_header(part) for part in other_parts(first))])
+
+
+def make_gguf_info(headers: Sequence[GgufHeader]) -> GgufInfo:
+    """The same of headers that were read already, of all files in order. Raises ModelFormatError."""
+    first = headers[0]
+    path, metadata = first.path, first.metadata
     architecture = metadata.get("general.architecture")
     if not isinstance(architecture, str):
         raise ModelFormatError(f"{path} cannot be used: it names no architecture, so it is not a model")
@@ -131,6 +139,7 @@ def read_gguf_info(path: Path) -> GgufInfo:
         chat_template=template if isinstance(template, str) and template else None,
         layout=experts.layout,
         segments=experts.n_segments,
+        embedding_bytes=sum(tensor.n_bytes for tensor in of_model if _EMBEDDING.fullmatch(tensor.name)),
         stock=experts.layout == STACKED and len(of_model) == len(tensors),
         metadata=metadata,
     )

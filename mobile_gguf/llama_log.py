@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import sys
 from collections import deque
 from typing import Any
@@ -15,10 +16,12 @@ _state: dict[str, Any] = {"verbose": False, "level": 0, "callback": None}
 
 
 def capture_log(verbose: bool = False) -> None:
-    """Take over llama.cpp's log; with ``verbose`` it is also written to stderr."""
+    """Take over llama.cpp's log; with ``verbose`` it is also written to stderr, and our own is told more."""
     from llama_cpp import llama_cpp
 
     _state["verbose"] = verbose
+    if verbose:
+        logging.getLogger("mobile_gguf").setLevel(logging.INFO)
     if _state["callback"] is None:
         _state["callback"] = llama_cpp.llama_log_callback(_on_log)
     llama_cpp.llama_log_set(_state["callback"], ctypes.c_void_p(0))

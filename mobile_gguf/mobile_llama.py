@@ -11,7 +11,7 @@ import contextlib
 import ctypes
 import json
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,10 +21,15 @@ from llama_cpp.llama_chat_format import CHATML_CHAT_TEMPLATE, Jinja2ChatFormatte
 
 from .binding import Counters, Engine, ModelInfo
 from .decode import ALL_EXPERTS, Pass, Policy, decode_prompt, decode_token
+from .device_list import Device, device_array
+from .device_structs import DeviceCounters
+from .device_tier import DeviceTier
 from .errors import EngineError, ExpertReadError, MobileError, UsageError
 from .head import Head
-from .interrupt import stopping_on_ctrl_c
+from .interrupt import stopping_on_request
 from .llama_log import clear_errors, last_errors
+from .prefetch import PrefetchCounters, prefetch_counters
+from .rpc import context_loss
 
 # A prompt that is all in the context already is computed anew from here before its end.
 _MIN_PROMPT = 2
@@ -38,7 +43,19 @@ class MobileLlama(Llama):
     ExpertReadError or EngineError and leaves the object usable.
     """
 
-    def __init__(self, model_path: str, *, engine: Engine | None, **options: Any) -> None:
+    def __init__(
+        self,
+        model_path: str,
+        *,
+        engine: Engine | None,
+        devices: Sequence[Device] | None = None,
+        keep_loading: Callable[[float], bool] | None = None,
+        **options: Any,
+    ) -> None:
+        self._keep_loading = keep_loading
+        self._devices = device_array(devices or ())
+        self.has_devices = bool(devices)
+        self.device: DeviceTier | None = None  # set by loading, when there are slot pools
         self.engine: Engine | None = None  # while there is a store to ask it about
         self.store: ModelInfo | None = None
         self.has_engine = engine is not None
@@ -46,17 +63,34 @@ class MobileLlama(Llama):
         self.last_pass = Pass.BIG
         self.prompt_evaluated = 0
         self.prompt_done = 0.0
+        self.should_stop: Callable[[], bool] | None = None
         self._prompt_pending = False
         self._experts = ALL_EXPERTS
         self.head: Head | None = None
         self._keeps_state = False
         # The position whose token comes next, if the last pass left its hidden state.
         self._state_at = -1
-        super().__init__(model_path, **options)
+        super().__init__(model_path, n_gpu_layers=-1 if devices else 0, **options)
         self._little_rows = np.zeros(self.input_ids.shape[0], dtype=bool)
         store = engine.model_info(self.model) if engine is not None else None
         if store is not None and store.n_layer_moe > 0:
             self.store, self.engine = store, engine
+
+    @property
+    def model_params(self) -> llama_cpp.llama_model_params:
+        """llama.cpp's load parameters, with our devices, and ``keep_loading`` as their progress callback."""
+        return self._model_params
+
+    @model_params.setter
+    def model_params(self, params: llama_cpp.llama_model_params) -> None:
+        # Llama makes its parameters where no argument reaches these two. Without a list of devices llama.cpp
+        # would take all there are, also RPC servers that another model of this process was loaded on.
+        params.devices = ctypes.cast(self._devices, ctypes.c_void_p)
+        if self._keep_loading is not None:
+            keep_loading = self._keep_loading
+            self._load_callback = llama_cpp.llama_progress_callback(lambda share, _data: keep_loading(share))
+            params.progress_callback = self._load_callback
+        self._model_params = params
 
     # generation
 
@@ -95,7 +129,7 @@ class MobileLlama(Llama):
                 self.last_pass = decode_prompt(self, batch)
                 self.prompt_evaluated += len(batch)
             else:
-                self.last_pass = decode_token(self, batch[0], self.policy)
+                self.last_pass = self._decode_token(batch[0])
         except BaseException:
             # Also for Ctrl-C, which arrives when the engine returns: the rows that were counted are
             # good, the logits are not. A memory that cannot drop the other rows starts over.
@@ -106,6 +140,16 @@ class MobileLlama(Llama):
         if is_prompt:
             self._prompt_pending = False
             self.prompt_done = time.perf_counter()
+
+    def _decode_token(self, token: int) -> Pass:
+        if self.device is None:
+            return decode_token(self, token, self.policy)
+        self.device.controller.before_step(self.policy.mode)
+        started = time.perf_counter()
+        kind = decode_token(self, token, self.policy)
+        llama_cpp.llama_synchronize(self.ctx)
+        self.device.controller.after_step(time.perf_counter() - started)
+        return kind
 
     # decode.Decoder
 
@@ -123,13 +167,16 @@ class MobileLlama(Llama):
         self._keep_state(self.policy.uses_head and len(tokens) == 1)
         self._state_at = -1
         try:
-            with stopping_on_ctrl_c(self.ctx) if len(tokens) > 1 else contextlib.nullcontext():
+            with self._interruptible() if len(tokens) > 1 else contextlib.nullcontext():
                 super().eval(tokens)
         except RuntimeError as error:
             raise self.decode_error(error) from None
         self._little_rows[start : self.n_tokens] = self._experts != ALL_EXPERTS
         if self._keeps_state:
             self._state_at = self.n_tokens
+
+    def _interruptible(self) -> contextlib.AbstractContextManager[None]:
+        return stopping_on_request(self.ctx, self.should_stop)
 
     def _keep_state(self, keep: bool) -> None:
         if keep != self._keeps_state:
@@ -158,6 +205,9 @@ class MobileLlama(Llama):
 
     def decode_error(self, error: RuntimeError) -> MobileError:
         """A failed decode as the engine explains it."""
+        lost = context_loss(self.ctx) if self.has_devices else ""
+        if lost:
+            return EngineError(lost)
         reason = self.engine.context_error(self.ctx) if self.engine is not None else ""
         if reason:
             return ExpertReadError(reason)
@@ -173,6 +223,14 @@ class MobileLlama(Llama):
     def counters(self) -> Counters:
         """The store's counters since the last reset; all zero without one."""
         return self.engine.counters(self.ctx) if self.engine is not None else Counters()
+
+    def device_counters(self) -> DeviceCounters:
+        """The device tier's counters since the last reset; all zero without one."""
+        return self.device.counters() if self.device is not None else DeviceCounters()
+
+    def prefetch_counters(self) -> PrefetchCounters:
+        """What was read ahead since the last reset; all zero without a store."""
+        return prefetch_counters(self.engine, self.ctx) if self.engine is not None else PrefetchCounters()
 
     def reset_counters(self) -> None:
         if self.engine is not None:
@@ -198,9 +256,10 @@ class MobileLlama(Llama):
                 return buffer.raw[:n]
             size = -n
 
-    def render_chat(self, messages: list[dict[str, Any]]) -> list[int]:
+    def render_chat(self, messages: list[dict[str, Any]], **values: Any) -> list[int]:
         """Prompt tokens for ``messages`` by the GGUF's template, by ChatML if it has none.
 
+        ``values`` (``tools``, ``enable_thinking``) are what the template may use besides.
         Raises UsageError if the template refuses them.
         """
         bos = self._token_text(self.token_bos())
@@ -208,7 +267,7 @@ class MobileLlama(Llama):
         eos = self._token_text(self.token_eos())
         try:
             formatter = Jinja2ChatFormatter(template, eos_token=eos, bos_token=bos)
-            prompt = formatter(messages=messages).prompt  # type: ignore[arg-type]
+            prompt = formatter(messages=messages, **values).prompt  # type: ignore[arg-type]
         except (TemplateError, ValueError, TypeError) as error:
             raise UsageError(f"the model's chat template refuses these messages: {error}") from None
         # Most templates write the beginning-of-sequence token themselves; it must not come twice.

@@ -18,6 +18,7 @@ from . import loading
 from .answer import Answer, Backend, Chunk, Reply, Request
 from .binding import Counters, needs_engine
 from .decode import BIG_LITTLE, CONFIDENCE, EXACT, HEAD, Policy, default_little_k
+from .device_structs import DeviceCounters
 from .errors import ModelBusyError, UsageError
 from .gguf_info import GgufInfo, read_gguf_info
 from .messages import Messages, as_messages
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     from .head import Head
 
 logger = logging.getLogger("mobile_gguf")
+
+ShouldStop = Callable[[], bool] | None
+OnChunk = Callable[[Chunk], object] | None
 
 # The engine must be freed before the interpreter takes its log callback apart.
 _open_models: weakref.WeakSet[Model] = weakref.WeakSet()
@@ -43,15 +47,16 @@ def load(
     """Load a model and return it ready to generate.
 
     ``model`` is a path to a GGUF, ``demo``, or a name from ``mobile-gguf list``. ``ram_budget`` bounds
-    the memory for routed experts: bytes, ``512MiB``, ``2G``, ``40%`` of them, or ``auto``. ``mode`` is
-    ``exact``, ``little`` or ``big-little``. ``progress`` is called with a phase and the share done while
-    the demo model is built. The other options are LoadOptions'.
+    the memory for routed experts: bytes, ``512MiB``, ``2G``, ``40%`` of them, or ``auto``; ``vram_budget``
+    the same on devices, or ``off``. ``mode`` is ``exact``, ``little`` or ``big-little``. ``progress`` is
+    called with a phase and the share done while the demo model is built and while a model is read; what it
+    raises ends that. The others are LoadOptions'.
 
     Raises ModelNotFoundError, ModelFormatError, BudgetError, UsageError, EngineError.
     """
     settings = make_options(LoadOptions, options)
     info = read_gguf_info(resolve_model(model, progress))
-    backend, notices = loading.open_backend(info, settings)
+    backend, notices = loading.open_backend(info, settings, progress)
     return Model(backend, info, settings, notices)
 
 
@@ -74,6 +79,7 @@ class Model:
         self._lock = threading.Lock()
         self._active: weakref.ref[Generator[Chunk, None, None]] | None = None
         self._totals = Counters()
+        self._device_totals = DeviceCounters()
         self.n_ctx = loading.context_size(info, options.n_ctx)
         for notice in notices:
             self._notify(notice)
@@ -178,41 +184,56 @@ class Model:
     # answers
 
     @takes(GenerateOptions)
-    def stream(self, prompt: str | Sequence[int], **options: Any) -> Generator[Chunk, None, None]:
+    def stream(
+        self, prompt: str | Sequence[int], *, should_stop: ShouldStop = None, **options: Any
+    ) -> Generator[Chunk, None, None]:
         """Continue ``prompt``, text or token ids, yielding a Chunk per token.
 
-        Closing the generator ends the answer. Raises UsageError, ModelBusyError, ExpertReadError,
-        EngineError; a failed answer leaves the Model usable.
+        Closing the generator ends the answer, and so does ``should_stop`` when it returns True: it is asked
+        before every token and, while a prompt is computed, after every operation. Raises UsageError,
+        ModelBusyError, ExpertReadError, EngineError; a failed answer leaves the Model usable.
         """
         settings = make_options(GenerateOptions, options)
-        return self._stream(self._answer(self._prompt_tokens(prompt), settings))
+        return self._stream(self._answer(self._prompt_tokens(prompt), settings, should_stop))
 
     @takes(GenerateOptions)
-    def generate(self, prompt: str | Sequence[int], **options: Any) -> Reply:
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        on_chunk: OnChunk = None,
+        should_stop: ShouldStop = None,
+        **options: Any,
+    ) -> Reply:
         """Continue ``prompt`` and return the whole Reply; raises as ``stream`` does.
 
-        Ctrl-C returns the text so far, with ``finish_reason`` ``interrupted``.
+        ``on_chunk`` is called with every Chunk. Ctrl-C or ``should_stop`` return the text so far, with
+        ``finish_reason`` ``interrupted``.
         """
         settings = make_options(GenerateOptions, options)
-        return self._join(self._answer(self._prompt_tokens(prompt), settings))
+        return self._join(self._answer(self._prompt_tokens(prompt), settings, should_stop), on_chunk)
 
     @takes(GenerateOptions)
-    def stream_chat(self, messages: Messages, **options: Any) -> Generator[Chunk, None, None]:
+    def stream_chat(
+        self, messages: Messages, *, should_stop: ShouldStop = None, **options: Any
+    ) -> Generator[Chunk, None, None]:
         """Answer ``messages`` by the model's chat template, yielding a Chunk per token.
 
         ``messages`` are dicts with ``role`` and ``content``, oldest first; a string is one of the user's.
         What earlier answers have in common with them is not computed again. Raises as ``stream`` does.
         """
         settings = make_options(GenerateOptions, options)
-        return self._stream(self._answer(self._chat_tokens(messages), settings))
+        return self._stream(self._answer(self.chat_tokens(messages), settings, should_stop))
 
     @takes(GenerateOptions)
-    def chat(self, messages: Messages, **options: Any) -> Reply:
-        """Answer ``messages`` by the model's chat template and return the whole Reply."""
+    def chat(
+        self, messages: Messages, *, on_chunk: OnChunk = None, should_stop: ShouldStop = None, **options: Any
+    ) -> Reply:
+        """Answer ``messages`` by the model's chat template and return the whole Reply, as ``generate``."""
         settings = make_options(GenerateOptions, options)
-        return self._join(self._answer(self._chat_tokens(messages), settings))
+        return self._join(self._answer(self.chat_tokens(messages), settings, should_stop), on_chunk)
 
-    def _answer(self, prompt: list[int], options: GenerateOptions) -> Answer:
+    def _answer(self, prompt: list[int], options: GenerateOptions, should_stop: ShouldStop) -> Answer:
         backend = self._require_open()
         if not prompt:
             raise UsageError("the prompt is empty")
@@ -243,6 +264,7 @@ class Model:
                 "grammar": backend.make_grammar(options.grammar, options.json_schema),
             },
             cache_prompt=options.cache_prompt,
+            should_stop=should_stop,
         )
         return Answer(backend, request, self.info.n_expert_used)
 
@@ -270,17 +292,20 @@ class Model:
             )
         try:
             self._active = handle[0]
-            self._totals = self._totals + self._require_open().counters()
+            backend = self._require_open()
+            self._totals = self._totals + backend.counters()
+            self._device_totals = self._device_totals + backend.device_counters()
             yield from answer.stream()
         finally:
             self._active = None
             self._lock.release()
 
-    def _join(self, answer: Answer) -> Reply:
+    def _join(self, answer: Answer, on_chunk: OnChunk) -> Reply:
         running = self._stream(answer)
         try:
-            for _chunk in running:
-                pass
+            for chunk in running:
+                if on_chunk is not None:
+                    on_chunk(chunk)
         except KeyboardInterrupt:
             running.close()
         return answer.reply()
@@ -294,11 +319,16 @@ class Model:
         # Without a prompt the model starts from its beginning-of-sequence token, if it has one.
         return tokens or ([bos] if bos >= 0 else [])
 
-    def _chat_tokens(self, messages: Messages) -> list[int]:
+    def chat_tokens(self, messages: Messages, **values: Any) -> list[int]:
+        """The prompt that ``messages`` make by the chat template, as token ids for ``stream``.
+
+        ``values``, such as ``tools`` in OpenAI's form, are what the template may use besides the messages.
+        Raises UsageError if it refuses them.
+        """
         backend = self._require_open()
         if self.info.chat_template is None:
             self._notify(f"{self.path.name} has no chat template: ChatML is used")
-        return backend.render_chat(as_messages(messages))
+        return backend.render_chat(as_messages(messages), **values)
 
     # tokens, facts, end
 
@@ -312,9 +342,14 @@ class Model:
         return b"".join(backend.piece(token, special) for token in tokens).decode(errors="replace")
 
     def stats(self) -> dict[str, Any]:
-        """The model's settings, its expert store and all counters since it was loaded; bytes and us."""
+        """The model's settings, its expert store and devices, all counters since it was loaded; bytes and us.
+
+        ``device`` is None on the host alone; ``placement`` in it has both figures of the comparison. ``prefetch``
+        counts the answer that runs or ran last.
+        """
         backend = self._require_open()
         store = backend.store
+        device_counters = self._device_totals + backend.device_counters()
         return {
             "model": str(self.path),
             "engine": "mobile" if store is not None else "stock",
@@ -327,6 +362,8 @@ class Model:
             "n_ctx": self.n_ctx,
             "store": dataclasses.asdict(store) if store is not None else None,
             "counters": dataclasses.asdict(self._totals + backend.counters()),
+            "prefetch": backend.prefetch_counters().to_dict() if store is not None else None,
+            "device": backend.device.facts(device_counters) if backend.device is not None else None,
         }
 
     @property

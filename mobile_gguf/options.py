@@ -18,10 +18,13 @@ from typing import Annotated, Any, TypeVar
 
 from .binding import EVICTION, IO
 from .decode import IMPORTANCE, MODES
+from .device_structs import CACHE, LAYERS, MISS
 from .errors import UsageError
-from .sizes import Size, parse_size
+from .sizes import Size, parse_size, parse_size_or_off
 
 DEFAULT_GAMMA = 0.7
+PLACEMENTS = ("auto", CACHE, LAYERS)
+PREFETCH = ("auto", "off", "on")
 # What decides which tokens run with fewer experts; may change from answer to answer.
 POLICY_OPTIONS = ("mode", "gamma", "little_k", "importance", "head_threshold")
 
@@ -105,6 +108,38 @@ class LoadOptions:
     """How a model is loaded."""
 
     ram_budget: Annotated[str | int | Size, _RAM_BUDGET] = "auto"
+    vram_budget: Annotated[
+        str | int | Size,
+        Opt(
+            "--vram-budget",
+            read=parse_size_or_off,
+            metavar="SIZE",
+            help="device memory for experts: 3GiB, 25% of them, auto: what is free, or off: no device",
+        ),
+    ] = "auto"
+    miss: Annotated[
+        str,
+        Opt(
+            "--miss",
+            choices=tuple(MISS),
+            help="an expert that the device lacks: fetch it, compute on the cpu, or the cheaper",
+        ),
+    ] = "auto"
+    placement: Annotated[
+        str,
+        Opt(
+            "--placement",
+            choices=PLACEMENTS,
+            help="experts on the device: a cache of all, whole layers, or the one measured faster",
+        ),
+    ] = "auto"
+    rpc: Annotated[
+        str, Opt("--rpc", metavar="SERVERS", help="llama.cpp RPC servers as devices: HOST:PORT[,HOST:PORT]")
+    ] = ""
+    prefetch: Annotated[
+        str,
+        Opt("--prefetch", choices=PREFETCH, help="move experts before they are asked for: where it helps"),
+    ] = "auto"
     mode: Annotated[str, _MODE] = "exact"
     gamma: Annotated[float, _GAMMA] = DEFAULT_GAMMA
     importance: Annotated[str, _IMPORTANCE] = "auto"

@@ -17,7 +17,8 @@ class Receipt:
     A token counts under the pass whose logits it was sampled from, so that big, little and
     fallback add up to the answer's tokens; the first after a prompt is big, and so are those that the
     importance head had run with all experts at once. Bytes and milliseconds; ``resident_bytes_peak`` is the
-    most expert bytes in memory during the answer.
+    most expert bytes in memory during the answer. With a device tier ``device_hits`` and ``device_misses``
+    are all needs, and ``expert_hits`` and ``expert_misses`` those that reached the host.
     """
 
     mode: str = EXACT
@@ -32,6 +33,14 @@ class Receipt:
     stall_ms: float = 0.0
     budget_bytes: int = 0
     resident_bytes_peak: int = 0
+    device_hits: int = 0
+    device_misses: int = 0
+    bytes_uploaded: int = 0
+    upload_stall_ms: float = 0.0
+    vram_budget_bytes: int = 0
+    prefetch_hits: int = 0
+    prefetch_wasted_bytes: int = 0
+    prefetch_saved_ms: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """The fields by name, for JSON."""
@@ -40,7 +49,8 @@ class Receipt:
     def summary(self, tokens_per_second: float | None = None) -> str:
         """One line: ``12 big · 30 little | 84% hits | 12.3 MiB read | 40 ms stalled | 21.3 tok/s``.
 
-        Kinds of tokens that the mode does not have are left out, and hits without an expert store.
+        Kinds of tokens that the mode does not have are left out, and hits without an expert store. With a
+        device tier its line comes first: ``device 91% hits, 4.0 MiB uploaded, 3 ms stalled``.
         """
         counts = [f"{self.tokens_big} big"]
         if self.mode != EXACT:
@@ -48,6 +58,11 @@ class Receipt:
         if self.mode == BIG_LITTLE:
             counts.append(f"{self.tokens_fallback} fallback")
         parts = [" · ".join(counts)]
+        on_device = self.device_hits + self.device_misses
+        if on_device:
+            share = _percent(self.device_hits, on_device)
+            uploaded = format_bytes(self.bytes_uploaded)
+            parts.append(f"device {share} hits, {uploaded} uploaded, {self.upload_stall_ms:.0f} ms stalled")
         needs = self.expert_hits + self.expert_misses
         if needs:
             parts.append(f"{_percent(self.expert_hits, needs)} hits")

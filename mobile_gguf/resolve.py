@@ -1,4 +1,4 @@
-"""Model references: a path, ``demo``, the name of a model in the data directory, ``hf:...`` one day."""
+"""Model references: a path, ``demo``, the name of a model in the data directory, ``hf:org/repo[:quant]``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .errors import ModelNotFoundError
+from .hub.reference import PREFIX, is_reference, looks_like_repository, parse_reference
 from .paths import models_dir
 
 DEMO = "demo"
@@ -15,21 +16,22 @@ DEMO = "demo"
 def resolve_model(
     reference: str | os.PathLike[str], progress: Callable[[str, float], None] | None = None
 ) -> Path:
-    """Return the GGUF that ``reference`` means, building the demo model if that is asked for.
+    """Return the GGUF that ``reference`` means; the demo model is built, one on the Hub pulled, if need be.
 
     A name is looked up as a path first, then among the models in the data directory; ``demo`` is always
-    the demo model (a file of that name is ``./demo``). ``progress`` hears of a build.
-    Raises ModelNotFoundError.
+    the demo model (a file of that name is ``./demo``). What was pulled before is used without asking the
+    Hub. ``progress`` hears of a build and of a download. Raises ModelNotFoundError, and what
+    ``hub.pull`` raises.
     """
     text = os.fspath(reference)
     if text == DEMO:
         from .demo import ensure_demo
 
         return ensure_demo(progress=progress)
-    if text.startswith("hf:"):
-        raise ModelNotFoundError(
-            f"{text} cannot be fetched: this version has no Hub client; download the GGUF and give its path"
-        )
+    if is_reference(text):
+        from .hub import resolve_hub
+
+        return resolve_hub(parse_reference(text), progress)
     path = Path(text).expanduser()
     if path.is_dir():
         return _only_model_in(path)
@@ -39,7 +41,10 @@ def resolve_model(
         for named in (models_dir() / text, models_dir() / f"{text}.gguf"):
             if named.is_file():
                 return named
-    raise ModelNotFoundError(f"no such model: {text} is neither a file nor in {models_dir()}; try `demo`")
+    hint = "try `demo`"
+    if looks_like_repository(text):
+        hint = f"if it is on the Hub, write {PREFIX}{text}"
+    raise ModelNotFoundError(f"no such model: {text} is neither a file nor in {models_dir()}; {hint}")
 
 
 def local_models() -> list[Path]:

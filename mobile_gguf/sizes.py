@@ -42,6 +42,7 @@ class Size:
 
 
 AUTO = Size()
+OFF = "off"
 
 
 def parse_size(value: str | int | Size) -> Size:
@@ -72,6 +73,16 @@ def parse_size(value: str | int | Size) -> Size:
     if n_bytes <= 0:
         raise UsageError(f"{value!r} is not a size: write at least one byte")
     return Size(n_bytes=n_bytes)
+
+
+def parse_size_or_off(value: str | int | Size) -> Size | str:
+    """Read a size, or ``off``, which comes back as it is; raises UsageError for anything else."""
+    if isinstance(value, str) and value.strip().lower() == OFF:
+        return OFF
+    try:
+        return parse_size(value)
+    except UsageError as error:
+        raise UsageError(f"{error}, or off") from None
 
 
 def format_bytes(n_bytes: int | float) -> str:

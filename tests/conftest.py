@@ -48,6 +48,7 @@ def own_directories(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytes
     for variable, name in _DIRECTORIES.items():
         monkeypatch.setenv(variable, str(root / name))
     monkeypatch.setenv("MOBILE_GGUF_ENGINE_CACHE", str(REAL_ENGINE_CACHE))
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # no test asks the real Hub
     return root
 
 
@@ -99,7 +100,7 @@ def fake_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., 
     def install(backend: FakeBackend | None = None, **facts: Any) -> FakeBackend:
         used = backend or FakeBackend()
         info = fake_info(**facts)
-        monkeypatch.setattr(loading, "open_backend", lambda _info, _options: (used, []))
+        monkeypatch.setattr(loading, "open_backend", lambda _info, _options, _progress=None: (used, []))
         monkeypatch.setattr(model_module, "read_gguf_info", lambda _path: info)
         monkeypatch.setattr(model_module, "resolve_model", lambda name, _progress=None: Path(str(name)))
         return used

@@ -18,6 +18,8 @@ import llama_cpp.llama_cpp as lib
 import numpy as np
 from peak_memory import peak_resident_bytes
 
+from mobile_gguf.prefetch import PrefetchCountersStruct
+
 
 class LoadParams(ctypes.Structure):
     """struct mobile_load_params"""
@@ -75,6 +77,9 @@ def bind() -> ctypes.CDLL | None:
         "mobile_set_n_expert_used": (int32, [void_p, int32]),
         "mobile_set_batch_n_expert_used": (int32, [void_p, int32_p, int32]),
         "mobile_prefetch_masked": (int32, [void_p]),
+        "mobile_set_prefetch": (int32, [void_p, int32]),
+        "mobile_set_predictor": (int32, [void_p, int32]),
+        "mobile_get_prefetch_counters": (int32, [void_p, ctypes.POINTER(PrefetchCountersStruct)]),
         "mobile_get_counters": (int32, [void_p, ctypes.POINTER(Counters)]),
         "mobile_reset_counters": (int32, [void_p]),
         "mobile_context_error": (char_p, [void_p]),
@@ -277,6 +282,18 @@ class Run:
     def op_prefetch(self, op: dict[str, Any]) -> dict[str, Any]:
         assert mobile is not None
         return {"status": mobile.mobile_prefetch_masked(self.ctx)}
+
+    def op_set_prefetch(self, op: dict[str, Any]) -> dict[str, Any]:
+        """mode: 0 off, 1 on, 2 auto; predictor: 0 auto, 1 router, 2 transitions."""
+        assert mobile is not None
+        status = mobile.mobile_set_predictor(self.ctx, op.get("predictor", 0))
+        return {"status": status or mobile.mobile_set_prefetch(self.ctx, op["mode"])}
+
+    def op_prefetch_counters(self, op: dict[str, Any]) -> dict[str, Any]:
+        assert mobile is not None
+        counters = PrefetchCountersStruct()
+        status = mobile.mobile_get_prefetch_counters(self.ctx, ctypes.byref(counters))
+        return {"status": status, **fields(counters)}
 
     def op_counters(self, op: dict[str, Any]) -> dict[str, Any]:
         assert mobile is not None

@@ -16,9 +16,11 @@ import numpy as np
 
 from mobile_gguf.binding import Counters, ModelInfo
 from mobile_gguf.decode import ALL_EXPERTS, Pass, Policy, decode_prompt, decode_token
+from mobile_gguf.device_structs import DeviceCounters
 from mobile_gguf.errors import UsageError
 from mobile_gguf.gguf_info import ExpertLayer, GgufInfo
 from mobile_gguf.head import Head
+from mobile_gguf.prefetch import PrefetchCounters
 
 BOS, EOS, N_VOCAB = 256, 257, 258
 TOP_K, MIB = 8, 1 << 20
@@ -105,6 +107,7 @@ class FakeBackend:
         self.last_pass = Pass.BIG
         self.prompt_evaluated = 0
         self.prompt_done = 0.0
+        self.should_stop: Callable[[], bool] | None = None
         self.can_step_back = can_step_back
         self.rows: list[Row] = []
         self.log: list[str] = []
@@ -117,6 +120,8 @@ class FakeBackend:
         self._experts = ALL_EXPERTS
         self._n_prompt = 0
         self._counters = Counters()
+        self._device_counters = DeviceCounters()
+        self.device: Any = None
         self.has_engine = has_engine
         self.store = ModelInfo(4 * MIB, 2 * MIB, MIB, 4 * MIB, 4, 4, 16, TOP_K, 0, 0) if has_store else None
 
@@ -142,6 +147,10 @@ class FakeBackend:
             resident_bytes=MIB,
             resident_bytes_peak=MIB + 1,
         )
+        if self.device is not None:
+            self._device_counters = self._device_counters + DeviceCounters(
+                n_hits=4 * len(tokens), n_misses=len(tokens), bytes_uploaded=2048, upload_us=1500
+            )
 
     def step_back(self) -> None:
         self.rows.pop()
@@ -189,7 +198,7 @@ class FakeBackend:
     def is_end(self, token: int) -> bool:
         return token == EOS
 
-    def render_chat(self, messages: list[dict[str, Any]]) -> list[int]:
+    def render_chat(self, messages: list[dict[str, Any]], **_values: Any) -> list[int]:
         if any(message["role"] not in ("system", "user", "assistant") for message in messages):
             raise UsageError("the model's chat template refuses these messages: unknown role")
         text = "".join(f"<{message['role']}>{message['content']}\n" for message in messages)
@@ -207,7 +216,14 @@ class FakeBackend:
     def counters(self) -> Counters:
         return self._counters
 
+    def device_counters(self) -> DeviceCounters:
+        return self._device_counters
+
+    def prefetch_counters(self) -> PrefetchCounters:
+        return PrefetchCounters()
+
     def reset_counters(self) -> None:
+        self._device_counters = DeviceCounters()
         self._counters = Counters()
 
     def forget(self) -> None:

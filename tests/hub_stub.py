@@ -1,4 +1,4 @@
-"""A Hugging Face Hub on the loopback, as far as downloading a repository goes."""
+"""A stand-in for the Hugging Face Hub on the loopback, as far as reading repositories goes."""
 
 from __future__ import annotations
 
@@ -6,20 +6,34 @@ import hashlib
 import json
 import re
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import unquote
 
 COMMIT = "c0ffee" + "0" * 34
 _ERRORS = {"gated": (403, "GatedRepo"), "private": (401, "RepoNotFound"), "absent": (404, "RepoNotFound")}
+_LFS = (".gguf", ".safetensors", ".bin")
+
+
+def etag_of(name: str, data: bytes) -> str:
+    """sha256 of what LFS stores, git's sha1 of the rest: by these the Hub knows a file."""
+    if name.endswith(_LFS):
+        return hashlib.sha256(data).hexdigest()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
 class HubStub(ThreadingHTTPServer):
     """Serves `repositories`: name -> file name -> content. org/gated, org/private, org/broken answer errors.
 
-    `requests` are the paths that were asked for; of the file named in `breaks_off` only the first bytes are
-    sent, once.
+    Files that LFS would store are behind a redirect to another origin, as a CDN is. What a test may set:
+    `breaks_off`: of this file only `break_after` bytes are sent (default: half), `breaks` times (once);
+    `damaged`: these files are sent with another content; `ranges_ignored`; `refusals`: (status, headers) that
+    the next requests get, whatever they ask for; `pause_s` after every 64 KiB; `commit` of all repositories.
+    Kept: `requests` (paths), `ranges` ("NAME:FIRST"), `tokens` (Authorization headers of the Hub itself) and
+    `cdn_tokens` (of the other origin).
     """
 
     daemon_threads = True
@@ -27,9 +41,19 @@ class HubStub(ThreadingHTTPServer):
     def __init__(self, repositories: dict[str, dict[str, bytes]]) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.repositories = repositories
+        self.commit = COMMIT
         self.requests: list[str] = []
         self.ranges: list[str] = []
+        self.tokens: list[str | None] = []
+        self.cdn_tokens: list[str | None] = []
         self.breaks_off = ""
+        self.break_after = -1
+        self.breaks = 1
+        self.damaged: dict[str, bytes] = {}
+        self.ranges_ignored = False
+        self.refusals: list[tuple[int, dict[str, str]]] = []
+        self.pause_s = 0.0
+        self.sent_bytes = 0
 
     @property
     def url(self) -> str:
@@ -50,60 +74,81 @@ class _Handler(BaseHTTPRequestHandler):
         self.respond(body=True)
 
     def respond(self, body: bool) -> None:
-        path = self.path.partition("?")[0]
+        path = unquote(self.path.partition("?")[0])
         self.server.requests.append(path)
+        if self.server.refusals:
+            status, headers = self.server.refusals.pop(0)
+            return self.send(status, b"{}", body, headers)
         match = re.fullmatch(
-            r"(?:/api/models)?/(org/[\w.-]+)(?:/(resolve|revision|tree)/([^/]+))?(?:/(.*))?", path
+            r"(/cdn|/api/models)?/(org/[\w.-]+)(?:/(resolve|revision|tree)/([^/]+))?(?:/(.*))?", path
         )
-        repo = match[1] if match else ""
+        token = self.headers.get("Authorization")
+        cdn = match is not None and match[1] == "/cdn"
+        (self.server.cdn_tokens if cdn else self.server.tokens).append(token)
+        repo = match[2] if match else ""
         kind = repo.partition("/")[2]
         if kind == "broken":
             self.send(500, b"oops", body)
         elif match is None or kind in _ERRORS or repo not in self.server.repositories:
             status, code = _ERRORS.get(kind, _ERRORS["absent"])
             self.send(status, b"{}", body, {"X-Error-Code": code, "X-Error-Message": f"{kind} repository"})
-        elif match[3] not in (None, COMMIT, "main", "v1"):
+        elif match[4] not in (None, self.server.commit, "main", "v1"):
             self.send(404, b"{}", body, {"X-Error-Code": "RevisionNotFound"})
-        elif match[2] == "resolve":
-            self.file(repo, match[4], body)
-        elif match[2] == "tree":
-            self.tree(repo, body)
+        elif match[3] == "resolve":
+            self.file(repo, match[5], body, cdn)
+        elif match[3] == "tree":
+            self.send(
+                200, json.dumps([self.described(repo, name) for name in self.files(repo)]).encode(), body
+            )
         else:
-            files = [{"rfilename": name} for name in self.server.repositories[repo]]
-            info = {
-                "id": repo,
-                "modelId": repo,
-                "sha": COMMIT,
-                "siblings": files,
-                "tags": [],
-                "private": False,
-            }
-            self.send(200, json.dumps(info).encode(), body)
+            self.send(200, json.dumps(self.info(repo)).encode(), body)
 
-    def tree(self, repo: str, body: bool) -> None:
-        entries = [
-            {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
-            for name, data in self.server.repositories[repo].items()
-        ]
-        self.send(200, json.dumps(entries).encode(), body)
+    def files(self, repo: str) -> dict[str, bytes]:
+        return self.server.repositories[repo]
 
-    def file(self, repo: str, name: str, body: bool) -> None:
-        data = self.server.repositories[repo].get(name)
+    def described(self, repo: str, name: str) -> dict[str, Any]:
+        data = self.files(repo)[name]
+        entry = {"type": "file", "path": name, "size": len(data), "oid": etag_of("", data)}
+        if name.endswith(_LFS):
+            entry["lfs"] = {"oid": etag_of(name, data), "size": len(data), "pointerSize": 134}
+        return entry
+
+    def info(self, repo: str) -> dict[str, Any]:
+        siblings = []
+        for name in self.files(repo):
+            entry = self.described(repo, name)
+            sibling = {"rfilename": name, "size": entry["size"], "blobId": entry["oid"]}
+            if "lfs" in entry:
+                sibling["lfs"] = {**entry["lfs"], "sha256": entry["lfs"]["oid"]}
+            siblings.append(sibling)
+        names = {"id": repo, "modelId": repo, "sha": self.server.commit}
+        return {**names, "siblings": siblings, "tags": [], "private": False}
+
+    def file(self, repo: str, name: str, body: bool, cdn: bool) -> None:
+        data = self.files(repo).get(name)
         if data is None:
             self.send(404, b"{}", body, {"X-Error-Code": "EntryNotFound"})
             return
-        headers = {
-            "X-Repo-Commit": COMMIT, "ETag": f'"{hashlib.sha1(data).hexdigest()}"', "Accept-Ranges": "bytes",
-        }  # fmt: skip
+        etag = etag_of(name, data)
+        headers = {"X-Repo-Commit": self.server.commit, "ETag": f'"{etag}"', "Accept-Ranges": "bytes"}
+        if name.endswith(_LFS) and not cdn:
+            place = f"http://localhost:{self.server.server_port}/cdn/{repo}/resolve/main/{name}"
+            linked = {"X-Linked-Etag": f'"{etag}"', "X-Linked-Size": str(len(data)), "Location": place}
+            return self.send(302, b"", body, headers | linked)
+        data = self.server.damaged.get(name, data)
         status, part = 200, data
-        if (wanted := self.headers.get("Range", "")).startswith("bytes="):
-            first = int(wanted.removeprefix("bytes=").partition("-")[0])
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if wanted and not self.server.ranges_ignored:
+            first, last = int(wanted[1]), min(int(wanted[2] or len(data)), len(data) - 1)
+            if first > last:
+                return self.send(416, b"", body, {"Content-Range": f"bytes */{len(data)}"})
             self.server.ranges.append(f"{name}:{first}")
-            status, part = 206, data[first:]
-            headers["Content-Range"] = f"bytes {first}-{len(data) - 1}/{len(data)}"
-        if body and name == self.server.breaks_off:
-            self.server.breaks_off = ""
-            self.send(status, part, body, headers, stop_after=len(part) // 2)
+            status, part = 206, data[first : last + 1]
+            headers["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
+        if body and name == self.server.breaks_off and self.server.breaks:
+            self.server.breaks -= 1
+            after = self.server.break_after
+            self.send(status, part, body, headers, stop_after=after if after >= 0 else len(part) // 2)
             self.close_connection = True
             return
         self.send(status, part, body, headers)
@@ -122,9 +167,20 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in (headers or {}).items():
             self.send_header(name, value)
         self.end_headers()
-        if body:
-            self.wfile.write(data if stop_after < 0 else data[:stop_after])
-            self.wfile.flush()
+        if not body:
+            return
+        data = data if stop_after < 0 else data[:stop_after]
+        pause = self.server.pause_s
+        for start in range(0, len(data), 1 << 16) if pause else (0,):
+            part = data[start : start + (1 << 16)] if pause else data
+            try:
+                self.wfile.write(part)
+                self.wfile.flush()
+            except OSError:  # the client has gone
+                self.close_connection = True
+                return
+            self.server.sent_bytes += len(part)
+            time.sleep(pause)
 
 
 @contextmanager

@@ -155,7 +155,8 @@ def error_of(result):
     [
         (["run", "/no/such.gguf", "x"], 3, "no such model: /no/such.gguf"),
         (["show", "nothing"], 3, "no such model: nothing"),
-        (["run", "hf:org/repo", "x"], 3, "hf:org/repo cannot be fetched"),
+        (["run", "org/repo", "x"], 3, "if it is on the Hub, write hf:org/repo"),
+        (["run", "hf:repo", "x"], 2, "the organisation is missing, write hf:ORG/repo"),
         (["run", "FILE", "x"], 1, "is not a GGUF file"),
         (["run", "m.gguf", "--temp", "-1", "x"], 2, "temperature is -1.0: it must be at least 0"),
         (["run", "m.gguf", "--frobnicate", "x"], 2, "unrecognized arguments: --frobnicate"),
@@ -330,18 +331,19 @@ def test_show_of_a_dense_model_says_so(command, monkeypatch):
 def test_list(command, own_directories):
     code, out, _ = command("list")
     assert code == 0
-    assert out == "demo           -  not built yet: `mobile-gguf run demo` does it\n"
+    assert out.splitlines()[1:] == ["demo     -  not built yet: `mobile-gguf run demo` does it"]
     models = own_directories / "data" / "mobile-gguf" / "models"
     models.mkdir(parents=True)
     (models / "big-00001-of-00002.gguf").write_bytes(b"x" * 2048)
     (models / "big-00002-of-00002.gguf").write_bytes(b"x")
     (models / "small.gguf").write_bytes(b"x")
     _, out, _ = command("list")
-    assert [line.split()[0] for line in out.splitlines()] == ["demo", "big-00001-of-00002", "small"]
+    assert [line.split()[0] for line in out.splitlines()[1:]] == ["demo", "big-00001-of-00002", "small"]
+    assert out.count("broken: is not a GGUF file") == 2
     listed = json.loads(command("list", "--json")[1])
     assert [(m["name"], m["bytes"]) for m in listed["models"]] == [
         ("demo", None),
-        ("big-00001-of-00002", 2048),
+        ("big-00001-of-00002", 2049),
         ("small", 1),
     ]
 

@@ -77,6 +77,7 @@ def test_model_without_store_refuses() -> None:
     """A model loaded without load parameters is a stock model: asking for fewer experts is an error."""
     calls = [
         {"op": "set_k", "k": 1}, {"op": "set_batch_k", "k": [1]}, {"op": "prefetch"}, {"op": "counters"},
+        {"op": "set_prefetch", "mode": 1}, {"op": "prefetch_counters"},
         {"op": "reset_counters"}, {"op": "trace_start", "path": os.devnull}, {"op": "trace_stop"},
     ]  # fmt: skip
     outcome = on_engine(run("r", GOOD_MODEL, [*calls, *good("good")], None))
@@ -151,7 +152,7 @@ def test_trace_that_cannot_be_written() -> None:
 def test_closing_while_reads_are_queued() -> None:
     """A context and its model go away while hints are still being read."""
     ops = [
-        {"op": "decode", "tokens": PROMPT}, {"op": "set_k", "k": 1},
+        {"op": "set_prefetch", "mode": 1}, {"op": "decode", "tokens": PROMPT}, {"op": "set_k", "k": 1},
         {"op": "steps", "tokens": FOLLOWING[:1], "pos": len(PROMPT)}, {"op": "prefetch"},
     ]  # fmt: skip
     names = [f"{i}" for i in range(8)]

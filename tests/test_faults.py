@@ -132,7 +132,9 @@ def test_failed_prefetch_does_not_corrupt(shim: dict[str, str]) -> None:
 
     With one I/O thread the shim can hold the second read until the decode has asked for the expert.
     """
-    ops: list[dict[str, Any]] = [{"op": "clear"}, {"op": "decode", "tokens": PROMPT}]
+    ops: list[dict[str, Any]] = [
+        {"op": "set_prefetch", "mode": 1}, {"op": "clear"}, {"op": "decode", "tokens": PROMPT}
+    ]  # fmt: skip
     for i, token in enumerate(FOLLOWING):
         step = {"op": "steps", "tokens": [token], "pos": len(PROMPT) + i}
         forget = {"op": "remove", "pos": len(PROMPT) + i}

@@ -168,12 +168,12 @@ def test_prefetch_of_masked_experts_changes_no_logits() -> None:
         ]  # fmt: skip
     outcome = succeeded(on_engine(run("r", model, [
         *start, {"op": "steps", "tokens": following, "pos": len(prompt), "save": "big"},
-        *start, *big_little, {"op": "counters"},
+        {"op": "set_prefetch", "mode": 1}, *start, *big_little, {"op": "counters"},
     ], "40%")))  # fmt: skip
     again = np.concatenate([outcome.arrays[f"r/again-{i}"] for i in range(len(following))])
     assert_same_bits(again, outcome.arrays["r/big"], "positions run again with all experts")
     counters = outcome.ops("r", "counters")[0]
-    assert sum(op["status"] for op in outcome.ops("r", "prefetch")) == counters["n_prefetched"] > 0
+    assert sum(op["status"] for op in outcome.ops("r", "prefetch")) > 0
     assert 0 < counters["n_prefetch_hits"] <= counters["n_prefetched"]
 
 

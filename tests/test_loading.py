@@ -38,7 +38,7 @@ def opening(monkeypatch):
     constructed = []
 
     def open_it(info, engine, backend=None, **options):
-        def construct(_info, _options, n_ctx, _engine, *, use_mmap):
+        def construct(_info, _options, n_ctx, _engine, *, use_mmap, devices):
             constructed.append((n_ctx, use_mmap))
             if isinstance(backend, BaseException):
                 raise backend
@@ -60,7 +60,7 @@ def test_experts_go_into_the_store_and_the_rest_is_not_mapped(opening):
         MOE, engine, ram_budget="64MiB", io_threads=3, eviction="moepic", io="direct"
     )
     assert engine.params == [
-        {"budget_bytes": 64 * MIB, "io_threads": 3, "eviction": "moepic", "io": "direct"}
+        {"budget_bytes": 64 * MIB, "io_threads": 3, "eviction": "moepic", "io": "direct", "on_host": False}
     ]
     assert (n_ctx, use_mmap, notices) == (512, False, [])
 

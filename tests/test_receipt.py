@@ -5,6 +5,8 @@ from mobile_gguf.receipt import Receipt, Timings
 FIELDS = [
     "mode", "n_expert_used", "little_k", "tokens_big", "tokens_little", "tokens_fallback", "expert_hits",
     "expert_misses", "bytes_read", "stall_ms", "budget_bytes", "resident_bytes_peak",
+    "device_hits", "device_misses", "bytes_uploaded", "upload_stall_ms", "vram_budget_bytes",
+    "prefetch_hits", "prefetch_wasted_bytes", "prefetch_saved_ms",
 ]  # fmt: skip
 TIMING_NAMES = [
     "prompt_n", "prompt_ms", "prompt_per_token_ms", "prompt_per_second",
@@ -31,6 +33,13 @@ def test_kinds_of_tokens_that_the_mode_does_not_have_are_left_out():
 def test_all_hits_are_claimed_only_if_nothing_missed():
     assert "99% hits" in Receipt(expert_hits=9999, expert_misses=1).summary()
     assert "100% hits" in Receipt(expert_hits=1).summary()
+
+
+def test_a_device_tier_has_a_part_of_the_line():
+    receipt = Receipt(tokens_big=3, expert_hits=3, expert_misses=1, device_hits=9, device_misses=4)
+    assert receipt.summary() == (
+        "3 big | device 69% hits, 0 B uploaded, 0 ms stalled | 75% hits | 0 B read | 0 ms stalled"
+    )
 
 
 def test_timings_have_llama_servers_names():

@@ -65,8 +65,11 @@ def test_an_empty_directory(here):
         resolve_model(here)
 
 
-def test_the_hub_is_not_there_yet():
-    with pytest.raises(ModelNotFoundError, match="hf:org/repo:Q4_K_M cannot be fetched"):
+def test_the_hub_is_not_asked_when_offline(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(
+        ModelNotFoundError, match="hf:org/repo:Q4_K_M is not complete in the Hugging Face cache"
+    ):
         resolve_model("hf:org/repo:Q4_K_M")
 
 

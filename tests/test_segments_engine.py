@@ -126,6 +126,7 @@ def test_prefetch_reads_all_segments_of_what_was_masked(segmented: Path) -> None
     """The second pass with all experts finds them there, and is right."""
     ops = [
         PROMPT, {"op": "reset_counters"},
+        {"op": "set_prefetch", "mode": 1},
         {"op": "set_k", "k": 1}, {"op": "steps", "tokens": TEXT[:1], "pos": N}, {"op": "prefetch"},
         {"op": "set_k", "k": 0}, {"op": "remove", "pos": N}, {"op": "counters"},
         {"op": "steps", "tokens": TEXT[:1], "pos": N, "save": "big"}, {"op": "counters"},
@@ -137,8 +138,8 @@ def test_prefetch_reads_all_segments_of_what_was_masked(segmented: Path) -> None
     assert_same_bits(outcome.arrays["r/big"], outcome.arrays["straight/big"], "after a prefetch")
     queued = outcome.ops("r", "prefetch")[0]["status"]
     counters = outcome.ops("r", "counters")[0]
-    assert queued == counters["n_prefetched"] > 0
-    assert queued <= 4 * N_SEGMENTS
+    assert counters["n_prefetched"] <= queued
+    assert 0 < queued <= 4 * N_SEGMENTS
 
 
 @MIXTRAL

@@ -91,7 +91,7 @@ def _open(info: GgufInfo, n_ctx: int, ram_budget: str | int | Size, threads: int
         kept = plan.budget_bytes or min(plan.available_bytes - plan.demand.total_bytes, info.budget_all_bytes)
         if plan.budget_bytes or kept + plan.demand.total_bytes + spare > plan.available_bytes:
             budget = Size(n_bytes=max(kept - spare, info.budget_min_bytes))
-    return open_backend(info, LoadOptions(ram_budget=budget, **options))[0]
+    return open_backend(info, LoadOptions(ram_budget=budget, vram_budget="off", **options))[0]
 
 
 def _batch_size(info: GgufInfo) -> int:

@@ -18,7 +18,12 @@ from typing import NoReturn, TextIO
 from ..errors import MobileError
 
 PROGRAM = "mobile-gguf"
-VERBS = ("run", "chat", "show", "list", "convert", "verify", "calibrate", "bench", "engine")
+VERBS = (
+    *("run", "chat", "serve", "plan"),
+    *("pull", "list", "show", "rm"),
+    *("convert", "verify", "calibrate"),
+    *("bench", "engine"),
+)
 EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 _EXAMPLES = """examples:
@@ -75,8 +80,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser()
     args = parse(parser, argv)
     if args.verb is None:
-        parser.print_help(sys.stderr)
-        return EXIT_USAGE
+        if not (sys.stdin and sys.stdin.isatty() and sys.stdout and sys.stdout.isatty()):
+            parser.print_help(sys.stderr)
+            return EXIT_USAGE
+        # On a terminal the program alone is its chat, which lets one pick a model.
+        args = parse(parser, ["chat"])
     with _Notes(sys.stderr):
         try:
             code = args.func(args)
@@ -98,11 +106,20 @@ def print_error(error: MobileError) -> None:
     print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
 
 
+class _NoteHandler(logging.StreamHandler[TextIO]):
+    """Writes over a line of progress, where there may be one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self.stream.isatty():
+            self.stream.write("\r\033[K")
+        super().emit(record)
+
+
 class _Notes:
     """While the command runs, the package's warnings are notes on stderr."""
 
     def __init__(self, stream: TextIO) -> None:
-        self._handler = logging.StreamHandler(stream)
+        self._handler = _NoteHandler(stream)
         self._handler.setFormatter(logging.Formatter(f"{PROGRAM}: note: %(message)s"))
 
     def __enter__(self) -> None:

@@ -9,8 +9,10 @@ import time
 from pathlib import Path
 from typing import TextIO
 
+from ..errors import UsageError
+from ..hub.cache import is_in_cache
 from ..resolve import resolve_model
-from .common import Progress, narrate
+from .common import MODEL_HELP, Progress, narrate
 
 _DESCRIPTION = """Run a model over text with all and with fewer experts, fit the importance head that mode
 big-little uses, measure what each setting costs and saves, count which experts are used, and write it all
@@ -26,7 +28,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("model", metavar="MODEL", help="a GGUF file, a name from `mobile-gguf list`, or demo")
+    add("model", metavar="MODEL", help=MODEL_HELP)
     add(
         "--text", metavar="FILE", type=Path, nargs="+", action="extend", help="UTF-8 text (default: built in)"
     )
@@ -74,7 +76,12 @@ def run(args: argparse.Namespace) -> int:
     )
     with TimedProgress(sys.stderr) as progress:
         try:
-            result = calibrate(resolve_model(args.model, progress), options, progress)
+            path = resolve_model(args.model, progress)
+            if options.out is None and is_in_cache(path):
+                raise UsageError(
+                    f"{path.name} lies in the Hugging Face cache, which other programs share: give --out FILE"
+                )
+            result = calibrate(path, options, progress)
         except KeyboardInterrupt:
             progress.show("")
             narrate("stopped: the same command goes on from here")

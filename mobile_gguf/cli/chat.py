@@ -1,4 +1,4 @@
-"""``mobile-gguf chat``: a plain line-by-line chat."""
+"""``mobile-gguf chat``: the screen, or with ``--plain`` a chat line by line."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import argparse
 import contextlib
 import importlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..chat import Conversation
-from ..errors import MobileError
-from ..flags import parse_setting
+from ..errors import MobileError, UsageError
+from ..flags import given, parse_setting
 from ..model import Model
-from ..options import GenerateOptions, declared, defaults
+from ..options import GenerateOptions, LoadOptions, declared, defaults
 from ..paths import data_dir
 from .common import add_model_arguments, generate_options, load_model, narrate, show_answer, show_receipt
 
@@ -32,21 +33,47 @@ HELP = """/help               this text
 /exit               leave, as does Ctrl-D; Ctrl-C ends an answer"""
 
 
+_DESCRIPTION = """Chat with a model: on a screen with its experts (F1 shows the keys), or line by line with --plain,
+which is also what runs when standard input or output is no terminal. Without MODEL the screen lets you pick one.
+/help lists the commands."""
+
+
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the verb."""
     parser = subparsers.add_parser(
         "chat",
-        help="chat with a model, line by line",
-        description="Chat with a model in the terminal. /help lists the commands.",
+        help="chat with a model",
+        description=_DESCRIPTION,
         allow_abbrev=False,
     )
-    add_model_arguments(parser)
+    add_model_arguments(parser, optional=True)
+    parser.add_argument("--plain", action="store_true", help="chat line by line, without a screen")
     parser.add_argument("-sys", "--system", metavar="TEXT", help="system message")
     parser.set_defaults(func=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the verb."""
+    if not getattr(args, "plain", False) and _is_terminal():
+        return _run_screen(args)
+    if args.model is None:
+        raise UsageError("the plain chat needs a MODEL: give one, as in `mobile-gguf chat demo`")
+    return _run_plain(args)
+
+
+def _is_terminal() -> bool:
+    streams = (sys.stdin, sys.stdout)
+    return os.environ.get("TERM") != "dumb" and all(stream and stream.isatty() for stream in streams)
+
+
+def _run_screen(args: argparse.Namespace) -> int:
+    from mobile_gguf.tui import Launch, run_tui
+
+    options = given(args, LoadOptions) | generate_options(args)
+    return run_tui(Launch(args.model or "", options, args.system or ""))
+
+
+def _run_plain(args: argparse.Namespace) -> int:
     interactive = sys.stdin.isatty()
     options = generate_options(args)
     with load_model(args) as model, _history(interactive):

@@ -15,10 +15,12 @@ from ..flags import add_arguments, given
 from ..model import Model, load
 from ..options import GenerateOptions, LoadOptions, declared
 
+MODEL_HELP = "a GGUF file, a name from `mobile-gguf list`, hf:org/repo[:quant], or demo"
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+
+def add_model_arguments(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
     """MODEL and the flags of loading and generating; a flag of both belongs to loading."""
-    parser.add_argument("model", metavar="MODEL", help="a GGUF file, a name from `mobile-gguf list`, or demo")
+    parser.add_argument("model", metavar="MODEL", nargs="?" if optional else None, help=MODEL_HELP)
     add_arguments(parser, LoadOptions)
     add_arguments(parser, GenerateOptions, skip=declared(LoadOptions))
 
@@ -61,11 +63,12 @@ def show_answer(chunks: Generator[Chunk, None, None], out: TextIO) -> Chunk | No
     return last
 
 
-def show_receipt(chunk: Chunk | None) -> None:
-    """Write an answer's receipt to stderr, as one line."""
+def show_receipt(chunk: Chunk | None, more: str = "") -> None:
+    """Write an answer's receipt to stderr, as one line, with ``more`` at its end."""
     if chunk is not None:
+        more = f" | {more}" if more else ""
         cut = " | interrupted" if chunk.finish_reason == INTERRUPTED else ""
-        narrate(chunk.receipt.summary(chunk.tokens_per_second) + cut)
+        narrate(chunk.receipt.summary(chunk.tokens_per_second) + more + cut)
 
 
 def narrate(text: str) -> None:
@@ -91,7 +94,8 @@ class Progress:
         self.show(f"{phase} {done:4.0%}")
         name, colon, _ = phase.partition(": ")
         step = (name, int(done * 10) if colon else 0)
-        if not self._terminal and step != self._written:
+        # Reading a model is over soon, and what comes of it says enough.
+        if not self._terminal and step != self._written and name != "loading":
             self._stream.write(phase + "\n")
             self._stream.flush()
         self._written = step

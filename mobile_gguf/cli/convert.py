@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import MobileError, UsageError
 from ..flags import add_arguments, given
+from ..hub.cache import is_in_cache
+from ..hub.reference import is_reference, parse_reference
 from ..resolve import resolve_model
 from ..sizes import format_bytes
 from .common import Progress
@@ -139,7 +141,7 @@ def _convert(
 
     path = resolve_model(source, progress)
     _refuse_for_gguf(path, options)
-    out = output or default_output(path, options)
+    out = output or default_output(Path(path.name) if is_in_cache(path) else path, options)
     written: dict[str, Any] = {"force": options.force, "dry_run": options.dry_run, "progress": progress}
     if options.export or options.stacked:
         return to_stacked(path, out, keep_mobile=not options.export, **written)
@@ -147,8 +149,9 @@ def _convert(
 
 
 def _is_checkpoint(source: str) -> bool:
-    if source.startswith("hf:"):
-        return True
+    if is_reference(source):
+        reference = parse_reference(source)
+        return not reference.file and not reference.quant
     path = Path(source).expanduser()
     if path.is_file() and path.suffix in _CHECKPOINT_SUFFIXES:
         raise UsageError(f"{source} is one file of a checkpoint: give the folder it lies in")

@@ -6,6 +6,8 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any, TextIO
 
+from . import rpc_server
+
 if TYPE_CHECKING:
     from mobile_gguf.vendor import Progress
 
@@ -18,7 +20,7 @@ _SPARSE_STEPS = 10
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the verb to the command line."""
     parser = subparsers.add_parser("engine", help="build and inspect the patched llama.cpp")
-    verbs = parser.add_subparsers(dest="engine_verb", metavar="{build,info}", required=True)
+    verbs = parser.add_subparsers(dest="engine_verb", metavar="{build,info,rpc-server}", required=True)
 
     build = verbs.add_parser(
         "build",
@@ -48,6 +50,8 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     info = verbs.add_parser("info", help="show pin, patches, backends, ABI version and paths")
     info.add_argument("--json", action="store_true", help="print one JSON object")
     info.set_defaults(func=run)
+
+    rpc_server.register(verbs)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -84,9 +88,23 @@ def _build(args: argparse.Namespace) -> int:
 def _info(args: argparse.Namespace) -> int:
     from mobile_gguf import vendor
 
-    info = vendor.engine_info()
+    info = vendor.engine_info() | _devices()
     print(json.dumps(info) if args.json else format_info(info))
     return 0
+
+
+def _devices() -> dict[str, Any]:
+    # Asked of the installed library; what keeps it from loading is no reason not to show the rest.
+    from mobile_gguf.errors import EngineError
+    from mobile_gguf.ggml_devices import ggml_devices
+    from mobile_gguf.llama_log import capture_log
+
+    try:
+        capture_log()
+        devices = ggml_devices()
+    except EngineError:
+        return {"devices": []}
+    return {"devices": [device.to_dict() for device in devices]}
 
 
 def format_info(info: dict[str, Any]) -> str:
@@ -113,12 +131,18 @@ def format_info(info: dict[str, Any]) -> str:
     ]
     if info["problem"]:
         rows.insert(4, ("problem", info["problem"]))
+    rows += [("device", _device_line(device)) for device in info.get("devices", [])]
     rows += [("patch", f"{patch['name']}: {patch['subject']}") for patch in info["patches"]]
     rows += [
         ("cached", f"{entry['key']} ({', '.join(entry['backends'])}), built {entry['built']}")
         for entry in info["cached"]
     ]
     return "\n".join(f"{name:<10} {text}" for name, text in rows)
+
+
+def _device_line(device: dict[str, Any]) -> str:
+    free, total = device["memory_free"] / 2**30, device["memory_total"] / 2**30
+    return f"{device['name']} ({device['type']}): {device['description']}, {free:.1f} of {total:.1f} GiB free"
 
 
 class ProgressDisplay:

@@ -1,50 +1,85 @@
-"""``mobile-gguf list``: the models that can be run by name."""
+"""``mobile-gguf list``: the models on this machine, and how each fits it."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from typing import Any
+from pathlib import Path
 
+from ..hub.cache import cache_root
+from ..hub.listing import CACHE, ModelEntry, fit_text, list_models, size_text
 from ..paths import models_dir
-from ..resolve import DEMO, demo_file, local_models
 from ..sizes import format_bytes
+
+_DESCRIPTION = """List the demo model, the GGUF files in the data directory and those in the Hugging Face
+cache: size, bytes of experts, the share of them that --ram-budget auto would keep in memory now, and the
+tokens per second that `mobile-gguf plan` predicts, where it has measured this machine."""
+_HEADS = ("NAME", "SIZE", "EXPERTS", "FIT", "TOK/S", "WHERE")
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the verb."""
     parser = subparsers.add_parser(
-        "list",
-        help="list the models at hand",
-        description="List the demo model and the GGUF files in the data directory.",
+        "list", help="list the models at hand", description=_DESCRIPTION, aliases=["ls"]
     )
+    parser.add_argument("--paths", action="store_true", help="show where each file lies")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(func=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the verb."""
-    models = entries()
+    models = list_models()
     if args.json:
-        print(json.dumps({"models_dir": str(models_dir()), "models": models}, ensure_ascii=False))
+        places = {"models_dir": str(models_dir()), "hub_cache": str(cache_root())}
+        print(json.dumps({**places, "models": [entry.to_dict() for entry in models]}, ensure_ascii=False))
         return 0
-    width = max(len(entry["name"]) for entry in models)
-    for entry in models:
-        size = format_bytes(entry["bytes"]) if entry["bytes"] is not None else "-"
-        where = entry["path"] or "not built yet: `mobile-gguf run demo` does it"
-        print(f"{entry['name']:<{width}}  {size:>10}  {where}")
+    for line in lines(models, paths=args.paths):
+        print(line)
     return 0
 
 
-def entries() -> list[dict[str, Any]]:
-    """The demo model and the others: name, path and bytes, both None for a demo not built yet."""
-    demo = demo_file()
-    named = [(DEMO, demo), *((path.stem, path) for path in local_models())]
-    return [
-        {
-            "name": name,
-            "path": str(path) if path is not None else None,
-            "bytes": path.stat().st_size if path is not None else None,
-        }
-        for name, path in named
-    ]
+def lines(models: list[ModelEntry], *, paths: bool = False) -> list[str]:
+    """A table; what cannot be run has its reason in place of the numbers."""
+    table = [_HEADS, *(_cells(entry, paths) for entry in models)]
+    widths = [max(len(row[column]) for row in table if len(row) > column) for column in range(len(_HEADS))]
+    # a reason is as long as it is
+    widths[2] = max(len(row[2]) for row in table if len(row) == len(_HEADS))
+    shown = []
+    for row in table:
+        cells = [row[0].ljust(widths[0]), row[1].rjust(widths[1])]
+        if len(row) == len(_HEADS):
+            cells += [row[2].rjust(widths[2]), row[3].ljust(widths[3]), row[4].rjust(widths[4]), row[5]]
+        else:
+            cells += row[2:]
+        shown.append("  ".join(cells).rstrip())
+    return shown
+
+
+def _cells(entry: ModelEntry, paths: bool) -> tuple[str, ...]:
+    name = _plain(entry.name)
+    place = _short(entry.path) if paths and entry.path is not None else ""
+    if entry.info is None:
+        reason = _plain(entry.problem) + (f" ({place})" if place else "")
+        return name, size_text(entry), reason
+    layout = "" if entry.info.layout == "stacked" or not entry.info.is_moe else f", {entry.info.layout}"
+    where = ("HF cache" if entry.where == CACHE else "models") + layout
+    experts = format_bytes(entry.info.expert_bytes) if entry.info.is_moe else "none"
+    return name, size_text(entry), experts, fit_text(entry), _speed(entry), place or where
+
+
+def _speed(entry: ModelEntry) -> str:
+    return f"{entry.speed['predicted_tps']:.1f}" if entry.speed else "-"
+
+
+def _short(path: Path) -> str:
+    """A path with the home directory as ~."""
+    try:
+        return _plain(f"~/{path.relative_to(Path.home())}")
+    except (ValueError, RuntimeError):
+        return _plain(str(path))
+
+
+def _plain(text: str) -> str:
+    """A file's name or a message without what a terminal would obey."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)

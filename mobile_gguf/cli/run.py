@@ -6,11 +6,18 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..answer import INTERRUPTED
 from ..errors import UsageError
+from ..model import Model
+from ..receipt import Receipt
+from .batch import add_batch_arguments
+from .batch import run as run_batch
 from .common import add_model_arguments, generate_options, load_model, show_answer, show_receipt
+
+if TYPE_CHECKING:
+    from ..plan.after import Comparison
 
 _DESCRIPTION = """Answer a prompt by the model's chat template, or continue it with --raw. The prompt comes
 from the command line, a file (-f) or standard input (also as the word -). Without one, on a terminal, this
@@ -28,6 +35,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("-sys", "--system", metavar="TEXT", help="system message")
     parser.add_argument("--raw", action="store_true", help="continue the prompt as it is, without a template")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
+    add_batch_arguments(parser)
     parser.set_defaults(func=run)
 
 
@@ -37,6 +45,10 @@ def run(args: argparse.Namespace) -> int:
 
     if args.raw and args.system is not None:
         raise UsageError("--system has no effect with --raw: put it into the prompt")
+    if args.batch is not None:
+        return run_batch(args)
+    if args.out is not None or args.overwrite or args.strict:
+        raise UsageError("--out, --overwrite and --strict need --batch FILE")
     prompt = read_prompt(args)
     if prompt is None:
         from .chat import run as chat
@@ -49,14 +61,28 @@ def run(args: argparse.Namespace) -> int:
         messages = chat_messages(prompt, args.system)
         if args.json:
             reply = model.generate(prompt, **options) if raw else model.chat(messages, **options)
-            print(json.dumps(reply.to_dict(), ensure_ascii=False))
+            n_tokens, speed = reply.usage["completion_tokens"], reply.timings["predicted_per_second"]
+            foreseen = compare(model, reply.receipt, n_tokens, speed)
+            plan = None if foreseen is None else foreseen.to_dict()
+            print(json.dumps(reply.to_dict() | {"plan": plan}, ensure_ascii=False))
             reason = reply.finish_reason
         else:
             chunks = model.stream(prompt, **options) if raw else model.stream_chat(messages, **options)
             last = show_answer(chunks, sys.stdout)
-            show_receipt(last)
+            foreseen = None
+            if last is not None:
+                foreseen = compare(model, last.receipt, last.completion_tokens, last.tokens_per_second)
+            show_receipt(last, "" if foreseen is None else str(foreseen))
             reason = last.finish_reason if last is not None else INTERRUPTED
     return EXIT_INTERRUPTED if reason == INTERRUPTED else 0
+
+
+def compare(model: Model, receipt: Receipt, n_tokens: int, tokens_per_second: float) -> Comparison | None:
+    """The prediction beside an answer; None unless this machine was measured before."""
+    from ..plan import compare_run
+
+    device = model.stats().get("device")
+    return compare_run(model.info, model.options, receipt, n_tokens, tokens_per_second, device)
 
 
 def chat_messages(prompt: str, system: str | None) -> list[dict[str, Any]]:

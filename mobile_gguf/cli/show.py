@@ -7,8 +7,12 @@ import json
 import sys
 
 from ..gguf_info import read_gguf_info
+from ..hub.explain import is_offline
+from ..hub.pull import find_pulled
+from ..hub.reference import is_reference, parse_reference
+from ..hub.remote import read_remote_info
 from ..resolve import resolve_model
-from .common import Progress
+from .common import MODEL_HELP, Progress, narrate
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -19,7 +23,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         description="Read what a GGUF says about itself: its experts and their layout, how many of them a "
         "budget keeps in memory, verification, and what calibration measured.",
     )
-    parser.add_argument("model", metavar="MODEL", help="a GGUF file, a name from `mobile-gguf list`, or demo")
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--ascii", action="store_true", help="draw the heat map without colours and blocks")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(func=run)
@@ -33,13 +37,21 @@ def run(args: argparse.Namespace) -> int:
     from . import heatmap
     from .show_report import calibrated_facts, facts, lines
 
+    remote = None
     with Progress(sys.stderr) as progress:
-        path = resolve_model(args.model, progress)
-    info = read_gguf_info(path)
-    statistics = read_statistics(path) if N_TOKENS in info.metadata else None
+        reference = parse_reference(args.model) if is_reference(args.model) else None
+        if reference is not None and find_pulled(reference) is None and not is_offline():
+            remote, info = read_remote_info(reference, progress)
+        else:
+            info = read_gguf_info(resolve_model(args.model, progress))
+    # of a model on the Hub only the header is read, and the statistics are tensors
+    statistics = read_statistics(info.path) if N_TOKENS in info.metadata and remote is None else None
     if args.json:
-        print(json.dumps(facts(info) | calibrated_facts(info, statistics), ensure_ascii=False))
+        found = facts(info) | calibrated_facts(info, statistics) | {"pulled": remote is None}
+        print(json.dumps(found, ensure_ascii=False))
     else:
+        if remote is not None:
+            narrate(f"on the Hub, not pulled: `mobile-gguf pull {remote}` fetches it")
         fancy = heatmap.is_fancy(sys.stdout) and not args.ascii
         for line in lines(info, statistics, fancy=fancy):
             print(line)

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from ..errors import MobileError, UsageError
 from ..gguf_info import read_gguf_info
+from ..hub.cache import is_in_cache
 from ..resolve import resolve_model
-from .common import Progress, narrate
+from .common import MODEL_HELP, Progress, narrate
 
 _DESCRIPTION = """\
 Compare a GGUF's logits and tokens with those of the Hugging Face checkpoint that it was made from.
@@ -33,7 +34,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", metavar="MODEL", help="a GGUF file, a name from `mobile-gguf list`, or demo")
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument(
         "--reference", metavar="FOLDER", type=Path, required=True, help="the Hugging Face checkpoint's folder"
     )
@@ -60,10 +61,14 @@ def run(args: argparse.Namespace) -> int:
         result = verify(
             path, args.reference, reference_gguf=args.reference_gguf, threads=args.threads, progress=progress
         )
-        is_split = len(read_gguf_info(path).files) > 1
-        if not args.no_mark and not is_split:
+        why_not = ""
+        if len(read_gguf_info(path).files) > 1:
+            why_not = "is split over several files"
+        elif is_in_cache(path):
+            why_not = "lies in the Hugging Face cache, which other programs share"
+        if not args.no_mark and not why_not:
             mark(path, result, progress)
-    if is_split and not args.no_mark:
-        narrate(f"{path.name} is split over several files: the verdict is not written into it")
+    if why_not and not args.no_mark:
+        narrate(f"{path.name} {why_not}: the verdict is not written into it")
     print(result.to_json() if args.json else result.table())
     return 0 if result.passed else MobileError.exit_code

@@ -136,6 +136,9 @@ int32_t mobile_prefetch_masked(struct llama_context * ctx) {
     if (!m) {
         return MOBILE_ERR_STATE;
     }
+    if (!m->predictor->begin_masked()) {
+        return 0;
+    }
     int32_t n = 0;
     for (const auto & route : m->routes) {
         const size_t il = route.il;
@@ -143,11 +146,14 @@ int32_t mobile_prefetch_masked(struct llama_context * ctx) {
             std::vector<int32_t> ids;
             for (int32_t id : route.masked) {
                 for (int32_t s = 0; s < m->store->n_segments; ++s) {
-                    ids.push_back(id*m->store->n_segments + s);
+                    const int32_t part = id*m->store->n_segments + s;
+                    if (!mobile_route_on_device(*m, m->store->layer_of_il[il], part)) {
+                        ids.push_back(part);
+                    }
                 }
             }
             // ctx->time is one past the last pass's token
-            n += m->store->prefetch(m->store->layer_of_il[il], ids.data(), ids.size(), m->time - 1.0);
+            n += m->store->hint(m->store->layer_of_il[il], ids.data(), ids.size(), m->time - 1.0, 0);
         }
     }
     return n;
@@ -181,11 +187,47 @@ int32_t mobile_reset_counters(struct llama_context * ctx) {
     }
     m->store->reset_peak();
     m->base            = m->store->counters();
+    m->predictor->reset_counters();
     m->n_tokens        = 0;
     m->n_tokens_little = 0;
     if (m->slots) {
         m->slots->reset_counters();
     }
+    return MOBILE_OK;
+}
+
+int32_t mobile_set_prefetch(struct llama_context * ctx, int32_t mode) {
+    mobile_context * m = context_of(ctx);
+    if (!m) {
+        return MOBILE_ERR_STATE;
+    }
+    if (mode < MOBILE_PREFETCH_OFF || mode > MOBILE_PREFETCH_AUTO) {
+        return mobile_fail(MOBILE_ERR_ARGUMENT, "unknown prefetch mode");
+    }
+    m->predictor->set_mode((enum mobile_prefetch) mode);
+    return MOBILE_OK;
+}
+
+int32_t mobile_set_predictor(struct llama_context * ctx, int32_t predictor) {
+    mobile_context * m = context_of(ctx);
+    if (!m) {
+        return MOBILE_ERR_STATE;
+    }
+    if (predictor < MOBILE_PREDICT_AUTO || predictor > MOBILE_PREDICT_TRANSITIONS) {
+        return mobile_fail(MOBILE_ERR_ARGUMENT, "unknown predictor");
+    }
+    if (!m->predictor->set_predictor((enum mobile_predict) predictor)) {
+        return mobile_fail(MOBILE_ERR_STATE, "this model has no router that could predict the next layer's experts");
+    }
+    return MOBILE_OK;
+}
+
+int32_t mobile_get_prefetch_counters(const struct llama_context * ctx, struct mobile_prefetch_counters * counters) {
+    const mobile_context * m = context_of(ctx);
+    if (!m) {
+        return MOBILE_ERR_STATE;
+    }
+    m->predictor->get_counters(*counters);
     return MOBILE_OK;
 }
 
@@ -236,6 +278,7 @@ int32_t mobile_set_replay(struct llama_context * ctx, const int32_t * ids, int32
     }
     if (!ids) {
         m->replay.clear();
+        m->predictor->set_replay(false);
         return MOBILE_OK;
     }
     if (n_steps <= 0 || n_layer != m->n_layer || k != m->n_expert_used) {
@@ -251,6 +294,7 @@ int32_t mobile_set_replay(struct llama_context * ctx, const int32_t * ids, int32
         }
     }
     m->replay.assign(ids, ids + n);
+    m->predictor->set_replay(true);
     m->replay_steps = n_steps;
     m->replay_k     = k;
     return MOBILE_OK;

@@ -76,7 +76,7 @@ const mobile_experts * mobile_route_whole(mobile_context * ctx, int il, const gg
 
 const mobile_experts * mobile_route_build(
         mobile_context * ctx, ggml_context * ctx0, ggml_backend_sched_t sched, ggml_backend_t backend_cpu, int il, bool renormalise, bool ranked,
-        bool no_lora, const mobile_experts & experts, ggml_tensor * cur, ggml_tensor ** ids, ggml_tensor ** weights) {
+        bool routes_cur, bool no_lora, const mobile_experts & experts, ggml_tensor * cur, ggml_tensor ** ids, ggml_tensor ** weights) {
     if (ctx->hot_ids) {
         *ids     = ctx->hot_ids;
         *weights = ctx->hot_weights;
@@ -101,6 +101,7 @@ const mobile_experts * mobile_route_build(
     }
     route.renormalise = renormalise;
     route.ranked      = ranked;
+    route.routes_cur  = routes_cur;
 
     const int64_t n_used   = (*ids)->ne[0];
     const int64_t n_tokens = (*ids)->ne[1];
@@ -109,8 +110,10 @@ const mobile_experts * mobile_route_build(
     const bool hot = ctx->slots && no_lora && n_used == ctx->n_expert_used && ctx->slots->is_cached(il, n_tokens) && ctx->slots->layer_of(il)->host.down == experts.down;
     route.keep = is_whole || (n_tokens > 1 && has_offload(sched));
 
-    ggml_tensor * args[3] = { *ids, *weights, cur };
-    ggml_tensor * routed = ggml_custom_4d(ctx0, GGML_TYPE_I32, n_ids + n_used + (hot ? n_ids : 0), n_tokens, 1, 1, args, hot ? 3 : 2, mobile_route_run, 1, &route);
+    // the next layer is predicted of it in short passes only. with a hot chain a fourth argument says so
+    const int n_args = hot ? 4 : n_tokens <= mobile_predictor::N_TOKENS_MAX && !ctx->store->all_resident ? 3 : 2;
+    ggml_tensor * args[4] = { *ids, *weights, cur, cur };
+    ggml_tensor * routed = ggml_custom_4d(ctx0, GGML_TYPE_I32, n_ids + n_used + (hot ? n_ids : 0), n_tokens, 1, 1, args, n_args, mobile_route_run, 1, &route);
     ggml_format_name(routed, "ffn_moe_routed-%d", il);
 
     // some backends claim every op

@@ -15,13 +15,14 @@
 // others' experts go first
 static constexpr int64_t LASTING_TOKENS = 8;
 
-// the op's tensors by position; the third, the experts' input, is there so that the scheduler has copied it to the
+// the op's tensors by position; the third, the experts' input, is read by predictions, and is there so that the scheduler has copied it to the
 // host before the hot chain runs. its result holds ids [K, S] of all tokens, behind them weights [K] of all tokens
 // and, with a hot chain, slots [K, S] of all tokens. segment by segment, since mul_mat_id takes input row i % K for
 // id i where there is one row per expert
 static const ggml_tensor * src_ids    (const ggml_tensor * dst) { return dst->src[0]; }
 static const ggml_tensor * src_weights(const ggml_tensor * dst) { return dst->src[1]; }
-static bool                has_hot    (const ggml_tensor * dst) { return dst->src[2] != nullptr; }
+static const ggml_tensor * src_cur    (const ggml_tensor * dst) { return dst->src[2]; } // NULL: nothing reads it
+static bool                has_hot    (const ggml_tensor * dst) { return dst->src[3] != nullptr; }
 
 static int64_t n_used_of    (const ggml_tensor * dst) { return src_ids(dst)->ne[0]; }
 static int64_t n_segments_of(const ggml_tensor * dst) { return (dst->ne[0]/n_used_of(dst) - 1)/(has_hot(dst) ? 2 : 1); }
@@ -198,6 +199,39 @@ static void split_ids(const mobile_context & ctx, const ggml_tensor * dst, int64
     }
 }
 
+// what runs, before devices take their part
+static void keep_routed(mobile_context & ctx, const ggml_tensor * dst) {
+    const int64_t n_used = n_used_of(dst);
+    ctx.routed.resize(n_used*dst->ne[1]);
+    for (int64_t t = 0; t < dst->ne[1]; ++t) {
+        std::copy_n(routed_ids(dst, t), n_used, &ctx.routed[t*n_used]);
+    }
+}
+
+bool mobile_route_on_device(const mobile_context & ctx, int32_t layer, int32_t expert) {
+    const int32_t il = ctx.store->layers[layer].il;
+    if (!ctx.slots) {
+        return false;
+    }
+    const mobile_device_layer * l = ctx.slots->layer_of(il);
+    return ctx.slots->whole_layer(il) || (l && ctx.slots->is_cached(il, 1) && l->experts[expert].slot >= 0 && !l->experts[expert].loading);
+}
+
+// hints for the layer that comes next
+static void predict_next(mobile_context & ctx, const mobile_route & route, int32_t layer, const ggml_tensor * dst) {
+    const int32_t next = layer + 1;
+    ctx.on_device.clear();
+    if (ctx.slots && next < (int32_t) ctx.store->layers.size()) {
+        ctx.on_device.resize(ctx.store->layers[next].n_expert);
+        for (size_t e = 0; e < ctx.on_device.size(); ++e) {
+            ctx.on_device[e] = mobile_route_on_device(ctx, next, (int32_t) e);
+        }
+    }
+    const ggml_tensor * cur = route.routes_cur ? src_cur(dst) : nullptr;
+    ctx.predictor->add_layer(layer, ctx.routed, dst->ne[1], cur ? (const float *) cur->data : nullptr, cur ? cur->ne[0] : 0,
+        cur ? cur->nb[2]/sizeof(float) : 0, ctx.on_device, ctx.time);
+}
+
 void mobile_route_run(ggml_tensor * dst, int ith, int nth, void * userdata) {
     GGML_UNUSED(nth);
     if (ith != 0) {
@@ -218,6 +252,7 @@ void mobile_route_run(ggml_tensor * dst, int ith, int nth, void * userdata) {
     if (ctx.trace) {
         trace_layer(ctx, route, layer, dst); // before the request changes what is resident
     }
+    keep_routed(ctx, dst);
     for (int64_t t = 0; t < n_tokens; ++t) {
         if (route.keep && !has_hot(dst)) {
             keep_ids(ctx, route, dst, t, token_of(ctx, t, n_tokens));
@@ -247,6 +282,7 @@ void mobile_route_run(ggml_tensor * dst, int ith, int nth, void * userdata) {
         route.n_cold   = (int32_t) std::count_if(ctx.missing.begin(), ctx.missing.end(), [&](const mobile_need & need) { return ctx.slot_of[need.expert] < 0; });
         route.start_us = ggml_time_us();
     }
+    predict_next(ctx, route, layer, dst);
 
     // a batch that needs nearly all of this layer needs nearly all of the next one
     if (n_tokens > LASTING_TOKENS && 10*ctx.needs.size() >= 9*(size_t) store.layers[layer].n_expert && layer + 1 < (int32_t) store.layers.size()) {
@@ -274,6 +310,7 @@ std::shared_ptr<mobile_context> mobile_context_new(const struct llama_model & mo
         ctx->routes[il].il  = (int32_t) il;
     }
     ctx->base = store->counters();
+    ctx->predictor = std::make_unique<mobile_predictor>(model, store);
     return ctx;
 }
 
@@ -323,6 +360,7 @@ void mobile_ubatch_begin(mobile_context * ctx, const llama_ubatch & ubatch) {
     }
     ctx->trace_turn = std::max(ctx->trace_turn, 0);
     ctx->store->begin_pass();
+    ctx->predictor->begin_pass((int64_t) n_tokens, ctx->k_token[0]);
 }
 
 bool mobile_ubatch_end(mobile_context * ctx) {
@@ -338,6 +376,7 @@ bool mobile_ubatch_end(mobile_context * ctx) {
     ctx->trace_step += (int64_t) n_tokens;
 
     bool ok = ctx->store->end_pass();
+    ctx->predictor->end_pass(ok);
     if (!ok) {
         ctx->error = "expert read failed: " + ctx->store->error();
     }

@@ -13,6 +13,7 @@
 
 #pragma once
 
+#include "mobile-predict.h"
 #include "mobile-slots.h"
 #include "mobile-store.h"
 #include "mobile.h"
@@ -34,6 +35,7 @@ struct mobile_route {
     int32_t          il    = -1;
     bool             renormalise = false; // the model's top-k weights have a fixed sum
     bool             ranked      = true;  // ids come in descending order of score
+    bool             routes_cur  = true;  // the router's input is the experts'
     std::vector<int32_t> masked;          // ids that the last single-token pass left out
     mobile_experts       host;            // the layer's tensors, as the last graph had them
     bool                 once    = true;  // no graph had others besides
@@ -49,6 +51,7 @@ struct mobile_context {
     int32_t n_expert_used = 0;
 
     std::vector<mobile_route> routes; // [n_layer]
+    std::unique_ptr<mobile_predictor> predictor;
 
     // policy
     int32_t              k = 0;       // experts per token; 0: all
@@ -68,6 +71,8 @@ struct mobile_context {
     // of the running layer
     std::vector<mobile_need> need_of; // [n_expert]
     std::vector<mobile_need> needs;   // those that are needed, ascending
+    std::vector<int32_t> routed;      // [n_tokens][K] the model's experts, -1: skipped
+    std::vector<uint8_t> on_device;   // [n_expert] of the next layer: in a slot
     std::vector<mobile_need> missing; // of these, those not in a device's slots
     std::vector<int32_t>     slot_of; // [n_expert] in the device's pool, -1: none
 
@@ -103,6 +108,9 @@ bool mobile_ubatch_end  (mobile_context * ctx);
 // the op; userdata: a mobile_route
 void mobile_route_run(ggml_tensor * dst, int ith, int nth, void * userdata);
 
+// whether an expert of the store's needs no host memory: it lies in a device's slot
+bool mobile_route_on_device(const mobile_context & ctx, int32_t layer, int32_t expert);
+
 // for llama_context. false: the last graph cannot be used again
 bool     mobile_graph_holds (mobile_context * ctx);
 // nodes that hot chains may add to a graph
@@ -118,7 +126,7 @@ const mobile_experts * mobile_route_whole(mobile_context * ctx, int il, const gg
 // call replaces ids and weights and returns NULL
 const mobile_experts * mobile_route_build(
         mobile_context * ctx, ggml_context * ctx0, ggml_backend_sched_t sched, ggml_backend_t backend_cpu, int il, bool renormalise, bool ranked,
-        bool no_lora, const mobile_experts & experts, ggml_tensor * cur, ggml_tensor ** ids, ggml_tensor ** weights);
+        bool routes_cur, bool no_lora, const mobile_experts & experts, ggml_tensor * cur, ggml_tensor ** ids, ggml_tensor ** weights);
 
 // for build_moe_ffn: the hot chain is built, the cold one begins
 void mobile_route_cold(mobile_context * ctx, ggml_cgraph * gf);

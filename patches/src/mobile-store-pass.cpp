@@ -33,6 +33,7 @@ void mobile_store::unpin_all() {
 bool mobile_store::end_pass() {
     locked lock(mutex);
     unpin_all();
+    drop_hints();
     cv_done.notify_all();
     return error_text.empty();
 }
@@ -82,11 +83,15 @@ void mobile_store::request(int32_t layer, const std::vector<mobile_need> & needs
             count.n_prefetch_hits++;
             x.prefetched = false;
         }
+        if (x.hinted) {
+            use_hint(x);
+        }
         if (x.state == MOBILE_LOADING) {
             on_their_way.push_back(expert);
         }
     }
     promote(on_their_way);
+    settle_hints(layer);
     for (uint32_t expert : misses) {
         int32_t slot = -1;
         // the budget holds a layer, and only this one is pinned
@@ -125,36 +130,6 @@ void mobile_store::read_ahead(int32_t layer) {
     queue_reads(loads, ahead);
     lock.unlock();
     wake_io(loads.size());
-}
-
-int32_t mobile_store::prefetch(int32_t layer, const int32_t * ids, size_t n_ids, double now) {
-    const mobile_layer & l = layers[layer];
-
-    locked lock(mutex);
-    if (all_resident) {
-        return 0;
-    }
-    std::vector<uint32_t> loads;
-    for (size_t i = 0; i < n_ids; ++i) {
-        const uint32_t expert = l.first + ids[i];
-        mobile_expert & x = experts[expert];
-        int32_t slot = -1;
-        if (x.state != MOBILE_NOT_RESIDENT) {
-            continue;
-        }
-        if (!take_slot(lock, layer, SLOT_PREFETCH, now, slot)) {
-            break;
-        }
-        x.last_use   = now;
-        x.key        = mobile_policy_key((enum mobile_eviction) params.eviction, std::max<uint64_t>(x.n_uses, 1), now);
-        begin_load(expert, slot, true);
-        loads.push_back(expert);
-    }
-    count.n_prefetched += loads.size();
-    queue_reads(loads, ahead);
-    lock.unlock();
-    wake_io(loads.size());
-    return (int32_t) loads.size();
 }
 
 const char * mobile_store::resolve(int32_t layer, int32_t piece, int64_t expert, bool wait) {

@@ -63,11 +63,16 @@ void mobile_store::promote(const std::vector<uint32_t> & wanted) {
 // takes one read from the queues and does it without the lock; false: there is none
 bool mobile_store::run_one(locked & lock, bool demand_only) {
     std::deque<item> & queue = !demand.empty() ? demand : ahead;
-    if (queue.empty() || (demand_only && demand.empty())) {
+    if (demand_only && demand.empty()) {
         return false;
     }
+    if (queue.empty() && !begin_hint(lock)) {
+        return false;
+    }
+    const bool demanded = !demand.empty();
     const item it = queue.front();
     queue.pop_front();
+    n_demand_running += demanded;
 
     const mobile_expert & x = experts[it.expert];
     const mobile_range  & r = range_of(it.expert, it.piece);
@@ -82,6 +87,11 @@ bool mobile_store::run_one(locked & lock, bool demand_only) {
     const int status = mobile_file_read(f, offset, size, dst, n_read);
     lock.lock();
 
+    n_demand_running -= demanded;
+    ahead_count.bytes_demanded += demanded ? n_read : 0;
+    if (demanded && !hints.empty()) {
+        wake_io(1);
+    }
     finish(it, status, n_read, size, offset);
     return true;
 }

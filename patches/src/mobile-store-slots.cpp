@@ -31,6 +31,7 @@ void mobile_store::release_slot(mobile_expert & x) {
         s.store(MOBILE_PIECE_ABSENT, std::memory_order_relaxed);
     }
     classes[layers[x.layer].cls].free.push_back(x.slot);
+    waste_hint(x);
     n_transient -= x.transient;
     x.state      = MOBILE_NOT_RESIDENT;
     x.slot       = -1;

@@ -64,11 +64,14 @@ struct mobile_expert {
     bool     transient  = false;   // came for a batch; goes first
     bool     ahead      = false;   // its slot was taken to read ahead
     bool     prefetched = false;   // read ahead and not needed yet
+    bool     hinted     = false;   // ... because of a hint
     bool     failed     = false;   // a read of it failed
     bool     listed     = false;   // stands in its layer's set in mobile_store::evictable, under `key`
     uint64_t n_uses     = 0;
     double   last_use   = 0.0;
     double   key        = 0.0;
+    double   own_use    = 0.0;     // what last_use and key were before a hint
+    double   own_key    = 0.0;
 
     mobile_expert() {
         for (auto & s : piece_state) {
@@ -107,6 +110,17 @@ struct mobile_need {
     uint32_t n_tokens = 0;
     double   time     = 0.0;  // of the last token that routes to it, in tokens
     bool     lasting  = true; // counts as a use; false: a long batch passing through
+};
+
+// reads made of hints, since the store began. n_queued = n_used + n_wasted + those that are there unused
+struct mobile_ahead_counters {
+    uint64_t n_queued     = 0;
+    uint64_t n_used       = 0;
+    uint64_t n_wasted     = 0; // gone without a use
+    uint64_t bytes_early  = 0; // of those used: had arrived when they were needed
+    uint64_t bytes_wasted = 0;
+    uint64_t bytes_demanded = 0; // read while something waited or was about to
+    uint64_t stall_us     = 0;   // of the computation, for whatever
 };
 
 class mobile_store {
@@ -158,8 +172,13 @@ public:
     // queues reads of a layer that is needed soon, as far as slots can be had without evicting what
     // single tokens use
     void read_ahead(int32_t layer);
-    // queues reads of experts that the next pass probably needs; returns how many
-    int32_t prefetch(int32_t layer, const int32_t * experts, size_t n_experts, double now);
+    // changes with every request and pass
+    uint64_t sequence() const;
+    // experts that a layer will probably need, best first: they are read when there is nothing else to read, until
+    // the layer asks for what it does need or the next pass is over. now: evicts only what was used before that,
+    // in tokens. seq: forgotten unless sequence() is still that; 0: always meant. returns how many are not there.
+    // by any thread
+    int32_t hint(int32_t layer, const int32_t * experts, size_t n_experts, double now, uint64_t seq);
     // unpins the last layer; false: a read failed in this pass, error() says which
     bool end_pass();
 
@@ -171,6 +190,7 @@ public:
 
     std::string     error();
     mobile_counters counters();
+    mobile_ahead_counters counters_ahead();
     void            reset_peak();
     // an expert in segments is as resident as its least resident segment
     uint8_t         residency_of_model(int32_t layer, int32_t expert);
@@ -185,6 +205,11 @@ private:
     };
 
     enum slot_use { SLOT_DEMAND, SLOT_AHEAD, SLOT_PREFETCH };
+
+    struct hinted {
+        uint32_t expert;
+        double   now;
+    };
 
     using locked = std::unique_lock<std::mutex>;
 
@@ -206,6 +231,11 @@ private:
     void queue_reads (const std::vector<uint32_t> & experts, std::deque<item> & queue);
     void promote     (const std::vector<uint32_t> & experts);
     bool run_one     (locked & lock, bool demand_only);
+    bool begin_hint  (locked & lock);
+    void use_hint    (mobile_expert & x);
+    void waste_hint  (mobile_expert & x);
+    void settle_hints(int32_t layer);
+    void drop_hints  ();
     void finish      (const item & it, int status, uint64_t n_read, uint64_t n_wanted, uint64_t offset);
     std::string describe(uint32_t expert, int piece) const; // for error texts
     void wake_io     (size_t n_loads);
@@ -223,6 +253,10 @@ private:
     std::condition_variable cv_done; // computing threads: a piece arrived or failed, or nobody waits any more
     std::deque<item>        demand;  // served first
     std::deque<item>        ahead;
+    std::deque<hinted>      hints;     // served last
+    std::vector<uint32_t>   hinted_reads; // experts of layers yet to come, read because of hints
+    uint32_t                n_demand_running = 0; // reads of misses under way
+    std::atomic<uint64_t>   n_requests = 1;       // changed under the lock
     bool                    stop = false;
     std::vector<std::thread> io_threads;
 
@@ -237,4 +271,5 @@ private:
     int64_t  stall_start  = 0;
     std::string error_text;
     mobile_counters count = {};
+    mobile_ahead_counters ahead_count;
 };

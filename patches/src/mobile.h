@@ -122,8 +122,50 @@ LLAMA_API int32_t mobile_set_n_expert_used(struct llama_context * ctx, int32_t k
 LLAMA_API int32_t mobile_set_batch_n_expert_used(struct llama_context * ctx, const int32_t * k, int32_t n_tokens);
 
 // starts reading, in layer order, the experts that the last little pass left out (ranks k+1..K):
-// hints for a run of the same position with all experts. returns how many experts or segments were queued, < 0: error
+// hints for a run of the same position with all experts. returns how many experts or segments are not there yet and
+// were hinted, < 0: error; they are read as far as the disk has nothing else to do
 LLAMA_API int32_t mobile_prefetch_masked(struct llama_context * ctx);
+
+// what is read ahead of need: experts that a little pass left out (mobile_prefetch_masked), and the next layer's as
+// they are predicted. changes when bytes are read, never outputs
+enum mobile_prefetch {
+    MOBILE_PREFETCH_OFF  = 0,
+    MOBILE_PREFETCH_ON   = 1,
+    MOBILE_PREFETCH_AUTO = 2, // each of the two while it is measured to shorten passes
+};
+
+enum mobile_predict {
+    MOBILE_PREDICT_AUTO        = 0, // by the router where there is one
+    MOBILE_PREDICT_ROUTER      = 1, // the next layer's router on this layer's FFN input
+    MOBILE_PREDICT_TRANSITIONS = 2, // which experts followed which so far
+};
+
+// from the last mobile_reset_counters on, but for n_unused and what is said to be so now
+struct mobile_prefetch_counters {
+    uint64_t n_predicted;  // experts that were predicted for the next layer
+    uint64_t n_right;      // of these, routed to
+    uint64_t n_queued;     // experts read because of a prediction or a little pass
+    uint64_t n_used;       // of these, needed before they were evicted
+    uint64_t n_wasted;     // of these, evicted without a use
+    uint64_t n_unused;     // of these, resident now without a use yet
+    uint64_t bytes_early;  // had arrived when they were needed
+    uint64_t bytes_wasted; // of n_wasted
+    uint64_t saved_us;     // bytes_early times the stall that a byte read on demand cost: an estimate
+    uint64_t n_passes;     // of up to 8 tokens
+    uint64_t n_passes_on;  // of these, with predictions
+    int32_t  mode;         // enum mobile_prefetch, now
+    int32_t  by_router;    // now; 0: by transitions
+    int32_t  next_on;      // predictions are in use, now
+    int32_t  masked_on;    // and what little passes left out
+    int32_t  next_permille;   // time of passes with predictions over passes without, as measured last; 0: not yet
+    int32_t  masked_permille; // the same for what little passes left out
+};
+
+// a new context has MOBILE_PREFETCH_OFF
+LLAMA_API int32_t mobile_set_prefetch (struct llama_context * ctx, int32_t mode);
+// MOBILE_ERR_STATE if the model has no plain router
+LLAMA_API int32_t mobile_set_predictor(struct llama_context * ctx, int32_t predictor);
+LLAMA_API int32_t mobile_get_prefetch_counters(const struct llama_context * ctx, struct mobile_prefetch_counters * counters);
 
 LLAMA_API int32_t mobile_get_counters  (const struct llama_context * ctx, struct mobile_counters * counters);
 LLAMA_API int32_t mobile_reset_counters(struct llama_context * ctx);

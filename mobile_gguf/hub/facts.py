@@ -1,0 +1,92 @@
+"""Facts of GGUF files for lists: headers are read once and remembered until a file changes."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from ..atomic import complete_or_absent
+from ..errors import MobileError
+from ..gguf_experts import ExpertLayer
+from ..gguf_info import GgufInfo, read_gguf_info
+from ..paths import cache_dir
+
+# of the remembered form: a new number forgets what was remembered
+_VERSION = 1
+_TUPLES = ("n_head", "n_head_kv")
+
+
+class FactsCache:
+    """Remembers facts, and what is wrong with broken files, in ``cache_dir()/gguf-facts.json``."""
+
+    def __init__(self) -> None:
+        self._path = cache_dir() / "gguf-facts.json"
+        self._known = self._load()
+        self._used: dict[str, Any] = {}
+
+    def read(self, path: Path, files: tuple[Path, ...]) -> tuple[GgufInfo | None, str]:
+        """A model's facts without its metadata, or None and what is wrong; ``files``: all of a split one."""
+        try:
+            signature = [[stat.st_size, stat.st_mtime_ns] for stat in map(os.stat, files)]
+        except OSError as error:
+            return None, f"cannot be read: {error.strerror or error}"
+        key = str(path.absolute())
+        entry = self._known.get(key)
+        if not isinstance(entry, dict) or entry.get("files") != signature:
+            entry = {"files": signature, **_read(path)}
+        self._used[key] = entry
+        with contextlib.suppress(KeyError, TypeError, ValueError):
+            return (_from_json(entry["info"]) if entry["info"] else None), str(entry["problem"])
+        del self._used[key]
+        return None, "cannot be read"
+
+    def save(self) -> None:
+        """Remember what was read; what was not asked for is forgotten. An unwritable cache is none."""
+        if self._used == self._known:
+            return
+        with contextlib.suppress(MobileError), complete_or_absent(self._path) as partial:
+            partial.write_text(json.dumps({"version": _VERSION, "models": self._used}), encoding="utf-8")
+
+    def _load(self) -> dict[str, Any]:
+        try:
+            stored = json.loads(self._path.read_text(encoding="utf-8"))
+            known = stored["models"] if stored["version"] == _VERSION else {}
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
+        return known if isinstance(known, dict) else {}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return {"info": _to_json(read_gguf_info(path)), "problem": ""}
+    except MobileError as error:
+        # the path is in the list already
+        text = " ".join(str(error).split()).removeprefix(f"{path} ")
+        return {"info": None, "problem": text}
+
+
+def _to_json(info: GgufInfo) -> dict[str, Any]:
+    values = {item.name: getattr(info, item.name) for item in dataclasses.fields(info)}
+    del values["metadata"]
+    values["path"], values["files"] = str(info.path), [str(path) for path in info.files]
+    values["expert_layers"] = [dataclasses.asdict(layer) for layer in info.expert_layers]
+    return values
+
+
+def _from_json(values: dict[str, Any]) -> GgufInfo:
+    layers = tuple(
+        ExpertLayer(**{**layer, "matrix_bytes": tuple(layer["matrix_bytes"])})
+        for layer in values["expert_layers"]
+    )
+    made = {
+        **values,
+        "path": Path(values["path"]),
+        "files": tuple(map(Path, values["files"])),
+        "expert_layers": layers,
+        **{name: tuple(values[name]) for name in _TUPLES},
+    }
+    return GgufInfo(**made)

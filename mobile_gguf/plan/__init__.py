@@ -1,0 +1,12 @@
+"""``mobile-gguf plan``: what of a model fits where, which settings to use, and how fast it will be.
+
+``predict_cached`` and ``compare_run`` use measurements made before and never measure.
+"""
+
+from __future__ import annotations
+
+from .after import compare_run
+from .cached import predict_cached
+from .prediction import Prediction
+
+__all__ = ["Prediction", "compare_run", "predict_cached"]

@@ -1,0 +1,321 @@
+"""ggml through ctypes, as much of it as measuring takes: matrices on a backend, products timed, bytes moved.
+
+The functions are looked up in the library that llama-cpp-python has loaded, so what is measured is what will
+run. Everything is freed when the context managers end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import random
+import socket
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..binding import load_library
+from ..errors import EngineError, UsageError
+
+F32, I32 = 0, 26
+CPU, GPU, IGPU, ACCEL = 0, 1, 2, 3  # enum ggml_backend_dev_type
+_BUFFER_OFFSET = 8  # of `buffer` in struct ggml_tensor, after an enum
+_GRAPH_NODES = 4096
+_FILL = 0x11  # as a half it is a small ordinary number, as it is in quants
+_USAGE_WEIGHTS = 1
+_CONNECT_S = 3.0
+
+_A, _N, _I, _T = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int64, ctypes.c_char_p
+
+
+class _InitParams(ctypes.Structure):
+    _fields_ = [("mem_size", _N), ("mem_buffer", _A), ("no_alloc", ctypes.c_bool)]
+
+
+_SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "ggml_init": (_A, (_InitParams,)),
+    "ggml_free": (None, (_A,)),
+    "ggml_nbytes": (_N, (_A,)),
+    "ggml_blck_size": (_I, (ctypes.c_int,)),
+    "ggml_new_tensor_2d": (_A, (_A, ctypes.c_int, _I, _I)),
+    "ggml_new_tensor_3d": (_A, (_A, ctypes.c_int, _I, _I, _I)),
+    "ggml_mul_mat": (_A, (_A, _A, _A)),
+    "ggml_mul_mat_id": (_A, (_A, _A, _A, _A)),
+    "ggml_new_graph_custom": (_A, (_A, _N, ctypes.c_bool)),
+    "ggml_build_forward_expand": (None, (_A, _A)),
+    "ggml_backend_alloc_ctx_tensors": (_A, (_A, _A)),
+    "ggml_backend_alloc_ctx_tensors_from_buft": (_A, (_A, _A)),
+    "ggml_backend_buft_alloc_buffer": (_A, (_A, _N)),
+    "ggml_backend_buffer_free": (None, (_A,)),
+    "ggml_backend_buffer_set_usage": (None, (_A, ctypes.c_int)),
+    "ggml_backend_tensor_set": (None, (_A, _A, _N, _N)),
+    "ggml_backend_tensor_get": (None, (_A, _A, _N, _N)),
+    "ggml_backend_tensor_memset": (None, (_A, ctypes.c_uint8, _N, _N)),
+    "ggml_backend_graph_compute": (ctypes.c_int, (_A, _A)),
+    "ggml_backend_synchronize": (None, (_A,)),
+    "ggml_backend_free": (None, (_A,)),
+    "ggml_backend_dev_count": (_N, ()),
+    "ggml_backend_dev_get": (_A, (_N,)),
+    "ggml_backend_dev_init": (_A, (_A, _T)),
+    "ggml_backend_dev_name": (_T, (_A,)),
+    "ggml_backend_dev_description": (_T, (_A,)),
+    "ggml_backend_dev_memory": (None, (_A, _A, _A)),
+    "ggml_backend_dev_type": (ctypes.c_int, (_A,)),
+    "ggml_backend_dev_backend_reg": (_A, (_A,)),
+    "ggml_backend_dev_supports_op": (ctypes.c_bool, (_A, _A)),
+    "ggml_backend_reg_get_proc_address": (_A, (_A, _T)),
+    "ggml_backend_reg_by_name": (_A, (_T,)),
+    "ggml_backend_reg_dev_count": (_N, (_A,)),
+    "ggml_backend_reg_dev_get": (_A, (_A, _N)),
+}
+
+
+def require_server(endpoint: str) -> None:
+    """Raise EngineError unless something answers at host:port; the library itself would abort the process."""
+    host, _, port = endpoint.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 1 << 16:
+        raise UsageError(f"--rpc {endpoint!r} is not HOST:PORT")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
+    except OSError as error:
+        raise EngineError(
+            f"no RPC server answers at {endpoint} ({error.strerror or error}): start one, or leave out --rpc"
+        ) from None
+
+
+@dataclass(frozen=True)
+class Device:
+    """A ggml device; memory in bytes, by the driver, now."""
+
+    handle: int
+    name: str
+    description: str
+    kind: int
+    free_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """What to multiply with: ``k`` of ``n_expert`` matrices of ``n_in`` x ``n_out``, ``n_stacks`` times over.
+
+    One expert and k = 1 stand for an ordinary matrix. ``usual`` puts them where llama.cpp would put weights
+    of an ordinary buffer on the CPU, repacked where the processor has kernels for that.
+    """
+
+    type_id: int
+    n_in: int
+    n_out: int
+    n_expert: int = 1
+    k: int = 1
+    n_stacks: int = 1
+    usual: bool = False
+
+
+class Ggml:
+    """The bound library. Raises EngineError if it is missing or lacks a function."""
+
+    def __init__(self) -> None:
+        library, path = load_library()
+        folder = Path(path).parent
+        self._libraries = [library]
+        for name in ("ggml", "ggml-base", "ggml-cpu"):
+            for file in sorted(folder.glob(f"*{name}.*")):
+                with contextlib.suppress(OSError):
+                    self._libraries.append(ctypes.CDLL(str(file)))
+        self._functions = {name: self._find(name, *types) for name, types in _SIGNATURES.items()}
+        self._path = path
+
+    def _find(self, name: str, result: Any, arguments: tuple[Any, ...]) -> Any:
+        for library in self._libraries:
+            function = getattr(library, name, None)
+            if function is not None:
+                # a prototype of our own: the library's may be llama-cpp-python's
+                address = ctypes.cast(function, ctypes.c_void_p).value
+                return ctypes.CFUNCTYPE(result, *arguments)(address)
+        raise EngineError(f"cannot measure: {name} is not in llama-cpp-python's library")
+
+    def call(self, name: str, *arguments: Any) -> Any:
+        """Call ``ggml_NAME``."""
+        return self._functions[f"ggml_{name}"](*arguments)
+
+    # devices
+
+    def devices(self) -> list[Device]:
+        """Every device that the library knows, the CPU included."""
+        n = self.call("backend_dev_count")
+        return [self._device(self.call("backend_dev_get", i)) for i in range(n)]
+
+    def rpc_devices(self, endpoint: str) -> list[Device]:
+        """The devices of an RPC server at host:port. Raises EngineError if there is none."""
+        require_server(endpoint)
+        reg = self.call("backend_reg_by_name", b"RPC")
+        address = (
+            self.call("backend_reg_get_proc_address", reg, b"ggml_backend_rpc_add_server") if reg else None
+        )
+        if not address:
+            raise EngineError("this engine was built without the RPC backend")
+        server = ctypes.CFUNCTYPE(_A, _T)(address)(endpoint.encode())
+        n = self.call("backend_reg_dev_count", server) if server else 0
+        if not n:
+            raise EngineError(f"no RPC server answers at {endpoint}: start one there, or leave out --rpc")
+        return [self._device(self.call("backend_reg_dev_get", server, i)) for i in range(n)]
+
+    def _device(self, handle: int) -> Device:
+        free, total = _N(), _N()
+        self.call("backend_dev_memory", handle, ctypes.byref(free), ctypes.byref(total))
+        name, text = (self.call(f"backend_dev_{what}", handle) or b"" for what in ("name", "description"))
+        kind = self.call("backend_dev_type", handle)
+        return Device(handle, name.decode(), text.decode(errors="replace"), kind, free.value, total.value)
+
+    # timing
+
+    @contextlib.contextmanager
+    def backend(self, device: Device, threads: int = 0) -> Iterator[int]:
+        """A backend on a device; ``threads`` for the CPU."""
+        handle = self.call("backend_dev_init", device.handle, None)
+        if not handle:
+            raise EngineError(f"the device {device.name} ({device.description}) cannot be used")
+        try:
+            if threads and device.kind == CPU:
+                reg = self.call("backend_dev_backend_reg", device.handle)
+                address = self.call("backend_reg_get_proc_address", reg, b"ggml_backend_set_n_threads")
+                if address:
+                    ctypes.CFUNCTYPE(None, _A, ctypes.c_int)(address)(handle, threads)
+            yield handle
+        finally:
+            self.call("backend_free", handle)
+
+    @contextlib.contextmanager
+    def _context(self) -> Iterator[int]:
+        handle = self.call("init", _InitParams(8 << 20, None, True))
+        try:
+            yield handle
+        finally:
+            self.call("free", handle)
+
+    def time_products(
+        self,
+        device: Device,
+        backend: int,
+        what: Matrices,
+        seconds: float,
+        check: Callable[[], None] = lambda: None,
+    ) -> tuple[int, list[float]]:
+        """Multiply one vector with the matrices, again and again for ``seconds``, by other experts each time.
+
+        Returns the bytes of weights that one pass reads, and the seconds of every pass. Raises EngineError
+        if the device has no memory for them.
+        """
+        with self._context() as weights_ctx, self._context() as ctx, contextlib.ExitStack() as buffers:
+            shape = (what.n_in, what.n_out)
+            stacks = [
+                self.call("new_tensor_3d", weights_ctx, what.type_id, *shape, what.n_expert)
+                if what.n_expert > 1
+                else self.call("new_tensor_2d", weights_ctx, what.type_id, *shape)
+                for _ in range(what.n_stacks)
+            ]
+            x = self.call("new_tensor_3d", ctx, F32, what.n_in, 1, 1)
+            ids = (
+                [self.call("new_tensor_2d", ctx, I32, what.k, 1) for _ in stacks] if what.n_expert > 1 else []
+            )
+            graph = self.call("new_graph_custom", ctx, _GRAPH_NODES, False)
+            products = [
+                self.call("mul_mat_id", ctx, stack, x, ids[i]) if ids else self.call("mul_mat", ctx, stack, x)
+                for i, stack in enumerate(stacks)
+            ]
+            for product in products:
+                self.call("build_forward_expand", graph, product)
+            place = self._repacking(device, products[0], stacks[0]) if what.usual else None
+            made = (
+                self.call("backend_alloc_ctx_tensors_from_buft", weights_ctx, place)
+                if place
+                else self.call("backend_alloc_ctx_tensors", weights_ctx, backend)
+            )
+            self._own(buffers, made, device, weights=True)
+            self._own(buffers, self.call("backend_alloc_ctx_tensors", ctx, backend), device)
+            for stack in stacks:
+                self._fill(stack)
+            self._fill(x)
+            n_bytes = sum(self.call("nbytes", stack) for stack in stacks) // what.n_expert * what.k
+            pick = random.Random(0)
+            times: list[float] = []
+            deadline = time.perf_counter() + seconds
+            while time.perf_counter() < deadline or len(times) < 3:
+                check()
+                for tensor in ids:
+                    chosen = (ctypes.c_int32 * what.k)(*pick.sample(range(what.n_expert), what.k))
+                    self.call(
+                        "backend_tensor_set", tensor, ctypes.addressof(chosen), 0, ctypes.sizeof(chosen)
+                    )
+                started = time.perf_counter()
+                if self.call("backend_graph_compute", backend, graph) != 0:
+                    raise EngineError(f"the device {device.name} failed to multiply matrices")
+                self.call("backend_synchronize", backend)
+                times.append(time.perf_counter() - started)
+            return n_bytes, times[1:]
+
+    def time_copies(
+        self,
+        device: Device,
+        backend: int,
+        n_bytes: int,
+        seconds: float,
+        check: Callable[[], None] = lambda: None,
+    ) -> tuple[list[float], list[float]]:
+        """Seconds of uploads to and of downloads from a device, of ``n_bytes`` (a multiple of 4) each."""
+        host = ctypes.create_string_buffer(n_bytes)
+        with self._context() as ctx, contextlib.ExitStack() as buffers:
+            tensor = self.call("new_tensor_2d", ctx, F32, n_bytes // 4, 1)
+            self._own(buffers, self.call("backend_alloc_ctx_tensors", ctx, backend), device)
+            found: list[list[float]] = []
+            for name in ("backend_tensor_set", "backend_tensor_get"):
+                times: list[float] = []
+                deadline = time.perf_counter() + seconds / 2
+                while time.perf_counter() < deadline or len(times) < 3:
+                    check()
+                    started = time.perf_counter()
+                    self.call(name, tensor, ctypes.addressof(host), 0, n_bytes)
+                    self.call("backend_synchronize", backend)
+                    times.append(time.perf_counter() - started)
+                found.append(times[1:])
+            return found[0], found[1]
+
+    def _own(
+        self, stack: contextlib.ExitStack, buffer: int, device: Device, *, weights: bool = False
+    ) -> None:
+        if not buffer:
+            raise EngineError(f"no memory on {device.name} to measure it with")
+        stack.callback(self.call, "backend_buffer_free", buffer)
+        if weights:
+            self.call("backend_buffer_set_usage", buffer, _USAGE_WEIGHTS)
+
+    def _fill(self, tensor: int) -> None:
+        n_bytes = self.call("nbytes", tensor)
+        block = (ctypes.c_char * n_bytes).from_buffer(bytearray([_FILL]) * n_bytes)
+        self.call("backend_tensor_set", tensor, ctypes.addressof(block), 0, n_bytes)
+
+    def _repacking(self, device: Device, product: int, weight: int) -> int | None:
+        """The first extra buffer type of the CPU that has kernels for this product, as llama.cpp chooses
+        it."""
+        reg = self.call("backend_dev_backend_reg", device.handle)
+        address = self.call("backend_reg_get_proc_address", reg, b"ggml_backend_dev_get_extra_bufts")
+        if not address:
+            return None
+        places = ctypes.CFUNCTYPE(ctypes.POINTER(_A), _A)(address)(device.handle)
+        field = _A.from_address(weight + _BUFFER_OFFSET)
+        index = 0
+        while places and places[index]:
+            place, index = places[index], index + 1
+            buffer = self.call("backend_buft_alloc_buffer", place, 0)
+            if not buffer:
+                continue
+            field.value = buffer
+            fits = self.call("backend_dev_supports_op", device.handle, product)
+            field.value = None
+            self.call("backend_buffer_free", buffer)
+            if fits:
+                return place
+        return None

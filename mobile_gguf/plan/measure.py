@@ -1,0 +1,259 @@
+"""Measuring what a plan for one model needs to know about the machine, in at most a minute.
+
+What was measured before is not measured again. Nothing large is written; about 100 MiB of memory is used for
+a moment. Ctrl-C ends it between two samples; what was measured until then is kept.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from ..errors import EngineError, MobileError
+from ..gguf_info import GgufInfo
+from ..llama_log import capture_log
+from ..memory import read_memory
+from ..sizes import MIB
+from .disk import DEFAULT_IO_THREADS, disk_name, measure_reads, read_size
+from .ggml import CPU, F32, Device, Ggml, Matrices
+from .machine import Measurements, Rate, write_measurements
+from .tiny import measure_overhead, overhead
+from .workload import Product, Workload
+
+LIMIT_S = 60.0
+_PRODUCT_S, _DISK_S, _OVERHEAD_S, _LINK_S = 0.3, 0.6, 0.5, 0.4
+_WEIGHTS_BYTES = 96 * MIB  # beyond what caches hold, and little enough for a small machine
+_MAX_STACKS = 400
+_SMALL_COPY, _LARGE_COPY = 4096, 4 * MIB
+_MAIN_PRODUCTS = 8  # shapes that make up most dense bytes
+
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One measurement to make: what it is called, how long it takes, and how to say so."""
+
+    name: str
+    seconds: float
+    phase: str
+    run: Callable[[Callable[[], None]], dict[str, Rate]]
+
+
+def product_name(
+    product: Product, threads: int, *, n_expert: int = 1, k: int = 1, usual: bool = False
+) -> str:
+    """What the bytes per second of a product on the CPU are called."""
+    where = "usual" if usual else "plain"
+    return f"cpu.{threads}.{where}.{product.type_id}.{product.n_in}x{product.n_out}.{k}of{n_expert}"
+
+
+def read_name(disk: str, n_bytes: int, n_threads: int) -> str:
+    """What the seconds per read are called."""
+    return f"{disk}.read.{n_bytes}.{n_threads}"
+
+
+def overhead_name(n_expert: int, k: int, threads: int) -> str:
+    """What the seconds per token and per layer beside all bytes are called (``.token``, ``.layer``)."""
+    return f"overhead.{threads}.{k}of{n_expert}"
+
+
+def device_name(device: Device | str) -> str:
+    """What a device's measurements begin with."""
+    return f"device.{device if isinstance(device, str) else device.name}"
+
+
+def main_products(workload: Workload) -> tuple[Product, ...]:
+    """The dense products worth measuring: those that make up most of the bytes."""
+    ranked = sorted(workload.dense, key=lambda product: product.count * product.n_bytes, reverse=True)
+    return tuple(ranked[:_MAIN_PRODUCTS])
+
+
+def steps_for(
+    info: GgufInfo,
+    workload: Workload,
+    ks: Sequence[int],
+    threads: int,
+    io_threads: int = DEFAULT_IO_THREADS,
+    *,
+    resident: bool = True,
+    stored: bool = True,
+    devices: Sequence[Device] = (),
+    ggml: Ggml | None = None,
+) -> list[Step]:
+    """Every measurement that a plan for this model takes; ``ks`` are the experts a token may use.
+
+    ``resident``: as the experts are multiplied when all of them stay in memory; ``stored``: as when not, and
+    the disk.
+    """
+    ggml = ggml or Ggml()
+    cpu = next((device for device in ggml.devices() if device.kind == CPU), None)
+    if cpu is None:
+        raise EngineError("cannot measure: the engine has no CPU device")
+    found: list[Step] = []
+
+    def add_product(product: Product, n_expert: int, k: int, usual: bool) -> None:
+        name = product_name(product, threads, n_expert=n_expert, k=k, usual=usual)
+        what = _matrices(product, n_expert, k, usual)
+        phase = "measuring the processor"
+        found.append(
+            Step(name, _PRODUCT_S, phase, lambda check: _product(ggml, cpu, threads, name, what, check))
+        )
+
+    n_expert, segments = info.n_expert, info.segments
+    for product in workload.experts:
+        for k in ks:
+            for usual in [False] * stored + [True] * resident:
+                add_product(product, n_expert * segments, k * segments, usual)
+    for product in main_products(workload):
+        add_product(product, 1, 1, True)
+    for k in ks:
+        name = overhead_name(n_expert, k, threads)
+
+        def overheads(check: Callable[[], None], name: str = name, k: int = k) -> dict[str, Rate]:
+            return _overhead(name, n_expert, k, threads, check)
+
+        found.append(Step(f"{name}.layer", _OVERHEAD_S + 0.3, "measuring the engine", overheads))
+    disk = disk_name(info.path)
+    for product in workload.experts if stored else ():
+        n_bytes = read_size(product.n_bytes)
+        for n_threads in sorted({1, io_threads}):
+            name = read_name(disk, n_bytes, n_threads)
+
+            def reads(
+                check: Callable[[], None], name: str = name, n: int = n_bytes, threads: int = n_threads
+            ):
+                return {name: measure_reads(info.path, n, threads, _DISK_S, check)}
+
+            found.append(Step(name, _DISK_S, "measuring the disk", reads))
+    for device in devices:
+        found += _device_steps(ggml, device, workload, n_expert * segments, [k * segments for k in ks])
+    return list({step.name: step for step in found}.values())
+
+
+def _device_steps(
+    ggml: Ggml, device: Device, workload: Workload, n_expert: int, ks: Sequence[int]
+) -> Iterator[Step]:
+    prefix = device_name(device)
+
+    def link(check: Callable[[], None]) -> dict[str, Rate]:
+        return _link(ggml, device, prefix, check)
+
+    def launch(check: Callable[[], None]) -> dict[str, Rate]:
+        with ggml.backend(device) as backend:
+            _, times = ggml.time_products(device, backend, Matrices(F32, 32, 32), _PRODUCT_S, check)
+        return {f"{prefix}.launch": _rate(times)}
+
+    yield Step(f"{prefix}.launch", _PRODUCT_S, f"measuring {device.name}", launch)
+    yield Step(f"{prefix}.upload", 2 * _LINK_S, f"measuring {device.name}", link)
+    wanted = [(product, 1, 1) for product in main_products(workload)]
+    wanted += [(product, n_expert, k) for product in workload.experts for k in ks]
+    for product, n, k in wanted:
+        name = f"{prefix}.{product.type_id}.{product.n_in}x{product.n_out}.{k}of{n}"
+        what = _matrices(product, n, k, False)
+
+        def products(check: Callable[[], None], name: str = name, what: Matrices = what) -> dict[str, Rate]:
+            return _product(ggml, device, 0, name, what, check)
+
+        yield Step(name, _PRODUCT_S, f"measuring {device.name}", products)
+
+
+def measure(
+    measurements: Measurements,
+    steps: Sequence[Step],
+    progress: Progress = lambda phase, done: None,
+    limit_s: float = LIMIT_S,
+) -> list[str]:
+    """Make those of ``steps`` that ``measurements`` has not got, and keep them, whatever happens.
+
+    Returns what was left out for want of time or because it failed, as sentences. Raises MobileError if the
+    result cannot be kept.
+    """
+    capture_log()
+    missing = [step for step in steps if measurements.get(step.name) is None]
+    started = time.monotonic()
+    total = sum(step.seconds for step in missing) or 1.0
+    left_out: list[str] = []
+    done = 0.0
+    try:
+        for step in missing:
+            spent = time.monotonic() - started
+            if spent + step.seconds > limit_s:
+                left_out.append(f"{step.name} was not measured: the minute was over")
+                continue
+            progress(step.phase, done / total)
+
+            def check(step: Step = step, begun: float = time.monotonic()) -> None:
+                if time.monotonic() - begun > 5 * step.seconds + 2 or time.monotonic() - started > limit_s:
+                    raise _TooSlow
+
+            try:
+                for name, rate in step.run(check).items():
+                    measurements.put(name, rate)
+            except _TooSlow:
+                left_out.append(f"{step.name} was not measured: it took too long")
+            except MobileError as error:
+                left_out.append(f"{step.name} was not measured: {error}")
+            done += step.seconds
+    finally:
+        if missing:
+            write_measurements(measurements)
+    return left_out
+
+
+class _TooSlow(Exception):
+    """A step takes much longer than it should."""
+
+
+def expected_seconds(measurements: Measurements, steps: Sequence[Step]) -> float:
+    """How long ``measure`` will take, about."""
+    return min(LIMIT_S, sum(1.3 * step.seconds for step in steps if measurements.get(step.name) is None))
+
+
+def _matrices(product: Product, n_expert: int, k: int, usual: bool) -> Matrices:
+    room = min(_WEIGHTS_BYTES, read_memory().available_bytes // 4)
+    # a stack of fewer experts is as good, as long as they do not all stay in the cache
+    n = max(k, min(n_expert, room // max(1, product.n_bytes)))
+    stacks = max(1, min(_MAX_STACKS, int(room // max(1, product.n_bytes * n))))
+    return Matrices(product.type_id, product.n_in, product.n_out, n, k, stacks, usual)
+
+
+def _product(
+    ggml: Ggml, device: Device, threads: int, name: str, what: Matrices, check: Callable[[], None]
+) -> dict[str, Rate]:
+    with ggml.backend(device, threads) as backend:
+        n_bytes, times = ggml.time_products(device, backend, what, _PRODUCT_S, check)
+    return {name: _rate([n_bytes / seconds for seconds in times])}
+
+
+def _overhead(name: str, n_expert: int, k: int, threads: int, check: Callable[[], None]) -> dict[str, Rate]:
+    few, many = measure_overhead(n_expert, k, threads, _OVERHEAD_S, check)
+    few_rate, many_rate = _rate(few), _rate(many)
+    token, layer = overhead(few_rate.value, many_rate.value)
+    _, low = overhead(few_rate.value, many_rate.low)
+    _, high = overhead(few_rate.value, many_rate.high)
+    return {
+        f"{name}.token": Rate(token, token, token),
+        f"{name}.layer": Rate(layer, min(low, layer), max(high, layer)),
+    }
+
+
+def _link(ggml: Ggml, device: Device, prefix: str, check: Callable[[], None]) -> dict[str, Rate]:
+    with ggml.backend(device) as backend:
+        small_up, small_down = ggml.time_copies(device, backend, _SMALL_COPY, _LINK_S, check)
+        large_up, large_down = ggml.time_copies(device, backend, _LARGE_COPY, _LINK_S, check)
+    found = {}
+    for what, small, large in (("upload", small_up, large_up), ("download", small_down, large_down)):
+        latency = _rate(small)
+        found[f"{prefix}.{what}.latency"] = latency
+        extra = [max(1e-9, seconds - latency.value) for seconds in large]
+        found[f"{prefix}.{what}"] = _rate([(_LARGE_COPY - _SMALL_COPY) / seconds for seconds in extra])
+    return found
+
+
+def _rate(samples: Sequence[float]) -> Rate:
+    ordered = sorted(samples)
+    quarter = len(ordered) // 4
+    return Rate(statistics.median(ordered), ordered[quarter], ordered[-1 - quarter])

@@ -1,0 +1,242 @@
+"""The plan of a model: fit, predicted speeds by mode, and the command line that is suggested."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..decode import BIG_LITTLE, EXACT, LITTLE
+from ..gguf_info import GgufInfo
+from ..loading import context_size
+from ..memory import Memory, read_memory
+from ..options import LoadOptions
+from ..sizes import format_bytes, parse_size
+from .disk import disk_name
+from .fit import Asked, DeviceMemory, Fit, mebibytes, plan_fit
+from .learning import correct, lesson_name, read_lesson
+from .machine import Measurements
+from .predict import Settings, predict, predict_prefill
+from .prediction import Prediction
+from .settings import make_settings, read_hotness
+from .workload import Workload
+
+# A lossy mode is suggested only where it is this much faster.
+_WORTH = 1.2
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything ``mobile-gguf plan`` says."""
+
+    info: GgufInfo
+    fit: Fit
+    predictions: tuple[Prediction, ...]  # by mode; empty if nothing was measured
+    prefill_s: float | None  # that a first prompt waits for the disk
+    command: str
+    measured: str  # date, "" if nothing was
+    lessons: dict[str, int]  # runs that corrected the prediction, by mode
+    notes: tuple[str, ...] = ()
+
+    def prediction(self, mode: str) -> Prediction | None:
+        """The prediction of a mode."""
+        return next((one for one in self.predictions if one.mode == mode), None)
+
+
+def asked_of(info: GgufInfo, options: LoadOptions, *, vram: str | None = None) -> Asked:
+    """What the options ask to be planned."""
+    return Asked(
+        n_ctx=context_size(info, options.n_ctx),
+        n_ubatch=options.n_ubatch,
+        flash_attn=options.flash_attn,
+        ram=parse_size(options.ram_budget),
+        vram=None if vram is None or vram == "off" else parse_size(vram),
+    )
+
+
+def make_plan(
+    info: GgufInfo,
+    workload: Workload,
+    measurements: Measurements,
+    options: LoadOptions,
+    *,
+    devices: Sequence[DeviceMemory] = (),
+    vram: str | None = None,
+    rpc: str | None = None,
+    memory: Memory | None = None,
+    n_weights: int = 0,
+    notes: Sequence[str] = (),
+) -> Plan:
+    """Plan a model by its header, the memory there is and what was measured. Raises FitError."""
+    asked = asked_of(info, options, vram=vram)
+    fit = plan_fit(info, asked, memory or read_memory(), devices, n_weights)
+    modes = (EXACT, BIG_LITTLE, LITTLE) if info.is_moe and info.n_expert_used > 1 else (EXACT,)
+    found: list[Prediction] = []
+    lessons: dict[str, int] = {}
+    hotness = read_hotness(info)
+    for mode in modes:
+        prediction, n_runs = predict_fit(info, workload, measurements, options, fit, mode, hotness=hotness)
+        if prediction is not None:
+            found.append(prediction)
+            lessons[mode] = n_runs
+    settings = _settings(info, measurements, options, fit, EXACT, None)
+    prefill = predict_prefill(info, workload, measurements, settings, disk_name(info.path))
+    return Plan(
+        info=info,
+        fit=fit,
+        predictions=tuple(found),
+        prefill_s=prefill,
+        command=suggest(info, options, fit, found, vram=vram, rpc=rpc),
+        measured=measurements.date() if found else "",
+        lessons=lessons,
+        notes=tuple(notes),
+    )
+
+
+def predict_fit(
+    info: GgufInfo,
+    workload: Workload,
+    measurements: Measurements,
+    options: LoadOptions,
+    fit: Fit,
+    mode: str,
+    *,
+    n_tokens: int = 128,
+    hotness: Sequence[Sequence[float]] | None = None,
+    corrected: bool = True,
+) -> tuple[Prediction | None, int]:
+    """A mode's speed, and how many earlier runs corrected it."""
+    device = fit.devices[0].name if fit.devices else ""
+    lesson = read_lesson(measurements, lesson_name(info, mode, device, fit.ram_share))
+    settings = replace(_settings(info, measurements, options, fit, mode, lesson.big_share), n_tokens=n_tokens)
+    prediction = predict(info, workload, measurements, settings, disk_name(info.path), hotness)
+    if prediction is None or not corrected:
+        return prediction, 0
+    return correct(prediction, lesson), lesson.n_runs
+
+
+def _settings(
+    info: GgufInfo,
+    measurements: Measurements,
+    options: LoadOptions,
+    fit: Fit,
+    mode: str,
+    learnt: float | None,
+) -> Settings:
+    settings = make_settings(info, options, fit.ram_share, n_ctx=fit.n_ctx, learnt_share=learnt, mode=mode)
+    if fit.devices:
+        miss = getattr(options, "miss", "auto")
+        return replace(settings, device=fit.devices[0].name, vram_share=fit.vram_share, miss=miss)
+    return settings
+
+
+def suggest(
+    info: GgufInfo,
+    options: LoadOptions,
+    fit: Fit,
+    predictions: Sequence[Prediction],
+    *,
+    vram: str | None = None,
+    rpc: str | None = None,
+) -> str:
+    """A command line to copy: budgets, context and micro-batch as planned, the mode as asked for or worth
+    it."""
+    words = ["mobile-gguf", "run", str(info.path)]
+    if info.is_moe:
+        all_stay = fit.ram_share >= 1
+        asked = parse_size(options.ram_budget)
+        own = f"{asked}".replace(" ", "") if asked.fraction is not None else mebibytes(fit.ram_budget_bytes)
+        words += ["--ram-budget", "100%" if all_stay else own]
+    if fit.devices and info.is_moe:
+        words += ["--vram-budget", mebibytes(fit.vram_budget_bytes)]
+    if rpc:
+        words += ["--rpc", rpc]
+    words += ["-c", str(fit.n_ctx), "-ub", str(fit.n_ubatch)]
+    by_mode = {one.mode: one.predicted_tps for one in predictions}
+    mode = options.mode
+    head = "mobile.head.threshold" in info.metadata
+    if mode == EXACT and head and by_mode.get(BIG_LITTLE, 0) >= _WORTH * by_mode.get(EXACT, float("inf")):
+        mode = BIG_LITTLE
+    if mode != EXACT and info.is_moe:
+        words += ["--mode", mode]
+    for name, flag in (("threads", "-t"), ("io_threads", "--io-threads")):
+        value = getattr(options, name)
+        if value is not None:
+            words += [flag, str(value)]
+    if options.eviction != "decay":
+        words += ["--eviction", options.eviction]
+    if options.flash_attn:
+        words.append("-fa")
+    return shlex.join(words)
+
+
+def plan_facts(plan: Plan) -> dict[str, Any]:
+    """The plan for JSON; bytes, seconds and tokens per second."""
+    fit = plan.fit
+    return {
+        "model": str(plan.info.path),
+        "fits": True,
+        "n_ctx": fit.n_ctx,
+        "n_ubatch": fit.n_ubatch,
+        "bits_per_weight": round(fit.n_bits, 2),
+        "memory": {"available_bytes": fit.memory.available_bytes, "source": fit.memory.source},
+        "dense_bytes": fit.demand.dense_bytes,
+        "kv_bytes": fit.demand.kv_bytes,
+        "compute_bytes": fit.demand.compute_bytes,
+        "expert_bytes": plan.info.expert_bytes,
+        "ram_budget_bytes": fit.ram_budget_bytes,
+        "ram_share": round(fit.ram_share, 4),
+        "devices": [vars(device) for device in fit.devices],
+        "vram_budget_bytes": fit.vram_budget_bytes,
+        "vram_share": round(fit.vram_share, 4),
+        "measured": plan.measured or None,
+        "predictions": [one.to_dict() | {"runs": plan.lessons.get(one.mode, 0)} for one in plan.predictions],
+        "prefill_read_s": plan.prefill_s,
+        "command": plan.command,
+        "notes": list(plan.notes),
+    }
+
+
+def plan_lines(plan: Plan) -> list[str]:
+    """The plan for people."""
+    info, fit = plan.info, plan.fit
+    rows = [
+        ("model", f"{info.name}, {format_bytes(info.file_bytes)}, {info.quantization}"),
+        ("memory", f"{format_bytes(fit.memory.available_bytes)} available ({fit.memory.source})"),
+    ]
+    for device in fit.devices:
+        rows.append(("device", f"{device.name}: {format_bytes(device.free_bytes)} free"))
+    where = fit.devices[0].name if fit.devices else "RAM"
+    rest = fit.demand
+    rows.append(("dense weights", f"{format_bytes(rest.dense_bytes)} in {where}"))
+    context = f"{format_bytes(rest.kv_bytes)} KV, {format_bytes(rest.compute_bytes)} buffers in {where}"
+    rows.append(("context", f"{fit.n_ctx} tokens, micro-batches of {fit.n_ubatch}: {context}"))
+    if info.is_moe:
+        if fit.devices:
+            rows.append(
+                (
+                    "experts in slots",
+                    f"{format_bytes(fit.vram_budget_bytes)} on {where}, {fit.vram_share:.0%}",
+                )
+            )
+        held = (
+            "all of them"
+            if fit.ram_share >= 1
+            else f"{fit.ram_share:.0%} of them, the rest read from the file"
+        )
+        rows.append(
+            ("experts in RAM", f"{format_bytes(min(fit.ram_budget_bytes, info.budget_all_bytes))}, {held}")
+        )
+    for one in plan.predictions:
+        n_runs = plan.lessons.get(one.mode, 0)
+        learnt = f", corrected by {n_runs} run{'s' if n_runs > 1 else ''}" if n_runs else ""
+        band = f"{one.low:.3g} to {one.high:.3g}"
+        rows.append((f"{one.mode}", f"{one.predicted_tps:.3g} tokens/s ({band}{learnt})"))
+    if not plan.predictions:
+        rows.append(("speed", "not measured"))
+    if plan.prefill_s is not None:
+        rows.append(("first prompt", f"at least {plan.prefill_s:.1f} s of reading"))
+    lines = [f"{name:<18}{value}" for name, value in rows]
+    lines += [f"note: {note}" for note in plan.notes]
+    return [*lines, "", plan.command]

@@ -1,0 +1,134 @@
+"""From options and a file to the settings of a prediction: budgets as shares, experts of a little token, and
+how many tokens of big-little will be big."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..decode import BIG_LITTLE, EXACT, default_little_k
+from ..errors import MobileError
+from ..gguf_header import read_header
+from ..gguf_info import GgufInfo
+from ..head import PREFIX, has_head
+from ..options import LoadOptions
+from ..threads import default_threads
+from .disk import DEFAULT_IO_THREADS
+from .predict import DEFAULT_BIG_SHARE, Settings
+
+HOTNESS = "mobile.hotness"
+_CALIBRATION = "mobile.calibration.json"
+_MAX_HOTNESS_BYTES = 1 << 24
+_F32 = 0
+
+
+def make_settings(
+    info: GgufInfo,
+    options: LoadOptions,
+    ram_share: float,
+    *,
+    n_ctx: int = 4096,
+    n_tokens: int = 128,
+    learnt_share: float | None = None,
+    mode: str | None = None,
+) -> Settings:
+    """What a prediction for these options is for; ``learnt_share`` is what earlier runs had of big tokens."""
+    k = info.n_expert_used
+    by_head = has_head(info) and options.importance != "confidence"
+    own = info.metadata.get(f"{PREFIX}little_k") if by_head else None
+    little_k = options.little_k or (own if isinstance(own, int) and own > 0 else default_little_k(k))
+    wanted = mode or options.mode
+    return Settings(
+        mode=wanted if info.is_moe and little_k < k else EXACT,
+        k=k,
+        little_k=min(little_k, k),
+        ram_share=ram_share,
+        threads=options.threads or default_threads()[0],
+        io_threads=options.io_threads or DEFAULT_IO_THREADS,
+        eviction=options.eviction,
+        n_tokens=n_tokens,
+        n_ctx=n_ctx,
+        big_share=big_share(info, options, by_head, learnt_share)
+        if wanted == BIG_LITTLE
+        else DEFAULT_BIG_SHARE,
+        by_head=by_head,
+    )
+
+
+def big_share(
+    info: GgufInfo, options: LoadOptions, by_head: bool, learnt: float | None
+) -> tuple[float, float, float]:
+    """(low, expected, high) share of big tokens: learnt, else calibrated, else a wide guess."""
+    if learnt is not None:
+        return _around(learnt, 0.15)
+    if not by_head and options.gamma <= 0:
+        return 0.0, 0.0, 0.0
+    if not by_head and options.gamma > 1:
+        return 1.0, 1.0, 1.0
+    threshold = options.head_threshold
+    if by_head and threshold is None:
+        threshold = info.metadata.get(f"{PREFIX}threshold")
+    setting = threshold if by_head else options.gamma
+    points = []
+    for point in _curve(info):
+        if point.get("kind") == ("head" if by_head else "confidence"):
+            x, y = point.get("value"), point.get("big_share")
+            if _is_number(x) and _is_number(y):
+                points.append((float(x), float(y)))
+    if not points or not _is_number(setting):
+        return DEFAULT_BIG_SHARE
+    nearest = min(points, key=lambda point: abs(point[0] - float(setting)))  # type: ignore[arg-type]
+    return _around(min(1.0, max(0.0, nearest[1])), 0.25)
+
+
+def _around(share: float, spread: float) -> tuple[float, float, float]:
+    return max(0.0, share - spread), share, min(1.0, share + spread)
+
+
+def _curve(info: GgufInfo) -> Sequence[dict[str, Any]]:
+    text = info.metadata.get(_CALIBRATION)
+    try:
+        found = json.loads(text) if isinstance(text, str) else None
+    except ValueError:
+        return ()
+    if not isinstance(found, dict):
+        return ()
+    points = [found.get("default"), *(found.get("curves") or ())]
+    return [point for point in points if isinstance(point, dict)]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def read_hotness(info: GgufInfo) -> list[list[float]] | None:
+    """The calibrated hotness, a row per layer; None if the file has none that is good."""
+    for path in info.files:
+        try:
+            header = read_header(path)
+        except MobileError:
+            return None
+        for tensor in header.tensors:
+            if tensor.name == HOTNESS:
+                return _floats(path, header.data_start + tensor.offset, tensor.shape, tensor.type_id)
+    return None
+
+
+def _floats(path: Path, offset: int, shape: tuple[int, ...], type_id: int) -> list[list[float]] | None:
+    import struct
+
+    if len(shape) != 2 or type_id != _F32 or 4 * shape[0] * shape[1] > _MAX_HOTNESS_BYTES:
+        return None
+    n_expert, n_layer = shape
+    try:
+        with open(path, "rb") as stream:
+            stream.seek(offset)
+            flat = struct.unpack(f"<{n_expert * n_layer}f", stream.read(4 * n_expert * n_layer))
+    except (OSError, struct.error):
+        return None
+    if not all(math.isfinite(value) and 0 <= value <= 1.001 for value in flat):
+        return None
+    return [list(flat[i * n_expert : (i + 1) * n_expert]) for i in range(n_layer)]

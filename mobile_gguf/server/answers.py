@@ -1,0 +1,163 @@
+"""Events as OpenAI's objects: a whole completion, or the chunks of a streamed one."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from .logprobs import TokenLogprob, chat_logprobs, completion_logprobs
+from .produce import Event
+
+
+class _Answer(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+
+class Usage(_Answer):
+    """OpenAI's usage, with the receipt."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    tokens_per_second: float
+    receipt: dict[str, Any]
+
+
+class Choice(_Answer):
+    """One answer."""
+
+    index: int
+    finish_reason: str | None
+
+
+class Completion(_Answer):
+    """A whole answer; the choices have a ``message`` or a ``text``."""
+
+    id: str
+    object: Literal["chat.completion", "text_completion"]
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: Usage
+
+
+class _ChoiceSoFar:
+    def __init__(self) -> None:
+        self.text: list[str] = []
+        self.calls: list[dict[str, Any]] = []
+        self.logprobs: list[TokenLogprob] = []
+        self.finish_reason: str | None = None
+
+    def add(self, event: Event) -> None:
+        self.text.append(event.text)
+        self.logprobs += event.logprobs
+        self.finish_reason = event.finish_reason or self.finish_reason
+        call = event.call
+        if call is None:
+            return
+        if call.id is not None:
+            function = {"name": call.name, "arguments": ""}
+            self.calls.append({"id": call.id, "type": "function", "function": function})
+        self.calls[call.index]["function"]["arguments"] += call.arguments
+
+
+class Renderer:
+    """Makes one request's objects; ``chat`` or text, ``with_logprobs`` if they were asked for."""
+
+    def __init__(self, model: str, *, chat: bool, with_logprobs: bool) -> None:
+        self._chat = chat
+        self._with_logprobs = with_logprobs
+        self.id = ("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12)
+        self._model = model
+        self._created = int(time.time())
+        self._begun: set[int] = set()
+        self._written: dict[int, int] = {}
+
+    def whole(self, events: list[Event], usage: dict[str, Any], echoes: list[str]) -> dict[str, Any]:
+        """The completion of all events; ``echoes`` are texts to begin each choice with."""
+        choices: dict[int, _ChoiceSoFar] = {}
+        for event in events:
+            choices.setdefault(event.choice, _ChoiceSoFar()).add(event)
+        made = [self._choice(i, choices[i], echoes[i] if echoes else "") for i in sorted(choices)]
+        kind = "chat.completion" if self._chat else "text_completion"
+        return self._object(kind, made) | {"usage": usage}
+
+    def _choice(self, index: int, choice: _ChoiceSoFar, echo: str) -> dict[str, Any]:
+        made: dict[str, Any] = {"index": index, "finish_reason": choice.finish_reason, "logprobs": None}
+        text = "".join(choice.text)
+        if not self._chat:
+            made["text"] = echo + text
+            if self._with_logprobs:
+                made["logprobs"] = completion_logprobs(choice.logprobs, len(echo))
+            return made
+        made["message"] = {"role": "assistant", "content": text, "refusal": None}
+        if choice.calls:
+            made["message"] |= {"content": text.strip() or None, "tool_calls": choice.calls}
+        if self._with_logprobs:
+            made["logprobs"] = chat_logprobs(choice.logprobs)
+        return made
+
+    def chunks(self, event: Event, echoes: list[str]) -> Iterator[dict[str, Any]]:
+        """The chunks that an event makes."""
+        index = event.choice
+        if index < 0:
+            return
+        first = index not in self._begun
+        self._begun.add(index)
+        if not self._chat:
+            echo = echoes[index] if first and echoes else ""
+            yield self._text_chunk(event, echo)
+            return
+        if first:
+            yield self._chat_chunk(index, {"role": "assistant", "content": ""})
+        if event.text or event.logprobs:
+            logprobs = chat_logprobs(event.logprobs) if event.logprobs else None
+            yield self._chat_chunk(index, {"content": event.text}, logprobs)
+        if event.call is not None:
+            yield self._chat_chunk(index, {"tool_calls": [_call_delta(event)]})
+        if event.finish_reason is not None:
+            yield self._chat_chunk(index, {}, finish_reason=event.finish_reason)
+
+    def usage_chunk(self, usage: dict[str, Any]) -> dict[str, Any]:
+        """The last chunk of a stream that was asked to include the usage."""
+        return self._object(self._chunk_kind, []) | {"usage": usage}
+
+    @property
+    def _chunk_kind(self) -> str:
+        return "chat.completion.chunk" if self._chat else "text_completion"
+
+    def _text_chunk(self, event: Event, echo: str) -> dict[str, Any]:
+        offset = self._written.get(event.choice, 0) + len(echo)
+        self._written[event.choice] = offset + sum(len(token.text) for token in event.logprobs)
+        logprobs = completion_logprobs(event.logprobs, offset) if event.logprobs else None
+        choice = {
+            "index": event.choice,
+            "text": echo + event.text,
+            "logprobs": logprobs,
+            "finish_reason": event.finish_reason,
+        }
+        return self._object(self._chunk_kind, [choice])
+
+    def _chat_chunk(
+        self, index: int, delta: dict[str, Any], logprobs: Any = None, finish_reason: str | None = None
+    ) -> dict[str, Any]:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+        return self._object(self._chunk_kind, [choice])
+
+    def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        head = {"id": self.id, "object": kind, "created": self._created, "model": self._model}
+        return head | {"choices": choices}
+
+
+def _call_delta(event: Event) -> dict[str, Any]:
+    call = event.call
+    assert call is not None
+    made: dict[str, Any] = {"index": call.index, "function": {"arguments": call.arguments}}
+    if call.id is not None:
+        made |= {"id": call.id, "type": "function"}
+        made["function"]["name"] = call.name
+    return made

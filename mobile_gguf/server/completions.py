@@ -1,0 +1,143 @@
+"""``/v1/chat/completions`` and ``/v1/completions``, whole or as server-sent events."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Callable, Iterable
+from typing import Annotated, Any
+
+import anyio
+from fastapi import APIRouter, Body, Request
+from fastapi.responses import JSONResponse, Response
+from sse_starlette import EventSourceResponse, ServerSentEvent
+
+from ..aio import Job
+from .answers import Completion, Renderer
+from .failures import ErrorBody, as_api_error
+from .produce import Event, Producer
+from .requests import ChatRequest, CompletionRequest, Generation
+from .serving import ClientLeftError, Events, Serving, unless_client_leaves
+
+# A proxy gives up on a connection that says nothing while a long prompt is computed.
+PING_SECONDS = 10
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    400: {"model": ErrorBody, "description": "the request cannot be meant"},
+    401: {"model": ErrorBody, "description": "no API key, or a wrong one"},
+    403: {"model": ErrorBody, "description": "a name that this server does not answer to"},
+    404: {"model": ErrorBody, "description": "another model"},
+    413: {"model": ErrorBody, "description": "the request is too large"},
+    429: {"model": ErrorBody, "description": "the queue is full; Retry-After says when to come again"},
+    500: {"model": ErrorBody, "description": "the engine failed"},
+    503: {"model": ErrorBody, "description": "the server is shutting down"},
+    504: {"model": ErrorBody, "description": "the answer took too long"},
+}
+_STREAM = {
+    "description": "the answer; server-sent events with `stream`",
+    "content": {"text/event-stream": {}},
+}
+
+router = APIRouter(prefix="/v1")
+JsonBody = Body(media_type="application/json")
+
+
+@router.post(
+    "/chat/completions", response_model=Completion, responses=ERRORS | {200: _STREAM}, summary="Answer a chat"
+)
+async def chat_completions(request: Request, body: Annotated[ChatRequest, JsonBody]) -> Response:
+    """Answer messages, with tools or by a JSON schema if asked."""
+    serving: Serving = request.app.state.serving
+    serving.check_model(body.model)
+    producer = serving.producer()
+    renderer = Renderer(serving.settings.names[0], chat=True, with_logprobs=bool(body.logprobs))
+    return await _answer(request, body, producer, renderer, lambda job: producer.chat(job, body))
+
+
+@router.post(
+    "/completions", response_model=Completion, responses=ERRORS | {200: _STREAM}, summary="Continue a text"
+)
+async def completions(request: Request, body: Annotated[CompletionRequest, JsonBody]) -> Response:
+    """Continue one or several prompts."""
+    serving: Serving = request.app.state.serving
+    serving.check_model(body.model)
+    producer = serving.producer()
+    renderer = Renderer(serving.settings.names[0], chat=False, with_logprobs=body.logprobs is not None)
+    return await _answer(request, body, producer, renderer, lambda job: producer.completion(job, body))
+
+
+async def _answer(
+    request: Request,
+    body: Generation,
+    producer: Producer,
+    renderer: Renderer,
+    produce: Callable[[Job[Event]], Iterable[Event]],
+) -> Response:
+    serving: Serving = request.app.state.serving
+    endpoint = request.url.path
+    job = serving.submit(produce)
+    events = Events(job, serving.settings.timeout, serving.metrics.first_token.observe)
+
+    def echoes() -> list[str]:
+        if not getattr(body, "echo", None):
+            return []
+        texts = [serving.model.detokenize(prompt) for prompt in producer.prompts]
+        return [text for text in texts for _ in range(body.n or 1)]
+
+    try:
+        # What cannot be answered is known when the first event comes, and has a status of its own.
+        await unless_client_leaves(request, events.next())
+        if body.stream:
+            include_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
+            stream = _stream(serving, job, events, renderer, producer, echoes(), include_usage, endpoint)
+            # The events end by themselves on shutdown: the job is cut when its time is over.
+            grace = serving.settings.grace + 5
+            return EventSourceResponse(
+                stream, ping=PING_SECONDS, sep="\n", shutdown_event=anyio.Event(), shutdown_grace_period=grace
+            )
+        with serving.timed(endpoint):
+            whole = await unless_client_leaves(request, _collect(events))
+        return JSONResponse(renderer.whole(whole, producer.spent.usage(), echoes()))
+    except ClientLeftError:
+        job.cancel()
+        serving.metrics.cancelled.inc()
+        return Response(status_code=499)
+    except BaseException:
+        job.cancel()
+        raise
+
+
+async def _collect(events: Events) -> list[Event]:
+    return [event async for event in events]
+
+
+async def _stream(
+    serving: Serving,
+    job: Job[Event],
+    events: Events,
+    renderer: Renderer,
+    producer: Producer,
+    echoes: list[str],
+    include_usage: bool,
+    endpoint: str,
+) -> AsyncIterator[ServerSentEvent]:
+    ended = False
+    try:
+        with serving.timed(endpoint):
+            async for event in events:
+                for chunk in renderer.chunks(event, echoes):
+                    yield _sse(chunk)
+            ended = True
+            if include_usage:
+                yield _sse(renderer.usage_chunk(producer.spent.usage()))
+    except Exception as error:  # the status is out already: the stream says what happened
+        ended = True
+        yield _sse(as_api_error(error).body())
+    finally:
+        job.cancel()
+        if not ended:
+            serving.metrics.cancelled.inc()
+    yield ServerSentEvent("[DONE]", sep="\n")
+
+
+def _sse(data: dict[str, Any]) -> ServerSentEvent:
+    return ServerSentEvent(json.dumps(data, ensure_ascii=False, separators=(",", ":")), sep="\n")

@@ -1,0 +1,215 @@
+"""What a server tells of itself: models, health, metrics, the expert map, and the page."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from importlib import resources
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Body, Query, Request
+from fastapi.responses import JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic import BaseModel, ConfigDict
+from sse_starlette import EventSourceResponse, ServerSentEvent
+
+from .. import __version__
+from .completions import ERRORS
+from .failures import ApiError, ErrorBody
+from .requests import EmbeddingRequest
+from .serving import Serving
+
+_MAP_SECONDS = 0.2
+_PAGE = {
+    "/": ("index.html", "text/html; charset=utf-8"),
+    "/app.js": ("app.js", "text/javascript; charset=utf-8"),
+    "/markdown.js": ("markdown.js", "text/javascript; charset=utf-8"),
+    "/app.css": ("app.css", "text/css; charset=utf-8"),
+    "/icon.svg": ("icon.svg", "image/svg+xml"),
+}
+_PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+_GUARDED = {status: ERRORS[status] for status in (401, 403, 413)}
+router = APIRouter()
+
+
+class ModelCard(BaseModel):
+    """A model as ``/v1/models`` lists it; ``meta`` is ours."""
+
+    model_config = ConfigDict(extra="allow")
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+
+
+class ModelList(BaseModel):
+    """The models of this server: one."""
+
+    object: Literal["list"]
+    data: list[ModelCard]
+
+
+class Health(BaseModel):
+    """Whether requests are taken; ``needs_key`` if they need an API key."""
+
+    status: Literal["ok"]
+    model: str
+    version: str
+    needs_key: bool
+    busy: bool
+    waiting: int
+
+
+class Experts(BaseModel):
+    """The expert map: by tier a row of characters for each layer; ``states`` says what they mean."""
+
+    model_config = ConfigDict(extra="allow")
+    object: Literal["experts"]
+    n_layer: int
+    n_expert: int
+    layers: list[int]
+    states: dict[str, str]
+    tiers: dict[str, list[str]]
+    n_tokens: int
+
+
+def _card(serving: Serving) -> dict[str, Any]:
+    model = serving.model
+    info = model.info
+    meta = {
+        "name": info.name,
+        "architecture": info.architecture,
+        "quantization": info.quantization,
+        "n_ctx": model.n_ctx,
+        "n_expert": info.n_expert,
+        "n_expert_used": info.n_expert_used,
+        "file_bytes": info.file_bytes,
+        "mode": model.mode,
+        "little_k": model.little_k,
+        "gamma": model.gamma,
+        "modes": ["exact", "little", "big-little"] if info.is_moe and info.n_expert_used > 1 else ["exact"],
+    }
+    return {
+        "id": serving.settings.names[0],
+        "object": "model",
+        "created": serving.started,
+        "owned_by": "mobile-gguf",
+        "meta": meta,
+    }
+
+
+@router.get("/v1/models", response_model=ModelList, responses=_GUARDED, summary="The model served")
+async def models(request: Request) -> dict[str, Any]:
+    """A list of one."""
+    return {"object": "list", "data": [_card(request.app.state.serving)]}
+
+
+@router.get(
+    "/v1/models/{name:path}",
+    response_model=ModelCard,
+    responses={**_GUARDED, 404: ERRORS[404]},
+    summary="The model by name",
+)
+async def model_by_name(request: Request, name: str) -> dict[str, Any]:
+    """The card of the model, by any of its names."""
+    serving: Serving = request.app.state.serving
+    serving.check_model(name)
+    return _card(serving)
+
+
+@router.post(
+    "/v1/embeddings",
+    status_code=400,
+    response_model=ErrorBody,
+    responses={**_GUARDED, 404: ERRORS[404]},
+    summary="Embeddings: refused, this is a generative model",
+)
+async def embeddings(
+    request: Request, body: Annotated[EmbeddingRequest, Body(media_type="application/json")]
+) -> Response:
+    """Models that generate make no embeddings of texts; this says so."""
+    serving: Serving = request.app.state.serving
+    serving.check_model(body.model)
+    raise ApiError(
+        400,
+        f"{serving.settings.names[0]} is a generative model and makes no embeddings: use an embedding model",
+        param="model",
+        code="model_not_supported",
+    )
+
+
+@router.get(
+    "/health", response_model=Health, responses={503: ERRORS[503]}, summary="Whether requests are taken"
+)
+async def health(request: Request) -> dict[str, Any]:
+    """Needs no key."""
+    serving: Serving = request.app.state.serving
+    if serving.closing.is_set():
+        raise ApiError(503, "the server is shutting down", code="shutting_down")
+    return {
+        "status": "ok",
+        "model": serving.settings.names[0],
+        "version": __version__,
+        "needs_key": serving.settings.api_key is not None,
+        "busy": serving.worker.is_busy,
+        "waiting": serving.worker.n_waiting,
+    }
+
+
+@router.get(
+    "/metrics",
+    response_class=Response,
+    responses={**_GUARDED, 200: {"content": {CONTENT_TYPE_LATEST: {}}}},
+    summary="Metrics for Prometheus",
+)
+async def metrics(request: Request) -> Response:
+    """Prometheus' text format."""
+    serving: Serving = request.app.state.serving
+    return Response(serving.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+
+@router.get(
+    "/v1/experts",
+    response_model=Experts,
+    responses={**_GUARDED, 400: ERRORS[400], 200: {"content": {"text/event-stream": {}}}},
+    summary="The expert map",
+)
+async def experts(
+    request: Request,
+    stream: Annotated[Literal["true", "false"], Query(description="send every change as an event")] = "false",
+) -> Response:
+    """Where every expert is; as events also what the last token hit and missed."""
+    serving: Serving = request.app.state.serving
+    if stream == "true":
+        return EventSourceResponse(_changes(serving), ping=10, sep="\n")
+    return JSONResponse(serving.experts.snapshot())
+
+
+async def _changes(serving: Serving) -> AsyncIterator[ServerSentEvent]:
+    before = ""
+    with serving.experts.watching():
+        while not serving.closing.is_set():
+            now = json.dumps(serving.experts.snapshot(), separators=(",", ":"))
+            if now != before:
+                yield ServerSentEvent(now, sep="\n")
+                before = now
+            await asyncio.sleep(_MAP_SECONDS)
+
+
+def _add_page_file(path: str, file: str, media_type: str) -> None:
+    async def page_file() -> Response:
+        content = resources.files("mobile_gguf.server").joinpath("page", file).read_bytes()
+        return Response(content, media_type=media_type, headers=_PAGE_HEADERS)
+
+    router.add_api_route(path, page_file, methods=["GET"], include_in_schema=False)
+
+
+for _path, (_file, _media_type) in _PAGE.items():
+    _add_page_file(_path, _file, _media_type)

@@ -1,0 +1,139 @@
+"""Every failure as OpenAI's error object, ``{"error": {message, type, param, code}}``, with its status."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, Field
+from starlette.exceptions import HTTPException
+
+from ..errors import MobileError, ModelBusyError, QueueFullError, UsageError
+
+logger = logging.getLogger("mobile_gguf")
+
+_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    408: "timeout_error",
+    413: "invalid_request_error",
+    429: "rate_limit_error",
+    503: "unavailable_error",
+    504: "timeout_error",
+}
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong, which parameter is to blame, and a word for programs."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorBody(BaseModel):
+    """OpenAI's error object."""
+
+    error: ErrorDetail = Field(description="what went wrong")
+
+
+class ApiError(Exception):
+    """A failure with the status and the error object that the client is to get."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = " ".join(message.split())
+        self.param = param
+        self.code = code
+        self.headers = dict(headers or {})
+
+    def body(self) -> dict[str, Any]:
+        """The error object."""
+        detail = {
+            # what a client sent may hold half a surrogate pair, which no response can
+            "message": self.message.encode(errors="backslashreplace").decode(),
+            "type": _TYPES.get(self.status, "server_error"),
+            "param": self.param,
+            "code": self.code,
+        }
+        return {"error": detail}
+
+    def response(self) -> JSONResponse:
+        """The whole answer to the request."""
+        return JSONResponse(self.body(), self.status, self.headers)
+
+
+def as_api_error(error: BaseException) -> ApiError:
+    """What a client is told of ``error``; one that is nobody's fault but ours is logged as well."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, QueueFullError):
+        return ApiError(429, f"{error}: try again later", code="queue_full", headers={"Retry-After": "1"})
+    if isinstance(error, ModelBusyError):
+        return ApiError(503, str(error), code="model_unavailable")
+    if isinstance(error, UsageError):
+        return ApiError(400, str(error), code="invalid_value")
+    if isinstance(error, MobileError):
+        logger.error("%s", error)
+        return ApiError(500, str(error), code="engine_error")
+    logger.error("unexpected error", exc_info=error)
+    return ApiError(500, f"the server failed: {type(error).__name__}", code="internal_error")
+
+
+def retry_after(seconds: float) -> dict[str, str]:
+    """The header that says when a client may try again, between 1 and 120 s."""
+    return {"Retry-After": str(min(120, max(1, math.ceil(seconds))))}
+
+
+def add_handlers(app: FastAPI) -> None:
+    """Have every error of the application come out as OpenAI's."""
+
+    @app.exception_handler(ApiError)
+    @app.exception_handler(MobileError)
+    @app.exception_handler(Exception)
+    async def failed(_request: Request, error: Exception) -> JSONResponse:
+        return as_api_error(error).response()
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_request: Request, error: RequestValidationError) -> JSONResponse:
+        return _from_validation(error).response()
+
+    @app.exception_handler(HTTPException)
+    async def refused(request: Request, error: HTTPException) -> JSONResponse:
+        message = (
+            f"{error.detail}: {request.method} {request.url.path}" if error.status_code in (404, 405) else ""
+        )
+        return ApiError(error.status_code, message or str(error.detail), headers=error.headers).response()
+
+
+def _from_validation(error: RequestValidationError) -> ApiError:
+    first = error.errors()[0]
+    # "body" first; the names of union members and validators are pydantic's own business
+    where = [part for part in first["loc"][1:] if isinstance(part, int) or "[" not in part]
+    param = ".".join(map(str, where)) or None
+    if first["type"] == "json_invalid":
+        return ApiError(400, f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}")
+    if first["type"] == "extra_forbidden":
+        return ApiError(400, f"unrecognized request argument: {param}", param=param, code="unknown_parameter")
+    message = first["msg"].removeprefix("Value error, ")
+    if param is None:
+        return ApiError(400, f"the body must be a JSON object sent as application/json: {message}")
+    return ApiError(400, f"invalid {param}: {message}", param=param, code="invalid_value")

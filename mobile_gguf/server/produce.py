@@ -1,0 +1,322 @@
+"""Answering a request in the worker's thread: prompts, answers, tool calls, as a stream of events."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+from ..aio import Job
+from ..answer import INTERRUPTED, LENGTH, STOP, Chunk
+from ..model import Model
+from ..text import TextStream
+from .experts import ExpertMap
+from .failures import ApiError
+from .logprobs import TokenLogprob, read_logprob
+from .metrics import Metrics
+from .requests import NOT_SAMPLING, ChatRequest, CompletionRequest, Generation
+from .schemas import check_schema
+from .tools import (
+    END_MARK,
+    MARK,
+    MAX_CALLS,
+    CallDelta,
+    CallParser,
+    ToolPlan,
+    plan_tools,
+    speaks_tools,
+    template_messages,
+)
+from .usage import Spent
+
+TOOL_CALLS = "tool_calls"
+_TEMPLATE_NAMES = {"messages", "tools", "add_generation_prompt", "bos_token", "eos_token", "functions"}
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something new in choice ``choice``; the very first event of a request only says that it is begun."""
+
+    choice: int = 0
+    text: str = ""
+    call: CallDelta | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: str | None = None
+
+
+BEGUN = Event(choice=-1)
+
+
+class Producer:
+    """Makes the events of one request; ``spent`` is what they cost when they have ended."""
+
+    def __init__(self, model: Model, experts: ExpertMap, metrics: Metrics, defaults: dict[str, Any]) -> None:
+        self._model = model
+        self._experts = experts
+        self._metrics = metrics
+        self._defaults = defaults
+        self.spent = Spent()
+        self.prompts: list[list[int]] = []
+
+    def chat(self, job: Job[Event], request: ChatRequest) -> Iterator[Event]:
+        """The events of a chat completion. Raises ApiError and what the Model raises."""
+        plan = plan_tools(request)
+        options = self._options(request)
+        limit = request.max_completion_tokens
+        if limit is not None:
+            options["max_tokens"] = limit
+        schema = _response_schema(request)
+        if schema is not None:
+            if plan is not None:
+                raise ApiError(
+                    400, "response_format cannot go with tools: set tool_choice to none", param="tools"
+                )
+            if "grammar" in options or "json_schema" in options:
+                raise ApiError(400, "give response_format, grammar or json_schema, not several of them")
+            options["json_schema"] = schema
+        native = speaks_tools(self._model.info.chat_template)
+        values = dict(request.chat_template_kwargs or {})
+        if reserved := sorted(_TEMPLATE_NAMES & values.keys()):
+            raise ApiError(
+                400, f"chat_template_kwargs may not set {reserved[0]}", param="chat_template_kwargs"
+            )
+        if plan is not None and native:
+            values["tools"] = [tool.model_dump(exclude_none=True) for tool in plan.tools]
+        if plan is not None and plan.forced:
+            values.setdefault("enable_thinking", False)
+        prompt = self._model.chat_tokens(template_messages(request.messages, plan, native), **values)
+        n_top = (request.top_logprobs or 0) if request.logprobs else None
+        if plan is None:
+            yield from self._plain(job, [prompt], request, options, n_top)
+            return
+        if "grammar" in options or "json_schema" in options:
+            raise ApiError(400, "a grammar cannot go with tools: set tool_choice to none", param="tools")
+        schema = plan.schema()
+        check_schema(schema, "tools")
+        self._admit(prompt)
+        yield BEGUN
+        for choice in range(request.n or 1):
+            yield from self._with_tools(job, prompt, _seeded(options, choice), plan, schema, choice, n_top)
+
+    def completion(self, job: Job[Event], request: CompletionRequest) -> Iterator[Event]:
+        """The events of a text completion; ``prompts`` are its prompts, as tokens."""
+        given: Any = request.prompt
+        if isinstance(given, str) or (given and isinstance(given[0], int)):
+            given = [given]
+        prompts = [self._tokens(prompt) for prompt in given]
+        yield from self._plain(job, prompts, request, self._options(request), request.logprobs)
+
+    def _tokens(self, prompt: str | list[int]) -> list[int]:
+        if not isinstance(prompt, str):
+            if max(prompt) >= self._model.info.n_vocab > 0:
+                raise ApiError(400, f"token {max(prompt)} is not in the vocabulary", param="prompt")
+            return prompt
+        backend = self._model.llama
+        tokens = self._model.tokenize(prompt, add_bos=True)
+        return tokens or [max(0, backend.token_bos())]
+
+    def _options(self, request: Generation) -> dict[str, Any]:
+        given = request.model_dump(exclude_none=True, include={*_OPTION_NAMES} - NOT_SAMPLING)
+        options = {**self._defaults, **given}
+        if request.stop is not None:
+            options["stop"] = [request.stop] if isinstance(request.stop, str) else request.stop
+        if request.json_schema is not None:
+            check_schema(request.json_schema, "json_schema")
+            options["json_schema"] = request.json_schema
+        return options
+
+    def _admit(self, prompt: list[int]) -> None:
+        if len(prompt) >= self._model.n_ctx:
+            raise ApiError(
+                400,
+                f"the prompt has {len(prompt)} tokens and the context only {self._model.n_ctx}: "
+                "shorten it, or start the server with a larger --ctx-size",
+                param="messages",
+                code="context_length_exceeded",
+            )
+        self.spent.add_prompt(len(prompt))
+        self.prompts.append(prompt)
+
+    def _plain(
+        self,
+        job: Job[Event],
+        prompts: list[list[int]],
+        request: Generation,
+        options: dict[str, Any],
+        n_top: int | None,
+    ) -> Iterator[Event]:
+        for prompt in prompts:
+            self._admit(prompt)
+        # Made before anything is said, so that a bad option is an error with its status.
+        first = self._chunks(job, prompts[0], options)
+        yield BEGUN
+        n = request.n or 1
+        for choice in range(len(prompts) * n):
+            prompt = prompts[choice // n]
+            chunks = first if choice == 0 else self._chunks(job, prompt, _seeded(options, choice % n))
+            with closing(chunks):
+                for chunk in chunks:
+                    yield self._event(choice, chunk, n_top)
+
+    def _event(self, choice: int, chunk: Chunk, n_top: int | None) -> Event:
+        return Event(
+            choice, chunk.text, logprobs=self._logprobs(chunk, n_top), finish_reason=chunk.finish_reason
+        )
+
+    def _logprobs(self, chunk: Chunk, n_top: int | None) -> tuple[TokenLogprob, ...]:
+        backend = self._model.llama
+        if n_top is None or chunk.token is None or backend.is_end(chunk.token):
+            return ()
+        return (read_logprob(backend, chunk.token, n_top),)
+
+    def _chunks(self, job: Job[Event], prompt: list[int], options: dict[str, Any]) -> Iterator[Chunk]:
+        """One answer, counted however it ends; raises ApiError when it was stopped from outside."""
+        return self._counted(self._model.stream(prompt, should_stop=job.is_cancelled, **options))
+
+    def _counted(self, chunks: Any) -> Iterator[Chunk]:
+        last: Chunk | None = None
+        with closing(chunks), self._experts.watched():
+            try:
+                for chunk in chunks:
+                    last = chunk
+                    self._experts.after_token()
+                    if chunk.finish_reason == INTERRUPTED:
+                        raise ApiError(503, "the answer was cut: the server is shutting down", code="cut")
+                    yield chunk
+            finally:
+                if last is not None:
+                    evaluated = self._model.llama.prompt_evaluated
+                    self.spent.add(last, evaluated)
+                    self._metrics.add_answer(last, evaluated)
+
+    def _with_tools(
+        self,
+        job: Job[Event],
+        prompt: list[int],
+        options: dict[str, Any],
+        plan: ToolPlan,
+        schema: dict[str, Any],
+        choice: int,
+        n_top: int | None,
+    ) -> Iterator[Event]:
+        """One answer that may hold calls: words until a marker, then a call under the grammar, and again."""
+        turn = _Turn(self, job, prompt, options, choice, n_top)
+        if plan.forced:
+            turn.tokens += self._model.tokenize(MARK + "\n")
+        else:
+            yield from turn.words(keep=True)
+        n_calls = 0
+        while turn.reason is None and n_calls < MAX_CALLS:
+            yield from turn.call(n_calls, schema)
+            n_calls += 1
+            if turn.reason is None:
+                if not plan.parallel:
+                    break
+                turn.tokens += self._model.tokenize(f"\n{END_MARK}")
+                yield from turn.words(keep=False)
+        cut = turn.reason == LENGTH
+        yield Event(choice, finish_reason=LENGTH if cut else TOOL_CALLS if n_calls else STOP)
+
+
+class _Turn:
+    """The state of an answer with tools: ``tokens`` so far, and why it ended, once it has."""
+
+    def __init__(
+        self,
+        producer: Producer,
+        job: Job[Event],
+        prompt: list[int],
+        options: dict[str, Any],
+        choice: int,
+        n_top: int | None,
+    ) -> None:
+        self.tokens = list(prompt)
+        self.reason: str | None = None
+        self._producer = producer
+        self._job = job
+        self._options = options
+        self._choice = choice
+        self._n_top = n_top
+        asked = options.get("max_tokens")
+        self._room = asked if asked is not None and asked >= 0 else None
+
+    def words(self, keep: bool) -> Iterator[Event]:
+        """Generate until a call's marker or the end; words after a call are not kept, they end the answer."""
+        start, text = list(self.tokens), ""
+        scanner = TextStream((MARK,))
+        for chunk in self._chunks({}):
+            text += chunk.text
+            words = scanner.push(chunk.text.encode()) if chunk.text else ""
+            logprobs = self._producer._logprobs(chunk, self._n_top)
+            if scanner.stopped:
+                if keep and words:
+                    yield Event(self._choice, words)
+                self._after_marker(start, text)
+                return
+            if not keep and words.strip():
+                self.reason = STOP
+                return
+            if chunk.finish_reason is not None:
+                self.reason = chunk.finish_reason
+                words += scanner.finish()
+            if keep and (words or logprobs):
+                yield Event(self._choice, words, logprobs=logprobs)
+
+    def _after_marker(self, start: list[int], text: str) -> None:
+        before, _, after = text.partition(MARK)
+        if after.strip():
+            # the token that ended the marker began the call: both are written anew
+            self.tokens = start + self._producer._model.tokenize(before + MARK + "\n")
+
+    def call(self, index: int, schema: dict[str, Any]) -> Iterator[Event]:
+        """Generate one call under the grammar."""
+        parser = CallParser(index)
+        for chunk in self._chunks({"json_schema": schema, "stop": None}):
+            for delta in parser.push(chunk.text):
+                yield Event(self._choice, call=delta)
+            if chunk.finish_reason == LENGTH:
+                self.reason = LENGTH
+
+    def _chunks(self, changes: dict[str, Any]) -> Iterator[Chunk]:
+        options = self._options | changes | ({} if self._room is None else {"max_tokens": self._room})
+        backend = self._producer._model.llama
+        if len(self.tokens) >= self._producer._model.n_ctx or self._room == 0:
+            self.reason = LENGTH
+            return
+        with closing(self._producer._chunks(self._job, self.tokens, options)) as chunks:  # type: ignore[type-var]
+            self.tokens = list(self.tokens)
+            for chunk in chunks:
+                if chunk.token is not None:
+                    if self._room is not None:
+                        self._room -= 1
+                    if not backend.is_end(chunk.token):
+                        self.tokens.append(chunk.token)
+                yield chunk
+
+
+def _seeded(options: dict[str, Any], i: int) -> dict[str, Any]:
+    seed = options.get("seed")
+    return options if not i or seed is None or seed < 0 else options | {"seed": seed + i}
+
+
+def _response_schema(request: ChatRequest) -> dict[str, Any] | None:
+    wanted = request.response_format
+    if wanted is None or wanted.type == "text":
+        return None
+    if wanted.type == "json_schema":
+        if wanted.json_schema is None or wanted.json_schema.schema_ is None:
+            raise ApiError(
+                400, "response_format json_schema needs a schema", param="response_format.json_schema"
+            )
+        schema = wanted.json_schema.schema_
+    else:
+        schema = wanted.schema_ or {"type": "object"}
+    check_schema(schema, "response_format")
+    return schema
+
+
+_OPTION_NAMES = {
+    "max_tokens", "seed",
+    *(name for name in Generation.model_fields if name not in ("model", "n", "stream", "stream_options")),
+} - {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}  # fmt: skip

@@ -1,0 +1,218 @@
+"""What clients may send: OpenAI's requests, with the options of this package besides.
+
+Sampling options and the big/little policy come from their one declaration, GenerateOptions. A field that
+is neither OpenAI's nor ours is an error, so that nothing asked for is silently left undone.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, create_model
+
+from ..options import GenerateOptions, Opt, declared
+
+MAX_INT = (1 << 31) - 1
+MAX_CHOICES = 16
+MAX_PROMPTS = 32
+# Declared by hand below: OpenAI has its own idea of them.
+_OWN_FORM = ("stop", "json_schema", "seed", "max_tokens")
+NOT_SAMPLING = {"stop", "json_schema"}
+
+Text = Annotated[str, Field(max_length=1 << 22)]
+Stop = Annotated[str, Field(min_length=1, max_length=1000)]
+
+
+class Strict(BaseModel):
+    """A request object: no conversions, no unknown fields."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+
+class Loose(BaseModel):
+    """A request object that may hold what other versions of the API have."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+
+def _field(opt: Opt) -> Any:
+    if opt.choices:
+        return Literal[opt.choices] | None
+    if opt.is_flag:
+        return bool | None
+    if opt.read is int:
+        high = MAX_INT if opt.high is None else int(opt.high)
+        return Annotated[int, Field(ge=None if opt.low is None else int(opt.low), le=high)] | None
+    if opt.read is float:
+        return Annotated[float, Field(ge=opt.low, le=opt.high, allow_inf_nan=False)] | None
+    return Text | None
+
+
+if TYPE_CHECKING:
+
+    class _Sampling(Strict):
+        grammar: str | None
+        mode: str | None
+else:
+    _Sampling = create_model(
+        "_Sampling",
+        __base__=Strict,
+        **{
+            name: (_field(opt), Field(default=None, description=opt.help))
+            for name, opt in declared(GenerateOptions).items()
+            if name not in _OWN_FORM
+        },
+    )
+
+
+class StreamOptions(Loose):
+    """OpenAI's ``stream_options``."""
+
+    include_usage: bool | None = Field(default=None, description="a last chunk with the usage")
+
+
+class Generation(_Sampling):
+    """What both kinds of completion take."""
+
+    model: str | None = Field(default=None, max_length=1000, description="the model's id, or nothing")
+    max_tokens: int | None = Field(default=None, ge=0, le=MAX_INT, description="tokens at most")
+    seed: int | None = Field(default=None, ge=-(1 << 63), le=(1 << 63) - 1, description="random seed")
+    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = Field(
+        default=None, description="texts that end the answer"
+    )
+    n: int | None = Field(default=None, ge=1, le=MAX_CHOICES, description="answers to the same prompt")
+    stream: bool | None = Field(default=None, description="send the answer as server-sent events")
+    stream_options: StreamOptions | None = None
+    json_schema: dict[str, Any] | None = Field(default=None, description="JSON schema the answer follows")
+    # taken and without effect here, because they change no answer
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+
+class TextPart(Loose):
+    """A part of a message; of the kinds that OpenAI has this server takes text."""
+
+    type: Literal["text", "input_text", "refusal"]
+    text: Text | None = None
+    refusal: Text | None = None
+
+
+class FunctionCall(Loose):
+    """A call that the model made earlier; ``arguments`` is JSON as text."""
+
+    name: str = Field(min_length=1, max_length=256)
+    arguments: Text = ""
+
+
+class ToolCall(Loose):
+    """OpenAI's tool call."""
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class Message(Loose):
+    """A chat message."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: Text | list[TextPart] | None = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+
+
+class Function(Loose):
+    """A function that the model may call; ``parameters`` is the JSON schema of its arguments."""
+
+    name: str = Field(min_length=1, max_length=64, pattern=r"^[a-zA-Z0-9_.-]+$")
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Loose):
+    """OpenAI's tool."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(Loose):
+    """The name of a function."""
+
+    name: str = Field(min_length=1, max_length=64)
+
+
+class NamedTool(Loose):
+    """A tool to be called whatever the model thinks."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class JsonSchema(Loose):
+    """OpenAI's ``json_schema`` of a response format."""
+
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Loose):
+    """OpenAI's ``response_format``; ``schema`` beside ``json_object`` is llama-cpp-python's."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
+
+
+class ChatRequest(Generation):
+    """``POST /v1/chat/completions``."""
+
+    messages: list[Message] = Field(min_length=1, max_length=10_000)
+    max_completion_tokens: int | None = Field(default=None, ge=0, le=MAX_INT)
+    tools: list[Tool] | None = Field(default=None, max_length=128)
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: ResponseFormat | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        default=None, description="values for the chat template, such as enable_thinking"
+    )
+
+
+class CompletionRequest(Generation):
+    """``POST /v1/completions``."""
+
+    prompt: (
+        Text
+        | Annotated[list[Annotated[int, Field(ge=0, le=MAX_INT)]], Field(min_length=1)]
+        | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[
+            list[Annotated[list[Annotated[int, Field(ge=0, le=MAX_INT)]], Field(min_length=1)]],
+            Field(min_length=1, max_length=MAX_PROMPTS),
+        ]
+    ) = Field(description="text or token ids, or several of either")
+    echo: bool | None = Field(default=None, description="begin the answer with the prompt")
+    logprobs: int | None = Field(default=None, ge=0, le=20)
+
+
+class EmbeddingRequest(Strict):
+    """``POST /v1/embeddings``."""
+
+    input: (
+        Text
+        | Annotated[list[Annotated[int, Field(ge=0, le=MAX_INT)]], Field(min_length=1)]
+        | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
+    )
+    model: str | None = Field(default=None, max_length=1000)
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = Field(default=None, ge=1, le=MAX_INT)
+    user: str | None = None

@@ -1,0 +1,108 @@
+"""Serving with uvicorn: the socket, the signals, an orderly end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+import uvicorn
+
+from ..errors import MobileError
+from ..model import Model
+from .app import create_app
+from .settings import ServerSettings
+
+
+def serve(
+    model: Model,
+    settings: ServerSettings,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    announce: Callable[[str], object] = lambda _url: None,
+    log_requests: bool = False,
+) -> int | None:
+    """Serve ``model`` until a signal comes; returns the signal.
+
+    ``announce`` is called with the address once connections are taken. The first SIGINT or SIGTERM stops
+    taking requests and lets the running answer end within ``settings.grace`` seconds; a second one cuts it.
+    Raises MobileError if the address cannot be had.
+    """
+    listening = _listen(host, port)
+    name = f"[{host}]" if ":" in host else host
+    url = f"http://{name}:{listening.getsockname()[1]}"
+    config = uvicorn.Config(
+        create_app(model, settings),
+        log_level="info" if log_requests else "warning",
+        access_log=log_requests,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=int(settings.grace) + 10,
+        server_header=False,
+        ws="none",
+        lifespan="on",
+    )
+    server = _Server(config, lambda: announce(url))
+    try:
+        asyncio.run(server.serve(sockets=[listening]))
+    finally:
+        listening.close()
+    return server.signal
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=512)
+    except (OSError, OverflowError, UnicodeError) as error:
+        raise MobileError(f"cannot listen on {host}:{port}: {error}") from None
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server that closes the application before it waits for its connections."""
+
+    def __init__(self, config: uvicorn.Config, ready: Callable[[], object]) -> None:
+        super().__init__(config)
+        self.signal: int | None = None
+        self._ready = ready
+        self._closing: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets=sockets)
+        if self.started:
+            self._ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        app = self.config.app
+        serving = app.state.serving  # type: ignore[union-attr]
+        self._closing = asyncio.create_task(serving.close())
+        await super().shutdown(sockets=sockets)
+        await self._closing
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Hear SIGINT and SIGTERM, and give them back their handlers; uvicorn would raise them again."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {
+            number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A first signal ends the server in order; a second one cuts the running answer."""
+        if self.should_exit:
+            serving = self.config.app.state.serving  # type: ignore[union-attr]
+            serving.worker.cancel_running()
+            self.force_exit = True
+        self.signal = sig
+        self.should_exit = True

@@ -1,0 +1,127 @@
+"""Requests in line for the model: queueing, timeouts, and clients that leave."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from typing import TypeVar
+
+from fastapi import Request
+
+from ..aio import Job, Worker
+from ..errors import QueueFullError
+from ..model import Model
+from .experts import ExpertMap
+from .failures import ApiError, retry_after
+from .metrics import Metrics
+from .produce import Event, Producer
+from .settings import ServerSettings
+
+T = TypeVar("T")
+
+
+class ClientLeftError(Exception):
+    """Nobody waits for the answer any more."""
+
+
+class Serving:
+    """One model, its worker and what is known of both; the state of the application."""
+
+    def __init__(self, model: Model, settings: ServerSettings) -> None:
+        self.model = model
+        self.settings = settings
+        self.worker = Worker(settings.queue)
+        self.metrics = Metrics(lambda: self.worker.n_waiting, lambda: self.worker.is_busy)
+        self.experts = ExpertMap(model)
+        self.started = int(time.time())
+        self.closing = asyncio.Event()
+        self._mean_seconds = 5.0
+
+    def producer(self) -> Producer:
+        """What makes the events of a request."""
+        return Producer(self.model, self.experts, self.metrics, dict(self.settings.defaults))
+
+    def submit(self, produce: Callable[[Job[Event]], Iterable[Event]]) -> Job[Event]:
+        """Queue a request; raises ApiError 429 when the queue is full, and 503 while shutting down."""
+        try:
+            return self.worker.submit(produce)
+        except QueueFullError as error:
+            wait = self._mean_seconds * (self.worker.n_waiting + 1)
+            raise ApiError(
+                429, f"{error}: try again later", code="queue_full", headers=retry_after(wait)
+            ) from None
+
+    def check_model(self, name: str | None) -> None:
+        """Raise ApiError if ``name`` is another model."""
+        names = self.settings.names
+        if name and name not in names:
+            raise ApiError(
+                404,
+                f"the model {ascii(name)[:80]} is not here: this server has {names[0]}",
+                param="model",
+                code="model_not_found",
+            )
+
+    @contextlib.contextmanager
+    def timed(self, endpoint: str) -> Iterator[None]:
+        """Count a request's time, and learn from it how long another will wait."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            seconds = time.monotonic() - started
+            self.metrics.seconds.labels(endpoint).observe(seconds)
+            self._mean_seconds += 0.2 * (seconds - self._mean_seconds)
+
+    async def close(self) -> None:
+        """Refuse what waits and let the running answer end, for as long as the settings allow."""
+        self.closing.set()
+        await asyncio.to_thread(self.worker.close, self.settings.grace)
+
+
+class Events:
+    """The events of a job, each awaited no longer than the request may take."""
+
+    def __init__(self, job: Job[Event], seconds: float, on_first: Callable[[float], object]) -> None:
+        self._job = job
+        self._seconds = seconds
+        self._deadline = time.monotonic() + seconds if seconds > 0 else None
+        self._on_first: Callable[[float], object] | None = on_first
+
+    async def next(self) -> Event | None:
+        """The next event, None at the end. Raises ApiError 504 when time is up, and what the job raises."""
+        left = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+        try:
+            event = await asyncio.wait_for(anext(self._job, None), left)
+        except (asyncio.TimeoutError, TimeoutError):
+            raise ApiError(504, f"the answer took longer than {self._seconds:g} s", code="timeout") from None
+        if event is not None and event.choice >= 0 and self._on_first is not None:
+            self._on_first(time.monotonic() - self._job.queued_at)
+            self._on_first = None
+        return event
+
+    async def __aiter__(self) -> AsyncIterator[Event]:
+        while (event := await self.next()) is not None:
+            yield event
+
+
+async def unless_client_leaves(request: Request, awaited: Awaitable[T]) -> T:
+    """The result of ``awaited``, which is cancelled if the client leaves first: ClientLeftError then."""
+    work = asyncio.ensure_future(awaited)
+    left = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({work, left}, return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            raise ClientLeftError
+        return work.result()
+    finally:
+        for task in (work, left):
+            task.cancel()
+        await asyncio.gather(work, left, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

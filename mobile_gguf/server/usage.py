@@ -1,0 +1,59 @@
+"""What a request cost: OpenAI's usage, and the receipts of all its answers as one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ..answer import Chunk
+
+# Of several answers the largest counts; of everything else that is a number, the sum.
+_LARGEST = {"n_expert_used", "little_k", "budget_bytes", "vram_budget_bytes", "resident_bytes_peak"}
+
+
+def sum_receipts(receipts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """One receipt for several answers; words are the last one's."""
+    total: dict[str, Any] = {}
+    for receipt in receipts:
+        for name, value in receipt.items():
+            before = total.get(name)
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if before is None or not is_number:
+                total[name] = value
+            else:
+                total[name] = max(before, value) if name in _LARGEST else before + value
+    return total
+
+
+class Spent:
+    """Adds up what the answers to one request cost; written by the worker, read when it is done."""
+
+    def __init__(self) -> None:
+        self.prompt_tokens = 0
+        self.cached_tokens = 0
+        self.completion_tokens = 0
+        self._seconds = 0.0
+        self._receipts: list[dict[str, Any]] = []
+
+    def add_prompt(self, n_tokens: int) -> None:
+        """Count a prompt, once however many answers it gets."""
+        self.prompt_tokens += n_tokens
+
+    def add(self, last: Chunk, n_evaluated: int) -> None:
+        """Count an answer by its last chunk; of its prompt ``n_evaluated`` tokens were computed."""
+        self.cached_tokens += max(0, last.prompt_tokens - n_evaluated)
+        self.completion_tokens += last.completion_tokens
+        if last.tokens_per_second > 0:
+            self._seconds += last.completion_tokens / last.tokens_per_second
+        self._receipts.append(last.receipt.to_dict())
+
+    def usage(self) -> dict[str, Any]:
+        """OpenAI's ``usage``, with ``receipt`` and ``tokens_per_second``."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": min(self.cached_tokens, self.prompt_tokens)},
+            "tokens_per_second": self.completion_tokens / self._seconds if self._seconds > 0 else 0.0,
+            "receipt": sum_receipts(self._receipts),
+        }

@@ -1,0 +1,113 @@
+"""Runs generations with and without devices in a process of its own, since a server once added stays known.
+
+stdin: {"out": npz path, "runs": [{"name", "model", "options", "prompt", "n" or "forced", ...}]}; stdout: one
+line with results by name. ``forced`` tokens are decoded one by one and their logits saved as the array
+"name". A run with ``stock`` set is llama-cpp-python's own, with all layers on the server that it names.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from peak_memory import peak_resident_bytes
+
+import mobile_gguf
+from mobile_gguf.errors import MobileError
+
+
+def forced_logits(llama: Any, prompt: list[int], tokens: list[int]) -> np.ndarray:
+    """Logits [1 + n, n_vocab] after a prompt and after each of ``tokens``."""
+    rows = []
+    for batch in [prompt, *([token] for token in tokens)]:
+        llama.eval(batch)
+        logits = llama._ctx.get_logits_ith(-1)
+        rows.append(np.ctypeslib.as_array(logits, shape=(llama.n_vocab(),)).copy())
+    return np.stack(rows)
+
+
+def watched(spec: dict[str, Any]) -> int:
+    """Address space of the process that the run watches: what was allocated there, used or not."""
+    if "watch" not in spec:
+        return 0
+    status = Path(f"/proc/{spec['watch']}/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmSize:")) * 1024
+
+
+def run_ours(spec: dict[str, Any], arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    try:
+        with mobile_gguf.load(spec["model"], threads=1, threads_batch=1, **spec.get("options", {})) as model:
+            result: dict[str, Any] = {"notices": model.notices, "answers": []}
+            result["watched_at_load"] = watched(spec)
+            for placement in spec.get("placements", [None]):
+                if placement is not None:
+                    model.llama.device.calls.set_placement(placement)
+                if "forced" in spec:
+                    model.llama.reset()
+                    model.llama.reset_counters()
+                    name = spec["name"] if placement is None else f"{spec['name']}-{placement}"
+                    arrays[name] = forced_logits(model.llama, spec["prompt"], spec["forced"])
+                    counters = model.llama.device_counters()
+                    result["device_counters"] = vars(counters)
+                    result["counters"] = vars(model.llama.counters())
+                    tier = model.llama.device
+                    if tier is not None:
+                        rows = tier.calls.residency(model.info.n_layer, model.info.n_expert)
+                        result["n_resident"] = sum(row.count(2) for row in rows)
+                else:
+                    mode = spec.get("mode", "exact")
+                    options = {"temperature": 0, "max_tokens": spec["n"], "cache_prompt": False, "mode": mode}
+                    reply = model.generate(spec["prompt"], **options)
+                    result["answers"].append(
+                        {"tokens": reply.tokens, "receipt": reply.receipt.to_dict(), "text": reply.text}
+                    )
+            result["stats"] = model.stats()
+            result["peak"] = peak_resident_bytes()
+            result["watched"] = watched(spec)
+            return result
+    except MobileError as error:
+        return {"error": type(error).__name__, "message": str(error)}
+
+
+def run_stock(spec: dict[str, Any], arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    import llama_cpp
+    from llama_cpp import llama_cpp as lib
+
+    lib.llama_backend_init()
+    ggml = lib._lib
+    ggml.ggml_backend_rpc_add_server.restype = ctypes.c_void_p
+    ggml.ggml_backend_register(ctypes.c_void_p(ggml.ggml_backend_rpc_add_server(spec["stock"].encode())))
+    llama = llama_cpp.Llama(
+        spec["model"],
+        n_gpu_layers=-1,
+        n_ctx=512,
+        n_threads=1,
+        n_threads_batch=1,
+        use_mmap=False,
+        verbose=False,
+    )
+    arrays[spec["name"]] = forced_logits(llama, spec["prompt"], spec["forced"])
+    llama.close()
+    return {}
+
+
+def main() -> None:
+    job = json.loads(sys.stdin.read())
+    arrays: dict[str, np.ndarray] = {}
+    results = {
+        spec["name"]: (run_stock if "stock" in spec else run_ours)(spec, arrays) for spec in job["runs"]
+    }
+    with open(job["out"], "wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+    print(json.dumps(results), flush=True)
+
+
+if __name__ == "__main__":
+    main()
+    # a build under test may not tear down cleanly at exit; what the job asked for is done by then
+    os._exit(0)

@@ -1,0 +1,246 @@
+"""Never slower: contests over scripted step times keep the faster placement, in a bounded number of steps."""
+
+import json
+import random
+
+import pytest
+from fake_backend import fake_info
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mobile_gguf.device_structs import CACHE, LAYERS, DeviceInfo
+from mobile_gguf.errors import EngineError
+from mobile_gguf.placement import Contest, Figures, Rules
+from mobile_gguf.placement_controller import PlacementController
+from mobile_gguf.placement_memory import placement_file, placement_key, remember, remembered
+
+RULES = Rules()
+
+
+def hold(contest, times, steps=10_000):
+    """Run a contest on ``times(arm, steps since the switch)``; returns the arms that ran until it ended."""
+    ran, since = [], 0
+    while not contest.decided and len(ran) < steps:
+        since = since + 1 if ran and ran[-1] == contest.arm else 0
+        ran.append(contest.arm)
+        contest.record(times(contest.arm, since), contest.arm)
+    return ran
+
+
+def constant(cache, layers):
+    return lambda arm, _since: cache if arm == CACHE else layers
+
+
+@pytest.mark.parametrize(("cache", "layers", "winner"), [(1.0, 2.0, CACHE), (2.0, 1.0, LAYERS)])
+@pytest.mark.parametrize("first", [CACHE, LAYERS])
+def test_the_faster_one_is_kept(cache, layers, winner, first):
+    contest = Contest(first=first)
+    ran = hold(contest, constant(cache, layers))
+    assert (contest.arm, contest.figures) == (winner, Figures(cache, layers))
+    assert set(ran) == {CACHE, LAYERS}
+
+
+def test_a_cold_cache_is_not_held_against_it():
+    contest = Contest()
+    hold(contest, lambda arm, since: 1.0 if arm == LAYERS else 5.0 if since < RULES.warmup_cache else 0.9)
+    assert contest.arm == CACHE
+
+
+def test_a_tie_leaves_the_incumbent():
+    for first in (CACHE, LAYERS):
+        contest = Contest(first=first)
+        hold(contest, constant(1.0, 1.0))
+        assert contest.arm == first
+
+
+def test_a_hopeless_arm_is_given_up_within_its_block():
+    contest = Contest()
+    ran = hold(contest, constant(1.0, 10.0))
+    assert ran.count(LAYERS) == RULES.warmup_layers + RULES.hopeless_after
+
+
+def test_single_outliers_do_not_decide():
+    random_ = random.Random(1)
+
+    def times(arm, _since):
+        spike = 50.0 if arm == CACHE and random_.random() < 0.1 else 0.0
+        return (1.0 if arm == CACHE else 1.3) + random_.gauss(0, 0.02) + spike
+
+    contest = Contest()
+    hold(contest, times)
+    assert contest.arm == CACHE
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    ratio=st.floats(1.15, 8.0),
+    noise=st.floats(0.0, 0.1),
+    faster=st.sampled_from([CACHE, LAYERS]),
+    first=st.sampled_from([CACHE, LAYERS]),
+    seed=st.integers(0, 1 << 30),
+)
+def test_beyond_noise_the_faster_placement_is_kept(ratio, noise, faster, first, seed):
+    random_ = random.Random(seed)
+
+    def times(arm, since):
+        cold = 3.0 if arm == CACHE and since < RULES.warmup_cache else 1.0
+        return 0.01 * (1.0 if arm == faster else ratio) * cold * max(0.1, random_.gauss(1, noise))
+
+    contest = Contest(first=first)
+    ran = hold(contest, times)
+    assert contest.decided
+    assert contest.arm == faster
+    assert len(ran) <= RULES.steps_max
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(1e-6, 1e3), min_size=400, max_size=400), st.sampled_from([CACHE, LAYERS]))
+def test_whatever_the_times_a_contest_ends_and_keeps_the_smaller_median(times, first):
+    source = iter(times)
+    contest = Contest(first=first)
+    assert len(hold(contest, lambda _arm, _since: next(source))) <= RULES.steps_max
+    winner, loser = (
+        contest.figures.of(contest.arm),
+        contest.figures.of(LAYERS if contest.arm == CACHE else CACHE),
+    )
+    assert winner is not None
+    assert loser is not None
+    allowed = 1 + RULES.margin if contest.arm == first else 1
+    assert winner <= loser * allowed * (1 + 1e-9)
+
+
+def test_a_winner_that_became_slower_is_measured_again():
+    contest = Contest()
+    hold(contest, constant(1.0, 1.5))
+    for _ in range(RULES.rest - 1):
+        contest.record(2.0, CACHE)
+        assert contest.decided
+    contest.record(2.0, CACHE)
+    assert not contest.decided
+    hold(contest, constant(2.0, 1.5))
+    assert contest.arm == LAYERS
+    # and then rests twice as long
+    for _ in range(2 * RULES.rest - 1):
+        contest.record(9.0, LAYERS)
+        assert contest.decided
+    contest.record(9.0, LAYERS)
+    assert not contest.decided
+
+
+def test_a_winner_that_stays_is_left_alone():
+    contest = Contest()
+    hold(contest, constant(1.0, 1.5))
+    for _ in range(5 * RULES.rest):
+        contest.record(1.55, CACHE)
+    assert contest.decided
+
+
+# the controller
+
+
+class Switch:
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, placement):
+        self.calls.append(placement)
+
+
+def drive(controller, times, n, mode="exact"):
+    for _ in range(n):
+        controller.before_step(mode)
+        controller.after_step(times[controller.current])
+
+
+def test_the_winner_is_in_force_remembered_and_told(caplog):
+    switch = Switch()
+    controller = PlacementController(switch, lambda mode: f"k-{mode}")
+    with caplog.at_level("INFO", "mobile_gguf.placement"):
+        drive(controller, {CACHE: 0.02, LAYERS: 0.01}, RULES.steps_max)
+    assert switch.calls[-1] == controller.current == LAYERS
+    assert controller.facts() == {
+        "chosen": LAYERS, "cache_tps": 50.0, "layers_tps": 100.0, "decided": True, "reason": "measured",
+    }  # fmt: skip
+    assert caplog.messages == ["placement for mode exact: layers (cache 50.0, layers 100.0 tokens/s)"]
+    again = PlacementController(Switch(), lambda mode: f"k-{mode}")
+    again.before_step("exact")
+    assert again.current == LAYERS
+    assert again.facts()["reason"] == "measured in an earlier run"
+    assert again.facts()["decided"]
+    again.before_step("little")
+    assert not again.facts()["decided"]
+
+
+def test_every_mode_has_a_winner_of_its_own():
+    controller = PlacementController(Switch(), lambda _mode: "")
+    drive(controller, {CACHE: 1, LAYERS: 2}, RULES.steps_max, "little")
+    drive(controller, {CACHE: 2, LAYERS: 1}, RULES.steps_max, "exact")
+    assert controller.current == LAYERS
+    controller.before_step("little")
+    assert controller.current == CACHE
+
+
+def test_a_fixed_placement_is_not_measured():
+    switch = Switch()
+    controller = PlacementController(switch, lambda _mode: "", fixed=LAYERS, why="all experts fit")
+    drive(controller, {CACHE: 1, LAYERS: 100}, 500)
+    assert switch.calls == [LAYERS]
+    assert controller.facts()["reason"] == "all experts fit"
+
+
+def test_a_placement_that_fails_leaves_the_other_in_force(caplog):
+    def refuse(placement):
+        raise EngineError(f"no {placement}")
+
+    controller = PlacementController(refuse, lambda _mode: "")
+    drive(controller, {CACHE: 1}, RULES.steps_max)
+    assert controller.facts()["chosen"] == CACHE
+    assert caplog.messages == ["placement layers is not possible, cache stays: no layers"]
+
+
+def test_before_the_first_step_nothing_is_claimed():
+    facts = PlacementController(Switch(), lambda _mode: "").facts()
+    assert (facts["decided"], facts["cache_tps"]) == (False, None)
+
+
+# what is remembered
+
+
+def test_a_decision_survives_and_damage_is_no_decision():
+    remember("k", LAYERS, Figures(0.5, 0.25))
+    assert remembered("k") == (LAYERS, Figures(0.5, 0.25))
+    assert remembered("other") is None
+    for text in (
+        "",
+        "[]",
+        '{"k": 1}',
+        '{"k": {"chosen": "host"}}',
+        '{"k": {"chosen": "cache", "cache": -1.0}}',
+    ):
+        placement_file().write_text(text)
+        assert remembered("k") is None
+    remember("k", CACHE, Figures(0.5, None))
+    assert remembered("k") == (CACHE, Figures(0.5, None))
+
+
+def test_the_file_does_not_grow_without_end():
+    for i in range(300):
+        remember(str(i), CACHE, Figures(0.5, 0.25))
+    assert len(json.loads(placement_file().read_text())) == 256
+    assert remembered("299") is not None
+
+
+def test_a_key_tells_files_devices_budgets_and_settings_apart(tmp_path):
+    file = tmp_path / "m.gguf"
+    file.write_bytes(b"x")
+    info = fake_info(files=(file,))
+    device = DeviceInfo("GPU0", "a GPU", 5, 10, 0, 0, 4, 0, 1, 1)
+    budget = info.expert_bytes // 2
+    key = placement_key(info, [device], budget, ["exact", 4])
+    assert key == placement_key(info, [device], budget + budget // 100, ["exact", 4])
+    other_device = DeviceInfo("GPU0", "another", 5, 10, 0, 0, 4, 0, 1, 1)
+    assert key != placement_key(info, [other_device], budget, ["exact", 4])
+    assert key != placement_key(info, [device], budget // 2, ["exact", 4])
+    assert key != placement_key(info, [device], budget, ["little", 4])
+    file.write_bytes(b"xy")
+    assert key != placement_key(info, [device], budget, ["exact", 4])

@@ -1,0 +1,216 @@
+"""The application: what all screens share, and how it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, ClassVar
+
+from textual import on
+from textual.app import App, SystemCommand
+from textual.binding import Binding, BindingType
+from textual.screen import Screen
+
+from ..errors import MobileError
+from ..model import Model, load
+from .engine_thread import EngineThread
+from .expert_watch import ExpertWatch, Watch
+from .jobs import FAILED, Job, JobEnded, JobHeard, Jobs
+from .models import candidates
+from .screens.chat import ChatScreen
+from .screens.map import MapScreen
+from .settings import Settings
+from .slash import COMMANDS
+from .store import ConversationStore, StoreError
+
+DEFAULT_THEME = "textual-dark"
+# How long the engine may take to come back when the program ends.
+_PATIENCE_SECONDS = 5.0
+
+
+class ChatApp(App[int]):
+    """``mobile-gguf chat``. The parts can be given, for tests."""
+
+    CSS_PATH = "styles.tcss"
+    TITLE = "mobile-gguf"
+    ENABLE_COMMAND_PALETTE = True
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("f1", "help", "Help", id="app.help", tooltip="Keys and commands", priority=True),
+        Binding("ctrl+q", "quit", "Quit", id="app.quit", tooltip="Leave", priority=True),
+        Binding(
+            "ctrl+c",
+            "interrupt",
+            "Stop",
+            id="app.interrupt",
+            tooltip="End the answer; copy what is selected; clear the prompt",
+            show=False,
+            priority=True,
+        ),
+        Binding(
+            "ctrl+p",
+            "command_palette",
+            "Palette",
+            id="app.palette",
+            tooltip="Search all commands",
+            show=False,
+            priority=True,
+        ),
+    ]
+
+    def __init__(
+        self,
+        reference: str = "",
+        *,
+        settings: Settings | None = None,
+        store_path: Path | None = None,
+        system: str = "",
+        loader: Callable[..., Model] = load,
+        make_watch: Callable[[Model], Watch] = ExpertWatch,
+        job_program: list[str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.reference = reference
+        self.settings = settings or Settings()
+        self.system = system
+        self.stuck = False
+        self._problems = [self.settings.problem] if self.settings.problem else []
+        self.store = self._open_store(store_path)
+        self.chat = ChatScreen()
+        self.engine = EngineThread(self.chat.post_message, loader=loader, make_watch=make_watch)
+        self.jobs = Jobs(self.post_message, job_program)
+        self._asked_to_quit = False
+
+    def _open_store(self, path: Path | None) -> ConversationStore:
+        try:
+            return ConversationStore(path)
+        except StoreError as error:
+            self._problems.append(f"{error}; conversations are not saved")
+            return ConversationStore(None)
+
+    def on_mount(self) -> None:
+        theme = str(self.settings.extra.get("theme", DEFAULT_THEME))
+        self.theme = theme if theme in self.available_themes else DEFAULT_THEME
+        self.theme_changed_signal.subscribe(self, self._remember_theme)
+        self.engine.start()
+        self.push_screen(self.chat)
+        for problem in self._problems:
+            self.notify(problem, severity="warning", timeout=12)
+        self.call_later(self._begin)
+
+    def _begin(self) -> None:
+        self.chat.session.system = self.system
+        if self.reference:
+            self.chat.load_model(self.reference)
+        else:
+            self.chat.action_pick_model()
+
+    def _remember_theme(self, theme: Any) -> None:
+        self.settings.extra["theme"] = theme.name
+        self._save_settings()
+
+    def remember_model(self, reference: str) -> None:
+        """Keep the name of the last model."""
+        self.settings.extra["model"] = reference
+        self._save_settings()
+
+    def _save_settings(self) -> None:
+        try:
+            self.settings.save()
+        except MobileError as error:
+            self.notify(f"settings are not saved: {error}", severity="warning")
+
+    @property
+    def map_open(self) -> bool:
+        """Whether the whole map is on the screen."""
+        return any(isinstance(screen, MapScreen) for screen in self.screen_stack)
+
+    def prompts(self) -> list[str]:
+        """The history of the prompt."""
+        try:
+            return self.store.prompts()
+        except StoreError:
+            return []
+
+    def model_names(self) -> list[str]:
+        """References that a model can be loaded by."""
+        try:
+            return [candidate.reference for candidate in candidates()]
+        except (MobileError, OSError):
+            return []
+
+    # jobs
+
+    def start_job(self, argv: list[str]) -> Job:
+        """Run a verb of the command line in the background."""
+        return self.jobs.start(argv)
+
+    def jobs_note(self) -> str:
+        """How many jobs run, for the title."""
+        running = len(self.jobs.running)
+        return f" · {running} job{'s' if running > 1 else ''}" if running else ""
+
+    @on(JobHeard)
+    def _job_heard(self, event: JobHeard) -> None:
+        self.jobs.hear(event)
+
+    @on(JobEnded)
+    def _job_ended(self, event: JobEnded) -> None:
+        job = self.jobs.ended(event)
+        severity = "error" if job.state == FAILED else "information"
+        self.notify(f"{job.state}: {job.phase}", title=job.title, severity=severity, timeout=10)
+        if not self.chat.busy:
+            self.chat._update_title()
+
+    # keys and the palette
+
+    def action_help(self) -> None:
+        """Keys and commands."""
+        self.chat.command_help("")
+
+    def action_interrupt(self) -> None:
+        """What Ctrl-C does: end the answer; else copy what is selected; else clear the prompt."""
+        selected = self.screen.get_selected_text()
+        prompt = self.chat.prompt
+        if selected or (self.screen is self.chat and prompt.selected_text):
+            self.copy_to_clipboard(selected or prompt.selected_text)
+            self.notify("copied", timeout=2)
+        elif self.chat.busy:
+            self.engine.stop()
+            self.chat.action_stop()
+        elif prompt.text:
+            prompt.put("")
+        else:
+            self.notify("Ctrl-Q leaves", timeout=3)
+
+    def get_system_commands(self, screen: Screen[Any]) -> Iterable[SystemCommand]:
+        """The palette: Textual's own commands and ours."""
+        yield from super().get_system_commands(screen)
+        for command in COMMANDS:
+            if not command.argument or command.argument.startswith("["):
+                yield SystemCommand(command.name, command.help, lambda name=command.name: self._obey(name))
+
+    def _obey(self, name: str) -> None:
+        self.run_worker(self.chat.obey(name))
+
+    # the end
+
+    async def action_quit(self) -> None:
+        """Leave; with jobs running only when asked twice."""
+        running = len(self.jobs.running)
+        if running and not self._asked_to_quit:
+            self._asked_to_quit = True
+            self.notify(f"{running} running: Ctrl-Q again ends them and leaves", severity="warning")
+            self.set_timer(5, self._forget_quit)
+            return
+        self.engine.stop()
+        self.exit(0)
+
+    def _forget_quit(self) -> None:
+        self._asked_to_quit = False
+
+    def close(self) -> bool:
+        """After the screen is gone: end jobs and engine; False if the engine did not come back."""
+        self.jobs.close()
+        self.stuck = not self.engine.shut_down(_PATIENCE_SECONDS)
+        self.store.close()
+        return not self.stuck

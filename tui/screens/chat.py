@@ -1,0 +1,419 @@
+"""The chat: transcript, prompt and expert map; owns the conversation and what the engine is doing."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from textual import on
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Horizontal, Vertical, VerticalScroll
+from textual.screen import Screen
+from textual.widgets import Footer, Static
+
+from ...receipt import Receipt
+from ..expert_state import ExpertState
+from ..messages import AnswerEnded, AnswerProgressed, LoadFailed, LoadProgressed, ModelLoaded
+from ..session import Session
+from ..slash import complete, find
+from ..values import completion_values
+from ..widgets.completion_list import CompletionList
+from ..widgets.prompt import Prompt
+from ..widgets.side_panel import SidePanel
+from ..widgets.title_bar import TitleBar
+from ..widgets.turn_view import AnswerView, QuestionView
+from .chat_commands import ChatCommands
+
+if TYPE_CHECKING:
+    from ..app import ChatApp
+
+_WELCOME = (
+    """Type a question and press Enter. Ctrl-O picks a model, F1 shows all keys, / lists the commands."""
+)
+IDLE, LOADING, ANSWERING = "idle", "loading", "answering"
+# How often the map is drawn while something moves.
+_MAP_SECONDS = 0.15
+
+
+class ChatScreen(ChatCommands, Screen[None]):
+    """The main screen. Engine and jobs post messages here; handlers own all state."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("ctrl+o,f2", "pick_model", "Models", id="chat.models", tooltip="Pick a model"),
+        Binding("ctrl+r,f3", "find", "Find", id="chat.find", tooltip="Find and open saved conversations"),
+        Binding("ctrl+s,f4", "settings", "Settings", id="chat.settings", tooltip="Mode, sampling, budgets"),
+        Binding("ctrl+n", "new", "New", id="chat.new", tooltip="Begin another conversation"),
+        Binding("ctrl+g,f6", "toggle_map", "Map", id="chat.map", tooltip="Show or hide the expert map"),
+        Binding(
+            "ctrl+t,f7", "toggle_tokens", "Tokens", id="chat.tokens", tooltip="Colour tokens by their pass"
+        ),
+        Binding("f5", "regenerate", "Again", id="chat.regenerate", tooltip="Answer again", show=False),
+        Binding("f8", "jobs", "Jobs", id="chat.jobs", tooltip="Background jobs", show=False),
+        Binding("f9", "full_map", "Full map", id="chat.full_map", tooltip="The whole expert map", show=False),
+        Binding("ctrl+up", "edit_last", "Edit", id="chat.edit", tooltip="Edit the last question", show=False),
+        Binding("escape", "stop", "Stop", id="chat.stop", tooltip="End the answer", show=False),
+        Binding(
+            "pageup", "page(-1)", "Up", id="chat.page_up", tooltip="Scroll back", show=False, priority=True
+        ),
+        Binding(
+            "pagedown", "page(1)", "Down", id="chat.page_down", tooltip="Scroll on", show=False, priority=True
+        ),
+    ]
+    HORIZONTAL_BREAKPOINTS: ClassVar = [(0, "-narrow"), (100, "-wide")]
+
+    app: ChatApp
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state = IDLE
+        self.reference = ""
+        self.model_name = ""
+        self.facts: dict[str, Any] = {}
+        self.context_used = 0
+        self.coloured = False
+        self._answer: AnswerView | None = None
+        self._answer_id = 0
+        self._started = 0.0
+        self._speed = 0.0
+        self._map_wanted: bool | None = None  # None: by the width
+        self._editing: int | None = None
+        self._pending = ""  # asked while the model was loading
+        self._completion_values = completion_values(self)
+
+    def compose(self) -> ComposeResult:
+        yield TitleBar(id="title")
+        with Horizontal(id="body"):
+            with Vertical(id="chat"):
+                with VerticalScroll(id="transcript", can_focus=False):
+                    yield Static(_WELCOME, id="welcome")
+                yield CompletionList(id="completions")
+                yield Prompt(id="prompt")
+            yield SidePanel(id="experts")
+        yield Footer(show_command_palette=False)
+
+    def on_mount(self) -> None:
+        self.session = Session(self.app.store, lambda text: self.notify(text, severity="warning", timeout=8))
+        self.prompt.prompts = self.app.prompts()
+        self.query_one(CompletionList).display = False
+        self.query_one("#transcript", VerticalScroll).anchor()
+        self.prompt.border_subtitle = "Enter sends, Ctrl-J new line"
+        self.prompt.focus()
+        self._update_map_shown()
+        self.set_interval(_MAP_SECONDS, self._tick)
+
+    @property
+    def prompt(self) -> Prompt:
+        return self.query_one(Prompt)
+
+    @property
+    def busy(self) -> bool:
+        """Whether the engine is at work."""
+        return self.state != IDLE
+
+    # loading
+
+    def load_model(self, reference: str) -> None:
+        """Load a model, in place of the one that is there."""
+        if self.state == ANSWERING:
+            self.app.engine.stop()
+        self.state, self.reference, self._started = LOADING, reference, time.monotonic()
+        self.query_one(TitleBar).activity = f"loading {reference}"
+        self.app.engine.load(reference, self.app.settings.load_options())
+
+    @on(LoadProgressed)
+    def _load_progressed(self, event: LoadProgressed) -> None:
+        if self.state == LOADING:
+            self.query_one(TitleBar).activity = f"{event.phase} {event.share:.0%} · Esc cancels"
+
+    @on(ModelLoaded)
+    def _model_loaded(self, event: ModelLoaded) -> None:
+        self.reference, self.facts = event.reference, event.facts
+        self.model_name = event.info.name or event.reference
+        self.state = IDLE
+        self.context_used = 0
+        has_store = event.facts.get("store") is not None and event.info.n_expert > 0
+        state = ExpertState(event.info.n_layer, event.info.n_expert, event.layers) if has_store else None
+        self.query_one(SidePanel).set_state(state)
+        self._read_residency()
+        self._update_title()
+        for notice in event.notices:
+            self.notify(notice, severity="warning", timeout=8)
+        self.app.remember_model(event.reference)
+        if self._pending:
+            pending, self._pending = self._pending, ""
+            self.call_later(self.ask, pending)
+
+    @on(LoadFailed)
+    def _load_failed(self, event: LoadFailed) -> None:
+        if self._pending:
+            self.prompt.put(self._pending)
+            self._pending = ""
+        self.state, self.facts, self.model_name = IDLE, {}, ""
+        self.query_one(SidePanel).set_state(None)
+        self._update_title()
+        severity = "warning" if event.cancelled else "error"
+        self.notify(event.error, title=event.reference, severity=severity, timeout=12)
+
+    # asking
+
+    @on(Prompt.Submitted)
+    async def _submitted(self, event: Prompt.Submitted) -> None:
+        self._hide_completions()
+        if event.text.startswith("/"):
+            self.prompt.put("")
+            self.prompt.remember(event.text)
+            await self.obey(event.text)
+        elif self.state == ANSWERING:
+            self.notify("the model is still answering; Esc ends that", severity="warning")
+        else:
+            self.prompt.put("")
+            self.prompt.remember(event.text)
+            await self.ask(event.text)
+
+    async def ask(self, text: str) -> None:
+        """Ask the model; while it is loading the question waits."""
+        if self.state == LOADING:
+            self._pending = text
+            self.notify("asked as soon as the model is loaded")
+            return
+        if not self.facts:
+            self.prompt.put(text)
+            self.notify("pick a model first", severity="warning")
+            self.action_pick_model()
+            return
+        if self._editing is not None:
+            await self.cut(self._editing)
+            self._end_editing()
+        self.session.ask(text, self.reference)
+        await self._add_view(QuestionView(text, len(self.session.turns) - 1))
+        await self._generate()
+
+    async def _generate(self) -> None:
+        self.state, self._started, self._speed = ANSWERING, time.monotonic(), 0.0
+        self._answer_id += 1
+        self._answer = AnswerView(len(self.session.turns), coloured=self.coloured)
+        await self._add_view(self._answer)
+        self.query_one("#transcript", VerticalScroll).anchor()
+        self.query_one(TitleBar).activity = "reading the prompt · Esc stops"
+        self.app.engine.watching = self._map_shown
+        self.app.engine.generate(self._answer_id, self.session.messages, self.app.settings.answer_options())
+
+    @on(AnswerProgressed)
+    async def _answer_progressed(self, event: AnswerProgressed) -> None:
+        tokens, routed = event.outbox.take()
+        if event.outbox.answer_id != self._answer_id or self._answer is None:
+            return
+        self.query_one(SidePanel).add_tokens(tokens, routed)
+        last = tokens[-1].seconds if tokens else 0.0
+        if last > 0 and len(self._answer.tokens) > 0:
+            self._speed = 1 / last if not self._speed else 0.8 * self._speed + 0.2 / last
+            self.query_one(TitleBar).activity = f"{self._speed:.1f} tok/s · Esc stops"
+        await self._answer.add(tokens)
+
+    @on(AnswerEnded)
+    async def _answer_ended(self, event: AnswerEnded) -> None:
+        view = self._answer
+        if event.answer_id != self._answer_id or view is None:
+            return
+        self._answer, self.state = None, IDLE
+        await view.end_stream()
+        receipt = _receipt_line(event.receipt, event.tokens_per_second, event.finish_reason)
+        if event.error and not view.text:
+            # What was not answered can be asked again: it goes back into the prompt.
+            await self._take_back(view)
+        else:
+            view.finish(f"{receipt} | {event.error}" if event.error else receipt, failed=bool(event.error))
+            self.session.answer(view.text, receipt, view.tokens, self.reference)
+        if event.error:
+            self.notify(event.error, title="the answer failed", severity="error", timeout=15)
+        self.context_used = event.prompt_tokens + event.completion_tokens
+        panel = self.query_one(SidePanel)
+        if panel.state is not None:
+            panel.state.settle()
+        self._read_residency()
+        self._update_title()
+
+    async def _take_back(self, view: AnswerView) -> None:
+        question = self.session.turns[-1].content
+        await view.remove()
+        await self.cut(len(self.session.turns) - 1)
+        if not self.prompt.text:
+            self.prompt.put(question)
+
+    async def cut(self, position: int) -> None:
+        """Forget the turns from ``position`` on, on the screen as well."""
+        self.session.cut(position)
+        for view in [*self.query(QuestionView), *self.query(AnswerView)]:
+            if view.position >= position:
+                await view.remove()
+
+    async def _add_view(self, view: QuestionView | AnswerView) -> None:
+        self.query_one("#welcome").display = False
+        await self.query_one("#transcript", VerticalScroll).mount(view)
+
+    async def show_session(self) -> None:
+        """Draw the conversation that the session holds."""
+        transcript = self.query_one("#transcript", VerticalScroll)
+        await transcript.remove_children(".question, .answer")
+        for position, turn in enumerate(self.session.turns):
+            if turn.role == "user":
+                await self._add_view(QuestionView(turn.content, position))
+            else:
+                view = AnswerView(position, coloured=self.coloured)
+                await self._add_view(view)
+                await view.restore(turn.content, turn.tokens, turn.receipt)
+        self.query_one("#welcome").display = not self.session.turns
+        self.context_used = 0
+        self._update_title()
+        transcript.anchor()
+
+    # editing and answering again
+
+    @on(QuestionView.Edit)
+    def _edit_asked(self, event: QuestionView.Edit) -> None:
+        self.edit(event.position)
+
+    @on(AnswerView.Regenerate)
+    async def _regenerate_asked(self, event: AnswerView.Regenerate) -> None:
+        await self.regenerate(event.position)
+
+    def edit(self, position: int) -> None:
+        """Put a question back into the prompt; sending it replaces it and all that followed."""
+        if self.busy:
+            self.notify("the model is at work; Esc ends that", severity="warning")
+            return
+        self._editing = position
+        self.prompt.put(self.session.turns[position].content)
+        self.prompt.border_title = "editing: sending replaces what followed · Esc keeps it"
+        self.prompt.focus()
+
+    def _end_editing(self) -> None:
+        self._editing = None
+        self.prompt.border_title = None
+
+    async def regenerate(self, position: int) -> None:
+        """Answer again from the question before ``position``."""
+        if self.busy or not self.facts:
+            self.notify("load a model first" if not self.busy else "the model is at work", severity="warning")
+            return
+        await self.cut(position)
+        if self.session.turns:
+            await self._generate()
+
+    # stopping
+
+    def action_stop(self) -> None:
+        """End what is going on: completion, editing, the answer or loading."""
+        if self.query_one(CompletionList).display:
+            self._hide_completions()
+        elif self._editing is not None:
+            self._end_editing()
+            self.prompt.put("")
+        elif self.busy:
+            self.app.engine.stop()
+            self.query_one(TitleBar).activity = "stopping"
+        else:
+            self.prompt.focus()
+
+    # completion
+
+    @on(Prompt.Changed)
+    def _prompt_changed(self) -> None:
+        found = complete(self.prompt.text, self._completion_values)
+        self.prompt.completing = self.query_one(CompletionList).show(found)
+
+    @on(Prompt.CompletionKey)
+    def _completion_key(self, event: Prompt.CompletionKey) -> None:
+        completions = self.query_one(CompletionList)
+        chosen = completions.chosen
+        if event.key in ("up", "down"):
+            completions.move(1 if event.key == "down" else -1)
+        elif event.key == "escape" or chosen is None:
+            self._hide_completions()
+        else:
+            command = find(chosen.line.split(" ")[0])
+            takes_none = command is not None and not command.argument
+            self.prompt.put(chosen.line)
+            if event.key == "enter" and (takes_none or self.prompt.text == chosen.line.rstrip()):
+                self._hide_completions()
+                self.prompt.action_submit()
+
+    @on(CompletionList.OptionSelected)
+    def _completion_clicked(self, event: CompletionList.OptionSelected) -> None:
+        event.stop()
+        self._completion_key(Prompt.CompletionKey("tab"))
+        self.prompt.focus()
+
+    def _hide_completions(self) -> None:
+        self.query_one(CompletionList).show([])
+        self.prompt.completing = False
+
+    # the map
+
+    @property
+    def _map_shown(self) -> bool:
+        return bool(self.query_one(SidePanel).display)
+
+    def on_resize(self) -> None:
+        self.call_after_refresh(self._update_map_shown)
+
+    def _update_map_shown(self) -> None:
+        wide = self.size.width >= 100
+        self.query_one(SidePanel).display = wide if self._map_wanted is None else self._map_wanted
+        self.app.engine.watching = self._map_shown or self.app.map_open
+
+    def action_toggle_map(self) -> None:
+        """Show or hide the expert map."""
+        self._map_wanted = not self._map_shown
+        self._update_map_shown()
+        self._read_residency()
+
+    def action_toggle_tokens(self) -> None:
+        """Show tokens coloured by their pass, or Markdown."""
+        self.coloured = not self.coloured
+        for view in self.query(AnswerView):
+            view.colour(self.coloured)
+        if self.coloured:
+            self.notify("big plain, little dim, fallback underlined; Ctrl-T back to Markdown", timeout=4)
+
+    def _tick(self) -> None:
+        if self.busy and (self._map_shown or self.app.map_open):
+            self._read_residency()
+        if self.state == ANSWERING and self._answer is not None and not self._answer.tokens:
+            waited = time.monotonic() - self._started
+            if waited >= 1:
+                self.query_one(TitleBar).activity = f"reading the prompt {waited:.0f} s · Esc stops"
+
+    def _read_residency(self) -> None:
+        panel = self.query_one(SidePanel)
+        residency = self.app.engine.residency()
+        if panel.state is not None and residency is not None:
+            panel.state.set_residency(*residency)
+        panel.redraw()
+
+    def _update_title(self) -> None:
+        title = self.query_one(TitleBar)
+        title.activity = ""
+        title.model = self.model_name or "no model"
+        if not self.facts:
+            title.detail = "Ctrl-O picks a model"
+            return
+        mode = self.app.settings.value("mode") or self.facts["mode"]
+        used = f" · {self.context_used}/{self.facts['n_ctx']} tokens" if self.context_used else ""
+        title.detail = f"{mode}{self.app.jobs_note()}{used}"
+
+    def export_path(self, given: str) -> Path:
+        """Where an export goes: as given, else a file named by the title in the working directory."""
+        if given:
+            return Path(given).expanduser()
+        name = "".join(c if c.isalnum() or c in "-_" else "-" for c in self.session.title.lower())
+        return Path.cwd() / f"{name.strip('-') or 'conversation'}.md"
+
+
+def _receipt_line(receipt: Receipt | None, tokens_per_second: float, reason: str) -> str:
+    if receipt is None:
+        return "stopped before the first token" if reason == "interrupted" else ""
+    ends = {"interrupted": " | stopped", "length": " | cut at the length limit"}
+    return receipt.summary(tokens_per_second) + ends.get(reason, "")

@@ -1,0 +1,147 @@
+"""The expert map: a row for each layer, a column for each expert, a glyph for where it is and what it did."""
+
+from __future__ import annotations
+
+from rich.segment import Segment
+from rich.style import Style
+from textual import events
+from textual.reactive import reactive
+from textual.strip import Strip
+from textual.widget import Widget
+
+from ..expert_state import Cell, ExpertState, aggregate, bins
+
+# Told apart by shape alone, so that the map works without colour.
+GLYPHS = {
+    Cell.ABSENT: "·",
+    Cell.HOST: "░",
+    Cell.DEVICE: "▓",
+    Cell.OLD_HIT: "▒",
+    Cell.OLD_MISS: "x",
+    Cell.HIT: "█",
+    Cell.DEVICE_HIT: "◆",
+    Cell.LOADING: "+",
+    Cell.MISS: "X",
+}
+STYLES = {
+    Cell.ABSENT: "expert-map--absent",
+    Cell.HOST: "expert-map--host",
+    Cell.DEVICE: "expert-map--device",
+    Cell.OLD_HIT: "expert-map--old-hit",
+    Cell.OLD_MISS: "expert-map--old-miss",
+    Cell.HIT: "expert-map--hit",
+    Cell.DEVICE_HIT: "expert-map--device-hit",
+    Cell.LOADING: "expert-map--loading",
+    Cell.MISS: "expert-map--miss",
+}
+NAMES = {
+    Cell.ABSENT: "on disk",
+    Cell.HOST: "in RAM",
+    Cell.DEVICE: "on the GPU",
+    Cell.OLD_HIT: "hit a moment ago",
+    Cell.OLD_MISS: "missed a moment ago",
+    Cell.HIT: "hit",
+    Cell.DEVICE_HIT: "hit on the GPU",
+    Cell.LOADING: "loading",
+    Cell.MISS: "missed",
+}
+LEGEND = (Cell.HIT, Cell.MISS, Cell.LOADING, Cell.HOST, Cell.ABSENT)
+DEVICE_LEGEND = (Cell.HIT, Cell.DEVICE_HIT, Cell.MISS, Cell.LOADING, Cell.DEVICE, Cell.HOST, Cell.ABSENT)
+_WIDEST_CELL = 3
+
+
+class ExpertMap(Widget):
+    """Draws an ExpertState in the room there is; experts or layers that do not fit share a cell."""
+
+    COMPONENT_CLASSES = set(STYLES.values()) | {"expert-map--label"}
+
+    state: reactive[ExpertState | None] = reactive(None)
+
+    def refresh_cells(self) -> None:
+        """Draw again after the state has changed."""
+        self._cells = None
+        self.refresh()
+
+    def __init__(self, *, id: str | None = None) -> None:
+        super().__init__(id=id)
+        self._cells = None
+        self._drawn_size = (0, 0)
+
+    def watch_state(self) -> None:
+        self.refresh_cells()
+
+    @property
+    def n_rows(self) -> int:
+        """Lines that the map needs for every layer, its header among them."""
+        return len(self.state.layers) + 1 if self.state is not None else 2
+
+    def _label_width(self) -> int:
+        return len(str(self.state.layers[-1])) + 1 if self.state is not None and self.state.layers else 0
+
+    def _layout_cells(self) -> tuple[int, int, int, int]:
+        """Experts to a cell, layers to a cell, a cell's width, the label's."""
+        assert self.state is not None
+        label = self._label_width()
+        n_layer, n_expert = len(self.state.layers), self.state.host.shape[1]
+        per_column, n_columns = bins(n_expert, self.size.width - label)
+        per_row, _ = bins(n_layer, self.size.height - 1)
+        width = min(_WIDEST_CELL, max(1, (self.size.width - label) // max(1, n_columns)))
+        return per_column, per_row, width, label
+
+    def render_line(self, y: int) -> Strip:
+        """One line of the map."""
+        state, size = self.state, (self.size.width, self.size.height)
+        if state is None or not state.layers or size[0] < 8 or size[1] < 2:
+            text = "no expert store" if y == 0 else ""
+            return Strip([Segment(text[: size[0]].ljust(size[0]), self._style("expert-map--label"))])
+        if self._cells is None or self._drawn_size != size:
+            room = size[0] - self._label_width()
+            self._cells = aggregate(state.visible(), size[1] - 1, room)
+            self._drawn_size = size
+        per_column, per_row, width, label = self._layout_cells()
+        if y == 0:
+            return self._header(per_column, per_row, label)
+        if y > len(self._cells):
+            return Strip.blank(size[0], self.rich_style)
+        layer = state.layers[(y - 1) * per_row]
+        segments = [Segment(f"{layer:>{label - 1}} ", self._style("expert-map--label"))]
+        for value in self._cells[y - 1].tolist():
+            cell = Cell(value)
+            segments.append(Segment(GLYPHS[cell] * width, self._style(STYLES[cell])))
+        return Strip(Segment.simplify(segments)).adjust_cell_length(size[0], self.rich_style)
+
+    def _header(self, per_column: int, per_row: int, label: int) -> Strip:
+        assert self.state is not None
+        shared = f", {per_column}x{per_row} to a cell" if per_column * per_row > 1 else ""
+        text = f"layer x {self.state.host.shape[1]} experts{shared}"
+        text = " " * label + text if label + len(text) <= self.size.width else text
+        line = Strip([Segment(text, self._style("expert-map--label"))])
+        return line.adjust_cell_length(self.size.width, self.rich_style)
+
+    def _style(self, name: str) -> Style:
+        return self.get_component_rich_style(name)
+
+    def on_mouse_move(self, event: events.MouseMove) -> None:
+        """Say in a tooltip what is under the pointer."""
+        self.tooltip = self.describe(event.x, event.y)
+
+    def describe(self, x: int, y: int) -> str | None:
+        """What the cell at ``x``, ``y`` holds; None beside the map."""
+        state = self.state
+        if state is None or not state.layers or y < 1:
+            return None
+        per_column, per_row, width, label = self._layout_cells()
+        column, row = (x - label) // width * per_column, (y - 1) * per_row
+        if x < label or row >= len(state.layers) or column >= state.host.shape[1]:
+            return None
+        layers = state.layers[row : row + per_row]
+        experts = range(column, min(column + per_column, state.host.shape[1]))
+        hits = int(sum(state.hits[layer, expert] for layer in layers for expert in experts))
+        misses = int(sum(state.misses[layer, expert] for layer in layers for expert in experts))
+        value = aggregate(state.visible()[row : row + per_row, column : experts.stop], 1, 1)[0, 0]
+        where = f"layer {_span(layers)}, expert {_span(experts)}"
+        return f"{where}: {NAMES[Cell(int(value))]}; {hits} hits, {misses} misses"
+
+
+def _span(numbers: list[int] | range) -> str:
+    return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"

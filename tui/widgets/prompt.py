@@ -1,0 +1,111 @@
+"""The prompt: several lines, a history, and completion of commands."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from textual import events
+from textual.binding import Binding, BindingType
+from textual.message import Message
+from textual.widgets import TextArea
+
+_NEWLINE_KEYS = ("shift+enter", "ctrl+enter", "alt+enter", "ctrl+j")
+
+
+class Prompt(TextArea):
+    """Enter sends; shift, ctrl or alt with Enter, Ctrl-J, or a backslash before Enter begin a new line."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("enter", "submit", "Send", id="prompt.submit", tooltip="Send the prompt", show=False),
+        Binding(
+            ",".join(_NEWLINE_KEYS),
+            "newline",
+            "New line",
+            id="prompt.newline",
+            tooltip="Begin a new line",
+            show=False,
+        ),
+    ]
+
+    @dataclass
+    class Submitted(Message):
+        """The user sent ``text``."""
+
+        text: str
+
+    @dataclass
+    class CompletionKey(Message):
+        """A key for the list of completions: up, down, tab, enter or escape."""
+
+        key: str
+
+    def __init__(self, *, id: str | None = None) -> None:
+        super().__init__(id=id, soft_wrap=True, show_line_numbers=False, tab_behavior="focus")
+        self.highlight_cursor_line = False
+        self.completing = False
+        self.prompts: list[str] = []
+        self._at: int | None = None
+        self._draft = ""
+
+    async def _on_key(self, event: events.Key) -> None:
+        key = event.key
+        if self.completing and key in ("up", "down", "tab", "escape", "enter"):
+            self._swallow(event)
+            self.post_message(self.CompletionKey(key))
+        elif key == "enter":
+            self._swallow(event)
+            self.action_submit()
+        elif key in _NEWLINE_KEYS:
+            self._swallow(event)
+            self.action_newline()
+        elif key == "up" and self.cursor_location[0] == 0 and self.recall(-1):
+            self._swallow(event)
+        elif key == "down" and self.cursor_location[0] == self.document.line_count - 1 and self.recall(1):
+            self._swallow(event)
+        else:
+            await super()._on_key(event)
+
+    def _swallow(self, event: events.Key) -> None:
+        event.stop()
+        event.prevent_default()
+
+    def action_submit(self) -> None:
+        """Send the text, or begin a new line after a backslash."""
+        row, column = self.cursor_location
+        before = self.document.get_line(row)[:column]
+        if before.endswith("\\"):
+            self.delete((row, column - 1), (row, column))
+            self.action_newline()
+            return
+        if self.text.strip():
+            self.post_message(self.Submitted(self.text.strip()))
+
+    def action_newline(self) -> None:
+        """Begin a new line."""
+        self.insert("\n")
+
+    def put(self, text: str) -> None:
+        """Replace the text, the cursor at its end."""
+        self.load_text(text)
+        self.move_cursor(self.document.end)
+
+    def remember(self, text: str) -> None:
+        """Add a prompt to the history and start at its end again."""
+        if not self.prompts or self.prompts[-1] != text:
+            self.prompts.append(text)
+        self._at = None
+
+    def recall(self, step: int) -> bool:
+        """Show the previous (-1) or next (1) prompt of the history; False if there is none."""
+        at = len(self.prompts) if self._at is None else self._at
+        if not 0 <= at + step <= len(self.prompts):
+            return False
+        if self._at is None:
+            if step > 0:
+                return False
+            self._draft = self.text
+        at += step
+        self._at = at if at < len(self.prompts) else None
+        self.put(self.prompts[at] if self._at is not None else self._draft)
+        return True

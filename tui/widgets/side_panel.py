@@ -1,0 +1,88 @@
+"""The view on the experts: the map, its legend, what is resident, and two gauges."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from textual.app import ComposeResult
+from textual.containers import Vertical
+from textual.content import Content
+from textual.widgets import Static
+
+from ...sizes import format_bytes
+from ..expert_state import ExpertState, Routed
+from ..messages import Token
+from .expert_map import DEVICE_LEGEND, GLYPHS, LEGEND, NAMES, STYLES, ExpertMap
+from .gauge import Gauge
+
+# The legend's colours, by component class of the map.
+_COLOURS = {
+    "expert-map--absent": "$text-muted",
+    "expert-map--host": "$primary",
+    "expert-map--device": "$secondary",
+    "expert-map--hit": "$success",
+    "expert-map--device-hit": "$secondary",
+    "expert-map--loading": "$warning",
+    "expert-map--miss": "$error",
+}
+
+
+class SidePanel(Vertical):
+    """Shows one model's experts; ``state`` is None without an expert store."""
+
+    def __init__(self, *, id: str | None = None) -> None:
+        super().__init__(id=id)
+        self.state: ExpertState | None = None
+
+    def compose(self) -> ComposeResult:
+        yield Static(id="residency")
+        yield ExpertMap(id="expert-map")
+        with Vertical(id="gauges"):
+            yield Static(id="legend")
+            yield Gauge("tok/s", lambda value: f"{value:.1f}", id="speed")
+            yield Gauge("read/token", lambda value: format_bytes(round(value)), id="bytes")
+
+    def set_state(self, state: ExpertState | None) -> None:
+        """Show another model's experts."""
+        self.state = state
+        self.query_one(ExpertMap).state = state
+        for gauge in self.query(Gauge):
+            gauge.clear()
+        self.redraw()
+
+    def add_tokens(self, tokens: Sequence[Token], routed: Sequence[list[Routed]]) -> None:
+        """Take in tokens and what they were routed to."""
+        if self.state is not None:
+            for item in routed:
+                if item:
+                    self.state.next_token(item)
+        timed = [token for token in tokens if token.kind]
+        self.query_one("#speed", Gauge).add([1 / token.seconds for token in timed if token.seconds > 0])
+        self.query_one("#bytes", Gauge).add([float(token.n_bytes) for token in timed])
+
+    def redraw(self) -> None:
+        """Draw the map and its figures as the state now is."""
+        self.query_one(ExpertMap).refresh_cells()
+        self.query_one("#residency", Static).update(self._residency())
+        self.query_one("#legend", Static).update(self._legend())
+
+    def _residency(self) -> Content:
+        if self.state is None:
+            return Content("experts: no store")
+        counts = self.state.counts()
+        total = len(self.state.layers) * self.state.host.shape[1]
+        parts = [f"{counts['host']} in RAM"]
+        if self.state.device is not None:
+            parts.insert(0, f"{counts['device']} on GPU")
+        if counts["loading"]:
+            parts.append(f"{counts['loading']} loading")
+        return Content.assemble(("experts ", "bold"), f"{total}: {', '.join(parts)}")
+
+    def _legend(self) -> Content:
+        has_device = self.state is not None and self.state.device is not None
+        parts: list[Content] = []
+        for cell in DEVICE_LEGEND if has_device else LEGEND:
+            colour = _COLOURS[STYLES[cell]]
+            name = NAMES[cell].removeprefix("in ").removeprefix("on ").removeprefix("the ")
+            parts.append(Content.assemble((GLYPHS[cell], colour), f" {name}"))
+        return Content("  ").join(parts)
