@@ -107,18 +107,17 @@ def _open(
         notices.append(
             f"the engine cannot hold the experts of a {info.architecture} model: no budget, only mode exact"
         )
-    else:
+        return llama
+    try:
         set_prefetch(engine, llama.ctx, options.prefetch)
-    if llama.store is not None and request is not None:
-        try:
+        if request is not None:
             calls = DeviceCalls(engine, llama.ctx)
-            llama.device, remarks = start_tier(
-                calls, info, options, request, plan.budget_bytes or plan.expert_bytes
-            )
-        except BaseException:
-            _discard(llama)
-            raise
-        notices += remarks
+            host_bytes = plan.budget_bytes or plan.expert_bytes
+            llama.device, remarks = start_tier(calls, info, options, request, host_bytes)
+            notices += remarks
+    except BaseException:
+        _discard(llama)
+        raise
     return llama
 
 

@@ -46,7 +46,7 @@ def test_dataclasses_have_the_structs_fields():
         (structs.DeviceInfoStruct, structs.DeviceInfo),
         (structs.DeviceCountersStruct, structs.DeviceCounters),
     ):
-        assert [name for name, _kind in mirror._fields_] == list(plain.__dataclass_fields__)
+        assert [field[0] for field in mirror._fields_] == list(plain.__dataclass_fields__)
 
 
 def calls(**answers):
@@ -86,8 +86,8 @@ def test_devices_and_counters_are_read_field_by_field():
         return 0
 
     def fill_counters(_ctx, counters):
-        for i, (name, _kind) in enumerate(structs.DeviceCountersStruct._fields_):
-            setattr(counters._obj, name, i)
+        for i, field in enumerate(structs.DeviceCountersStruct._fields_):
+            setattr(counters._obj, field[0], i)
         return 0
 
     made, _ = calls(device_count=2, device_get_info=fill_info, device_get_counters=fill_counters)

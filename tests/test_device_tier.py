@@ -49,14 +49,23 @@ class FakeCalls:
 def devices(monkeypatch):
     """The devices of this machine: ``devices(Device, ...)``; servers are recorded in ``devices.asked``."""
 
-    def install(*found):
-        monkeypatch.setattr(
-            device_tier, "find_devices", lambda servers: install.asked.append(servers) or list(found)
-        )
-
-    install.asked = []
     monkeypatch.setattr(device_tier, "read_memory", lambda: Memory(2 * GIB, 4 * GIB, "the machine"))
-    return install
+    return Installed(monkeypatch)
+
+
+class Installed:
+    """Makes its arguments the devices there are; ``asked`` are the servers that were named."""
+
+    def __init__(self, monkeypatch):
+        self.monkeypatch = monkeypatch
+        self.asked = []
+
+    def __call__(self, *found):
+        def find(servers):
+            self.asked.append(servers)
+            return list(found)
+
+        self.monkeypatch.setattr(device_tier, "find_devices", find)
 
 
 GPU = Device(1, "GPU0", "a GPU", 8 * GIB, 16 * GIB)

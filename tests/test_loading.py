@@ -19,6 +19,7 @@ class FakeEngine:
 
     def __init__(self):
         self.params = []
+        self.calls = []
         self.cleared = 0
         self.error = ""
 
@@ -30,6 +31,10 @@ class FakeEngine:
 
     def last_error(self):
         return self.error
+
+    def checked(self, name, _doing, *arguments):
+        self.calls.append((name, *arguments))
+        return 0
 
 
 @pytest.fixture
