@@ -1,4 +1,4 @@
-"""Endpoints and the check before ggml connects: everything that may listen at an address but is no server of ours."""
+"""Endpoints, and the check before ggml connects: what may listen at an address and is no server of ours."""
 
 from __future__ import annotations
 

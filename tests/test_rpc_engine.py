@@ -1,4 +1,4 @@
-"""`--rpc` and `engine rpc-server` over the real engine: split layers, and servers that are lost at any moment."""
+"""`--rpc` and `engine rpc-server` over the real engine: layers split, and servers lost at any moment."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def answer(rpc: str | None, n: int = N, **variables: str) -> subprocess.Complete
 
 @pytest.fixture(scope="module")
 def whole(ports: tuple[int, int]) -> tuple[str, int, int]:
-    """The host's answer, and the bytes that go to the second of two servers for its first token and for all."""
+    """The host's answer; bytes to the second of two servers for the first token, and for all of them."""
     host = answer(None)
     assert host.returncode == 0, host.stderr
     sent = []
@@ -129,9 +129,8 @@ import os, signal, sys
 from mobile_gguf import load
 from mobile_gguf.errors import EngineError
 path, endpoint, pid = sys.argv[1], sys.argv[2], int(sys.argv[3])
-options = dict(n_ctx=256, threads=1, temp=0.0)
 with load(path, rpc=endpoint, n_ctx=256, threads=1) as model:
-    chunks = model.stream("once upon a time", max_tokens=64, temp=0.0)
+    chunks = model.stream("once upon a time", max_tokens=64, temperature=0.0)
     next(chunks)
     os.kill(pid, signal.SIGKILL)
     for attempt in range(2):
@@ -140,7 +139,7 @@ with load(path, rpc=endpoint, n_ctx=256, threads=1) as model:
         except EngineError as error:
             print(error)
 with load(path, vram_budget="off", n_ctx=256, threads=1) as model:
-    print(len(model.generate("once", max_tokens=4, temp=0.0).tokens))
+    print(len(model.generate("once", max_tokens=4, temperature=0.0).tokens))
 """
 
 

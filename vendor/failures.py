@@ -22,8 +22,8 @@ _TOOLKITS = {
         "`pip install nvidia-cublas` of the toolkit's version"
     ),
     re.compile(r"CUDA::cuda_driver"): (
-        "libcuda.so was not found by CMake: install NVIDIA's driver or its stub, or build without its virtual "
-        "memory (CMAKE_ARGS=-DGGML_CUDA_NO_VMM=ON)"
+        "libcuda.so was not found by CMake: install NVIDIA's driver or its stub, or build without its "
+        "virtual memory (CMAKE_ARGS=-DGGML_CUDA_NO_VMM=ON)"
     ),
     re.compile(r"CUDA Toolkit not found|CMAKE_CUDA_COMPILER could be found|(?:find|found) nvcc"): (
         "the CUDA toolkit was not found by CMake: install it, or set CUDACXX to nvcc"

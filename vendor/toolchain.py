@@ -185,8 +185,8 @@ def check_backend(backend: str, environ: Mapping[str, str] = os.environ) -> None
     if backend == "cuda" and sys.platform == "linux" and not _names_cublas(environ):
         if not any(find_cublas(environ)):
             raise EngineBuildError(
-                "the CUDA toolkit has no cuBLAS: install it (apt: libcublas-dev of the toolkit's version), or "
-                "`pip install nvidia-cublas` of the toolkit's version into this Python environment"
+                "the CUDA toolkit has no cuBLAS: install it (apt: libcublas-dev of the toolkit's version), "
+                "or `pip install nvidia-cublas` of the toolkit's version into this Python environment"
             )
     if backend == "vulkan" and shutil.which("glslc", path=path) is None:
         raise EngineBuildError(
