@@ -71,6 +71,9 @@ class MobileLlama(Llama):
         # The position whose token comes next, if the last pass left its hidden state.
         self._state_at = -1
         super().__init__(model_path, n_gpu_layers=-1 if devices else 0, **options)
+        # llama.cpp does not notice that a server is gone once it has the memory.
+        if self.has_devices and (lost := context_loss(self.ctx)):
+            raise EngineError(f"{model_path} cannot be loaded: {lost}")
         self._little_rows = np.zeros(self.input_ids.shape[0], dtype=bool)
         store = engine.model_info(self.model) if engine is not None else None
         if store is not None and store.n_layer_moe > 0:

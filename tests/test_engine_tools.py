@@ -92,9 +92,33 @@ def test_cuda_compiler_is_found_where_nvidia_puts_it(tools: Path, monkeypatch: p
     monkeypatch.setenv("CUDA_PATH", str(tools.parent / "cuda"))
     with pytest.raises(EngineBuildError, match="nvcc"):
         toolchain.check_backend("cuda")
-    write_tool(tools.parent / "cuda" / "bin", "nvcc")
+    write_tool(tools.parent / "cuda" / "bin", "nvcc", "Cuda compilation tools, release 13.0, V13.0.88")
+    (tools.parent / "cuda" / "lib64").mkdir()
+    (tools.parent / "cuda" / "lib64" / "libcublas.so").touch()
     toolchain.check_backend("cuda")
+    assert toolchain.cuda_arguments() == []
     assert toolchain.cuda_compiler() == str(tools.parent / "cuda" / "bin" / "nvcc")
+
+
+@posix_only
+def test_cublas_may_come_from_the_package_index(tools: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if sys.platform != "linux" or list(Path("/usr/lib").glob("*-linux-gnu/libcublas.so*")):
+        pytest.skip("not where cuBLAS is looked for, or this machine has it")
+    monkeypatch.setenv("CUDA_PATH", str(tools.parent / "cuda"))
+    write_tool(tools.parent / "cuda" / "bin", "nvcc", "Cuda compilation tools, release 13.0, V13.0.88")
+    with pytest.raises(EngineBuildError, match=r"no cuBLAS.*pip install nvidia-cublas"):
+        toolchain.check_backend("cuda")
+    folder = tools.parent / "scripts" / "nvidia" / "cu13" / "lib"
+    folder.mkdir(parents=True)
+    (folder / "libcublas.so.13").touch()
+    toolchain.check_backend("cuda")
+    assert toolchain.cuda_arguments() == [
+        f"-DCUDA_cublas_LIBRARY={folder}/libcublas.so.13",
+        f"-DCUDA_cublasLt_LIBRARY={folder}/libcublasLt.so.13",
+        f"-DCMAKE_CUDA_FLAGS=-I{folder.parent}/include",
+        f"-DCMAKE_SHARED_LINKER_FLAGS=-Wl,-rpath,{folder}",
+    ]
+    assert toolchain.cuda_arguments({"CMAKE_ARGS": "-DCUDA_cublas_LIBRARY=/own"}) == []
 
 
 # --- explaining what the tools said

@@ -17,6 +17,14 @@ _KILLED = re.compile(r"Killed signal terminated program|fatal error: Killed|virt
 _COMPILER_ERROR = re.compile(r"^\s*((?:[A-Za-z]:)?[^:\s][^:]*[:(]\d+[:)].*\b(?:fatal )?error\b.*)$")
 _LINKER_ERROR = re.compile(r"^\s*(.*(?:undefined reference to|cannot find -l|ld: error:).*)$")
 _TOOLKITS = {
+    re.compile(r"CUDA::cublas"): (
+        "cuBLAS was not found by CMake: install it (apt: libcublas-dev of the toolkit's version), or "
+        "`pip install nvidia-cublas` of the toolkit's version"
+    ),
+    re.compile(r"CUDA::cuda_driver"): (
+        "libcuda.so was not found by CMake: install NVIDIA's driver or its stub, or build without its "
+        "virtual memory (CMAKE_ARGS=-DGGML_CUDA_NO_VMM=ON)"
+    ),
     re.compile(r"CUDA Toolkit not found|CMAKE_CUDA_COMPILER could be found|(?:find|found) nvcc"): (
         "the CUDA toolkit was not found by CMake: install it, or set CUDACXX to nvcc"
     ),

@@ -58,6 +58,8 @@ class EngineOptions:
         extra = shlex.split(environ.get("CMAKE_ARGS", ""))
         if cuda_architectures:
             extra.append(f"-DCMAKE_CUDA_ARCHITECTURES={cuda_architectures}")
+        if "cuda" in backends:
+            extra += toolchain.cuda_arguments(environ)
         return cls(tuple(sorted(set(backends) - {"cpu"})), tuple(extra))
 
     @property

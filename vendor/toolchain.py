@@ -126,6 +126,51 @@ def cuda_compiler(environ: Mapping[str, str] = os.environ) -> str:
     return shutil.which(chosen or "nvcc", path=search_path(environ)) or shutil.which(beside) or ""
 
 
+def find_cublas(environ: Mapping[str, str] = os.environ) -> tuple[Path | None, Path | None]:
+    """(cuBLAS of the CUDA toolkit or the system, cuBLAS of pip's package in this environment); Linux only.
+
+    A toolkit may come without it; then the wheel `nvidia-cublas` of the same major version serves, whose
+    library has no name that CMake would find.
+    """
+    nvcc = cuda_compiler(environ)
+    if not nvcc:
+        return None, None
+    root = Path(nvcc).resolve().parents[1]
+    folders = [
+        root / "lib64",
+        root / "lib",
+        *root.glob("targets/*/lib"),
+        *Path("/usr/lib").glob("*-linux-gnu"),
+    ]
+    own = next((path for folder in folders for path in folder.glob("libcublas.so*")), None)
+    release = re.search(r"release (\d+)\.", process.capture([nvcc, "--version"]))
+    major = release[1] if release else ""
+    wheels = Path(sysconfig.get_path("purelib")) / "nvidia"
+    names = (f"{name}/lib/libcublas.so.{major}" for name in (f"cu{major}", "cublas"))
+    return own, next((wheels / name for name in names if (wheels / name).is_file()), None)
+
+
+def cuda_arguments(environ: Mapping[str, str] = os.environ) -> list[str]:
+    """CMake arguments that point to pip's cuBLAS where the CUDA toolkit has none; else nothing."""
+    if sys.platform != "linux" or _names_cublas(environ):
+        return []
+    own, wheel = find_cublas(environ)
+    if own or not wheel:
+        return []
+    folder, major = wheel.parent, wheel.name.rpartition(".")[2]
+    flags = f"{environ.get('CUDAFLAGS', '')} -I{folder.parent / 'include'}".strip()
+    return [
+        f"-DCUDA_cublas_LIBRARY={wheel}",
+        f"-DCUDA_cublasLt_LIBRARY={folder / f'libcublasLt.so.{major}'}",
+        f"-DCMAKE_CUDA_FLAGS={flags}",
+        f"-DCMAKE_SHARED_LINKER_FLAGS=-Wl,-rpath,{folder}",
+    ]
+
+
+def _names_cublas(environ: Mapping[str, str]) -> bool:
+    return "CUDA_cublas_LIBRARY" in environ.get("CMAKE_ARGS", "")
+
+
 def check_backend(backend: str, environ: Mapping[str, str] = os.environ) -> None:
     """Look for the toolkit of a backend before the minutes that a build takes.
 
@@ -137,6 +182,12 @@ def check_backend(backend: str, environ: Mapping[str, str] = os.environ) -> None
         raise EngineBuildError(
             "no CUDA compiler (nvcc) was found: install the CUDA toolkit, or set CUDACXX to its nvcc"
         )
+    if backend == "cuda" and sys.platform == "linux" and not _names_cublas(environ):
+        if not any(find_cublas(environ)):
+            raise EngineBuildError(
+                "the CUDA toolkit has no cuBLAS: install it (apt: libcublas-dev of the toolkit's version), "
+                "or `pip install nvidia-cublas` of the toolkit's version into this Python environment"
+            )
     if backend == "vulkan" and shutil.which("glslc", path=path) is None:
         raise EngineBuildError(
             "no shader compiler (glslc) was found: install the Vulkan SDK "

@@ -9,9 +9,9 @@ from typing import TextIO
 from .common import narrate
 
 _DESCRIPTION = """Offer devices of this machine to `--rpc HOST:PORT` elsewhere, with llama.cpp's own RPC
-server. Without --device these are all GPUs, or the CPU if there is none. Clients are served one after the
-other. The address goes to stdout when the server answers. Ctrl-C ends it. The protocol has no authentication
-and no encryption: whoever can connect can use this machine and read what is sent, so listen on trusted networks
+server. Without --device these are all GPUs, or the CPU if there is none. Clients are served one by one.
+The address goes to stdout when the server answers. Ctrl-C ends it. The protocol has no authentication and no
+encryption: whoever can connect can use this machine and read what is sent, so listen on trusted networks
 only."""
 
 
