@@ -285,7 +285,7 @@ GPU = DeviceMemory("CUDA0", 8 * GIB, 8 * GIB)
 def test_slots_take_what_a_device_has_left():
     fit = plan_fit(INFO, Asked(4096, 512, vram=parse_size("auto")), memory(16 * GIB), [GPU])
     assert 0 < fit.vram_budget_bytes + fit.demand.total_bytes < GPU.free_bytes
-    assert fit.vram_share == pytest.approx(fit.vram_budget_bytes / INFO.expert_bytes)
+    assert fit.vram_share == pytest.approx(fit.vram_budget_bytes / INFO.expert_bytes, rel=0.01)
 
 
 @pytest.mark.parametrize(

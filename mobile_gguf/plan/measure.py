@@ -60,11 +60,6 @@ def overhead_name(n_expert: int, k: int, threads: int) -> str:
     return f"overhead.{threads}.{k}of{n_expert}"
 
 
-def device_name(device: Device | str) -> str:
-    """What a device's measurements begin with."""
-    return f"device.{device if isinstance(device, str) else device.name}"
-
-
 def main_products(workload: Workload) -> tuple[Product, ...]:
     """The dense products worth measuring: those that make up most of the bytes."""
     ranked = sorted(workload.dense, key=lambda product: product.count * product.n_bytes, reverse=True)
@@ -136,7 +131,7 @@ def steps_for(
 def _device_steps(
     ggml: Ggml, device: Device, workload: Workload, n_expert: int, ks: Sequence[int]
 ) -> Iterator[Step]:
-    prefix = device_name(device)
+    prefix = device.key
 
     def link(check: Callable[[], None]) -> dict[str, Rate]:
         return _link(ggml, device, prefix, check)

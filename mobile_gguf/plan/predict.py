@@ -11,7 +11,7 @@ from ..decode import BIG_LITTLE, EXACT, LITTLE
 from ..gguf_info import GgufInfo
 from .disk import CHUNK_BYTES, DEFAULT_IO_THREADS, read_size
 from .machine import Measurements, Rate
-from .measure import device_name, overhead_name, product_name, read_name
+from .measure import overhead_name, product_name, read_name
 from .misses import MissRate, miss_rate
 from .prediction import Prediction
 from .speed import (
@@ -50,7 +50,7 @@ class Settings:
     n_ctx: int = 4096
     big_share: tuple[float, float, float] = DEFAULT_BIG_SHARE
     by_head: bool = False
-    device: str = ""  # its name; empty: none
+    device: str = ""  # what its measurements are called; empty: none
     vram_share: float = 0.0
     miss: str = "auto"
 
@@ -218,7 +218,7 @@ class _Case:
 
     def device_seconds(self, k: int, host_rate: float) -> float:
         """A token with dense weights on the device, experts in slots there, in RAM, and in the file."""
-        s, prefix = self.settings, device_name(self.settings.device)
+        s, prefix = self.settings, self.settings.device
         rest = sum(
             product.count * product.n_bytes / self.device_rate(product, 1, 1)
             for product in self.workload.dense
@@ -252,7 +252,7 @@ class _Case:
         return min(1.0, found.rate * (1 + self.sign * found.spread))
 
     def device_rate(self, product: Product, n_expert: int, k: int) -> float:
-        prefix = device_name(self.settings.device)
+        prefix = self.settings.device
         name = f"{prefix}.{product.type_id}.{product.n_in}x{product.n_out}.{k}of{n_expert}"
         exact = self.measurements.get(name)
         if exact is not None:
