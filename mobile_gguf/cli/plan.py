@@ -1,4 +1,4 @@
-"""``mobile-gguf plan``: before a model is loaded, what fits where, which flags to use, how fast it will be."""
+"""``mobile-gguf plan``: before a model is loaded, what fits where, with which flags, and how fast it is."""
 
 from __future__ import annotations
 

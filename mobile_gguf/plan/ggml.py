@@ -125,7 +125,7 @@ class Ggml:
             function = getattr(library, name, None)
             if function is not None:
                 # a prototype of our own: the library's may be llama-cpp-python's
-                address = ctypes.cast(function, ctypes.c_void_p).value
+                address = ctypes.cast(function, ctypes.c_void_p).value or 0
                 return ctypes.CFUNCTYPE(result, *arguments)(address)
         raise EngineError(f"cannot measure: {name} is not in llama-cpp-python's library")
 
@@ -215,6 +215,7 @@ class Ggml:
             self._own(buffers, made, device, weights=True)
             self._own(buffers, self.call("backend_alloc_ctx_tensors", ctx, backend), device)
             for stack in stacks:
+                check()  # over a slow link this takes longest
                 self._fill(stack)
             self._fill(x)
             n_bytes = sum(self.call("nbytes", stack) for stack in stacks) // what.n_expert * what.k

@@ -25,6 +25,7 @@ from .workload import Product, Workload
 LIMIT_S = 60.0
 _PRODUCT_S, _DISK_S, _OVERHEAD_S, _LINK_S = 0.3, 0.6, 0.5, 0.4
 _WEIGHTS_BYTES = 96 * MIB  # beyond what caches hold, and little enough for a small machine
+_DEVICE_BYTES = 16 * MIB  # they have to be sent there first
 _MAX_STACKS = 400
 _SMALL_COPY, _LARGE_COPY = 4096, 4 * MIB
 _MAIN_PRODUCTS = 8  # shapes that make up most dense bytes
@@ -147,7 +148,7 @@ def _device_steps(
     wanted += [(product, n_expert, k) for product in workload.experts for k in ks]
     for product, n, k in wanted:
         name = f"{prefix}.{product.type_id}.{product.n_in}x{product.n_out}.{k}of{n}"
-        what = _matrices(product, n, k, False)
+        what = _matrices(product, n, k, False, _DEVICE_BYTES)
 
         def products(check: Callable[[], None], name: str = name, what: Matrices = what) -> dict[str, Rate]:
             return _product(ggml, device, 0, name, what, check)
@@ -207,8 +208,8 @@ def expected_seconds(measurements: Measurements, steps: Sequence[Step]) -> float
     return min(LIMIT_S, sum(1.3 * step.seconds for step in steps if measurements.get(step.name) is None))
 
 
-def _matrices(product: Product, n_expert: int, k: int, usual: bool) -> Matrices:
-    room = min(_WEIGHTS_BYTES, read_memory().available_bytes // 4)
+def _matrices(product: Product, n_expert: int, k: int, usual: bool, limit: int | None = None) -> Matrices:
+    room = min(limit or _WEIGHTS_BYTES, read_memory().available_bytes // 4)
     # a stack of fewer experts is as good, as long as they do not all stay in the cache
     n = max(k, min(n_expert, room // max(1, product.n_bytes)))
     stacks = max(1, min(_MAX_STACKS, int(room // max(1, product.n_bytes * n))))

@@ -72,16 +72,19 @@ def big_share(
     if by_head and threshold is None:
         threshold = info.metadata.get(f"{PREFIX}threshold")
     setting = threshold if by_head else options.gamma
-    points = []
-    for point in _curve(info):
-        if point.get("kind") == ("head" if by_head else "confidence"):
-            x, y = point.get("value"), point.get("big_share")
-            if _is_number(x) and _is_number(y):
-                points.append((float(x), float(y)))
-    if not points or not _is_number(setting):
+    kind = "head" if by_head else "confidence"
+    points = [
+        (x, y)
+        for point in _curve(info)
+        if point.get("kind") == kind
+        and (x := _number(point.get("value"))) is not None
+        and (y := _number(point.get("big_share"))) is not None
+    ]
+    wanted = _number(setting)
+    if not points or wanted is None:
         return DEFAULT_BIG_SHARE
-    nearest = min(points, key=lambda point: abs(point[0] - float(setting)))  # type: ignore[arg-type]
-    return _around(min(1.0, max(0.0, nearest[1])), 0.25)
+    _, share = min(points, key=lambda point: abs(point[0] - wanted))
+    return _around(min(1.0, max(0.0, share)), 0.25)
 
 
 def _around(share: float, spread: float) -> tuple[float, float, float]:
@@ -100,8 +103,9 @@ def _curve(info: GgufInfo) -> Sequence[dict[str, Any]]:
     return [point for point in points if isinstance(point, dict)]
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _number(value: Any) -> float | None:
+    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if good else None
 
 
 def read_hotness(info: GgufInfo) -> list[list[float]] | None:
