@@ -221,7 +221,7 @@ def _product(
 ) -> dict[str, Rate]:
     with ggml.backend(device, threads) as backend:
         n_bytes, times = ggml.time_products(device, backend, what, _PRODUCT_S, check)
-    return {name: _rate([n_bytes / seconds for seconds in times])}
+    return {name: _speed(n_bytes, times)}
 
 
 def _overhead(name: str, n_expert: int, k: int, threads: int, check: Callable[[], None]) -> dict[str, Rate]:
@@ -245,11 +245,19 @@ def _link(ggml: Ggml, device: Device, prefix: str, check: Callable[[], None]) ->
         latency = _rate(small)
         found[f"{prefix}.{what}.latency"] = latency
         extra = [max(1e-9, seconds - latency.value) for seconds in large]
-        found[f"{prefix}.{what}"] = _rate([(_LARGE_COPY - _SMALL_COPY) / seconds for seconds in extra])
+        found[f"{prefix}.{what}"] = _speed(_LARGE_COPY - _SMALL_COPY, extra)
     return found
 
 
-def _rate(samples: Sequence[float]) -> Rate:
-    ordered = sorted(samples)
+def _rate(times: Sequence[float]) -> Rate:
+    """Seconds: the mean, because a token's time is a sum of many such and a busy machine's pauses belong to it."""
+    ordered = sorted(times)
     quarter = len(ordered) // 4
-    return Rate(statistics.median(ordered), ordered[quarter], ordered[-1 - quarter])
+    mean = statistics.fmean(ordered)
+    return Rate(mean, min(mean, ordered[quarter]), max(mean, ordered[-1 - quarter]))
+
+
+def _speed(n_bytes: float, times: Sequence[float]) -> Rate:
+    """Bytes per second."""
+    seconds = _rate([max(1e-9, one) for one in times])
+    return Rate(n_bytes / seconds.value, n_bytes / seconds.high, n_bytes / seconds.low)
