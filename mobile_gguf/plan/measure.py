@@ -250,7 +250,7 @@ def _link(ggml: Ggml, device: Device, prefix: str, check: Callable[[], None]) ->
 
 
 def _rate(times: Sequence[float]) -> Rate:
-    """Seconds: the mean, because a token's time is a sum of many such and a busy machine's pauses belong to it."""
+    """Seconds: the mean, because a token is a sum of many such, and a busy machine's pauses belong to it."""
     ordered = sorted(times)
     quarter = len(ordered) // 4
     mean = statistics.fmean(ordered)
