@@ -8,6 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mobile_gguf import head
+from mobile_gguf.plan import settings
 from mobile_gguf.plan.learning import Lesson, correct, improved, learn, read_lesson
 from mobile_gguf.plan.machine import (
     Measurements,
@@ -109,3 +111,7 @@ def test_a_damaged_lesson_is_none(lesson, own_directories):
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps({"m": lesson}))
     assert read_lesson(known, "m") == Lesson()
+
+
+def test_a_head_is_known_by_its_own_prefix():
+    assert settings.PREFIX == head.PREFIX

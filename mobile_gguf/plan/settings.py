@@ -13,13 +13,13 @@ from ..decode import BIG_LITTLE, EXACT, default_little_k
 from ..errors import MobileError
 from ..gguf_header import read_header
 from ..gguf_info import GgufInfo
-from ..head import PREFIX, has_head
 from ..options import LoadOptions
 from ..threads import default_threads
 from .disk import DEFAULT_IO_THREADS
 from .predict import DEFAULT_BIG_SHARE, Settings
 
 HOTNESS = "mobile.hotness"
+PREFIX = "mobile.head."  # as head.py has it, which imports numpy
 _CALIBRATION = "mobile.calibration.json"
 _MAX_HOTNESS_BYTES = 1 << 24
 _F32 = 0
@@ -37,7 +37,7 @@ def make_settings(
 ) -> Settings:
     """What a prediction for these options is for; ``learnt_share`` is what earlier runs had of big tokens."""
     k = info.n_expert_used
-    by_head = has_head(info) and options.importance != "confidence"
+    by_head = f"{PREFIX}threshold" in info.metadata and options.importance != "confidence"
     own = info.metadata.get(f"{PREFIX}little_k") if by_head else None
     little_k = options.little_k or (own if isinstance(own, int) and own > 0 else default_little_k(k))
     wanted = mode or options.mode
