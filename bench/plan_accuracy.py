@@ -93,9 +93,21 @@ def main() -> int:
     args = parser.parse_args()
     trace = read_trace(args.trace)
     results = {case: Result(case) for case in CASES}
-    for number in range(args.rounds):
+    try:
+        run_all(results, args.rounds, args.replay, trace)
+    except KeyboardInterrupt:
+        print("interrupted: what was finished is written", file=sys.stderr)
+    finished = [one for one in results.values() if one.actual]
+    if finished:
+        write(args.out, finished, describe_hardware(args.replay))
+    return 0
+
+
+def run_all(results: dict[Case, Result], rounds: int, replay: Path, trace: Trace) -> None:
+    """All cases, A B C A B C."""
+    for number in range(rounds):
         for case in CASES:
-            path = resolve_model("demo") if case.model == "demo" else args.replay
+            path = resolve_model("demo") if case.model == "demo" else replay
             info, result = read_gguf_info(path), results[case]
             before = measure_anew(info, case)
             actual, n_tokens, big_share = run(case, info, trace)
@@ -116,8 +128,6 @@ def main() -> int:
             name = f"{case.model} {case.mode} {case.budget} t={case.threads}"
             text = f"{name}: {actual:.2f} tokens/s, predicted {plain.predicted_tps:.2f}"
             print(f"{text}, load {result.loads[-1]:.1f}", file=sys.stderr, flush=True)
-    write(args.out, list(results.values()), describe_hardware(args.replay))
-    return 0
 
 
 def measure_anew(info: GgufInfo, case: Case) -> Measurements:
@@ -203,7 +213,7 @@ def write(out: Path, results: list[Result], hardware: str) -> None:
     for one in results:
         case = one.case
         learnt = "-"
-        if one.learnt:
+        if one.learnt and len(one.actual) > 1:
             learnt_errors.append(median(one.learnt) / median(one.actual[1:]) - 1)
             learnt = f"{learnt_errors[-1]:+.0%}"
         foreseen = f"{median(one.predicted):.1f} ({median(one.low):.1f}-{median(one.high):.1f})"

@@ -89,7 +89,7 @@ def test_run_json_is_one_object(command, fake_load):
     code, out, err = command("run", "m.gguf", "hello", "--json", "--mode", "big-little")
     answer = json.loads(out)
     assert (code, err, out.count("\n")) == (0, "", 1)
-    assert list(answer) == ["text", "finish_reason", "usage", "timings", "receipt"]
+    assert list(answer) == ["text", "finish_reason", "usage", "timings", "receipt", "plan"]
     assert (answer["text"], answer["finish_reason"]) == ("wörld", "stop")
     assert answer["usage"]["completion_tokens"] == 7
     receipt = answer["receipt"]

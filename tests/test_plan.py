@@ -1,7 +1,5 @@
 """The plan's arithmetic: misses, time per token, what fits, what is refused, what runs teach."""
 
-import json
-import math
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -18,13 +16,9 @@ from mobile_gguf.gguf_info import ExpertLayer
 from mobile_gguf.memory import Memory
 from mobile_gguf.plan.curves import POLICY, SHARES, STEADY
 from mobile_gguf.plan.fit import Asked, DeviceMemory, FitError, mebibytes, plan_fit
-from mobile_gguf.plan.learning import Lesson, correct, improved, learn, read_lesson
 from mobile_gguf.plan.machine import (
     Measurements,
     Rate,
-    measurements_path,
-    read_measurements,
-    write_measurements,
 )
 from mobile_gguf.plan.measure import product_name
 from mobile_gguf.plan.misses import independent_rate, miss_distribution, miss_rate, steady_rate
@@ -285,7 +279,7 @@ GPU = DeviceMemory("CUDA0", 8 * GIB, 8 * GIB)
 def test_slots_take_what_a_device_has_left():
     fit = plan_fit(INFO, Asked(4096, 512, vram=parse_size("auto")), memory(16 * GIB), [GPU])
     assert 0 < fit.vram_budget_bytes + fit.demand.total_bytes < GPU.free_bytes
-    assert fit.vram_share == pytest.approx(fit.vram_budget_bytes / INFO.expert_bytes)
+    assert fit.vram_share == pytest.approx(fit.vram_budget_bytes / INFO.expert_bytes, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -319,98 +313,3 @@ def test_sizes_for_flags_are_read_back_as_sizes():
         assert down is not None
         assert up is not None
         assert n - MIB < down <= n <= up < n + MIB
-
-
-# the machine's memory of itself
-
-
-def test_measurements_are_kept_merged_and_read_back():
-    known = read_measurements()
-    known.put("a", Rate(1.0, 0.5, 2.0))
-    write_measurements(known)
-    other = Measurements(known.identity)
-    other.put("b", Rate(3.0, 3.0, 3.0))
-    write_measurements(other)
-    found = read_measurements()
-    assert found.get("a") == Rate(1.0, 0.5, 2.0)
-    assert found.get("b") == Rate(3.0, 3.0, 3.0)
-    assert found.date() == max(entry["date"] for entry in found.entries.values())
-    assert list(measurements_path(known.identity).parent.glob("*.partial")) == []
-
-
-@pytest.mark.parametrize("part", ["processor", "engine", "driver", "memory_gib", "system"])
-def test_another_machine_engine_or_driver_knows_nothing(monkeypatch, part):
-    from mobile_gguf.plan import machine
-
-    known = read_measurements()
-    known.put("a", Rate(1.0, 1.0, 1.0))
-    write_measurements(known)
-    changed = known.identity | {part: "another"}
-    monkeypatch.setattr(machine, "identify_machine", lambda: changed)
-    assert read_measurements().entries == {}
-    # nor does a file that was put in the other's place
-    path = measurements_path(changed)
-    path.write_text(measurements_path(known.identity).read_text())
-    assert read_measurements().entries == {}
-
-
-@pytest.mark.parametrize(
-    "entry",
-    [
-        {"value": 1, "low": 1, "high": 1, "date": "2001-01-01T00:00:00+00:00"},
-        {"value": 1, "low": 1, "high": 1},
-        {"value": "1", "low": 1, "high": 1, "date": "2999-01-01T00:00:00+00:00"},
-        {"value": -1, "low": 1, "high": 1, "date": "2999-01-01T00:00:00+00:00"},
-        {"value": math.nan, "low": 1, "high": 1, "date": "2999-01-01T00:00:00+00:00"},
-    ],
-)
-def test_an_old_or_damaged_entry_counts_as_none(entry):
-    assert Measurements({}, {"a": entry}).get("a") is None
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"identity": 3}', "\udcff"])
-def test_a_damaged_file_counts_as_none(text):
-    path = measurements_path(read_measurements().identity)
-    path.parent.mkdir(parents=True)
-    path.write_text(text, errors="surrogateescape")
-    assert read_measurements().entries == {}
-
-
-# what runs teach
-
-
-@given(st.lists(st.floats(-50, 50), min_size=1, max_size=20))
-def test_a_correction_is_bounded(residuals):
-    lesson = Lesson()
-    for residual in residuals:
-        lesson = improved(lesson, residual)
-    assert 0.5 - 1e-9 <= lesson.correction <= 2 + 1e-9
-    assert lesson.n_runs == len(residuals)
-
-
-def test_runs_that_are_all_slower_teach_so_and_narrow_the_band():
-    known, before = Measurements({"machine": "test"}), Prediction("exact", 10.0, 7.0, 14.0)
-    assert correct(before, read_lesson(known, "m")) == before
-    for _ in range(4):
-        learn(known, "m", 10.0, 8.0)
-    after = correct(before, read_lesson(known, "m"))
-    assert after.predicted_tps == pytest.approx(8.0)
-    assert after.low < 8.0 < after.high
-    assert after.high / after.low < before.high / before.low
-    assert correct(before, read_lesson(known, "other")) == before
-
-
-def test_the_share_of_big_tokens_is_learnt():
-    lesson = improved(improved(Lesson(), 0.0, 0.9), 0.0, 0.7)
-    assert lesson.big_share == pytest.approx(0.8)
-
-
-@pytest.mark.parametrize(
-    "lesson", [{"log_correction": 99}, {"log_correction": "x"}, 3, {"big_share": math.inf}]
-)
-def test_a_damaged_lesson_is_none(lesson, own_directories):
-    known = Measurements({"machine": "test"})
-    path = Path(own_directories) / "cache" / "mobile-gguf" / "plan" / f"lessons-{known.key}.json"
-    path.parent.mkdir(parents=True)
-    path.write_text(json.dumps({"m": lesson}))
-    assert read_lesson(known, "m") == Lesson()

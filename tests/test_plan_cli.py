@@ -94,7 +94,7 @@ def test_the_command_it_suggests_is_one_that_can_be_given(command, sample):
         (["--ram-budget", "1MiB"], 0, ""),
         (["--ram-budget", "1K"], 1, "too small: the smallest legal budget for this model is"),
         (["-c", "16000000"], 1, "sample.gguf does not fit"),
-        (["--vram-budget", "1G"], 1, "--vram-budget 1G: there is no device here"),
+        (["--vram-budget", "1G"], 1, "--vram-budget 1.00 GiB: there is no device here"),
         (["--vram-budget", "1Q"], 2, "is not a size"),
         (["--measure", "--no-measure"], 2, "give --measure or --no-measure, not both"),
         (["--rpc", "127.0.0.1:1"], 4, "127.0.0.1:1"),

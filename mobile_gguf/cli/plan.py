@@ -1,23 +1,23 @@
-"""``mobile-gguf plan``: before loading a model, what fits where, with which flags, and how fast it will
-be."""
+"""``mobile-gguf plan``: before a model is loaded, what fits where, with which flags, and how fast it is."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ..errors import MobileError, UsageError
+from ..errors import EngineError, MobileError, UsageError
 from ..flags import add_arguments, given
 from ..gguf_info import GgufInfo, read_gguf_info
+from ..memory import read_memory
 from ..options import LoadOptions, declared, make_options
 from ..resolve import resolve_model
-from ..sizes import parse_size
+from ..sizes import OFF, Size
 from .common import Progress, narrate
 
 if TYPE_CHECKING:
-    from ..plan.fit import DeviceMemory
+    from ..device_list import Device
     from ..plan.machine import Measurements
     from ..plan.workload import Workload
 
@@ -40,20 +40,9 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         allow_abbrev=False,
     )
     parser.add_argument("model", metavar="MODEL", help="a GGUF file, a name from `mobile-gguf list`, or demo")
-    known = declared(LoadOptions)
-    add_arguments(parser, LoadOptions, skip=[name for name in known if name not in _PLANNED])
-    if "vram_budget" not in known:
-        parser.add_argument(
-            "--vram-budget", metavar="SIZE", default=argparse.SUPPRESS,
-            help="device memory for experts: 512MiB, 2G, 40%% of them, auto, or off",
-        )  # fmt: skip
-    if "rpc" not in known:
-        parser.add_argument(
-            "--rpc", metavar="HOST:PORT", default=argparse.SUPPRESS, help="RPC servers, by commas"
-        )
-    parser.add_argument(
-        "--no-measure", action="store_true", help="use what was measured before, or no speeds"
-    )
+    skipped = [name for name in declared(LoadOptions) if name not in _PLANNED]
+    add_arguments(parser, LoadOptions, skip=skipped)
+    parser.add_argument("--no-measure", action="store_true", help="use only what was measured before")
     parser.add_argument("--measure", action="store_true", help="measure again what is known")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(func=run)
@@ -61,8 +50,9 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(args: argparse.Namespace) -> int:
     """Run the verb."""
-    # what measures needs the engine's library; every other verb starts without it
-    from ..plan.fit import plan_fit
+    # what plans and measures is imported only now, so that every other verb starts without it
+    from ..plan.fit import DeviceMemory, plan_fit
+    from ..plan.ggml import device_key
     from ..plan.machine import Measurements, read_measurements
     from ..plan.planner import asked_of, make_plan, plan_facts, plan_lines
     from ..plan.workload import count_weights, read_workload
@@ -73,67 +63,57 @@ def run(args: argparse.Namespace) -> int:
     with Progress(sys.stderr) as progress:
         path = resolve_model(args.model, progress)
     info = read_gguf_info(path)
-    workload = read_workload(info)
-    devices, vram, notes = _devices(args, options)
-    from ..memory import read_memory
-
+    workload, n_weights = read_workload(info), count_weights(info)
+    found = _devices(args, options)
+    devices = [
+        DeviceMemory(
+            name=one.name,
+            free_bytes=one.free_bytes,
+            total_bytes=one.total_bytes,
+            key=device_key(one.name, one.description),
+            says_free=one.says_free,
+            shares_host=one.shares_host_memory,
+        )
+        for one in found
+    ]
     # what does not fit is refused before a minute is spent on measuring
-    plan_fit(info, asked_of(info, options, vram=vram), read_memory(), devices, count_weights(info))
+    plan_fit(info, asked_of(info, options, devices=bool(devices)), read_memory(), devices, n_weights)
     known = read_measurements()
     measurements = Measurements(known.identity) if args.measure else known
+    notes: list[str] = []
     if not args.no_measure:
         try:
-            notes += _measure(info, workload, options, measurements, args)
+            notes = _measure(info, workload, options, measurements, found)
         except KeyboardInterrupt:
             narrate("interrupted; what was measured is kept")
             raise
     plan = make_plan(
-        info,
-        workload,
-        measurements,
-        options,
-        devices=devices,
-        vram=vram,
-        rpc=getattr(args, "rpc", None),
-        n_weights=count_weights(info),
-        notes=notes,
-    )
+        info, workload, measurements, options, devices=devices, n_weights=n_weights, notes=notes
+    )  # fmt: skip
     print(json.dumps(plan_facts(plan), ensure_ascii=False) if args.json else "\n".join(plan_lines(plan)))
     return 0
 
 
-def _devices(
-    args: argparse.Namespace, options: LoadOptions
-) -> tuple[list[DeviceMemory], str | None, list[str]]:
-    """The devices to plan for, the budget for experts there (None: no device), and notes."""
-    from ..plan.fit import DeviceMemory, FitError
-    from ..plan.ggml import GPU, IGPU, Ggml
+def _devices(args: argparse.Namespace, options: LoadOptions) -> list[Device]:
+    """The devices to plan for; none with ``--vram-budget off``. Raises EngineError, UsageError, FitError."""
+    from ..device_tier import find_devices
+    from ..plan.fit import FitError
 
-    rpc = getattr(args, "rpc", None)
-    vram = getattr(args, "vram_budget", None)
-    asked = None if vram is None else str(vram)
-    if asked == "off":
-        return [], None, []
-    if asked is not None:
-        parse_size(asked)
+    if options.vram_budget == OFF:
+        return []
+    asked = given(args, LoadOptions).get("vram_budget")
     try:
-        ggml = Ggml()
-        found = [device for device in ggml.devices() if device.kind in (GPU, IGPU)]
-        for endpoint in (rpc or "").split(","):
-            if endpoint.strip():
-                found += ggml.rpc_devices(endpoint.strip())
-    except MobileError as error:
-        if rpc or asked not in (None, "auto"):
+        found = find_devices(options.rpc)
+    except EngineError:
+        if options.rpc or asked is not None:
             raise
-        return [], None, [f"no devices: {error}"]
-    if not found:
-        if asked not in (None, "auto"):
-            raise FitError(
-                f"--vram-budget {asked}: there is no device here; build the engine for one (`mobile-gguf "
-                "engine build --backend ...`), give --rpc HOST:PORT, or plan without"
-            )
-        return [], None, []
-    return [DeviceMemory(one.name, one.free_bytes, one.total_bytes) for one in found], asked or "auto", []
+        return []  # without an engine nothing is measured either, and a note says so
+    if not found and isinstance(asked, Size) and not asked.is_auto:
+        raise FitError(
+            f"--vram-budget {asked}: there is no device here; build the engine for one (`mobile-gguf "
+            "engine build --backend ...`), give --rpc HOST:PORT, or plan without"
+        )
+    return found
 
 
 def _measure(
@@ -141,25 +121,20 @@ def _measure(
     workload: Workload,
     options: LoadOptions,
     measurements: Measurements,
-    args: argparse.Namespace,
+    devices: list[Device],
 ) -> list[str]:
     """Measure what is missing; returns notes on what could not be."""
-    from ..plan.ggml import CPU, Ggml
+    from ..plan.ggml import Ggml
     from ..plan.measure import expected_seconds, measure, steps_for
     from ..plan.settings import make_settings
 
     settings = make_settings(info, options, 1.0)
     try:
         ggml = Ggml()
-        devices: list[Any] = []
-        if str(getattr(args, "vram_budget", "")) != "off":
-            devices = [device for device in ggml.devices() if device.kind != CPU]
-            for endpoint in (getattr(args, "rpc", None) or "").split(","):
-                if endpoint.strip():
-                    devices += ggml.rpc_devices(endpoint.strip())
+        measured = [ggml.device(device.handle) for device in devices]
         ks = sorted({settings.k, settings.little_k} - {0}) or [1]
         steps = steps_for(
-            info, workload, ks, settings.threads, settings.io_threads, devices=devices, ggml=ggml
+            info, workload, ks, settings.threads, settings.io_threads, devices=measured, ggml=ggml
         )
     except MobileError as error:
         return [f"nothing was measured: {error}"]

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..decode import BIG_LITTLE
+from ..device_plan import pool_all_bytes
 from ..errors import MobileError
 from ..gguf_info import GgufInfo
 from ..memory import read_memory
 from ..options import LoadOptions
 from ..receipt import Receipt
 from .fit import Asked, DeviceMemory, Fit, stored_share
+from .ggml import device_key
 from .learning import MIN_TOKENS, correct, learn, lesson_name, read_lesson
 from .machine import Measurements, read_measurements
 from .planner import asked_of, predict_fit
@@ -101,7 +103,12 @@ def _fit_of_run(info: GgufInfo, asked: Asked, receipt: Receipt, device: dict[str
     vram = int(getattr(receipt, "vram_budget_bytes", 0) or 0)
     if device and vram:
         devices = tuple(
-            DeviceMemory(str(one.get("name")), int(one.get("free_bytes", 0)), int(one.get("total_bytes", 0)))
+            DeviceMemory(
+                str(one.get("name")),
+                int(one.get("free_bytes", 0)),
+                int(one.get("total_bytes", 0)),
+                key=device_key(str(one.get("name")), str(one.get("description"))),
+            )
             for one in device.get("devices", ())
             if isinstance(one, dict)
         )
@@ -115,5 +122,5 @@ def _fit_of_run(info: GgufInfo, asked: Asked, receipt: Receipt, device: dict[str
         ram_share=stored_share(info, budget),
         devices=devices,
         vram_budget_bytes=vram,
-        vram_share=min(1.0, vram / max(1, info.expert_bytes)),
+        vram_share=min(1.0, vram / max(1, pool_all_bytes(info, max(1, len(devices))))),
     )

@@ -49,7 +49,9 @@ def measure_reads(
     finally:
         os.close(descriptor)
     rounds.sort()
-    return Rate(rounds[len(rounds) // 2], rounds[len(rounds) // 4], rounds[-1 - len(rounds) // 4])
+    mean = sum(rounds) / len(rounds)
+    low, high = rounds[len(rounds) // 4], rounds[-1 - len(rounds) // 4]
+    return Rate(mean, min(mean, low), max(mean, high))
 
 
 def _round(

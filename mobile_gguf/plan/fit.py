@@ -6,18 +6,23 @@ would.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..budget import CONTEXT_MULTIPLE, Demand, estimate_demand, plan_budget
+from ..device_plan import estimate_device_demand, host_share, pool_all_bytes, pool_min_bytes
 from ..errors import BudgetError, MobileError, UsageError
 from ..gguf_info import GgufInfo
 from ..memory import Memory
 from ..sizes import AUTO, KIB, MIB, Size, format_bytes
 
-_DEVICE_RESERVE_MIN, _DEVICE_RESERVE_SHARE = 256 * MIB, 20
+# as the device tier has it (device_plan.py)
+_DEVICE_RESERVE_MIN, _DEVICE_RESERVE_SHARE, _BLIND_RESERVE_SHARE = 512 * MIB, 20, 4
 _SMALL_UBATCH = 128
 _SECTOR = 512
+
+
+_DemandOf = Callable[["GgufInfo", "Asked", int, int], Demand]
 
 
 class FitError(MobileError):
@@ -26,11 +31,17 @@ class FitError(MobileError):
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """A device's name and memory in bytes."""
+    """A device's name and memory in bytes; ``key`` is what its measurements are called.
+
+    ``says_free``: its driver knows what is free; ``shares_host``: what it takes is missing in RAM.
+    """
 
     name: str
     free_bytes: int
     total_bytes: int
+    key: str = ""
+    says_free: bool = True
+    shares_host: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,11 +91,17 @@ def plan_fit(
     n_bits = 8 * info.tensor_bytes / n_weights if n_weights else 0.0
     demand = _demand(info, asked, asked.n_ctx, asked.n_ubatch)
     on_device = tuple(devices) if asked.vram is not None else ()
-    vram = _plan_device(info, asked, demand, on_device) if on_device and asked.vram is not None else 0
-    host = Demand(0, 0, demand.compute_bytes) if on_device else demand
+    vram, host = 0, demand
+    if on_device:
+        host = host_share(demand, info)
+        demand = _device_demand(info, asked, asked.n_ctx, asked.n_ubatch)
+        vram = _plan_device(info, asked, demand, on_device)
+        if any(device.shares_host for device in on_device):
+            taken = vram + demand.total_bytes
+            memory = Memory(max(0, memory.available_bytes - taken), memory.total_bytes, memory.source)
     if not info.is_moe:
-        free = sum(device.free_bytes for device in on_device) or memory.available_bytes
-        if demand.total_bytes > free:
+        free = memory.available_bytes
+        if not on_device and demand.total_bytes > free:
             raise FitError(_refusal(info, asked, demand, memory.source, free, n_bits))
         return Fit(asked.n_ctx, asked.n_ubatch, demand, memory, 0, 1.0, on_device, n_bits=n_bits)
     budget = _plan_host(info, asked, host, memory, n_bits)
@@ -97,7 +114,7 @@ def plan_fit(
         ram_share=stored_share(info, budget),
         devices=on_device,
         vram_budget_bytes=vram,
-        vram_share=min(1.0, vram / max(1, info.expert_bytes)),
+        vram_share=min(1.0, vram / max(1, pool_all_bytes(info, max(1, len(on_device))))),
         n_bits=n_bits,
     )
 
@@ -114,6 +131,21 @@ def stored_share(info: GgufInfo, budget_bytes: int) -> float:
 
 def _demand(info: GgufInfo, asked: Asked, n_ctx: int, n_ubatch: int) -> Demand:
     return estimate_demand(info, n_ctx=n_ctx, n_ubatch=n_ubatch, flash_attn=asked.flash_attn)
+
+
+def _device_demand(info: GgufInfo, asked: Asked, n_ctx: int, n_ubatch: int) -> Demand:
+    """What goes to devices beside slots."""
+    found = estimate_device_demand(info, n_ctx=n_ctx, n_ubatch=n_ubatch, flash_attn=asked.flash_attn)
+    return Demand(found.dense_bytes, found.kv_bytes, found.compute_bytes)
+
+
+def _device_reserve(devices: Sequence[DeviceMemory]) -> int:
+    return sum(
+        max(_DEVICE_RESERVE_MIN, device.free_bytes // _DEVICE_RESERVE_SHARE)
+        if device.says_free
+        else device.free_bytes // _BLIND_RESERVE_SHARE
+        for device in devices
+    )
 
 
 def _plan_host(info: GgufInfo, asked: Asked, demand: Demand, memory: Memory, n_bits: float) -> int:
@@ -148,18 +180,20 @@ def _plan_device(info: GgufInfo, asked: Asked, demand: Demand, devices: Sequence
     vram = asked.vram or AUTO
     free = sum(device.free_bytes for device in devices)
     names = ", ".join(device.name for device in devices)
-    reserve = max(_DEVICE_RESERVE_MIN, free // _DEVICE_RESERVE_SHARE)
+    reserve = _device_reserve(devices)
     room = free - demand.total_bytes - reserve
-    need = _token_bytes(info)
-    if room < (need if info.is_moe else 0):
+    need = pool_min_bytes(info, len(devices)) if info.is_moe else 0
+    most = pool_all_bytes(info, len(devices))
+    if room < need:
+        would = _smaller_context(info, asked, free - reserve - need, "--vram-budget off", _device_demand)
         raise FitError(
             f"{names} has {format_bytes(free)} free; dense weights {format_bytes(demand.dense_bytes)}, KV "
             f"{format_bytes(demand.kv_bytes)}, buffers {format_bytes(demand.compute_bytes)}, a reserve of "
-            f"{format_bytes(reserve)} and one token's experts of a layer ({format_bytes(need)}) must fit: "
-            f"{_smaller_context(info, asked, free - reserve - need, '--vram-budget off')}"
+            f"{format_bytes(reserve)} and one token's experts of a layer ({format_bytes(need)}) must fit; "
+            f"what would: {would}"
         )
     if vram.is_auto:
-        return min(room, info.expert_bytes)
+        return min(room, most)
     wanted = vram.n_bytes if vram.n_bytes is not None else int(info.expert_bytes * (vram.fraction or 0))
     if wanted > room:
         raise FitError(
@@ -172,14 +206,7 @@ def _plan_device(info: GgufInfo, asked: Asked, demand: Demand, devices: Sequence
             f"--vram-budget {vram} is too small: one token needs {format_bytes(need)} of experts in a layer; "
             f"--vram-budget {mebibytes(need, up=True)} does"
         )
-    return min(wanted, info.expert_bytes)
-
-
-def _token_bytes(info: GgufInfo) -> int:
-    """Experts that one token needs of the largest layer."""
-    return max(
-        (layer.file_bytes // layer.n_expert * info.n_expert_used for layer in info.expert_layers), default=0
-    )
+    return min(wanted, most)
 
 
 def _refusal(info: GgufInfo, asked: Asked, demand: Demand, source: str, free: int, n_bits: float) -> str:
@@ -203,10 +230,12 @@ def _refusal(info: GgufInfo, asked: Asked, demand: Demand, source: str, free: in
     )
 
 
-def _smaller_context(info: GgufInfo, asked: Asked, room: int, otherwise: str) -> str:
+def _smaller_context(
+    info: GgufInfo, asked: Asked, room: int, otherwise: str, demand: _DemandOf | None = None
+) -> str:
     """The flags with which everything but the experts takes at most ``room`` bytes; ``otherwise`` if none
     do."""
-    found = largest_context(info, asked, room)
+    found = largest_context(info, asked, room, demand)
     if found is None:
         return otherwise
     n_ctx, n_ubatch = found
@@ -214,13 +243,15 @@ def _smaller_context(info: GgufInfo, asked: Asked, room: int, otherwise: str) ->
     return f"-c {n_ctx}{ubatch}"
 
 
-def largest_context(info: GgufInfo, asked: Asked, room: int) -> tuple[int, int] | None:
+def largest_context(
+    info: GgufInfo, asked: Asked, room: int, demand: _DemandOf | None = None
+) -> tuple[int, int] | None:
     """The largest context up to what was asked, and the micro-batch with it, that take at most ``room``."""
     for n_ubatch in dict.fromkeys((asked.n_ubatch, min(asked.n_ubatch, _SMALL_UBATCH))):
         low, high = 0, -(-asked.n_ctx // CONTEXT_MULTIPLE)
         while low < high:
             middle = (low + high + 1) // 2
-            if _demand(info, asked, middle * CONTEXT_MULTIPLE, n_ubatch).total_bytes <= room:
+            if (demand or _demand)(info, asked, middle * CONTEXT_MULTIPLE, n_ubatch).total_bytes <= room:
                 low = middle
             else:
                 high = middle - 1

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import random
-import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..binding import load_library
-from ..errors import EngineError, UsageError
+from ..errors import EngineError
 
 F32, I32 = 0, 26
 CPU, GPU, IGPU, ACCEL = 0, 1, 2, 3  # enum ggml_backend_dev_type
@@ -25,7 +24,6 @@ _BUFFER_OFFSET = 8  # of `buffer` in struct ggml_tensor, after an enum
 _GRAPH_NODES = 4096
 _FILL = 0x11  # as a half it is a small ordinary number, as it is in quants
 _USAGE_WEIGHTS = 1
-_CONNECT_S = 3.0
 
 _A, _N, _I, _T = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int64, ctypes.c_char_p
 
@@ -66,23 +64,12 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ggml_backend_dev_backend_reg": (_A, (_A,)),
     "ggml_backend_dev_supports_op": (ctypes.c_bool, (_A, _A)),
     "ggml_backend_reg_get_proc_address": (_A, (_A, _T)),
-    "ggml_backend_reg_by_name": (_A, (_T,)),
-    "ggml_backend_reg_dev_count": (_N, (_A,)),
-    "ggml_backend_reg_dev_get": (_A, (_A, _N)),
 }
 
 
-def require_server(endpoint: str) -> None:
-    """Raise EngineError unless something answers at host:port; the library itself would abort the process."""
-    host, _, port = endpoint.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 1 << 16:
-        raise UsageError(f"--rpc {endpoint!r} is not HOST:PORT")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
-    except OSError as error:
-        raise EngineError(
-            f"no RPC server answers at {endpoint} ({error.strerror or error}): start one, or leave out --rpc"
-        ) from None
+def device_key(name: str, description: str) -> str:
+    """What a device's measurements are called; RPC servers differ in the description alone."""
+    return f"device.{name}:{description}".replace(" ", "_")
 
 
 @dataclass(frozen=True)
@@ -95,6 +82,11 @@ class Device:
     kind: int
     free_bytes: int
     total_bytes: int
+
+    @property
+    def key(self) -> str:
+        """What its measurements are called."""
+        return device_key(self.name, self.description)
 
 
 @dataclass(frozen=True)
@@ -133,7 +125,7 @@ class Ggml:
             function = getattr(library, name, None)
             if function is not None:
                 # a prototype of our own: the library's may be llama-cpp-python's
-                address = ctypes.cast(function, ctypes.c_void_p).value
+                address = ctypes.cast(function, ctypes.c_void_p).value or 0
                 return ctypes.CFUNCTYPE(result, *arguments)(address)
         raise EngineError(f"cannot measure: {name} is not in llama-cpp-python's library")
 
@@ -146,24 +138,10 @@ class Ggml:
     def devices(self) -> list[Device]:
         """Every device that the library knows, the CPU included."""
         n = self.call("backend_dev_count")
-        return [self._device(self.call("backend_dev_get", i)) for i in range(n)]
+        return [self.device(self.call("backend_dev_get", i)) for i in range(n)]
 
-    def rpc_devices(self, endpoint: str) -> list[Device]:
-        """The devices of an RPC server at host:port. Raises EngineError if there is none."""
-        require_server(endpoint)
-        reg = self.call("backend_reg_by_name", b"RPC")
-        address = (
-            self.call("backend_reg_get_proc_address", reg, b"ggml_backend_rpc_add_server") if reg else None
-        )
-        if not address:
-            raise EngineError("this engine was built without the RPC backend")
-        server = ctypes.CFUNCTYPE(_A, _T)(address)(endpoint.encode())
-        n = self.call("backend_reg_dev_count", server) if server else 0
-        if not n:
-            raise EngineError(f"no RPC server answers at {endpoint}: start one there, or leave out --rpc")
-        return [self._device(self.call("backend_reg_dev_get", server, i)) for i in range(n)]
-
-    def _device(self, handle: int) -> Device:
+    def device(self, handle: int) -> Device:
+        """A device by its ``ggml_backend_dev_t``."""
         free, total = _N(), _N()
         self.call("backend_dev_memory", handle, ctypes.byref(free), ctypes.byref(total))
         name, text = (self.call(f"backend_dev_{what}", handle) or b"" for what in ("name", "description"))
@@ -237,6 +215,7 @@ class Ggml:
             self._own(buffers, made, device, weights=True)
             self._own(buffers, self.call("backend_alloc_ctx_tensors", ctx, backend), device)
             for stack in stacks:
+                check()  # over a slow link this takes longest
                 self._fill(stack)
             self._fill(x)
             n_bytes = sum(self.call("nbytes", stack) for stack in stacks) // what.n_expert * what.k

@@ -23,6 +23,7 @@ MIN_TOKENS = 16
 _WEIGHT = 0.5
 _BOUND = 2.0
 _MAX_MODELS = 200
+_NUMBERS = ("log_correction", "deviation", "n_runs")
 _MIN_BAND = 1.1  # even a model seen often varies by so much
 
 
@@ -119,17 +120,18 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _lesson(found: Any) -> Lesson:
+    """A lesson from a file; an empty one for what is none."""
     if not isinstance(found, dict):
         return Lesson()
-    numbers = [found.get(name) for name in ("log_correction", "deviation", "n_runs")]
-    share = found.get("big_share")
-    for value in [*numbers, *([] if share is None else [share])]:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            return Lesson()
-    correction, deviation, n_runs = numbers
-    bound = math.log(_BOUND)
-    if not -bound <= correction <= bound or deviation < 0 or n_runs < 0:  # type: ignore[operator]
+    correction, deviation, n_runs = (_number(found.get(name)) for name in _NUMBERS)
+    if correction is None or deviation is None or n_runs is None:
         return Lesson()
-    return Lesson(
-        float(correction), float(deviation), int(n_runs), None if share is None else min(1.0, max(0.0, share))
-    )  # type: ignore[arg-type]
+    if abs(correction) > math.log(_BOUND) or deviation < 0 or n_runs < 0:
+        return Lesson()
+    share = _number(found.get("big_share"))
+    return Lesson(correction, deviation, int(n_runs), None if share is None else min(1.0, max(0.0, share)))
+
+
+def _number(value: Any) -> float | None:
+    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if good else None

@@ -25,6 +25,7 @@ from .workload import Product, Workload
 LIMIT_S = 60.0
 _PRODUCT_S, _DISK_S, _OVERHEAD_S, _LINK_S = 0.3, 0.6, 0.5, 0.4
 _WEIGHTS_BYTES = 96 * MIB  # beyond what caches hold, and little enough for a small machine
+_DEVICE_BYTES = 16 * MIB  # they have to be sent there first
 _MAX_STACKS = 400
 _SMALL_COPY, _LARGE_COPY = 4096, 4 * MIB
 _MAIN_PRODUCTS = 8  # shapes that make up most dense bytes
@@ -58,11 +59,6 @@ def read_name(disk: str, n_bytes: int, n_threads: int) -> str:
 def overhead_name(n_expert: int, k: int, threads: int) -> str:
     """What the seconds per token and per layer beside all bytes are called (``.token``, ``.layer``)."""
     return f"overhead.{threads}.{k}of{n_expert}"
-
-
-def device_name(device: Device | str) -> str:
-    """What a device's measurements begin with."""
-    return f"device.{device if isinstance(device, str) else device.name}"
 
 
 def main_products(workload: Workload) -> tuple[Product, ...]:
@@ -136,7 +132,7 @@ def steps_for(
 def _device_steps(
     ggml: Ggml, device: Device, workload: Workload, n_expert: int, ks: Sequence[int]
 ) -> Iterator[Step]:
-    prefix = device_name(device)
+    prefix = device.key
 
     def link(check: Callable[[], None]) -> dict[str, Rate]:
         return _link(ggml, device, prefix, check)
@@ -152,7 +148,7 @@ def _device_steps(
     wanted += [(product, n_expert, k) for product in workload.experts for k in ks]
     for product, n, k in wanted:
         name = f"{prefix}.{product.type_id}.{product.n_in}x{product.n_out}.{k}of{n}"
-        what = _matrices(product, n, k, False)
+        what = _matrices(product, n, k, False, _DEVICE_BYTES)
 
         def products(check: Callable[[], None], name: str = name, what: Matrices = what) -> dict[str, Rate]:
             return _product(ggml, device, 0, name, what, check)
@@ -212,8 +208,8 @@ def expected_seconds(measurements: Measurements, steps: Sequence[Step]) -> float
     return min(LIMIT_S, sum(1.3 * step.seconds for step in steps if measurements.get(step.name) is None))
 
 
-def _matrices(product: Product, n_expert: int, k: int, usual: bool) -> Matrices:
-    room = min(_WEIGHTS_BYTES, read_memory().available_bytes // 4)
+def _matrices(product: Product, n_expert: int, k: int, usual: bool, limit: int | None = None) -> Matrices:
+    room = min(limit or _WEIGHTS_BYTES, read_memory().available_bytes // 4)
     # a stack of fewer experts is as good, as long as they do not all stay in the cache
     n = max(k, min(n_expert, room // max(1, product.n_bytes)))
     stacks = max(1, min(_MAX_STACKS, int(room // max(1, product.n_bytes * n))))
@@ -225,7 +221,7 @@ def _product(
 ) -> dict[str, Rate]:
     with ggml.backend(device, threads) as backend:
         n_bytes, times = ggml.time_products(device, backend, what, _PRODUCT_S, check)
-    return {name: _rate([n_bytes / seconds for seconds in times])}
+    return {name: _speed(n_bytes, times)}
 
 
 def _overhead(name: str, n_expert: int, k: int, threads: int, check: Callable[[], None]) -> dict[str, Rate]:
@@ -249,11 +245,19 @@ def _link(ggml: Ggml, device: Device, prefix: str, check: Callable[[], None]) ->
         latency = _rate(small)
         found[f"{prefix}.{what}.latency"] = latency
         extra = [max(1e-9, seconds - latency.value) for seconds in large]
-        found[f"{prefix}.{what}"] = _rate([(_LARGE_COPY - _SMALL_COPY) / seconds for seconds in extra])
+        found[f"{prefix}.{what}"] = _speed(_LARGE_COPY - _SMALL_COPY, extra)
     return found
 
 
-def _rate(samples: Sequence[float]) -> Rate:
-    ordered = sorted(samples)
+def _rate(times: Sequence[float]) -> Rate:
+    """Seconds: the mean, because a token is a sum of many such, and a busy machine's pauses belong to it."""
+    ordered = sorted(times)
     quarter = len(ordered) // 4
-    return Rate(statistics.median(ordered), ordered[quarter], ordered[-1 - quarter])
+    mean = statistics.fmean(ordered)
+    return Rate(mean, min(mean, ordered[quarter]), max(mean, ordered[-1 - quarter]))
+
+
+def _speed(n_bytes: float, times: Sequence[float]) -> Rate:
+    """Bytes per second."""
+    seconds = _rate([max(1e-9, one) for one in times])
+    return Rate(n_bytes / seconds.value, n_bytes / seconds.high, n_bytes / seconds.low)

@@ -12,7 +12,7 @@ from ..gguf_info import GgufInfo
 from ..loading import context_size
 from ..memory import Memory, read_memory
 from ..options import LoadOptions
-from ..sizes import format_bytes, parse_size
+from ..sizes import OFF, Size, format_bytes, parse_size, parse_size_or_off
 from .disk import disk_name
 from .fit import Asked, DeviceMemory, Fit, mebibytes, plan_fit
 from .learning import correct, lesson_name, read_lesson
@@ -44,14 +44,15 @@ class Plan:
         return next((one for one in self.predictions if one.mode == mode), None)
 
 
-def asked_of(info: GgufInfo, options: LoadOptions, *, vram: str | None = None) -> Asked:
-    """What the options ask to be planned."""
+def asked_of(info: GgufInfo, options: LoadOptions, *, devices: bool = False) -> Asked:
+    """What the options ask to be planned; ``devices``: there are some."""
+    vram = parse_size_or_off(options.vram_budget) if devices else OFF
     return Asked(
         n_ctx=context_size(info, options.n_ctx),
         n_ubatch=options.n_ubatch,
         flash_attn=options.flash_attn,
         ram=parse_size(options.ram_budget),
-        vram=None if vram is None or vram == "off" else parse_size(vram),
+        vram=vram if isinstance(vram, Size) else None,
     )
 
 
@@ -62,14 +63,12 @@ def make_plan(
     options: LoadOptions,
     *,
     devices: Sequence[DeviceMemory] = (),
-    vram: str | None = None,
-    rpc: str | None = None,
     memory: Memory | None = None,
     n_weights: int = 0,
     notes: Sequence[str] = (),
 ) -> Plan:
     """Plan a model by its header, the memory there is and what was measured. Raises FitError."""
-    asked = asked_of(info, options, vram=vram)
+    asked = asked_of(info, options, devices=bool(devices))
     fit = plan_fit(info, asked, memory or read_memory(), devices, n_weights)
     modes = (EXACT, BIG_LITTLE, LITTLE) if info.is_moe and info.n_expert_used > 1 else (EXACT,)
     found: list[Prediction] = []
@@ -87,7 +86,7 @@ def make_plan(
         fit=fit,
         predictions=tuple(found),
         prefill_s=prefill,
-        command=suggest(info, options, fit, found, vram=vram, rpc=rpc),
+        command=suggest(info, options, fit, found),
         measured=measurements.date() if found else "",
         lessons=lessons,
         notes=tuple(notes),
@@ -126,8 +125,7 @@ def _settings(
 ) -> Settings:
     settings = make_settings(info, options, fit.ram_share, n_ctx=fit.n_ctx, learnt_share=learnt, mode=mode)
     if fit.devices:
-        miss = getattr(options, "miss", "auto")
-        return replace(settings, device=fit.devices[0].name, vram_share=fit.vram_share, miss=miss)
+        return replace(settings, device=fit.devices[0].key, vram_share=fit.vram_share, miss=options.miss)
     return settings
 
 
@@ -136,9 +134,6 @@ def suggest(
     options: LoadOptions,
     fit: Fit,
     predictions: Sequence[Prediction],
-    *,
-    vram: str | None = None,
-    rpc: str | None = None,
 ) -> str:
     """A command line to copy: budgets, context and micro-batch as planned, the mode as asked for or worth
     it."""
@@ -150,8 +145,10 @@ def suggest(
         words += ["--ram-budget", "100%" if all_stay else own]
     if fit.devices and info.is_moe:
         words += ["--vram-budget", mebibytes(fit.vram_budget_bytes)]
-    if rpc:
-        words += ["--rpc", rpc]
+    elif not fit.devices and options.vram_budget == OFF:
+        words += ["--vram-budget", "off"]
+    if fit.devices and options.rpc:
+        words += ["--rpc", options.rpc]
     words += ["-c", str(fit.n_ctx), "-ub", str(fit.n_ubatch)]
     by_mode = {one.mode: one.predicted_tps for one in predictions}
     mode = options.mode
@@ -187,7 +184,7 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
         "expert_bytes": plan.info.expert_bytes,
         "ram_budget_bytes": fit.ram_budget_bytes,
         "ram_share": round(fit.ram_share, 4),
-        "devices": [vars(device) for device in fit.devices],
+        "devices": [_device_facts(device) for device in fit.devices],
         "vram_budget_bytes": fit.vram_budget_bytes,
         "vram_share": round(fit.vram_share, 4),
         "measured": plan.measured or None,
@@ -196,6 +193,10 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
         "command": plan.command,
         "notes": list(plan.notes),
     }
+
+
+def _device_facts(device: DeviceMemory) -> dict[str, Any]:
+    return {"name": device.name, "free_bytes": device.free_bytes, "total_bytes": device.total_bytes}
 
 
 def plan_lines(plan: Plan) -> list[str]:

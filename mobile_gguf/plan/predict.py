@@ -1,4 +1,4 @@
-"""Tokens per second from a workload, measurements and settings; pure but for nothing."""
+"""Tokens per second from a workload, measurements and settings: pure functions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..decode import BIG_LITTLE, EXACT, LITTLE
 from ..gguf_info import GgufInfo
 from .disk import CHUNK_BYTES, DEFAULT_IO_THREADS, read_size
 from .machine import Measurements, Rate
-from .measure import device_name, overhead_name, product_name, read_name
+from .measure import overhead_name, product_name, read_name
 from .misses import MissRate, miss_rate
 from .prediction import Prediction
 from .speed import (
@@ -30,6 +30,7 @@ _SAMPLE_S, _STEP_S = 8e-9, 150e-6
 # What the model itself gets wrong, as a share of the time; docs/plan.md has the table.
 _MODEL_ERROR = 0.10
 _GUESS_ERROR = 0.35  # where a matrix of this shape was not measured
+_DEVICE_ERROR = 1.0  # the device tier was not held against runs on an idle machine yet
 _DEPTH = 192  # tokens in the context, on average over an answer
 DEFAULT_BIG_SHARE = (0.2, 0.5, 0.9)  # low, expected, high: without calibration nobody knows
 
@@ -50,7 +51,7 @@ class Settings:
     n_ctx: int = 4096
     big_share: tuple[float, float, float] = DEFAULT_BIG_SHARE
     by_head: bool = False
-    device: str = ""  # its name; empty: none
+    device: str = ""  # what its measurements are called; empty: none
     vram_share: float = 0.0
     miss: str = "auto"
 
@@ -78,6 +79,8 @@ def predict(
     error = _MODEL_ERROR
     if not _all_measured(workload, measurements, settings, info):
         error += _GUESS_ERROR
+    if settings.device:
+        error += _DEVICE_ERROR
     low, high = 1 / max(slow, middle) / (1 + error), 1 / min(fast, middle) * (1 + error)
     return Prediction(settings.mode, 1 / middle, low, high)
 
@@ -218,7 +221,7 @@ class _Case:
 
     def device_seconds(self, k: int, host_rate: float) -> float:
         """A token with dense weights on the device, experts in slots there, in RAM, and in the file."""
-        s, prefix = self.settings, device_name(self.settings.device)
+        s, prefix = self.settings, self.settings.device
         rest = sum(
             product.count * product.n_bytes / self.device_rate(product, 1, 1)
             for product in self.workload.dense
@@ -252,7 +255,7 @@ class _Case:
         return min(1.0, found.rate * (1 + self.sign * found.spread))
 
     def device_rate(self, product: Product, n_expert: int, k: int) -> float:
-        prefix = device_name(self.settings.device)
+        prefix = self.settings.device
         name = f"{prefix}.{product.type_id}.{product.n_in}x{product.n_out}.{k}of{n_expert}"
         exact = self.measurements.get(name)
         if exact is not None:

@@ -13,13 +13,13 @@ from ..decode import BIG_LITTLE, EXACT, default_little_k
 from ..errors import MobileError
 from ..gguf_header import read_header
 from ..gguf_info import GgufInfo
-from ..head import PREFIX, has_head
 from ..options import LoadOptions
 from ..threads import default_threads
 from .disk import DEFAULT_IO_THREADS
 from .predict import DEFAULT_BIG_SHARE, Settings
 
 HOTNESS = "mobile.hotness"
+PREFIX = "mobile.head."  # as head.py has it, which imports numpy
 _CALIBRATION = "mobile.calibration.json"
 _MAX_HOTNESS_BYTES = 1 << 24
 _F32 = 0
@@ -37,7 +37,7 @@ def make_settings(
 ) -> Settings:
     """What a prediction for these options is for; ``learnt_share`` is what earlier runs had of big tokens."""
     k = info.n_expert_used
-    by_head = has_head(info) and options.importance != "confidence"
+    by_head = f"{PREFIX}threshold" in info.metadata and options.importance != "confidence"
     own = info.metadata.get(f"{PREFIX}little_k") if by_head else None
     little_k = options.little_k or (own if isinstance(own, int) and own > 0 else default_little_k(k))
     wanted = mode or options.mode
@@ -72,16 +72,19 @@ def big_share(
     if by_head and threshold is None:
         threshold = info.metadata.get(f"{PREFIX}threshold")
     setting = threshold if by_head else options.gamma
-    points = []
-    for point in _curve(info):
-        if point.get("kind") == ("head" if by_head else "confidence"):
-            x, y = point.get("value"), point.get("big_share")
-            if _is_number(x) and _is_number(y):
-                points.append((float(x), float(y)))
-    if not points or not _is_number(setting):
+    kind = "head" if by_head else "confidence"
+    points = [
+        (x, y)
+        for point in _curve(info)
+        if point.get("kind") == kind
+        and (x := _number(point.get("value"))) is not None
+        and (y := _number(point.get("big_share"))) is not None
+    ]
+    wanted = _number(setting)
+    if not points or wanted is None:
         return DEFAULT_BIG_SHARE
-    nearest = min(points, key=lambda point: abs(point[0] - float(setting)))  # type: ignore[arg-type]
-    return _around(min(1.0, max(0.0, nearest[1])), 0.25)
+    _, share = min(points, key=lambda point: abs(point[0] - wanted))
+    return _around(min(1.0, max(0.0, share)), 0.25)
 
 
 def _around(share: float, spread: float) -> tuple[float, float, float]:
@@ -100,8 +103,9 @@ def _curve(info: GgufInfo) -> Sequence[dict[str, Any]]:
     return [point for point in points if isinstance(point, dict)]
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _number(value: Any) -> float | None:
+    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if good else None
 
 
 def read_hotness(info: GgufInfo) -> list[list[float]] | None:
