@@ -37,7 +37,8 @@ def batch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., t
             code = main(["run", model, "--batch", str(tmp_path / "in.jsonl"), *where, *argv])
         except SystemExit as end:
             code = int(str(end.code))
-        return code, *capsys.readouterr()
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
 
     return run
 

@@ -150,7 +150,7 @@ def test_what_is_not_there_is_answered_with_what_is() -> None:
     assert str(error.value) == (
         "hf:org/r has no Q4_K_S; did you mean Q4_K_M? There is Q4_K_M (100 B), Q8_0 (101 B)"
     )
-    with pytest.raises(ModelNotFoundError, match="did you mean hf:org/r/m-Q8_0.gguf"):
+    with pytest.raises(ModelNotFoundError, match=r"did you mean hf:org/r/m-Q8_0.gguf"):
         choose(parse_reference("hf:org/r/m-q8.gguf"), there)
 
 

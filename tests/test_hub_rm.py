@@ -26,7 +26,9 @@ def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
         stream.isatty = lambda: answer is not None  # type: ignore[method-assign]
         monkeypatch.setattr(sys, "stdin", stream)
         monkeypatch.setattr("builtins.input", lambda: stream.readline())
-        return main(argv), *capsys.readouterr()
+        code = main(argv)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
 
     return run
 
