@@ -187,7 +187,7 @@ class _Handler(BaseHTTPRequestHandler):
 def serving(repositories: dict[str, dict[str, bytes]]) -> Iterator[HubStub]:
     """A running stub."""
     stub = HubStub(repositories)
-    thread = threading.Thread(target=stub.serve_forever, daemon=True)
+    thread = threading.Thread(target=stub.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     try:
         yield stub

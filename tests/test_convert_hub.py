@@ -45,7 +45,7 @@ def stub() -> Iterator[HubStub]:
 def on_the_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    monkeypatch.setattr("mobile_gguf.hub.client.time.sleep", lambda _seconds: None)
+    monkeypatch.setattr("mobile_gguf.hub.client.sleep", lambda _seconds: None)
 
 
 def fetch(reference: str, endpoint: str, **environment: str) -> dict[str, object]:

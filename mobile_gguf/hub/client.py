@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from time import sleep
 from typing import Any, TypeVar
 
 from ..errors import ModelNotFoundError, UsageError
@@ -113,7 +113,7 @@ def pause_before_retry(error: Exception, attempt: int, narrate: Narrator) -> Non
     status = status_of(error)
     why = f"the Hub answered with HTTP {status}" if status else "the connection broke"
     narrate(f"{why}: trying again in {seconds:.0f} s")
-    time.sleep(seconds)
+    sleep(seconds)
 
 
 def timeout() -> float:

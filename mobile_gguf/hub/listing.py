@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,15 +67,14 @@ def list_models() -> list[ModelEntry]:
     Only headers are read, once for each file. A file that cannot be run is listed with the reason.
     """
     facts, memory = FactsCache(), read_memory()
-    predict = _predictor()
-    found = [_demo(facts, memory, predict)]
+    found = [_demo(facts, memory)]
     for path in local_models():
         files = (path, *(part for part in _parts(path) if part != path))
-        found.append(_described(path.stem, MODELS, path, files, facts, memory, predict))
+        found.append(_described(path.stem, MODELS, path, files, facts, memory))
     for snapshot, variant, variants in pulled_models():
         name = str(pulled_reference(snapshot, variant, variants))
         files = tuple(snapshot.folder / file.path for file in variant.files)
-        found.append(_described(name, CACHE, files[0], files, facts, memory, predict))
+        found.append(_described(name, CACHE, files[0], files, facts, memory))
     found += [
         ModelEntry(
             str(Reference(repo)), CACHE, folder, n_bytes, problem="download not finished: pull it again"
@@ -130,11 +127,11 @@ def ram_share(info: GgufInfo, memory: Memory) -> float | None:
     return min(1.0, budget / info.budget_all_bytes) if budget else 1.0
 
 
-def _demo(facts: FactsCache, memory: Memory, predict: Any) -> ModelEntry:
+def _demo(facts: FactsCache, memory: Memory) -> ModelEntry:
     path = demo_file()
     if path is None:
         return ModelEntry(DEMO, MODELS, problem="not built yet: `mobile-gguf run demo` does it")
-    return _described(DEMO, MODELS, path, (path,), facts, memory, predict)
+    return _described(DEMO, MODELS, path, (path,), facts, memory)
 
 
 def _described(
@@ -144,13 +141,12 @@ def _described(
     files: tuple[Path, ...],
     facts: FactsCache,
     memory: Memory,
-    predict: Any,
 ) -> ModelEntry:
     info, problem = facts.read(path, files)
     n_bytes = sum(file.stat().st_size for file in files if file.is_file())
     if info is None:
         return ModelEntry(name, where, path, n_bytes, problem=f"broken: {problem}")
-    speed = predict(info) if predict is not None and info.is_moe else None
+    speed = _predicted(info) if info.is_moe else None
     return ModelEntry(name, where, path, info.file_bytes, info, "", ram_share(info, memory), speed)
 
 
@@ -163,22 +159,18 @@ def _parts(path: Path) -> list[Path]:
     return [path]
 
 
-def _predictor() -> Any:
-    """Predicts from what ``mobile-gguf plan`` measured on this machine; None without the planner."""
-    if importlib.util.find_spec("mobile_gguf.plan") is None:
-        return None
-    predict = getattr(importlib.import_module("mobile_gguf.plan"), "predict_cached", None)
-    if predict is None:
-        return None
+def _predicted(info: GgufInfo) -> dict[str, Any] | None:
+    """The speed by what ``mobile-gguf plan`` measured on this machine; None where it did not.
 
-    def speed(info: GgufInfo) -> dict[str, Any] | None:
-        try:
-            found = predict(info)
-        except MobileError:
-            return None
-        return None if found is None else found.to_dict()
+    The planner reads arrays: it is imported only where there is something to predict.
+    """
+    from ..plan import predict_cached
 
-    return speed
+    try:
+        found = predict_cached(info)
+    except MobileError:
+        return None
+    return None if found is None else found.to_dict()
 
 
 def fit_text(entry: ModelEntry) -> str:
