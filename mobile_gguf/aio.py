@@ -145,7 +145,8 @@ class Worker:
 
     def why_cut(self) -> str:
         """What is to be said of a running job that was cancelled."""
-        return f"the answer was cut: {'the model is being closed' if self._closed else 'the request was cancelled'}"
+        reason = "the model is being closed" if self._closed else "the request was cancelled"
+        return f"the answer was cut: {reason}"
 
     def cancel_running(self) -> None:
         """Have the running job stop soon."""

@@ -26,6 +26,7 @@ PERSON = {
     "required": ["name", "age"],
     "additionalProperties": False,
 }
+ENDLESS = {"grammar": "root ::= [a-z ] root"}
 TOOL = {"type": "function", "function": {"name": "note_person", "parameters": PERSON}}
 
 
@@ -54,7 +55,7 @@ class Command:
 def command(demo_gguf):
     if find_engine() is None:
         pytest.skip("llama-cpp-python is a stock build; run `mobile-gguf engine build`")
-    served = Command(demo_gguf, "--ram-budget", "40%", "--alias", "demo", "-c", "1024")
+    served = Command(demo_gguf, "--ram-budget", "40%", "--alias", "demo", "-c", "1024", "-n", "40")
     assert served.url, served.process.communicate()[1]
     yield served
     code, error = served.end()
@@ -119,8 +120,8 @@ def test_the_map_shows_what_is_hit_and_missed(command):
         lines = events.iter_lines()
         first = json.loads(next(line for line in lines if line.startswith("data: "))[6:])
         chat = command.client().chat.completions.create(
-            model="demo", messages=USER, max_tokens=400, stream=True, temperature=1, extra_body={"grammar": "root ::= [a-z ]+"}
-        )  # fmt: skip
+            model="demo", messages=USER, max_tokens=400, stream=True, extra_body=ENDLESS
+        )
         for line in lines:
             if line.startswith("data: "):
                 now = json.loads(line[6:])
@@ -146,7 +147,7 @@ def test_a_signal_cuts_a_running_stream_cleanly(demo_gguf, command, number, code
         demo_gguf, "--ram-budget", "40%", "--grace", "0.1", "-c", "1024", MOBILE_GGUF_API_KEY="k"
     )
     stream = served.client("k").chat.completions.create(
-        model=demo_gguf.stem, messages=USER, stream=True, extra_body={"grammar": "root ::= [a-z ]+"}
+        model=demo_gguf.stem, messages=USER, stream=True, extra_body=ENDLESS
     )
     next(iter(stream))
     served.process.send_signal(number)
@@ -200,16 +201,23 @@ def test_a_port_that_is_taken_is_one_line(command, demo_gguf):
 NODE_SCRIPT = """
 import OpenAI from "openai";
 const client = new OpenAI({ baseURL: process.argv[2] + "/v1", apiKey: "none", maxRetries: 0 });
-const asked = { model: "demo", messages: [{ role: "user", content: "Hello" }], max_tokens: 8, temperature: 0 };
+const messages = [{ role: "user", content: "Hello" }];
+const asked = { model: "demo", messages, max_tokens: 8, temperature: 0 };
+const streamed = { ...asked, stream: true, stream_options: { include_usage: true } };
 const whole = await client.chat.completions.create(asked);
 let text = "", usage = null;
-for await (const chunk of await client.chat.completions.create({ ...asked, stream: true, stream_options: { include_usage: true } })) {
+for await (const chunk of await client.chat.completions.create(streamed)) {
   text += chunk.choices[0]?.delta?.content ?? "";
   usage = chunk.usage ?? usage;
 }
 let missing = 0;
-try { await client.chat.completions.create({ ...asked, model: "other" }); } catch (error) { missing = error.status; }
-console.log(JSON.stringify({ same: text === whole.choices[0].message.content, text, receipt: usage.receipt.tokens_big, missing }));
+try {
+  await client.chat.completions.create({ ...asked, model: "other" });
+} catch (error) {
+  missing = error.status;
+}
+const same = text === whole.choices[0].message.content;
+console.log(JSON.stringify({ same, text, receipt: usage.receipt.tokens_big, missing }));
 """
 
 
@@ -245,9 +253,10 @@ def test_the_page_in_a_browser(command):
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
         page.goto(command.url)
-        page.wait_for_function("document.querySelectorAll('#mode option').length === 3")
+        page.wait_for_selector("#mode option:nth-child(3)", state="attached")
         # What a model writes must not become a part of the page.
-        hostile = "<img src=x onerror=alert(1)> **bold** [x](javascript:alert(1)) `<b>`\n\n```\n<script>\n```\n- a\n- b"
+        hostile = "<img src=x onerror=alert(1)> **bold** [x](javascript:alert(1)) `<b>`"
+        hostile += "\n\n```\n<script>\n```\n- a\n- b"
         html = page.evaluate(
             """async (text) => {
                 const { render } = await import("/markdown.js");

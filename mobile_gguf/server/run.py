@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import signal
 import socket
 import threading
@@ -36,6 +37,8 @@ def serve(
     listening = listen(host, port)
     name = f"[{host}]" if ":" in host else host
     url = f"http://{name}:{listening.getsockname()[1]}"
+    # asyncio warns of every client that has gone; that is counted, and no news.
+    logging.getLogger("asyncio").setLevel(logging.ERROR)
     server = make_server(model, settings, ready=lambda: announce(url), log_requests=log_requests)
     try:
         asyncio.run(server.serve(sockets=[listening]))
