@@ -186,7 +186,7 @@ def _resources(pid: int) -> dict[str, int]:
 
 def main() -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description="Many impatient clients against one server.")
     parser.add_argument("model")
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--clients", type=int, default=32)
