@@ -6,7 +6,7 @@ is neither OpenAI's nor ours is an error, so that nothing asked for is silently 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
@@ -36,17 +36,17 @@ class Loose(BaseModel):
 
 
 def _field(opt: Opt) -> Any:
-    # Optional, for `|` is not known to take annotated types made at run time
+    kind: Any = Text
     if opt.choices:
-        return Optional[Literal[opt.choices]]
-    if opt.is_flag:
-        return bool | None
-    if opt.read is int:
-        high = MAX_INT if opt.high is None else int(opt.high)
-        return Optional[Annotated[int, Field(ge=None if opt.low is None else int(opt.low), le=high)]]
-    if opt.read is float:
-        return Optional[Annotated[float, Field(ge=opt.low, le=opt.high, allow_inf_nan=False)]]
-    return Optional[Text]
+        kind = Literal[opt.choices]
+    elif opt.is_flag:
+        kind = bool
+    elif opt.read is int:
+        low = None if opt.low is None else int(opt.low)
+        kind = Annotated[int, Field(ge=low, le=MAX_INT if opt.high is None else int(opt.high))]
+    elif opt.read is float:
+        kind = Annotated[float, Field(ge=opt.low, le=opt.high, allow_inf_nan=False)]
+    return kind | None
 
 
 if TYPE_CHECKING:
