@@ -78,7 +78,7 @@ class Job(Generic[Item]):
             try:
                 for item in items:
                     if self.is_cancelled():
-                        raise ModelBusyError("the request was cancelled before it was answered")
+                        raise ModelBusyError(self._worker.why_cut())
                     self._put(item)
             finally:
                 close = getattr(items, "close", None)
@@ -142,6 +142,11 @@ class Worker:
                 return
             self._jobs.remove(job)
         job.fail(ModelBusyError("the request was cancelled while it waited"))
+
+    def why_cut(self) -> str:
+        """What is to be said of a running job that was cancelled."""
+        reason = "the model is being closed" if self._closed else "the request was cancelled"
+        return f"the answer was cut: {reason}"
 
     def cancel_running(self) -> None:
         """Have the running job stop soon."""

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-HEAVY = ("torch", "textual", "transformers", "numpy", "gguf", "llama_cpp", "jinja2")
+HEAVY = ("torch", "textual", "transformers", "numpy", "gguf", "llama_cpp", "jinja2", "fastapi", "uvicorn")
 
 
 def imported_by(code: str) -> set[str]:

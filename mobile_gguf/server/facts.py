@@ -35,7 +35,7 @@ _PAGE_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
-_GUARDED = {status: ERRORS[status] for status in (401, 403, 413)}
+_GUARDED: dict[int | str, dict[str, Any]] = {status: ERRORS[status] for status in (401, 403, 413)}
 router = APIRouter()
 
 

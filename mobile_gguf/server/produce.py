@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -170,11 +170,13 @@ class Producer:
             return ()
         return (read_logprob(backend, chunk.token, n_top),)
 
-    def _chunks(self, job: Job[Event], prompt: list[int], options: dict[str, Any]) -> Iterator[Chunk]:
+    def _chunks(
+        self, job: Job[Event], prompt: list[int], options: dict[str, Any]
+    ) -> Generator[Chunk, None, None]:
         """One answer, counted however it ends; raises ApiError when it was stopped from outside."""
         return self._counted(self._model.stream(prompt, should_stop=job.is_cancelled, **options))
 
-    def _counted(self, chunks: Any) -> Iterator[Chunk]:
+    def _counted(self, chunks: Any) -> Generator[Chunk, None, None]:
         last: Chunk | None = None
         with closing(chunks), self._experts.watched():
             try:
@@ -284,7 +286,7 @@ class _Turn:
         if len(self.tokens) >= self._producer._model.n_ctx or self._room == 0:
             self.reason = LENGTH
             return
-        with closing(self._producer._chunks(self._job, self.tokens, options)) as chunks:  # type: ignore[type-var]
+        with closing(self._producer._chunks(self._job, self.tokens, options)) as chunks:
             self.tokens = list(self.tokens)
             for chunk in chunks:
                 if chunk.token is not None:

@@ -36,16 +36,17 @@ class Loose(BaseModel):
 
 
 def _field(opt: Opt) -> Any:
+    kind: Any = Text
     if opt.choices:
-        return Literal[opt.choices] | None
-    if opt.is_flag:
-        return bool | None
-    if opt.read is int:
-        high = MAX_INT if opt.high is None else int(opt.high)
-        return Annotated[int, Field(ge=None if opt.low is None else int(opt.low), le=high)] | None
-    if opt.read is float:
-        return Annotated[float, Field(ge=opt.low, le=opt.high, allow_inf_nan=False)] | None
-    return Text | None
+        kind = Literal[opt.choices]
+    elif opt.is_flag:
+        kind = bool
+    elif opt.read is int:
+        low = None if opt.low is None else int(opt.low)
+        kind = Annotated[int, Field(ge=low, le=MAX_INT if opt.high is None else int(opt.high))]
+    elif opt.read is float:
+        kind = Annotated[float, Field(ge=opt.low, le=opt.high, allow_inf_nan=False)]
+    return kind | None
 
 
 if TYPE_CHECKING:

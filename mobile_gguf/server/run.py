@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import signal
 import socket
 import threading
@@ -33,9 +34,27 @@ def serve(
     taking requests and lets the running answer end within ``settings.grace`` seconds; a second one cuts it.
     Raises MobileError if the address cannot be had.
     """
-    listening = _listen(host, port)
+    listening = listen(host, port)
     name = f"[{host}]" if ":" in host else host
     url = f"http://{name}:{listening.getsockname()[1]}"
+    # asyncio warns of every client that has gone; that is counted, and no news.
+    logging.getLogger("asyncio").setLevel(logging.ERROR)
+    server = make_server(model, settings, ready=lambda: announce(url), log_requests=log_requests)
+    try:
+        asyncio.run(server.serve(sockets=[listening]))
+    finally:
+        listening.close()
+    return server.signal
+
+
+def make_server(
+    model: Model,
+    settings: ServerSettings,
+    *,
+    ready: Callable[[], object] = lambda: None,
+    log_requests: bool = False,
+) -> Server:
+    """A uvicorn server for ``model``, which calls ``ready`` once it takes connections."""
     config = uvicorn.Config(
         create_app(model, settings),
         log_level="info" if log_requests else "warning",
@@ -46,15 +65,11 @@ def serve(
         ws="none",
         lifespan="on",
     )
-    server = _Server(config, lambda: announce(url))
-    try:
-        asyncio.run(server.serve(sockets=[listening]))
-    finally:
-        listening.close()
-    return server.signal
+    return Server(config, ready)
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; raises MobileError if the address cannot be had."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=512)
@@ -62,7 +77,7 @@ def _listen(host: str, port: int) -> socket.socket:
         raise MobileError(f"cannot listen on {host}:{port}: {error}") from None
 
 
-class _Server(uvicorn.Server):
+class Server(uvicorn.Server):
     """uvicorn's server that closes the application before it waits for its connections."""
 
     def __init__(self, config: uvicorn.Config, ready: Callable[[], object]) -> None:

@@ -1,0 +1,357 @@
+"""The server over the scripted engine: OpenAI's shapes, the queue, errors, keys, an orderly end."""
+
+import asyncio
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+from fake_backend import FakeBackend, fake_info, scripted
+
+pytest.importorskip("fastapi", reason="pip install 'mobile-gguf[server]'")
+pytest.importorskip("openai", reason="pip install 'mobile-gguf[dev]'")
+import openai
+from server_harness import Gate, phases, running, until
+
+from mobile_gguf.errors import ExpertReadError
+
+ROOMY = fake_info(n_ctx_train=4096)
+USER = [{"role": "user", "content": "hi"}]
+ADD = {
+    "type": "function",
+    "function": {
+        "name": "add",
+        "description": "adds",
+        "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]},
+    },
+}
+
+
+@pytest.fixture
+def hello(fake_model):
+    with running(fake_model(FakeBackend(scripted("hello there")))) as server:
+        yield server
+
+
+def test_openai_client_gets_the_same_whole_and_streamed(hello):
+    client = hello.openai()
+    whole = client.chat.completions.create(model="fake", messages=USER)
+    assert whole.choices[0].message.content == "hello there"
+    assert whole.choices[0].finish_reason == "stop"
+    assert whole.usage.completion_tokens == 12
+    assert whole.usage.receipt["tokens_big"] == 12
+    stream = client.chat.completions.create(
+        model="fake", messages=USER, stream=True, stream_options={"include_usage": True}
+    )
+    chunks = list(stream)
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == "hello there"
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert chunks[-2].choices[0].finish_reason == "stop"
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage.receipt["tokens_big"] == 12
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_text_completions_with_several_prompts_and_echo(hello):
+    answer = hello.openai().completions.create(
+        model="fake", prompt=["ab", "cd"], n=2, echo=True, max_tokens=5
+    )
+    assert [choice.text for choice in answer.choices] == ["abhello", "abhello", "cdhello", "cdhello"]
+    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+    assert {choice.finish_reason for choice in answer.choices} == {"length"}
+
+
+def test_options_reach_the_engine_and_flags_are_defaults(fake_model):
+    backend = FakeBackend(scripted("hello there"))
+    with running(fake_model(backend), defaults={"temperature": 0.5, "top_k": 7}) as server:
+        answer = server.chat(top_k=3, seed=11, mode="little", stop=["the"]).json()
+    assert (backend.sampling["temp"], backend.sampling["top_k"], backend.seed) == (0.5, 3, 11)
+    assert answer["choices"][0]["message"]["content"] == "hello "
+    assert answer["usage"]["receipt"]["mode"] == "little"
+
+
+def test_logprobs_in_both_forms(hello):
+    client = hello.openai()
+    chat = client.chat.completions.create(model="fake", messages=USER, logprobs=True, top_logprobs=2)
+    content = chat.choices[0].logprobs.content
+    assert "".join(entry.token for entry in content) == "hello there"
+    assert content[0].logprob == pytest.approx(-0.01005, abs=1e-4)
+    assert content[0].top_logprobs[0].token == "h"
+    text = client.completions.create(model="fake", prompt="x", logprobs=1).choices[0].logprobs
+    assert text.text_offset[:3] == [0, 1, 2]
+    assert text.top_logprobs[0].keys() == {"h"}
+
+
+def test_a_forced_tool_is_called(fake_model):
+    backend = FakeBackend(phases('{"name": "add", "arguments": {"a": 1, "s": "}\\""}}'))
+    with running(fake_model(backend, info=ROOMY)) as server:
+        answer = server.openai().chat.completions.create(
+            model="fake",
+            messages=USER,
+            tools=[ADD],
+            tool_choice={"type": "function", "function": {"name": "add"}},
+        )
+    choice = answer.choices[0]
+    assert choice.finish_reason == "tool_calls"
+    assert choice.message.content is None
+    assert [call.function.name for call in choice.message.tool_calls] == ["add"]
+    assert json.loads(choice.message.tool_calls[0].function.arguments) == {"a": 1, "s": '}"'}
+
+
+CALL = '{"name": "add", "arguments": {"a": 2}}'
+# free words (with half a marker), a call, whether another follows, that, the end
+TALK = ("I <tool see<tool_call>\n", CALL, "\n<tool_call>", CALL.replace("2", "3"), "")
+
+
+def test_a_model_that_talks_and_calls_twice_streamed(fake_model):
+    with running(fake_model(FakeBackend(phases(*TALK)), info=ROOMY)) as server:
+        stream = server.openai().chat.completions.create(
+            model="fake", messages=USER, tools=[ADD], stream=True, temperature=0
+        )
+        text, calls, reasons = "", {}, []
+        for chunk in stream:
+            choice = chunk.choices[0]
+            text += choice.delta.content or ""
+            reasons += [choice.finish_reason] if choice.finish_reason else []
+            for call in choice.delta.tool_calls or []:
+                seen = calls.setdefault(
+                    call.index, {"name": call.function.name, "id": call.id, "arguments": ""}
+                )
+                seen["arguments"] += call.function.arguments
+    assert text == "I <tool see"
+    assert [json.loads(call["arguments"]) for call in calls.values()] == [{"a": 2}, {"a": 3}]
+    assert {call["name"] for call in calls.values()} == {"add"}
+    assert len({call["id"] for call in calls.values()}) == 2
+    assert reasons == ["tool_calls"]
+
+
+def test_tools_that_are_not_called_leave_an_ordinary_answer(fake_model):
+    backend = FakeBackend(phases("just words <b>"))
+    with running(fake_model(backend, info=ROOMY)) as server:
+        message = server.chat(tools=[ADD]).json()["choices"][0]
+        assert (message["message"]["content"], message["finish_reason"]) == ("just words <b>", "stop")
+
+
+def test_answers_of_tools_and_earlier_calls_reach_the_prompt(fake_model):
+    backend = FakeBackend(phases("done"))
+    call = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    messages = [
+        *USER,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "content": "42"},
+    ]
+    with running(fake_model(backend, info=ROOMY)) as server:
+        answer = server.post("/v1/chat/completions", {"messages": messages, "tools": [ADD]})
+        assert answer.status_code == 200
+    prompt = bytes(token for token, _ in backend.rows if token < 256).decode()
+    assert '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>' in prompt
+    assert "<tool_response>\n42\n</tool_response>" in prompt
+    assert "You may call functions" in prompt
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param"),
+    [
+        ({"messages": []}, 400, "messages"),
+        ({"messages": USER, "temperature": -1}, 400, "temperature"),
+        ({"messages": USER, "temperature": "hot"}, 400, "temperature"),
+        ({"messages": USER, "mode": "huge"}, 400, "mode"),
+        ({"messages": USER, "nonsense": 1}, 400, "nonsense"),
+        ({"messages": USER, "n": 99}, 400, "n"),
+        ({"messages": [{"role": "king", "content": "x"}]}, 400, "messages.0.role"),
+        ({"messages": USER, "model": "gpt-5"}, 404, "model"),
+        ({"messages": USER, "tool_choice": "required"}, 400, "tool_choice"),
+        ({"messages": USER, "response_format": {"type": "json_schema"}}, 400, "response_format.json_schema"),
+        ({"messages": USER, "json_schema": {"minItems": 10**9}}, 400, "json_schema"),
+        ({"messages": [{"role": "user", "content": "x" * 600}]}, 400, "messages"),
+        ([], 400, None),
+    ],
+)
+def test_errors_have_openais_shape(hello, body, status, param):
+    answer = httpx.post(f"{hello.url}/v1/chat/completions", content=json.dumps(body), headers=JSON)
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert error["param"] == param
+    assert error["message"]
+
+
+JSON = {"content-type": "application/json"}
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[" * 100_000, b"\xff\xfe", b"NaN"])
+def test_a_body_that_is_no_json_is_a_400(hello, content):
+    answer = httpx.post(f"{hello.url}/v1/chat/completions", content=content, headers=JSON)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_unknown_paths_and_methods_and_embeddings(hello):
+    assert httpx.get(f"{hello.url}/v1/nothing").json()["error"]["type"] == "not_found_error"
+    assert httpx.get(f"{hello.url}/v1/completions").status_code == 405
+    refused = hello.post("/v1/embeddings", {"input": "x"})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "model_not_supported")
+
+
+def test_a_request_that_is_too_large_or_a_strange_host_is_refused(fake_model):
+    with running(fake_model(), max_request_bytes=1000, hosts=("127.0.0.1",)) as server:
+        assert server.chat("x" * 1000).status_code == 413
+        chunked = httpx.post(f"{server.url}/v1/completions", content=iter([b"x" * 600] * 2), headers=JSON)
+        assert chunked.status_code == 413
+        assert httpx.get(f"{server.url}/health", headers={"host": "evil.example"}).status_code == 403
+        assert httpx.get(f"{server.url}/health").json()["status"] == "ok"
+
+
+def test_the_key(fake_model):
+    with running(fake_model(FakeBackend(scripted("ok"))), api_key="secret") as server:
+        assert server.openai("secret").models.list().data[0].id == "fake"
+        with pytest.raises(openai.AuthenticationError, match="wrong"):
+            server.openai("guess").models.list()
+        assert httpx.get(f"{server.url}/metrics").status_code == 401
+        assert httpx.get(f"{server.url}/health").json()["needs_key"] is True
+        assert httpx.get(server.url).status_code == 200
+
+
+def test_an_engine_error_is_a_500_and_the_server_lives_on(fake_model):
+    backend = FakeBackend(scripted("hello"))
+    backend.errors = {0: ExpertReadError("disk gone: layer 3"), 4: ExpertReadError("disk gone again")}
+    with running(fake_model(backend)) as server:
+        failed = server.chat()
+        assert (failed.status_code, failed.json()["error"]["code"]) == (500, "engine_error")
+        assert "layer 3" in failed.json()["error"]["message"]
+        with pytest.raises(openai.APIError, match="disk gone again"):
+            list(server.openai().chat.completions.create(model="fake", messages=USER, stream=True))
+        assert server.chat().json()["choices"][0]["message"]["content"] == "hello"
+
+
+def test_the_queue_is_bounded_and_keeps_its_order(fake_model):
+    gate, order = Gate(), []
+    backend = FakeBackend(scripted("x"))
+    backend.on_evaluate = gate
+    model = fake_model(backend)
+    render = backend.render_chat
+
+    def note(messages, **values):
+        order.append(messages[-1]["content"])
+        return render(messages, **values)
+
+    backend.render_chat = note  # type: ignore[method-assign]
+    with running(model, queue=3) as server, ThreadPoolExecutor(8) as pool:
+        waiting = [pool.submit(server.chat, "0")]
+        gate.reached.wait(10)
+        for i in range(1, 4):
+            waiting.append(pool.submit(server.chat, str(i)))
+            until(lambda i=i: server.serving.worker.n_waiting == i)
+        full = server.chat("one too many")
+        assert full.status_code == 429
+        assert int(full.headers["retry-after"]) >= 1
+        assert full.json()["error"]["code"] == "queue_full"
+        gate.open()
+        assert [answer.result().status_code for answer in waiting] == [200] * 4
+    assert order == ["0", "1", "2", "3"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_frees_the_model_and_its_place(fake_model, stream):
+    gate = Gate()
+    backend = FakeBackend(scripted("x", end=False))
+    backend.on_evaluate = gate
+    with running(fake_model(backend), queue=2) as server:
+        body = {"messages": USER, "stream": stream}
+
+        async def leave():
+            async with httpx.AsyncClient() as client:
+                asks = [
+                    asyncio.ensure_future(client.post(f"{server.url}/v1/chat/completions", json=body))
+                    for _ in range(2)
+                ]
+                while server.serving.worker.n_waiting < 1:
+                    await asyncio.sleep(0.01)
+                gate.allow(5)
+                for ask in asks:
+                    ask.cancel()
+                await asyncio.gather(*asks, return_exceptions=True)
+
+        asyncio.run(leave())
+        until(lambda: server.serving.worker.n_waiting == 0)
+        computed = backend.n_evaluations
+        gate.allow(2)
+        until(lambda: not server.serving.worker.is_busy)
+        assert backend.n_evaluations <= computed + 2
+        gate.open()
+        assert server.chat(max_tokens=2).status_code == 200
+        assert "mobile_gguf_cancelled_requests_total 2.0" in httpx.get(f"{server.url}/metrics").text
+
+
+def test_a_request_may_take_only_so_long(fake_model):
+    gate = Gate()
+    backend = FakeBackend(scripted("x", end=False))
+    backend.on_evaluate = gate
+    with running(fake_model(backend), timeout=0.3) as server:
+        late = server.chat()
+        assert (late.status_code, late.json()["error"]["code"]) == (504, "timeout")
+        gate.open()
+        until(lambda: not server.serving.worker.is_busy)
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_shutdown_lets_the_running_answer_end_or_cuts_it_cleanly(fake_model, ends):
+    gate = Gate()
+    backend = FakeBackend(scripted("hello", end=ends), n_ctx=1 << 20)
+    model = fake_model(backend)
+    model.n_ctx = 1 << 20
+    backend.on_evaluate = gate
+    with running(model, grace=5.0 if ends else 0.2) as server:
+        with ThreadPoolExecutor(2) as pool:
+            first = pool.submit(lambda: server.chat(stream=True, max_tokens=1 << 19).text)
+            gate.reached.wait(10)
+            waits = pool.submit(server.chat)
+            until(lambda: server.serving.worker.n_waiting == 1)
+            gate.allow(2)
+            server.server.should_exit = True
+            until(lambda: server.serving.closing.is_set())
+            gate.open()
+            text = first.result(timeout=30)
+            assert waits.result(timeout=30).status_code == 503
+        server.thread.join(30)
+        assert not server.thread.is_alive()
+    assert text.rstrip().endswith("data: [DONE]")
+    assert ('"finish_reason":"stop"' in text) == ends
+    assert ("the answer was cut: the model is being closed" in text) != ends
+
+
+def test_metrics_experts_and_the_page(hello):
+    hello.chat()
+    text = httpx.get(f"{hello.url}/metrics").text
+    assert 'mobile_gguf_requests_total{endpoint="/v1/chat/completions",status="200"} 1.0' in text
+    assert 'mobile_gguf_tokens_total{kind="big"} 12.0' in text
+    assert "mobile_gguf_queue_length 0.0" in text
+    assert httpx.get(f"{hello.url}/v1/experts").json()["tiers"] == {}
+    page = httpx.get(hello.url)
+    assert page.headers["content-type"].startswith("text/html")
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    for part in ("app.js", "markdown.js", "app.css", "icon.svg"):
+        assert f"/{part}" in page.text or part == "markdown.js"
+        assert httpx.get(f"{hello.url}/{part}").status_code == 200
+    assert "access-control-allow-origin" not in page.headers
+
+
+def test_cors_only_when_asked(fake_model):
+    with running(fake_model(), origins=("https://app.example",), api_key="k") as server:
+        asked = {"origin": "https://app.example", "access-control-request-method": "POST"}
+        answer = httpx.options(f"{server.url}/v1/chat/completions", headers=asked)
+        assert answer.headers["access-control-allow-origin"] == "https://app.example"
+
+
+def test_many_threads_get_their_own_answers(fake_model):
+    class Echo(FakeBackend):
+        def render_chat(self, messages, **values):
+            self.model = scripted(messages[-1]["content"])
+            return super().render_chat(messages, **values)
+
+    with running(fake_model(Echo())) as server, ThreadPoolExecutor(8) as pool:
+        texts = [f"answer {i}" for i in range(24)]
+        answers = list(pool.map(lambda text: server.chat(text).json(), texts))
+    assert [answer["choices"][0]["message"]["content"] for answer in answers] == texts
+    assert threading.active_count() < 50
