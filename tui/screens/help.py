@@ -12,11 +12,12 @@ from .dialog import Dialog
 
 _KEYS = {"ctrl": "Ctrl", "shift": "Shift", "alt": "Alt"}
 _MORE = """
-In the transcript (Tab moves there): `e` edits a question, `c` copies, `b` copies the next code block, `r` answers
-again. `Tab` completes a command. The mouse works everywhere; holding Shift selects text for the terminal.
+In the transcript (Tab moves there): `e` edits a question, `c` copies, `b` copies the next code block, `r`
+answers again. `Tab` completes a command. The mouse works everywhere; Shift selects text for the terminal.
 
-The map: a row for each layer, a column for each expert. `█` hit, `X` missed, `+` loading, `▒` `x` hit or missed a
-moment ago, `░` in RAM, `▓` on the GPU, `·` on disk only. Where several experts share a cell, the latest event wins.
+The map: a row for each layer, a column for each expert. `█` hit, `X` missed, `+` loading, `▒` `x` hit or
+missed a moment ago, `░` in RAM, `▓` on the GPU, `·` on disk only. Where several experts share a cell, the
+latest event wins.
 """
 
 
@@ -44,13 +45,17 @@ def help_markdown() -> str:
         if isinstance(item, Binding) and item.tooltip
     ]
     keys = "\n".join(f"| {shown_keys(item.key)} | {item.tooltip} |" for item in bindings)
-    commands = "\n".join(f"| `{item.name} {item.argument}`".rstrip("` ") + f"` | {item.help} |" for item in COMMANDS)
+    commands = "\n".join(
+        f"| `{item.name} {item.argument}`".rstrip("` ") + f"` | {item.help} |" for item in COMMANDS
+    )
     return f"| Key | |\n|---|---|\n{keys}\n{_MORE}\n| Command | |\n|---|---|\n{commands}\n"
 
 
 def shown_keys(keys: str) -> str:
     """Keys as people write them: ``ctrl+o,f2`` is ``Ctrl-O, F2``."""
     return ", ".join(
-        "-".join(_KEYS.get(part, part.upper() if len(part) <= 3 else part.capitalize()) for part in key.split("+"))
+        "-".join(
+            _KEYS.get(part, part.upper() if len(part) <= 3 else part.capitalize()) for part in key.split("+")
+        )
         for key in keys.split(",")
     )
