@@ -76,7 +76,7 @@ class ExpertWatch:
             self._directory = tempfile.TemporaryDirectory(prefix="mobile-gguf-trace-")
             path = Path(self._directory.name) / "trace.csv"
             self._engine.trace_start(self._llama.ctx, path)
-            self._file = path.open("rb")  # noqa: SIM115 (closed by stop)
+            self._file = path.open("rb")
         except (MobileError, OSError):
             self.stop()
 
