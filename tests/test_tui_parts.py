@@ -136,11 +136,9 @@ def test_every_binding_has_an_id_and_a_tooltip():
     from mobile_gguf.tui.screens import chat, confirm, conversations, dialog, jobs, map, models, settings
     from mobile_gguf.tui.widgets import prompt, turn_view
 
-    sources = [
-        ChatApp, chat.ChatScreen, confirm.Confirm, conversations.Conversations, dialog.Dialog, jobs.JobsScreen,
-        map.MapScreen, models.ModelPicker, settings.SettingsScreen, prompt.Prompt, turn_view.AnswerView,
-        turn_view.QuestionView,
-    ]  # fmt: skip
+    sources = [ChatApp, chat.ChatScreen, confirm.Confirm, conversations.Conversations, dialog.Dialog]
+    sources += [jobs.JobsScreen, map.MapScreen, models.ModelPicker, settings.SettingsScreen]
+    sources += [prompt.Prompt, turn_view.AnswerView, turn_view.QuestionView]
     bindings = [binding for source in sources for binding in source.__dict__["BINDINGS"]]
     assert len(bindings) > 25
     assert [binding.key for binding in bindings if not (binding.id and binding.tooltip)] == []

@@ -41,7 +41,7 @@ NAMES = {
     Cell.OLD_HIT: "hit a moment ago",
     Cell.OLD_MISS: "missed a moment ago",
     Cell.HIT: "hit",
-    Cell.DEVICE_HIT: "hit on the GPU",
+    Cell.DEVICE_HIT: "GPU hit",
     Cell.LOADING: "loading",
     Cell.MISS: "missed",
 }
