@@ -142,7 +142,8 @@ def test_picture(name, scene, size, tmp_path, monkeypatch):
     loader.backends["fake"] = FakeBackend(scripted(TEXT, sure=[0.9, 0.1, 0.9, 0.9] * 12))
 
     async def draw():
-        async with chat(tmp_path, size=size, loader=loader) as (app, pilot):
+        shown = name == "failed"
+        async with chat(tmp_path, size=size, loader=loader, notifications=shown) as (app, pilot):
             app.chat.prompt.cursor_blink = False
             await scene(app, pilot)
             await pilot.pause(0.3)

@@ -59,9 +59,8 @@ def terminal(tmp_path):
 def test_a_chat_with_the_demo_model(terminal, demo_gguf, tmp_path):
     names = ("XDG_CACHE_HOME", "XDG_DATA_HOME", "XDG_CONFIG_HOME", "MOBILE_GGUF_ENGINE_CACHE")
     variables = " ".join(f"{name}={os.environ[name]}" for name in names)
-    terminal.start(
-        f"env {variables} {sys.executable} -m mobile_gguf chat {demo_gguf} --ram-budget 40% --seed 1 -n 10 -t 1"
-    )
+    options = "--ram-budget 40% --seed 1 -n 10 -t 1"
+    terminal.start(f"env {variables} {sys.executable} -m mobile_gguf chat {demo_gguf} {options}")
     terminal.wait("exact")
     terminal.keys("-l", "Name three colours.")
     terminal.keys("Enter")

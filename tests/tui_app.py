@@ -80,6 +80,7 @@ async def chat(
     size: tuple[int, int] = (120, 40),
     loader: Loader | None = None,
     given: dict[str, Any] | None = None,
+    notifications: bool = False,
     **more: Any,
 ) -> AsyncIterator[tuple[ChatApp, Pilot[int]]]:
     """A running app with the scripted model loaded; ended as the program ends it."""
@@ -92,7 +93,7 @@ async def chat(
         **more,
     )
     try:
-        async with app.run_test(size=size) as pilot:
+        async with app.run_test(size=size, notifications=notifications) as pilot:
             if reference:
                 await until(pilot, lambda: not app.chat.busy)
             yield app, pilot
