@@ -108,7 +108,7 @@ class EngineThread(threading.Thread):
             self._lifetime.release()
 
     def shut_down(self, timeout: float) -> bool:
-        """End the thread and close the model; False if the engine did not come back in ``timeout`` seconds."""
+        """End the thread and close the model; False if that takes longer than ``timeout`` seconds."""
         self.stop()
         self._commands.put(None)
         if self.is_alive():
@@ -147,6 +147,8 @@ class EngineThread(threading.Thread):
 
         try:
             self._close()
+            if self._stopping.is_set():
+                raise Cancelled
             model = self._loader(reference, progress=progress, **options)
             watch = self._make_watch(model)
         except Cancelled:

@@ -18,5 +18,6 @@ def require_textual() -> None:
     missing = [name for name in ("textual", "sqlite_utils") if importlib.util.find_spec(name) is None]
     if missing:
         raise TuiMissingError(
-            f"the chat screen needs {' and '.join(missing)}: {INSTALL_HINT}, or `mobile-gguf chat --plain MODEL`"
+            f"the chat screen needs {' and '.join(missing)}: {INSTALL_HINT}, "
+            "or `mobile-gguf chat --plain MODEL`"
         )

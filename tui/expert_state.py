@@ -5,7 +5,6 @@ Pure arithmetic over arrays [n_layer, n_expert], so that it can be tested withou
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -108,10 +107,10 @@ class ExpertState:
         return {"device": on_device, "host": int((host == RESIDENT).sum()), "loading": loading}
 
 
-def bins(n: int, room: int) -> tuple[int, int]:
-    """How many of ``n`` things share a cell so that they fit into ``room``, and how many cells that is."""
-    per_cell = max(1, math.ceil(n / max(1, room)))
-    return per_cell, math.ceil(n / per_cell)
+def spans(n: int, room: int) -> list[range]:
+    """``n`` things in order in at most ``room`` cells, as evenly as they go."""
+    cells = min(n, max(1, room))
+    return [range(i * n // cells, (i + 1) * n // cells) for i in range(cells)]
 
 
 def aggregate(cells: npt.NDArray[np.uint8], rows: int, columns: int) -> npt.NDArray[np.uint8]:
@@ -120,13 +119,11 @@ def aggregate(cells: npt.NDArray[np.uint8], rows: int, columns: int) -> npt.NDAr
     Where several experts share a cell, the largest event among them is shown; without one, where half of
     them or more are.
     """
-    per_row, n_rows = bins(cells.shape[0], rows)
-    per_column, n_columns = bins(cells.shape[1], columns)
-    out = np.zeros((n_rows, n_columns), dtype=np.uint8)
-    for row in range(n_rows):
-        band = cells[row * per_row : (row + 1) * per_row]
-        for column in range(n_columns):
-            out[row, column] = _summary(band[:, column * per_column : (column + 1) * per_column])
+    bands, stripes = spans(cells.shape[0], rows), spans(cells.shape[1], columns)
+    out = np.zeros((len(bands), len(stripes)), dtype=np.uint8)
+    for row, band in enumerate(bands):
+        for column, stripe in enumerate(stripes):
+            out[row, column] = _summary(cells[band.start : band.stop, stripe.start : stripe.stop])
     return out
 
 

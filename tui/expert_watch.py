@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-
 import tempfile
 from io import BufferedReader
 from pathlib import Path
@@ -77,7 +76,7 @@ class ExpertWatch:
             self._directory = tempfile.TemporaryDirectory(prefix="mobile-gguf-trace-")
             path = Path(self._directory.name) / "trace.csv"
             self._engine.trace_start(self._llama.ctx, path)
-            self._file = open(path, "rb")
+            self._file = path.open("rb")
         except (MobileError, OSError):
             self.stop()
 

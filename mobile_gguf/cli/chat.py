@@ -33,9 +33,9 @@ HELP = """/help               this text
 /exit               leave, as does Ctrl-D; Ctrl-C ends an answer"""
 
 
-_DESCRIPTION = """Chat with a model: on a screen with its experts (F1 shows the keys), or line by line with --plain,
-which is also what runs when standard input or output is no terminal. Without MODEL the screen lets you pick one.
-/help lists the commands."""
+_DESCRIPTION = """Chat with a model: on a screen with its experts (F1 shows the keys), or line by line with
+--plain, which is also what runs when standard input or output is no terminal. Without MODEL the screen
+lets you pick one. /help lists the commands."""
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

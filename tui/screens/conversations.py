@@ -23,8 +23,9 @@ class Conversations(Dialog[int]):
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("down", "focus_list", "List", id="conversations.list", tooltip="Go to the list", show=False),
-        Binding("ctrl+e,f2", "rename", "Rename", id="conversations.rename", tooltip="Give it another title"),
-        Binding("ctrl+d,delete", "delete", "Delete", id="conversations.delete", tooltip="Delete it"),
+        # before the box for the words, which has its own use for these keys
+        Binding("ctrl+e", "rename", "Rename", id="conversations.rename", tooltip="Retitle it", priority=True),
+        Binding("ctrl+d", "delete", "Delete", id="conversations.delete", tooltip="Delete it", priority=True),
     ]
 
     def __init__(self, store: ConversationStore, words: str = "") -> None:

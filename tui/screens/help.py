@@ -10,13 +10,14 @@ from textual.widgets import Footer, Markdown
 from ..slash import COMMANDS
 from .dialog import Dialog
 
-_KEYS = {"ctrl": "Ctrl", "shift": "Shift", "alt": "Alt"}
+_KEYS = {"up": "Up", "pageup": "Page-Up", "pagedown": "Page-Down"}
 _MORE = """
-In the transcript (Tab moves there): `e` edits a question, `c` copies, `b` copies the next code block, `r` answers
-again. `Tab` completes a command. The mouse works everywhere; holding Shift selects text for the terminal.
+In the transcript (Tab moves there): `e` edits a question, `c` copies, `b` copies the next code block, `r`
+answers again. `Tab` completes a command. The mouse works everywhere; Shift selects text for the terminal.
 
-The map: a row for each layer, a column for each expert. `█` hit, `X` missed, `+` loading, `▒` `x` hit or missed a
-moment ago, `░` in RAM, `▓` on the GPU, `·` on disk only. Where several experts share a cell, the latest event wins.
+The map: a row for each layer, a column for each expert. `█` hit, `X` missed, `+` loading, `▒` `x` hit or
+missed a moment ago, `░` in RAM, `▓` on the GPU, `·` on disk only. Where several experts share a cell, the
+latest event wins.
 """
 
 
@@ -54,7 +55,7 @@ def shown_keys(keys: str) -> str:
     """Keys as people write them: ``ctrl+o,f2`` is ``Ctrl-O, F2``."""
     return ", ".join(
         "-".join(
-            _KEYS.get(part, part.upper() if len(part) <= 3 else part.capitalize()) for part in key.split("+")
+            _KEYS.get(part, part.upper() if len(part) <= 2 else part.capitalize()) for part in key.split("+")
         )
         for key in keys.split(",")
     )

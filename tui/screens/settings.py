@@ -22,7 +22,7 @@ class SettingsScreen(Dialog[bool]):
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("ctrl+l", "reload", "Reload the model", id="settings.reload", tooltip="Load it with these"),
-        Binding("ctrl+d", "default", "Default", id="settings.default", tooltip="Back to the default"),
+        Binding("ctrl+d", "default", "Default", id="settings.default", tooltip="As declared", priority=True),
     ]
 
     def __init__(self, settings: Settings, *, has_model: bool) -> None:

@@ -9,7 +9,7 @@ from textual.reactive import reactive
 from textual.strip import Strip
 from textual.widget import Widget
 
-from ..expert_state import Cell, ExpertState, aggregate, bins
+from ..expert_state import Cell, ExpertState, aggregate, spans
 
 # Told apart by shape alone, so that the map works without colour.
 GLYPHS = {
@@ -41,7 +41,7 @@ NAMES = {
     Cell.OLD_HIT: "hit a moment ago",
     Cell.OLD_MISS: "missed a moment ago",
     Cell.HIT: "hit",
-    Cell.DEVICE_HIT: "hit on the GPU",
+    Cell.DEVICE_HIT: "GPU hit",
     Cell.LOADING: "loading",
     Cell.MISS: "missed",
 }
@@ -78,15 +78,16 @@ class ExpertMap(Widget):
     def _label_width(self) -> int:
         return len(str(self.state.layers[-1])) + 1 if self.state is not None and self.state.layers else 0
 
-    def _layout_cells(self) -> tuple[int, int, int, int]:
-        """Experts to a cell, layers to a cell, a cell's width, the label's."""
-        assert self.state is not None
+    def _layout_cells(self) -> tuple[list[range], list[range], int, int]:
+        """Experts of each column, layers (by place in the list) of each row, a cell's width, the label's."""
+        state = self.state
+        if state is None:
+            return [], [], 1, 0
         label = self._label_width()
-        n_layer, n_expert = len(self.state.layers), self.state.host.shape[1]
-        per_column, n_columns = bins(n_expert, self.size.width - label)
-        per_row, _ = bins(n_layer, self.size.height - 1)
-        width = min(_WIDEST_CELL, max(1, (self.size.width - label) // max(1, n_columns)))
-        return per_column, per_row, width, label
+        columns = spans(state.host.shape[1], self.size.width - label)
+        rows = spans(len(state.layers), self.size.height - 1)
+        width = min(_WIDEST_CELL, max(1, (self.size.width - label) // max(1, len(columns))))
+        return columns, rows, width, label
 
     def render_line(self, y: int) -> Strip:
         """One line of the map."""
@@ -98,22 +99,26 @@ class ExpertMap(Widget):
             room = size[0] - self._label_width()
             self._cells = aggregate(state.visible(), size[1] - 1, room)
             self._drawn_size = size
-        per_column, per_row, width, label = self._layout_cells()
+        columns, rows, width, label = self._layout_cells()
         if y == 0:
-            return self._header(per_column, per_row, label)
+            return self._header(columns, rows, label)
         if y > len(self._cells):
             return Strip.blank(size[0], self.rich_style)
-        layer = state.layers[(y - 1) * per_row]
+        layer = state.layers[rows[y - 1].start]
         segments = [Segment(f"{layer:>{label - 1}} ", self._style("expert-map--label"))]
         for value in self._cells[y - 1].tolist():
             cell = Cell(value)
             segments.append(Segment(GLYPHS[cell] * width, self._style(STYLES[cell])))
         return Strip(Segment.simplify(segments)).adjust_cell_length(size[0], self.rich_style)
 
-    def _header(self, per_column: int, per_row: int, label: int) -> Strip:
-        assert self.state is not None
-        shared = f", {per_column}x{per_row} to a cell" if per_column * per_row > 1 else ""
-        text = f"layer x {self.state.host.shape[1]} experts{shared}"
+    def _header(self, columns: list[range], rows: list[range], label: int) -> Strip:
+        n_layer, n_expert = rows[-1].stop, columns[-1].stop
+        shared = (
+            f", {len(rows)} x {len(columns)} cells"
+            if (len(rows), len(columns)) != (n_layer, n_expert)
+            else ""
+        )
+        text = f"{n_layer} layers x {n_expert} experts{shared}"
         text = " " * label + text if label + len(text) <= self.size.width else text
         line = Strip([Segment(text, self._style("expert-map--label"))])
         return line.adjust_cell_length(self.size.width, self.rich_style)
@@ -130,15 +135,16 @@ class ExpertMap(Widget):
         state = self.state
         if state is None or not state.layers or y < 1:
             return None
-        per_column, per_row, width, label = self._layout_cells()
-        column, row = (x - label) // width * per_column, (y - 1) * per_row
-        if x < label or row >= len(state.layers) or column >= state.host.shape[1]:
+        columns, rows, width, label = self._layout_cells()
+        column, row = (x - label) // width, y - 1
+        if x < label or row >= len(rows) or column >= len(columns):
             return None
-        layers = state.layers[row : row + per_row]
-        experts = range(column, min(column + per_column, state.host.shape[1]))
+        band, experts = rows[row], columns[column]
+        layers = state.layers[band.start : band.stop]
         hits = int(sum(state.hits[layer, expert] for layer in layers for expert in experts))
         misses = int(sum(state.misses[layer, expert] for layer in layers for expert in experts))
-        value = aggregate(state.visible()[row : row + per_row, column : experts.stop], 1, 1)[0, 0]
+        seen = state.visible()[band.start : band.stop, experts.start : experts.stop]
+        value = aggregate(seen, 1, 1)[0, 0]
         where = f"layer {_span(layers)}, expert {_span(experts)}"
         return f"{where}: {NAMES[Cell(int(value))]}; {hits} hits, {misses} misses"
 

@@ -59,12 +59,17 @@ class Prompt(TextArea):
         elif key in _NEWLINE_KEYS:
             self._swallow(event)
             self.action_newline()
-        elif key == "up" and self.cursor_location[0] == 0 and self.recall(-1):
-            self._swallow(event)
-        elif key == "down" and self.cursor_location[0] == self.document.line_count - 1 and self.recall(1):
+        elif self._recalls(key):
             self._swallow(event)
         else:
             await super()._on_key(event)
+
+    def _recalls(self, key: str) -> bool:
+        """Whether an arrow at the edge of the text has moved through the history."""
+        row = self.cursor_location[0]
+        if key == "up" and row == 0:
+            return self.recall(-1)
+        return key == "down" and row == self.document.line_count - 1 and self.recall(1)
 
     def _swallow(self, event: events.Key) -> None:
         event.stop()

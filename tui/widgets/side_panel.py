@@ -19,9 +19,9 @@ from .gauge import Gauge
 _COLOURS = {
     "expert-map--absent": "$text-muted",
     "expert-map--host": "$primary",
-    "expert-map--device": "$secondary",
+    "expert-map--device": "#b07fd8",
     "expert-map--hit": "$success",
-    "expert-map--device-hit": "$secondary",
+    "expert-map--device-hit": "#e0a0ff",
     "expert-map--loading": "$warning",
     "expert-map--miss": "$error",
 }

@@ -1,0 +1,452 @@
+"""The chat screen: asking, stopping, editing, saving; every action by its key, on a scripted model."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+from fake_backend import FakeBackend, scripted
+from tui_app import ANSWER, Loader, chat, say, toasts, until
+
+from mobile_gguf.errors import ExpertReadError, ModelNotFoundError
+from mobile_gguf.tui.screens.confirm import Confirm
+from mobile_gguf.tui.screens.conversations import Conversations
+from mobile_gguf.tui.screens.help import Help
+from mobile_gguf.tui.screens.models import ModelPicker
+from mobile_gguf.tui.widgets.completion_list import CompletionList
+from mobile_gguf.tui.widgets.side_panel import SidePanel
+from mobile_gguf.tui.widgets.turn_view import AnswerView, QuestionView
+
+
+def run(coroutine):
+    return asyncio.run(coroutine)
+
+
+def contents(app):
+    return [turn.content for turn in app.chat.session.turns]
+
+
+def slow_backend(text="abc " * 200):
+    """A model that waits at every token until the event is set."""
+    backend, go = FakeBackend(scripted(text, end=False)), threading.Event()
+    backend.on_evaluate = lambda: None if go.is_set() else go.wait(0.02)
+    return backend
+
+
+def loader_of(backend):
+    loader = Loader()
+    loader.backends["fake"] = backend
+    return loader
+
+
+def test_an_answer_is_shown_saved_and_has_a_receipt(tmp_path):
+    async def go():
+        async with chat(tmp_path) as (app, pilot):
+            await pilot.press(*"Why?", "enter")
+            await until(pilot, lambda: contents(app) == ["Why?", ANSWER])
+            view = app.chat.query_one(AnswerView)
+            assert view.markdown.source == ANSWER
+            assert view.markdown.code_blocks() == ["print('blue')"]
+            assert "big" in str(view.receipt.content)
+            assert "tok/s" in str(view.receipt.content)
+            assert app.chat.session.id is not None
+            assert [turn.content for turn in app.store.open(app.chat.session.id)[2]] == ["Why?", ANSWER]
+
+    run(go())
+
+
+def test_lines_are_begun_by_ctrl_j_shift_enter_and_a_backslash(tmp_path):
+    async def go():
+        async with chat(tmp_path) as (app, pilot):
+            await pilot.press("a", "ctrl+j", "b", "shift+enter", "c", "\\", "enter", "d")
+            assert app.chat.prompt.text == "a\nb\nc\nd"
+            await pilot.press("enter")
+            await until(pilot, lambda: contents(app)[:1] == ["a\nb\nc\nd"])
+
+    run(go())
+
+
+def test_the_arrow_keys_walk_through_earlier_prompts_and_back_to_the_draft(tmp_path):
+    async def go():
+        async with chat(tmp_path) as (app, pilot):
+            await say(app, pilot, "one")
+            await say(app, pilot, "two")
+            await pilot.press(*"draft", "up")
+            assert app.chat.prompt.text == "two"
+            await pilot.press("up")
+            assert app.chat.prompt.text == "one"
+            await pilot.press("up")
+            assert app.chat.prompt.text == "one"
+            await pilot.press("down", "down")
+            assert app.chat.prompt.text == "draft"
+        async with chat(tmp_path) as (app, pilot):
+            await pilot.press("up")
+            assert app.chat.prompt.text == "two"
+
+    run(go())
+
+
+@pytest.mark.parametrize("key", ["escape", "ctrl+c"])
+def test_an_answer_can_be_stopped_and_keeps_what_it_said(tmp_path, key):
+    async def go():
+        async with chat(tmp_path, loader=loader_of(slow_backend())) as (app, pilot):
+            app.chat.prompt.put("go on")
+            await pilot.press("enter")
+            await until(pilot, lambda: len(app.chat.query_one(AnswerView).text) > 8)
+            await pilot.press(key)
+            await until(pilot, lambda: not app.chat.busy)
+            view = app.chat.query_one(AnswerView)
+            assert contents(app) == ["go on", view.text]
+            assert len(view.text) < 400
+            assert "stopped" in str(view.receipt.content)
+            app.chat.prompt.put("again")
+            await pilot.press("enter")
+            await until(pilot, lambda: app.chat.state == "answering")
+
+    run(go())
+
+
+def test_typing_goes_on_while_the_model_answers(tmp_path):
+    async def go():
+        async with chat(tmp_path, loader=loader_of(slow_backend())) as (app, pilot):
+            app.chat.prompt.put("go on")
+            await pilot.press("enter")
+            await until(pilot, lambda: app.chat.query_one(AnswerView).text)
+            await pilot.press(*"next")
+            assert app.chat.prompt.text == "next"
+            await pilot.press("enter")
+            assert app.chat.prompt.text == "next"
+            assert "still answering" in toasts(app)
+
+    run(go())
+
+
+def test_a_question_is_edited_and_sent_again(tmp_path):
+    async def go():
+        async with chat(tmp_path) as (app, pilot):
+            await say(app, pilot, "one")
+            await say(app, pilot, "two")
+            await pilot.press("ctrl+up")
+            assert app.chat.prompt.text == "two"
+            await pilot.press("escape")
+            assert app.chat.prompt.text == ""
+            app.chat.query(QuestionView).first().focus()
+            await pilot.press("e")
+            assert app.chat.prompt.text == "one"
+            await pilot.press(*" more", "enter")
+            await until(pilot, lambda: contents(app) == ["one more", ANSWER])
+            assert len(app.chat.query(AnswerView)) == 1
+            assert len(app.store.open(app.chat.session.id)[2]) == 2
+
+    run(go())
+
+
+def test_an_answer_is_made_again(tmp_path):
+    async def go():
+        backend = FakeBackend(scripted(ANSWER))
+        async with chat(tmp_path, loader=loader_of(backend)) as (app, pilot):
+            await say(app, pilot, "one")
+            seed = backend.seed
+            await pilot.press("f5")
+            await until(pilot, lambda: not app.chat.busy and len(contents(app)) == 2 and backend.seed != seed)
+            assert len(app.chat.query(AnswerView)) == 1
+            app.chat.query_one(AnswerView).focus()
+            await pilot.press("r")
+            await until(pilot, lambda: not app.chat.busy)
+            assert contents(app) == ["one", ANSWER]
+
+    run(go())
+
+
+def test_what_is_copied(tmp_path):
+    async def go():
+        async with chat(tmp_path) as (app, pilot):
+            await say(app, pilot, "one")
+            await say(app, pilot, "/copy")
+            assert app.clipboard == ANSWER
+            app.chat.query_one(AnswerView).focus()
+            await pilot.press("b")
+            assert app.clipboard == "print('blue')"
+            app.chat.query_one(QuestionView).focus()
+            await pilot.press("c")
+            assert app.clipboard == "one"
+            await pilot.click(".copy-line")
+            assert app.clipboard == "print('blue')"
+
+    run(go())
+
+
+def test_a_failed_answer_is_a_message_and_the_question_comes_back(tmp_path):
+    async def go():
+        backend = FakeBackend(scripted(ANSWER))
+        backend.errors[0] = ExpertReadError("fake.gguf: layer 3, expert 5: short read")
+        async with chat(tmp_path, loader=loader_of(backend)) as (app, pilot):
+            await say(app, pilot, "one")
+            assert "layer 3, expert 5" in toasts(app)
+            assert contents(app) == []
+            assert app.chat.prompt.text == "one"
+            await pilot.press("enter")
+            await until(pilot, lambda: contents(app) == ["one", ANSWER])
+
+    run(go())
+
+
+def test_an_answer_that_fails_midway_keeps_its_text(tmp_path):
+    async def go():
+        backend = FakeBackend(scripted(ANSWER))
+        backend.errors[6] = RuntimeError("something nobody thought of")
+        async with chat(tmp_path, loader=loader_of(backend)) as (app, pilot):
+            await say(app, pilot, "one")
+            assert "unexpected RuntimeError: something nobody thought of" in toasts(app)
+            assert contents(app) == ["one", ANSWER[:6]]
+            assert "something nobody thought of" in str(app.chat.query_one(AnswerView).receipt.content)
+
+    run(go())
+
+
+def test_a_model_that_does_not_load_is_a_message(tmp_path):
+    async def go():
+        loader = Loader()
+        loader.errors["gone"] = ModelNotFoundError("no such model: gone")
+        async with chat(tmp_path, reference="gone", loader=loader) as (app, pilot):
+            assert "no such model: gone" in toasts(app)
+            app.chat.prompt.put("hello")
+            await pilot.press("enter")
+            await until(pilot, lambda: isinstance(app.screen, ModelPicker))
+            assert app.chat.prompt.text == "hello"
+
+    run(go())
+
+
+def test_loading_shows_progress_and_can_be_cancelled(tmp_path):
+    async def go():
+        loader = Loader()
+        async with chat(tmp_path, loader=loader) as (app, pilot):
+            loader.gate.clear()
+            await say_without_waiting(app, pilot, "/model other")
+            await until(pilot, lambda: "60%" in app.chat.query_one("#title").activity)
+            await pilot.press("escape")
+            await until(pilot, lambda: not app.chat.busy)
+            assert "cancelled" in toasts(app)
+            assert not app.chat.facts
+
+    run(go())
+
+
+async def say_without_waiting(app, pilot, text):
+    app.chat.prompt.put(text)
+    await pilot.pause()
+    app.chat.prompt.action_submit()
+    await pilot.pause()
+
+
+def test_a_question_asked_while_loading_waits_for_the_model(tmp_path):
+    async def go():
+        loader = Loader()
+        async with chat(tmp_path, loader=loader) as (app, pilot):
+            loader.gate.clear()
+            await say_without_waiting(app, pilot, "/model other")
+            await say_without_waiting(app, pilot, "early")
+            assert contents(app) == []
+            loader.gate.set()
+            await until(pilot, lambda: contents(app) == ["early", ANSWER])
+
+    run(go())
+
+
+def test_conversations_are_found_opened_renamed_and_deleted(tmp_path):
+    async def go():
+        async with chat(tmp_path) as (app, pilot):
+            await say(app, pilot, "about the sky")
+            await pilot.press("ctrl+n")
+            await say(app, pilot, "about bread")
+            await say(app, pilot, "/rename Baking")
+            await pilot.press("ctrl+r")
+            await until(pilot, lambda: isinstance(app.screen, Conversations))
+            assert [item.title for item in app.screen.found] == ["Baking", "about the sky"]
+            await pilot.press(*"sky")
+            assert [item.title for item in app.screen.found] == ["about the sky"]
+            await pilot.press("enter")
+            await until(pilot, lambda: contents(app) == ["about the sky", ANSWER])
+            assert app.chat.query_one(AnswerView).markdown.source == ANSWER
+            await pilot.press("ctrl+r", "ctrl+d", "y")
+            await until(pilot, lambda: [s.title for s in app.store.search()] == ["about the sky"])
+            await pilot.press("ctrl+e", *"!", "enter")
+            assert [item.title for item in app.screen.found] == ["about the sky!"]
+            await pilot.press("escape")
+            await say_without_waiting(app, pilot, "/delete")
+            assert isinstance(app.screen, Confirm)
+            await pilot.press("y")
+            await until(pilot, lambda: contents(app) == [])
+            assert app.store.search() == []
+
+    run(go())
+
+
+def test_an_export_is_markdown(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    async def go():
+        async with chat(tmp_path) as (app, pilot):
+            await say(app, pilot, "Why is it blue?")
+            await say(app, pilot, "/export")
+            text = (tmp_path / "why-is-it-blue.md").read_text()
+            assert text.startswith(
+                "# Why is it blue?\n\n## You\n\nWhy is it blue?\n\n## fake\n\nIt **scatters**"
+            )
+            await say(app, pilot, "/export")
+            assert "exists" in toasts(app)
+            await say(app, pilot, "/export /nonexistent/x.md")
+            assert "/nonexistent/x.md" in toasts(app)
+
+    run(go())
+
+
+def test_commands_are_completed(tmp_path):
+    async def go():
+        async with chat(tmp_path) as (app, pilot):
+            shown = app.chat.query_one(CompletionList)
+            await pilot.press(*"/re")
+            assert [item.shown for item in shown.completions] == [
+                "/rename TITLE",
+                "/reload",
+                "/regenerate",
+            ]
+            await pilot.press("escape")
+            assert not shown.display
+            app.chat.prompt.put("/set mo")
+            await pilot.pause()
+            await pilot.press("tab")
+            assert app.chat.prompt.text == "/set mode"
+            await pilot.press("space", *"l", "tab")
+            assert app.chat.prompt.text == "/set mode little"
+            await pilot.press("enter")
+            await until(pilot, lambda: app.settings.value("mode") == "little")
+            await pilot.press(*"/hel", "down", "up", "enter")
+            await until(pilot, lambda: isinstance(app.screen, Help))
+
+    run(go())
+
+
+def test_settings_count_from_the_next_answer_on(tmp_path):
+    async def go():
+        backend = FakeBackend(scripted(ANSWER))
+        async with chat(tmp_path, loader=loader_of(backend)) as (app, pilot):
+            await say(app, pilot, "/set mode little")
+            await say(app, pilot, "/set temp 0.25")
+            await say(app, pilot, "one")
+            assert backend.sampling["temp"] == 0.25
+            assert "little 1" in backend.log
+            await say(app, pilot, "/set temp nonsense")
+            assert "must be a number" in toasts(app)
+            await say(app, pilot, "/set ram_budget 50%")
+            assert "after /reload" in toasts(app)
+        loader = Loader()
+        async with chat(tmp_path, loader=loader) as (app, _pilot):
+            assert str(loader.options[0]["ram_budget"]) == "50%"
+            assert app.settings.value("mode") == "little"
+
+    run(go())
+
+
+def test_tokens_are_coloured_by_their_pass(tmp_path):
+    async def go():
+        backend = FakeBackend(scripted("abcd", sure=[0.9, 0.1, 0.9]))
+        async with chat(tmp_path, loader=loader_of(backend), given={"mode": "big-little"}) as (app, pilot):
+            await say(app, pilot, "one")
+            view = app.chat.query_one(AnswerView)
+            assert [token.kind for token in view.tokens] == ["big", "little", "fallback", "little", "little"]
+            assert view.markdown.display
+            await pilot.press("ctrl+t")
+            assert view.token_text.display
+            assert str(view.token_text.content) == "abcd"
+            assert len({str(span.style) for span in view.token_text.content.spans}) == 2
+            await pilot.press("ctrl+t")
+            assert view.markdown.display
+
+    run(go())
+
+
+def test_the_map_follows_the_answer(tmp_path):
+    async def go():
+        async with chat(tmp_path) as (app, pilot):
+            state = app.chat.query_one("#experts", SidePanel).state
+            await say(app, pilot, "one")
+            assert state.hits[0, 1] > 10
+            assert state.misses[2, 3] == state.hits[0, 1]
+            assert state.counts() == {"device": 0, "host": 16, "loading": 1}
+            assert len(app.chat.query_one("#speed").values) == len(ANSWER) + 1
+
+    run(go())
+
+
+def test_a_hidden_map_costs_nothing(tmp_path):
+    async def go():
+        async with chat(tmp_path, size=(80, 24)) as (app, pilot):
+            panel = app.chat.query_one("#experts", SidePanel)
+            assert not panel.display
+            await say(app, pilot, "one")
+            assert panel.state.hits.sum() == 0
+            await pilot.press("ctrl+g")
+            assert panel.display
+            await say(app, pilot, "two")
+            assert panel.state.hits.sum() > 0
+            await pilot.resize_terminal(120, 40)
+            await pilot.resize_terminal(40, 12)
+            await pilot.press("f9")
+            await pilot.pause(0.3)
+            await pilot.press("escape")
+            assert app.screen is app.chat
+
+    run(go())
+
+
+def test_quitting_while_generating_is_clean(tmp_path):
+    async def go():
+        backend = slow_backend()
+        async with chat(tmp_path, loader=loader_of(backend)) as (app, pilot):
+            app.chat.prompt.put("go on")
+            await pilot.press("enter")
+            await until(pilot, lambda: app.chat.query_one(AnswerView).text)
+            await pilot.resize_terminal(60, 20)
+            await pilot.press("ctrl+q")
+            await pilot.pause()
+        assert app.return_code == 0
+        assert backend.closed
+
+    run(go())
+
+
+def test_a_stuck_engine_does_not_keep_the_program(tmp_path, monkeypatch):
+    async def go():
+        backend, release = FakeBackend(scripted("abc")), threading.Event()
+        stuck = threading.Event()
+
+        def hang():
+            stuck.set()
+            release.wait(30)
+
+        backend.on_evaluate = hang
+        async with chat(tmp_path, loader=loader_of(backend)) as (app, pilot):
+            app.chat.prompt.put("go on")
+            await pilot.press("enter")
+            await until(pilot, stuck.is_set)
+            await pilot.press(*"typing works")
+            assert app.chat.prompt.text == "typing works"
+            await pilot.press("ctrl+q")
+            assert not app.engine.shut_down(0.1)
+            release.set()
+
+    run(go())
+
+
+def test_conversations_that_cannot_be_saved_stay_on_the_screen(tmp_path):
+    async def go():
+        (tmp_path / "conversations.db").write_bytes(b"this is no database, but long enough to look at" * 20)
+        async with chat(tmp_path) as (app, pilot):
+            assert "conversations are not saved" in toasts(app)
+            await say(app, pilot, "one")
+            assert contents(app) == ["one", ANSWER]
+
+    run(go())

@@ -1,0 +1,78 @@
+"""The real program in a real terminal: tmux, the real engine, the demo model."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+import uuid
+
+import pytest
+
+pytestmark = pytest.mark.skipif(shutil.which("tmux") is None, reason="there is no tmux to run a terminal in")
+
+
+class Terminal:
+    """A tmux session of its own server, so that nobody else's is touched."""
+
+    def __init__(self, directory, columns, lines):
+        self._socket = f"mobile-gguf-{uuid.uuid4().hex[:8]}"
+        self._directory = directory
+        self._size = columns, lines
+
+    def tmux(self, *arguments):
+        return subprocess.run(
+            ["tmux", "-L", self._socket, "-f", "/dev/null", *arguments], capture_output=True, text=True
+        )
+
+    def start(self, command):
+        columns, lines = map(str, self._size)
+        # the shell stays, so that the exit code can be read
+        started = self.tmux("new-session", "-d", "-x", columns, "-y", lines, f"{command}; echo EXIT=$?; cat")
+        assert started.returncode == 0, started.stderr
+
+    def screen(self):
+        return self.tmux("capture-pane", "-p").stdout
+
+    def keys(self, *keys):
+        self.tmux("send-keys", *keys)
+
+    def wait(self, text, seconds=90):
+        deadline = time.monotonic() + seconds
+        while text not in self.screen():
+            assert time.monotonic() < deadline, f"no {text!r} on the screen:\n{self.screen()}"
+            time.sleep(0.1)
+
+    def kill(self):
+        self.tmux("kill-server")
+
+
+@pytest.fixture
+def terminal(tmp_path):
+    made = Terminal(tmp_path, 80, 24)
+    yield made
+    made.kill()
+
+
+def test_a_chat_with_the_demo_model(terminal, demo_gguf, tmp_path):
+    names = ("XDG_CACHE_HOME", "XDG_DATA_HOME", "XDG_CONFIG_HOME", "MOBILE_GGUF_ENGINE_CACHE")
+    variables = " ".join(f"{name}={os.environ[name]}" for name in names)
+    options = "--ram-budget 40% --seed 1 -n 10 -t 1"
+    terminal.start(f"env {variables} {sys.executable} -m mobile_gguf chat {demo_gguf} {options}")
+    terminal.wait("exact")
+    terminal.keys("-l", "Name three colours.")
+    terminal.keys("Enter")
+    terminal.wait("hits")
+    assert "Name three colours." in terminal.screen()
+    terminal.keys("C-g")
+    terminal.wait("30 layers x 16 experts")
+    terminal.keys("-l", "/set n_predict -1")
+    terminal.keys("Enter")
+    terminal.keys("-l", "Count to one thousand, number by number.")
+    terminal.keys("Enter")
+    terminal.wait("Esc stops")
+    terminal.tmux("resize-window", "-x", "120", "-y", "36")
+    terminal.keys("C-q")
+    terminal.wait("EXIT=0")
