@@ -44,17 +44,13 @@ def help_markdown() -> str:
         if isinstance(item, Binding) and item.tooltip
     ]
     keys = "\n".join(f"| {shown_keys(item.key)} | {item.tooltip} |" for item in bindings)
-    commands = "\n".join(
-        f"| `{item.name} {item.argument}`".rstrip("` ") + f"` | {item.help} |" for item in COMMANDS
-    )
+    commands = "\n".join(f"| `{item.name} {item.argument}`".rstrip("` ") + f"` | {item.help} |" for item in COMMANDS)
     return f"| Key | |\n|---|---|\n{keys}\n{_MORE}\n| Command | |\n|---|---|\n{commands}\n"
 
 
 def shown_keys(keys: str) -> str:
     """Keys as people write them: ``ctrl+o,f2`` is ``Ctrl-O, F2``."""
     return ", ".join(
-        "-".join(
-            _KEYS.get(part, part.upper() if len(part) <= 3 else part.capitalize()) for part in key.split("+")
-        )
+        "-".join(_KEYS.get(part, part.upper() if len(part) <= 3 else part.capitalize()) for part in key.split("+"))
         for key in keys.split(",")
     )
