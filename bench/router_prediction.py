@@ -28,7 +28,9 @@ States = dict[tuple[str, int], npt.NDArray[Any]]  # (name, layer) -> [n_tokens, 
 
 def observe(model_path: Path, texts: list[bytes]) -> States:
     """Inputs, outputs and routed ids of every layer over the texts; raises EngineError."""
-    from llama_cpp import llama_cpp
+    from llama_cpp import llama_cpp as library
+
+    llama_cpp: Any = library
 
     seen: dict[tuple[str, int], list[npt.NDArray[Any]]] = {}
 
