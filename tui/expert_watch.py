@@ -126,5 +126,3 @@ class ExpertWatch:
         with contextlib.suppress(OSError):
             self._directory.cleanup()
         self._directory, self._file, self._rest, self._columns = None, None, b"", {}
-
-

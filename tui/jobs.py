@@ -97,7 +97,13 @@ class Jobs:
         self.jobs[job.id] = job
         # A terminal makes the command show its progress as it goes; nobody else reads this one.
         reader, writer = _terminal()
-        environment = {**os.environ, "TERM": "dumb", "NO_COLOR": "1", "COLUMNS": "160", "PYTHONUNBUFFERED": "1"}
+        environment = {
+            **os.environ,
+            "TERM": "dumb",
+            "NO_COLOR": "1",
+            "COLUMNS": "160",
+            "PYTHONUNBUFFERED": "1",
+        }
         try:
             child = subprocess.Popen(
                 [*self._program, *argv],

@@ -71,9 +71,7 @@ class Settings:
         """
         known = {**answer_settings(), **load_settings()}
         plain = name.lstrip("-").replace("-", "_")
-        names = (
-            key for key, opt in known.items() if plain in (key, *(_plain(flag) for flag in opt.flags))
-        )
+        names = (key for key, opt in known.items() if plain in (key, *(_plain(flag) for flag in opt.flags)))
         found = next(names, None)
         if found is None:
             raise UsageError(f"unknown option {name!r}: there are {', '.join(known)}")

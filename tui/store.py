@@ -134,9 +134,13 @@ class ConversationStore:
     def open(self, conversation: int) -> tuple[str, str, list[Turn]]:
         """Title, system message and turns. Raises StoreError if there is no such conversation."""
         with _as_store_error(self.path):
-            heads = list(self._db.query("select title, system from conversations where id = ?", [conversation]))
+            heads = list(
+                self._db.query("select title, system from conversations where id = ?", [conversation])
+            )
             rows = list(
-                self._db.query("select * from messages where conversation = ? order by position", [conversation])
+                self._db.query(
+                    "select * from messages where conversation = ? order by position", [conversation]
+                )
             )
         if not heads:
             raise StoreError("this conversation has been deleted")

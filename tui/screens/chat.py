@@ -29,7 +29,9 @@ from .chat_commands import ChatCommands
 if TYPE_CHECKING:
     from ..app import ChatApp
 
-_WELCOME = """Type a question and press Enter. Ctrl-O picks a model, F1 shows all keys, / lists the commands."""
+_WELCOME = (
+    """Type a question and press Enter. Ctrl-O picks a model, F1 shows all keys, / lists the commands."""
+)
 IDLE, LOADING, ANSWERING = "idle", "loading", "answering"
 # How often the map is drawn while something moves.
 _MAP_SECONDS = 0.15
