@@ -88,7 +88,7 @@ class MobileLlama(Llama):
     def model_params(self, params: llama_cpp.llama_model_params) -> None:
         # Llama makes its parameters where no argument reaches these two. Without a list of devices llama.cpp
         # would take all there are, also RPC servers that another model of this process was loaded on.
-        params.devices = ctypes.cast(self._devices, ctypes.c_void_p)
+        params.devices = ctypes.cast(self._devices, ctypes.c_void_p)  # pyright: ignore
         if self._keep_loading is not None:
             keep_loading = self._keep_loading
             self._load_callback = llama_cpp.llama_progress_callback(lambda share, _data: keep_loading(share))
