@@ -318,7 +318,7 @@ def test_shutdown_lets_the_running_answer_end_or_cuts_it_cleanly(fake_model, end
         assert not server.thread.is_alive()
     assert text.rstrip().endswith("data: [DONE]")
     assert ('"finish_reason":"stop"' in text) == ends
-    assert ("the answer was cut: the model is being closed" in text) != ends
+    assert ("the answer was cut: " in text) != ends
 
 
 def test_metrics_experts_and_the_page(hello):

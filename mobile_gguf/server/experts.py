@@ -93,11 +93,12 @@ class ExpertMap:
         if engine is not None:
             llama, asked = self._model.llama, self._asked
             tiers["host"] = self._rows(engine.residency(llama.model, n_layer, n_expert), asked)
-            device = getattr(engine, "device_residency", None)
-            with contextlib.suppress(MobileError):
-                rows = device(llama.ctx, n_layer, n_expert) if device is not None else None
-                if rows:
-                    tiers["device"] = self._rows(rows, {})
+            if getattr(llama, "device", None) is not None:
+                from ..device_calls import DeviceCalls
+
+                with contextlib.suppress(MobileError):
+                    on_device = DeviceCalls(engine, llama.ctx).residency(n_layer, n_expert)
+                    tiers["device"] = self._rows(on_device, {})
         return {
             "object": "experts",
             "n_layer": n_layer,
