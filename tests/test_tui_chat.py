@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 
 import pytest
 from fake_backend import FakeBackend, scripted
@@ -28,9 +29,9 @@ def contents(app):
 
 
 def slow_backend(text="abc " * 200):
-    """A model that waits at every token until the event is set."""
-    backend, go = FakeBackend(scripted(text, end=False)), threading.Event()
-    backend.on_evaluate = lambda: None if go.is_set() else go.wait(0.02)
+    """A model that takes its time and never ends by itself."""
+    backend = FakeBackend(scripted(text, end=False))
+    backend.on_evaluate = lambda: time.sleep(0.02)
     return backend
 
 

@@ -82,7 +82,7 @@ async def chat(
     given: dict[str, Any] | None = None,
     notifications: bool = False,
     **more: Any,
-) -> AsyncIterator[tuple[ChatApp, Pilot[int]]]:
+) -> AsyncIterator[tuple[Any, Pilot[int]]]:
     """A running app with the scripted model loaded; ended as the program ends it."""
     app = ChatApp(
         reference,
