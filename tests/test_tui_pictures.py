@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fake_backend import FakeBackend, scripted
-from textual.widgets import OptionList
+from textual.widgets import Input, OptionList
 from tui_app import Loader, chat, until
 
 from mobile_gguf.binding import RESIDENT
@@ -146,6 +146,8 @@ def test_picture(name, scene, size, tmp_path, monkeypatch):
         async with chat(tmp_path, size=size, loader=loader, notifications=shown) as (app, pilot):
             app.chat.prompt.cursor_blink = False
             await scene(app, pilot)
+            for box in app.screen.query(Input):
+                box.cursor_blink = False
             await pilot.pause(0.3)
             return app.export_screenshot()
 

@@ -16,7 +16,7 @@ from ..model import Model, load
 from .engine_thread import EngineThread
 from .expert_watch import ExpertWatch, Watch
 from .jobs import FAILED, Job, JobEnded, JobHeard, Jobs
-from .models import candidates
+from .models import names
 from .screens.chat import ChatScreen
 from .screens.map import MapScreen
 from .settings import Settings
@@ -134,8 +134,8 @@ class ChatApp(App[int]):
     def model_names(self) -> list[str]:
         """References that a model can be loaded by."""
         try:
-            return [candidate.reference for candidate in candidates()]
-        except (MobileError, OSError):
+            return names()
+        except OSError:
             return []
 
     # jobs

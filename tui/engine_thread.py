@@ -7,7 +7,6 @@ ending. The library computes with the interpreter's lock released: the screen st
 from __future__ import annotations
 
 import contextlib
-import inspect
 import queue
 import threading
 import time
@@ -201,7 +200,7 @@ class EngineThread(threading.Thread):
     ) -> Chunk | None:
         last: Chunk | None = None
         before, started = Receipt(), time.perf_counter()
-        answer = model.stream_chat(messages, **self._stoppable(model), **options)
+        answer = model.stream_chat(messages, should_stop=self._stopping.is_set, **options)
         with contextlib.closing(answer) as chunks:
             for chunk in chunks:
                 now = time.perf_counter()
@@ -214,14 +213,7 @@ class EngineThread(threading.Thread):
                     watch.stop()
                 if outbox.put(token, routed):
                     self._post(AnswerProgressed(outbox))
-                if self._stopping.is_set():
-                    break
         return last
-
-    def _stoppable(self, model: Model) -> dict[str, Any]:
-        # a prompt can take minutes: the engine is asked to look at the flag while it computes one
-        takes_it = "should_stop" in inspect.signature(model.stream_chat).parameters
-        return {"should_stop": self._stopping.is_set} if takes_it else {}
 
 
 def _token(chunk: Chunk, before: Receipt, seconds: float) -> Token:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from ..device_calls import DeviceCalls
 from ..errors import MobileError
 from ..gguf_header import read_header
 from .expert_state import Routed
@@ -66,6 +67,7 @@ class ExpertWatch:
         self._directory: tempfile.TemporaryDirectory[str] | None = None
         self._file: BufferedReader | None = None
         self._rest = b""
+        self._on_device: npt.NDArray[np.uint8] | None = None
         self._columns: dict[bytes, int] = {}
 
     def start(self) -> None:
@@ -84,6 +86,7 @@ class ExpertWatch:
         """What was routed since the last call; the engine writes in blocks, so the last few may come late."""
         if self._file is None:
             return []
+        self._look_at_devices()
         *lines, self._rest = (self._rest + self._file.read()).split(b"\n")
         if lines and not self._columns:
             self._columns = {name.strip(): i for i, name in enumerate(lines.pop(0).split(b","))}
@@ -92,6 +95,13 @@ class ExpertWatch:
             with contextlib.suppress(ValueError, IndexError, KeyError):
                 routed.append(self._parse(line.split(b",")))
         return routed
+
+    def _look_at_devices(self) -> None:
+        # the device tier belongs to a context, and so to the thread that decodes
+        if getattr(self._llama, "device", None) is not None:
+            with contextlib.suppress(MobileError):
+                rows = DeviceCalls(self._engine, self._llama.ctx).residency(*self._shape)
+                self._on_device = self._array(rows)
 
     def _parse(self, fields: list[bytes]) -> Routed:
         column = self._columns
@@ -105,12 +115,9 @@ class ExpertWatch:
             return None
         try:
             rows = self._engine.residency(self._llama.model, *self._shape)
-            device = getattr(self._engine, "device_residency", None)
-            # Without a device tier the engine has none to tell of.
-            on_device = device(self._llama.ctx, *self._shape) if device is not None else None
         except MobileError:
             return None
-        return self._array(rows), self._array(on_device) if on_device else None
+        return self._array(rows), self._on_device
 
     def _array(self, rows: list[bytes]) -> npt.NDArray[np.uint8]:
         return np.frombuffer(b"".join(rows), dtype=np.uint8).reshape(self._shape).copy()

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..cli.list import entries
 from ..errors import MobileError
-from ..gguf_info import read_gguf_info
+from ..gguf_info import GgufInfo, read_gguf_info
+from ..hub.listing import list_models
 from ..loading import context_size, plan_for
 from ..options import LoadOptions, make_options
+from ..resolve import DEMO, local_models
 from ..sizes import format_bytes
 
 
@@ -23,6 +22,7 @@ class Candidate:
     reference: str
     path: Path | None
     n_bytes: int | None
+    problem: str = ""
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,19 @@ class Fit:
 
 
 def candidates() -> list[Candidate]:
-    """The models that ``mobile-gguf list`` knows, the demo among them."""
-    found = []
-    for entry in entries():
-        path = Path(entry["path"]) if entry.get("path") else None
-        found.append(Candidate(str(entry["name"]), path, entry.get("bytes")))
-    return found
+    """The models that ``mobile-gguf list`` knows,
+
+    Looks into files: not for the screen's own thread.
+    """
+    return [
+        Candidate(entry.name, entry.path if entry.info else None, entry.n_bytes, entry.problem)
+        for entry in list_models()
+    ]
+
+
+def names() -> list[str]:
+    """The demo and the models of the data directory, by their names alone."""
+    return [DEMO, *(path.stem for path in local_models())]
 
 
 def fit_of(candidate: Candidate, options: dict[str, Any]) -> Fit:
@@ -49,8 +56,10 @@ def fit_of(candidate: Candidate, options: dict[str, Any]) -> Fit:
 
     What cannot be read says so in ``fit``.
     """
-    if candidate.path is None:
+    if candidate.reference == DEMO and candidate.path is None:
         return Fit("", "", "built when it is first loaded, in a minute or two")
+    if candidate.path is None or candidate.problem:
+        return Fit("", "", candidate.problem or "no file")
     try:
         info = read_gguf_info(candidate.path)
     except MobileError as error:
@@ -69,14 +78,15 @@ def fit_of(candidate: Candidate, options: dict[str, Any]) -> Fit:
         fit = f"fits: all {format_bytes(total)} of experts in RAM"
     else:
         fit = f"{100 * budget // max(1, total)}% of {format_bytes(total)} of experts in RAM"
-    return Fit(info.architecture, experts, fit, predicted_speed(candidate.path, options))
+    return Fit(info.architecture, experts, fit, _speed(info, load))
 
 
-def predicted_speed(path: Path, options: dict[str, Any]) -> str:
+def _speed(info: GgufInfo, options: LoadOptions) -> str:
     """Predicted tokens/s from measurements that were made before; empty where there are none."""
-    with contextlib.suppress(ImportError, AttributeError, MobileError, TypeError, ValueError):
-        predict = importlib.import_module("mobile_gguf.plan").predict_cached
-        predicted = predict(path, **options)
-        if predicted is not None:
-            return f"~{float(getattr(predicted, 'tokens_per_second', predicted)):.1f} tok/s"
-    return ""
+    from ..plan import predict_cached
+
+    try:
+        predicted = predict_cached(info, options)
+    except MobileError:
+        return ""
+    return f"about {predicted.predicted_tps:.1f} tok/s" if predicted is not None else ""
