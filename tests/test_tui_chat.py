@@ -31,7 +31,7 @@ def contents(app):
 def slow_backend(text="abc " * 200):
     """A model that takes its time and never ends by itself."""
     backend = FakeBackend(scripted(text, end=False))
-    backend.on_evaluate = lambda: time.sleep(0.02)
+    backend.on_evaluate = lambda: time.sleep(0.1)
     return backend
 
 
@@ -326,6 +326,23 @@ def test_commands_are_completed(tmp_path):
             await until(pilot, lambda: app.settings.value("mode") == "little")
             await pilot.press(*"/hel", "down", "up", "enter")
             await until(pilot, lambda: isinstance(app.screen, Help))
+
+    run(go())
+
+
+def test_an_enter_that_overtakes_the_completions_is_not_lost(tmp_path):
+    async def go():
+        async with chat(tmp_path) as (app, pilot):
+            app.chat.prompt.put("/set mo")
+            await pilot.pause()
+            assert app.chat.prompt.completing
+            app.chat.prompt.put("/set mode little")
+            app.chat.prompt.post_message(app.chat.prompt.CompletionKey("enter"))
+            await until(pilot, lambda: app.settings.value("mode") == "little")
+            app.chat.prompt.put("/model")
+            await pilot.pause()
+            await pilot.press("enter")
+            await until(pilot, lambda: isinstance(app.screen, ModelPicker))
 
     run(go())
 

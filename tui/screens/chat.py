@@ -326,17 +326,25 @@ class ChatScreen(ChatCommands, Screen[None]):
 
     @on(Prompt.CompletionKey)
     def _completion_key(self, event: Prompt.CompletionKey) -> None:
-        completions = self.query_one(CompletionList)
+        completions, typed = self.query_one(CompletionList), self.prompt.text
+        # What is typed or pasted fast is ahead of the list.
+        found = complete(typed, self._completion_values)
+        if found != completions.completions:
+            completions.show(found)
         chosen = completions.chosen
         if event.key in ("up", "down"):
             completions.move(1 if event.key == "down" else -1)
-        elif event.key == "escape" or chosen is None:
+        elif event.key == "escape":
             self._hide_completions()
+        elif chosen is None:
+            self._hide_completions()
+            if event.key == "enter":
+                self.prompt.action_submit()
         else:
             command = find(chosen.line.split(" ")[0])
-            takes_none = command is not None and not command.argument
+            is_whole = typed == chosen.line.rstrip() or (command is not None and not command.argument)
             self.prompt.put(chosen.line)
-            if event.key == "enter" and (takes_none or self.prompt.text == chosen.line.rstrip()):
+            if event.key == "enter" and is_whole:
                 self._hide_completions()
                 self.prompt.action_submit()
 
