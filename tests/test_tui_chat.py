@@ -8,6 +8,7 @@ import time
 
 import pytest
 from fake_backend import FakeBackend, scripted
+from textual import events
 from tui_app import ANSWER, Loader, chat, say, toasts, until
 
 from mobile_gguf.errors import ExpertReadError, ModelNotFoundError
@@ -337,7 +338,10 @@ def test_an_enter_that_overtakes_the_completions_is_not_lost(tmp_path):
             await pilot.pause()
             assert app.chat.prompt.completing
             app.chat.prompt.put("/set mode little")
-            app.chat.prompt.post_message(app.chat.prompt.CompletionKey("enter"))
+            await app.chat.prompt._on_key(events.Key("enter", None))
+            app.chat.prompt.insert("typed since")
+            await pilot.pause()
+            assert app.chat.prompt.text == "typed since"
             await until(pilot, lambda: app.settings.value("mode") == "little")
             app.chat.prompt.put("/model")
             await pilot.pause()

@@ -98,6 +98,7 @@ class ChatScreen(ChatCommands, Screen[None]):
         self.prompt.prompts = self.app.prompts()
         self.query_one(CompletionList).display = False
         self.query_one("#transcript", VerticalScroll).anchor()
+        self.prompt.completer = lambda text: complete(text, self._completion_values)
         self.prompt.border_subtitle = "Enter sends, Ctrl-J new line"
         self.prompt.focus()
         self._update_map_shown()
@@ -162,13 +163,12 @@ class ChatScreen(ChatCommands, Screen[None]):
     async def _submitted(self, event: Prompt.Submitted) -> None:
         self._hide_completions()
         if event.text.startswith("/"):
-            self.prompt.put("")
             self.prompt.remember(event.text)
             await self.obey(event.text)
         elif self.state == ANSWERING:
+            self.prompt.give_back(event.text)
             self.notify("the model is still answering; Esc ends that", severity="warning")
         else:
-            self.prompt.put("")
             self.prompt.remember(event.text)
             await self.ask(event.text)
 
@@ -179,7 +179,7 @@ class ChatScreen(ChatCommands, Screen[None]):
             self.notify("asked as soon as the model is loaded")
             return
         if not self.facts:
-            self.prompt.put(text)
+            self.prompt.give_back(text)
             self.notify("pick a model first", severity="warning")
             self.action_pick_model()
             return
@@ -334,12 +334,8 @@ class ChatScreen(ChatCommands, Screen[None]):
         chosen = completions.chosen
         if event.key in ("up", "down"):
             completions.move(1 if event.key == "down" else -1)
-        elif event.key == "escape":
+        elif event.key == "escape" or chosen is None:
             self._hide_completions()
-        elif chosen is None:
-            self._hide_completions()
-            if event.key == "enter":
-                self.prompt.action_submit()
         else:
             command = find(chosen.line.split(" ")[0])
             is_whole = typed == chosen.line.rstrip() or (command is not None and not command.argument)

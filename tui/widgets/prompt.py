@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,6 +10,8 @@ from textual import events
 from textual.binding import Binding, BindingType
 from textual.message import Message
 from textual.widgets import TextArea
+
+from ..slash import Completion
 
 _NEWLINE_KEYS = ("shift+enter", "ctrl+enter", "alt+enter", "ctrl+j")
 
@@ -44,13 +47,18 @@ class Prompt(TextArea):
         super().__init__(id=id, soft_wrap=True, show_line_numbers=False, tab_behavior="focus")
         self.highlight_cursor_line = False
         self.completing = False
+        self.completer: Callable[[str], Sequence[Completion]] = lambda _text: ()
         self.prompts: list[str] = []
         self._at: int | None = None
         self._draft = ""
 
     async def _on_key(self, event: events.Key) -> None:
         key = event.key
-        if self.completing and key in ("up", "down", "tab", "escape", "enter"):
+        # Keys may come faster than the screen hears of them: what Enter does is decided here.
+        if key == "enter" and self.completing and self._is_complete():
+            self._swallow(event)
+            self.action_submit()
+        elif self.completing and key in ("up", "down", "tab", "escape", "enter"):
             self._swallow(event)
             self.post_message(self.CompletionKey(key))
         elif key == "enter":
@@ -63,6 +71,11 @@ class Prompt(TextArea):
             self._swallow(event)
         else:
             await super()._on_key(event)
+
+    def _is_complete(self) -> bool:
+        """Whether nothing could be added to the command that is typed, or nothing need be."""
+        found = self.completer(self.text)
+        return not found or any(self.text == completion.line.rstrip() for completion in found)
 
     def _recalls(self, key: str) -> bool:
         """Whether an arrow at the edge of the text has moved through the history."""
@@ -83,8 +96,14 @@ class Prompt(TextArea):
             self.delete((row, column - 1), (row, column))
             self.action_newline()
             return
-        if self.text.strip():
-            self.post_message(self.Submitted(self.text.strip()))
+        text = self.text.strip()
+        if text:
+            self.put("")
+            self.post_message(self.Submitted(text))
+
+    def give_back(self, text: str) -> None:
+        """Put back a text that could not be sent, before what has been typed since."""
+        self.put(f"{text}\n{self.text}" if self.text else text)
 
     def action_newline(self) -> None:
         """Begin a new line."""
