@@ -9,7 +9,8 @@ from .misses import miss_distribution
 
 # Of an expert's work, the part that needs nothing of its last matrix: gate and up of gate, up, down.
 _BEFORE_LAST = 2 / 3
-# Of a layer with a miss: taking slots, waking readers, and being woken, measured on the demo model.
+# Of a layer with a miss: taking slots, waking readers, and being woken. Chosen to fit runs of the demo
+# model, not measured by itself.
 WAKE_S = 60e-6
 
 
