@@ -61,6 +61,11 @@ class Reply:
             "receipt": self.receipt.to_dict(),
         }
 
+    def _repr_html_(self) -> str:
+        from .notebook import reply_html
+
+        return reply_html(self)
+
 
 class Backend(Protocol):
     """What an answer needs of a decoder; MobileLlama is the real one, tests script another."""

@@ -46,6 +46,11 @@ class Receipt:
         """The fields by name, for JSON."""
         return dataclasses.asdict(self)
 
+    def _repr_html_(self) -> str:
+        from .notebook import receipt_html
+
+        return receipt_html(self)
+
     def summary(self, tokens_per_second: float | None = None) -> str:
         """One line: ``12 big · 30 little | 84% hits | 12.3 MiB read | 40 ms stalled | 21.3 tok/s``.
 
