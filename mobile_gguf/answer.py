@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from .binding import Counters, ModelInfo
 from .decode import Pass, Policy
-from .device_structs import DeviceCounters
+from .device.structs import DeviceCounters
 from .errors import AnswerStopped
 from .prefetch import PrefetchCounters
 from .receipt import Receipt, Timings
 from .text import TextStream
 
 if TYPE_CHECKING:
-    from .device_tier import DeviceTier
+    from .device.tier import DeviceTier
     from .head import Head
 
 STOP, LENGTH, INTERRUPTED = "stop", "length", "interrupted"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .device_structs import DeviceParamsStruct
+from .device.structs import DeviceParamsStruct
 from .errors import (
     BudgetError,
     EngineError,

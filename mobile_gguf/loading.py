@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from .binding import Engine, find_engine, needs_engine
 from .budget import BudgetPlan, estimate_demand, plan_budget
-from .device_calls import DeviceCalls
-from .device_plan import host_share
-from .device_tier import DeviceRequest, request_devices, start_tier
+from .device.budget import host_share
+from .device.calls import DeviceCalls
+from .device.tier import DeviceRequest, request_devices, start_tier
 from .errors import BudgetError, EngineError, MobileError, ModelFormatError
 from .gguf_info import GgufInfo
 from .llama_log import capture_log, clear_errors, last_errors

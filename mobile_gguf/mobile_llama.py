@@ -21,9 +21,9 @@ from llama_cpp.llama_chat_format import CHATML_CHAT_TEMPLATE, Jinja2ChatFormatte
 
 from .binding import Counters, Engine, ModelInfo
 from .decode import ALL_EXPERTS, Pass, Policy, decode_prompt, decode_token
-from .device_list import Device, device_array
-from .device_structs import DeviceCounters
-from .device_tier import DeviceTier
+from .device.listing import Device, device_array
+from .device.structs import DeviceCounters
+from .device.tier import DeviceTier
 from .errors import EngineError, ExpertReadError, MobileError, UsageError
 from .head import Head
 from .interrupt import stopping_on_request

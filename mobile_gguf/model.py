@@ -18,7 +18,7 @@ from . import loading
 from .answer import Answer, Backend, Chunk, Reply, Request
 from .binding import Counters, needs_engine
 from .decode import BIG_LITTLE, CONFIDENCE, EXACT, HEAD, Policy, default_little_k
-from .device_structs import DeviceCounters
+from .device.structs import DeviceCounters
 from .errors import ModelBusyError, UsageError
 from .gguf_info import GgufInfo, read_gguf_info
 from .messages import Messages, as_messages

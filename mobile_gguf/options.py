@@ -18,7 +18,7 @@ from typing import Annotated, Any, TypeVar
 
 from .binding import EVICTION, IO
 from .decode import IMPORTANCE, MODES
-from .device_structs import CACHE, LAYERS, MISS
+from .device.structs import CACHE, LAYERS, MISS
 from .errors import UsageError
 from .sizes import Size, parse_size, parse_size_or_off
 

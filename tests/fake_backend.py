@@ -16,7 +16,7 @@ import numpy as np
 
 from mobile_gguf.binding import Counters, ModelInfo
 from mobile_gguf.decode import ALL_EXPERTS, Pass, Policy, decode_prompt, decode_token
-from mobile_gguf.device_structs import DeviceCounters
+from mobile_gguf.device.structs import DeviceCounters
 from mobile_gguf.errors import UsageError
 from mobile_gguf.gguf_info import ExpertLayer, GgufInfo
 from mobile_gguf.head import Head

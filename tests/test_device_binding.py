@@ -7,10 +7,10 @@ import types
 import pytest
 from test_binding import HEADER, constant, fake_library
 
-from mobile_gguf import device_structs as structs
 from mobile_gguf.binding import Engine
-from mobile_gguf.device_calls import DeviceCalls
-from mobile_gguf.device_list import device_array, list_devices
+from mobile_gguf.device import structs as structs
+from mobile_gguf.device.calls import DeviceCalls
+from mobile_gguf.device.listing import device_array, list_devices
 from mobile_gguf.errors import BudgetError, EngineMemoryError, UsageError
 
 C_TYPES = {"uint64_t": ctypes.c_uint64, "int32_t": ctypes.c_int32, "char": ctypes.c_char}

@@ -8,11 +8,11 @@ from fake_backend import fake_info
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mobile_gguf.device_structs import CACHE, LAYERS, DeviceInfo
+from mobile_gguf.device.contest import Contest, Figures, Rules
+from mobile_gguf.device.controller import PlacementController
+from mobile_gguf.device.memory import placement_file, placement_key, remember, remembered
+from mobile_gguf.device.structs import CACHE, LAYERS, DeviceInfo
 from mobile_gguf.errors import EngineError
-from mobile_gguf.placement import Contest, Figures, Rules
-from mobile_gguf.placement_controller import PlacementController
-from mobile_gguf.placement_memory import placement_file, placement_key, remember, remembered
 
 RULES = Rules()
 
@@ -155,7 +155,7 @@ def drive(controller, times, n, mode="exact"):
 def test_the_winner_is_in_force_remembered_and_told(caplog):
     switch = Switch()
     controller = PlacementController(switch, lambda mode: f"k-{mode}")
-    with caplog.at_level("INFO", "mobile_gguf.placement"):
+    with caplog.at_level("INFO", "mobile_gguf.device"):
         drive(controller, {CACHE: 0.02, LAYERS: 0.01}, RULES.steps_max)
     assert switch.calls[-1] == controller.current == LAYERS
     assert controller.facts() == {

@@ -4,8 +4,7 @@ import pytest
 from fake_backend import MIB, fake_info
 
 from mobile_gguf.budget import Demand
-from mobile_gguf.device_list import Device
-from mobile_gguf.device_plan import (
+from mobile_gguf.device.budget import (
     DeviceDemand,
     auto_budget,
     check_budget,
@@ -15,7 +14,8 @@ from mobile_gguf.device_plan import (
     pool_all_bytes,
     pool_min_bytes,
 )
-from mobile_gguf.device_structs import DeviceInfo
+from mobile_gguf.device.listing import Device
+from mobile_gguf.device.structs import DeviceInfo
 from mobile_gguf.errors import BudgetError, UsageError
 from mobile_gguf.gguf_info import ExpertLayer
 from mobile_gguf.sizes import parse_size, parse_size_or_off

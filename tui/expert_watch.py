@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ..device_calls import DeviceCalls
+from ..device.calls import DeviceCalls
 from ..errors import MobileError
 from ..gguf_header import read_header
 from .expert_state import Routed

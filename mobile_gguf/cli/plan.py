@@ -17,7 +17,7 @@ from ..sizes import OFF, Size
 from .common import Progress, narrate
 
 if TYPE_CHECKING:
-    from ..device_list import Device
+    from ..device.listing import Device
     from ..plan.machine import Measurements
     from ..plan.workload import Workload
 
@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _devices(args: argparse.Namespace, options: LoadOptions) -> list[Device]:
     """The devices to plan for; none with ``--vram-budget off``. Raises EngineError, UsageError, FitError."""
-    from ..device_tier import find_devices
+    from ..device.tier import find_devices
     from ..plan.fit import FitError
 
     if options.vram_budget == OFF:

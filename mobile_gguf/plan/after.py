@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..decode import BIG_LITTLE
-from ..device_plan import pool_all_bytes
+from ..device.budget import pool_all_bytes
 from ..errors import MobileError
 from ..gguf_info import GgufInfo
 from ..memory import read_memory

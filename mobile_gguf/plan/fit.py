@@ -10,13 +10,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..budget import CONTEXT_MULTIPLE, Demand, estimate_demand, plan_budget
-from ..device_plan import estimate_device_demand, host_share, pool_all_bytes, pool_min_bytes
+from ..device.budget import estimate_device_demand, host_share, pool_all_bytes, pool_min_bytes
 from ..errors import BudgetError, MobileError, UsageError
 from ..gguf_info import GgufInfo
 from ..memory import Memory
 from ..sizes import AUTO, KIB, MIB, Size, format_bytes
 
-# as the device tier has it (device_plan.py)
+# as the device tier has it (device/budget.py)
 _DEVICE_RESERVE_MIN, _DEVICE_RESERVE_SHARE, _BLIND_RESERVE_SHARE = 512 * MIB, 20, 4
 _SMALL_UBATCH = 128
 _SECTOR = 512

@@ -94,7 +94,7 @@ class ExpertMap:
             llama, asked = self._model.llama, self._asked
             tiers["host"] = self._rows(engine.residency(llama.model, n_layer, n_expert), asked)
             if getattr(llama, "device", None) is not None:
-                from ..device_calls import DeviceCalls
+                from ..device.calls import DeviceCalls
 
                 with contextlib.suppress(MobileError):
                     on_device = DeviceCalls(engine, llama.ctx).residency(n_layer, n_expert)

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .atomic import complete_or_absent
-from .device_structs import DeviceInfo
-from .errors import MobileError
-from .gguf_info import GgufInfo
-from .paths import cache_dir
-from .placement import ARMS, Figures
+from ..atomic import complete_or_absent
+from ..errors import MobileError
+from ..gguf_info import GgufInfo
+from ..paths import cache_dir
+from .contest import ARMS, Figures
+from .structs import DeviceInfo
 
 _ENTRIES_MAX = 256
 # Budgets that differ by less than this share of the experts count as one: `auto` varies from run to run.

@@ -6,10 +6,14 @@ import logging
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .binding import Engine, load_library, needs_engine
-from .device_calls import DeviceCalls
-from .device_list import Device, list_devices
-from .device_plan import (
+from ..binding import Engine, load_library, needs_engine
+from ..errors import BudgetError, EngineMemoryError, UsageError
+from ..gguf_info import GgufInfo
+from ..memory import read_memory
+from ..options import LoadOptions, defaults
+from ..rpc import connect_servers
+from ..sizes import OFF, Size, format_bytes, parse_size_or_off
+from .budget import (
     DeviceDemand,
     auto_budget,
     check_budget,
@@ -18,15 +22,11 @@ from .device_plan import (
     pool_all_bytes,
     pool_min_bytes,
 )
-from .device_structs import CACHE, HOST, LAYERS, DeviceCounters, DeviceInfo
-from .errors import BudgetError, EngineMemoryError, UsageError
-from .gguf_info import GgufInfo
-from .memory import read_memory
-from .options import LoadOptions, defaults
-from .placement_controller import PlacementController
-from .placement_memory import placement_key
-from .rpc import connect_servers
-from .sizes import OFF, Size, format_bytes, parse_size_or_off
+from .calls import DeviceCalls
+from .controller import PlacementController
+from .listing import Device, list_devices
+from .memory import placement_key
+from .structs import CACHE, HOST, LAYERS, DeviceCounters, DeviceInfo
 
 logger = logging.getLogger("mobile_gguf.device")
 

@@ -1,4 +1,4 @@
-"""Holds the contests of ``placement.py`` on a running model: one per mode, remembered between runs."""
+"""Holds the contests of ``contest.py`` on a running model: one per mode, remembered between runs."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from .device_structs import CACHE, LAYERS
-from .errors import EngineError
-from .placement import Contest, Rules
-from .placement_memory import remember, remembered
+from ..errors import EngineError
+from .contest import Contest, Rules
+from .memory import remember, remembered
+from .structs import CACHE, LAYERS
 
-logger = logging.getLogger("mobile_gguf.placement")
+logger = logging.getLogger("mobile_gguf.device")
 
 
 class PlacementController:

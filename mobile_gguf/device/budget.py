@@ -10,12 +10,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .budget import CONTEXT_MULTIPLE, Demand, kv_cache_bytes
-from .device_list import Device
-from .device_structs import DeviceInfo
-from .errors import BudgetError
-from .gguf_info import GgufInfo
-from .sizes import MIB, Size, format_bytes
+from ..budget import CONTEXT_MULTIPLE, Demand, kv_cache_bytes
+from ..errors import BudgetError
+from ..gguf_info import GgufInfo
+from ..sizes import MIB, Size, format_bytes
+from .listing import Device
+from .structs import DeviceInfo
 
 _F32 = 4
 # For what a driver or backend takes later: workspaces, staging, fragments.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ctypes
 
-from .binding import EVICTION, Engine, choice, struct_fields, with_slack
-from .device_structs import (
+from ..binding import EVICTION, Engine, choice, struct_fields, with_slack
+from .structs import (
     CACHE,
     MISS,
     PLACEMENT,

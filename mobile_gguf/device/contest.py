@@ -1,6 +1,6 @@
 """Never slower: which placement of experts on a device is faster on the user's own tokens.
 
-Pure decision over step times; ``placement_controller.py`` drives it. Two arms: LAYERS, whole expert
+Pure decision over step times; ``controller.py`` drives it. Two arms: LAYERS, whole expert
 layers on the device as the best ``--n-cpu-moe`` of llama.cpp puts them there, and CACHE, slots for the
 experts in use. A contest runs them in turn in blocks of steps, leaves out the first steps after each
 switch, and ends when the medians differ by more than their noise, or after a bounded number of rounds.
@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .device_structs import CACHE, LAYERS
+from .structs import CACHE, LAYERS
 
 ARMS = (CACHE, LAYERS)
 

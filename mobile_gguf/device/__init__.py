@@ -1,0 +1,1 @@
+"""The device tier: experts in slots of device memory, and where they are placed."""
