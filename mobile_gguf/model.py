@@ -12,21 +12,19 @@ import threading
 import weakref
 from collections.abc import Callable, Generator, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from . import loading
 from .answer import Answer, Backend, Chunk, Reply, Request
-from .binding import Counters, needs_engine
-from .decode import BIG_LITTLE, CONFIDENCE, EXACT, HEAD, Policy, default_little_k
+from .binding import Counters
+from .decode import Policy
 from .device.structs import DeviceCounters
 from .errors import ModelBusyError, UsageError
 from .gguf_info import GgufInfo, read_gguf_info
 from .messages import Messages, as_messages
-from .options import DEFAULT_GAMMA, POLICY_OPTIONS, GenerateOptions, LoadOptions, make_options, takes
+from .options import POLICY_OPTIONS, GenerateOptions, LoadOptions, make_options, takes
+from .policy import choose_policy
 from .resolve import resolve_model
-
-if TYPE_CHECKING:
-    from .head import Head
 
 logger = logging.getLogger("mobile_gguf")
 
@@ -134,47 +132,7 @@ class Model:
         self.options = options
 
     def _make_policy(self, options: LoadOptions) -> Policy:
-        mode, gamma, little_k = options.mode, options.gamma, options.little_k
-        backend = self._require_open()
-        head = backend.head if mode == BIG_LITTLE and options.importance != CONFIDENCE else None
-        top_k = self.info.n_expert_used
-        default_k = head.little_k if head is not None else default_little_k(top_k)
-        k = min(little_k, top_k) if little_k is not None else default_k
-        if mode == EXACT:
-            return Policy(EXACT, gamma, k)
-        if not self.info.is_moe:
-            reason = f"{self.path.name} has no experts"
-        elif top_k <= 1:
-            reason = f"{self.path.name} routes every token to one expert"
-        elif k >= top_k:
-            reason = f"--little-k {little_k} is not below this model's top-k, {top_k}"
-        elif backend.store is None and backend.has_engine:
-            reason = f"the engine cannot hold the experts of a {self.info.architecture} model"
-        else:
-            if not backend.has_engine:
-                raise needs_engine(f"mode {mode}")
-            if head is not None:
-                return self._head_policy(head, options, k)
-            if mode == BIG_LITTLE and options.importance == HEAD:
-                raise UsageError(
-                    f"{self.path.name} has no importance head: run `mobile-gguf calibrate "
-                    f"{self.path}`, or use importance confidence"
-                )
-            if mode == BIG_LITTLE and not backend.can_step_back:
-                raise UsageError(
-                    f"mode big-little runs a position twice, and the memory of a {self.info.architecture} "
-                    "model cannot be rolled back: use mode exact or little"
-                )
-            return Policy(mode, gamma, k)
-        self._notify(f"{reason}: mode {mode} has no effect")
-        return Policy(EXACT, gamma, k)
-
-    def _head_policy(self, head: Head, options: LoadOptions, k: int) -> Policy:
-        if options.gamma != DEFAULT_GAMMA:
-            self._notify("the importance head decides: gamma has no effect without --importance confidence")
-        own = options.head_threshold
-        threshold = head.threshold if own is None else own
-        return Policy(BIG_LITTLE, options.gamma, k, importance=HEAD, head_threshold=threshold)
+        return choose_policy(options, self.info, self._require_open(), self._notify)
 
     def _notify(self, notice: str) -> None:
         if notice not in self.notices:
