@@ -280,6 +280,11 @@ def test_the_page_in_a_browser(command):
         page.wait_for_selector(".receipt")
         assert re.search(r"\d+ big · \d+ little \| ", page.inner_text(".receipt"))
         assert "in memory" in page.inner_text("#map-note")
+        # an answer that lasts until it is stopped
+        page.route(
+            "**/v1/chat/completions",
+            lambda route: route.continue_(post_data=json.dumps(route.request.post_data_json | ENDLESS)),
+        )
         page.keyboard.press("Alt+r")
         page.wait_for_selector("#send.stop")
         page.keyboard.press("Escape")
