@@ -353,6 +353,6 @@ def test_any_interleaving_computes_what_the_cpu_does(
     for name, logits in expected.items():
         actual = outcome.arrays[name.replace("r/", "d/")]
         assert np.isfinite(actual).all(), name
-        close += np.isclose(actual, logits, atol=0.05).all(axis=1).tolist()
+        close.append(np.isclose(actual, logits, atol=0.05).all(axis=1))
     # a router may choose another expert where two score alike: rare, and not what this is about
-    assert not close or np.mean(close) > 0.9
+    assert not close or np.concatenate(close).mean() > 0.9
