@@ -52,7 +52,8 @@ def rpc_server() -> Iterator[Server]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    environment = engine_libs.child_environment(engine_libs.engine_lib())
+    # one heap: each thread's own would be address space, which tests limit and compare
+    environment = engine_libs.child_environment(engine_libs.engine_lib(), MALLOC_ARENA_MAX="1")
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
             [sys.executable, "-c", _SERVE, f"127.0.0.1:{port}"], env=environment, stdout=log, stderr=log
