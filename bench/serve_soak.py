@@ -45,6 +45,8 @@ def soak(
         for client in clients:
             client.start(end)
         time.sleep(seconds / 10)
+        while time.monotonic() < end and sum(client.n_ended for client in clients) < 4 * n_clients:
+            time.sleep(0.1)  # on a slow machine its first tenth is still the start
         before = _resources(server.pid)
         for client in clients:
             client.join()
@@ -53,7 +55,7 @@ def soak(
     finally:
         server.send_signal(signal.SIGTERM)
         try:
-            code = server.wait(timeout=60)
+            code = server.wait(timeout=_TIMEOUT)
         except subprocess.TimeoutExpired:
             server.kill()
             code = None
@@ -87,6 +89,11 @@ class _Client:
         self._random = random.Random(seed)
         self._thread = threading.Thread(target=self._run)
         self._end = 0.0
+
+    @property
+    def n_ended(self) -> int:
+        """Requests so far that came to an end of whatever kind."""
+        return sum(list(self.outcomes.values()))
 
     def start(self, end: float) -> None:
         self._end = end
@@ -169,7 +176,7 @@ class _Client:
 def _wait_until_free(url: str) -> bool:
     import httpx
 
-    for _ in range(600):
+    for _ in range(6000):
         health = httpx.get(f"{url}/health", timeout=_TIMEOUT).json()
         if not health["busy"] and not health["waiting"]:
             return True

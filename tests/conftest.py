@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import convert_checkpoints
 import pytest
 from fake_backend import FakeBackend, fake_info
+from hypothesis import HealthCheck, settings
 
 from mobile_gguf import loading
 from mobile_gguf import model as model_module
@@ -32,6 +34,28 @@ _DIRECTORIES = {
     "HF_HUB_CACHE": "hf/hub",
     "HUGGINGFACE_HUB_CACHE": "hf/hub",
 }
+
+# What a shell may set and a test would see: how wide and how colourful, whose token, which key.
+_SETTINGS = (
+    "NO_COLOR", "FORCE_COLOR", "CLICOLOR", "CLICOLOR_FORCE", "COLORTERM", "COLUMNS", "LINES",
+    "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE", "OPENAI_API_KEY", "OPENAI_BASE_URL",
+    "MOBILE_GGUF_API_KEY", "MOBILE_GGUF_RPC_TIMEOUT",
+)  # fmt: skip
+
+# The same examples on every machine however slow it is: a failure here is one everywhere.
+settings.register_profile(
+    "everywhere", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("everywhere")
+
+
+def pytest_configure() -> None:
+    """One environment for all tests, before anything reads it; a proxy stays, but not for this machine."""
+    for name in _SETTINGS:
+        os.environ.pop(name, None)
+    for name in ("no_proxy", "NO_PROXY"):
+        named = [os.environ[name]] if os.environ.get(name) else []
+        os.environ[name] = ",".join([*named, "127.0.0.1", "localhost"])
 
 
 @pytest.fixture(autouse=True, scope="session")

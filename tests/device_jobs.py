@@ -30,26 +30,32 @@ def _free_port() -> int:
 @contextlib.contextmanager
 def rpc_servers(n: int = 1, *, memory: int = 0, lib: Path | None = None) -> Iterator[list[str]]:
     """Starts n servers and yields their endpoints; memory: bytes that each may take, 0 for no limit."""
-    endpoints = [f"127.0.0.1:{_free_port()}" for _ in range(n)]
+    environment = engine_libs.child_environment(lib or engine_libs.engine_lib())
     with contextlib.ExitStack() as stack:
-        for endpoint in endpoints:
-            process = subprocess.Popen(
-                [sys.executable, str(SERVER), endpoint, "1", str(memory)],
-                env=engine_libs.child_environment(lib or engine_libs.engine_lib()),
-                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            )  # fmt: skip
-            stack.callback(process.wait)
-            stack.callback(process.kill)
-            _await(endpoint, process)
-        yield endpoints
+
+        def start() -> str:
+            for _ in range(5):  # another program may take the port before the server does
+                endpoint = f"127.0.0.1:{_free_port()}"
+                process = subprocess.Popen(
+                    [sys.executable, str(SERVER), endpoint, "1", str(memory)], env=environment,
+                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                )  # fmt: skip
+                stack.callback(process.wait)
+                stack.callback(process.kill)
+                if _listens(endpoint, process):
+                    return endpoint
+            raise AssertionError("the RPC server did not start")
+
+        yield [start() for _ in range(n)]
 
 
-def _await(endpoint: str, process: subprocess.Popen[bytes]) -> None:
+def _listens(endpoint: str, process: subprocess.Popen[bytes]) -> bool:
     host, port = endpoint.split(":")
-    for _ in range(600):
-        assert process.poll() is None, "the RPC server did not start"
+    for _ in range(6000):
+        if process.poll() is not None:
+            return False
         with contextlib.suppress(OSError), socket.create_connection((host, int(port)), 1):
-            return
+            return True
         time.sleep(0.05)
     raise AssertionError(f"no RPC server at {endpoint}")
 

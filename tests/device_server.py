@@ -52,7 +52,8 @@ def rpc_server() -> Iterator[Server]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    environment = engine_libs.child_environment(engine_libs.engine_lib())
+    # one heap: each thread's own would be address space, which tests limit and compare
+    environment = engine_libs.child_environment(engine_libs.engine_lib(), MALLOC_ARENA_MAX="1")
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
             [sys.executable, "-c", _SERVE, f"127.0.0.1:{port}"], env=environment, stdout=log, stderr=log
@@ -66,7 +67,7 @@ def rpc_server() -> Iterator[Server]:
 
 
 def _wait_for(port: int, process: subprocess.Popen[bytes]) -> None:
-    end = time.monotonic() + 60
+    end = time.monotonic() + 300
     while process.poll() is None and time.monotonic() < end:
         try:
             socket.create_connection(("127.0.0.1", port), timeout=1).close()
@@ -89,7 +90,7 @@ def run_child(
             capture_output=True,
             text=True,
             env=engine_libs.child_environment(lib or engine_libs.engine_lib()),
-            timeout=300,
+            timeout=600,
             check=False,
         )
         if done.returncode != 0:

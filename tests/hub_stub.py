@@ -31,7 +31,8 @@ class HubStub(ThreadingHTTPServer):
     Files that LFS would store are behind a redirect to another origin, as a CDN is. What a test may set:
     `breaks_off`: of this file only `break_after` bytes are sent (default: half), `breaks` times (once);
     `damaged`: these files are sent with another content; `ranges_ignored`; `refusals`: (status, headers) that
-    the next requests get, whatever they ask for; `pause_s` after every 64 KiB; `commit` of all repositories.
+    the next requests get, whatever they ask for; `commit` of all repositories;
+    `holds_at`: after so many bytes in all nothing is sent until it is None again.
     Kept: `requests` (paths), `ranges` ("NAME:FIRST"), `tokens` (Authorization headers of the Hub itself) and
     `cdn_tokens` (of the other origin).
     """
@@ -52,8 +53,13 @@ class HubStub(ThreadingHTTPServer):
         self.damaged: dict[str, bytes] = {}
         self.ranges_ignored = False
         self.refusals: list[tuple[int, dict[str, str]]] = []
-        self.pause_s = 0.0
+        self.holds_at: int | None = None
         self.sent_bytes = 0
+
+    def is_held(self) -> bool:
+        """Whether no more may be sent for now."""
+        limit = self.holds_at
+        return limit is not None and self.sent_bytes >= limit
 
     @property
     def url(self) -> str:
@@ -170,9 +176,10 @@ class _Handler(BaseHTTPRequestHandler):
         if not body:
             return
         data = data if stop_after < 0 else data[:stop_after]
-        pause = self.server.pause_s
-        for start in range(0, len(data), 1 << 16) if pause else (0,):
-            part = data[start : start + (1 << 16)] if pause else data
+        for start in range(0, len(data), 1 << 16) or (0,):
+            part = data[start : start + (1 << 16)]
+            while self.server.is_held():
+                time.sleep(0.01)
             try:
                 self.wfile.write(part)
                 self.wfile.flush()
@@ -180,7 +187,6 @@ class _Handler(BaseHTTPRequestHandler):
                 self.close_connection = True
                 return
             self.server.sent_bytes += len(part)
-            time.sleep(pause)
 
 
 @contextmanager

@@ -15,7 +15,8 @@ from fake_backend import EOS, N_VOCAB
 
 from mobile_gguf.model import Model
 
-SECONDS = 30
+# how long anything may take before it counts as hung, far beyond what a busy machine needs
+SECONDS = 300
 
 
 @dataclass
@@ -104,6 +105,14 @@ class Gate:
 
     def open(self) -> None:
         self._open.set()
+
+
+def get(url: str, **options: Any) -> httpx.Response:
+    return httpx.get(url, timeout=SECONDS, **options)
+
+
+def post(url: str, **options: Any) -> httpx.Response:
+    return httpx.post(url, timeout=SECONDS, **options)
 
 
 def until(condition: Callable[[], object]) -> None:

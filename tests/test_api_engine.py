@@ -249,7 +249,8 @@ def test_run_json(demo_gguf):
 
 
 def test_ctrl_c_keeps_the_text(demo_gguf):
-    process = command("run", str(demo_gguf), "Tell a long story.", "-n", "4000", "-t", "1", "-c", "8192")
+    endless = ("-n", "4000", "-c", "8192", "--grammar", "root ::= [a-z ] root")
+    process = command("run", str(demo_gguf), "Tell a long story.", "-t", "1", *endless)
     assert process.stdout is not None
     first = process.stdout.read(10)
     process.send_signal(signal.SIGINT)

@@ -270,8 +270,10 @@ def test_page_cache_is_seen(tmp_path: Path) -> None:
     if cached_bytes(path) is None:
         pytest.skip("this system does not say what it caches")
     assert cached_bytes(path) == MIB
-    # a file system in memory keeps everything, a disk nothing
-    assert drop_page_cache(path) in (0, MIB)
+    # a file system in memory keeps everything, a disk nothing but what the kernel just holds
+    left = drop_page_cache(path)
+    assert left is not None
+    assert 0 <= left <= MIB
 
 
 def test_hardware_is_one_line(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def calibrate(
     words = [str(word) for word in ("-t", 1, *arguments)]
     command = [sys.executable, str(CHILD), str(die_after), *words]
     environment = os.environ | {"XDG_CACHE_HOME": str(cache), "COLUMNS": "100"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
 
 
 @dataclass

@@ -150,7 +150,7 @@ def test_two_builders_build_once(monkeypatch: pytest.MonkeyPatch, no_source_need
     def write(dense: Path, recipe_file: Path, path: Path, **_: Any) -> None:
         writes.append(path)
         second.start()
-        assert second_waits.wait(timeout=60)
+        assert second_waits.wait(timeout=300)
         path.write_bytes(b"GGUF")
 
     def note(phase: str, done: float) -> None:

@@ -377,11 +377,11 @@ def test_second_build_waits_and_then_finds_the_first(fake_engine: FakeEngine, ca
     second = threading.Thread(target=lambda: done.append(engine.ensure_engine(progress=progress)))
     with lock.exclusive(cache / "engine" / "lock"):
         second.start()
-        assert waits.wait(30)
+        assert waits.wait(300)
         recipe = Recipe.create(load_pin(), EngineOptions())
         fake_engine.install(fake_engine.build_wheel(recipe))
         fake_engine.take_calls()
-    second.join(30)
+    second.join(300)
     assert len(done) == 1
     assert fake_engine.take_calls() == []
 

@@ -92,7 +92,7 @@ def test_display_on_a_terminal_is_one_line_that_goes_away() -> None:
 def run_command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "mobile_gguf", "engine", *arguments],
-        env={**os.environ, **environment}, capture_output=True, text=True, check=False, timeout=120,
+        env={**os.environ, **environment}, capture_output=True, text=True, check=False, timeout=600,
     )  # fmt: skip
 
 

@@ -337,7 +337,7 @@ def test_two_writers_of_one_file(tmp_path, sample):
     first = threading.Thread(target=copy, args=(sample, out), kwargs={"progress": wait})
     first.start()
     try:
-        assert inside.wait(30)
+        assert inside.wait(300)
         with pytest.raises(MobileError, match="another process is writing it"):
             copy(sample, out)
     finally:

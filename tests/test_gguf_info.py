@@ -218,7 +218,10 @@ def test_parts_of_a_split(tmp_path, model):
     check(first.rename(tmp_path / "renamed.gguf"), "split of 2")
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=150,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(st.data())
 def test_a_damaged_header_is_read_or_refused(model, tmp_path, data):
     raw = bytearray(model.read_bytes())

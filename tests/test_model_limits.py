@@ -100,20 +100,20 @@ def test_a_second_thread_is_refused(fake_model):
 
     def hold():
         inside.set()
-        leave.wait(30)
+        leave.wait(300)
 
     backend.on_evaluate = hold
     worker = threading.Thread(target=model.generate, args=("x",))
     worker.start()
     try:
-        assert inside.wait(30)
+        assert inside.wait(300)
         for misuse in (lambda: model.generate("y"), model.close):
             with pytest.raises(ModelBusyError) as caught:
                 misuse()
             refused.append(str(caught.value))
     finally:
         leave.set()
-        worker.join(30)
+        worker.join(300)
     assert "one thread at a time" in refused[0]
     assert "wait before closing" in refused[1]
     assert model.generate("y").text == "abc"

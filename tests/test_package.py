@@ -1,5 +1,6 @@
 """The wheel and the source distribution: complete, and enough for a clean environment."""
 
+import os
 import subprocess
 import sys
 import tarfile
@@ -21,7 +22,10 @@ PACKAGES = {
 
 
 def _run(*command: object, cwd: Path | None = None) -> str:
-    done = subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True)
+    done = subprocess.run(
+        [str(part) for part in command], cwd=cwd, capture_output=True, text=True,
+        env={**os.environ, "PIP_RETRIES": "10"},
+    )  # fmt: skip
     assert done.returncode == 0, f"{command}:\n{done.stdout}\n{done.stderr}"
     return done.stdout
 

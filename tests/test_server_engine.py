@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("fastapi", reason="pip install 'mobile-gguf[server]'")
 openai = pytest.importorskip("openai", reason="pip install 'mobile-gguf[dev]'")
 pytest.importorskip("llama_cpp", reason="run `mobile-gguf engine build`")
-from server_harness import until  # noqa: E402
+from server_harness import SECONDS, get, until  # noqa: E402
 
 from mobile_gguf.binding import find_engine  # noqa: E402
 
@@ -43,11 +43,11 @@ class Command:
         self.url = self.process.stdout.readline().strip()
 
     def client(self, key: str = "none"):
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=SECONDS)
 
     def end(self, number: int = signal.SIGTERM) -> tuple[int, str]:
         self.process.send_signal(number)
-        _, error = self.process.communicate(timeout=60)
+        _, error = self.process.communicate(timeout=SECONDS)
         return self.process.returncode, error
 
 
@@ -116,7 +116,7 @@ def test_big_little_and_the_receipt(command):
 
 def test_the_map_shows_what_is_hit_and_missed(command):
     seen: set[str] = set()
-    with httpx.stream("GET", f"{command.url}/v1/experts?stream=true", timeout=60) as events:
+    with httpx.stream("GET", f"{command.url}/v1/experts?stream=true", timeout=SECONDS) as events:
         lines = events.iter_lines()
         first = json.loads(next(line for line in lines if line.startswith("data: "))[6:])
         chat = command.client().chat.completions.create(
@@ -137,8 +137,8 @@ def test_the_map_shows_what_is_hit_and_missed(command):
 def test_leaving_while_a_long_prompt_is_computed_frees_the_model(command):
     body = {"prompt": "word " * 900, "max_tokens": 1}
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{command.url}/v1/completions", json=body, timeout=0.3)
-    until(lambda: not httpx.get(f"{command.url}/health").json()["busy"])
+        httpx.post(f"{command.url}/v1/completions", json=body, timeout=httpx.Timeout(SECONDS, read=0.3))
+    until(lambda: not get(f"{command.url}/health").json()["busy"])
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
@@ -153,7 +153,7 @@ def test_a_signal_cuts_a_running_stream_cleanly(demo_gguf, command, number, code
     served.process.send_signal(number)
     with pytest.raises(openai.APIError, match="the answer was cut"):
         list(stream)
-    _, error = served.process.communicate(timeout=60)
+    _, error = served.process.communicate(timeout=SECONDS)
     assert served.process.returncode == code
     assert "Traceback" not in error
 
@@ -224,14 +224,16 @@ console.log(JSON.stringify({ same, text, receipt: usage.receipt.tokens_big, miss
 def test_the_node_client(command, tmp_path):
     if shutil.which("node") is None or shutil.which("npm") is None:
         pytest.skip("no node and npm here: apt install nodejs npm")
+    # without a way to the registry npm would try for minutes
+    command_line = ["npm", "install", "--no-audit", "--no-fund", "--silent", "--fetch-retries=0"]
     installed = subprocess.run(
-        ["npm", "install", "--no-audit", "--no-fund", "--silent", "openai"], cwd=tmp_path, capture_output=True
+        [*command_line, "--fetch-timeout=30000", "openai"], cwd=tmp_path, capture_output=True
     )
     if installed.returncode:
         pytest.skip("npm cannot install the openai package here")
     (tmp_path / "ask.mjs").write_text(NODE_SCRIPT)
     done = subprocess.run(
-        ["node", "ask.mjs", command.url], cwd=tmp_path, capture_output=True, text=True, timeout=120
+        ["node", "ask.mjs", command.url], cwd=tmp_path, capture_output=True, text=True, timeout=SECONDS
     )
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
@@ -249,6 +251,7 @@ def test_the_page_in_a_browser(command):
     with sync.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1280, "height": 800})
+        page.set_default_timeout(1000 * SECONDS)
         problems: list[str] = []
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
@@ -274,13 +277,18 @@ def test_the_page_in_a_browser(command):
         page.select_option("#mode", "little")
         page.fill("#prompt", "Say hello.")
         page.keyboard.press("Enter")
-        page.wait_for_selector(".receipt", timeout=60_000)
+        page.wait_for_selector(".receipt")
         assert re.search(r"\d+ big · \d+ little \| ", page.inner_text(".receipt"))
         assert "in memory" in page.inner_text("#map-note")
+        # an answer that lasts until it is stopped
+        page.route(
+            "**/v1/chat/completions",
+            lambda route: route.continue_(post_data=json.dumps(route.request.post_data_json | ENDLESS)),
+        )
         page.keyboard.press("Alt+r")
-        page.wait_for_selector("#send.stop", timeout=60_000)
+        page.wait_for_selector("#send.stop")
         page.keyboard.press("Escape")
-        page.wait_for_selector("#send:not(.stop)", timeout=60_000)
+        page.wait_for_selector("#send:not(.stop)")
         assert len(page.query_selector_all(".turn")) == 2
         assert not problems
         browser.close()

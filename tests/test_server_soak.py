@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 
 pytest.importorskip("fastapi", reason="pip install 'mobile-gguf[server]'")
 pytest.importorskip("httpx", reason="pip install 'mobile-gguf[dev]'")
-from server_harness import running
+from server_harness import SECONDS, running
 
 from mobile_gguf.binding import find_engine
 
@@ -19,7 +19,7 @@ def test_a_short_soak():
     from mobile_gguf.bench.serve_soak import soak
 
     model = tiny_models.path("qwen3moe")
-    report = soak(str(model), 20, 32, ["-t", "1", "--queue", "24", "-c", "256"])
+    report = soak(str(model), 10, 24, ["-t", "1", "--queue", "4", "-c", "256"])
     assert report["problems"] == []
     assert {"answered", "left", "full"} <= report["outcomes"].keys()
 
@@ -55,7 +55,7 @@ def test_requests_made_up_from_the_openapi_document(fake_model):
                 @given(case=operation.as_strategy(generation_mode=mode))
                 def check(case):
                     # What fields may go together, and which model there is, no schema says.
-                    case.call_and_validate(timeout=30, excluded_checks=[positive_data_acceptance])
+                    case.call_and_validate(timeout=SECONDS, excluded_checks=[positive_data_acceptance])
 
                 check()
         assert server.chat().status_code == 200
