@@ -101,7 +101,7 @@ async def chat(
         assert app.close()
 
 
-async def until(pilot: Pilot[int], true: Callable[[], Any], seconds: float = 20.0) -> None:
+async def until(pilot: Pilot[int], true: Callable[[], Any], seconds: float = 120.0) -> None:
     """Let the app run until a condition holds; fails if it never does."""
     for _ in range(int(seconds / 0.02)):
         await pilot.pause(0.02)

@@ -201,7 +201,7 @@ class ChatScreen(ChatCommands, Screen[None]):
         self.app.engine.generate(self._answer_id, self.session.messages, self.app.settings.answer_options())
 
     @on(AnswerProgressed)
-    async def _answer_progressed(self, event: AnswerProgressed) -> None:
+    def _answer_progressed(self, event: AnswerProgressed) -> None:
         tokens, routed = event.outbox.take()
         if event.outbox.answer_id != self._answer_id or self._answer is None:
             return
@@ -210,7 +210,7 @@ class ChatScreen(ChatCommands, Screen[None]):
         if last > 0 and len(self._answer.tokens) > 0:
             self._speed = 1 / last if not self._speed else 0.8 * self._speed + 0.2 / last
             self.query_one(TitleBar).activity = f"{self._speed:.1f} tok/s · Esc stops"
-        await self._answer.add(tokens)
+        self._answer.add(tokens)
 
     @on(AnswerEnded)
     async def _answer_ended(self, event: AnswerEnded) -> None:
