@@ -32,7 +32,7 @@ PICTURES = Path(__file__).parent / "data" / "tui"
 VERSIONS = {"textual": "8.2.8", "rich": "15.0.0"}
 TEXT = "It is blue because **air scatters** short waves:\n\n```python\nprint(1 / 4)\n```\n\n- sunset\n"
 # How many times the screen is looked at before it counts as different.
-PATIENCE = 1000
+PATIENCE = 300
 SMALL, LARGE = (80, 24), (120, 40)
 
 pytestmark = pytest.mark.skipif(
@@ -164,6 +164,7 @@ def test_picture(name, scene, size, tmp_path, monkeypatch):
             wanted = picture.read_text(encoding="utf-8")
             # Layout and repaints come when the event loop has the time: the screen must become the
             # picture, and stay it.
+            drawn = ""
             for _ in range(PATIENCE):
                 drawn = exported(app)
                 if drawn == wanted:
