@@ -203,7 +203,31 @@ def test_an_answer_that_fails_midway_keeps_its_text(tmp_path):
             await say(app, pilot, "one")
             assert "unexpected RuntimeError: something nobody thought of" in toasts(app)
             assert contents(app) == ["one", ANSWER[:6]]
-            assert "something nobody thought of" in str(app.chat.query_one(AnswerView).receipt.content)
+            line = str(app.chat.query_one(AnswerView).receipt.content)
+            assert line == "unexpected RuntimeError: something nobody thought of"
+
+    run(go())
+
+
+def test_a_code_block_that_comes_in_pieces_names_its_whole_language(tmp_path):
+    async def go():
+        async with chat(tmp_path) as (app, pilot):
+            await say(app, pilot, "one")
+            markdown = app.chat.query_one(AnswerView).markdown
+            for piece in ("\n\nMore:\n\n```py", "thon\nx = 1\n", "```\n\nend"):
+                markdown.write(piece)
+                await markdown.written()
+            labels = [str(line.content) for line in markdown.query(".copy-line")]
+            assert labels == ["python · copy", "python · copy"]
+            # pieces that overtake the drawing are neither lost nor drawn twice
+            for piece in "\n\na\n\n- b\n- c\n\n```js\nf()\n```\n":
+                markdown.write(piece)
+                await asyncio.sleep(0)
+            await markdown.written()
+            assert markdown.code_blocks() == ["print('blue')", "x = 1", "f()"]
+            whole = [type(block) for block in markdown.children]
+            await markdown.update(markdown.source)
+            assert [type(block) for block in markdown.children] == whole
 
     run(go())
 

@@ -223,7 +223,7 @@ class ChatScreen(ChatCommands, ChatView, Screen[None]):
             # What was not answered can be asked again: it goes back into the prompt.
             await self._take_back(view)
         else:
-            view.finish(f"{receipt} | {event.error}" if event.error else receipt, failed=bool(event.error))
+            view.finish(" | ".join(filter(None, (receipt, event.error))), failed=bool(event.error))
             self.session.answer(view.text, receipt, view.tokens, self.reference)
         if event.error:
             self.notify(event.error, title="the answer failed", severity="error", timeout=15)
