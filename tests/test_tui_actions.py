@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 from fake_backend import FakeBackend, scripted
-from textual.widgets import Input, OptionList, Select, Switch
+from textual.widgets import Input, OptionList, Select, Static, Switch
 from tui_app import ANSWER, Loader, chat, say, submit, toasts, until
 
 from mobile_gguf.tui.models import Candidate, Fit
@@ -77,7 +77,7 @@ def test_settings_are_changed_reset_and_loaded(tmp_path, key):
             await pilot.press("end", "ctrl+u", *"0.25")
             assert app.settings.value("temperature") == 0.25
             await pilot.press("x")
-            assert "must be a number" in str(app.screen.query_one("#problem").content)
+            assert "must be a number" in str(app.screen.query_one("#problem", Static).content)
             await pilot.press("ctrl+d")
             assert (app.settings.value("temperature"), box.value) == (0.8, "0.8")
             select = app.screen.query_one("#mode", Select)
@@ -97,7 +97,7 @@ def test_settings_are_changed_reset_and_loaded(tmp_path, key):
             budget = app.screen.query_one("#ram_budget", Input)
             budget.focus()
             await pilot.press("end", "ctrl+u", *"50%")
-            assert "Ctrl-L" in str(app.screen.query_one("#problem").content)
+            assert "Ctrl-L" in str(app.screen.query_one("#problem", Static).content)
             await pilot.press("ctrl+l")
             await until(pilot, lambda: len(loader.options) == 2 and not app.chat.busy)
             assert str(loader.options[1]["ram_budget"]) == "50%"

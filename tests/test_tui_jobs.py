@@ -6,7 +6,7 @@ import asyncio
 import sys
 
 import pytest
-from textual.widgets import OptionList
+from textual.widgets import OptionList, Static
 from tui_app import ANSWER, chat, say, submit, toasts, until
 
 from mobile_gguf.tui.jobs import CANCELLED, DONE, FAILED
@@ -67,7 +67,7 @@ def test_a_job_runs_while_one_chats(tmp_path, gate, verb):
                 pilot,
                 lambda: "done" in str(app.screen.query_one(OptionList).get_option_at_index(0).prompt),
             )
-            assert "written to x" in str(app.screen.query_one("#job-lines").content)
+            assert "written to x" in str(app.screen.query_one("#job-lines", Static).content)
             await pilot.press("escape")
             assert "job" not in app.chat.query_one("#title").detail
 
