@@ -14,13 +14,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fake_backend import FakeBackend, scripted
-from textual.widgets import Input, OptionList
+from textual.content import Content
+from textual.notifications import Notification
+from textual.widgets import Input, TextArea
 from tui_app import Loader, chat, until
 
 from mobile_gguf.binding import RESIDENT
 from mobile_gguf.errors import ExpertReadError
 from mobile_gguf.tui.expert_state import Routed
 from mobile_gguf.tui.models import Candidate, Fit
+from mobile_gguf.tui.screens import conversations
 from mobile_gguf.tui.screens import models as picker
 from mobile_gguf.tui.widgets.side_panel import SidePanel
 from mobile_gguf.tui.widgets.turn_view import AnswerView
@@ -28,6 +31,8 @@ from mobile_gguf.tui.widgets.turn_view import AnswerView
 PICTURES = Path(__file__).parent / "data" / "tui"
 VERSIONS = {"textual": "8.2.8", "rich": "15.0.0"}
 TEXT = "It is blue because **air scatters** short waves:\n\n```python\nprint(1 / 4)\n```\n\n- sunset\n"
+# How many times the screen is looked at before it counts as different.
+PATIENCE = 300
 SMALL, LARGE = (80, 24), (120, 40)
 
 pytestmark = pytest.mark.skipif(
@@ -56,6 +61,7 @@ async def answered(app, pilot):
 async def with_map(app, pilot):
     await answered(app, pilot)
     await pilot.press("ctrl+g")
+    await until(pilot, lambda: app.chat.query_one("#experts").display)
 
 
 async def with_device(app, pilot):
@@ -78,7 +84,7 @@ async def coloured(app, pilot):
 
 async def completing(app, pilot):
     app.chat.prompt.put("/se")
-    await pilot.pause()
+    await until(pilot, lambda: app.chat.query_one("#completions").display)
 
 
 async def helped(_app, pilot):
@@ -92,9 +98,7 @@ async def settings(_app, pilot):
 async def found(app, pilot):
     await answered(app, pilot)
     await pilot.press("ctrl+r", *"sky")
-    options = app.screen.query_one(OptionList)
-    for at, _item in enumerate(app.screen.found):
-        options.replace_option_prompt_at_index(at, "Why is the sky blue?  2026-01-01 00:00  2 turns")
+    await until(pilot, lambda: app.screen.query_one(Input).value == "sky")
 
 
 async def models(app, pilot):
@@ -135,30 +139,47 @@ def test_picture(name, scene, size, tmp_path, monkeypatch):
         picker, "candidates", lambda: [Candidate("demo", None, 164 << 20), Candidate("qwen3", None, 18 << 30)]
     )
     monkeypatch.setattr(picker, "fit_of", lambda *_: Fit("moe", "128 x 48, top-8", "25% of 17 GiB in RAM"))
-    monkeypatch.setenv("TEXTUAL_ANIMATIONS", "none")
+    # what depends on the time of day or on how long something took
+    monkeypatch.setattr(
+        conversations, "_row", lambda _item: Content("Why is the sky blue?  2026-01-01 00:00  2 turns")
+    )
+    monkeypatch.setattr(Notification, "time_left", 3600.0)
+    for editor in (Input, TextArea):
+        monkeypatch.setattr(editor.cursor_blink, "_default", False)
     if name == "nocolor":
         monkeypatch.setenv("NO_COLOR", "1")
+    picture = PICTURES / f"{name}-{size[0]}x{size[1]}.svg"
     loader = Loader()
     loader.backends["fake"] = FakeBackend(scripted(TEXT, sure=[0.9, 0.1, 0.9, 0.9] * 12))
 
     async def draw():
         shown = name == "failed"
         async with chat(tmp_path, size=size, loader=loader, notifications=shown) as (app, pilot):
-            app.chat.prompt.cursor_blink = False
+            app.animation_level = "none"
             await scene(app, pilot)
-            for box in app.screen.query(Input):
-                box.cursor_blink = False
-            await pilot.pause(0.3)
-            return app.export_screenshot()
+            if "MOBILE_GGUF_NEW_PICTURES" in os.environ:
+                await pilot.pause(2)
+                picture.parent.mkdir(exist_ok=True)
+                picture.write_text(exported(app), encoding="utf-8")
+            wanted = picture.read_text(encoding="utf-8")
+            # Layout and repaints come when the event loop has the time: the screen must become the
+            # picture, and stay it.
+            drawn = ""
+            for _ in range(PATIENCE):
+                drawn = exported(app)
+                if drawn == wanted:
+                    await pilot.pause()
+                    if (drawn := exported(app)) == wanted:
+                        return
+                await pilot.pause(0.02)
+            (tmp_path / picture.name).write_text(drawn, encoding="utf-8")
+            pytest.fail(f"{picture.name} looks different now: {tmp_path / picture.name}")
 
-    drawn = asyncio.run(draw())
-    # the picture's random-looking names hang on its text, which is compared anyway
-    drawn = re.sub(r"terminal-\d+", "terminal", drawn)
-    drawn = re.sub(r"@font-face \{.*?\}\n", "", drawn, flags=re.DOTALL)
-    picture = PICTURES / f"{name}-{size[0]}x{size[1]}.svg"
-    if "MOBILE_GGUF_NEW_PICTURES" in os.environ:
-        picture.parent.mkdir(exist_ok=True)
-        picture.write_text(drawn, encoding="utf-8")
-    if drawn != picture.read_text(encoding="utf-8"):
-        (tmp_path / picture.name).write_text(drawn, encoding="utf-8")
-        pytest.fail(f"{picture.name} looks different now: {tmp_path / picture.name}")
+    asyncio.run(draw())
+
+
+def exported(app):
+    """The screen as SVG, without what differs between two drawings of the same screen."""
+    # the random-looking names hang on the text, which is compared anyway
+    drawn = re.sub(r"terminal-\d+", "terminal", app.export_screenshot())
+    return re.sub(r"@font-face \{.*?\}\n", "", drawn, flags=re.DOTALL)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 from fake_backend import FakeBackend, fake_info, scripted
@@ -92,16 +94,41 @@ async def chat(
         make_watch=ScriptedWatch,
         **more,
     )
-    try:
-        async with app.run_test(size=size, notifications=notifications) as pilot:
-            if reference:
-                await until(pilot, lambda: not app.chat.busy)
-            yield app, pilot
-    finally:
-        assert app.close()
+
+    async def quiet(*_seconds: float) -> None:
+        await _until_quiet(app)
+
+    with (
+        patch("textual.app.wait_for_idle", quiet),
+        patch("textual.pilot.wait_for_idle", quiet),
+        patch("mobile_gguf.tui.app._PATIENCE_SECONDS", 60.0),
+    ):
+        try:
+            async with app.run_test(size=size, notifications=notifications) as pilot:
+                if reference:
+                    await until(pilot, lambda: not app.chat.busy)
+                yield app, pilot
+        finally:
+            assert app.close()
 
 
-async def until(pilot: Pilot[int], true: Callable[[], Any], seconds: float = 20.0) -> None:
+async def _until_quiet(app: ChatApp) -> None:
+    """Wait until no widget has a message left to handle.
+
+    Textual's own pilot waits until its process uses little CPU, which one that others keep from the CPU does
+    as well. Messages go on from widget to widget in steps of the event loop: after many steps without any,
+    what was pressed has had its effect.
+    """
+    still = 0
+    for _ in range(20_000):
+        await asyncio.sleep(0)
+        pumps = [app, *(node for screen in app.screen_stack for node in screen.walk_children(with_self=True))]
+        still = 0 if any(pump.message_queue_size for pump in pumps) else still + 1
+        if still == 40:
+            return
+
+
+async def until(pilot: Pilot[int], true: Callable[[], Any], seconds: float = 120.0) -> None:
     """Let the app run until a condition holds; fails if it never does."""
     for _ in range(int(seconds / 0.02)):
         await pilot.pause(0.02)
@@ -111,12 +138,17 @@ async def until(pilot: Pilot[int], true: Callable[[], Any], seconds: float = 20.
     raise AssertionError("it never came true")
 
 
-async def say(app: ChatApp, pilot: Pilot[int], text: str) -> None:
-    """Type a line, send it, and wait for the answer if there is one."""
+async def submit(app: ChatApp, pilot: Pilot[int], text: str) -> None:
+    """Put a line into the prompt and send it."""
     app.chat.prompt.put(text)
     await pilot.pause()
     app.chat.prompt.action_submit()
     await pilot.pause()
+
+
+async def say(app: ChatApp, pilot: Pilot[int], text: str) -> None:
+    """Send a line and wait for the answer if there is one."""
+    await submit(app, pilot, text)
     await until(pilot, lambda: not app.chat.busy)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from textual import on
@@ -25,6 +24,7 @@ from ..widgets.side_panel import SidePanel
 from ..widgets.title_bar import TitleBar
 from ..widgets.turn_view import AnswerView, QuestionView
 from .chat_commands import ChatCommands
+from .chat_view import ANSWERING, IDLE, LOADING, ChatView
 
 if TYPE_CHECKING:
     from ..app import ChatApp
@@ -32,12 +32,11 @@ if TYPE_CHECKING:
 _WELCOME = (
     """Type a question and press Enter. Ctrl-O picks a model, F1 shows all keys, / lists the commands."""
 )
-IDLE, LOADING, ANSWERING = "idle", "loading", "answering"
 # How often the map is drawn while something moves.
 _MAP_SECONDS = 0.15
 
 
-class ChatScreen(ChatCommands, Screen[None]):
+class ChatScreen(ChatCommands, ChatView, Screen[None]):
     """The main screen. Engine and jobs post messages here; handlers own all state."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -201,7 +200,7 @@ class ChatScreen(ChatCommands, Screen[None]):
         self.app.engine.generate(self._answer_id, self.session.messages, self.app.settings.answer_options())
 
     @on(AnswerProgressed)
-    async def _answer_progressed(self, event: AnswerProgressed) -> None:
+    def _answer_progressed(self, event: AnswerProgressed) -> None:
         tokens, routed = event.outbox.take()
         if event.outbox.answer_id != self._answer_id or self._answer is None:
             return
@@ -210,7 +209,7 @@ class ChatScreen(ChatCommands, Screen[None]):
         if last > 0 and len(self._answer.tokens) > 0:
             self._speed = 1 / last if not self._speed else 0.8 * self._speed + 0.2 / last
             self.query_one(TitleBar).activity = f"{self._speed:.1f} tok/s · Esc stops"
-        await self._answer.add(tokens)
+        self._answer.add(tokens)
 
     @on(AnswerEnded)
     async def _answer_ended(self, event: AnswerEnded) -> None:
@@ -224,7 +223,7 @@ class ChatScreen(ChatCommands, Screen[None]):
             # What was not answered can be asked again: it goes back into the prompt.
             await self._take_back(view)
         else:
-            view.finish(f"{receipt} | {event.error}" if event.error else receipt, failed=bool(event.error))
+            view.finish(" | ".join(filter(None, (receipt, event.error))), failed=bool(event.error))
             self.session.answer(view.text, receipt, view.tokens, self.reference)
         if event.error:
             self.notify(event.error, title="the answer failed", severity="error", timeout=15)
@@ -353,67 +352,6 @@ class ChatScreen(ChatCommands, Screen[None]):
     def _hide_completions(self) -> None:
         self.query_one(CompletionList).show([])
         self.prompt.completing = False
-
-    # the map
-
-    @property
-    def _map_shown(self) -> bool:
-        return bool(self.query_one(SidePanel).display)
-
-    def on_resize(self) -> None:
-        self.call_after_refresh(self._update_map_shown)
-
-    def _update_map_shown(self) -> None:
-        wide = self.size.width >= 100
-        self.query_one(SidePanel).display = wide if self._map_wanted is None else self._map_wanted
-        self.app.engine.watching = self._map_shown or self.app.map_open
-
-    def action_toggle_map(self) -> None:
-        """Show or hide the expert map."""
-        self._map_wanted = not self._map_shown
-        self._update_map_shown()
-        self._read_residency()
-
-    def action_toggle_tokens(self) -> None:
-        """Show tokens coloured by their pass, or Markdown."""
-        self.coloured = not self.coloured
-        for view in self.query(AnswerView):
-            view.colour(self.coloured)
-        if self.coloured:
-            self.notify("big plain, little dim, fallback underlined; Ctrl-T back to Markdown", timeout=4)
-
-    def _tick(self) -> None:
-        if self.busy and (self._map_shown or self.app.map_open):
-            self._read_residency()
-        if self.state == ANSWERING and self._answer is not None and not self._answer.tokens:
-            waited = time.monotonic() - self._started
-            if waited >= 1:
-                self.query_one(TitleBar).activity = f"reading the prompt {waited:.0f} s · Esc stops"
-
-    def _read_residency(self) -> None:
-        panel = self.query_one(SidePanel)
-        residency = self.app.engine.residency()
-        if panel.state is not None and residency is not None:
-            panel.state.set_residency(*residency)
-        panel.redraw()
-
-    def _update_title(self) -> None:
-        title = self.query_one(TitleBar)
-        title.activity = ""
-        title.model = self.model_name or "no model"
-        if not self.facts:
-            title.detail = "Ctrl-O picks a model"
-            return
-        mode = self.app.settings.value("mode") or self.facts["mode"]
-        used = f" · {self.context_used}/{self.facts['n_ctx']} tokens" if self.context_used else ""
-        title.detail = f"{mode}{self.app.jobs_note()}{used}"
-
-    def export_path(self, given: str) -> Path:
-        """Where an export goes: as given, else a file named by the title in the working directory."""
-        if given:
-            return Path(given).expanduser()
-        name = "".join(c if c.isalnum() or c in "-_" else "-" for c in self.session.title.lower())
-        return Path.cwd() / f"{name.strip('-') or 'conversation'}.md"
 
 
 def _receipt_line(receipt: Receipt | None, tokens_per_second: float, reason: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from textual.containers import VerticalScroll
@@ -165,7 +166,7 @@ class ChatCommands:
     def command_export(self: Base, rest: str) -> None:
         if not self.session.turns:
             raise UsageError("there is nothing to export yet")
-        path = self.export_path(rest)
+        path = _export_path(rest, self.session.title)
         if path.exists() and not rest:
             raise UsageError(f"{path} exists: /export FILE writes elsewhere")
         path.write_text(self.session.markdown(), encoding="utf-8")
@@ -285,3 +286,11 @@ def _exists(screen: Screen[None], conversation: int) -> bool:
     except StoreError:
         return False
     return True
+
+
+def _export_path(given: str, title: str) -> Path:
+    """Where an export goes: as given, else a file named by the title in the working directory."""
+    if given:
+        return Path(given).expanduser()
+    name = "".join(c if c.isalnum() or c in "-_" else "-" for c in title.lower())
+    return Path.cwd() / f"{name.strip('-') or 'conversation'}.md"

@@ -15,9 +15,9 @@ _MORE = """
 In the transcript (Tab moves there): `e` edits a question, `c` copies, `b` copies the next code block, `r`
 answers again. `Tab` completes a command. The mouse works everywhere; Shift selects text for the terminal.
 
-The map: a row for each layer, a column for each expert. `█` hit, `X` missed, `+` loading, `▒` `x` hit or
-missed a moment ago, `░` in RAM, `▓` on the GPU, `·` on disk only. Where several experts share a cell, the
-latest event wins.
+The map: a row for each layer, a column for each expert. `█` hit, `◆` device hit, `X` missed, `+` loading,
+`▒` `x` hit or missed a moment ago, `░` in RAM, `▓` on a device (GPU or RPC server), `·` on disk only. Where
+several experts share a cell, the latest event wins.
 """
 
 

@@ -37,11 +37,11 @@ STYLES = {
 NAMES = {
     Cell.ABSENT: "on disk",
     Cell.HOST: "in RAM",
-    Cell.DEVICE: "on the GPU",
+    Cell.DEVICE: "on a device",
     Cell.OLD_HIT: "hit a moment ago",
     Cell.OLD_MISS: "missed a moment ago",
     Cell.HIT: "hit",
-    Cell.DEVICE_HIT: "GPU hit",
+    Cell.DEVICE_HIT: "device hit",
     Cell.LOADING: "loading",
     Cell.MISS: "missed",
 }

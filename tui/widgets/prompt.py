@@ -46,6 +46,9 @@ class Prompt(TextArea):
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id, soft_wrap=True, show_line_numbers=False, tab_behavior="focus")
         self.highlight_cursor_line = False
+        # F6 and F7 select text in a text area, but belong to the screen here
+        for key in ("f6", "f7"):
+            self._bindings.key_to_bindings.pop(key, None)
         self.completing = False
         self.completer: Callable[[str], Sequence[Completion]] = lambda _text: ()
         self.prompts: list[str] = []

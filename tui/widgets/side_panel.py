@@ -73,7 +73,7 @@ class SidePanel(Vertical):
         total = len(self.state.layers) * self.state.host.shape[1]
         parts = [f"{counts['host']} in RAM"]
         if self.state.device is not None:
-            parts.insert(0, f"{counts['device']} on GPU")
+            parts.insert(0, f"{counts['device']} on device")
         if counts["loading"]:
             parts.append(f"{counts['loading']} loading")
         return Content.assemble(("experts ", "bold"), f"{total}: {', '.join(parts)}")
@@ -83,6 +83,6 @@ class SidePanel(Vertical):
         parts: list[Content] = []
         for cell in DEVICE_LEGEND if has_device else LEGEND:
             colour = _COLOURS[STYLES[cell]]
-            name = NAMES[cell].removeprefix("in ").removeprefix("on ").removeprefix("the ")
+            name = NAMES[cell].removeprefix("in ").removeprefix("on ").removeprefix("a ")
             parts.append(Content.assemble((GLYPHS[cell], colour), f" {name}"))
         return Content("  ").join(parts)

@@ -11,7 +11,7 @@ from textual.binding import Binding, BindingType
 from textual.containers import Vertical
 from textual.content import Content
 from textual.message import Message
-from textual.widgets import Markdown, Static
+from textual.widgets import Static
 
 from ..clipboard import copy
 from ..messages import Token
@@ -76,7 +76,6 @@ class AnswerView(Vertical, can_focus=True):
         self.markdown = AnswerMarkdown(open_links=False)
         self.token_text = Static("", classes="tokens")
         self.receipt = Static("", classes="receipt")
-        self._stream = Markdown.get_stream(self.markdown)
 
     def compose(self) -> ComposeResult:
         yield self.markdown
@@ -86,7 +85,7 @@ class AnswerView(Vertical, can_focus=True):
     def on_mount(self) -> None:
         self.colour(self._coloured)
 
-    async def add(self, tokens: Sequence[Token]) -> None:
+    def add(self, tokens: Sequence[Token]) -> None:
         """Append tokens to the answer."""
         self.tokens += tokens
         text = "".join(token.text for token in tokens)
@@ -94,7 +93,7 @@ class AnswerView(Vertical, can_focus=True):
         if self._coloured:
             self._show_tokens()
         if text:
-            await self._stream.write(text)
+            self.markdown.write(text)
 
     async def restore(self, text: str, tokens: Sequence[Token], receipt: str) -> None:
         """Show an answer that was saved."""
@@ -104,8 +103,8 @@ class AnswerView(Vertical, can_focus=True):
         self.colour(self._coloured)
 
     async def end_stream(self) -> None:
-        """Write what is pending."""
-        await self._stream.stop()
+        """Wait until the whole text is drawn."""
+        await self.markdown.written()
 
     def finish(self, receipt: str, *, failed: bool = False) -> None:
         """Put the receipt, or what went wrong, under the answer."""
