@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..errors import EngineError
-from .contest import Contest, Rules
+from .contest import ARMS, Contest, Figures, Rules
 from .memory import remember, remembered
 from .structs import CACHE, LAYERS
 
@@ -18,7 +18,7 @@ class PlacementController:
     """Says before each single-token step how experts are placed, and learns from its time.
 
     ``switch`` puts a placement in force; ``key_of`` names a mode's decision in the cache, empty: not kept.
-    A ``fixed`` placement is not measured against the other.
+    A ``fixed`` placement is not measured against the others.
     """
 
     def __init__(
@@ -68,22 +68,13 @@ class PlacementController:
     def facts(self) -> dict[str, Any]:
         """``stats()["device"]["placement"]``: of the last step's mode; tokens/s, None where not measured."""
         if self._fixed is not None:
-            return {"chosen": self._fixed, "cache_tps": None, "layers_tps": None, "decided": True} | {
-                "reason": self._why or "as asked"
-            }
+            return _facts(self._fixed, Figures(), decided=True, reason=self._why or "as asked")
         contest = self._contests.get(self._mode)
         if contest is None:
-            return {"chosen": self.current, "cache_tps": None, "layers_tps": None, "decided": False} | {
-                "reason": "nothing was generated yet"
-            }
+            return _facts(self.current, Figures(), decided=False, reason="nothing was generated yet")
         measured = "measured in an earlier run" if self._mode in self._from_cache else "measured"
-        return {
-            "chosen": contest.arm,
-            "cache_tps": _per_second(contest.figures.cache),
-            "layers_tps": _per_second(contest.figures.layers),
-            "decided": contest.decided,
-            "reason": measured if contest.decided else "being measured",
-        }
+        reason = measured if contest.decided else "being measured"
+        return _facts(contest.arm, contest.figures, decided=contest.decided, reason=reason)
 
     def _contest(self, mode: str) -> Contest:
         contest = self._contests.get(mode)
@@ -99,16 +90,19 @@ class PlacementController:
         return contest
 
     def _announce(self, mode: str, contest: Contest) -> None:
-        rates = {arm: _per_second(contest.figures.of(arm)) for arm in (CACHE, LAYERS)}
-        logger.info(
-            "placement for mode %s: %s (cache %s, layers %s tokens/s)",
-            mode,
-            contest.arm,
-            *("not measured" if rate is None else f"{rate:.1f}" for rate in rates.values()),
-        )
+        rates = {arm: _per_second(contest.figures.of(arm)) for arm in ARMS}
+        told = [
+            f"{arm} " + ("not measured" if rate is None else f"{rate:.1f}") for arm, rate in rates.items()
+        ]
+        logger.info("placement for mode %s: %s (%s tokens/s)", mode, contest.arm, ", ".join(told))
         key = self._key_of(mode)
         if key:
             remember(key, contest.arm, contest.figures)
+
+
+def _facts(chosen: str, figures: Figures, *, decided: bool, reason: str) -> dict[str, Any]:
+    rates = {f"{arm}_tps": _per_second(figures.of(arm)) for arm in ARMS}
+    return {"chosen": chosen, **rates, "decided": decided, "reason": reason}
 
 
 def _per_second(seconds: float | None) -> float | None:
