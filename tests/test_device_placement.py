@@ -190,7 +190,8 @@ def test_the_winner_is_in_force_remembered_and_told(caplog):
         drive(controller, {CACHE: 0.02, LAYERS: 0.01, HOST: 0.04}, RULES.steps_max)
     assert switch.calls[-1] == controller.current == LAYERS
     assert controller.facts() == {
-        "chosen": LAYERS, "cache_tps": 50.0, "layers_tps": 100.0, "host_tps": 25.0, "decided": True, "reason": "measured",
+        "chosen": LAYERS, "cache_tps": 50.0, "layers_tps": 100.0, "host_tps": 25.0,
+        "decided": True, "reason": "measured",
     }  # fmt: skip
     assert caplog.messages == [
         "placement for mode exact: layers (cache 50.0, layers 100.0, host 25.0 tokens/s)"
@@ -229,6 +230,74 @@ def test_a_placement_that_fails_leaves_the_other_in_force(caplog):
     drive(controller, {CACHE: 1}, RULES.steps_max)
     assert controller.facts()["chosen"] == CACHE
     assert caplog.messages == ["placement layers is not possible, cache stays: no layers"]
+
+
+# turns
+
+
+class Machine:
+    """A scripted clock: layers are a little faster, and a trial of reading ahead slows the steps it is on."""
+
+    def __init__(self):
+        self.placement, self.is_held, self.step, self.holds = CACHE, False, 0, []
+        self.trials, self.contest_steps = [], []
+
+    def switch(self, placement):
+        self.placement = placement
+
+    def hold(self, on):
+        self.is_held = on
+        self.holds.append(on)
+
+    def seconds(self, controller):
+        self.step += 1
+        is_trial = not self.is_held and self.placement == LAYERS  # the bursts fall on one arm: the worst case
+        if is_trial:
+            self.trials.append(self.step)
+        if not controller.facts()["decided"]:
+            self.contest_steps.append(self.step)
+        return {CACHE: 1.0, LAYERS: 0.9, HOST: 5.0}[self.placement] * (1.3 if is_trial else 1.0)
+
+
+def decide_on(machine, hold, n=RULES.steps_max):
+    controller = PlacementController(machine.switch, lambda _mode: "", hold=hold)
+    for _ in range(n):
+        controller.before_step("exact")
+        controller.after_step(machine.seconds(controller))
+    return controller
+
+
+def test_a_trial_of_reading_ahead_would_spoil_the_contest():
+    assert decide_on(Machine(), None).facts()["chosen"] == CACHE  # the slower one
+
+
+def test_reading_ahead_waits_until_the_contest_is_over():
+    machine = Machine()
+    assert decide_on(machine, machine.hold).facts()["chosen"] == LAYERS
+    assert machine.holds == [True, False]
+    assert machine.trials
+    assert not set(machine.trials) & set(machine.contest_steps)
+
+
+def test_a_contest_held_again_takes_its_turn_again():
+    holds = []
+    controller = PlacementController(Switch(), lambda _mode: "", hold=holds.append)
+    drive(controller, {CACHE: 1.0, LAYERS: 1.5, HOST: 3.0}, RULES.steps_max + RULES.rest)
+    assert holds == [True, False]
+    drive(controller, {CACHE: 2.0, LAYERS: 1.5, HOST: 3.0}, RULES.watch + 1)
+    assert holds == [True, False, True]
+
+
+def test_what_is_not_measured_holds_nothing():
+    holds = []
+    drive(PlacementController(Switch(), lambda _mode: "", fixed=LAYERS, hold=holds.append), {LAYERS: 1}, 50)
+    assert holds == []
+
+    def refuse(placement):
+        raise EngineError(f"no {placement}")
+
+    drive(PlacementController(refuse, lambda _mode: "", hold=holds.append), {CACHE: 1}, 200)
+    assert holds == [True, False]
 
 
 def test_before_the_first_step_nothing_is_claimed():

@@ -18,7 +18,9 @@ class PlacementController:
     """Says before each single-token step how experts are placed, and learns from its time.
 
     ``switch`` puts a placement in force; ``key_of`` names a mode's decision in the cache, empty: not kept.
-    A ``fixed`` placement is not measured against the others.
+    A ``fixed`` placement is not measured against the others. ``hold`` is told True before the first step of a
+    contest and False after the last: nothing else may try things out meanwhile (reading ahead does), since
+    each would take the other's trial for its own result.
     """
 
     def __init__(
@@ -30,12 +32,15 @@ class PlacementController:
         fixed: str | None = None,
         why: str = "",
         rules: Rules | None = None,
+        hold: Callable[[bool], None] | None = None,
     ) -> None:
         self._switch = switch
         self._key_of = key_of
         self._rules = rules
         self._fixed = fixed
         self._why = why
+        self._hold = hold
+        self._is_holding = False
         self._contests: dict[str, Contest] = {}
         self._from_cache: set[str] = set()
         self._mode = ""
@@ -45,6 +50,7 @@ class PlacementController:
         """Put the placement in force that the next step of ``mode`` should have."""
         self._mode = mode
         wanted = self._fixed or self._contest(mode).arm
+        self._set_hold(self._fixed is None and not self._contest(mode).decided)
         if wanted == self.current:
             return
         try:
@@ -52,6 +58,7 @@ class PlacementController:
         except EngineError as error:
             # The placement in force goes on working.
             self._fixed, self._why = self.current, f"{wanted} is not possible: {error}"
+            self._set_hold(False)
             logger.warning("placement %s is not possible, %s stays: %s", wanted, self.current, error)
         else:
             self.current = wanted
@@ -75,6 +82,11 @@ class PlacementController:
         measured = "measured in an earlier run" if self._mode in self._from_cache else "measured"
         reason = measured if contest.decided else "being measured"
         return _facts(contest.arm, contest.figures, decided=contest.decided, reason=reason)
+
+    def _set_hold(self, on: bool) -> None:
+        if self._hold is not None and on != self._is_holding:
+            self._is_holding = on
+            self._hold(on)
 
     def _contest(self, mode: str) -> Contest:
         contest = self._contests.get(mode)
