@@ -15,7 +15,7 @@ from .gguf_info import GgufInfo
 from .llama_log import capture_log, clear_errors, last_errors
 from .memory import read_memory
 from .options import LoadOptions
-from .prefetch import set_prefetch
+from .prefetch import holder, set_prefetch
 from .rpc import clear_loss, last_loss
 from .sizes import parse_size
 from .threads import default_threads
@@ -113,7 +113,8 @@ def _open(
         if request is not None:
             calls = DeviceCalls(engine, llama.ctx)
             host_bytes = plan.budget_bytes or plan.expert_bytes
-            llama.device, remarks = start_tier(calls, info, options, request, host_bytes)
+            hold = holder(engine, llama.ctx, options.prefetch)
+            llama.device, remarks = start_tier(calls, info, options, request, host_bytes, hold)
             notices += remarks
     except BaseException:
         _discard(llama)

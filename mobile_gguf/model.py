@@ -302,7 +302,7 @@ class Model:
     def stats(self) -> dict[str, Any]:
         """The model's settings, its expert store and devices, all counters since it was loaded; bytes and us.
 
-        ``device`` is None on the host alone; ``placement`` in it has both figures of the comparison.
+        ``device`` is None on the host alone; ``placement`` in it has the figures of the comparison.
         ``prefetch`` counts the answer that runs or ran last.
         """
         backend = self._require_open()

@@ -6,6 +6,7 @@ It changes when bytes are read, never outputs.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +88,15 @@ class PrefetchCounters:
 def set_prefetch(engine: Engine, ctx: int, mode: str) -> None:
     """Read ahead on ``ctx``: ``on``, ``off``, or ``auto``, only while it is measured to shorten passes."""
     engine.checked("set_prefetch", "setting the prefetch mode", ctx, _number("prefetch", PREFETCH, mode))
+
+
+def holder(engine: Engine, ctx: int, mode: str) -> Callable[[bool], None] | None:
+    """Keeps ``auto`` still while something else is being measured: called with True it reads nothing ahead,
+    with False it begins its trials anew, under what is in force by then. None where ``mode`` is no trial.
+    """
+    if mode != AUTO:
+        return None
+    return lambda on: set_prefetch(engine, ctx, OFF if on else AUTO)
 
 
 def set_predictor(engine: Engine, ctx: int, predictor: str) -> None:

@@ -18,6 +18,8 @@ from device_server import Server, rpc_server, run_child
 from engine_jobs import tokens
 from test_budget_cap import capped, inside
 
+from mobile_gguf.device.contest import Rules
+
 MODEL = "qwen3moe"  # 4 layers of 16 experts, top-4
 PROMPT, FORCED = tokens(20, 1), tokens(48, 2)
 LONG = tokens(1200, 3)
@@ -187,13 +189,12 @@ def test_a_device_that_refuses_the_pool():
 
 
 def test_placement_is_decided_on_the_users_tokens_and_remembered(server):
-    job = spec("r", server, n=240, placement="auto", ram_budget="100%")
+    job = spec("r", server, n=Rules().steps_max + 2, placement="auto", ram_budget="100%")
     first, second = one(job), one(job | {"n": 8})
     facts = first["stats"]["device"]["placement"]
     assert facts["decided"]
-    assert facts["chosen"] in ("cache", "layers")
-    assert facts["cache_tps"] > 0
-    assert facts["layers_tps"] > 0
+    assert facts["chosen"] in ("cache", "layers", "host")
+    assert all(facts[f"{arm}_tps"] > 0 for arm in ("cache", "layers", "host"))
     again = second["stats"]["device"]["placement"]
     assert (again["chosen"], again["reason"]) == (facts["chosen"], "measured in an earlier run")
     assert first["answers"][0]["tokens"][:8] == second["answers"][0]["tokens"]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from mobile_gguf.device.contest import Contest, Figures, Rules
 from mobile_gguf.device.controller import PlacementController
 from mobile_gguf.device.memory import placement_file, placement_key, remember, remembered
-from mobile_gguf.device.structs import CACHE, LAYERS, DeviceInfo
+from mobile_gguf.device.structs import CACHE, HOST, LAYERS, DeviceInfo
 from mobile_gguf.errors import EngineError
 
 RULES = Rules()
@@ -27,8 +27,9 @@ def hold(contest, times, steps=10_000):
     return ran
 
 
-def constant(cache, layers):
-    return lambda arm, _since: cache if arm == CACHE else layers
+def constant(cache, layers, host=20.0):
+    times = {CACHE: cache, LAYERS: layers, HOST: host}
+    return lambda arm, _since: times[arm]
 
 
 @pytest.mark.parametrize(("cache", "layers", "winner"), [(1.0, 2.0, CACHE), (2.0, 1.0, LAYERS)])
@@ -36,13 +37,46 @@ def constant(cache, layers):
 def test_the_faster_one_is_kept(cache, layers, winner, first):
     contest = Contest(first=first)
     ran = hold(contest, constant(cache, layers))
-    assert (contest.arm, contest.figures) == (winner, Figures(cache, layers))
-    assert set(ran) == {CACHE, LAYERS}
+    assert (contest.arm, contest.figures) == (winner, Figures(cache, layers, 20.0))
+    assert set(ran) == {CACHE, LAYERS, HOST}
+
+
+@pytest.mark.parametrize("first", [CACHE, LAYERS])
+def test_a_device_slower_than_the_host_is_not_used(first):
+    contest = Contest(first=first)
+    hold(contest, constant(1.4, 1.3, 1.0))
+    assert (contest.arm, contest.figures) == (HOST, Figures(1.4, 1.3, 1.0))
+    # and it is asked again when the host has become slower than the device was
+    for _ in range(RULES.rest):
+        contest.record(2.0, HOST)
+    assert not contest.decided
+    hold(contest, constant(1.4, 1.3, 2.0))
+    assert contest.arm == LAYERS
+
+
+def test_a_fast_device_pays_almost_nothing_for_the_host():
+    contest = Contest()
+    ran = hold(contest, constant(1.0, 1.1, 3.0))
+    assert contest.arm == CACHE
+    assert ran.count(HOST) == RULES.warmup_others + RULES.hopeless_after
+
+
+def test_of_three_the_beaten_one_is_dropped_and_the_others_go_on():
+    random_ = random.Random(2)
+
+    def times(arm, _since):
+        return {CACHE: 1.0, LAYERS: 1.02, HOST: 1.4}[arm] * random_.gauss(1, 0.05)
+
+    contest = Contest()
+    ran = hold(contest, times)
+    assert contest.arm == CACHE
+    assert ran.count(HOST) == RULES.warmup_others + RULES.block
+    assert ran.count(LAYERS) > RULES.warmup_others + RULES.block
 
 
 def test_a_cold_cache_is_not_held_against_it():
     contest = Contest()
-    hold(contest, lambda arm, since: 1.0 if arm == LAYERS else 5.0 if since < RULES.warmup_cache else 0.9)
+    hold(contest, lambda arm, since: 1.0 if arm != CACHE else 5.0 if since < RULES.warmup_cache else 0.9)
     assert contest.arm == CACHE
 
 
@@ -56,7 +90,7 @@ def test_a_tie_leaves_the_incumbent():
 def test_a_hopeless_arm_is_given_up_within_its_block():
     contest = Contest()
     ran = hold(contest, constant(1.0, 10.0))
-    assert ran.count(LAYERS) == RULES.warmup_layers + RULES.hopeless_after
+    assert ran.count(LAYERS) == RULES.warmup_others + RULES.hopeless_after
 
 
 def test_single_outliers_do_not_decide():
@@ -75,7 +109,7 @@ def test_single_outliers_do_not_decide():
 @given(
     ratio=st.floats(1.15, 8.0),
     noise=st.floats(0.0, 0.1),
-    faster=st.sampled_from([CACHE, LAYERS]),
+    faster=st.sampled_from([CACHE, LAYERS, HOST]),
     first=st.sampled_from([CACHE, LAYERS]),
     seed=st.integers(0, 1 << 30),
 )
@@ -99,10 +133,7 @@ def test_whatever_the_times_a_contest_ends_and_keeps_the_smaller_median(times, f
     source = iter(times)
     contest = Contest(first=first)
     assert len(hold(contest, lambda _arm, _since: next(source))) <= RULES.steps_max
-    winner, loser = (
-        contest.figures.of(contest.arm),
-        contest.figures.of(LAYERS if contest.arm == CACHE else CACHE),
-    )
+    winner, loser = contest.figures.of(contest.arm), contest.figures.next_best(contest.arm)
     assert winner is not None
     assert loser is not None
     allowed = 1 + RULES.margin if contest.arm == first else 1
@@ -156,12 +187,15 @@ def test_the_winner_is_in_force_remembered_and_told(caplog):
     switch = Switch()
     controller = PlacementController(switch, lambda mode: f"k-{mode}")
     with caplog.at_level("INFO", "mobile_gguf.device"):
-        drive(controller, {CACHE: 0.02, LAYERS: 0.01}, RULES.steps_max)
+        drive(controller, {CACHE: 0.02, LAYERS: 0.01, HOST: 0.04}, RULES.steps_max)
     assert switch.calls[-1] == controller.current == LAYERS
     assert controller.facts() == {
-        "chosen": LAYERS, "cache_tps": 50.0, "layers_tps": 100.0, "decided": True, "reason": "measured",
+        "chosen": LAYERS, "cache_tps": 50.0, "layers_tps": 100.0, "host_tps": 25.0,
+        "decided": True, "reason": "measured",
     }  # fmt: skip
-    assert caplog.messages == ["placement for mode exact: layers (cache 50.0, layers 100.0 tokens/s)"]
+    assert caplog.messages == [
+        "placement for mode exact: layers (cache 50.0, layers 100.0, host 25.0 tokens/s)"
+    ]
     again = PlacementController(Switch(), lambda mode: f"k-{mode}")
     again.before_step("exact")
     assert again.current == LAYERS
@@ -173,8 +207,8 @@ def test_the_winner_is_in_force_remembered_and_told(caplog):
 
 def test_every_mode_has_a_winner_of_its_own():
     controller = PlacementController(Switch(), lambda _mode: "")
-    drive(controller, {CACHE: 1, LAYERS: 2}, RULES.steps_max, "little")
-    drive(controller, {CACHE: 2, LAYERS: 1}, RULES.steps_max, "exact")
+    drive(controller, {CACHE: 1, LAYERS: 2, HOST: 3}, RULES.steps_max, "little")
+    drive(controller, {CACHE: 2, LAYERS: 1, HOST: 3}, RULES.steps_max, "exact")
     assert controller.current == LAYERS
     controller.before_step("little")
     assert controller.current == CACHE
@@ -198,6 +232,74 @@ def test_a_placement_that_fails_leaves_the_other_in_force(caplog):
     assert caplog.messages == ["placement layers is not possible, cache stays: no layers"]
 
 
+# turns
+
+
+class Machine:
+    """A scripted clock: layers are a little faster, and a trial of reading ahead slows the steps it is on."""
+
+    def __init__(self):
+        self.placement, self.is_held, self.step, self.holds = CACHE, False, 0, []
+        self.trials, self.contest_steps = [], []
+
+    def switch(self, placement):
+        self.placement = placement
+
+    def hold(self, on):
+        self.is_held = on
+        self.holds.append(on)
+
+    def seconds(self, controller):
+        self.step += 1
+        is_trial = not self.is_held and self.placement == LAYERS  # the bursts fall on one arm: the worst case
+        if is_trial:
+            self.trials.append(self.step)
+        if not controller.facts()["decided"]:
+            self.contest_steps.append(self.step)
+        return {CACHE: 1.0, LAYERS: 0.9, HOST: 5.0}[self.placement] * (1.3 if is_trial else 1.0)
+
+
+def decide_on(machine, hold, n=RULES.steps_max):
+    controller = PlacementController(machine.switch, lambda _mode: "", hold=hold)
+    for _ in range(n):
+        controller.before_step("exact")
+        controller.after_step(machine.seconds(controller))
+    return controller
+
+
+def test_a_trial_of_reading_ahead_would_spoil_the_contest():
+    assert decide_on(Machine(), None).facts()["chosen"] == CACHE  # the slower one
+
+
+def test_reading_ahead_waits_until_the_contest_is_over():
+    machine = Machine()
+    assert decide_on(machine, machine.hold).facts()["chosen"] == LAYERS
+    assert machine.holds == [True, False]
+    assert machine.trials
+    assert not set(machine.trials) & set(machine.contest_steps)
+
+
+def test_a_contest_held_again_takes_its_turn_again():
+    holds = []
+    controller = PlacementController(Switch(), lambda _mode: "", hold=holds.append)
+    drive(controller, {CACHE: 1.0, LAYERS: 1.5, HOST: 3.0}, RULES.steps_max + RULES.rest)
+    assert holds == [True, False]
+    drive(controller, {CACHE: 2.0, LAYERS: 1.5, HOST: 3.0}, RULES.watch + 1)
+    assert holds == [True, False, True]
+
+
+def test_what_is_not_measured_holds_nothing():
+    holds = []
+    drive(PlacementController(Switch(), lambda _mode: "", fixed=LAYERS, hold=holds.append), {LAYERS: 1}, 50)
+    assert holds == []
+
+    def refuse(placement):
+        raise EngineError(f"no {placement}")
+
+    drive(PlacementController(refuse, lambda _mode: "", hold=holds.append), {CACHE: 1}, 200)
+    assert holds == [True, False]
+
+
 def test_before_the_first_step_nothing_is_claimed():
     facts = PlacementController(Switch(), lambda _mode: "").facts()
     assert (facts["decided"], facts["cache_tps"]) == (False, None)
@@ -215,7 +317,8 @@ def test_a_decision_survives_and_damage_is_no_decision():
         "[]",
         '{"k": 1}',
         '{"k": {"chosen": "host"}}',
-        '{"k": {"chosen": "cache", "cache": -1.0}}',
+        '{"k": {"chosen": "cache", "cache": -1.0, "layers": 1.0, "host": 1.0}}',
+        '{"k": {"chosen": "cache", "cache": 0.5, "layers": 1.0}}',
     ):
         placement_file().write_text(text)
         assert remembered("k") is None

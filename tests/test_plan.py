@@ -191,6 +191,59 @@ def test_what_was_never_measured_is_not_predicted():
     )
 
 
+# devices
+
+DEVICE = "device.RPC0:far"
+
+
+def with_device(cache_layer: float, layers_layer: float) -> Measurements:
+    known = measured()
+    for product in (*WORK.dense, *WORK.experts):
+        which = "8of16" if product in WORK.experts else "1of1"
+        known.put(
+            f"{DEVICE}.{product.type_id}.{product.n_in}x{product.n_out}.{which}", Rate(1e11, 1e11, 1e11)
+        )
+    known.put(f"{DEVICE}.upload", Rate(1e9, 1e9, 1e9))
+    for placement, layer in (("cache", cache_layer), ("layers", layers_layer)):
+        known.put(f"{DEVICE}.{placement}.overhead.2.8of16.token", Rate(1e-3, 1e-3, 1e-3))
+        known.put(f"{DEVICE}.{placement}.overhead.2.8of16.layer", Rate(layer, layer, layer))
+    return known
+
+
+def seconds_on(known: Measurements, placement: str, **changes) -> float:
+    asked = {"device": DEVICE, "vram_share": 0.5, "ram_share": 1.0, "placement": placement} | changes
+    return 1 / foresee(known, **asked).predicted_tps
+
+
+def test_what_a_layer_costs_on_the_way_to_a_device_counts_for_every_layer():
+    near, far = with_device(1e-4, 1e-4), with_device(2.1e-3, 2.1e-3)
+    n_layer = fake_info().n_layer_moe
+    for placement in ("cache", "layers"):
+        # of layers half have slots, as they had when it was measured
+        slower = seconds_on(far, placement) - seconds_on(near, placement)
+        assert slower == pytest.approx(n_layer * 2e-3)
+
+
+def test_layers_that_are_on_the_device_do_not_go_to_and_fro():
+    known = with_device(1e-3, 1e-3)
+    seconds = [seconds_on(known, "layers", vram_share=share) for share in (0.25, 0.5, 0.75, 1.0)]
+    assert seconds == sorted(seconds, reverse=True)
+    assert seconds[-1] < seconds[0] - fake_info().n_layer_moe * 1.4e-3
+
+
+@pytest.mark.parametrize(("cache_layer", "layers_layer"), [(1e-4, 5e-3), (5e-3, 1e-4)])
+def test_auto_is_the_faster_placement(cache_layer, layers_layer):
+    known = with_device(cache_layer, layers_layer)
+    auto, *both = (seconds_on(known, placement) for placement in ("auto", "cache", "layers"))
+    assert auto == min(both)
+
+
+def test_a_device_whose_way_was_not_measured_is_guessed_from_its_latency():
+    known = with_device(1.0, 1.0)
+    known.entries = {name: one for name, one in known.entries.items() if f"{DEVICE}.cache" not in name}
+    assert seconds_on(known, "cache") < 0.1
+
+
 def test_another_shape_is_guessed_from_the_same_type_with_a_wider_band():
     known = measured()
     other = Workload(WORK.dense, (Product(8, 128, 32, 3, 4352),))

@@ -1,9 +1,10 @@
 """Never slower: which placement of experts on a device is faster on the user's own tokens.
 
-Pure decision over step times; ``controller.py`` drives it. Two arms: LAYERS, whole expert
-layers on the device as the best ``--n-cpu-moe`` of llama.cpp puts them there, and CACHE, slots for the
-experts in use. A contest runs them in turn in blocks of steps, leaves out the first steps after each
-switch, and ends when the medians differ by more than their noise, or after a bounded number of rounds.
+Pure decision over step times; ``controller.py`` drives it. Three arms: LAYERS, whole expert
+layers on the device as the best ``--n-cpu-moe`` of llama.cpp puts them there, CACHE, slots for the
+experts in use, and HOST, all experts on the CPU, which a slow device or link loses to. A contest runs them
+in turn in blocks of steps, leaves out the first steps after each switch, and drops an arm whose median is
+slower than the best by more than their noise. It ends with one arm left, or after a bounded number of rounds.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .structs import CACHE, LAYERS
+from .structs import CACHE, HOST, LAYERS
 
-ARMS = (CACHE, LAYERS)
+# HOST is tried last: by then there is a figure that it can be hopeless against.
+ARMS = (CACHE, LAYERS, HOST)
 
 
 @dataclass(frozen=True)
@@ -23,29 +25,29 @@ class Rules:
     """How a contest is held. Counts are steps; ``margin`` is a share of a median."""
 
     block: int = 16
-    # A cache is cold after a switch; layers have their experts at once.
+    # A cache is cold after a switch; the other arms have their experts at once.
     warmup_cache: int = 24
-    warmup_layers: int = 3
+    warmup_others: int = 3
     rounds: int = 4
     # Medians must lie so many standard errors apart before the last round.
     certainty: float = 3.0
     # Within it the incumbent stays.
     margin: float = 0.03
-    # An arm that is so much slower than the other's median is given up within its block.
+    # An arm that is so much slower than the best is given up within its first block.
     hopeless: float = 1.5
     hopeless_after: int = 5
-    # The winner is measured on: a contest is held again when it has become slower than the loser was.
+    # The winner is measured on: a contest is held again when it has become slower than the next best was.
     watch: int = 32
     rest: int = 512
 
     def warmup(self, arm: str) -> int:
         """Steps after a switch to ``arm`` that are not measured."""
-        return self.warmup_cache if arm == CACHE else self.warmup_layers
+        return self.warmup_cache if arm == CACHE else self.warmup_others
 
     @property
     def steps_max(self) -> int:
         """The most steps that one contest takes."""
-        return self.rounds * (2 * self.block + self.warmup_cache + self.warmup_layers)
+        return self.rounds * sum(self.block + self.warmup(arm) for arm in ARMS)
 
 
 @dataclass(frozen=True)
@@ -54,9 +56,15 @@ class Figures:
 
     cache: float | None = None
     layers: float | None = None
+    host: float | None = None
 
     def of(self, arm: str) -> float | None:
-        return self.cache if arm == CACHE else self.layers
+        return {CACHE: self.cache, LAYERS: self.layers, HOST: self.host}[arm]
+
+    def next_best(self, winner: str) -> float | None:
+        """The smallest of the other arms'."""
+        others = [seconds for arm in ARMS if arm != winner and (seconds := self.of(arm)) is not None]
+        return min(others, default=None)
 
 
 class Contest:
@@ -90,10 +98,11 @@ class Contest:
         self._samples[arm].append(seconds)
         self._in_block += 1
         if self._is_hopeless():
-            return self._decide(_other(arm))
+            self._in_play.remove(arm)
+            return self._next_block()
         if self._in_block < self.rules.block:
             return False
-        return self._end_block()
+        return self._next_block()
 
     def _begin(self) -> None:
         # The last two blocks of each arm count: a cache goes on warming up for a while.
@@ -101,35 +110,49 @@ class Contest:
         self._to_warm = self.rules.warmup(self.arm)
         self._in_block = 0
         self._round = 0
-        self._is_second = False
+        self._in_play = [self.arm, *(arm for arm in ARMS if arm != self.arm)]
+        self._to_run = self._in_play[1:]
 
-    def _end_block(self) -> bool:
+    def _next_block(self) -> bool:
         self._in_block = 0
-        if not self._is_second:
-            self._is_second = True
-            self._switch()
+        if self._to_run:
+            self._switch(self._to_run.pop(0))
             return False
-        # The arm that ended a round begins the next one, which saves a switch.
-        self._is_second = False
         self._round += 1
-        slower, faster = sorted(ARMS, key=self._median, reverse=True)
-        gap = self._median(slower) - self._median(faster)
-        if gap > self.rules.certainty * math.hypot(*(_noise(self._samples[arm]) for arm in ARMS)):
-            return self._decide(faster)
-        if self._round < self.rules.rounds:
-            return False
-        close = gap <= self.rules.margin * self._median(faster)
-        return self._decide(self._incumbent if close else faster)
+        self._in_play = [arm for arm in self._in_play if not self._is_beaten(arm)]
+        if len(self._in_play) == 1 or self._round == self.rules.rounds:
+            return self._decide()
+        # The arm that ended a round begins the next one, which saves a switch.
+        self._in_play.reverse()
+        first, *self._to_run = self._in_play
+        if first != self.arm:
+            self._switch(first)
+        return False
 
     def _is_hopeless(self) -> bool:
-        other = self._samples[_other(self.arm)]
-        if self._in_block < self.rules.hopeless_after or len(other) < self.rules.block:
+        mine = self._samples[self.arm]
+        if self._round > 0 or len(mine) < self.rules.hopeless_after:
             return False
-        latest = list(self._samples[self.arm])[-self._in_block :]
-        return _quantile(latest, 0.25) > self.rules.hopeless * _quantile(list(other), 0.75)
+        full = [arm for arm in ARMS if arm != self.arm and len(self._samples[arm]) >= self.rules.block]
+        if not full:
+            return False
+        best = self._samples[min(full, key=self._median)]
+        return _quantile(list(mine), 0.25) > self.rules.hopeless * _quantile(list(best), 0.75)
 
-    def _decide(self, winner: str) -> bool:
+    def _is_beaten(self, arm: str) -> bool:
+        best = self._best()
+        noise = math.hypot(_noise(self._samples[arm]), _noise(self._samples[best]))
+        return self._median(arm) - self._median(best) > self.rules.certainty * noise
+
+    def _best(self) -> str:
+        return min((arm for arm in ARMS if self._samples[arm]), key=self._median)
+
+    def _decide(self) -> bool:
         self.figures = Figures(**{arm: self._median(arm) for arm in ARMS if self._samples[arm]})
+        winner = self._best()
+        stays = self._incumbent in self._in_play
+        if stays and self._median(self._incumbent) <= (1 + self.rules.margin) * self._median(winner):
+            winner = self._incumbent
         self.arm = self._incumbent = winner
         self.decided = True
         self._since = 0
@@ -142,7 +165,7 @@ class Contest:
             return
         self._since += 1
         self._recent.append(seconds)
-        loser = self.figures.of(_other(arm))
+        loser = self.figures.next_best(arm)
         if loser is None or self._since < self._rest or len(self._recent) < self.rules.watch:
             return
         # Twice the margin: what was decided within it is not called into question by the same noise.
@@ -152,16 +175,12 @@ class Contest:
             self._begin()
             self._to_warm = 0  # it has been running as this arm
 
-    def _switch(self) -> None:
-        self.arm = _other(self.arm)
+    def _switch(self, arm: str) -> None:
+        self.arm = arm
         self._to_warm = self.rules.warmup(self.arm)
 
     def _median(self, arm: str) -> float:
         return _quantile(list(self._samples[arm]), 0.5)
-
-
-def _other(arm: str) -> str:
-    return LAYERS if arm == CACHE else CACHE
 
 
 def _quantile(values: Sequence[float], share: float) -> float:

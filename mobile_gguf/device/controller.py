@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..errors import EngineError
-from .contest import Contest, Rules
+from .contest import ARMS, Contest, Figures, Rules
 from .memory import remember, remembered
 from .structs import CACHE, LAYERS
 
@@ -18,7 +18,9 @@ class PlacementController:
     """Says before each single-token step how experts are placed, and learns from its time.
 
     ``switch`` puts a placement in force; ``key_of`` names a mode's decision in the cache, empty: not kept.
-    A ``fixed`` placement is not measured against the other.
+    A ``fixed`` placement is not measured against the others. ``hold`` is told True before the first step of a
+    contest and False after the last: nothing else may try things out meanwhile (reading ahead does), since
+    each would take the other's trial for its own result.
     """
 
     def __init__(
@@ -30,12 +32,15 @@ class PlacementController:
         fixed: str | None = None,
         why: str = "",
         rules: Rules | None = None,
+        hold: Callable[[bool], None] | None = None,
     ) -> None:
         self._switch = switch
         self._key_of = key_of
         self._rules = rules
         self._fixed = fixed
         self._why = why
+        self._hold = hold
+        self._is_holding = False
         self._contests: dict[str, Contest] = {}
         self._from_cache: set[str] = set()
         self._mode = ""
@@ -45,6 +50,7 @@ class PlacementController:
         """Put the placement in force that the next step of ``mode`` should have."""
         self._mode = mode
         wanted = self._fixed or self._contest(mode).arm
+        self._set_hold(self._fixed is None and not self._contest(mode).decided)
         if wanted == self.current:
             return
         try:
@@ -52,6 +58,7 @@ class PlacementController:
         except EngineError as error:
             # The placement in force goes on working.
             self._fixed, self._why = self.current, f"{wanted} is not possible: {error}"
+            self._set_hold(False)
             logger.warning("placement %s is not possible, %s stays: %s", wanted, self.current, error)
         else:
             self.current = wanted
@@ -68,22 +75,18 @@ class PlacementController:
     def facts(self) -> dict[str, Any]:
         """``stats()["device"]["placement"]``: of the last step's mode; tokens/s, None where not measured."""
         if self._fixed is not None:
-            return {"chosen": self._fixed, "cache_tps": None, "layers_tps": None, "decided": True} | {
-                "reason": self._why or "as asked"
-            }
+            return _facts(self._fixed, Figures(), decided=True, reason=self._why or "as asked")
         contest = self._contests.get(self._mode)
         if contest is None:
-            return {"chosen": self.current, "cache_tps": None, "layers_tps": None, "decided": False} | {
-                "reason": "nothing was generated yet"
-            }
+            return _facts(self.current, Figures(), decided=False, reason="nothing was generated yet")
         measured = "measured in an earlier run" if self._mode in self._from_cache else "measured"
-        return {
-            "chosen": contest.arm,
-            "cache_tps": _per_second(contest.figures.cache),
-            "layers_tps": _per_second(contest.figures.layers),
-            "decided": contest.decided,
-            "reason": measured if contest.decided else "being measured",
-        }
+        reason = measured if contest.decided else "being measured"
+        return _facts(contest.arm, contest.figures, decided=contest.decided, reason=reason)
+
+    def _set_hold(self, on: bool) -> None:
+        if self._hold is not None and on != self._is_holding:
+            self._is_holding = on
+            self._hold(on)
 
     def _contest(self, mode: str) -> Contest:
         contest = self._contests.get(mode)
@@ -99,16 +102,19 @@ class PlacementController:
         return contest
 
     def _announce(self, mode: str, contest: Contest) -> None:
-        rates = {arm: _per_second(contest.figures.of(arm)) for arm in (CACHE, LAYERS)}
-        logger.info(
-            "placement for mode %s: %s (cache %s, layers %s tokens/s)",
-            mode,
-            contest.arm,
-            *("not measured" if rate is None else f"{rate:.1f}" for rate in rates.values()),
-        )
+        rates = {arm: _per_second(contest.figures.of(arm)) for arm in ARMS}
+        told = [
+            f"{arm} " + ("not measured" if rate is None else f"{rate:.1f}") for arm, rate in rates.items()
+        ]
+        logger.info("placement for mode %s: %s (%s tokens/s)", mode, contest.arm, ", ".join(told))
         key = self._key_of(mode)
         if key:
             remember(key, contest.arm, contest.figures)
+
+
+def _facts(chosen: str, figures: Figures, *, decided: bool, reason: str) -> dict[str, Any]:
+    rates = {f"{arm}_tps": _per_second(figures.of(arm)) for arm in ARMS}
+    return {"chosen": chosen, **rates, "decided": decided, "reason": reason}
 
 
 def _per_second(seconds: float | None) -> float | None:

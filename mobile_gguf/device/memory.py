@@ -45,10 +45,12 @@ def placement_key(
 
 
 def remembered(key: str) -> tuple[str, Figures] | None:
-    """The winner and both figures of an earlier run; None if there is none that can be read."""
+    """The winner and the figures of an earlier run; None if there is none that can be read."""
     entry = _read().get(key)
     if not isinstance(entry, dict) or entry.get("chosen") not in ARMS:
         return None
+    if any(arm not in entry for arm in ARMS):
+        return None  # of a contest that did not have all arms
     seconds = {arm: entry.get(arm) for arm in ARMS}
     if not all(value is None or (isinstance(value, float) and 0 < value < 1e6) for value in seconds.values()):
         return None
@@ -59,7 +61,7 @@ def remember(key: str, chosen: str, figures: Figures) -> None:
     """Keep a decision. A cache that cannot be written is none: the next run measures again."""
     entries = _read()
     entries.pop(key, None)
-    entries[key] = {"chosen": chosen, "cache": figures.cache, "layers": figures.layers}
+    entries[key] = {"chosen": chosen, **{arm: figures.of(arm) for arm in ARMS}}
     while len(entries) > _ENTRIES_MAX:
         del entries[next(iter(entries))]
     with contextlib.suppress(MobileError, OSError), complete_or_absent(placement_file()) as path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -147,10 +148,12 @@ def start_tier(
     options: LoadOptions,
     request: DeviceRequest,
     host_budget_bytes: int = 0,
+    hold: Callable[[bool], None] | None = None,
 ) -> tuple[DeviceTier, list[str]]:
     """Make the slot pools of a model whose context is there, and say how experts are placed.
 
-    ``host_budget_bytes`` is what the host tier will take of memory that a device may share. Raises
+    ``host_budget_bytes`` is what the host tier will take of memory that a device may share; ``hold`` keeps
+    other trials still while placements are compared. Raises
     BudgetError if the devices cannot hold what was asked for; the context then is as before.
     """
     devices = calls.devices()
@@ -160,7 +163,7 @@ def start_tier(
             lambda _placement: None, _no_key, current=HOST, fixed=HOST, why="no slots"
         )
         return DeviceTier(calls, controller, budget_bytes=0, miss=options.miss), notices
-    controller = _controller(calls, devices, info, options, budget)
+    controller = _controller(calls, devices, info, options, budget, hold)
     return DeviceTier(calls, controller, budget_bytes=budget, miss=options.miss), notices
 
 
@@ -231,7 +234,12 @@ def _host_bytes(request: DeviceRequest, host_budget_bytes: int) -> dict[str, int
 
 
 def _controller(
-    calls: DeviceCalls, devices: list[DeviceInfo], info: GgufInfo, options: LoadOptions, budget: int
+    calls: DeviceCalls,
+    devices: list[DeviceInfo],
+    info: GgufInfo,
+    options: LoadOptions,
+    budget: int,
+    hold: Callable[[bool], None] | None,
 ) -> PlacementController:
     first = _first_placement(options, budget, info, len(devices))
     fixed, why = None, ""
@@ -244,7 +252,7 @@ def _controller(
         kept = (mode, options.little_k, options.miss, options.ram_budget, options.threads)
         return placement_key(info, devices, budget, kept)
 
-    return PlacementController(calls.set_placement, key_of, current=first, fixed=fixed, why=why)
+    return PlacementController(calls.set_placement, key_of, current=first, fixed=fixed, why=why, hold=hold)
 
 
 def _no_key(_mode: str) -> str:

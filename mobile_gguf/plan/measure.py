@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from ..device.structs import CACHE, LAYERS
 from ..errors import EngineError, MobileError
 from ..gguf_info import GgufInfo
 from ..llama_log import capture_log
@@ -126,6 +127,7 @@ def steps_for(
             found.append(Step(name, _DISK_S, "measuring the disk", reads))
     for device in devices:
         found += _device_steps(ggml, device, workload, n_expert * segments, [k * segments for k in ks])
+        found += _device_overhead_steps(device, n_expert, ks, threads)
     return list({step.name: step for step in found}.values())
 
 
@@ -154,6 +156,28 @@ def _device_steps(
             return _product(ggml, device, 0, name, what, check)
 
         yield Step(name, _PRODUCT_S, f"measuring {device.name}", products)
+
+
+def _device_overhead_steps(device: Device, n_expert: int, ks: Sequence[int], threads: int) -> Iterator[Step]:
+    """What a layer costs beside its bytes on the way that a run takes, by placement."""
+    if n_expert < 2:
+        return
+    for placement in (CACHE, LAYERS):
+        for k in ks:
+            name = device_overhead_name(device.key, placement, n_expert, k, threads)
+
+            def run(
+                check: Callable[[], None], name: str = name, k: int = k, placement: str = placement
+            ) -> dict[str, Rate]:
+                few, many = measure_overhead(n_expert, k, threads, _OVERHEAD_S, check, (device, placement))
+                return _overhead_rates(name, few, many)
+
+            yield Step(f"{name}.layer", _OVERHEAD_S + 0.5, f"measuring {device.name}", run)
+
+
+def device_overhead_name(prefix: str, placement: str, n_expert: int, k: int, threads: int) -> str:
+    """Of a token's and a layer's cost on a device, less ``.token`` and ``.layer``."""
+    return f"{prefix}.{placement}.{overhead_name(n_expert, k, threads)}"
 
 
 def measure(
@@ -226,6 +250,10 @@ def _product(
 
 def _overhead(name: str, n_expert: int, k: int, threads: int, check: Callable[[], None]) -> dict[str, Rate]:
     few, many = measure_overhead(n_expert, k, threads, _OVERHEAD_S, check)
+    return _overhead_rates(name, few, many)
+
+
+def _overhead_rates(name: str, few: Sequence[float], many: Sequence[float]) -> dict[str, Rate]:
     few_rate, many_rate = _rate(few), _rate(many)
     token, layer = overhead(few_rate.value, many_rate.value)
     _, low = overhead(few_rate.value, many_rate.low)

@@ -125,7 +125,13 @@ def _settings(
 ) -> Settings:
     settings = make_settings(info, options, fit.ram_share, n_ctx=fit.n_ctx, learnt_share=learnt, mode=mode)
     if fit.devices:
-        return replace(settings, device=fit.devices[0].key, vram_share=fit.vram_share, miss=options.miss)
+        return replace(
+            settings,
+            device=fit.devices[0].key,
+            vram_share=fit.vram_share,
+            miss=options.miss,
+            placement=options.placement,
+        )
     return settings
 
 

@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from ..decode import BIG_LITTLE, EXACT, LITTLE
+from ..device.structs import CACHE, LAYERS
 from ..gguf_info import GgufInfo
 from .disk import CHUNK_BYTES, DEFAULT_IO_THREADS, read_size
 from .machine import Measurements, Rate
-from .measure import overhead_name, product_name, read_name
+from .measure import device_overhead_name, overhead_name, product_name, read_name
 from .misses import MissRate, miss_rate
 from .prediction import Prediction
 from .speed import (
@@ -30,7 +31,7 @@ _SAMPLE_S, _STEP_S = 8e-9, 150e-6
 # What the model itself gets wrong, as a share of the time; docs/plan.md has the table.
 _MODEL_ERROR = 0.10
 _GUESS_ERROR = 0.35  # where a matrix of this shape was not measured
-_DEVICE_ERROR = 1.0  # the device tier was not held against runs on an idle machine yet
+_DEVICE_ERROR = 1.0  # held against few runs, on loopback only; docs/plan.md
 _DEPTH = 192  # tokens in the context, on average over an answer
 DEFAULT_BIG_SHARE = (0.2, 0.5, 0.9)  # low, expected, high: without calibration nobody knows
 
@@ -54,6 +55,7 @@ class Settings:
     device: str = ""  # what its measurements are called; empty: none
     vram_share: float = 0.0
     miss: str = "auto"
+    placement: str = "auto"
 
 
 class _Unknown(Exception):
@@ -231,22 +233,44 @@ class _Case:
             product.count * pieces * product.n_bytes / self.device_rate(product, n, pieces)
             for product in self.workload.experts
         )
-        launch = self.spent(f"{prefix}.launch", prefix, ".launch", 50e-6)
-        crossing = sum(
-            self.spent(f"{prefix}.{way}.latency", prefix, ".latency", 50e-6) for way in ("upload", "download")
-        )
         upload = self.workload.expert_bytes * self.info.segments / self.speed(f"{prefix}.upload")
         host = self.host_pass(k, resident=False)
         misses = miss_rate(s.vram_share, self.info.n_expert, k, policy=s.eviction, n_tokens=s.n_tokens)
         rate = min(1.0, misses.rate * (1 + self.sign * misses.spread))
-        tier = DeviceTier(expert, upload, 2 * launch + crossing if rate > 0 else 0.0, s.vram_share)
-        layer = device_layer_seconds(tier, host, rate, s.miss)
-        from_file = 0.0
+        tier = DeviceTier(expert, upload, 0.0, s.vram_share)
+        cached = device_layer_seconds(tier, host, rate, s.miss)
         if host_rate > 0 and rate > 0:
             # what the device holds the host need not: its misses are those of both tiers together
             both = self.rate_at(min(1.0, s.ram_share + s.vram_share), k)
-            from_file = self.reads().seconds(both * k)
-        return rest + launch + self.info.n_layer_moe * (layer + from_file)
+            cached += self.reads().seconds(both * k)
+        left = 1 - min(1.0, s.vram_share)  # of the layers
+        from_file = self.reads().seconds(host_rate * k) if host_rate > 0 and left > 0 else 0.0
+        layered = (1 - left) * expert + left * (host.expert_s + from_file)
+        ways = {
+            CACHE: self.on_the_way(CACHE, k, cached, rate > 0, 1.0),
+            # half of the layers had no slots when it was measured, and those that have cost next to nothing
+            LAYERS: self.on_the_way(LAYERS, k, layered, left > 0, 2 * left),
+        }
+        if s.placement in ways:
+            return rest + ways[s.placement]
+        return rest + (ways[LAYERS] if left <= 0 else min(ways.values()))
+
+    def on_the_way(self, placement: str, k: int, layer_s: float, is_split: bool, share: float) -> float:
+        """All layers of ``layer_s`` each, and what scheduler and link cost beside them: as measured by a
+        model of next to no weights, ``share`` of it a layer, or else guessed from the latency."""
+        prefix = self.settings.device
+        name = device_overhead_name(prefix, placement, self.info.n_expert or 1, k or 1, self.settings.threads)
+        token = self.measurements.get(f"{name}.token")
+        layer = self.measurements.get(f"{name}.layer")
+        if token is not None and layer is not None:
+            beside = share * self.slowness(layer)
+            return self.slowness(token) + self.info.n_layer_moe * (layer_s + beside)
+        launch = self.spent(f"{prefix}.launch", prefix, ".launch", 50e-6)
+        crossing = sum(
+            self.spent(f"{prefix}.{way}.latency", prefix, ".latency", 50e-6) for way in ("upload", "download")
+        )
+        beside = 2 * launch + crossing if is_split else 0.0
+        return launch + self.info.n_layer_moe * (layer_s + beside)
 
     def rate_at(self, share: float, k: int) -> float:
         found = miss_rate(

@@ -26,11 +26,18 @@ _NO_MMAP, _MMAP = 0, 1  # enum llama_load_mode
 
 
 def measure_overhead(
-    n_expert: int, k: int, threads: int, seconds: float, check: Callable[[], None] = lambda: None
+    n_expert: int,
+    k: int,
+    threads: int,
+    seconds: float,
+    check: Callable[[], None] = lambda: None,
+    on_device: tuple[Any, str] | None = None,
 ) -> tuple[list[float], list[float]]:
     """Samples of seconds per token for a model of ``_LAYERS[0]`` and of ``_LAYERS[1]`` layers.
 
-    Raises EngineError if the engine does not run them.
+    ``on_device``: a device (of ``device/listing.py``) and a placement; half of the experts get slots there,
+    and a token takes the way through scheduler, link and route op that it will take when it counts. Raises
+    EngineError if the engine does not run them.
     """
     n_expert = max(1, min(n_expert, _MAX_EXPERTS))
     samples = []
@@ -39,7 +46,7 @@ def measure_overhead(
         with tempfile.TemporaryDirectory(prefix="mobile-gguf-plan-") as folder:
             path = Path(folder) / "tiny.gguf"
             _write(path, n_layer, n_expert, max(1, min(k, n_expert)))
-            samples.append(_decode(path, threads, seconds / len(_LAYERS), check))
+            samples.append(_decode(path, threads, seconds / len(_LAYERS), check, on_device))
     return samples[0], samples[1]
 
 
@@ -93,18 +100,29 @@ def _write(path: Path, n_layer: int, n_expert: int, k: int) -> None:
     writer.close()
 
 
-def _decode(path: Path, threads: int, seconds: float, check: Callable[[], None]) -> list[float]:
+def _decode(
+    path: Path,
+    threads: int,
+    seconds: float,
+    check: Callable[[], None],
+    on_device: tuple[Any, str] | None,
+) -> list[float]:
     from llama_cpp import llama_cpp
 
     from ..binding import find_engine
+    from ..device.listing import device_array
 
     capture_log()
     llama_cpp.llama_backend_init()
     engine = find_engine()
     if engine is not None:
-        engine.set_load_params(budget_bytes=0)
+        engine.set_load_params(budget_bytes=0, on_host=on_device is not None)
     params = llama_cpp.llama_model_default_params()
     params.n_gpu_layers = 0
+    devices = device_array([on_device[0]] if on_device else [])
+    if on_device:
+        params.n_gpu_layers = -1
+        params.devices = ctypes.cast(devices, ctypes.c_void_p)  # pyright: ignore
     params.load_mode = _NO_MMAP if engine is not None else _MMAP
     try:
         model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
@@ -122,6 +140,8 @@ def _decode(path: Path, threads: int, seconds: float, check: Callable[[], None])
         ctx = llama_cpp.llama_init_from_model(model, context)
         if not ctx:
             raise EngineError(f"the engine cannot be measured: {last_errors() or 'no context'}")
+        if on_device:
+            _make_pool(engine, ctx, path, on_device[1])
         times: list[float] = []
         started = time.perf_counter()
         while len(times) < 4 or (time.perf_counter() - started < seconds and len(times) < _CONTEXT - 2):
@@ -138,3 +158,12 @@ def _decode(path: Path, threads: int, seconds: float, check: Callable[[], None])
         if ctx:
             llama_cpp.llama_free(ctx)
         llama_cpp.llama_model_free(model)
+
+
+def _make_pool(engine: Any, ctx: Any, path: Path, placement: str) -> None:
+    from ..device.calls import DeviceCalls
+    from ..gguf_info import read_gguf_info
+
+    if engine is None:
+        raise EngineError("a device tier is measured with this package's engine only")
+    DeviceCalls(engine, ctx).start(read_gguf_info(path).expert_bytes // 2, placement=placement)
