@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from .answer import Backend
 from .binding import needs_engine
 from .decode import BIG_LITTLE, CONFIDENCE, EXACT, HEAD, Policy, default_little_k
 from .errors import UsageError
 from .gguf_info import GgufInfo
-from .head import Head
 from .options import DEFAULT_GAMMA, LoadOptions
+
+if TYPE_CHECKING:
+    from .head import Head
 
 
 def choose_policy(
@@ -27,7 +30,7 @@ def choose_policy(
     k = min(little_k, top_k) if little_k is not None else default_k
     if mode == EXACT:
         return Policy(EXACT, gamma, k)
-    if (reason := _no_effect(info, backend, k)) is not None:
+    if (reason := _no_effect(info, backend, k, little_k)) is not None:
         notify(f"{reason}: mode {mode} has no effect")
         return Policy(EXACT, gamma, k)
     if not backend.has_engine:
@@ -47,15 +50,15 @@ def choose_policy(
     return Policy(mode, gamma, k)
 
 
-def _no_effect(info: GgufInfo, backend: Backend, little_k: int) -> str | None:
+def _no_effect(info: GgufInfo, backend: Backend, k: int, asked: int | None) -> str | None:
     """Why fewer experts per token are impossible or no saving, if they are."""
     top_k = info.n_expert_used
     if not info.is_moe:
         return f"{info.path.name} has no experts"
     if top_k <= 1:
         return f"{info.path.name} routes every token to one expert"
-    if little_k >= top_k:
-        return f"--little-k {little_k} is not below this model's top-k, {top_k}"
+    if k >= top_k:
+        return f"--little-k {asked} is not below this model's top-k, {top_k}"
     if backend.store is None and backend.has_engine:
         return f"the engine cannot hold the experts of a {info.architecture} model"
     return None
