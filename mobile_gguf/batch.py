@@ -21,6 +21,7 @@ from .atomic import disk_errors
 from .errors import MobileError, UsageError
 from .messages import as_messages
 from .model import Model
+from .logit_bias import read_bias
 from .options import GenerateOptions, make_options
 
 _OWN = ("id", "prompt", "messages", "system")
@@ -266,6 +267,11 @@ def _check_types(given: Mapping[str, Any]) -> None:
         raise UsageError(f"grammar is {grammar!r:.60}: it must be text")
     if schema is not None and not isinstance(schema, (str, dict)):
         raise UsageError(f"json_schema is {schema!r:.60}: it must be an object or text")
+    bias = given.get("logit_bias")
+    if bias is not None:
+        if not isinstance(bias, dict):
+            raise UsageError(f"logit_bias is {bias!r:.60}: it must be an object of token ids and biases")
+        read_bias(bias, 1 << 31)
     if not isinstance(given.get("cache_prompt", True), bool):
         raise UsageError(f"cache_prompt is {given['cache_prompt']!r:.60}: it must be true or false")
 

@@ -11,7 +11,7 @@ import contextlib
 import ctypes
 import json
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,8 @@ from .errors import EngineError, ExpertReadError, MobileError, UsageError
 from .head import Head
 from .interrupt import stopping_on_request
 from .llama_log import clear_errors, last_errors
+from .logit_bias import biased
+from .pooling import clear_memory, file_pooling, has_memory, longest_text, pooled_state
 from .prefetch import PrefetchCounters, prefetch_counters
 from .rpc import context_loss
 
@@ -68,6 +70,7 @@ class MobileLlama(Llama):
         self._experts = ALL_EXPERTS
         self.head: Head | None = None
         self._keeps_state = False
+        self._biases: Mapping[int, float] = {}
         # The position whose token comes next, if the last pass left its hidden state.
         self._state_at = -1
         super().__init__(model_path, n_gpu_layers=-1 if devices else 0, **options)
@@ -97,15 +100,23 @@ class MobileLlama(Llama):
 
     # generation
 
-    def generate(self, tokens: Sequence[int], *args: Any, **options: Any) -> Generator[int, Any, None]:  # type: ignore[override]
+    def generate(  # type: ignore[override]
+        self, tokens: Sequence[int], *args: Any, logit_bias: Mapping[int, float] | None = None, **options: Any
+    ) -> Generator[int, Any, None]:
         """Llama.generate, whose first evaluation counts as the prompt however short it is."""
         self._prompt_pending = True
+        self._biases = logit_bias or {}
         self._limit_reuse(list(tokens))
         try:
             yield from super().generate(tokens, *args, **options)
         finally:
             self._sampler = None
+            self._biases = {}
             self._prompt_pending = False
+
+    def _init_sampler(self, *args: Any, **options: Any) -> Any:
+        sampler = super()._init_sampler(*args, **options)
+        return biased(sampler, self._biases, self._n_vocab) if self._biases else sampler
 
     def _limit_reuse(self, prompt: list[int]) -> None:
         """Forget what an earlier answer left in the context and this prompt must not build on."""
@@ -215,6 +226,43 @@ class MobileLlama(Llama):
         if reason:
             return ExpertReadError(reason)
         return EngineError(f"decoding failed: {last_errors() or error}")
+
+    # embeddings
+
+    @property
+    def pooling(self) -> str | None:
+        """How the file wants its states pooled into embeddings; None if it does not say."""
+        return file_pooling(self)
+
+    @property
+    def can_generate(self) -> bool:
+        """Whether the model continues texts; encoders do not."""
+        return has_memory(self)
+
+    @property
+    def embedding_limit(self) -> int:
+        """Tokens of the longest text that can be embedded."""
+        return longest_text(self)
+
+    def embed_tokens(self, tokens: list[int], pooling: str) -> np.ndarray:
+        """The pooled states of ``tokens``, float32 [n_embd]; the context is empty afterwards."""
+        self.use_experts(ALL_EXPERTS)
+        clear_errors()
+        self._forget_all()
+        self._keep_state(True)
+        try:
+            with self._interruptible():
+                return pooled_state(self, tokens, pooling)
+        except RuntimeError as error:
+            raise self.decode_error(error) from None
+        finally:
+            self._keep_state(False)
+            self._forget_all()
+
+    def _forget_all(self) -> None:
+        self.forget()
+        self._state_at = -1
+        clear_memory(self)
 
     # what a Model asks besides
 

@@ -19,8 +19,10 @@ from .answer import Answer, Backend, Chunk, Reply, Request
 from .binding import Counters
 from .decode import Policy
 from .device.structs import DeviceCounters
+from .embedding import Embedding, embed
 from .errors import ModelBusyError, UsageError
 from .gguf_info import GgufInfo, read_gguf_info
+from .logit_bias import read_bias
 from .messages import Messages, as_messages
 from .options import POLICY_OPTIONS, GenerateOptions, LoadOptions, make_options, takes
 from .policy import choose_policy
@@ -31,6 +33,8 @@ logger = logging.getLogger("mobile_gguf")
 ShouldStop = Callable[[], bool] | None
 OnChunk = Callable[[Chunk], object] | None
 
+_BUSY = """this Model is already generating: use it from one thread at a time, and finish or close a stream \
+before the next answer"""
 # The engine must be freed before the interpreter takes its log callback apart.
 _open_models: weakref.WeakSet[Model] = weakref.WeakSet()
 
@@ -193,6 +197,8 @@ class Model:
 
     def _answer(self, prompt: list[int], options: GenerateOptions, should_stop: ShouldStop) -> Answer:
         backend = self._require_open()
+        if not backend.can_generate:
+            raise UsageError(f"{self.path.name} makes embeddings and no text: use /v1/embeddings or Model.embed")
         if not prompt:
             raise UsageError("the prompt is empty")
         room = self.n_ctx - len(prompt)
@@ -219,6 +225,7 @@ class Model:
                 "repeat_penalty": float(options.repeat_penalty),
                 "presence_penalty": float(options.presence_penalty),
                 "frequency_penalty": float(options.frequency_penalty),
+                "logit_bias": read_bias(options.logit_bias, self.info.n_vocab),
                 "grammar": backend.make_grammar(options.grammar, options.json_schema),
             },
             cache_prompt=options.cache_prompt,
@@ -243,11 +250,7 @@ class Model:
         self, answer: Answer, handle: list[weakref.ref[Generator[Chunk, None, None]]]
     ) -> Generator[Chunk, None, None]:
         """Stream an answer under the lock, which is taken when its first chunk is asked for."""
-        if not self._lock.acquire(blocking=False):
-            raise ModelBusyError(
-                "this Model is already generating: use it from one thread at a time, and finish or close "
-                "a stream before the next answer"
-            )
+        self._take()
         try:
             self._active = handle[0]
             backend = self._require_open()
@@ -257,6 +260,10 @@ class Model:
         finally:
             self._active = None
             self._lock.release()
+
+    def _take(self) -> None:
+        if not self._lock.acquire(blocking=False):
+            raise ModelBusyError(_BUSY)
 
     def _join(self, answer: Answer, on_chunk: OnChunk) -> Reply:
         running = self._stream(answer)
@@ -287,6 +294,25 @@ class Model:
         if self.info.chat_template is None:
             self._notify(f"{self.path.name} has no chat template: ChatML is used")
         return backend.render_chat(as_messages(messages), **values)
+
+    @property
+    def pooling(self) -> str | None:
+        """How the model's file wants embeddings pooled: ``mean``, ``last``, ``cls``; None if it does not say."""
+        return self._require_open().pooling
+
+    def embed(
+        self, text: str | Sequence[int], *, pooling: str | None = None, should_stop: ShouldStop = None
+    ) -> Embedding:
+        """The vector of ``text``, or of token ids as they are, with all experts of every token.
+
+        ``pooling`` is needed where the file does not say it. Raises UsageError, ModelBusyError,
+        ExpertReadError, EngineError, AnswerStopped.
+        """
+        self._take()
+        try:
+            return embed(self._require_open(), self.info, text, pooling, should_stop)
+        finally:
+            self._lock.release()
 
     # tokens, facts, end
 

@@ -20,6 +20,7 @@ from .binding import EVICTION, IO
 from .decode import IMPORTANCE, MODES
 from .device.structs import CACHE, LAYERS, MISS
 from .errors import UsageError
+from .logit_bias import Bias, parse_bias
 from .sizes import Size, parse_size, parse_size_or_off
 
 DEFAULT_GAMMA = 0.7
@@ -213,6 +214,16 @@ class GenerateOptions:
     frequency_penalty: Annotated[
         float, Opt("--frequency-penalty", read=float, low=-100, high=100, help="... by how often, 0: off")
     ] = 0.0
+    logit_bias: Annotated[
+        Bias | None,
+        Opt(
+            *("-l", "--logit-bias"),
+            read=parse_bias,
+            repeated=True,
+            metavar="ID+BIAS",
+            help="make a token likelier or, with -, rarer: 15043-100; repeatable",
+        ),
+    ] = None
     seed: Annotated[int | None, _SEED] = None
     stop: Annotated[
         str | Sequence[str] | None,

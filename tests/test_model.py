@@ -89,7 +89,7 @@ def test_sampling_is_passed_on_and_defaults_are_the_declared(fake_model):
     fake_model(backend).generate("x", temperature=0, top_k=1, min_p=0.1, grammar="root ::= x")
     assert backend.sampling == {
         "temp": 0.0, "top_k": 1, "top_p": 0.95, "min_p": 0.1, "typical_p": 1.0, "repeat_penalty": 1.0,
-        "presence_penalty": 0.0, "frequency_penalty": 0.0, "grammar": ("root ::= x", None),
+        "presence_penalty": 0.0, "frequency_penalty": 0.0, "logit_bias": {}, "grammar": ("root ::= x", None),
     }  # fmt: skip
 
 

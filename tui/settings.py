@@ -12,8 +12,8 @@ from ..flags import parse_setting
 from ..options import POLICY_OPTIONS, GenerateOptions, LoadOptions, Opt, declared, defaults
 from ..sizes import Size
 
-# The engine's log would be drawn over the screen; a file of a grammar has no place in a line.
-_HIDDEN = ("verbose", "grammar")
+# The engine's log would be drawn over the screen; a grammar and token ids have no place in a line.
+_HIDDEN = ("verbose", "grammar", "logit_bias")
 
 
 def answer_settings() -> dict[str, Opt]:
