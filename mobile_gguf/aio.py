@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import os
 
     from .answer import Chunk, Reply
+    from .embedding import Embedding
     from .messages import Messages
     from .model import Model
 
@@ -225,6 +226,10 @@ class AsyncModel:
         """Answer ``messages``, yielding a Chunk per token; raises as ``Model.stream_chat`` does."""
         return self._chunks(lambda stop: self.model.stream_chat(messages, **_heeding(stop, options)))
 
+    async def embed(self, text: str | Sequence[int], *, pooling: str | None = None) -> Embedding:
+        """The vector of ``text``; raises as ``Model.embed`` does."""
+        return await self._whole(lambda stop: self.model.embed(text, pooling=pooling, should_stop=stop))
+
     async def close(self) -> None:
         """Stop what runs, refuse what waits, and free the model."""
         await asyncio.to_thread(self.worker.close)
@@ -236,8 +241,8 @@ class AsyncModel:
     async def __aexit__(self, *_exception: object) -> None:
         await self.close()
 
-    async def _whole(self, ask: Callable[[Callable[[], bool]], Reply]) -> Reply:
-        def produce(job: Job[Reply]) -> Iterator[Reply]:
+    async def _whole(self, ask: Callable[[Callable[[], bool]], Item]) -> Item:
+        def produce(job: Job[Item]) -> Iterator[Item]:
             yield ask(job.is_cancelled)
 
         job = self.worker.submit(produce)

@@ -19,9 +19,9 @@ from typing import Any, BinaryIO
 from .answer import INTERRUPTED, Chunk
 from .atomic import disk_errors
 from .errors import MobileError, UsageError
+from .logit_bias import read_bias
 from .messages import as_messages
 from .model import Model
-from .logit_bias import read_bias
 from .options import GenerateOptions, make_options
 
 _OWN = ("id", "prompt", "messages", "system")

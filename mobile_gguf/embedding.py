@@ -27,7 +27,7 @@ class Embedding:
 
 
 def choose_pooling(own: str | None, asked: str | None, name: str) -> str:
-    """How the model ``name`` is pooled: as its file says, else as asked. Raises UsageError if neither can be."""
+    """How the model ``name`` is pooled: as its file says, else as asked. Raises UsageError."""
     if own == RANK:
         raise UsageError(f"{name} is a reranker: it scores pairs of texts and makes no embeddings")
     if asked is not None and asked not in POOLINGS:
@@ -36,7 +36,9 @@ def choose_pooling(own: str | None, asked: str | None, name: str) -> str:
         raise UsageError(f"{name} was made for pooling {own}: it cannot be {asked}")
     pooling = own or asked
     if pooling is None:
-        raise UsageError(f"{name} does not say how its states make an embedding: give a pooling, such as mean")
+        raise UsageError(
+            f"{name} does not say how its states make an embedding: give a pooling, such as mean"
+        )
     return pooling
 
 
@@ -64,8 +66,8 @@ def embed(
     limit = backend.embedding_limit
     if len(tokens) > limit:
         raise UsageError(
-            f"the text has {len(tokens)} tokens and {name} embeds at most {limit} at once: shorten it, or load "
-            "the model with a larger --ctx-size, --batch-size and --ubatch-size as far as it was trained for"
+            f"the text has {len(tokens)} tokens and {name} embeds at most {limit} at once: shorten it, or "
+            "load the model with larger --ctx-size, --batch-size and --ubatch-size, as it was trained for"
         )
     backend.should_stop = should_stop
     vector = np.asarray(backend.embed_tokens(tokens, pooling), dtype=np.float32)

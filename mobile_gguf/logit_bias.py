@@ -33,7 +33,7 @@ def read_bias(given: Bias | None, n_vocab: int) -> dict[int, float]:
         )
         if not is_id:
             raise UsageError(f"logit_bias has {key!r}: its keys must be token ids")
-        token = int(key)
+        token = int(str(key))
         if not 0 <= token < n_vocab:
             raise UsageError(f"logit_bias has token {token}: the vocabulary has {n_vocab}")
         biases[token] = _checked(bias)
@@ -57,6 +57,8 @@ def biased(sampler: Any, biases: Mapping[int, float], n_vocab: int) -> Any:
         made.sampler, llama_cpp.llama_sampler_init_logit_bias(n_vocab, len(biases), array)
     )
     for _ in range(llama_cpp.llama_sampler_chain_n(sampler.sampler)):
-        llama_cpp.llama_sampler_chain_add(made.sampler, llama_cpp.llama_sampler_chain_remove(sampler.sampler, 0))
+        llama_cpp.llama_sampler_chain_add(
+            made.sampler, llama_cpp.llama_sampler_chain_remove(sampler.sampler, 0)
+        )
     sampler.close()
     return made

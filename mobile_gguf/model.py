@@ -198,7 +198,9 @@ class Model:
     def _answer(self, prompt: list[int], options: GenerateOptions, should_stop: ShouldStop) -> Answer:
         backend = self._require_open()
         if not backend.can_generate:
-            raise UsageError(f"{self.path.name} makes embeddings and no text: use /v1/embeddings or Model.embed")
+            raise UsageError(
+                f"{self.path.name} makes embeddings and no text: use /v1/embeddings or Model.embed"
+            )
         if not prompt:
             raise UsageError("the prompt is empty")
         room = self.n_ctx - len(prompt)
@@ -217,14 +219,7 @@ class Model:
             stop=stop,
             seed=random.getrandbits(31) if seed is None or seed < 0 else seed,
             sampling={
-                "temp": float(options.temperature),
-                "top_k": int(options.top_k),
-                "top_p": float(options.top_p),
-                "min_p": float(options.min_p),
-                "typical_p": float(options.typical_p),
-                "repeat_penalty": float(options.repeat_penalty),
-                "presence_penalty": float(options.presence_penalty),
-                "frequency_penalty": float(options.frequency_penalty),
+                **options.sampling(),
                 "logit_bias": read_bias(options.logit_bias, self.info.n_vocab),
                 "grammar": backend.make_grammar(options.grammar, options.json_schema),
             },
@@ -297,7 +292,7 @@ class Model:
 
     @property
     def pooling(self) -> str | None:
-        """How the model's file wants embeddings pooled: ``mean``, ``last``, ``cls``; None if it does not say."""
+        """How the file wants embeddings pooled: ``mean``, ``last``, ``cls``; None if it does not say."""
         return self._require_open().pooling
 
     def embed(

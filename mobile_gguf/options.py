@@ -249,6 +249,19 @@ class GenerateOptions:
         bool, Opt("--no-cache-prompt", is_flag=True, help="compute the whole prompt, reuse no context")
     ] = True
 
+    def sampling(self) -> dict[str, float]:
+        """The numbers of the sampler chain, by llama-cpp-python's names."""
+        return {
+            "temp": float(self.temperature),
+            "top_k": int(self.top_k),
+            "top_p": float(self.top_p),
+            "min_p": float(self.min_p),
+            "typical_p": float(self.typical_p),
+            "repeat_penalty": float(self.repeat_penalty),
+            "presence_penalty": float(self.presence_penalty),
+            "frequency_penalty": float(self.frequency_penalty),
+        }
+
 
 @functools.cache
 def declared(options: type[Any]) -> dict[str, Opt]:

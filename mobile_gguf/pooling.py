@@ -43,7 +43,7 @@ def clear_memory(llama: MobileLlama) -> None:
 
 
 def _in_parts(llama: MobileLlama) -> bool:
-    """Whether a text may be computed in parts: each token sees only those before it, and no part is pooled."""
+    """Whether a text may be computed in parts: a token sees only those before it, no part is pooled."""
     architecture = llama.metadata.get("general.architecture", "")
     is_causal = llama.metadata.get(f"{architecture}.attention.causal", "true") != "false"
     return is_causal and has_memory(llama) and file_pooling(llama) in (None, LAST)

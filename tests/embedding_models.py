@@ -100,7 +100,8 @@ _ORACLE = """
 import json, sys
 from llama_cpp import Llama
 asked = json.load(sys.stdin)
-llama = Llama(asked["path"], embedding=True, verbose=False, n_ctx=asked["n_ctx"], n_threads=1, **asked["options"])
+options = {"embedding": True, "verbose": False, "n_threads": 1, "n_ctx": asked["n_ctx"]} | asked["options"]
+llama = Llama(asked["path"], **options)
 print(json.dumps([llama.embed(text, normalize=True) for text in asked["texts"]]))
 """
 

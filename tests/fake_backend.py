@@ -96,6 +96,8 @@ class FakeBackend:
         has_engine: bool = True,
         has_store: bool = True,
         can_step_back: bool = True,
+        pooling: str | None = None,
+        can_generate: bool = True,
         head: Head | None = None,
         important: Sequence[float | None] = (),
     ) -> None:
@@ -109,6 +111,10 @@ class FakeBackend:
         self.prompt_done = 0.0
         self.should_stop: Callable[[], bool] | None = None
         self.can_step_back = can_step_back
+        self.pooling = pooling
+        self.can_generate = can_generate
+        self.embedding_limit = n_ctx
+        self.embedded: list[tuple[list[int], str]] = []
         self.rows: list[Row] = []
         self.log: list[str] = []
         self.errors: dict[int, BaseException] = {}
@@ -186,9 +192,17 @@ class FakeBackend:
         self.prompt_evaluated += len(prompt)
         self.prompt_done = time.perf_counter()
         while True:
-            token = int(np.argmax(self.last_logits()))
+            logits = np.array(self.last_logits(), dtype=float)
+            for biased, bias in (sampling.get("logit_bias") or {}).items():
+                logits[biased] += bias
+            token = int(np.argmax(logits))
             yield token
             self.last_pass = decode_token(self, token, self.policy)
+
+    def embed_tokens(self, tokens: list[int], pooling: str) -> np.ndarray:
+        self.on_evaluate()
+        self.embedded.append((list(tokens), pooling))
+        return np.array([len(tokens), sum(tokens), 3.0, 4.0])
 
     def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
         return [*([BOS] if add_bos else []), *text]

@@ -187,11 +187,9 @@ def test_a_body_that_is_no_json_is_a_400(hello, content):
     assert answer.json()["error"]["type"] == "invalid_request_error"
 
 
-def test_unknown_paths_and_methods_and_embeddings(hello):
+def test_unknown_paths_and_methods(hello):
     assert get(f"{hello.url}/v1/nothing").json()["error"]["type"] == "not_found_error"
     assert get(f"{hello.url}/v1/completions").status_code == 405
-    refused = hello.post("/v1/embeddings", {"input": "x"})
-    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "model_not_supported")
 
 
 def test_a_request_that_is_too_large_or_a_strange_host_is_refused(fake_model):

@@ -8,7 +8,9 @@ import os
 import signal
 from pathlib import Path
 
+from ..embedding import MEAN, POOLINGS, RANK, choose_pooling
 from ..errors import EngineError, UsageError
+from ..model import Model
 from ..sizes import parse_size
 from .common import add_model_arguments, generate_options, load_model, narrate
 
@@ -50,6 +52,14 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     group.add_argument(
         "--cors", action="append", metavar="ORIGIN", help="let a web site's scripts in, * for all; repeatable"
     )
+    group.add_argument(
+        "--embeddings",
+        action="store_true",
+        help="/v1/embeddings also of a model that was not made for it; one that was needs no flag",
+    )
+    group.add_argument(
+        "--pooling", choices=POOLINGS, help="... and what makes one vector of a text (default: mean)"
+    )
     group.add_argument("--log-requests", action="store_true", help="a line on stderr for every request")
     parser.set_defaults(func=run)
 
@@ -78,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
     local = is_loopback(args.host)
     options = generate_options(args)
     with load_model(args) as model:
+        pooling = embedding_pooling(args, model)
         stem = Path(args.model).stem
         names = tuple(dict.fromkeys([*(args.alias or ()), stem, args.model, model.path.stem]))
         settings = ServerSettings(
@@ -90,6 +101,7 @@ def run(args: argparse.Namespace) -> int:
             grace=args.grace,
             hosts=(*LOOPBACK_NAMES, args.host) if local else (),
             origins=tuple(args.cors or ()),
+            pooling=pooling,
         )
 
         def announce(url: str) -> None:
@@ -119,6 +131,14 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host.lower() == "localhost"
+
+
+def embedding_pooling(args: argparse.Namespace, model: Model) -> str | None:
+    """What the server pools with, None if it makes no embeddings. Raises UsageError if the model cannot."""
+    if not args.embeddings and args.pooling is None and model.pooling in (None, RANK):
+        return None
+    asked = args.pooling or (MEAN if model.pooling is None else None)
+    return choose_pooling(model.pooling, asked, model.path.name)
 
 
 def read_key(args: argparse.Namespace) -> str | None:

@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .. import __version__
 from ..model import Model
-from . import completions, facts
+from . import completions, embeddings, facts
 from .failures import add_handlers
 from .guard import Guard
 from .serving import Serving
@@ -49,6 +49,7 @@ def create_app(model: Model, settings: ServerSettings | None = None) -> FastAPI:
         redirect_slashes=False,
     )
     app.include_router(completions.router)
+    app.include_router(embeddings.router)
     app.include_router(facts.router)
     add_handlers(app)
     app.add_middleware(Guard, settings=settings)

@@ -106,14 +106,14 @@ async def _answer(
         raise
 
 
-async def _collect(events: Events) -> list[Event]:
+async def _collect(events: Events[Event]) -> list[Event]:
     return [event async for event in events]
 
 
 async def _stream(
     serving: Serving,
     job: Job[Event],
-    events: Events,
+    events: Events[Event],
     renderer: Renderer,
     producer: Producer,
     echoes: list[str],

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from importlib import resources
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Body, Query, Request
+from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel, ConfigDict
@@ -16,8 +16,7 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 
 from .. import __version__
 from .completions import ERRORS
-from .failures import ApiError, ErrorBody
-from .requests import EmbeddingRequest
+from .failures import ApiError
 from .serving import Serving
 
 _MAP_SECONDS = 0.2
@@ -94,6 +93,7 @@ def _card(serving: Serving) -> dict[str, Any]:
         "mode": model.mode,
         "little_k": model.little_k,
         "gamma": model.gamma,
+        "embeddings": model.pooling or serving.settings.pooling,
         "modes": ["exact", "little", "big-little"] if info.is_moe and info.n_expert_used > 1 else ["exact"],
     }
     return {
@@ -122,27 +122,6 @@ async def model_by_name(request: Request, name: str) -> dict[str, Any]:
     serving: Serving = request.app.state.serving
     serving.check_model(name)
     return _card(serving)
-
-
-@router.post(
-    "/v1/embeddings",
-    status_code=400,
-    response_model=ErrorBody,
-    responses={**_GUARDED, 404: ERRORS[404]},
-    summary="Embeddings: refused, this is a generative model",
-)
-async def embeddings(
-    request: Request, body: Annotated[EmbeddingRequest, Body(media_type="application/json")]
-) -> Response:
-    """Models that generate make no embeddings of texts; this says so."""
-    serving: Serving = request.app.state.serving
-    serving.check_model(body.model)
-    raise ApiError(
-        400,
-        f"{serving.settings.names[0]} is a generative model and makes no embeddings: use an embedding model",
-        param="model",
-        code="model_not_supported",
-    )
 
 
 @router.get(

@@ -78,6 +78,10 @@ class Metrics:
             self._speed.observe(last.tokens_per_second)
             self._last_speed.set(last.tokens_per_second)
 
+    def add_prompt(self, n_tokens: int) -> None:
+        """Count the tokens of a text that was embedded."""
+        self._tokens.labels("prompt").inc(n_tokens)
+
     def text(self) -> bytes:
         """All of them in Prometheus' text format."""
         return generate_latest(self.registry)

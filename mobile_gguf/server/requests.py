@@ -15,11 +15,17 @@ from ..options import GenerateOptions, Opt, declared
 MAX_INT = (1 << 31) - 1
 MAX_CHOICES = 16
 MAX_PROMPTS = 32
+MAX_INPUTS = 2048
+MAX_BIASES = 10_000
 # Declared by hand below: OpenAI has its own idea of them.
-_OWN_FORM = ("stop", "json_schema", "seed", "max_tokens")
+_OWN_FORM = ("stop", "json_schema", "seed", "max_tokens", "logit_bias")
 NOT_SAMPLING = {"stop", "json_schema"}
 
 Text = Annotated[str, Field(max_length=1 << 22)]
+Token = Annotated[int, Field(ge=0, le=MAX_INT)]
+Tokens = Annotated[list[Token], Field(min_length=1)]
+Id = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
+Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
@@ -80,6 +86,9 @@ class Generation(_Sampling):
     seed: int | None = Field(default=None, ge=-(1 << 63), le=(1 << 63) - 1, description="random seed")
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = Field(
         default=None, description="texts that end the answer"
+    )
+    logit_bias: dict[Id, Bias] | None = Field(
+        default=None, max_length=MAX_BIASES, description="added to the logits of tokens, by token id"
     )
     n: int | None = Field(default=None, ge=1, le=MAX_CHOICES, description="answers to the same prompt")
     stream: bool | None = Field(default=None, description="send the answer as server-sent events")
@@ -194,12 +203,9 @@ class CompletionRequest(Generation):
 
     prompt: (
         Text
-        | Annotated[list[Annotated[int, Field(ge=0, le=MAX_INT)]], Field(min_length=1)]
+        | Tokens
         | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
-        | Annotated[
-            list[Annotated[list[Annotated[int, Field(ge=0, le=MAX_INT)]], Field(min_length=1)]],
-            Field(min_length=1, max_length=MAX_PROMPTS),
-        ]
+        | Annotated[list[Tokens], Field(min_length=1, max_length=MAX_PROMPTS)]
     ) = Field(description="text or token ids, or several of either")
     echo: bool | None = Field(default=None, description="begin the answer with the prompt")
     logprobs: int | None = Field(default=None, ge=0, le=20)
@@ -210,10 +216,13 @@ class EmbeddingRequest(Strict):
 
     input: (
         Text
-        | Annotated[list[Annotated[int, Field(ge=0, le=MAX_INT)]], Field(min_length=1)]
-        | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Tokens
+        | Annotated[list[Text], Field(min_length=1, max_length=MAX_INPUTS)]
+        | Annotated[list[Tokens], Field(min_length=1, max_length=MAX_INPUTS)]
+    ) = Field(description="text or token ids, or several of either")
+    model: str | None = Field(default=None, max_length=1000, description="the model's id, or nothing")
+    encoding_format: Literal["float", "base64"] | None = Field(default=None, description="float by default")
+    dimensions: int | None = Field(
+        default=None, ge=1, le=MAX_INT, description="keep so many numbers of each vector, scaled to length 1"
     )
-    model: str | None = Field(default=None, max_length=1000)
-    encoding_format: Literal["float", "base64"] | None = None
-    dimensions: int | None = Field(default=None, ge=1, le=MAX_INT)
     user: str | None = None

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
-from typing import TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from fastapi import Request
 
@@ -16,10 +16,20 @@ from ..model import Model
 from .experts import ExpertMap
 from .failures import ApiError, retry_after
 from .metrics import Metrics
-from .produce import Event, Producer
+from .produce import Producer
 from .settings import ServerSettings
 
 T = TypeVar("T")
+
+
+class HasChoice(Protocol):
+    """An event of answer ``choice``; below 0 before the first."""
+
+    @property
+    def choice(self) -> int: ...
+
+
+E = TypeVar("E", bound=HasChoice)
 
 
 class ClientLeftError(Exception):
@@ -43,7 +53,7 @@ class Serving:
         """What makes the events of a request."""
         return Producer(self.model, self.experts, self.metrics, dict(self.settings.defaults))
 
-    def submit(self, produce: Callable[[Job[Event]], Iterable[Event]]) -> Job[Event]:
+    def submit(self, produce: Callable[[Job[E]], Iterable[E]]) -> Job[E]:
         """Queue a request; raises ApiError 429 when the queue is full, and 503 while shutting down."""
         try:
             return self.worker.submit(produce)
@@ -81,16 +91,18 @@ class Serving:
         await asyncio.to_thread(self.worker.close, self.settings.grace)
 
 
-class Events:
+class Events(Generic[E]):
     """The events of a job, each awaited no longer than the request may take."""
 
-    def __init__(self, job: Job[Event], seconds: float, on_first: Callable[[float], object]) -> None:
+    def __init__(
+        self, job: Job[E], seconds: float, on_first: Callable[[float], object] | None = None
+    ) -> None:
         self._job = job
         self._seconds = seconds
         self._deadline = time.monotonic() + seconds if seconds > 0 else None
-        self._on_first: Callable[[float], object] | None = on_first
+        self._on_first = on_first
 
-    async def next(self) -> Event | None:
+    async def next(self) -> E | None:
         """The next event, None at the end. Raises ApiError 504 when time is up, and what the job raises."""
         left = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
         try:
@@ -102,7 +114,7 @@ class Events:
             self._on_first = None
         return event
 
-    async def __aiter__(self) -> AsyncIterator[Event]:
+    async def __aiter__(self) -> AsyncIterator[E]:
         while (event := await self.next()) is not None:
             yield event
 

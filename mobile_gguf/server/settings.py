@@ -16,6 +16,7 @@ class ServerSettings:
     ``queue`` requests may wait while one is answered. ``names`` are the model's names to clients, the first
     being the one it is listed under. ``defaults`` are GenerateOptions for what a request does not say.
     ``hosts`` are the Host headers that are let in; empty: any. ``origins`` are those CORS is on for.
+    ``pooling`` makes embeddings of a model whose file does not say how; None: there are none of it.
     """
 
     names: tuple[str, ...]
@@ -28,3 +29,4 @@ class ServerSettings:
     grace: float = 10.0
     hosts: tuple[str, ...] = ()
     origins: tuple[str, ...] = ()
+    pooling: str | None = None

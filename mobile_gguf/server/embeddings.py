@@ -1,0 +1,141 @@
+"""``/v1/embeddings``: texts or token ids as vectors of length 1, one text at a time in the model's line."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel
+
+from ..aio import Job
+from ..embedding import RANK
+from ..errors import AnswerStopped
+from .completions import ERRORS, JsonBody
+from .failures import ApiError
+from .requests import EmbeddingRequest
+from .serving import ClientLeftError, Events, Serving, unless_client_leaves
+
+router = APIRouter(prefix="/v1")
+
+
+class EmbeddingData(BaseModel):
+    """One text's vector: numbers, or the base64 of little-endian float32."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingUsage(BaseModel):
+    """Tokens of all texts."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingList(BaseModel):
+    """The vectors, in the order of the texts."""
+
+    object: Literal["list"]
+    model: str
+    data: list[EmbeddingData]
+    usage: EmbeddingUsage
+
+
+@dataclass(frozen=True)
+class Vector:
+    """The embedding of input ``choice``, float32 [n]."""
+
+    choice: int
+    values: Any
+    n_tokens: int
+
+
+@router.post("/embeddings", response_model=EmbeddingList, responses=ERRORS, summary="Texts as vectors")
+async def embeddings(request: Request, body: Annotated[EmbeddingRequest, JsonBody]) -> Response:
+    """Embed one or several texts; a 400 says so if the model or the server cannot."""
+    serving: Serving = request.app.state.serving
+    serving.check_model(body.model)
+    inputs, pooling = _inputs(body), _pooling(serving)
+    job = serving.submit(lambda job: _vectors(job, serving, inputs, pooling))
+    events = Events(job, serving.settings.timeout)
+    try:
+        with serving.timed(request.url.path):
+            vectors = await unless_client_leaves(request, _collect(events))
+        return JSONResponse(_answer(serving.settings.names[0], body, vectors))
+    except ClientLeftError:
+        job.cancel()
+        serving.metrics.cancelled.inc()
+        return Response(status_code=499)
+    except BaseException:
+        job.cancel()
+        raise
+
+
+def _pooling(serving: Serving) -> str | None:
+    """The pooling to ask the model for, None for the file's own; raises ApiError if it makes none."""
+    name, own = serving.settings.names[0], serving.model.pooling
+    if own == RANK:
+        reason = f"{name} is a reranker and makes no embeddings: serve an embedding model"
+    elif own is None and serving.settings.pooling is None:
+        reason = f"{name} is served without embeddings: start the server with --embeddings"
+    else:
+        return None if own is not None else serving.settings.pooling
+    raise ApiError(400, reason, param="model", code="model_not_supported")
+
+
+def _inputs(body: EmbeddingRequest) -> list[str | list[int]]:
+    given: Any = body.input
+    inputs = [given] if isinstance(given, str) or isinstance(given[0], int) else given
+    for i, text in enumerate(inputs):
+        if not text:
+            where = "input" if given is text else f"input.{i}"
+            raise ApiError(400, f"invalid {where}: the text is empty", param=where, code="invalid_value")
+    return inputs
+
+
+def _vectors(
+    job: Job[Vector], serving: Serving, inputs: list[str | list[int]], pooling: str | None
+) -> Iterator[Vector]:
+    for i, text in enumerate(inputs):
+        try:
+            made = serving.model.embed(text, pooling=pooling, should_stop=job.is_cancelled)
+        except AnswerStopped:  # whoever left does not hear it
+            raise ApiError(503, "the texts were cut: the server is shutting down", code="cut") from None
+        serving.metrics.add_prompt(made.n_tokens)
+        yield Vector(i, made.vector, made.n_tokens)
+
+
+async def _collect(events: Events[Vector]) -> list[Vector]:
+    return [event async for event in events]
+
+
+def _answer(model: str, body: EmbeddingRequest, vectors: list[Vector]) -> dict[str, Any]:
+    data = [
+        {"object": "embedding", "index": vector.choice, "embedding": _written(vector.values, body)}
+        for vector in vectors
+    ]
+    n_tokens = sum(vector.n_tokens for vector in vectors)
+    usage = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
+    return {"object": "list", "model": model, "data": data, "usage": usage}
+
+
+def _written(values: Any, body: EmbeddingRequest) -> list[float] | str:
+    import numpy as np
+
+    n = body.dimensions
+    if n is not None and n > len(values):
+        raise ApiError(
+            400, f"dimensions is {n}: the model makes {len(values)}", param="dimensions", code="invalid_value"
+        )
+    if n is not None and n < len(values):
+        values = values[:n]
+        length = np.linalg.norm(values)
+        values = values / length if length > 0 else values
+    if body.encoding_format == "base64":
+        return base64.b64encode(np.asarray(values, dtype="<f4").tobytes()).decode()
+    return [float(value) for value in values]
