@@ -48,6 +48,9 @@ class Job(Generic[Item]):
         self._items: asyncio.Queue[Item | _End] = asyncio.Queue()
         self._cancelled = threading.Event()
         self.queued_at = time.monotonic()
+        self.number = 0  # which job of its worker it is, from 1, by coming
+        self.turn = 0  # and by being run; 0 while it waits
+        self.waited = 0.0
 
     def cancel(self) -> None:
         """Take the job out of the queue, or have it stop soon; nothing if it has ended. For any thread."""
@@ -110,6 +113,7 @@ class Worker:
         self._changed = threading.Condition()
         self._running: Job[Any] | None = None
         self._closed = False
+        self._n_jobs = self._n_turns = 0
         self._thread = threading.Thread(target=self._work, name="mobile-gguf-worker", daemon=True)
         self._thread.start()
 
@@ -132,6 +136,8 @@ class Worker:
                 raise ModelBusyError("the model is being closed: it takes no more requests")
             if self._limit is not None and (self._running or self._jobs) and len(self._jobs) >= self._limit:
                 raise QueueFullError(f"{len(self._jobs)} requests are waiting for the model already")
+            self._n_jobs += 1
+            job.number = self._n_jobs
             self._jobs.append(job)
             self._changed.notify_all()
         return job
@@ -176,7 +182,11 @@ class Worker:
         with self._changed:
             self._running = None
             self._changed.wait_for(lambda: self._jobs or self._closed)
-            self._running = self._jobs.popleft() if self._jobs else None
+            if self._jobs:
+                self._running = self._jobs.popleft()
+                self._n_turns += 1
+                self._running.turn = self._n_turns
+                self._running.waited = time.monotonic() - self._running.queued_at
             return self._running
 
 

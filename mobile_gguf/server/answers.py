@@ -18,13 +18,14 @@ class _Answer(BaseModel):
 
 
 class Usage(_Answer):
-    """OpenAI's usage, with the receipt."""
+    """OpenAI's usage, with the receipt and the way through the line."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     tokens_per_second: float
     receipt: dict[str, Any]
+    queue: dict[str, float]
 
 
 class Choice(_Answer):

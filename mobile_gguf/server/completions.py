@@ -96,7 +96,7 @@ async def _answer(
             )
         with serving.timed(endpoint):
             whole = await unless_client_leaves(request, _collect(events))
-        return JSONResponse(renderer.whole(whole, producer.spent.usage(), echoes()))
+        return JSONResponse(renderer.whole(whole, _usage(producer, job), echoes()))
     except ClientLeftError:
         job.cancel()
         serving.metrics.cancelled.inc()
@@ -104,6 +104,11 @@ async def _answer(
     except BaseException:
         job.cancel()
         raise
+
+
+def _usage(producer: Producer, job: Job[Event]) -> dict[str, Any]:
+    line = {"number": job.number, "turn": job.turn, "wait_ms": job.waited * 1e3}
+    return producer.spent.usage() | {"queue": line}
 
 
 async def _collect(events: Events[Event]) -> list[Event]:
@@ -128,7 +133,7 @@ async def _stream(
                     yield _sse(chunk)
             ended = True
             if include_usage:
-                yield _sse(renderer.usage_chunk(producer.spent.usage()))
+                yield _sse(renderer.usage_chunk(_usage(producer, job)))
     except Exception as error:  # the status is out already: the stream says what happened
         ended = True
         yield _sse(as_api_error(error).body())
