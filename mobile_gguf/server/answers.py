@@ -103,7 +103,11 @@ class Renderer:
         return made
 
     def chunks(self, event: Event, echoes: list[str]) -> Iterator[dict[str, Any]]:
-        """The chunks that an event makes."""
+        """The chunks that an event makes, with the usage so far if the event has it."""
+        for chunk in self._chunks(event, echoes):
+            yield chunk if event.usage is None else chunk | {"usage": event.usage}
+
+    def _chunks(self, event: Event, echoes: list[str]) -> Iterator[dict[str, Any]]:
         index = event.choice
         if index < 0:
             return

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator
+from contextlib import closing
+from dataclasses import replace
 from typing import Annotated, Any
 
 import anyio
@@ -50,7 +52,9 @@ async def chat_completions(request: Request, body: Annotated[ChatRequest, JsonBo
     serving.check_model(body.model)
     producer = serving.producer()
     renderer = Renderer(serving.settings.names[0], chat=True, with_logprobs=bool(body.logprobs))
-    return await _answer(request, body, producer, renderer, lambda job: producer.chat(job, body))
+    return await _answer(
+        request, body, producer, renderer, lambda job: _watched(job, body, producer, producer.chat(job, body))
+    )
 
 
 @router.post(
@@ -62,7 +66,13 @@ async def completions(request: Request, body: Annotated[CompletionRequest, JsonB
     serving.check_model(body.model)
     producer = serving.producer()
     renderer = Renderer(serving.settings.names[0], chat=False, with_logprobs=body.logprobs is not None)
-    return await _answer(request, body, producer, renderer, lambda job: producer.completion(job, body))
+    return await _answer(
+        request,
+        body,
+        producer,
+        renderer,
+        lambda job: _watched(job, body, producer, producer.completion(job, body)),
+    )
 
 
 async def _answer(
@@ -108,7 +118,18 @@ async def _answer(
 
 def _usage(producer: Producer, job: Job[Event]) -> dict[str, Any]:
     line = {"number": job.number, "turn": job.turn, "wait_ms": job.waited * 1e3}
-    return producer.spent.usage() | {"queue": line}
+    return producer.spent.so_far().usage() | {"queue": line}
+
+
+def _watched(
+    job: Job[Event], body: Generation, producer: Producer, events: Generator[Event, None, None]
+) -> Iterator[Event]:
+    """The events, with the usage so far if it was asked for; runs in the worker's thread."""
+    options = body.stream_options
+    wanted = bool(body.stream and options is not None and options.continuous_usage_stats)
+    with closing(events):
+        for event in events:
+            yield replace(event, usage=_usage(producer, job)) if wanted else event
 
 
 async def _collect(events: Events[Event]) -> list[Event]:

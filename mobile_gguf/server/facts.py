@@ -23,6 +23,7 @@ _MAP_SECONDS = 0.2
 _PAGE = {
     "/": ("index.html", "text/html; charset=utf-8"),
     "/app.js": ("app.js", "text/javascript; charset=utf-8"),
+    "/api.js": ("api.js", "text/javascript; charset=utf-8"),
     "/markdown.js": ("markdown.js", "text/javascript; charset=utf-8"),
     "/app.css": ("app.css", "text/css; charset=utf-8"),
     "/icon.svg": ("icon.svg", "image/svg+xml"),
@@ -93,6 +94,7 @@ def _card(serving: Serving) -> dict[str, Any]:
         "mode": model.mode,
         "little_k": model.little_k,
         "gamma": model.gamma,
+        "chats": model.llama.can_generate,
         "embeddings": model.pooling or serving.settings.pooling,
         "modes": ["exact", "little", "big-little"] if info.is_moe and info.n_expert_used > 1 else ["exact"],
     }

@@ -13,7 +13,7 @@ from .failures import ApiError
 from .settings import ServerSettings
 
 # Open without a key: what tells that there is a server, and the page that asks for the key.
-OPEN_PATHS = {"/", "/health", "/app.js", "/app.css", "/markdown.js", "/icon.svg"}
+OPEN_PATHS = {"/", "/health", "/app.js", "/api.js", "/app.css", "/markdown.js", "/icon.svg"}
 
 
 class Guard:

@@ -43,6 +43,7 @@ class Event:
     call: CallDelta | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: str | None = None
+    usage: dict[str, Any] | None = None
 
 
 BEGUN = Event(choice=-1)
@@ -59,7 +60,7 @@ class Producer:
         self.spent = Spent()
         self.prompts: list[list[int]] = []
 
-    def chat(self, job: Job[Event], request: ChatRequest) -> Iterator[Event]:
+    def chat(self, job: Job[Event], request: ChatRequest) -> Generator[Event, None, None]:
         """The events of a chat completion. Raises ApiError and what the Model raises."""
         plan = plan_tools(request)
         options = self._options(request)
@@ -99,7 +100,7 @@ class Producer:
         for choice in range(request.n or 1):
             yield from self._with_tools(job, prompt, _seeded(options, choice), plan, schema, choice, n_top)
 
-    def completion(self, job: Job[Event], request: CompletionRequest) -> Iterator[Event]:
+    def completion(self, job: Job[Event], request: CompletionRequest) -> Generator[Event, None, None]:
         """The events of a text completion; ``prompts`` are its prompts, as tokens."""
         given: Any = request.prompt
         if isinstance(given, str) or (given and isinstance(given[0], int)):
@@ -182,6 +183,7 @@ class Producer:
             try:
                 for chunk in chunks:
                     last = chunk
+                    self.spent.note(chunk, self._model.llama.prompt_evaluated)
                     self._experts.after_token()
                     if chunk.finish_reason == INTERRUPTED:
                         raise ApiError(503, "the answer was cut: the server is shutting down", code="cut")

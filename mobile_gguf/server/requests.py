@@ -73,9 +73,12 @@ else:
 
 
 class StreamOptions(Loose):
-    """OpenAI's ``stream_options``."""
+    """OpenAI's ``stream_options``, and vLLM's."""
 
     include_usage: bool | None = Field(default=None, description="a last chunk with the usage")
+    continuous_usage_stats: bool | None = Field(
+        default=None, description="the usage so far in every chunk, as vLLM has it"
+    )
 
 
 class Generation(_Sampling):

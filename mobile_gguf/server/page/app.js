@@ -1,56 +1,33 @@
+import { access, ask, events } from "/api.js";
 import { render } from "/markdown.js";
 
 const $ = (id) => document.getElementById(id);
-const turns = []; // {role, content}
+const turns = []; // {role, content}; an answer that failed before its first word has failed: true
 let running = null; // the AbortController of the answer being made
 let card = null;
 
 // the server
 
-function headers() {
-  const key = $("key").value.trim();
-  return { "Content-Type": "application/json", ...(key ? { Authorization: `Bearer ${key}` } : {}) };
-}
+const RETRY_MS = 3000;
+let retry = 0;
 
-async function failure(response) {
-  let text = `${response.status} ${response.statusText}`;
-  try {
-    text = (await response.json()).error.message;
-  } catch { /* not ours: the status has to do */ }
-  if (response.status === 401) {
-    $("key-row").hidden = false;
-    $("key").focus();
-  }
-  return new Error(text);
-}
-
-async function* events(path, options) {
-  const response = await fetch(path, { ...options, headers: headers() });
-  if (!response.ok) throw await failure(response);
-  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = "";
-  for (;;) {
-    const { done, value } = await reader.read();
-    if (done) return;
-    const blocks = (rest + value).split(/\r?\n\r?\n/);
-    rest = blocks.pop();
-    for (const block of blocks) {
-      const data = block.split(/\r?\n/).filter((line) => line.startsWith("data:")).map((line) => line.slice(5).trimStart()).join("\n");
-      if (data && data !== "[DONE]") yield JSON.parse(data);
-    }
-  }
+function askForKey() {
+  $("key-row").hidden = false;
+  $("key").focus();
 }
 
 async function connect() {
+  clearTimeout(retry);
   try {
-    const response = await fetch("/v1/models", { headers: headers() });
-    if (!response.ok) throw await failure(response);
-    card = (await response.json()).data[0];
+    card = (await (await ask("/v1/models")).json()).data[0];
   } catch (error) {
     notice(error.message);
+    if (error.status === 401) askForKey();
+    else retry = setTimeout(connect, RETRY_MS);
     return;
   }
-  notice("");
+  notice(card.meta.chats ? "" : "This model makes embeddings and does not chat: see /v1/embeddings.");
+  $("send").disabled = !card.meta.chats;
   $("model").textContent = card.meta.name || card.id;
   $("model").title = `${card.id}: ${card.meta.architecture}, ${card.meta.quantization}, context ${card.meta.n_ctx}`;
   document.title = `${card.id} - mobile-gguf`;
@@ -113,32 +90,40 @@ function span(text, name = "") {
   return node;
 }
 
+// what the model is to read: an answer that failed is left out together with its question
+function conversation() {
+  return turns.filter((turn, i) => !turn.failed && !turns[i + 1]?.failed).map(({ role, content }) => ({ role, content }));
+}
+
 async function answer() {
   const shown = addTurn("assistant", "");
+  const receipt = span("", "receipt");
+  shown.foot.append(receipt);
   shown.text.classList.add("wait");
-  let content = "";
-  let usage = null;
-  let trouble = "";
+  const messages = conversation();
+  const made = { role: "assistant", content: "" };
+  turns.push(made);
   let cut = false;
+  let trouble = null;
   let painted = true;
   const paint = () => {
     const follow = follows();
-    shown.text.replaceChildren(render(content));
+    shown.text.replaceChildren(render(made.content));
     painted = true;
     if (follow) toEnd();
   };
-  running = new AbortController();
+  const mine = new AbortController();
+  running = mine;
   busy(true);
   notice("");
   try {
-    const body = { messages: turns, stream: true, stream_options: { include_usage: true } };
+    const body = { messages, stream: true, stream_options: { include_usage: true, continuous_usage_stats: true } };
     if ($("mode").value) body.mode = $("mode").value;
-    const stream = events("/v1/chat/completions", { method: "POST", body: JSON.stringify(body), signal: running.signal });
+    const stream = events("/v1/chat/completions", { method: "POST", body: JSON.stringify(body), signal: mine.signal });
     for await (const chunk of stream) {
-      if (chunk.error) throw new Error(chunk.error.message);
-      if (chunk.usage) usage = chunk.usage;
+      if (chunk.usage) receipt.textContent = receiptText(chunk.usage);
       const choice = chunk.choices[0];
-      content += choice?.delta?.content ?? "";
+      made.content += choice?.delta?.content ?? "";
       cut = cut || choice?.finish_reason === "length";
       if (painted) {
         painted = false;
@@ -146,27 +131,41 @@ async function answer() {
       }
     }
   } catch (error) {
-    trouble = error.name === "AbortError" ? "stopped" : error.message;
+    trouble = error;
   }
-  running = null;
+  if (running === mine) {
+    running = null;
+    busy(false);
+  }
+  if (!shown.node.isConnected) return; // the conversation was cleared meanwhile
   paint();
   shown.text.classList.remove("wait");
-  turns.push({ role: "assistant", content });
+  made.failed = Boolean(trouble) && !made.content;
+  if (trouble) shown.foot.prepend(ending(trouble, made));
+  if (cut) shown.foot.append(span("Cut at the token limit.", "bad"));
+  if (!receipt.textContent) receipt.remove();
+  shown.foot.append(againButton(made.failed));
+  toEnd();
+  if (trouble?.status === 401) askForKey();
+  if (trouble?.lost) connect();
+}
+
+function ending(trouble, made) {
+  if (trouble.name === "AbortError") return span(made.content ? "Stopped." : "Stopped before the first word.", "end");
+  const node = span(trouble.message, "end bad");
+  node.setAttribute("role", "alert");
+  return node;
+}
+
+function againButton(failed) {
+  document.querySelectorAll(".again").forEach((old) => old.remove());
   const again = document.createElement("button");
   again.type = "button";
-  again.textContent = "Regenerate";
+  again.textContent = failed ? "Try again" : "Regenerate";
   again.title = "Answer again (Alt+R)";
   again.className = "again";
   again.addEventListener("click", regenerate);
-  document.querySelectorAll(".again").forEach((old) => old.remove());
-  shown.foot.append(
-    ...(trouble ? [span(trouble, trouble === "stopped" ? "" : "bad")] : []),
-    ...(usage ? [span(receiptText(usage), "receipt")] : []),
-    ...(cut ? [span("cut at the token limit", "bad")] : []),
-    again,
-  );
-  toEnd();
-  busy(false);
+  return again;
 }
 
 function busy(is) {
@@ -178,7 +177,7 @@ function busy(is) {
 
 function send() {
   const text = $("prompt").value.trim();
-  if (running || !text) return;
+  if (running || !text || $("send").disabled) return;
   $("prompt").value = "";
   grow();
   turns.push({ role: "user", content: text });
@@ -227,7 +226,8 @@ async function watchMap() {
   }
   if (mapWatch === watch) {
     $("map-note").textContent = "no connection to the server";
-    setTimeout(() => mapWatch === watch && connect(), 3000);
+    clearTimeout(retry);
+    retry = setTimeout(connect, RETRY_MS);
   }
 }
 
@@ -306,7 +306,8 @@ $("prompt").addEventListener("keydown", (event) => {
 });
 $("prompt").addEventListener("input", grow);
 $("key").addEventListener("change", () => {
-  sessionStorage.setItem("key", $("key").value.trim());
+  access.key = $("key").value.trim();
+  sessionStorage.setItem("key", access.key);
   connect();
 });
 $("key").addEventListener("keydown", (event) => {
@@ -346,8 +347,8 @@ if (window.innerWidth <= 760) {
   $("side").hidden = true;
   $("show-map").setAttribute("aria-expanded", false);
 }
-$("key").value = sessionStorage.getItem("key") ?? "";
-const health = await fetch("/health").then((response) => response.json()).catch(() => null);
+access.key = $("key").value = sessionStorage.getItem("key") ?? "";
+const health = await ask("/health").then((response) => response.json()).catch(() => null);
 const needsKey = health?.needs_key ?? false;
 $("key-row").hidden = !needsKey;
 if (needsKey && !$("key").value) {

@@ -1,0 +1,194 @@
+"""The web page in a headless browser over the scripted engine, when an answer does not end well."""
+
+import shutil
+from contextlib import contextmanager
+
+import pytest
+from fake_backend import FakeBackend, scripted
+
+pytest.importorskip("fastapi", reason="pip install 'mobile-gguf[server]'")
+sync = pytest.importorskip("playwright.sync_api", reason="pip install 'mobile-gguf[dev]'")
+from server_harness import SECONDS, Gate, running, until  # noqa: E402
+
+from mobile_gguf.errors import ExpertReadError  # noqa: E402
+
+DESKTOP, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
+FIRST_WORDS = 4  # the prompt and three tokens
+
+
+@pytest.fixture(scope="module")
+def browser():
+    path = shutil.which("chromium") or shutil.which("google-chrome")
+    if path is None:
+        pytest.skip("no browser here: apt install chromium")
+    with sync.sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@contextmanager
+def opened(browser, server, size=DESKTOP):
+    """The page, whose scripts must not have failed at the end."""
+    page = browser.new_page(viewport=size)
+    page.set_default_timeout(1000 * SECONDS)
+    problems: list[str] = []
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.goto(server.url)
+    page.wait_for_selector("#mode option", state="attached")
+    yield page
+    assert not problems
+    page.close()
+
+
+def ask(page, text="hi"):
+    page.fill("#prompt", text)
+    page.keyboard.press("Enter")
+
+
+def lines(page):
+    """The one line that each answer ended with."""
+    return [line.strip() for line in page.locator(".end").all_inner_texts()]
+
+
+def gated(answer="hello there", **options):
+    backend = FakeBackend(scripted(answer, **options))
+    backend.on_evaluate = Gate()
+    return backend, backend.on_evaluate
+
+
+@pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
+def test_after_stop_the_page_shows_the_receipt_of_what_was_made(browser, fake_model, size):
+    backend, gate = gated(end=False)
+    with running(fake_model(backend)) as server, opened(browser, server, size) as page:
+        ask(page)
+        gate.allow(FIRST_WORDS)
+        page.wait_for_selector(".receipt:has-text('4 big')")
+        page.keyboard.press("Escape")
+        page.wait_for_selector(".end")
+        assert lines(page) == ["Stopped."]
+        assert page.inner_text(".receipt").startswith("4 big | 75% hits | ")
+        assert page.inner_text(".assistant .text") == "hell"
+        assert page.inner_text(".again") == "Regenerate"
+        assert page.inner_text("#send") == "Send"
+        wide = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+        assert wide == 0
+        gate.open()
+
+
+def test_stopped_before_the_first_word_and_asked_again(browser, fake_model):
+    backend, gate = gated()
+    with running(fake_model(backend)) as server, opened(browser, server) as page:
+        ask(page)
+        assert gate.reached.wait(SECONDS)
+        page.click("#send")
+        page.wait_for_selector(".end")
+        assert lines(page) == ["Stopped before the first word."]
+        assert page.locator(".receipt").count() == 0
+        gate.open()
+        until(lambda: not server.serving.worker.is_busy)
+        ask(page, "again")
+        page.wait_for_selector(".again:has-text('Regenerate')")
+        assert page.locator(".assistant .text").all_inner_texts()[1] == "hello there"
+        # what got no answer is not part of the conversation
+        prompt = bytes(token for token, _ in backend.rows if token < 256).decode()
+        assert prompt.startswith("<user>again\n<assistant>")
+
+
+def test_a_full_queue_is_one_line_and_a_second_try(browser, fake_model):
+    backend, gate = gated()
+    with running(fake_model(backend), queue=0) as server, opened(browser, server) as page:
+        with opened(browser, server) as other:
+            ask(other)
+            assert gate.reached.wait(SECONDS)
+            ask(page)
+            page.wait_for_selector(".end")
+            (line,) = lines(page)
+            assert line.startswith("Busy: 0 requests are waiting for the model already. Try again in ")
+            assert page.locator(".receipt").count() == 0
+            gate.open()
+            other.wait_for_selector(".again")
+        until(lambda: not server.serving.worker.is_busy)
+        assert page.inner_text(".again") == "Try again"
+        page.click(".again")
+        page.wait_for_selector(".receipt:has-text('12 big')")
+        page.wait_for_selector(".again:has-text('Regenerate')")
+        assert lines(page) == []
+
+
+def test_an_engine_that_fails_in_the_middle(browser, fake_model):
+    backend = FakeBackend(scripted("hello there"))
+    backend.errors[FIRST_WORDS] = ExpertReadError("layer 3: the disk\nis gone")
+    with running(fake_model(backend)) as server, opened(browser, server) as page:
+        ask(page)
+        page.wait_for_selector(".end.bad")
+        assert lines(page) == ["Failed: layer 3: the disk is gone"]
+        assert page.inner_text(".receipt").startswith("4 big")
+        assert page.inner_text(".assistant .text") == "hell"
+
+
+def test_a_server_that_is_gone(browser, fake_model):
+    with running(fake_model(FakeBackend(scripted("hello there")))) as server, opened(browser, server) as page:
+        page.route("**/v1/chat/completions", lambda route: route.abort())
+        ask(page)
+        page.wait_for_selector(".end.bad")
+        assert lines(page) == ["The server does not answer: is mobile-gguf serve still running?"]
+        assert page.locator(".receipt").count() == 0
+        # a stream that ends without saying so
+        chunk = 'data: {"choices": [{"index": 0, "delta": {"content": "hel"}}]}\n\n'
+        page.unroute("**/v1/chat/completions")
+        page.route("**/v1/chat/completions", lambda route: route.fulfill(status=200, body=chunk))
+        page.click(".again")
+        page.wait_for_selector(".end:has-text('lost')")
+        assert lines(page) == ["The connection to the server was lost."]
+        assert page.inner_text(".assistant .text") == "hel"
+        page.unroute("**/v1/chat/completions")
+        page.click(".again")
+        page.wait_for_selector(".receipt:has-text('12 big')")
+
+
+def test_a_server_that_comes_back(browser, fake_model):
+    with running(fake_model()) as server, opened(browser, server, PHONE) as page:
+        page.route("**/v1/models", lambda route: route.abort())
+        page.reload()
+        page.wait_for_selector("#notice:has-text('does not answer')")
+        page.unroute("**/v1/models")
+        page.wait_for_selector("#notice", state="hidden")
+        assert page.inner_text("#model") == "Fake MoE"
+
+
+def test_shutdown_and_a_model_that_does_not_chat(browser, fake_model):
+    backend, gate = gated(end=False)
+    model = fake_model(backend)
+    model.n_ctx = 1 << 20  # the answer lasts until it is cut
+    with running(model, grace=0.2) as server, opened(browser, server) as page:
+        ask(page)
+        gate.allow(FIRST_WORDS)
+        page.wait_for_selector(".receipt:has-text('4 big')")
+        server.server.should_exit = True
+        until(lambda: server.serving.closing.is_set())
+        gate.open()
+        page.wait_for_selector(".end")
+        assert lines(page) == ["The server is shutting down."]
+        assert "big | " in page.inner_text(".receipt")
+    encoder = FakeBackend(pooling="mean", can_generate=False)
+    with running(fake_model(encoder)) as server, opened(browser, server) as page:
+        page.wait_for_selector("#notice:has-text('This model makes embeddings and does not chat')")
+        assert page.is_disabled("#send")
+
+
+def test_the_key_is_asked_for(browser, fake_model):
+    with running(fake_model(FakeBackend(scripted("hello"))), api_key="secret") as server:
+        page = browser.new_page(viewport=PHONE)
+        page.set_default_timeout(1000 * SECONDS)
+        page.goto(server.url)
+        page.wait_for_selector("#key-row", state="visible")
+        page.fill("#key", "guess")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#notice:has-text('The API key is wrong.')")
+        page.fill("#key", "secret")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#mode option", state="attached")
+        ask(page)
+        page.wait_for_selector(".receipt:has-text('6 big')")
+        page.close()
