@@ -183,7 +183,10 @@ class _Client:
             "messages": [{"role": "user", "content": f"Count to {self._random.randint(2, 99)}."}],
             "max_tokens": n,
             "stream": stream,
-            "stream_options": {"include_usage": True},
+            "stream_options": {
+                "include_usage": True,
+                "continuous_usage_stats": self._random.random() < 0.5,
+            },
             "mode": self._random.choice(["exact", "little"]),
             "logit_bias": {str(self._random.randint(0, 99)): self._random.randint(-100, 100)},
             "grammar": "root ::= [a-z ] root",  # has no end: every answer is as long as asked

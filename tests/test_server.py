@@ -53,6 +53,20 @@ def test_openai_client_gets_the_same_whole_and_streamed(hello):
     assert len({chunk.id for chunk in chunks}) == 1
 
 
+def test_the_usage_so_far_in_every_chunk_and_the_place_in_line(hello):
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    ask = {"model": "fake", "messages": USER, "stream": True, "n": 2}
+    chunks = list(hello.openai().chat.completions.create(**ask, stream_options=options))
+    counts = [chunk.usage.completion_tokens for chunk in chunks]
+    assert counts == sorted(counts)
+    assert set(counts) == set(range(1, 25))
+    assert [chunk.usage.receipt["tokens_big"] for chunk in chunks] == counts
+    places = [hello.chat().json()["usage"]["queue"] for _ in range(2)]
+    assert [(place["number"], place["turn"]) for place in places] == [(2, 2), (3, 3)]
+    plain = hello.openai().chat.completions.create(**ask)
+    assert {chunk.usage for chunk in plain} == {None}
+
+
 def test_text_completions_with_several_prompts_and_echo(hello):
     answer = hello.openai().completions.create(
         model="fake", prompt=["ab", "cd"], n=2, echo=True, max_tokens=5

@@ -151,7 +151,7 @@ def test_a_server_that_comes_back(browser, fake_model):
     with running(fake_model()) as server, opened(browser, server, PHONE) as page:
         page.route("**/v1/models", lambda route: route.abort())
         page.reload()
-        page.wait_for_selector("#notice:has-text('does not answer')")
+        page.wait_for_selector("#notice:has-text('No connection to the server')")
         page.unroute("**/v1/models")
         page.wait_for_selector("#notice", state="hidden")
         assert page.inner_text("#model") == "Fake MoE"

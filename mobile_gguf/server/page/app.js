@@ -21,7 +21,7 @@ async function connect() {
   try {
     card = (await (await ask("/v1/models")).json()).data[0];
   } catch (error) {
-    notice(error.message);
+    notice(error.lost ? "No connection to the server: trying again." : error.message);
     if (error.status === 401) askForKey();
     else retry = setTimeout(connect, RETRY_MS);
     return;
