@@ -1,5 +1,6 @@
 """The server over the real engine and the demo model: the command, schemas, tools, the map, the page."""
 
+import contextlib
 import json
 import os
 import re
@@ -243,7 +244,8 @@ def test_the_node_client(command, tmp_path):
     assert answer["missing"] == 404
 
 
-def test_the_page_in_a_browser(command):
+@contextlib.contextmanager
+def browser_page(url):
     sync = pytest.importorskip("playwright.sync_api", reason="pip install 'mobile-gguf[dev]'")
     browser_path = shutil.which("chromium") or shutil.which("google-chrome")
     if browser_path is None:
@@ -252,6 +254,33 @@ def test_the_page_in_a_browser(command):
         browser = playwright.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1280, "height": 800})
         page.set_default_timeout(1000 * SECONDS)
+        yield page
+        browser.close()
+
+
+def without_end(route):
+    route.continue_(post_data=json.dumps(route.request.post_data_json | ENDLESS))
+
+
+def test_the_page_when_the_server_is_killed(demo_gguf, command):
+    served = Command(demo_gguf, "--ram-budget", "40%", "-c", "1024")
+    with browser_page(served.url) as page:
+        page.goto(served.url)
+        page.wait_for_selector("#mode option:nth-child(3)", state="attached")
+        page.route("**/v1/chat/completions", without_end)
+        page.fill("#prompt", "Say hello.")
+        page.keyboard.press("Enter")
+        page.wait_for_selector(".receipt:has-text('big')")
+        served.process.kill()
+        served.process.communicate(timeout=SECONDS)
+        page.wait_for_selector(".end.bad")
+        assert page.inner_text(".end") == "The connection to the server was lost."
+        assert re.match(r"\d+ big \| \d+% hits \| ", page.inner_text(".receipt"))
+        page.wait_for_selector("#notice:has-text('No connection to the server: trying again.')")
+
+
+def test_the_page_in_a_browser(command):
+    with browser_page(command.url) as page:
         problems: list[str] = []
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
@@ -277,18 +306,18 @@ def test_the_page_in_a_browser(command):
         page.select_option("#mode", "little")
         page.fill("#prompt", "Say hello.")
         page.keyboard.press("Enter")
-        page.wait_for_selector(".receipt")
+        page.wait_for_selector(".again")
         assert re.search(r"\d+ big · \d+ little \| ", page.inner_text(".receipt"))
         assert "in memory" in page.inner_text("#map-note")
         # an answer that lasts until it is stopped
-        page.route(
-            "**/v1/chat/completions",
-            lambda route: route.continue_(post_data=json.dumps(route.request.post_data_json | ENDLESS)),
-        )
+        page.route("**/v1/chat/completions", without_end)
         page.keyboard.press("Alt+r")
         page.wait_for_selector("#send.stop")
+        page.wait_for_selector(".receipt:has-text('little')")
         page.keyboard.press("Escape")
         page.wait_for_selector("#send:not(.stop)")
         assert len(page.query_selector_all(".turn")) == 2
+        page.wait_for_selector(".again")
+        assert page.locator(".end").all_inner_texts()[0].startswith("Stopped")
+        assert page.locator(".receipt").count() == 1
         assert not problems
-        browser.close()
