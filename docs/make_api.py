@@ -19,7 +19,7 @@ PAGE = Path(__file__).with_name("api.md")
 # (heading, module, names); the order in which a reader needs them
 SECTIONS = (
     ("Loading a model", "mobile_gguf", ("load", "Model")),
-    ("Answers", "mobile_gguf", ("Reply", "Chunk", "Receipt", "Conversation")),
+    ("Answers", "mobile_gguf", ("Reply", "Chunk", "Receipt", "Embedding", "Conversation")),
     ("Asyncio", "mobile_gguf.aio", ("load", "AsyncModel")),
     (
         "Errors",

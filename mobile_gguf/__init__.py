@@ -9,6 +9,7 @@ with mobile_gguf.load("demo", ram_budget="40%", mode="big-little") as model:
 
 from .answer import Chunk, Reply
 from .chat import Conversation
+from .embedding import Embedding
 from .errors import (
     BudgetError,
     EngineBuildError,
@@ -29,6 +30,7 @@ __all__ = [
     "BudgetError",
     "Chunk",
     "Conversation",
+    "Embedding",
     "EngineBuildError",
     "EngineError",
     "ExpertReadError",

@@ -134,6 +134,27 @@ def generate_steps(backend: Backend, request: Request) -> Generator[tuple[int, P
             yield token, backend.last_pass
 
 
+def read_traffic(
+    backend: Backend, host: Counters, on_device: DeviceCounters, ahead: PrefetchCounters
+) -> dict[str, Any]:
+    """The fields of a receipt that say which experts were needed and what moved."""
+    return {
+        "expert_hits": host.n_hits,
+        "expert_misses": host.n_misses,
+        "bytes_read": host.bytes_read,
+        "stall_ms": host.stall_us / 1e3,
+        "resident_bytes_peak": host.resident_bytes_peak,
+        "device_hits": on_device.n_hits,
+        "device_misses": on_device.n_misses,
+        "bytes_uploaded": on_device.bytes_uploaded,
+        "upload_stall_ms": on_device.upload_us / 1e3,
+        "vram_budget_bytes": backend.device.budget_bytes if backend.device is not None else 0,
+        "prefetch_hits": ahead.n_used,
+        "prefetch_wasted_bytes": ahead.bytes_wasted,
+        "prefetch_saved_ms": ahead.saved_us / 1e3,
+    }
+
+
 def _never() -> bool:
     return False
 
@@ -225,8 +246,7 @@ class Answer:
 
     def receipt(self) -> Receipt:
         """The receipt so far."""
-        counters, policy = self._counters, self._request.policy
-        on_device, tier = self._device_counters, self._backend.device
+        policy = self._request.policy
         return Receipt(
             mode=policy.mode,
             n_expert_used=self._n_expert_used,
@@ -234,20 +254,8 @@ class Answer:
             tokens_big=self._passes[Pass.BIG],
             tokens_little=self._passes[Pass.LITTLE],
             tokens_fallback=self._passes[Pass.FALLBACK],
-            expert_hits=counters.n_hits,
-            expert_misses=counters.n_misses,
-            bytes_read=counters.bytes_read,
-            stall_ms=counters.stall_us / 1e3,
             budget_bytes=self._budget_bytes,
-            resident_bytes_peak=counters.resident_bytes_peak,
-            device_hits=on_device.n_hits,
-            device_misses=on_device.n_misses,
-            bytes_uploaded=on_device.bytes_uploaded,
-            upload_stall_ms=on_device.upload_us / 1e3,
-            vram_budget_bytes=tier.budget_bytes if tier is not None else 0,
-            prefetch_hits=self._ahead.n_used,
-            prefetch_wasted_bytes=self._ahead.bytes_wasted,
-            prefetch_saved_ms=self._ahead.saved_us / 1e3,
+            **read_traffic(self._backend, self._counters, self._device_counters, self._ahead),
         )
 
     @property

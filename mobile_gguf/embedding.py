@@ -10,9 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .answer import Backend
+from .answer import Backend, read_traffic
 from .errors import UsageError
 from .gguf_info import GgufInfo
+from .receipt import Receipt
 
 MEAN, LAST, CLS, RANK = "mean", "last", "cls", "rank"
 POOLINGS = (MEAN, LAST, CLS)
@@ -20,10 +21,11 @@ POOLINGS = (MEAN, LAST, CLS)
 
 @dataclass(frozen=True)
 class Embedding:
-    """A text's vector, float32 [n_embd] of length 1, and how many tokens it was made of."""
+    """A text's vector, float32 [n_embd] of length 1, how many tokens it was made of, and what it cost."""
 
     vector: Any
     n_tokens: int
+    receipt: Receipt
 
 
 def choose_pooling(own: str | None, asked: str | None, name: str) -> str:
@@ -49,9 +51,10 @@ def embed(
     pooling: str | None,
     should_stop: Callable[[], bool] | None,
 ) -> Embedding:
-    """The vector of a text, or of token ids, which are taken as they are. Raises UsageError, EngineError."""
+    """The vector of a text, or of token ids as they are. Raises UsageError, EngineError."""
     import numpy as np
 
+    backend.reset_counters()
     name = info.path.name
     pooling = choose_pooling(backend.pooling, pooling, name)
     if isinstance(text, str):
@@ -72,4 +75,13 @@ def embed(
     backend.should_stop = should_stop
     vector = np.asarray(backend.embed_tokens(tokens, pooling), dtype=np.float32)
     length = float(np.linalg.norm(vector))
-    return Embedding(vector / np.float32(length) if length > 0 else vector, len(tokens))
+    traffic = read_traffic(
+        backend, backend.counters(), backend.device_counters(), backend.prefetch_counters()
+    )
+    store = backend.store
+    receipt = Receipt(
+        n_expert_used=info.n_expert_used,
+        budget_bytes=store.budget_bytes if store is not None else 0,
+        **traffic,
+    )
+    return Embedding(vector / np.float32(length) if length > 0 else vector, len(tokens), receipt)

@@ -245,20 +245,25 @@ class Model:
         self, answer: Answer, handle: list[weakref.ref[Generator[Chunk, None, None]]]
     ) -> Generator[Chunk, None, None]:
         """Stream an answer under the lock, which is taken when its first chunk is asked for."""
-        self._take()
-        try:
+        with self._taken():
             self._active = handle[0]
+            try:
+                yield from answer.stream()
+            finally:
+                self._active = None
+
+    @contextlib.contextmanager
+    def _taken(self) -> Generator[Backend, None, None]:
+        """Hold the model, whose counters are in the totals now: whoever uses it resets them first."""
+        if not self._lock.acquire(blocking=False):
+            raise ModelBusyError(_BUSY)
+        try:
             backend = self._require_open()
             self._totals = self._totals + backend.counters()
             self._device_totals = self._device_totals + backend.device_counters()
-            yield from answer.stream()
+            yield backend
         finally:
-            self._active = None
             self._lock.release()
-
-    def _take(self) -> None:
-        if not self._lock.acquire(blocking=False):
-            raise ModelBusyError(_BUSY)
 
     def _join(self, answer: Answer, on_chunk: OnChunk) -> Reply:
         running = self._stream(answer)
@@ -303,11 +308,8 @@ class Model:
         ``pooling`` is needed where the file does not say it. Raises UsageError, ModelBusyError,
         ExpertReadError, EngineError, AnswerStopped.
         """
-        self._take()
-        try:
-            return embed(self._require_open(), self.info, text, pooling, should_stop)
-        finally:
-            self._lock.release()
+        with self._taken() as backend:
+            return embed(backend, self.info, text, pooling, should_stop)
 
     # tokens, facts, end
 

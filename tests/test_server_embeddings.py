@@ -59,6 +59,7 @@ def test_numbers_and_base64_are_the_same(fake):
     coded = fake.post("/v1/embeddings", {"input": "ab", "encoding_format": "base64"}).json()
     decoded = np.frombuffer(base64.b64decode(coded["data"][0]["embedding"]), dtype="<f4")
     assert decoded.tolist() == numbers
+    assert coded["usage"]["receipt"]["budget_bytes"] > 0
     assert numbers == pytest.approx(np.array([3, 256 + 97 + 98, 3, 4]) / np.linalg.norm([3, 451, 3, 4]))
     fewer = fake.openai().embeddings.create(model="fake", input="ab", dimensions=2, encoding_format="float")
     assert fewer.data[0].embedding == pytest.approx(np.array([3, 451]) / np.linalg.norm([3, 451]))
@@ -202,6 +203,10 @@ def test_an_encoder_with_experts_in_a_budget_equals_llama_cpp_python(engine, tmp
     with mobile_gguf.load(path, ram_budget="96KiB", threads=1) as model:
         assert np.abs(served_vectors(model) - oracle(path, TEXTS)).max() < 1e-5
         assert model.stats()["counters"]["n_evictions"] > 0
+        n_read = model.stats()["counters"]["bytes_read"]
+        costs = [model.embed(text).receipt for text in TEXTS]
+        assert all(cost.expert_hits + cost.expert_misses > 0 for cost in costs)
+        assert model.stats()["counters"]["bytes_read"] >= n_read + sum(cost.bytes_read for cost in costs)
         with pytest.raises(UsageError, match="makes embeddings and no text"):
             model.generate("hello")
         with pytest.raises(UsageError, match="embeds at most 64 at once"):

@@ -18,6 +18,7 @@ from .completions import ERRORS, JsonBody
 from .failures import ApiError
 from .requests import EmbeddingRequest
 from .serving import ClientLeftError, Events, Serving, unless_client_leaves
+from .usage import sum_receipts
 
 router = APIRouter(prefix="/v1")
 
@@ -31,10 +32,11 @@ class EmbeddingData(BaseModel):
 
 
 class EmbeddingUsage(BaseModel):
-    """Tokens of all texts."""
+    """Tokens of all texts, and the sum of their receipts."""
 
     prompt_tokens: int
     total_tokens: int
+    receipt: dict[str, Any]
 
 
 class EmbeddingList(BaseModel):
@@ -53,6 +55,7 @@ class Vector:
     choice: int
     values: Any
     n_tokens: int
+    receipt: dict[str, Any]
 
 
 @router.post("/embeddings", response_model=EmbeddingList, responses=ERRORS, summary="Texts as vectors")
@@ -106,8 +109,9 @@ def _vectors(
             made = serving.model.embed(text, pooling=pooling, should_stop=job.is_cancelled)
         except AnswerStopped:  # whoever left does not hear it
             raise ApiError(503, "the texts were cut: the server is shutting down", code="cut") from None
-        serving.metrics.add_prompt(made.n_tokens)
-        yield Vector(i, made.vector, made.n_tokens)
+        receipt = made.receipt.to_dict()
+        serving.metrics.add_embedding(made.n_tokens, receipt)
+        yield Vector(i, made.vector, made.n_tokens, receipt)
 
 
 async def _collect(events: Events[Vector]) -> list[Vector]:
@@ -120,7 +124,8 @@ def _answer(model: str, body: EmbeddingRequest, vectors: list[Vector]) -> dict[s
         for vector in vectors
     ]
     n_tokens = sum(vector.n_tokens for vector in vectors)
-    usage = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
+    receipt = sum_receipts(vector.receipt for vector in vectors)
+    usage = {"prompt_tokens": n_tokens, "total_tokens": n_tokens, "receipt": receipt}
     return {"object": "list", "model": model, "data": data, "usage": usage}
 
 

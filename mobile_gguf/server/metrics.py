@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -71,16 +72,20 @@ class Metrics:
         self._tokens.labels("cached").inc(max(0, last.prompt_tokens - n_evaluated))
         for kind in ("big", "little", "fallback"):
             self._tokens.labels(kind).inc(receipt[f"tokens_{kind}"])
-        for field, traffic in self._traffic.items():
-            traffic.inc(receipt.get(field) or 0)
-        self._stall.inc(receipt["stall_ms"] / 1e3)
+        self._add_traffic(receipt)
         if last.tokens_per_second > 0:
             self._speed.observe(last.tokens_per_second)
             self._last_speed.set(last.tokens_per_second)
 
-    def add_prompt(self, n_tokens: int) -> None:
-        """Count the tokens of a text that was embedded."""
+    def add_embedding(self, n_tokens: int, receipt: Mapping[str, Any]) -> None:
+        """Count a text that was embedded, by its receipt."""
         self._tokens.labels("prompt").inc(n_tokens)
+        self._add_traffic(receipt)
+
+    def _add_traffic(self, receipt: Mapping[str, Any]) -> None:
+        for field, traffic in self._traffic.items():
+            traffic.inc(receipt.get(field) or 0)
+        self._stall.inc(receipt["stall_ms"] / 1e3)
 
     def text(self) -> bytes:
         """All of them in Prometheus' text format."""
