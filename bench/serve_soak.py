@@ -279,7 +279,7 @@ def as_page(report: dict[str, Any], asked: str) -> str:
     lines += ["", "Memory: " + ", ".join(f"{size:.0f} MiB at {second} s" for second, size in every) + "."]
     lines += [
         "",
-        "`left`: hung up before its end; `full`: a 429 with Retry-After, came again after 50 ms all the same.",
+        "`left`: hung up before its end; `full`: a 429 with Retry-After, back after 50 ms all the same.",
         "",
         "```",
         asked,
