@@ -12,6 +12,7 @@ from .binding import Counters, ModelInfo
 from .decode import Pass, Policy
 from .device.structs import DeviceCounters
 from .errors import AnswerStopped
+from .notebook import reply_html
 from .prefetch import PrefetchCounters
 from .receipt import Receipt, Timings
 from .text import TextStream
@@ -62,9 +63,7 @@ class Reply:
         }
 
     def _repr_html_(self) -> str:
-        from .notebook import reply_html
-
-        return reply_html(self)
+        return reply_html(self.to_dict())
 
 
 class Backend(Protocol):

@@ -5,15 +5,12 @@ Imported with llama-cpp-python, when a model is loaded.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-from llama_cpp import llama_cpp
+from llama_cpp import Llama, llama_cpp
 
 from .embedding import CLS, LAST, MEAN, RANK
-
-if TYPE_CHECKING:
-    from .mobile_llama import MobileLlama
 
 _NAMES = {
     llama_cpp.LLAMA_POOLING_TYPE_MEAN: MEAN,
@@ -25,31 +22,31 @@ _NAMES = {
 _LOGITS_BYTES = 32 << 20
 
 
-def file_pooling(llama: MobileLlama) -> str | None:
+def file_pooling(llama: Llama) -> str | None:
     """The pooling that the file asks for; None if it asks for none."""
     return _NAMES.get(int(llama_cpp.llama_pooling_type(llama.ctx)))
 
 
-def has_memory(llama: MobileLlama) -> bool:
+def has_memory(llama: Llama) -> bool:
     """Whether the model keeps what it has read, without which it can continue nothing (an encoder)."""
     return bool(llama_cpp.llama_get_memory(llama.ctx))
 
 
-def clear_memory(llama: MobileLlama) -> None:
+def clear_memory(llama: Llama) -> None:
     """Forget all positions; nothing for a model without a memory."""
     memory = llama_cpp.llama_get_memory(llama.ctx)
     if memory:
         llama_cpp.llama_memory_clear(memory, False)
 
 
-def _in_parts(llama: MobileLlama) -> bool:
+def _in_parts(llama: Llama) -> bool:
     """Whether a text may be computed in parts: a token sees only those before it, no part is pooled."""
     architecture = llama.metadata.get("general.architecture", "")
     is_causal = llama.metadata.get(f"{architecture}.attention.causal", "true") != "false"
     return is_causal and has_memory(llama) and file_pooling(llama) in (None, LAST)
 
 
-def longest_text(llama: MobileLlama) -> int:
+def longest_text(llama: Llama) -> int:
     """Tokens of the longest text that can be embedded."""
     if _in_parts(llama):
         return llama.n_ctx()
@@ -58,7 +55,7 @@ def longest_text(llama: MobileLlama) -> int:
     return min(n_at_once, int(llama_cpp.llama_model_n_ctx_train(llama.model)) or n_at_once)
 
 
-def pooled_state(llama: MobileLlama, tokens: list[int], pooling: str) -> np.ndarray:
+def pooled_state(llama: Llama, tokens: list[int], pooling: str) -> np.ndarray:
     """The pooled states of ``tokens``, float32 [n_embd], by a context that is empty and keeps states.
 
     Raises RuntimeError if llama.cpp fails.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .decode import BIG_LITTLE, EXACT
+from .notebook import receipt_html
 from .sizes import format_bytes
 
 
@@ -47,9 +48,7 @@ class Receipt:
         return dataclasses.asdict(self)
 
     def _repr_html_(self) -> str:
-        from .notebook import receipt_html
-
-        return receipt_html(self)
+        return receipt_html(self.to_dict())
 
     def summary(self, tokens_per_second: float | None = None) -> str:
         """One line: ``12 big · 30 little | 84% hits | 12.3 MiB read | 40 ms stalled | 21.3 tok/s``.

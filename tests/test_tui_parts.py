@@ -14,7 +14,7 @@ from mobile_gguf.binding import LOADING, RESIDENT
 from mobile_gguf.errors import UsageError
 from mobile_gguf.tui.expert_state import Cell, ExpertState, Routed, aggregate, spans
 from mobile_gguf.tui.jobs import CANCELLED, DONE, FAILED, JobEnded, JobHeard, Jobs
-from mobile_gguf.tui.messages import Token
+from mobile_gguf.tui.outbox import Token
 from mobile_gguf.tui.settings import Settings
 from mobile_gguf.tui.slash import COMMANDS, complete
 from mobile_gguf.tui.store import ConversationStore, StoreError, Turn

@@ -11,7 +11,6 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 from textual.message import Message
@@ -21,9 +20,9 @@ from ..decode import Pass
 from ..errors import MobileError
 from ..model import Model, load
 from ..receipt import Receipt
-from .expert_state import Routed
 from .expert_watch import ExpertWatch, Residency, Watch, moe_layers
-from .messages import AnswerEnded, AnswerProgressed, LoadFailed, LoadProgressed, ModelLoaded, Token
+from .messages import AnswerEnded, AnswerProgressed, LoadFailed, LoadProgressed, ModelLoaded
+from .outbox import Outbox, Token
 
 # Progress of a load is worth a message this often.
 _PROGRESS_SECONDS = 0.1
@@ -31,32 +30,6 @@ _PROGRESS_SECONDS = 0.1
 
 class Cancelled(Exception):
     """Raised inside a load that the user cancelled."""
-
-
-@dataclass
-class Outbox:
-    """What the engine thread has produced and the screen has not taken; safe in both threads."""
-
-    answer_id: int
-    _tokens: list[Token] = field(default_factory=list)
-    _routed: list[list[Routed]] = field(default_factory=list)
-    _announced: bool = False
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def put(self, token: Token, routed: list[Routed]) -> bool:
-        """Add a token; True if the screen must be told, False if a message is on its way already."""
-        with self._lock:
-            self._tokens.append(token)
-            self._routed.append(routed)
-            announced, self._announced = self._announced, True
-            return not announced
-
-    def take(self) -> tuple[list[Token], list[list[Routed]]]:
-        """Everything since the last call: tokens, and for each the experts that were routed meanwhile."""
-        with self._lock:
-            taken = self._tokens, self._routed
-            self._tokens, self._routed, self._announced = [], [], False
-            return taken
 
 
 class EngineThread(threading.Thread):

@@ -8,20 +8,10 @@ from typing import TYPE_CHECKING, Any
 from textual.message import Message
 
 from ..receipt import Receipt
+from .outbox import Outbox
 
 if TYPE_CHECKING:
     from ..gguf_info import GgufInfo
-    from .engine_thread import Outbox
-
-
-@dataclass(frozen=True)
-class Token:
-    """One token as the transcript keeps it: its text, the pass it came from, its time and its bytes."""
-
-    text: str
-    kind: str  # big, little or fallback; empty where no token came
-    seconds: float = 0.0
-    n_bytes: int = 0
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from .messages import Token
+from .outbox import Token
 from .store import ConversationStore, StoreError, Turn, export_markdown, shorten
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from sqlite_utils import Database
 
 from ..errors import MobileError
-from .messages import Token
+from .outbox import Token
 
 MAX_TITLE = 60
 _BUSY_SECONDS = 2.0

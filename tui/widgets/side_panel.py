@@ -11,7 +11,7 @@ from textual.widgets import Static
 
 from ...sizes import format_bytes
 from ..expert_state import ExpertState, Routed
-from ..messages import Token
+from ..outbox import Token
 from .expert_map import DEVICE_LEGEND, GLYPHS, LEGEND, NAMES, STYLES, ExpertMap
 from .gauge import Gauge
 
