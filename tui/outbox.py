@@ -1,0 +1,44 @@
+"""Tokens on their way from the engine thread to the screen."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+
+from .expert_state import Routed
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token as the transcript keeps it: its text, the pass it came from, its time and its bytes."""
+
+    text: str
+    kind: str  # big, little or fallback; empty where no token came
+    seconds: float = 0.0
+    n_bytes: int = 0
+
+
+@dataclass
+class Outbox:
+    """What the engine thread has produced and the screen has not taken; safe in both threads."""
+
+    answer_id: int
+    _tokens: list[Token] = field(default_factory=list)
+    _routed: list[list[Routed]] = field(default_factory=list)
+    _announced: bool = False
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def put(self, token: Token, routed: list[Routed]) -> bool:
+        """Add a token; True if the screen must be told, False if a message is on its way already."""
+        with self._lock:
+            self._tokens.append(token)
+            self._routed.append(routed)
+            announced, self._announced = self._announced, True
+            return not announced
+
+    def take(self) -> tuple[list[Token], list[list[Routed]]]:
+        """Everything since the last call: tokens, and for each the experts that were routed meanwhile."""
+        with self._lock:
+            taken = self._tokens, self._routed
+            self._tokens, self._routed, self._announced = [], [], False
+            return taken
