@@ -35,6 +35,7 @@ class DeviceInfo(ctypes.Structure):
         ("description", ctypes.c_char * 128),
         *((name, ctypes.c_uint64) for name in ("free_bytes", "total_bytes", "pool_bytes", "expert_bytes")),
         *((name, ctypes.c_int32) for name in ("n_layers", "n_slots", "is_gpu", "is_async")),
+        *((name, ctypes.c_double) for name in ("upload_us", "stall_us")),
     ]  # fmt: skip
 
 

@@ -13,7 +13,12 @@ from mobile_gguf.device.calls import DeviceCalls
 from mobile_gguf.device.listing import device_array, list_devices
 from mobile_gguf.errors import BudgetError, EngineMemoryError, UsageError
 
-C_TYPES = {"uint64_t": ctypes.c_uint64, "int32_t": ctypes.c_int32, "char": ctypes.c_char}
+C_TYPES = {
+    "uint64_t": ctypes.c_uint64,
+    "int32_t": ctypes.c_int32,
+    "double": ctypes.c_double,
+    "char": ctypes.c_char,
+}
 
 
 def fields_of(struct):

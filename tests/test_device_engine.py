@@ -7,6 +7,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -269,3 +270,37 @@ def test_errors_are_one_line(server, arguments, code, words):
     assert words in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert done.stdout == ""
+
+
+# slow links
+
+
+@contextmanager
+def slow_link(server: Server, megabytes: float) -> Iterator[Server]:
+    """The server behind a link of so many megabytes per second."""
+    port = server.endpoint.rpartition(":")[2]
+    command = [sys.executable, "-m", "mobile_gguf.bench.slow_link", port, str(megabytes)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        yield Server(f"127.0.0.1:{process.stdout.readline().decode().strip()}", process)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_over_a_slow_link_uploads_are_measured_and_left_out(server):
+    """An upload takes a hundred thousand times as long as the CPU: nothing the CPU computes pays for one."""
+    megabytes = 0.5
+    with slow_link(server, megabytes) as link:
+        for miss in ("cpu", "auto"):
+            result = one(spec("slow", link, n=12, miss=miss, vram_budget="60%"))
+            device = result["stats"]["device"]
+            info, counted = device["devices"][0], device["counters"]
+            bytes_per_expert = info["expert_bytes"] / (info["n_layers"] * 16)
+            # a link is never faster than its limit, however busy the machine is
+            assert info["upload_us"] > 0.9 * bytes_per_expert / megabytes
+            assert info["stall_us"] > 0
+            assert counted["n_misses"] > 0
+            assert counted["n_admitted"] == counted["n_fetched"] == counted["bytes_uploaded"] == 0
+            assert result["answers"][0]["tokens"] == on_host()[0]["tokens"]["answers"][0]["tokens"][:12]

@@ -42,6 +42,8 @@ class DeviceInfoStruct(ctypes.Structure):
         ("n_slots", ctypes.c_int32),
         ("is_gpu", ctypes.c_int32),
         ("is_async", ctypes.c_int32),
+        ("upload_us", ctypes.c_double),
+        ("stall_us", ctypes.c_double),
     ]
 
 
@@ -74,6 +76,8 @@ class DeviceInfo:
     """A device that holds layers with routed experts; bytes, free and total by its driver now.
 
     ``pool_bytes`` is what the slots take, ``expert_bytes`` what all experts of its ``n_layers`` would.
+    ``upload_us`` is the measured time of an expert's upload that is waited for, ``stall_us`` how long one in
+    the background holds up the computation; 0 before the slots are made.
     """
 
     name: str
@@ -86,6 +90,8 @@ class DeviceInfo:
     n_slots: int
     is_gpu: int
     is_async: int
+    upload_us: float = 0.0
+    stall_us: float = 0.0
 
 
 @dataclass(frozen=True)

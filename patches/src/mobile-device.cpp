@@ -206,6 +206,8 @@ int32_t mobile_device_get_info(const struct llama_context * ctx, int32_t i, stru
     }
     info->is_gpu   = props.type == GGML_BACKEND_DEVICE_TYPE_GPU || props.type == GGML_BACKEND_DEVICE_TYPE_IGPU;
     info->is_async = props.caps.async;
+    info->upload_us = d.upload_us;
+    info->stall_us  = d.stall_us;
     return MOBILE_OK;
 }
 

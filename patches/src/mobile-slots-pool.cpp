@@ -79,17 +79,16 @@ int32_t mobile_slots::start(std::string & err) {
         }
     }
     for (auto & p : pools) {
-        measure_link(p);
+        devices[p.device].slot_bytes = std::max(devices[p.device].slot_bytes, p.slot_bytes);
     }
-    for (size_t i = 0; i < devices.size(); ++i) {
-        uint64_t largest = 0;
-        for (const auto & p : pools) {
-            largest = std::max(largest, p.device == (int32_t) i ? p.slot_bytes : 0);
+    for (auto & d : devices) {
+        d.uploader = std::make_unique<mobile_uploader>();
+        if (!d.uploader->start(d.dev, params.n_uploads, d.slot_bytes)) {
+            d.uploader.reset();
         }
-        devices[i].uploader = std::make_unique<mobile_uploader>();
-        if (!devices[i].uploader->start(devices[i].dev, params.n_uploads, largest)) {
-            devices[i].uploader.reset();
-        }
+    }
+    for (auto & p : pools) {
+        measure_link(p);
     }
     const auto placement = (enum mobile_placement) params.placement;
     params.placement = MOBILE_PLACEMENT_HOST;
@@ -236,27 +235,4 @@ void mobile_slots::fill_layers() {
         }
     }
     count.resident_bytes_peak = std::max(count.resident_bytes_peak, count.resident_bytes);
-}
-
-// uploads zeros to a zero slot
-void mobile_slots::measure_link(mobile_pool & p) {
-    mobile_device & d = devices[p.device];
-    ggml_backend_buffer_type_t buft = ggml_backend_dev_host_buffer_type(d.dev);
-    ggml_backend_buffer_ptr zeros(ggml_backend_buft_alloc_buffer(buft ? buft : ggml_backend_cpu_buffer_type(), p.slot_bytes));
-    if (!zeros) {
-        return;
-    }
-    ggml_backend_buffer_clear(zeros.get(), 0);
-    double best = INFINITY; // the first also warms up
-    for (int i = 0; i < 4; ++i) {
-        const int64_t start = ggml_time_us();
-        for (mobile_member m : MOBILE_MEMBERS) {
-            if (p.slots.*m) {
-                ggml_backend_tensor_set_async(d.backend, p.slots.*m, ggml_backend_buffer_get_base(zeros.get()), 0, (p.slots.*m)->nb[mobile_expert_dim(m)]);
-            }
-        }
-        ggml_backend_synchronize(d.backend);
-        best = std::min(best, (double) (ggml_time_us() - start));
-    }
-    d.upload_us = std::max(d.upload_us, best);
 }

@@ -7,9 +7,8 @@
 #include <algorithm>
 #include <cmath>
 
-// an expert that the CPU computed has earned a slot that something else would have to leave if this is not its
-// first use within so many tokens, and if its key is larger than the victim's by a margin: one token's worth
-static constexpr double ADMIT_WINDOW = 64.0;
+// the past that says what is used next: uses lately are the uses to expect in as many tokens
+static constexpr double WINDOW = 64.0;
 
 static constexpr uint8_t POISON = 0xff; // NaN as F16, BF16 and F32, and as the scales of quantised blocks
 
@@ -67,29 +66,44 @@ void mobile_slots::evict(int32_t layer, int32_t expert) {
     release(l, expert);
 }
 
-// a slot for an expert of `layer` whose key is `key`. gated: only if the key is larger than the victim's by a
-// margin. false: there is none
-bool mobile_slots::take_slot(int32_t layer, double key, bool gated, int32_t & slot) {
+static double uses_lately(const mobile_device_expert & x, double now) {
+    return x.lately*std::exp((x.last_use - now)/WINDOW);
+}
+
+// whether a slot for x saves more CPU time than its upload costs. what a slot saves is a use on the CPU for each use
+// to expect, less those of the expert that would leave, and less one: reading an expert for its upload is
+// as much work for the memory as computing it
+bool mobile_slots::is_earned(const mobile_device_layer & l, const mobile_device_expert & x, const mobile_device_expert * victim) const {
+    const double uses = uses_lately(x, x.last_use) - (victim ? uses_lately(*victim, x.last_use) + 1.0 : 0.0);
+    return uses > 0.0 && (params.poison || uses*cpu_us_per_expert >= devices[l.device].stall_us);
+}
+
+// a slot for an expert of `layer`. candidate: only if it has earned one. false: there is none
+bool mobile_slots::take_slot(int32_t layer, int32_t & slot, const mobile_device_expert * candidate) {
     mobile_device_layer & l = layers[layer];
     mobile_pool         & p = pools[l.pool];
     const auto eviction = (enum mobile_eviction) params.eviction;
 
-    if (p.free.empty()) {
-        int32_t victim = -1;
-        double  least  = INFINITY;
-        for (size_t i = 0; i < layers.size(); ++i) {
-            if (layers[i].pool == l.pool && !layers[i].evictable.empty()) {
-                const double k = layers[i].evictable.begin()->first + ((int32_t) i > layer ? mobile_policy_unvisited(eviction) : 0.0);
-                if (k < least) {
-                    least  = k;
-                    victim = (int32_t) i;
-                }
+    int32_t victim = -1;
+    double  least  = INFINITY;
+    for (size_t i = 0; i < layers.size() && p.free.empty(); ++i) {
+        if (layers[i].pool == l.pool && !layers[i].evictable.empty()) {
+            const double k = layers[i].evictable.begin()->first + ((int32_t) i > layer ? mobile_policy_unvisited(eviction) : 0.0);
+            if (k < least) {
+                least  = k;
+                victim = (int32_t) i;
             }
         }
-        if (victim < 0 || (gated && key <= least + mobile_policy_step(eviction))) {
-            return false;
-        }
-        evict(victim, layers[victim].evictable.begin()->second);
+    }
+    if (victim < 0 && p.free.empty()) {
+        return false;
+    }
+    const int32_t leaves = victim < 0 ? -1 : layers[victim].evictable.begin()->second;
+    if (candidate && !is_earned(l, *candidate, victim < 0 ? nullptr : &layers[victim].experts[leaves])) {
+        return false;
+    }
+    if (victim >= 0) {
+        evict(victim, leaves);
     }
     slot = p.free.back();
     p.free.pop_back();
@@ -178,7 +192,7 @@ void mobile_slots::assign(int32_t il, const std::vector<mobile_need> & needs, st
             l.evictable.erase({ x.key, need.expert });
             x.listed = false;
         }
-        const double before = x.last_use;
+        x.lately   = uses_lately(x, need.time) + need.n_tokens;
         x.n_uses  += need.n_tokens;
         x.last_use = need.time;
         x.key      = mobile_policy_key(eviction, x.n_uses, x.last_use);
@@ -191,7 +205,7 @@ void mobile_slots::assign(int32_t il, const std::vector<mobile_need> & needs, st
         }
         count.n_misses++;
         missing.push_back(need);
-        on_cpu.emplace_back(before, need.expert);
+        on_cpu.push_back(need.expert);
         if (!x.loading) {
             wanted.push_back(need.expert);
         }
@@ -201,7 +215,7 @@ void mobile_slots::assign(int32_t il, const std::vector<mobile_need> & needs, st
     std::stable_sort(wanted.begin(), wanted.end(), [&](int32_t a, int32_t b) { return l.experts[a].key > l.experts[b].key; });
     for (size_t i = 0; i < n; ++i) {
         int32_t s = -1;
-        if (!take_slot(current, l.experts[wanted[i]].key, false, s)) {
+        if (!take_slot(current, s, nullptr)) {
             break;
         }
         l.experts[wanted[i]].slot = s;
@@ -242,12 +256,11 @@ void mobile_slots::admit() {
     const int64_t start = ggml_time_us();
     collect();
     int32_t n = 0;
-    for (const auto & [before, expert] : on_cpu) {
+    for (int32_t expert : on_cpu) {
         mobile_device_expert & x = l.experts[expert];
-        const bool again = x.last_use - before <= ADMIT_WINDOW;
-        const bool room  = d.uploader ? d.uploader->has_room() : n < params.n_uploads;
+        const bool room = d.uploader ? d.uploader->has_room() : n < params.n_uploads;
         int32_t slot = -1;
-        if (x.slot >= 0 || !room || (pools[l.pool].free.empty() && !again) || !take_slot(current, x.key, true, slot)) {
+        if (x.slot >= 0 || !room || !take_slot(current, slot, &x)) {
             continue;
         }
         x.slot = slot;

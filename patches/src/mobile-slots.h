@@ -4,7 +4,8 @@
 // model's own expert tensors with n_slots instead of n_expert rows, shared by the layers of that shape. Placement
 // CACHE: the route op asks assign() which experts of a layer are in slots; their ids become slot numbers for the
 // hot chain on the device, the others are computed on the CPU as ever. A miss is uploaded before use (fetch), or
-// computed on the CPU and uploaded later if it has earned a slot (cpu). Placement LAYERS: whole layers lie in
+// computed on the CPU and uploaded later if it has earned a slot (cpu): if what the slot would save until those
+// uses are forgotten, against what it holds now, is more than the upload costs, both measured. Placement LAYERS: whole layers lie in
 // contiguous slots, and their graph is the stock graph on views of the pool.
 // The first K slots of a pool are zero for ever: rank i of a token points at slot i when its expert is elsewhere,
 // and gets zeros. They are K, not one, since some kernels take no expert twice for one token.
@@ -37,6 +38,7 @@ struct mobile_device_expert {
     bool     fresh    = false;   // not used since its upload
     uint64_t n_uses   = 0;
     double   last_use = -1e9;    // in tokens
+    double   lately   = 0.0;     // uses, at last_use; a use counts 1/e after so many tokens as uses_lately says
     double   key      = 0.0;
 };
 
@@ -72,7 +74,9 @@ struct mobile_device {
     uint64_t expert_bytes = 0;
     uint64_t pool_bytes   = 0;
     int32_t  n_layers     = 0;
-    double   upload_us    = 0.0;          // of one expert, measured when the slots were made
+    uint64_t slot_bytes   = 0;            // the largest
+    double   upload_us    = 0.0;          // of one expert that is waited for, measured when the slots were made
+    double   stall_us     = 0.0;          // how long one in the background holds up the computation, likewise
     std::unique_ptr<mobile_uploader> uploader; // NULL: uploads run on the computing stream
 };
 
@@ -127,7 +131,8 @@ public:
 
 private:
     bool     alloc_pool  (mobile_pool & pool, const mobile_experts & like, std::string & err);
-    bool     take_slot   (int32_t layer, double key, bool gated, int32_t & slot);
+    bool     take_slot   (int32_t layer, int32_t & slot, const mobile_device_expert * candidate);
+    bool     is_earned   (const mobile_device_layer & l, const mobile_device_expert & x, const mobile_device_expert * victim) const;
     void     evict       (int32_t layer, int32_t expert);
     void     release     (mobile_device_layer & l, int32_t expert);
     void     list        (mobile_device_layer & l, int32_t expert);
@@ -147,5 +152,5 @@ private:
     int32_t current = -1;                             // layer of the pinned experts
     std::vector<int32_t> pinned;                      // experts of it that are in slots
     std::vector<int32_t> fetches;                     // ... and are to be uploaded
-    std::vector<std::pair<double, int32_t>> on_cpu;   // (time of the use before, expert) of it
+    std::vector<int32_t> on_cpu;                      // experts of it that the CPU computes
 };

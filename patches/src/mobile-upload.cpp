@@ -70,6 +70,11 @@ void mobile_uploader::drain() {
     cv.wait(lock, [&] { return n_in_flight == 0; });
 }
 
+bool mobile_uploader::busy() {
+    std::lock_guard<std::mutex> lock(mutex);
+    return n_in_flight > 0;
+}
+
 void mobile_uploader::run() {
     std::unique_lock<std::mutex> lock(mutex);
     while (true) {

@@ -48,6 +48,7 @@ public:
     std::vector<mobile_upload> done();
     // waits until nothing is in flight; done() has yet to be called
     void drain();
+    bool busy();
 
 private:
     void run();

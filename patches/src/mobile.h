@@ -212,7 +212,7 @@ struct mobile_device_params {
     int32_t  eviction;     // enum mobile_eviction
     int32_t  n_batch_max;  // passes of more tokens compute without the slots. 1 to 128
     int32_t  n_uploads;    // background uploads in flight; 0: none, misses computed on the CPU are never uploaded
-    int32_t  poison;       // 1: what is evicted is overwritten with garbage first, to find errors
+    int32_t  poison;       // 1: what is evicted is overwritten with garbage first, and uploads count as free, to find errors
     int32_t  reserved[2];  // 0
 };
 
@@ -227,6 +227,8 @@ struct mobile_device_info {
     int32_t  n_slots;      // that can hold an expert
     int32_t  is_gpu;
     int32_t  is_async;
+    double   upload_us;    // of one expert, measured at the start: one that is waited for,
+    double   stall_us;     // and how long one in the background holds up the computation. 0 before a start
 };
 
 // count passes of up to n_batch_max tokens in which the cache was used. n_hits + n_misses are the needs; those of

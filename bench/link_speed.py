@@ -1,0 +1,189 @@
+"""Misses of the device tier by bandwidth of its link: ``python -m mobile_gguf.bench.link_speed [MODEL]``.
+
+The device is llama.cpp's RPC server on loopback with one CPU thread, behind a proxy that limits the link. For
+each bandwidth the host alone and the slot cache with `--miss cpu`, `fetch` and `auto` answer one prompt in
+turn, round after round; the first round fills the slots and is not counted. Prints a page; ``--out FOLDER``
+also writes it there, with all figures as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import socket
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import mobile_gguf
+from mobile_gguf.binding import find_engine
+from mobile_gguf.sizes import format_bytes
+
+from .hardware import describe_hardware
+
+HOST = "host"
+_ARMS = (HOST, "cpu", "fetch", "auto")
+_PROMPT = "Once upon a time"
+
+
+@contextmanager
+def _server() -> Iterator[int]:
+    """A server on loopback; yields its port."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [
+        sys.executable,
+        "-m",
+        "mobile_gguf",
+        "engine",
+        "rpc-server",
+        "--port",
+        str(port),
+        "--threads",
+        "1",
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("listening"):
+                break
+        else:
+            raise SystemExit(f"the RPC server did not start (exit code {process.wait()})")
+        yield port
+    finally:
+        process.kill()
+        process.wait()
+
+
+@contextmanager
+def _link(port: int, rate: float) -> Iterator[str]:
+    """The slow link to a server; yields the endpoint."""
+    command = [sys.executable, "-m", "mobile_gguf.bench.slow_link", str(port), str(rate)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        yield f"127.0.0.1:{process.stdout.readline().strip()}"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def measure(args: argparse.Namespace, rate: float) -> dict[str, Any]:
+    """All arms and rounds at one bandwidth."""
+    common: dict[str, Any] = {"threads": 1, "n_ctx": 512, "ram_budget": args.ram_budget}
+    with ExitStack() as stack:
+        models = {}
+        for arm in _ARMS:
+            options: dict[str, Any] = {"vram_budget": "off"}
+            if arm != HOST:  # a server has one client
+                endpoint = stack.enter_context(_link(stack.enter_context(_server()), rate))
+                options = {
+                    "rpc": endpoint,
+                    "vram_budget": args.vram_budget,
+                    "placement": "cache",
+                    "miss": arm,
+                }
+            models[arm] = stack.enter_context(mobile_gguf.load(args.model, **common, **options))
+        runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in _ARMS}
+        for _round in range(args.rounds + 1):
+            for arm, model in models.items():
+                runs[arm].append(_run(model, args.tokens))
+        devices = models["auto"].stats()["device"]["devices"]
+    return {"megabytes_per_s": rate, "devices": devices, "warm_up": {a: r[0] for a, r in runs.items()}} | {
+        "arms": {arm: _summary(runs[arm][1:]) for arm in _ARMS}
+    }
+
+
+def _run(model: mobile_gguf.Model, n_tokens: int) -> dict[str, Any]:
+    reply = model.generate(_PROMPT, max_tokens=n_tokens, temperature=0, cache_prompt=False)
+    receipt = reply.receipt
+    return {
+        "tokens_per_s": reply.timings["predicted_per_second"],
+        "n_tokens": len(reply.tokens),
+        "hits": receipt.device_hits,
+        "misses": receipt.device_misses,
+        "bytes_uploaded": receipt.bytes_uploaded,
+        "upload_stall_ms": receipt.upload_stall_ms,
+    }
+
+
+def _summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    speeds = [run["tokens_per_s"] for run in runs]
+    needs = sum(run["hits"] + run["misses"] for run in runs)
+    return {
+        "tokens_per_s": {"median": statistics.median(speeds), "low": min(speeds), "high": max(speeds)},
+        "hit_rate": sum(run["hits"] for run in runs) / needs if needs else None,
+        "bytes_per_token": sum(run["bytes_uploaded"] for run in runs) / sum(run["n_tokens"] for run in runs),
+        "runs": runs,
+    }
+
+
+def page(result: dict[str, Any]) -> str:
+    """The table, as Markdown."""
+    lines = [
+        "# Misses of the device tier by bandwidth",
+        "",
+        f"{result['hardware']}. {result['model']}, {result['vram_budget']} of the experts in slots,"
+        f" {result['tokens']} tokens, {result['rounds']} interleaved rounds after one that fills the slots;"
+        " median (range). The device is an RPC server on loopback with one CPU thread.",
+        "",
+        "| link | upload: waited for / behind | arm | tokens/s | device hits | uploaded per token |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in result["links"]:
+        rate = row["megabytes_per_s"]
+        device = row["devices"][0]
+        link = f"{rate:g} MB/s" if rate else "unlimited"
+        upload = f"{device.get('upload_us', 0) / 1e3:.2f} / {device.get('stall_us', 0) / 1e3:.2f} ms"
+        for arm, found in row["arms"].items():
+            speed = found["tokens_per_s"]
+            hits = "" if found["hit_rate"] is None else f"{100 * found['hit_rate']:.0f}%"
+            uploaded = "" if arm == HOST else format_bytes(int(found["bytes_per_token"]))
+            spread = f"{speed['median']:.2f} ({speed['low']:.2f}-{speed['high']:.2f})"
+            lines.append(f"| {link} | {upload} | {arm} | {spread} | {hits} | {uploaded} |")
+    return "\n".join([*lines, "", "```", result["command"], "```", ""])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command."""
+    parser = argparse.ArgumentParser(prog="python -m mobile_gguf.bench.link_speed", description=__doc__)
+    parser.add_argument("model", nargs="?", default="demo")
+    parser.add_argument("--rates", default="20,100,500,0", help="megabytes per second, 0: no limit")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--vram-budget", default="25%")
+    parser.add_argument("--ram-budget", default="100%")
+    parser.add_argument("--out", type=Path, help="folder for links.json and links.md")
+    args = parser.parse_args(argv)
+    if find_engine() is None:
+        raise SystemExit("the patched engine is not built: run `mobile-gguf engine build`")
+    words = sys.argv[1:] if argv is None else list(argv)
+    result = {
+        "command": shlex.join(["python", "-m", "mobile_gguf.bench.link_speed", *words]),
+        "hardware": describe_hardware(Path.cwd()),
+        "model": args.model,
+        "vram_budget": args.vram_budget,
+        "tokens": args.tokens,
+        "rounds": args.rounds,
+        "links": [],
+    }
+    for rate in (float(text) for text in args.rates.split(",")):
+        result["links"].append(measure(args, rate))
+        text = page(result)
+        if args.out is not None:
+            args.out.mkdir(parents=True, exist_ok=True)
+            (args.out / "links.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            (args.out / "links.md").write_text(text, encoding="utf-8")
+    print(page(result), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
