@@ -11,12 +11,10 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import socket
 import statistics
-import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,54 +23,11 @@ from mobile_gguf.binding import find_engine
 from mobile_gguf.sizes import format_bytes
 
 from .hardware import describe_hardware
+from .rpc_device import rpc_server, slow_link
 
 HOST = "host"
 _ARMS = (HOST, "cpu", "fetch", "auto")
 _PROMPT = "Once upon a time"
-
-
-@contextmanager
-def _server() -> Iterator[int]:
-    """A server on loopback; yields its port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "mobile_gguf",
-        "engine",
-        "rpc-server",
-        "--port",
-        str(port),
-        "--threads",
-        "1",
-    ]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    try:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("listening"):
-                break
-        else:
-            raise SystemExit(f"the RPC server did not start (exit code {process.wait()})")
-        yield port
-    finally:
-        process.kill()
-        process.wait()
-
-
-@contextmanager
-def _link(port: int, rate: float) -> Iterator[str]:
-    """The slow link to a server; yields the endpoint."""
-    command = [sys.executable, "-m", "mobile_gguf.bench.slow_link", str(port), str(rate)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        yield f"127.0.0.1:{process.stdout.readline().strip()}"
-    finally:
-        process.kill()
-        process.wait()
 
 
 def measure(args: argparse.Namespace, rate: float) -> dict[str, Any]:
@@ -83,7 +38,7 @@ def measure(args: argparse.Namespace, rate: float) -> dict[str, Any]:
         for arm in _ARMS:
             options: dict[str, Any] = {"vram_budget": "off"}
             if arm != HOST:  # a server has one client
-                endpoint = stack.enter_context(_link(stack.enter_context(_server()), rate))
+                endpoint = stack.enter_context(slow_link(stack.enter_context(rpc_server()), rate))
                 options = {
                     "rpc": endpoint,
                     "vram_budget": args.vram_budget,

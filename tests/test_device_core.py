@@ -119,6 +119,46 @@ def test_every_miss_policy_generates_what_the_cpu_does(model: str, rpc: list[str
             assert device["n_evictions"] > 0
 
 
+def test_what_differs_is_how_activations_are_rounded(rpc: list[str], tmp_path: Path) -> None:
+    """Quantised experts round their input, and a sum in another order can tip it: the same weights in float32
+    do not differ, and q4_k differs by less than the CPU does from itself when a prompt comes in one batch."""
+
+    def unquantised(tensors: list[layout_files.Tensor]) -> list[layout_files.Tensor]:
+        f32 = gguf.GGMLQuantizationType.F32
+        return [(name, gguf.quants.dequantize(data, kind), f32) for name, data, kind in tensors]
+
+    q4_k = tiny_models.path("qwen3moe-q4_k")
+    f32 = layout_files.rewrite(q4_k, tmp_path / "f32.gguf", unquantised)
+    prompts = [tokens(20, seed) for seed in range(40, 52)]
+
+    def ops(kind: str) -> list[dict[str, Any]]:
+        each = [
+            [{"op": "clear"}, {"op": kind, "tokens": p, "pos": 0, "save": str(i)}]
+            for i, p in enumerate(prompts)
+        ]
+        return [op for pair in each for op in pair]
+
+    def largest(one: Any, other: Any, names: tuple[str, str]) -> float:
+        return max(
+            float(np.abs(one[f"{names[0]}/{i}"][-1] - other[f"{names[1]}/{i}"][-1]).max())
+            for i in range(len(prompts))
+        )
+
+    start = {"op": "device_start", "budget": 0.5, "miss": FETCH, "poison": 1}
+    differs = {}
+    for model in (q4_k, f32):
+        host = succeeded(
+            on_engine(run("batch", model, ops("decode"), 0), run("steps", model, ops("steps"), 0))
+        )
+        device = succeeded_on_devices(device_run("device", model, rpc, [start, *ops("decode")]))
+        differs[model] = (
+            largest(device.arrays, host.arrays, ("device", "batch")),
+            largest(host.arrays, host.arrays, ("steps", "batch")),
+        )
+    assert differs[f32][0] < 1e-5
+    assert differs[q4_k][0] < differs[q4_k][1]
+
+
 def test_placements_switch_between_decodes(rpc: list[str]) -> None:
     """Whole layers, cache and host, in every order, give the CPU's tokens; so do masks on whole layers."""
     model = "qwen3moe"

@@ -79,7 +79,7 @@ def make_plan(
         if prediction is not None:
             found.append(prediction)
             lessons[mode] = n_runs
-    settings = _settings(info, measurements, options, fit, EXACT, None)
+    settings = settings_of(info, options, fit, EXACT)
     prefill = predict_prefill(info, workload, measurements, settings, disk_name(info.path))
     return Plan(
         info=info,
@@ -108,21 +108,17 @@ def predict_fit(
     """A mode's speed, and how many earlier runs corrected it."""
     device = fit.devices[0].name if fit.devices else ""
     lesson = read_lesson(measurements, lesson_name(info, mode, device, fit.ram_share))
-    settings = replace(_settings(info, measurements, options, fit, mode, lesson.big_share), n_tokens=n_tokens)
+    settings = replace(settings_of(info, options, fit, mode, lesson.big_share), n_tokens=n_tokens)
     prediction = predict(info, workload, measurements, settings, disk_name(info.path), hotness)
     if prediction is None or not corrected:
         return prediction, 0
     return correct(prediction, lesson), lesson.n_runs
 
 
-def _settings(
-    info: GgufInfo,
-    measurements: Measurements,
-    options: LoadOptions,
-    fit: Fit,
-    mode: str,
-    learnt: float | None,
+def settings_of(
+    info: GgufInfo, options: LoadOptions, fit: Fit, mode: str, learnt: float | None = None
 ) -> Settings:
+    """What a prediction for these options and this fit is for; ``learnt`` as in ``make_settings``."""
     settings = make_settings(info, options, fit.ram_share, n_ctx=fit.n_ctx, learnt_share=learnt, mode=mode)
     if fit.devices:
         return replace(
