@@ -123,7 +123,7 @@ def measure_anew(info: GgufInfo, case: Case, rpc: str = "") -> Measurements:
     ggml = Ggml()
     steps = steps_for(
         info, read_workload(info), ks, case.threads, resident=resident, stored=bool(rpc) or not resident,
-        devices=[ggml.device(one.handle) for one in _devices(rpc)], ggml=ggml,
+        devices=[ggml.device(one.handle) for one in _devices(rpc)], ggml=ggml, known=known.get,
     )  # fmt: skip
     for problem in measure(known, steps):
         print(problem, file=sys.stderr)

@@ -134,8 +134,9 @@ def _measure(
         measured = [ggml.device(device.handle) for device in devices]
         ks = sorted({settings.k, settings.little_k} - {0}) or [1]
         steps = steps_for(
-            info, workload, ks, settings.threads, settings.io_threads, devices=measured, ggml=ggml
-        )
+            info, workload, ks, settings.threads, settings.io_threads,
+            devices=measured, ggml=ggml, known=measurements.get,
+        )  # fmt: skip
     except MobileError as error:
         return [f"nothing was measured: {error}"]
     seconds = expected_seconds(measurements, steps)

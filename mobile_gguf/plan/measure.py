@@ -20,16 +20,18 @@ from ..sizes import MIB
 from .disk import DEFAULT_IO_THREADS, disk_name, measure_reads, read_size
 from .ggml import CPU, F32, Device, Ggml, Matrices
 from .machine import Measurements, Rate, write_measurements
-from .tiny import measure_overhead, overhead
+from .tiny import OnDevice, measure_overhead, overhead
 from .workload import Product, Workload
 
 LIMIT_S = 60.0
 _PRODUCT_S, _DISK_S, _OVERHEAD_S, _LINK_S = 0.3, 0.6, 0.5, 0.4
 _WEIGHTS_BYTES = 96 * MIB  # beyond what caches hold, and little enough for a small machine
-_DEVICE_BYTES = 16 * MIB  # they have to be sent there first
+_MIN_DEVICE_BYTES, _SEND_S = 4 * MIB, 0.5  # they have to be sent there first
 _MAX_STACKS = 400
 _SMALL_COPY, _LARGE_COPY = 4096, 4 * MIB
 _MAIN_PRODUCTS = 8  # shapes that make up most dense bytes
+WHOLE = "whole"
+_WAYS = {CACHE: (CACHE, 0.5), LAYERS: (LAYERS, 0.5), WHOLE: (LAYERS, 1.0)}  # placement, share of slots
 
 Progress = Callable[[str, float], None]
 
@@ -42,6 +44,9 @@ class Step:
     seconds: float
     phase: str
     run: Callable[[Callable[[], None]], dict[str, Rate]]
+
+
+Known = Callable[[str], "Rate | None"]
 
 
 def product_name(
@@ -79,11 +84,12 @@ def steps_for(
     stored: bool = True,
     devices: Sequence[Device] = (),
     ggml: Ggml | None = None,
+    known: Known = lambda name: None,
 ) -> list[Step]:
     """Every measurement that a plan for this model takes; ``ks`` are the experts a token may use.
 
     ``resident``: as the experts are multiplied when all of them stay in memory; ``stored``: as when not, and
-    the disk.
+    the disk. ``known``: what was measured, also by steps before; a device's link decides how much is sent.
     """
     ggml = ggml or Ggml()
     cpu = next((device for device in ggml.devices() if device.kind == CPU), None)
@@ -126,13 +132,13 @@ def steps_for(
 
             found.append(Step(name, _DISK_S, "measuring the disk", reads))
     for device in devices:
-        found += _device_steps(ggml, device, workload, n_expert * segments, [k * segments for k in ks])
+        found += _device_steps(ggml, device, workload, n_expert * segments, [k * segments for k in ks], known)
         found += _device_overhead_steps(device, n_expert, ks, threads)
     return list({step.name: step for step in found}.values())
 
 
 def _device_steps(
-    ggml: Ggml, device: Device, workload: Workload, n_expert: int, ks: Sequence[int]
+    ggml: Ggml, device: Device, workload: Workload, n_expert: int, ks: Sequence[int], known: Known
 ) -> Iterator[Step]:
     prefix = device.key
 
@@ -150,34 +156,42 @@ def _device_steps(
     wanted += [(product, n_expert, k) for product in workload.experts for k in ks]
     for product, n, k in wanted:
         name = f"{prefix}.{product.type_id}.{product.n_in}x{product.n_out}.{k}of{n}"
-        what = _matrices(product, n, k, False, _DEVICE_BYTES)
 
-        def products(check: Callable[[], None], name: str = name, what: Matrices = what) -> dict[str, Rate]:
+        def products(
+            check: Callable[[], None], name: str = name, product: Product = product, n: int = n, k: int = k
+        ) -> dict[str, Rate]:
+            link = known(f"{prefix}.upload")
+            room = max(_MIN_DEVICE_BYTES, int(_SEND_S * link.value)) if link else _MIN_DEVICE_BYTES
+            what = _matrices(product, n, k, False, min(room, _WEIGHTS_BYTES))
             return _product(ggml, device, 0, name, what, check)
 
-        yield Step(name, _PRODUCT_S, f"measuring {device.name}", products)
+        yield Step(name, _PRODUCT_S + _SEND_S, f"measuring {device.name}", products)
 
 
 def _device_overhead_steps(device: Device, n_expert: int, ks: Sequence[int], threads: int) -> Iterator[Step]:
-    """What a layer costs beside its bytes on the way that a run takes, by placement."""
+    """What a layer costs beside its bytes on the way that a run takes."""
     if n_expert < 2:
         return
-    for placement in (CACHE, LAYERS):
+    for way, (placement, share) in _WAYS.items():
         for k in ks:
-            name = device_overhead_name(device.key, placement, n_expert, k, threads)
+            name = device_overhead_name(device.key, way, n_expert, k, threads)
+            on_device = OnDevice(device, placement, share)
 
             def run(
-                check: Callable[[], None], name: str = name, k: int = k, placement: str = placement
+                check: Callable[[], None], name: str = name, k: int = k, on_device: OnDevice = on_device
             ) -> dict[str, Rate]:
-                few, many = measure_overhead(n_expert, k, threads, _OVERHEAD_S, check, (device, placement))
+                few, many = measure_overhead(n_expert, k, threads, _OVERHEAD_S, check, on_device)
                 return _overhead_rates(name, few, many)
 
             yield Step(f"{name}.layer", _OVERHEAD_S + 0.5, f"measuring {device.name}", run)
 
 
-def device_overhead_name(prefix: str, placement: str, n_expert: int, k: int, threads: int) -> str:
-    """Of a token's and a layer's cost on a device, less ``.token`` and ``.layer``."""
-    return f"{prefix}.{placement}.{overhead_name(n_expert, k, threads)}"
+def device_overhead_name(prefix: str, way: str, n_expert: int, k: int, threads: int) -> str:
+    """Of a token's and a layer's cost on a device, less ``.token`` and ``.layer``.
+
+    ``way``: CACHE, LAYERS (half of the layers are there), or WHOLE (all are).
+    """
+    return f"{prefix}.{way}.{overhead_name(n_expert, k, threads)}"
 
 
 def measure(

@@ -12,7 +12,7 @@ from ..device.structs import CACHE, LAYERS
 from ..gguf_info import GgufInfo
 from .disk import CHUNK_BYTES, DEFAULT_IO_THREADS, read_size
 from .machine import Measurements, Rate
-from .measure import device_overhead_name, overhead_name, product_name, read_name
+from .measure import WHOLE, device_overhead_name, overhead_name, product_name, read_name
 from .misses import MissRate, miss_rate
 from .prediction import Prediction
 from .speed import (
@@ -31,7 +31,7 @@ _SAMPLE_S, _STEP_S = 8e-9, 150e-6
 # What the model itself gets wrong, as a share of the time; docs/plan.md has the table.
 _MODEL_ERROR = 0.10
 _GUESS_ERROR = 0.35  # where a matrix of this shape was not measured
-_DEVICE_ERROR = 1.0  # held against few runs, on loopback only; docs/plan.md
+_DEVICE_ERROR = 0.4  # on loopback; docs/plan.md
 _DEPTH = 192  # tokens in the context, on average over an answer
 DEFAULT_BIG_SHARE = (0.2, 0.5, 0.9)  # low, expected, high: without calibration nobody knows
 
@@ -175,10 +175,13 @@ class _Case:
         name = overhead_name(self.info.n_expert or 1, k or 1, threads)
         rest += self.spent(f"{name}.token", f"overhead.{threads}.", ".token", 0.0)
         rest += self.info.n_layer * self.spent(f"{name}.layer", f"overhead.{threads}.", ".layer", 40e-6)
-        positions = min(_DEPTH, self.settings.n_ctx)
-        kv = positions * sum(self.info.n_head_kv) * (self.info.key_length + self.info.value_length) * 2
-        rest += kv / self.any_rate(f"cpu.{threads}.usual.")
+        rest += self.kv_bytes() / self.any_rate(f"cpu.{threads}.usual.")
         return Pass(k, self.info.n_layer_moe, rest, self.expert_seconds(k, resident=resident))
+
+    def kv_bytes(self) -> int:
+        """Of keys and values that a token reads."""
+        positions = min(_DEPTH, self.settings.n_ctx)
+        return positions * sum(self.info.n_head_kv) * (self.info.key_length + self.info.value_length) * 2
 
     def expert_seconds(self, k: int, *, resident: bool) -> float:
         """One layer's ``k`` experts on the processor."""
@@ -234,6 +237,7 @@ class _Case:
             for product in self.workload.experts
         )
         upload = self.workload.expert_bytes * self.info.segments / self.speed(f"{prefix}.upload")
+        rest += self.kv_bytes() / self.any_rate(f"{prefix}.", contains="x")
         host = self.host_pass(k, resident=False)
         misses = miss_rate(s.vram_share, self.info.n_expert, k, policy=s.eviction, n_tokens=s.n_tokens)
         rate = min(1.0, misses.rate * (1 + self.sign * misses.spread))
@@ -246,31 +250,34 @@ class _Case:
         left = 1 - min(1.0, s.vram_share)  # of the layers
         from_file = self.reads().seconds(host_rate * k) if host_rate > 0 and left > 0 else 0.0
         layered = (1 - left) * expert + left * (host.expert_s + from_file)
-        ways = {
-            CACHE: self.on_the_way(CACHE, k, cached, rate > 0, 1.0),
-            # half of the layers had no slots when it was measured, and those that have cost next to nothing
-            LAYERS: self.on_the_way(LAYERS, k, layered, left > 0, 2 * left),
+        by_placement = {
+            CACHE: self.beside(CACHE, k, rate > 0) + self.info.n_layer_moe * cached,
+            LAYERS: self.beside_layers(k, left) + self.info.n_layer_moe * layered,
         }
-        if s.placement in ways:
-            return rest + ways[s.placement]
-        return rest + (ways[LAYERS] if left <= 0 else min(ways.values()))
+        if s.placement in by_placement:
+            return rest + by_placement[s.placement]
+        return rest + (by_placement[LAYERS] if left <= 0 else min(by_placement.values()))
 
-    def on_the_way(self, placement: str, k: int, layer_s: float, is_split: bool, share: float) -> float:
-        """All layers of ``layer_s`` each, and what scheduler and link cost beside them: as measured by a
-        model of next to no weights, ``share`` of it a layer, or else guessed from the latency."""
+    def beside_layers(self, k: int, left: float) -> float:
+        """What whole layers cost beside their weights, with a share ``left`` of them on the host."""
+        whole = self.beside(WHOLE, k, False)
+        # measured with half of the layers: what is between none and all of them left is on a line
+        return whole + 2 * left * max(0.0, self.beside(LAYERS, k, True) - whole)
+
+    def beside(self, way: str, k: int, is_split: bool) -> float:
+        """What scheduler and link cost a token beside the weights: as measured by a model of next to none, or
+        else guessed from the latency."""
         prefix = self.settings.device
-        name = device_overhead_name(prefix, placement, self.info.n_expert or 1, k or 1, self.settings.threads)
+        name = device_overhead_name(prefix, way, self.info.n_expert or 1, k or 1, self.settings.threads)
         token = self.measurements.get(f"{name}.token")
         layer = self.measurements.get(f"{name}.layer")
         if token is not None and layer is not None:
-            beside = share * self.slowness(layer)
-            return self.slowness(token) + self.info.n_layer_moe * (layer_s + beside)
+            return self.slowness(token) + self.info.n_layer_moe * self.slowness(layer)
         launch = self.spent(f"{prefix}.launch", prefix, ".launch", 50e-6)
         crossing = sum(
             self.spent(f"{prefix}.{way}.latency", prefix, ".latency", 50e-6) for way in ("upload", "download")
         )
-        beside = 2 * launch + crossing if is_split else 0.0
-        return launch + self.info.n_layer_moe * (layer_s + beside)
+        return launch + (self.info.n_layer_moe * (2 * launch + crossing) if is_split else 0.0)
 
     def rate_at(self, share: float, k: int) -> float:
         found = miss_rate(

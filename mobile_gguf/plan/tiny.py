@@ -11,6 +11,7 @@ import ctypes
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +26,27 @@ _CONTEXT = 256
 _NO_MMAP, _MMAP = 0, 1  # enum llama_load_mode
 
 
+@dataclass(frozen=True)
+class OnDevice:
+    """A device (of ggml.py or device/listing.py), and slots there for a share of the experts."""
+
+    device: Any
+    placement: str
+    share: float
+
+
 def measure_overhead(
     n_expert: int,
     k: int,
     threads: int,
     seconds: float,
     check: Callable[[], None] = lambda: None,
-    on_device: tuple[Any, str] | None = None,
+    on_device: OnDevice | None = None,
 ) -> tuple[list[float], list[float]]:
     """Samples of seconds per token for a model of ``_LAYERS[0]`` and of ``_LAYERS[1]`` layers.
 
-    ``on_device``: a device (of ``device/listing.py``) and a placement; half of the experts get slots there,
-    and a token takes the way through scheduler, link and route op that it will take when it counts. Raises
-    EngineError if the engine does not run them.
+    ``on_device``: a token takes the way through scheduler, link and route op that a run takes.
+    Raises EngineError if the engine does not run them.
     """
     n_expert = max(1, min(n_expert, _MAX_EXPERTS))
     samples = []
@@ -105,7 +114,7 @@ def _decode(
     threads: int,
     seconds: float,
     check: Callable[[], None],
-    on_device: tuple[Any, str] | None,
+    on_device: OnDevice | None,
 ) -> list[float]:
     from llama_cpp import llama_cpp
 
@@ -119,7 +128,7 @@ def _decode(
         engine.set_load_params(budget_bytes=0, on_host=on_device is not None)
     params = llama_cpp.llama_model_default_params()
     params.n_gpu_layers = 0
-    devices = device_array([on_device[0]] if on_device else [])
+    devices = device_array([on_device.device] if on_device else [])
     if on_device:
         params.n_gpu_layers = -1
         params.devices = ctypes.cast(devices, ctypes.c_void_p)  # pyright: ignore
@@ -141,7 +150,7 @@ def _decode(
         if not ctx:
             raise EngineError(f"the engine cannot be measured: {last_errors() or 'no context'}")
         if on_device:
-            _make_pool(engine, ctx, path, on_device[1])
+            _make_pool(engine, ctx, path, on_device)
         times: list[float] = []
         started = time.perf_counter()
         while len(times) < 4 or (time.perf_counter() - started < seconds and len(times) < _CONTEXT - 2):
@@ -160,10 +169,11 @@ def _decode(
         llama_cpp.llama_model_free(model)
 
 
-def _make_pool(engine: Any, ctx: Any, path: Path, placement: str) -> None:
+def _make_pool(engine: Any, ctx: Any, path: Path, on_device: OnDevice) -> None:
     from ..device.calls import DeviceCalls
     from ..gguf_info import read_gguf_info
 
     if engine is None:
         raise EngineError("a device tier is measured with this package's engine only")
-    DeviceCalls(engine, ctx).start(read_gguf_info(path).expert_bytes // 2, placement=placement)
+    budget = int(read_gguf_info(path).expert_bytes * on_device.share)
+    DeviceCalls(engine, ctx).start(budget, placement=on_device.placement)
