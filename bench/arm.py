@@ -26,7 +26,8 @@ STDERR_LINES = 20
 @dataclass(frozen=True)
 class Arm:
     """One system in one mode under one cap. ``budget_bytes`` is what the experts may take; the whole process
-    may take ``cap_bytes``. ``io_threads`` and ``eviction`` are the engine's, ``load_mode`` is stock's."""
+    may take ``cap_bytes``. ``load_mode`` is stock's; ``io_threads``, ``eviction`` and ``prefetch`` are the
+    engine's."""
 
     system: str  # "engine" or "stock"
     mode: str  # "exact" or "little"
@@ -39,11 +40,15 @@ class Arm:
     load_mode: str = "mmap"
     repack: bool = False
     eviction: str = "decay"
+    prefetch: str = "off"
 
     @property
     def label(self) -> str:
-        variant = f" {self.eviction}" if self.system == "engine" and self.eviction != "decay" else ""
-        return f"{self.system} {self.mode}{variant} {self.budget}"
+        usual = type(self)
+        words = [self.system, self.mode]
+        words += [self.eviction] if self.eviction != usual.eviction else []
+        words += [f"prefetch-{self.prefetch}"] if self.prefetch != usual.prefetch else []
+        return " ".join([*words, self.budget])
 
     @property
     def settings(self) -> str:
@@ -196,6 +201,9 @@ class Runner:
             budget_bytes=0 if arm.resident else arm.budget_bytes,
             io_threads=arm.io_threads,
             eviction=arm.eviction,
+            prefetch=arm.prefetch,
+            # the model's states are alike in every layer, so that its routers would always be right
+            predictor="transitions",
             ids=ids,
         )
 

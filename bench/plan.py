@@ -25,6 +25,7 @@ class BenchOptions:
     modes: tuple[str, ...] = ("exact", "little")
     versus: tuple[str, ...] = ("stock",)
     evictions: tuple[str, ...] = ("decay",)
+    prefetches: tuple[str, ...] = ("off",)
     size_bytes: int = 4 * GIB
     tokens: int = 32
     repeats: int = 3
@@ -64,9 +65,10 @@ def plan_arms(
         for system in options.versus:
             arms.append(Arm("stock", "little" if system == "stock-little" else "exact", **common))
         for mode in options.modes:
-            # with everything resident nothing is ever evicted
+            # with everything resident nothing is ever evicted or read
             for eviction in options.evictions[:1] if resident else options.evictions:
-                arms.append(Arm("engine", mode, eviction=eviction, **common))
+                for prefetch in ("off",) if resident else options.prefetches:
+                    arms.append(Arm("engine", mode, eviction=eviction, prefetch=prefetch, **common))
     if not arms:
         raise UsageError("nothing to run: every budget was left out; give a smaller --size")
     return arms, notes

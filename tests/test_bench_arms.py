@@ -145,6 +145,15 @@ def test_arms_of_a_round() -> None:
     assert [arm.resident for arm in arms] == [False] * 6 + [True] * 4
 
 
+def test_reading_ahead_is_an_arm_where_something_is_read() -> None:
+    given = options(budgets=("25%", "100%"), versus=(), modes=("exact",), prefetches=("off", "on"))
+    arms, _ = plan_arms(given, SHAPE, available_bytes=GIB)
+    assert [arm.label for arm in arms] == [
+        "engine exact 25%", "engine exact prefetch-on 25%", "engine exact 100%",
+    ]  # fmt: skip
+    assert [arm.prefetch for arm in arms] == ["off", "on", "off"]
+
+
 def test_resident_arms_are_added_or_left_out_aloud() -> None:
     arms, notes = plan_arms(options(budgets=("25%",)), SHAPE, available_bytes=GIB)
     assert arms[-1].resident

@@ -239,7 +239,7 @@ def test_budget_below_a_token_is_refused_with_the_smallest(rpc: list[str]) -> No
 def test_bad_calls_are_refused(rpc: list[str]) -> None:
     bad = [
         {"miss": 3}, {"miss": -1}, {"placement": 3}, {"eviction": 9}, {"n_batch_max": 0},
-        {"n_batch_max": 129}, {"n_uploads": -1}, {"poison": 2},
+        {"n_batch_max": 129}, {"n_uploads": -1}, {"poison": 3},
     ]  # fmt: skip
     outcome = on_devices(
         device_run("d", "qwen3moe", rpc, [
@@ -381,9 +381,9 @@ def scripted(actions: list[dict[str, Any]], device: bool) -> list[dict[str, Any]
 def test_any_interleaving_computes_what_the_cpu_does(
     rpc: list[str], actions: list[dict[str, Any]], model: str, budget: float, host: int | str, n_uploads: int
 ) -> None:
-    """A slot that is read before its upload is complete, or after its eviction, holds NaNs."""
+    """A slot that is read before its upload is complete, or after its eviction, holds NaNs; uploads are late."""
     start = {
-        "op": "device_start", "budget": budget, "miss": CPU, "poison": 1, "n_uploads": n_uploads,
+        "op": "device_start", "budget": budget, "miss": CPU, "poison": 2, "n_uploads": n_uploads,
     }  # fmt: skip
     outcome = succeeded_on_devices(
         device_run("d", model, rpc, [start, *scripted(actions, True)], host, n_ctx=1700)

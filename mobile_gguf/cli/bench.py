@@ -12,6 +12,7 @@ from ..errors import UsageError
 from ..sizes import parse_size
 
 MODES = ("exact", "little")
+PREFETCHES = ("off", "on", "auto")
 VERSUS = ("stock", "stock-little", "none")
 
 _DESCRIPTION = """Measure decoding speed against stock llama.cpp. A model of random weights that follows a
@@ -44,6 +45,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add("--modes", metavar="LIST", default="exact,little", help="modes of the engine")
     add("--vs", metavar="LIST", default="stock", help="stock, stock-little (half the experts) or none")
     add("--eviction", metavar="LIST", default="decay", help="eviction policies of the engine")
+    add("--prefetch", metavar="LIST", default="off", help="off, on, auto: reading ahead, by transitions")
     add("--size", metavar="SIZE", default="4GiB", help="expert bytes of the model")
     add("--tokens", metavar="N", type=_positive, default=32, help="decoded tokens a run")
     add("--repeats", metavar="N", type=_positive, default=3, help="rounds over all arms")
@@ -76,6 +78,7 @@ def run(args: argparse.Namespace) -> int:
         modes=_choices(args.modes, "--modes", MODES),
         versus=tuple(name for name in _choices(args.vs, "--vs", VERSUS) if name != "none"),
         evictions=_choices(args.eviction, "--eviction", _evictions()),
+        prefetches=_choices(args.prefetch, "--prefetch", PREFETCHES),
         size_bytes=_bytes(args.size, "--size"),
         tokens=args.tokens,
         repeats=args.repeats,

@@ -83,8 +83,8 @@ int32_t mobile_device_start(struct llama_context * ctx, const struct mobile_devi
     if (params->n_uploads < 0 || params->n_uploads > 64) {
         return mobile_fail(MOBILE_ERR_ARGUMENT, "n_uploads must be 0 to 64");
     }
-    if (params->poison < 0 || params->poison > 1 || params->reserved[0] != 0 || params->reserved[1] != 0) {
-        return mobile_fail(MOBILE_ERR_ARGUMENT, "poison must be 0 or 1, reserved 0");
+    if (params->poison < 0 || params->poison > 2 || params->reserved[0] != 0 || params->reserved[1] != 0) {
+        return mobile_fail(MOBILE_ERR_ARGUMENT, "poison must be 0 to 2, reserved 0");
     }
     if (m->slots) {
         return mobile_fail(MOBILE_ERR_STATE, "the context has a device tier already");

@@ -83,7 +83,7 @@ int32_t mobile_slots::start(std::string & err) {
     }
     for (auto & d : devices) {
         d.uploader = std::make_unique<mobile_uploader>();
-        if (!d.uploader->start(d.dev, params.n_uploads, d.slot_bytes)) {
+        if (!d.uploader->start(d.dev, params.n_uploads, d.slot_bytes, params.poison > 1)) {
             d.uploader.reset();
         }
     }
@@ -191,6 +191,9 @@ void mobile_slots::empty() {
         p.free.clear();
         for (int32_t s = p.n_slots - 1; s >= p.n_zero; --s) {
             p.free.push_back(s);
+        }
+        if (params.poison) {
+            poison(p, p.n_zero, p.n_slots - p.n_zero);
         }
     }
     count.resident_bytes = 0;

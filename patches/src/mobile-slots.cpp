@@ -43,6 +43,17 @@ void mobile_slots::release(mobile_device_layer & l, int32_t expert) {
     count.resident_bytes -= pools[l.pool].slot_bytes;
 }
 
+void mobile_slots::poison(const mobile_pool & p, int32_t slot, int32_t n) {
+    for (mobile_member m : MOBILE_MEMBERS) {
+        if (p.slots.*m) {
+            const size_t size = (p.slots.*m)->nb[mobile_expert_dim(m)];
+            const std::vector<uint8_t> garbage(n*size, POISON);
+            ggml_backend_tensor_set_async(devices[p.device].backend, p.slots.*m, garbage.data(), slot*size, n*size);
+        }
+    }
+    ggml_backend_synchronize(devices[p.device].backend);
+}
+
 void mobile_slots::evict(int32_t layer, int32_t expert) {
     mobile_device_layer  & l = layers[layer];
     mobile_device_expert & x = l.experts[expert];
@@ -54,14 +65,7 @@ void mobile_slots::evict(int32_t layer, int32_t expert) {
         count.bytes_wasted += p.slot_bytes;
     }
     if (params.poison) {
-        for (mobile_member m : MOBILE_MEMBERS) {
-            if (p.slots.*m) {
-                const size_t size = (p.slots.*m)->nb[mobile_expert_dim(m)];
-                const std::vector<uint8_t> garbage(size, POISON);
-                ggml_backend_tensor_set_async(devices[p.device].backend, p.slots.*m, garbage.data(), x.slot*size, size);
-            }
-        }
-        ggml_backend_synchronize(devices[p.device].backend);
+        poison(p, x.slot, 1);
     }
     release(l, expert);
 }

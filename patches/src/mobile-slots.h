@@ -134,6 +134,7 @@ private:
     bool     take_slot   (int32_t layer, int32_t & slot, const mobile_device_expert * candidate);
     bool     is_earned   (const mobile_device_layer & l, const mobile_device_expert & x, const mobile_device_expert * victim) const;
     void     evict       (int32_t layer, int32_t expert);
+    void     poison      (const mobile_pool & pool, int32_t slot, int32_t n);
     void     release     (mobile_device_layer & l, int32_t expert);
     void     list        (mobile_device_layer & l, int32_t expert);
     void     unpin_all   ();

@@ -1,8 +1,9 @@
 #include "mobile-upload.h"
 
+#include <chrono>
 #include <cstring>
 
-bool mobile_uploader::start(ggml_backend_dev_t dev, int32_t n_blocks, size_t bytes) {
+bool mobile_uploader::start(ggml_backend_dev_t dev, int32_t n_blocks, size_t bytes, bool is_late) {
     ggml_backend_dev_props props;
     ggml_backend_dev_get_props(dev, &props);
     if (!props.caps.async || n_blocks <= 0) {
@@ -16,6 +17,7 @@ bool mobile_uploader::start(ggml_backend_dev_t dev, int32_t n_blocks, size_t byt
     }
     staging     = (char *) ggml_backend_buffer_get_base(buffer.get());
     block_bytes = bytes;
+    late        = is_late;
     for (int32_t i = 0; i < n_blocks; ++i) {
         free_blocks.push_back(i);
     }
@@ -77,6 +79,7 @@ bool mobile_uploader::busy() {
 
 void mobile_uploader::run() {
     std::unique_lock<std::mutex> lock(mutex);
+    int n_uploads = 0;
     while (true) {
         cv.wait(lock, [&] { return stop || !queued.empty(); });
         if (queued.empty()) {
@@ -85,6 +88,9 @@ void mobile_uploader::run() {
         mobile_upload upload = std::move(queued.front());
         queued.pop_front();
         lock.unlock();
+        if (late) { // a few passes of a small model, another time each
+            std::this_thread::sleep_for(std::chrono::milliseconds(n_uploads++ * 7 % 30));
+        }
         for (const auto & part : upload.parts) {
             ggml_backend_tensor_set_async(backend.get(), part.tensor, part.data, part.offset, part.size);
         }

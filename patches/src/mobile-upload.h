@@ -35,8 +35,8 @@ struct mobile_upload {
 
 class mobile_uploader {
 public:
-    // false: the device has no second stream. block_bytes: of the largest upload
-    bool start(ggml_backend_dev_t dev, int32_t n_blocks, size_t block_bytes);
+    // false: the device has no second stream. block_bytes: of the largest upload. late: for tests, see mobile.h
+    bool start(ggml_backend_dev_t dev, int32_t n_blocks, size_t block_bytes, bool late);
     ~mobile_uploader();
 
     // by the thread that decodes
@@ -57,6 +57,7 @@ private:
     ggml_backend_buffer_ptr buffer; // staging
     char *                  staging     = nullptr;
     size_t                  block_bytes = 0;
+    bool                    late        = false;
     std::vector<int32_t>    free_blocks; // of the thread that decodes
 
     std::mutex                 mutex;
