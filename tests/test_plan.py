@@ -196,12 +196,13 @@ def test_what_was_never_measured_is_not_predicted():
 DEVICE = "device.RPC0:far"
 
 
-def with_device(cache_layer: float, layers_layer: float) -> Measurements:
+def with_device(cache_layer: float, layers_layer: float, experts: float = 1e11) -> Measurements:
+    """A device whose layers cost so many seconds each, and which computes experts at so many bytes a second."""
     known = measured()
     for product in (*WORK.dense, *WORK.experts):
-        which = "8of16" if product in WORK.experts else "1of1"
+        which, speed = ("8of16", experts) if product in WORK.experts else ("1of1", 1e11)
         known.put(
-            f"{DEVICE}.{product.type_id}.{product.n_in}x{product.n_out}.{which}", Rate(1e11, 1e11, 1e11)
+            f"{DEVICE}.{product.type_id}.{product.n_in}x{product.n_out}.{which}", Rate(speed, speed, speed)
         )
     known.put(f"{DEVICE}.upload", Rate(1e9, 1e9, 1e9))
     for placement, layer in (("cache", cache_layer), ("layers", layers_layer)):
@@ -236,6 +237,26 @@ def test_auto_is_the_faster_placement(cache_layer, layers_layer):
     known = with_device(cache_layer, layers_layer)
     auto, *both = (seconds_on(known, placement) for placement in ("auto", "cache", "layers"))
     assert auto == min(both)
+
+
+def test_auto_is_the_host_where_the_device_computes_experts_slowly():
+    known = with_device(1e-4, 1e-4, experts=1e6)
+    auto, cache, layers, host = (
+        seconds_on(known, placement) for placement in ("auto", "cache", "layers", "host")
+    )
+    assert auto == host < min(cache, layers)
+    # there they are computed as fast as ever
+    assert host == seconds_on(with_device(1e-4, 1e-4), "host")
+
+
+def test_what_a_layer_costs_there_counts_also_where_all_layers_are_there():
+    known = with_device(1e-4, 1e-4)
+    before = seconds_on(known, "layers", vram_share=1.0)
+    known.put(f"{DEVICE}.whole.overhead.2.8of16.token", Rate(0.0, 0.0, 0.0))
+    known.put(f"{DEVICE}.whole.overhead.2.8of16.layer", Rate(3e-3, 3e-3, 3e-3))
+    assert seconds_on(known, "layers", vram_share=1.0) == pytest.approx(
+        before + fake_info().n_layer_moe * 3e-3, rel=0.05
+    )
 
 
 def test_a_device_whose_way_was_not_measured_is_guessed_from_its_latency():

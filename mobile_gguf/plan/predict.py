@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from ..decode import BIG_LITTLE, EXACT, LITTLE
-from ..device.structs import CACHE, LAYERS
+from ..device.structs import CACHE, HOST, LAYERS
 from ..gguf_info import GgufInfo
 from .disk import CHUNK_BYTES, DEFAULT_IO_THREADS, read_size
 from .machine import Measurements, Rate
@@ -237,7 +237,7 @@ class _Case:
             for product in self.workload.experts
         )
         upload = self.workload.expert_bytes * self.info.segments / self.speed(f"{prefix}.upload")
-        rest += self.kv_bytes() / self.any_rate(f"{prefix}.", contains="x")
+        rest += self.kv_bytes() / self.any_rate(f"{prefix}.", contains=".1of1")
         host = self.host_pass(k, resident=False)
         misses = miss_rate(s.vram_share, self.info.n_expert, k, policy=s.eviction, n_tokens=s.n_tokens)
         rate = min(1.0, misses.rate * (1 + self.sign * misses.spread))
@@ -248,11 +248,15 @@ class _Case:
             both = self.rate_at(min(1.0, s.ram_share + s.vram_share), k)
             cached += self.reads().seconds(both * k)
         left = 1 - min(1.0, s.vram_share)  # of the layers
-        from_file = self.reads().seconds(host_rate * k) if host_rate > 0 and left > 0 else 0.0
-        layered = (1 - left) * expert + left * (host.expert_s + from_file)
+        on_host = host.expert_s
+        if host_rate > 0 and left > 0:
+            on_host += self.reads().seconds(host_rate * k)
+        layered = (1 - left) * expert + left * on_host
+        n_layer = self.info.n_layer_moe
         by_placement = {
-            CACHE: self.beside(CACHE, k, rate > 0) + self.info.n_layer_moe * cached,
-            LAYERS: self.beside_layers(k, left) + self.info.n_layer_moe * layered,
+            CACHE: self.beside(CACHE, k, rate > 0) + n_layer * cached,
+            LAYERS: self.beside_layers(k, left) + n_layer * layered,
+            HOST: self.beside_layers(k, 1.0) + n_layer * on_host,
         }
         if s.placement in by_placement:
             return rest + by_placement[s.placement]
