@@ -163,7 +163,7 @@ def test_placements_switch_between_decodes(rpc: list[str]) -> None:
     """Whole layers, cache and host, in every order, give the CPU's tokens; so do masks on whole layers."""
     model = "qwen3moe"
     spec = tiny_models.MODELS[model]
-    ops: list[dict[str, Any]] = [{"op": "device_start", "budget": 0.6, "miss": CPU, "poison": 1}]
+    ops: list[dict[str, Any]] = [{"op": "device_start", "budget": 0.6, "miss": CPU, "poison": 2}]
     for placement in (CACHE, LAYERS, HOST, LAYERS, CACHE, HOST, CACHE):
         ops += [{"op": "device_placement", "placement": placement}, *greedy()]
     ops += [
@@ -376,12 +376,12 @@ def scripted(actions: list[dict[str, Any]], device: bool) -> list[dict[str, Any]
 @given(
     actions=st.lists(ACTIONS, min_size=12, max_size=40),
     model=st.sampled_from(["qwen3moe", "gpt-oss", "mixtral"]),
-    budget=st.floats(0.55, 1.0), host=st.sampled_from([0, "40%"]), n_uploads=st.integers(0, 6),
+    budget=st.floats(0.3, 1.0), host=st.sampled_from([0, "40%"]), n_uploads=st.integers(0, 6),
 )  # fmt: skip
 def test_any_interleaving_computes_what_the_cpu_does(
     rpc: list[str], actions: list[dict[str, Any]], model: str, budget: float, host: int | str, n_uploads: int
 ) -> None:
-    """A slot that is read before its upload is complete, or after its eviction, holds NaNs; uploads are late."""
+    """A slot that is read before its upload is complete, or after its eviction, is NaNs. Uploads are late."""
     start = {
         "op": "device_start", "budget": budget, "miss": CPU, "poison": 2, "n_uploads": n_uploads,
     }  # fmt: skip

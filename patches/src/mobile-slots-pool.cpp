@@ -10,6 +10,12 @@
 mobile_slots::mobile_slots(const mobile_device_params & params, mobile_store & store, int32_t n_used) : params(params), store(store), n_used(n_used) {
 }
 
+mobile_slots::~mobile_slots() {
+    for (auto & d : devices) {
+        d.uploader.reset(); // before the pools it writes to
+    }
+}
+
 void mobile_slots::add_layer(int32_t il, const mobile_experts & host, ggml_backend_dev_t dev, ggml_backend_t backend) {
     mobile_device_layer l;
     l.il       = il;

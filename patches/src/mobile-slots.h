@@ -85,6 +85,8 @@ public:
     // n_used: ids per token and layer, as the store counts experts
     mobile_slots(const mobile_device_params & params, mobile_store & store, int32_t n_used);
 
+    ~mobile_slots();
+
     mobile_slots(const mobile_slots &) = delete;
     mobile_slots & operator=(const mobile_slots &) = delete;
 

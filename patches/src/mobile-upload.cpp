@@ -29,6 +29,7 @@ mobile_uploader::~mobile_uploader() {
     if (thread.joinable()) {
         {
             std::lock_guard<std::mutex> lock(mutex);
+            queued.clear();
             stop = true;
         }
         cv.notify_all();
