@@ -13,8 +13,9 @@ from ..sizes import format_bytes
 from .common import narrate
 
 _DESCRIPTION = """List the demo model, the GGUF files in the data directory and those in the Hugging Face
-cache: size, bytes of experts, the shares of them that `mobile-gguf run MODEL` would keep in memory and on this
-machine's GPU now, and the tokens per second that `mobile-gguf plan` predicts of it, where it has measured."""
+cache: size, bytes of experts, the shares of them that `mobile-gguf run MODEL` would keep in memory and on
+this machine's GPU now, and the tokens per second that `mobile-gguf plan` predicts of that, where it has
+measured."""
 _HEADS = ("NAME", "SIZE", "EXPERTS", "FIT", "TOK/S", "WHERE")
 
 

@@ -167,7 +167,7 @@ def _parts(path: Path) -> list[Path]:
 
 
 def fit_text(entry: ModelEntry) -> str:
-    """``all in RAM``, ``43% in VRAM, all in RAM``, ``all in VRAM``, ``too big``; a dense model by its device."""
+    """``all in RAM``, ``43% in VRAM, all in RAM``, ``all in VRAM``, ``too big``; of a dense model, where."""
     if entry.info is None:
         return "-"
     fit = entry.fit
