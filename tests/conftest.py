@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import convert_checkpoints
+import gguf_samples
+import hub_stub
 import pytest
 from fake_backend import FakeBackend, fake_info
 from hypothesis import HealthCheck, settings
@@ -130,3 +132,58 @@ def fake_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., 
         return used
 
     return install
+
+
+@pytest.fixture(scope="session")
+def hub_samples(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """A MoE in one file and in parts, and a dense model, by their files' names."""
+    folder = tmp_path_factory.mktemp("samples")
+    gguf_samples.write_sample(folder / "m-Q4_K_M.gguf", n_tokens=50)
+    gguf_samples.write_sample(folder / "m-Q8_0.gguf", n_tokens=50, split_max_tensors=4)
+    gguf_samples.write_sample(folder / "dense-F16.gguf", n_tokens=50, moe=False)
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def hub(hub_samples: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> Iterator[hub_stub.HubStub]:
+    """A Hub on the loopback, which this process takes for the real one."""
+    split = {name: data for name, data in hub_samples.items() if name.startswith("m-Q8_0")}
+    repositories = {
+        "org/model": {"m-Q4_K_M.gguf": hub_samples["m-Q4_K_M.gguf"], **split, "README.md": b"# model"},
+        "org/large": {"large-Q8_0.gguf": hub_stub.LARGE},
+        "org/dense": {"dense-F16.gguf": hub_samples["dense-F16.gguf"]},
+        "org/torch": {"config.json": b"{}", "model.safetensors": b"x"},
+        "org/none": {"README.md": b"# nothing"},
+        "org/half": dict(list(split.items())[:1]),
+        "org/evil": {"../../evil-Q4_0.gguf": b"x"},
+    }
+    with hub_stub.serving(repositories) as running:
+        monkeypatch.setenv("HF_ENDPOINT", running.url)
+        monkeypatch.setenv("no_proxy", "*")
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        yield running
+
+
+@pytest.fixture
+def hub_pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Waits are noted, not waited."""
+    waited: list[float] = []
+    monkeypatch.setattr("mobile_gguf.hub.client.sleep", waited.append)
+    return waited
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs a command line in this process: its exit code, stdout and stderr."""
+
+    def run(*argv: str) -> tuple[int, str, str]:
+        from mobile_gguf.cli import main
+
+        try:
+            code = main(argv)
+        except SystemExit as end:
+            code = int(str(end.code))
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run

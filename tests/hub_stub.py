@@ -10,10 +10,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+from mobile_gguf.hub.cache import repository_folder
+
 COMMIT = "c0ffee" + "0" * 34
+LARGE = bytes(range(256)) * 20_000  # of org/large, which is no GGUF
 _ERRORS = {"gated": (403, "GatedRepo"), "private": (401, "RepoNotFound"), "absent": (404, "RepoNotFound")}
 _LFS = (".gguf", ".safetensors", ".bin")
 
@@ -201,3 +205,13 @@ def serving(repositories: dict[str, dict[str, bytes]]) -> Iterator[HubStub]:
         stub.shutdown()
         stub.server_close()
         thread.join()
+
+
+def blob(data: bytes, repo: str = "org/large") -> Path:
+    """Where the cache keeps this content."""
+    return repository_folder(repo) / "blobs" / etag_of("x.gguf", data)
+
+
+def partial(data: bytes) -> Path:
+    """Where what came of it until now is kept."""
+    return blob(data).with_name(blob(data).name + ".incomplete")

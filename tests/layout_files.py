@@ -12,6 +12,7 @@ import numpy as np
 
 STACKED = re.compile(r"blk\.(\d+)\.ffn_(gate_up|up|gate|down)_exps\.weight")
 ORDER = ("gate_up", "up", "gate", "down")
+SINGLE = re.compile(r"blk\.(\d+)\.ffn_(gate_up|up|gate|down)\.(\d+)\.weight")
 
 # one tensor of a file: name, rows as they lie in the file, type
 Tensor = tuple[str, np.ndarray, gguf.GGMLQuantizationType]
@@ -114,3 +115,20 @@ def write_per_expert(
         return [hotness, *per_expert(tensors, n_segments, seed)]
 
     return rewrite(source, out, change, set_keys=mobile_keys(n_segments), **how)
+
+
+def check_per_expert(path: Path) -> gguf.GGUFReader:
+    """The order and alignment of a per-expert file."""
+    read = gguf.GGUFReader(path)
+    assert read.fields["mobile.version"].contents() == 1
+    assert read.fields["mobile.layout"].contents() == "per-expert"
+    assert read.fields["general.alignment"].contents() == 4096
+    assert all(tensor.data_offset % 4096 == 0 for tensor in read.tensors)
+    offsets = [tensor.data_offset for tensor in read.tensors]
+    assert offsets == sorted(offsets)
+    singles = [match for tensor in read.tensors if (match := SINGLE.fullmatch(tensor.name))]
+    assert [t.name for t in read.tensors][-len(singles) :] == [match[0] for match in singles]
+    keys = [(int(match[1]), int(match[3]), ORDER.index(match[2])) for match in singles]
+    assert keys == sorted(keys)
+    assert path.stat().st_size % 4096 == 0
+    return read

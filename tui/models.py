@@ -8,9 +8,12 @@ from typing import Any
 
 from ..errors import MobileError
 from ..gguf_info import GgufInfo, read_gguf_info
-from ..hub.listing import list_models
+from ..hub.listing import list_models, shares_text
 from ..loading import context_size, plan_for
 from ..options import LoadOptions, make_options
+from ..plan.fit import Fit as Placed
+from ..plan.fit import FitError
+from ..plan.here import Here
 from ..resolve import DEMO, local_models
 from ..sizes import format_bytes
 
@@ -27,7 +30,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Fit:
-    """What the file says and how it fits: experts, and the share of them that may stay in memory."""
+    """What the file says and how it fits: experts, the shares of them in memory and on a device, speed."""
 
     architecture: str
     experts: str
@@ -36,7 +39,7 @@ class Fit:
 
 
 def candidates() -> list[Candidate]:
-    """The models that ``mobile-gguf list`` knows,
+    """The models that ``mobile-gguf list`` knows.
 
     Looks into files: not for the screen's own thread.
     """
@@ -51,7 +54,7 @@ def names() -> list[str]:
     return [DEMO, *(path.stem for path in local_models())]
 
 
-def fit_of(candidate: Candidate, options: dict[str, Any]) -> Fit:
+def fit_of(candidate: Candidate, options: dict[str, Any], here: Here) -> Fit:
     """How a model fits with these options on this machine, now; reads only the file's header.
 
     What cannot be read says so in ``fit``.
@@ -69,24 +72,22 @@ def fit_of(candidate: Candidate, options: dict[str, Any]) -> Fit:
     experts = f"{info.n_expert} x {len(info.expert_layers)}, top-{info.n_expert_used}"
     try:
         load = make_options(LoadOptions, options)
-        plan = plan_for(info, load, context_size(info, load.n_ctx))
+        placed = _placed(info, load, here)
     except MobileError as error:
         return Fit(info.architecture, experts, f"does not fit: {error}")
-    total = plan.expert_bytes
-    budget = plan.budget_bytes
-    if budget == 0 or budget >= total:
-        fit = f"fits: all {format_bytes(total)} of experts in RAM"
-    else:
-        fit = f"{100 * budget // max(1, total)}% of {format_bytes(total)} of experts in RAM"
-    return Fit(info.architecture, experts, fit, _speed(info, load))
+    if placed is None:
+        return Fit(info.architecture, experts, "the budget is more than is free now")
+    fit = f"{format_bytes(info.expert_bytes)} of experts, {shares_text(placed)}"
+    predicted = here.speed(info, placed, load)
+    speed = f"about {predicted.predicted_tps:.1f} tok/s" if predicted is not None else ""
+    return Fit(info.architecture, experts, fit, speed)
 
 
-def _speed(info: GgufInfo, options: LoadOptions) -> str:
-    """Predicted tokens/s from measurements that were made before; empty where there are none."""
-    from ..plan import predict_cached
-
+def _placed(info: GgufInfo, load: LoadOptions, here: Here) -> Placed | None:
+    """Where a run would put the model; None for a budget that is kept though memory lacks for it now."""
     try:
-        predicted = predict_cached(info, options)
-    except MobileError:
-        return ""
-    return f"about {predicted.predicted_tps:.1f} tok/s" if predicted is not None else ""
+        return here.fit(info, load)
+    except FitError:
+        # what `run` would refuse is refused here too
+        plan_for(info, load, context_size(info, load.n_ctx))
+        return None

@@ -10,10 +10,12 @@ from ..hub.cache import cache_root
 from ..hub.listing import CACHE, ModelEntry, fit_text, list_models, size_text
 from ..paths import models_dir
 from ..sizes import format_bytes
+from .common import narrate
 
 _DESCRIPTION = """List the demo model, the GGUF files in the data directory and those in the Hugging Face
-cache: size, bytes of experts, the share of them that --ram-budget auto would keep in memory now, and the
-tokens per second that `mobile-gguf plan` predicts, where it has measured this machine."""
+cache: size, bytes of experts, the shares of them that `mobile-gguf run MODEL` would keep in memory and on
+this machine's GPU now, and the tokens per second that `mobile-gguf plan` predicts of that, where it has
+measured."""
 _HEADS = ("NAME", "SIZE", "EXPERTS", "FIT", "TOK/S", "WHERE")
 
 
@@ -29,7 +31,12 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(args: argparse.Namespace) -> int:
     """Run the verb."""
-    models = list_models()
+    from ..plan.here import Here
+
+    here = Here()
+    models = list_models(here)
+    if here.problem:
+        narrate(f"FIT and TOK/S are for the host alone, the devices cannot be asked: {here.problem}")
     if args.json:
         places = {"models_dir": str(models_dir()), "hub_cache": str(cache_root())}
         print(json.dumps({**places, "models": [entry.to_dict() for entry in models]}, ensure_ascii=False))
@@ -69,7 +76,7 @@ def _cells(entry: ModelEntry, paths: bool) -> tuple[str, ...]:
 
 
 def _speed(entry: ModelEntry) -> str:
-    return f"{entry.speed['predicted_tps']:.1f}" if entry.speed else "-"
+    return f"{entry.speed.predicted_tps:.1f}" if entry.speed else "-"
 
 
 def _short(path: Path) -> str:

@@ -52,7 +52,6 @@ def run(args: argparse.Namespace) -> int:
     """Run the verb."""
     # what plans and measures is imported only now, so that every other verb starts without it
     from ..plan.fit import DeviceMemory, plan_fit
-    from ..plan.ggml import device_key
     from ..plan.machine import Measurements, read_measurements
     from ..plan.planner import asked_of, make_plan, plan_facts, plan_lines
     from ..plan.workload import count_weights, read_workload
@@ -65,17 +64,7 @@ def run(args: argparse.Namespace) -> int:
     info = read_gguf_info(path)
     workload, n_weights = read_workload(info), count_weights(info)
     found = _devices(args, options)
-    devices = [
-        DeviceMemory(
-            name=one.name,
-            free_bytes=one.free_bytes,
-            total_bytes=one.total_bytes,
-            key=device_key(one.name, one.description),
-            says_free=one.says_free,
-            shares_host=one.shares_host_memory,
-        )
-        for one in found
-    ]
+    devices = [DeviceMemory.of(one) for one in found]
     # what does not fit is refused before a minute is spent on measuring
     plan_fit(info, asked_of(info, options, devices=bool(devices)), read_memory(), devices, n_weights)
     known = read_measurements()

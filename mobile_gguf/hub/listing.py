@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..budget import estimate_demand, plan_budget
-from ..errors import BudgetError, MobileError
 from ..gguf_info import GgufInfo
-from ..loading import context_size
-from ..memory import Memory, read_memory
-from ..options import LoadOptions
 from ..resolve import DEMO, demo_file, local_models
-from ..sizes import AUTO, format_bytes
+from ..sizes import format_bytes
 from .cache import PARTIAL_SUFFIX, Snapshot, all_snapshots, repositories, repository_folder
 from .facts import FactsCache
 from .pull import pulled_reference
 from .reference import Reference
 from .variants import RemoteFile, Variant, find_variants, models_among
+
+if TYPE_CHECKING:
+    from ..plan.fit import Fit
+    from ..plan.here import Here
+    from ..plan.prediction import Prediction
 
 MODELS, CACHE = "models", "hub"  # where a model lies: the data directory, the Hugging Face cache
 
@@ -27,8 +27,8 @@ MODELS, CACHE = "models", "hub"  # where a model lies: the data directory, the H
 class ModelEntry:
     """A model as ``list`` shows it; ``problem`` says why it cannot be run, ``info`` is None then.
 
-    ``ram_share``: of the experts, what ``--ram-budget auto`` would keep in memory now; 0 if the model does
-    not fit at all. ``speed`` is what the plan predicts for this machine, None where it was not measured.
+    ``fit`` is where a run with default flags would put it now, None if it does not fit at all. ``speed`` is
+    what the plan predicts of that run, None where the machine or its device was not measured.
     """
 
     name: str
@@ -37,8 +37,8 @@ class ModelEntry:
     n_bytes: int | None = None
     info: GgufInfo | None = None
     problem: str = ""
-    ram_share: float | None = None
-    speed: dict[str, Any] | None = None
+    fit: Fit | None = None
+    speed: Prediction | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The object of ``list --json``; bytes, shares from 0 to 1."""
@@ -56,25 +56,35 @@ class ModelEntry:
             "n_expert_used": info.n_expert_used if info else None,
             "expert_bytes": info.expert_bytes if info else None,
             "dense_bytes": info.dense_bytes if info else None,
-            "fit": None if self.ram_share is None else {"ram_expert_share": round(self.ram_share, 4)},
-            "predicted": self.speed,
+            "fit": _fit_facts(self.fit) if info and info.is_moe else None,
+            "predicted": self.speed.to_dict() if self.speed else None,
         }
 
 
-def list_models() -> list[ModelEntry]:
+def _fit_facts(fit: Fit | None) -> dict[str, Any]:
+    on_device = fit is not None and fit.has_device
+    return {
+        "ram_expert_share": round(fit.ram_share, 4) if fit else 0.0,
+        "vram_expert_share": round(fit.vram_share, 4) if fit and on_device else None,
+        "devices": [device.name for device in fit.devices] if fit else [],
+    }
+
+
+def list_models(here: Here | None = None) -> list[ModelEntry]:
     """The demo, the models of the data directory by name, then those of the Hugging Face cache.
 
-    Only headers are read, once for each file. A file that cannot be run is listed with the reason.
+    Only headers are read, once for each file. A file that cannot be run is listed with the reason. ``here``
+    is the machine that they are to fit on; without it ``fit`` and ``speed`` are left out.
     """
-    facts, memory = FactsCache(), read_memory()
-    found = [_demo(facts, memory)]
+    facts = FactsCache()
+    found = [_demo(facts, here)]
     for path in local_models():
         files = (path, *(part for part in _parts(path) if part != path))
-        found.append(_described(path.stem, MODELS, path, files, facts, memory))
+        found.append(_described(path.stem, MODELS, path, files, facts, here))
     for snapshot, variant, variants in pulled_models():
         name = str(pulled_reference(snapshot, variant, variants))
         files = tuple(snapshot.folder / file.path for file in variant.files)
-        found.append(_described(name, CACHE, files[0], files, facts, memory))
+        found.append(_described(name, CACHE, files[0], files, facts, here))
     found += [
         ModelEntry(
             str(Reference(repo)), CACHE, folder, n_bytes, problem="download not finished: pull it again"
@@ -114,24 +124,11 @@ def unfinished() -> list[tuple[str, Path, int]]:
     return found
 
 
-def ram_share(info: GgufInfo, memory: Memory) -> float | None:
-    """The share of the experts that ``--ram-budget auto`` keeps; None for a model without experts."""
-    if not info.is_moe:
-        return None
-    options = LoadOptions()
-    demand = estimate_demand(info, n_ctx=context_size(info, None), n_ubatch=options.n_ubatch)
-    try:
-        budget = plan_budget(AUTO, info, demand, memory).budget_bytes
-    except BudgetError:
-        return 0.0
-    return min(1.0, budget / info.budget_all_bytes) if budget else 1.0
-
-
-def _demo(facts: FactsCache, memory: Memory) -> ModelEntry:
+def _demo(facts: FactsCache, here: Here | None) -> ModelEntry:
     path = demo_file()
     if path is None:
         return ModelEntry(DEMO, MODELS, problem="not built yet: `mobile-gguf run demo` does it")
-    return _described(DEMO, MODELS, path, (path,), facts, memory)
+    return _described(DEMO, MODELS, path, (path,), facts, here)
 
 
 def _described(
@@ -140,14 +137,24 @@ def _described(
     path: Path,
     files: tuple[Path, ...],
     facts: FactsCache,
-    memory: Memory,
+    here: Here | None,
 ) -> ModelEntry:
     info, problem = facts.read(path, files)
     n_bytes = sum(file.stat().st_size for file in files if file.is_file())
     if info is None:
         return ModelEntry(name, where, path, n_bytes, problem=f"broken: {problem}")
-    speed = _predicted(info) if info.is_moe else None
-    return ModelEntry(name, where, path, info.file_bytes, info, "", ram_share(info, memory), speed)
+    entry = ModelEntry(name, where, path, info.file_bytes, info)
+    return entry if here is None else _placed(entry, info, here)
+
+
+def _placed(entry: ModelEntry, info: GgufInfo, here: Here) -> ModelEntry:
+    from ..plan.fit import FitError
+
+    try:
+        fit = here.fit(info)
+    except FitError:
+        return entry
+    return replace(entry, fit=fit, speed=here.speed(info, fit) if info.is_moe else None)
 
 
 def _parts(path: Path) -> list[Path]:
@@ -159,29 +166,27 @@ def _parts(path: Path) -> list[Path]:
     return [path]
 
 
-def _predicted(info: GgufInfo) -> dict[str, Any] | None:
-    """The speed by what ``mobile-gguf plan`` measured on this machine; None where it did not.
-
-    The planner reads arrays: it is imported only where there is something to predict.
-    """
-    from ..plan import predict_cached
-
-    try:
-        found = predict_cached(info)
-    except MobileError:
-        return None
-    return None if found is None else found.to_dict()
-
-
 def fit_text(entry: ModelEntry) -> str:
-    """``all in RAM``, ``43% in RAM``, ``too big``; a dense model by its size."""
+    """``all in RAM``, ``43% in VRAM, all in RAM``, ``all in VRAM``, ``too big``; of a dense model, where."""
     if entry.info is None:
         return "-"
-    if entry.ram_share is None:
-        return "dense"
-    if entry.ram_share >= 1:
-        return "all in RAM"
-    return f"{entry.ram_share * 100:.0f}% in RAM" if entry.ram_share else "too big"
+    fit = entry.fit
+    if not entry.info.is_moe:
+        return "dense, in VRAM" if fit is not None and fit.has_device else "dense"
+    return "too big" if fit is None else shares_text(fit)
+
+
+def shares_text(fit: Fit) -> str:
+    """Where the experts of a model that fits are."""
+    if fit.has_device and fit.vram_share >= 1:
+        return "all in VRAM"
+    in_ram = f"{_share(fit.ram_share)} in RAM"
+    return f"{_share(fit.vram_share)} in VRAM, {in_ram}" if fit.has_device else in_ram
+
+
+def _share(share: float) -> str:
+    """Percent; not 100 unless it is all, not 0 if it is something."""
+    return "all" if share >= 1 else f"{min(99, max(1, round(100 * share)))}%"
 
 
 def size_text(entry: ModelEntry) -> str:

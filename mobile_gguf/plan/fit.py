@@ -11,10 +11,12 @@ from dataclasses import dataclass
 
 from ..budget import CONTEXT_MULTIPLE, Demand, estimate_demand, plan_budget
 from ..device.budget import estimate_device_demand, host_share, pool_all_bytes, pool_min_bytes
+from ..device.listing import Device
 from ..errors import BudgetError, MobileError, UsageError
 from ..gguf_info import GgufInfo
 from ..memory import Memory
 from ..sizes import AUTO, KIB, MIB, Size, format_bytes
+from .ggml import device_key
 
 # as the device tier has it (device/budget.py)
 _DEVICE_RESERVE_MIN, _DEVICE_RESERVE_SHARE, _BLIND_RESERVE_SHARE = 512 * MIB, 20, 4
@@ -42,6 +44,18 @@ class DeviceMemory:
     key: str = ""
     says_free: bool = True
     shares_host: bool = False
+
+    @classmethod
+    def of(cls, device: Device) -> DeviceMemory:
+        """A device as it was listed."""
+        return cls(
+            name=device.name,
+            free_bytes=device.free_bytes,
+            total_bytes=device.total_bytes,
+            key=device_key(device.name, device.description),
+            says_free=device.says_free,
+            shares_host=device.shares_host_memory,
+        )
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,8 @@ _PAGE = {
     "/": ("index.html", "text/html; charset=utf-8"),
     "/app.js": ("app.js", "text/javascript; charset=utf-8"),
     "/api.js": ("api.js", "text/javascript; charset=utf-8"),
+    "/map.js": ("map.js", "text/javascript; charset=utf-8"),
+    "/receipt.js": ("receipt.js", "text/javascript; charset=utf-8"),
     "/markdown.js": ("markdown.js", "text/javascript; charset=utf-8"),
     "/app.css": ("app.css", "text/css; charset=utf-8"),
     "/icon.svg": ("icon.svg", "image/svg+xml"),
@@ -82,7 +84,7 @@ class Experts(BaseModel):
 
 def _card(serving: Serving) -> dict[str, Any]:
     model = serving.model
-    info = model.info
+    info, store = model.info, getattr(model.llama, "store", None)
     meta = {
         "name": info.name,
         "architecture": info.architecture,
@@ -90,7 +92,10 @@ def _card(serving: Serving) -> dict[str, Any]:
         "n_ctx": model.n_ctx,
         "n_expert": info.n_expert,
         "n_expert_used": info.n_expert_used,
+        "n_layer_moe": info.n_layer_moe if info.is_moe else 0,
         "file_bytes": info.file_bytes,
+        "expert_bytes": info.expert_bytes if info.is_moe else 0,
+        "ram_budget_bytes": store.budget_bytes if store is not None else None,
         "mode": model.mode,
         "little_k": model.little_k,
         "gamma": model.gamma,

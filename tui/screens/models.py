@@ -14,6 +14,7 @@ from textual.message import Message
 from textual.widgets import Footer, Input, OptionList
 from textual.widgets.option_list import Option
 
+from ...plan.here import Here
 from ...sizes import format_bytes
 from ..models import Candidate, Fit, candidates, fit_of
 from .dialog import Dialog
@@ -65,8 +66,10 @@ class ModelPicker(Dialog[str]):
     def _look(self) -> None:
         found = candidates()
         self.post_message(self.Listed(found))
+        options = self.app.settings.load_options()
+        here = Here(options.get("rpc", ""))
         for candidate in found:
-            fit = fit_of(candidate, self.app.settings.load_options())
+            fit = fit_of(candidate, options, here)
             self.post_message(self.Measured(candidate.reference, fit))
 
     @on(Listed)

@@ -1,5 +1,7 @@
 import { access, ask, events } from "/api.js";
+import { unwatch, watch } from "/map.js";
 import { render } from "/markdown.js";
+import { bytes, line, words } from "/receipt.js";
 
 const $ = (id) => document.getElementById(id);
 const turns = []; // {role, content}; an answer that failed before its first word has failed: true
@@ -34,6 +36,29 @@ async function connect() {
   const chosen = $("mode").value || card.meta.mode;
   $("mode").replaceChildren(...card.meta.modes.map((mode) => new Option(mode, mode, false, mode === chosen)));
   $("mode").disabled = card.meta.modes.length < 2;
+  introduce(card.meta);
+  watchMap();
+}
+
+// for who sees such a model for the first time
+function introduce(meta) {
+  const { n_expert: n, n_expert_used: k, n_layer_moe: layers, ram_budget_bytes: budget, expert_bytes: all } = meta;
+  const inMemory = budget === null ? "" : budget < all ? ` At most ${bytes(budget)} of them are in memory at once; the rest is read when a token needs it.` : " All of them may stay in memory.";
+  $("facts").textContent = n ? `${bytes(meta.file_bytes)}, of which ${bytes(all)} are experts: ${n} in each of ${layers} layers, and a token uses ${k} of them.${inMemory}` : "";
+  $("modes").textContent = meta.modes.length > 1 ? `Mode exact uses all ${k}, little ${meta.little_k}, big-little ${meta.little_k} and then all ${k} where the model is unsure.` : "";
+}
+
+async function watchMap() {
+  if ($("side").hidden || !card) unwatch();
+  else if (await watch(card.meta)) {
+    clearTimeout(retry);
+    retry = setTimeout(connect, RETRY_MS);
+  }
+}
+
+function toggleMap() {
+  $("side").hidden = !$("side").hidden;
+  $("show-map").setAttribute("aria-expanded", !$("side").hidden);
   watchMap();
 }
 
@@ -46,6 +71,10 @@ function notice(text) {
 
 const follows = () => $("log").scrollHeight - $("log").scrollTop - $("log").clientHeight < 60;
 const toEnd = () => { $("log").scrollTop = $("log").scrollHeight; };
+let atEnd = true;
+$("log").addEventListener("scroll", () => { atEnd = follows(); });
+// a keyboard or the map takes room: the last words stay in sight
+new ResizeObserver(() => atEnd && toEnd()).observe($("log"));
 
 function addTurn(role, content) {
   $("hello").hidden = true;
@@ -63,31 +92,45 @@ function addTurn(role, content) {
   return { text, foot, node };
 }
 
-function bytes(n) {
-  for (const unit of ["B", "KiB", "MiB", "GiB"]) {
-    if (n < 1024 || unit === "GiB") return `${unit === "B" ? n : n.toFixed(1)} ${unit}`;
-    n /= 1024;
-  }
-}
-
-function receiptText(usage) {
-  const cost = usage.receipt;
-  const kinds = [`${cost.tokens_big} big`];
-  if (cost.mode !== "exact") kinds.push(`${cost.tokens_little} little`);
-  if (cost.mode === "big-little") kinds.push(`${cost.tokens_fallback} fallback`);
-  const parts = [kinds.join(" · ")];
-  const asked = cost.expert_hits + cost.expert_misses;
-  if (asked) parts.push(`${Math.floor((100 * cost.expert_hits) / asked)}% hits`, `${bytes(cost.bytes_read)} read`, `${Math.round(cost.stall_ms)} ms stalled`);
-  if (cost.bytes_uploaded) parts.push(`${bytes(cost.bytes_uploaded)} uploaded`);
-  parts.push(`${usage.tokens_per_second.toFixed(1)} tok/s`);
-  return parts.join(" | ");
-}
-
 function span(text, name = "") {
   const node = document.createElement("span");
   node.textContent = text;
   node.className = name;
   return node;
+}
+
+// what has not changed stays, with what is selected and scrolled in it
+function update(box, fragment) {
+  const old = [...box.childNodes];
+  const fresh = [...fragment.childNodes];
+  let same = 0;
+  while (same < old.length && same < fresh.length && old[same].isEqualNode(fresh[same])) same++;
+  old.slice(same).forEach((node) => node.remove());
+  box.append(...fresh.slice(same));
+}
+
+// the receipt as a line, which opens to the same in words
+function costBox() {
+  const node = document.createElement("details");
+  node.className = "cost";
+  const summary = document.createElement("summary");
+  summary.title = "What this answer cost, in words";
+  const text = span("", "receipt");
+  summary.append(text);
+  const list = document.createElement("dl");
+  node.append(summary, list);
+  return {
+    node,
+    show(usage) {
+      text.textContent = line(usage);
+      list.replaceChildren(...words(usage, card.meta).flatMap(([name, said]) => {
+        const pair = [document.createElement("dt"), document.createElement("dd")];
+        pair[0].textContent = name;
+        pair[1].textContent = said;
+        return pair;
+      }));
+    },
+  };
 }
 
 // what the model is to read: an answer that failed is left out together with its question
@@ -97,8 +140,9 @@ function conversation() {
 
 async function answer() {
   const shown = addTurn("assistant", "");
-  const receipt = span("", "receipt");
-  shown.foot.append(receipt);
+  const cost = costBox();
+  const state = span("Waiting for the first word …", "state");
+  shown.foot.append(state);
   shown.text.classList.add("wait");
   const messages = conversation();
   const made = { role: "assistant", content: "" };
@@ -108,7 +152,7 @@ async function answer() {
   let painted = true;
   const paint = () => {
     const follow = follows();
-    shown.text.replaceChildren(render(made.content));
+    update(shown.text, render(made.content));
     painted = true;
     if (follow) toEnd();
   };
@@ -121,9 +165,12 @@ async function answer() {
     if ($("mode").value) body.mode = $("mode").value;
     const stream = events("/v1/chat/completions", { method: "POST", body: JSON.stringify(body), signal: mine.signal });
     for await (const chunk of stream) {
-      if (chunk.usage) receipt.textContent = receiptText(chunk.usage);
       const choice = chunk.choices[0];
       made.content += choice?.delta?.content ?? "";
+      if (chunk.usage) {
+        cost.show(chunk.usage);
+        if (!cost.node.isConnected) state.replaceWith(cost.node);
+      }
       cut = cut || choice?.finish_reason === "length";
       if (painted) {
         painted = false;
@@ -138,14 +185,15 @@ async function answer() {
     busy(false);
   }
   if (!shown.node.isConnected) return; // the conversation was cleared meanwhile
+  const follow = follows();
   paint();
+  state.remove();
   shown.text.classList.remove("wait");
   made.failed = Boolean(trouble) && !made.content;
   if (trouble) shown.foot.prepend(ending(trouble, made));
   if (cut) shown.foot.append(span("Cut at the token limit.", "bad"));
-  if (!receipt.textContent) receipt.remove();
   shown.foot.append(againButton(made.failed));
-  toEnd();
+  if (follow) toEnd();
   if (trouble?.status === 401) askForKey();
   if (trouble?.lost) connect();
 }
@@ -205,85 +253,6 @@ function grow() {
   $("prompt").style.height = `${$("prompt").scrollHeight + 2}px`;
 }
 
-// the expert map
-
-const NAMES = ["absent", "loading", "resident", "hit", "missed"];
-let mapWatch = null;
-let map = null;
-
-async function watchMap() {
-  mapWatch?.abort();
-  if ($("side").hidden || !card) return;
-  const watch = new AbortController();
-  mapWatch = watch;
-  try {
-    for await (const now of events("/v1/experts?stream=true", { signal: watch.signal })) {
-      map = now;
-      drawMap();
-    }
-  } catch (error) {
-    if (error.name === "AbortError") return;
-  }
-  if (mapWatch === watch) {
-    $("map-note").textContent = "no connection to the server";
-    clearTimeout(retry);
-    retry = setTimeout(connect, RETRY_MS);
-  }
-}
-
-function drawMap() {
-  const tiers = Object.entries(map.tiers);
-  $("map-box").hidden = !tiers.length;
-  $("legend").hidden = !tiers.length;
-  if (!tiers.length) {
-    $("map-note").textContent = "This model has no expert store: nothing moves.";
-    return;
-  }
-  const style = getComputedStyle(document.documentElement);
-  const colours = NAMES.map((name) => style.getPropertyValue(`--${name}`));
-  // where an expert is on a device, that is what is shown
-  const rows = map.layers.map((_, at) => tiers.map(([, tier]) => tier[at]).reduce((host, device) =>
-    [...host].map((state, i) => (device[i] === "0" ? state : device[i])).join("")));
-  const canvas = $("map");
-  const box = $("map-box").clientWidth;
-  const room = Math.max(90, Math.min(window.innerHeight * (window.innerWidth <= 760 ? 0.2 : 0.68), rows.length * 18));
-  const ratio = window.devicePixelRatio || 1;
-  canvas.width = Math.round(box * ratio);
-  canvas.height = Math.round(room * ratio);
-  canvas.style.height = `${room}px`;
-  const pen = canvas.getContext("2d");
-  const width = canvas.width / map.n_expert;
-  const height = canvas.height / rows.length;
-  const gap = width > 4 && height > 4 ? ratio : 0;
-  let resident = 0;
-  rows.forEach((row, y) => {
-    for (let x = 0; x < row.length; x++) {
-      const state = Number(row[x]);
-      resident += state >= 2;
-      pen.fillStyle = colours[state];
-      const left = Math.round(x * width), top = Math.round(y * height);
-      pen.fillRect(left, top, Math.round((x + 1) * width) - left - gap, Math.round((y + 1) * height) - top - gap);
-    }
-  });
-  $("map-size").textContent = `${rows.length} layers × ${map.n_expert}`;
-  $("map-note").textContent = `${resident} of ${rows.length * map.n_expert} in memory`;
-}
-
-function pointAt(event) {
-  if (!map || !Object.keys(map.tiers).length) return;
-  const box = $("map").getBoundingClientRect();
-  const layer = Math.floor(((event.clientY - box.top) / box.height) * map.layers.length);
-  const expert = Math.floor(((event.clientX - box.left) / box.width) * map.n_expert);
-  const states = Object.entries(map.tiers).map(([name, rows]) => `${NAMES[Number(rows[layer]?.[expert] ?? 0)]} (${name})`);
-  $("map-here").textContent = `layer ${map.layers[layer] ?? ""}, expert ${expert}: ${states.join(", ")}`;
-}
-
-function toggleMap() {
-  $("side").hidden = !$("side").hidden;
-  $("show-map").setAttribute("aria-expanded", !$("side").hidden);
-  watchMap();
-}
-
 // keys and buttons
 
 $("form").addEventListener("submit", (event) => {
@@ -319,12 +288,10 @@ $("key").addEventListener("keydown", (event) => {
 });
 $("clear").addEventListener("click", clearChat);
 $("show-map").addEventListener("click", toggleMap);
-$("map").addEventListener("pointermove", pointAt);
-$("map").addEventListener("pointerleave", () => { $("map-here").textContent = "\u00a0"; });
 $("log").addEventListener("click", async (event) => {
   if (!event.target.classList.contains("copy")) return;
   try {
-    await navigator.clipboard.writeText(event.target.previousSibling.textContent);
+    await navigator.clipboard.writeText(event.target.closest(".code").querySelector("code").textContent);
     event.target.textContent = "Copied";
   } catch {
     event.target.textContent = "Not allowed";
@@ -340,8 +307,6 @@ document.addEventListener("keydown", (event) => {
     action();
   }
 });
-window.addEventListener("resize", () => map && drawMap());
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => map && drawMap());
 
 if (window.innerWidth <= 760) {
   $("side").hidden = true;

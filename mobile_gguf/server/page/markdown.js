@@ -30,11 +30,15 @@ function inline(text) {
   return nodes.filter((node) => node !== "");
 }
 
-function codeBlock(lines) {
+function codeBlock(lines, language) {
   const copy = make("button", "Copy");
   copy.type = "button";
   copy.className = "copy";
-  return make("pre", make("code", lines.join("\n")), copy);
+  const bar = make("div", make("span", language), copy);
+  bar.className = "bar";
+  const box = make("div", bar, make("pre", make("code", lines.join("\n"))));
+  box.className = "code";
+  return box;
 }
 
 function list(lines, pattern, tag) {
@@ -45,6 +49,18 @@ function list(lines, pattern, tag) {
     else if (node.lastChild) node.lastChild.append("\n", ...inline(line.trim()));
   }
   return node;
+}
+
+// cells of a table's line; a pipe in code or behind a backslash is none
+const cells = (line) => line.trim().replace(/^\||(?<!\\)\|$/g, "").split(/(?<!\\)\|(?=(?:[^`]*`[^`]*`)*[^`]*$)/).map((cell) => cell.trim().replace(/\\\|/g, "|"));
+const RULE = /^\s*\|?\s*:?-+:?\s*(\|\s*:?-+:?\s*)*\|?\s*$/;
+
+function table(lines) {
+  const row = (line, tag) => make("tr", ...cells(line).map((cell) => make(tag, ...inline(cell))));
+  const node = make("table", make("thead", row(lines[0], "th")), make("tbody", ...lines.slice(2).map((line) => row(line, "td"))));
+  const box = make("div", node);
+  box.className = "wide";
+  return box;
 }
 
 const KINDS = [
@@ -67,14 +83,14 @@ export function render(text) {
   };
   while (i < lines.length) {
     const line = lines[i];
-    const fence = line.match(/^\s{0,3}(```+|~~~+)/);
+    const fence = line.match(/^\s{0,3}(```+|~~~+)\s*([\w+#.-]*)/);
     const heading = line.match(/^#{1,6}\s+(.*?)\s*#*$/);
     const kind = KINDS.find(([pattern]) => pattern.test(line));
     if (fence) {
       flush();
       const body = [];
       for (i++; i < lines.length && !lines[i].trim().startsWith(fence[1]); i++) body.push(lines[i]);
-      out.append(codeBlock(body));
+      out.append(codeBlock(body, fence[2]));
     } else if (heading) {
       flush();
       out.append(make(line.startsWith("## ") || line.startsWith("# ") ? "h3" : "h4", ...inline(heading[1])));
@@ -83,6 +99,12 @@ export function render(text) {
       const items = [];
       for (; i < lines.length && lines[i].trim() && (kind[0].test(lines[i]) || /^\s{2,}/.test(lines[i])); i++) items.push(lines[i]);
       out.append(list(items, kind[0], kind[1]));
+      continue;
+    } else if (line.includes("|") && RULE.test(lines[i + 1] ?? "") && cells(line).length === cells(lines[i + 1]).length) {
+      flush();
+      const rows = [];
+      for (; i < lines.length && lines[i].includes("|"); i++) rows.push(lines[i]);
+      out.append(table(rows));
       continue;
     } else if (/^\s{0,3}>/.test(line)) {
       flush();
