@@ -44,6 +44,9 @@ _SETTINGS = (
     "MOBILE_GGUF_API_KEY", "MOBILE_GGUF_RPC_TIMEOUT",
 )  # fmt: skip
 
+# Through a SOCKS proxy httpx makes no client at all without a package that nothing here needs.
+_PROXIES = ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY")
+
 # The same examples on every machine however slow it is: a failure here is one everywhere.
 settings.register_profile(
     "everywhere", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
@@ -52,9 +55,15 @@ settings.load_profile("everywhere")
 
 
 def pytest_configure() -> None:
-    """One environment for all tests, before anything reads it; a proxy stays, but not for this machine."""
+    """One environment for all tests, before anything reads it.
+
+    An HTTP proxy stays, for what has to be fetched, but not for this machine; a SOCKS proxy goes.
+    """
     for name in _SETTINGS:
         os.environ.pop(name, None)
+    for name in (*_PROXIES, *map(str.lower, _PROXIES)):
+        if os.environ.get(name, "").lower().startswith("socks"):
+            del os.environ[name]
     for name in ("no_proxy", "NO_PROXY"):
         named = [os.environ[name]] if os.environ.get(name) else []
         os.environ[name] = ",".join([*named, "127.0.0.1", "localhost"])

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 from fake_backend import FakeBackend, scripted
-from textual.widgets import Input, OptionList, Select, Static, Switch
+from textual.widgets import Input, OptionList, Select, Static
 from tui_app import ANSWER, Loader, chat, say, submit, toasts, until
 
 from mobile_gguf.tui.models import Candidate, Fit
@@ -86,14 +86,15 @@ def test_settings_are_changed_reset_and_loaded(tmp_path, key):
             select.focus()
             await pilot.press("ctrl+d")
             await until(pilot, lambda: app.settings.value("mode") != "little")
-            for switch in app.screen.query(Switch):
-                name = switch.id
-                before = app.settings.value(name)
-                switch.focus()
-                await pilot.press("enter")
-                assert app.settings.value(name) != before
+            for name in ("cache_prompt", "flash_attn"):
+                select, before = app.screen.query_one(f"#{name}", Select), app.settings.value(name)
+                assert select.value == ("on" if before else "off")
+                select.focus()
+                await pilot.press("enter", "up" if before is False else "down", "enter")
+                assert app.settings.value(name) is not before
                 await pilot.press("ctrl+d")
-                assert app.settings.value(name) == before
+                assert app.settings.value(name) is before
+                assert select.value == ("on" if before else "off")
             budget = app.screen.query_one("#ram_budget", Input)
             budget.focus()
             await pilot.press("end", "ctrl+u", *"50%")

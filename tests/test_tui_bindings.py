@@ -12,6 +12,7 @@ from mobile_gguf.tui.slash import COMMANDS
 
 # Which test presses a binding (its id) or sends a command.
 CHAT, ACTIONS, JOBS = "test_tui_chat", "test_tui_actions", "test_tui_jobs"
+CONVERSATIONS, MAP = "test_tui_conversations", "test_tui_map"
 TESTED = {
     "app.help": (ACTIONS, "test_a_key_opens_a_screen_and_escape_leaves_it"),
     "app.quit": (JOBS, "test_quitting_while_a_job_runs_asks_once_and_ends_it"),
@@ -20,9 +21,9 @@ TESTED = {
     "chat.models": (ACTIONS, "test_a_model_is_picked"),
     "chat.find": (ACTIONS, "test_a_key_opens_a_screen_and_escape_leaves_it"),
     "chat.settings": (ACTIONS, "test_settings_are_changed_reset_and_loaded"),
-    "chat.new": (CHAT, "test_conversations_are_found_opened_renamed_and_deleted"),
-    "chat.map": (CHAT, "test_a_hidden_map_costs_nothing"),
-    "chat.tokens": (CHAT, "test_tokens_are_coloured_by_their_pass"),
+    "chat.new": (CONVERSATIONS, "test_conversations_are_found_opened_renamed_and_deleted"),
+    "chat.map": (MAP, "test_a_hidden_map_costs_nothing"),
+    "chat.tokens": (MAP, "test_tokens_are_coloured_by_their_pass"),
     "chat.regenerate": (CHAT, "test_an_answer_is_made_again"),
     "chat.jobs": (JOBS, "test_a_job_runs_while_one_chats"),
     "chat.full_map": (ACTIONS, "test_the_full_map_is_left_by_any_key_that_opens_a_map"),
@@ -30,11 +31,11 @@ TESTED = {
     "chat.stop": (CHAT, "test_an_answer_can_be_stopped_and_keeps_what_it_said"),
     "chat.page_up": (ACTIONS, "test_the_pages_of_a_long_answer"),
     "chat.page_down": (ACTIONS, "test_the_pages_of_a_long_answer"),
-    "confirm.yes": (CHAT, "test_conversations_are_found_opened_renamed_and_deleted"),
+    "confirm.yes": (CONVERSATIONS, "test_conversations_are_found_opened_renamed_and_deleted"),
     "confirm.no": (ACTIONS, "test_a_question_is_answered_no_by_its_key_and_its_button"),
     "conversations.list": (ACTIONS, "test_the_list_of_conversations_has_the_arrow_keys"),
-    "conversations.rename": (CHAT, "test_conversations_are_found_opened_renamed_and_deleted"),
-    "conversations.delete": (CHAT, "test_conversations_are_found_opened_renamed_and_deleted"),
+    "conversations.rename": (CONVERSATIONS, "test_conversations_are_found_opened_renamed_and_deleted"),
+    "conversations.delete": (CONVERSATIONS, "test_conversations_are_found_opened_renamed_and_deleted"),
     "dialog.close": (ACTIONS, "test_a_key_opens_a_screen_and_escape_leaves_it"),
     "jobs.cancel": (JOBS, "test_a_job_is_cancelled"),
     "map.close": (ACTIONS, "test_the_full_map_is_left_by_any_key_that_opens_a_map"),
@@ -59,9 +60,9 @@ TESTED = {
     "/theme": (ACTIONS, "test_commands_without_a_screen_do_what_they_say"),
     "/quit": (ACTIONS, "test_commands_without_a_screen_do_what_they_say"),
     **dict.fromkeys(("/pull", "/convert", "/calibrate"), (JOBS, "test_a_job_runs_while_one_chats")),
-    "/rename": (CHAT, "test_conversations_are_found_opened_renamed_and_deleted"),
-    "/delete": (CHAT, "test_conversations_are_found_opened_renamed_and_deleted"),
-    "/export": (CHAT, "test_an_export_is_markdown"),
+    "/rename": (CONVERSATIONS, "test_conversations_are_found_opened_renamed_and_deleted"),
+    "/delete": (CONVERSATIONS, "test_conversations_are_found_opened_renamed_and_deleted"),
+    "/export": (CONVERSATIONS, "test_an_export_is_markdown"),
     "/set": (CHAT, "test_settings_count_from_the_next_answer_on"),
     "/copy": (CHAT, "test_what_is_copied"),
 }

@@ -12,13 +12,9 @@ from textual import events
 from tui_app import ANSWER, Loader, chat, say, submit, toasts, until
 
 from mobile_gguf.errors import ExpertReadError, ModelNotFoundError
-from mobile_gguf.tui.screens.confirm import Confirm
-from mobile_gguf.tui.screens.conversations import Conversations
 from mobile_gguf.tui.screens.help import Help
-from mobile_gguf.tui.screens.map import MapScreen
 from mobile_gguf.tui.screens.models import ModelPicker
 from mobile_gguf.tui.widgets.completion_list import CompletionList
-from mobile_gguf.tui.widgets.side_panel import SidePanel
 from mobile_gguf.tui.widgets.turn_view import AnswerView, QuestionView
 
 
@@ -275,54 +271,6 @@ def test_a_question_asked_while_loading_waits_for_the_model(tmp_path):
     run(go())
 
 
-def test_conversations_are_found_opened_renamed_and_deleted(tmp_path):
-    async def go():
-        async with chat(tmp_path) as (app, pilot):
-            await say(app, pilot, "about the sky")
-            await pilot.press("ctrl+n")
-            await say(app, pilot, "about bread")
-            await say(app, pilot, "/rename Baking")
-            await pilot.press("ctrl+r")
-            await until(pilot, lambda: isinstance(app.screen, Conversations))
-            assert [item.title for item in app.screen.found] == ["Baking", "about the sky"]
-            await pilot.press(*"sky")
-            assert [item.title for item in app.screen.found] == ["about the sky"]
-            await pilot.press("enter")
-            await until(pilot, lambda: contents(app) == ["about the sky", ANSWER])
-            assert app.chat.query_one(AnswerView).markdown.source == ANSWER
-            await pilot.press("ctrl+r", "ctrl+d", "y")
-            await until(pilot, lambda: [s.title for s in app.store.search()] == ["about the sky"])
-            await pilot.press("ctrl+e", *"!", "enter")
-            assert [item.title for item in app.screen.found] == ["about the sky!"]
-            await pilot.press("escape")
-            await submit(app, pilot, "/delete")
-            assert isinstance(app.screen, Confirm)
-            await pilot.press("y")
-            await until(pilot, lambda: contents(app) == [])
-            assert app.store.search() == []
-
-    run(go())
-
-
-def test_an_export_is_markdown(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-    async def go():
-        async with chat(tmp_path) as (app, pilot):
-            await say(app, pilot, "Why is it blue?")
-            await say(app, pilot, "/export")
-            text = (tmp_path / "why-is-it-blue.md").read_text()
-            assert text.startswith(
-                "# Why is it blue?\n\n## You\n\nWhy is it blue?\n\n## fake\n\nIt **scatters**"
-            )
-            await say(app, pilot, "/export")
-            assert "exists" in toasts(app)
-            await say(app, pilot, "/export /nonexistent/x.md")
-            assert "/nonexistent/x.md" in toasts(app)
-
-    run(go())
-
-
 def test_commands_are_completed(tmp_path):
     async def go():
         async with chat(tmp_path) as (app, pilot):
@@ -390,59 +338,6 @@ def test_settings_count_from_the_next_answer_on(tmp_path):
     run(go())
 
 
-def test_tokens_are_coloured_by_their_pass(tmp_path):
-    async def go():
-        backend = FakeBackend(scripted("abcd", sure=[0.9, 0.1, 0.9]))
-        async with chat(tmp_path, loader=loader_of(backend), given={"mode": "big-little"}) as (app, pilot):
-            await say(app, pilot, "one")
-            view = app.chat.query_one(AnswerView)
-            assert [token.kind for token in view.tokens] == ["big", "little", "fallback", "little", "little"]
-            assert view.markdown.display
-            await pilot.press("ctrl+t")
-            assert view.token_text.display
-            assert str(view.token_text.content) == "abcd"
-            assert len({str(span.style) for span in view.token_text.content.spans}) == 2
-            await pilot.press("ctrl+t")
-            assert view.markdown.display
-
-    run(go())
-
-
-def test_the_map_follows_the_answer(tmp_path):
-    async def go():
-        async with chat(tmp_path) as (app, pilot):
-            state = app.chat.query_one("#experts", SidePanel).state
-            await say(app, pilot, "one")
-            assert state.hits[0, 1] > 10
-            assert state.misses[2, 3] == state.hits[0, 1]
-            assert state.counts() == {"device": 0, "host": 16, "loading": 1}
-            assert len(app.chat.query_one("#speed").values) == len(ANSWER) + 1
-
-    run(go())
-
-
-def test_a_hidden_map_costs_nothing(tmp_path):
-    async def go():
-        async with chat(tmp_path, size=(80, 24)) as (app, pilot):
-            panel = app.chat.query_one("#experts", SidePanel)
-            assert not panel.display
-            await say(app, pilot, "one")
-            assert panel.state.hits.sum() == 0
-            await pilot.press("ctrl+g")
-            assert panel.display
-            await say(app, pilot, "two")
-            assert panel.state.hits.sum() > 0
-            await pilot.resize_terminal(120, 40)
-            await pilot.resize_terminal(40, 12)
-            await pilot.press("f9")
-            assert isinstance(app.screen, MapScreen)
-            app.screen._follow()
-            await pilot.press("escape")
-            assert app.screen is app.chat
-
-    run(go())
-
-
 def test_quitting_while_generating_is_clean(tmp_path):
     async def go():
         backend = slow_backend()
@@ -478,16 +373,5 @@ def test_a_stuck_engine_does_not_keep_the_program(tmp_path, monkeypatch):
             await pilot.press("ctrl+q")
             assert not app.engine.shut_down(0.1)
             release.set()
-
-    run(go())
-
-
-def test_conversations_that_cannot_be_saved_stay_on_the_screen(tmp_path):
-    async def go():
-        (tmp_path / "conversations.db").write_bytes(b"this is no database, but long enough to look at" * 20)
-        async with chat(tmp_path) as (app, pilot):
-            assert "conversations are not saved" in toasts(app)
-            await say(app, pilot, "one")
-            assert contents(app) == ["one", ANSWER]
 
     run(go())

@@ -48,8 +48,16 @@ class Routed:
 class ExpertState:
     """The last known residency of all experts, and the events of the last tokens."""
 
-    def __init__(self, n_layer: int, n_expert: int, layers: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        n_layer: int,
+        n_expert: int,
+        layers: Sequence[int] | None = None,
+        expert_bytes: Sequence[int] = (),
+    ) -> None:
+        """``layers`` are those with experts, all by default; ``expert_bytes`` is what one of each takes."""
         shape = (n_layer, n_expert)
+        self.expert_bytes = list(expert_bytes)
         self.layers = list(range(n_layer)) if layers is None else list(layers)
         self.host: npt.NDArray[np.uint8] = np.zeros(shape, dtype=np.uint8)
         self.device: npt.NDArray[np.uint8] | None = None
@@ -100,11 +108,13 @@ class ExpertState:
         return self.cells()[self.layers]
 
     def counts(self) -> dict[str, int]:
-        """How many experts are on the device, on the host, and being loaded."""
+        """How many experts are on the device, on the host, and being loaded; bytes of those on the host."""
         host, device = self.host[self.layers], self.device
         on_device = int((device[self.layers] == RESIDENT).sum()) if device is not None else 0
         loading = int((host == STORE_LOADING).sum())
-        return {"device": on_device, "host": int((host == RESIDENT).sum()), "loading": loading}
+        by_layer = (host == RESIDENT).sum(axis=1).tolist()
+        n_bytes = sum(n * each for n, each in zip(by_layer, self.expert_bytes, strict=False))
+        return {"device": on_device, "host": sum(by_layer), "loading": loading, "bytes": n_bytes}
 
 
 def spans(n: int, room: int) -> list[range]:

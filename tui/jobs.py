@@ -20,6 +20,7 @@ RUNNING, DONE, FAILED, CANCELLED = "running", "done", "failed", "cancelled"
 _SHARE = re.compile(r"(\d{1,3})%\s*$")
 _PARTS = re.compile(rb"[\r\n]+")
 _KEPT_LINES = 200
+_ERROR_PREFIX = "mobile-gguf: error: "  # of the command line; here the job's state says it
 _ASK_SECONDS, _INSIST_SECONDS = 10.0, 3.0
 
 
@@ -55,7 +56,7 @@ class Job:
     def end(self, code: int) -> None:
         """Take in the exit code."""
         self.state = CANCELLED if self.cancelled else DONE if code == 0 else FAILED
-        self.phase = self.lines[-1] if self.lines else f"exit code {code}"
+        self.phase = self.lines[-1].removeprefix(_ERROR_PREFIX) if self.lines else f"exit code {code}"
         if self.state == DONE:
             self.share = 1.0
 

@@ -93,6 +93,14 @@ def explained(reference: Reference) -> Iterator[None]:
         raise _refused(reference, error) from error
     except errors.HFValidationError as error:
         raise UsageError(f"{reference} is no repository on the Hub: {first_line(error)}") from error
+    except ImportError as error:
+        # the HTTP client's, when the environment names a SOCKS proxy and the package for that is missing
+        if "socksio" not in str(error):
+            raise
+        raise HubError(
+            f"{reference}: {_socks_variable()} is a SOCKS proxy, which needs the package socksio:"
+            " `pip install socksio`, or unset it"
+        ) from error
     except Exception as error:
         if is_network_error(error):
             raise HubError(
@@ -100,6 +108,15 @@ def explained(reference: Reference) -> Iterator[None]:
                 f" again, or set {OFFLINE}=1 to use only what was pulled"
             ) from error
         raise
+
+
+def _socks_variable() -> str:
+    """The environment's variable that names a SOCKS proxy."""
+    for name in ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY"):
+        for spelled in (name, name.lower()):
+            if os.environ.get(spelled, "").lower().startswith("socks"):
+                return spelled
+    return "the system's proxy"
 
 
 def offline_error(reference: Reference) -> ModelNotFoundError:

@@ -134,7 +134,9 @@ class ChatScreen(ChatCommands, ChatView, Screen[None]):
         self.state = IDLE
         self.context_used = 0
         has_store = event.facts.get("store") is not None and event.info.n_expert > 0
-        state = ExpertState(event.info.n_layer, event.info.n_expert, event.layers) if has_store else None
+        each = [sum(layer.matrix_bytes) for layer in event.info.expert_layers]
+        info = event.info
+        state = ExpertState(info.n_layer, info.n_expert, event.layers, each) if has_store else None
         self.query_one(SidePanel).set_state(state)
         self._read_residency()
         self._update_title()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..widgets.side_panel import SidePanel
 from ..widgets.title_bar import TitleBar
@@ -17,6 +17,9 @@ else:
     Base = object
 
 IDLE, LOADING, ANSWERING = "idle", "loading", "answering"
+_WIDE = 100  # columns from which on the map stands beside the chat
+# A lower window has no room for a map above the chat: it would push out the prompt.
+_LEAST_LINES = 20
 
 
 class ChatView:
@@ -30,12 +33,20 @@ class ChatView:
         self.call_after_refresh(self._update_map_shown)
 
     def _update_map_shown(self: Base) -> None:
-        wide = self.size.width >= 100
-        self.query_one(SidePanel).display = wide if self._map_wanted is None else self._map_wanted
+        wide = self.size.width >= _WIDE
+        wanted = wide if self._map_wanted is None else self._map_wanted
+        self.query_one(SidePanel).display = wanted and self._has_room_for_map
         self.app.engine.watching = self._map_shown or self.app.map_open
 
+    @property
+    def _has_room_for_map(self: Base) -> bool:
+        return self.size.width >= _WIDE or self.size.height >= _LEAST_LINES
+
     def action_toggle_map(self: Base) -> None:
-        """Show or hide the expert map."""
+        """Show or hide the expert map; on the whole screen where there is no room for both."""
+        if not self._has_room_for_map:
+            self.action_full_map()
+            return
         self._map_wanted = not self._map_shown
         self._update_map_shown()
         self._read_residency()
@@ -65,11 +76,22 @@ class ChatView:
 
     def _update_title(self: Base) -> None:
         title = self.query_one(TitleBar)
-        title.activity = ""
+        if not self.busy:
+            title.activity = ""
         title.model = self.model_name or "no model"
         if not self.facts:
             title.detail = "Ctrl-O picks a model"
             return
         mode = self.app.settings.value("mode") or self.facts["mode"]
+        experts = _share_in_memory(self.facts.get("store"))
         used = f" · {self.context_used}/{self.facts['n_ctx']} tokens" if self.context_used else ""
-        title.detail = f"{mode}{self.app.jobs_note()}{used}"
+        title.detail = f"{mode}{experts}{self.app.jobs_note()}{used}"
+
+
+def _share_in_memory(store: dict[str, Any] | None) -> str:
+    """How many of the experts the budget has room for, for the title; empty without an expert store."""
+    if not store or not store.get("expert_bytes"):
+        return ""
+    if store["budget_bytes"] >= store["budget_all_bytes"] or not store["budget_bytes"]:
+        return " · RAM for all experts"
+    return f" · RAM for {100 * store['budget_bytes'] // store['budget_all_bytes']}% of experts"

@@ -138,7 +138,8 @@ class Conversations(Dialog[int]):
 
 def _row(item: Summary) -> Content:
     when = item.updated[:16].replace("T", " ")
-    head = Content.assemble((item.title, "bold"), "  ", (f"{when}  {item.n_turns} turns", "$text-muted"))
+    turns = f"{item.n_turns} turn{'s' if item.n_turns != 1 else ''}"
+    head = Content.assemble((item.title, "bold"), "\n  ", (f"{when}  {turns}", "$text-muted"))
     if not item.snippet:
         return head
     return Content.assemble(head, "\n  ", (" ".join(item.snippet.split()), "$text-muted"))

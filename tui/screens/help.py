@@ -2,23 +2,42 @@
 
 from __future__ import annotations
 
+import textwrap
+
 from textual.app import ComposeResult
 from textual.binding import Binding
 from textual.containers import Vertical, VerticalScroll
-from textual.widgets import Footer, Markdown
+from textual.content import Content
+from textual.widgets import Footer, Static
 
 from ..slash import COMMANDS
 from .dialog import Dialog
 
+_FIRST, _SECOND = 22, 51  # columns; together what a terminal of 80 has room for
 _KEYS = {"up": "Up", "pageup": "Page-Up", "pagedown": "Page-Down"}
-_MORE = """
-In the transcript (Tab moves there): `e` edits a question, `c` copies, `b` copies the next code block, `r`
-answers again. `Tab` completes a command. The mouse works everywhere; Shift selects text for the terminal.
-
-The map: a row for each layer, a column for each expert. `█` hit, `◆` device hit, `X` missed, `+` loading,
-`▒` `x` hit or missed a moment ago, `░` in RAM, `▓` on a device (GPU or RPC server), `·` on disk only. Where
-several experts share a cell, the latest event wins.
-"""
+_MORE = {
+    "On a question or an answer (Tab and Shift-Tab go there)": [
+        ("e", "edit the question and send it again"),
+        ("c", "copy it"),
+        ("b", "copy its next code block"),
+        ("r", "answer again"),
+    ],
+    "The receipt: 9 big · 30 little | 84% hits | 12 MiB read | 40 ms stalled": [
+        ("big, little", "tokens that ran with all their experts, and with fewer"),
+        ("fallback", "tokens that ran little first, and then big as well"),
+        ("hits", "how many of the needed experts were in memory"),
+        ("read", "what the others took from the disk"),
+        ("stalled", "how long the computation waited for them"),
+    ],
+    "The expert map: a row for each layer, a column for each expert": [
+        ("█ X", "hit, or missed, by the last token"),
+        ("▒ x", "hit, or missed, by one of the three before"),
+        ("░ ·", "in RAM, or on the disk only"),
+        ("▓ ◆", "on a device (a GPU or an RPC server), and hit there"),
+        ("+", "is being read"),
+        ("", "Where several share a cell, a hit or a miss among them is shown."),
+    ],
+}
 
 
 class Help(Dialog[None]):
@@ -27,28 +46,38 @@ class Help(Dialog[None]):
     def compose(self) -> ComposeResult:
         with Vertical(classes="dialog") as box:
             box.border_title = "Help"
+            box.border_subtitle = "Esc closes, Up and Down scroll"
             with VerticalScroll():
-                yield Markdown(help_markdown())
+                for heading, rows in help_sections().items():
+                    yield Static(Content(heading), classes="heading")
+                    yield Static(_table(rows))
         yield Footer(show_command_palette=False)
 
 
-def help_markdown() -> str:
-    """Keys and commands as Markdown tables."""
+def help_sections() -> dict[str, list[tuple[str, str]]]:
+    """Keys and commands, each with what it does, by heading."""
     from ..app import ChatApp
     from ..widgets.prompt import Prompt
     from .chat import ChatScreen
 
-    bindings = [
-        item
+    keys = [
+        (shown_keys(item.key), item.tooltip[:1].lower() + item.tooltip[1:])
         for source in (Prompt, ChatScreen, ChatApp)
         for item in source.BINDINGS
         if isinstance(item, Binding) and item.tooltip
     ]
-    keys = "\n".join(f"| {shown_keys(item.key)} | {item.tooltip} |" for item in bindings)
-    commands = "\n".join(
-        f"| `{item.name} {item.argument}`".rstrip("` ") + f"` | {item.help} |" for item in COMMANDS
-    )
-    return f"| Key | |\n|---|---|\n{keys}\n{_MORE}\n| Command | |\n|---|---|\n{commands}\n"
+    commands = [(f"{item.name} {item.argument}".rstrip(), item.help) for item in COMMANDS]
+    return {"Keys": keys, **_MORE, "Commands (Tab completes them)": commands}
+
+
+def _table(rows: list[tuple[str, str]]) -> Content:
+    """Two columns; what is too long for the first has its second on the next line."""
+    lines = []
+    for name, text in rows:
+        begin = "\n" + " " * _FIRST if len(name) >= _FIRST else " " * (_FIRST - len(name))
+        wrapped = ("\n" + " " * _FIRST).join(textwrap.wrap(text, _SECOND))
+        lines.append(Content.assemble((name, "$text-accent"), begin, wrapped))
+    return Content("\n").join(lines)
 
 
 def shown_keys(keys: str) -> str:

@@ -9,7 +9,7 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.content import Content
-from textual.widgets import Footer, Input, Select, Static, Switch
+from textual.widgets import Footer, Input, Select, Static
 
 from ...errors import MobileError
 from ...options import Opt
@@ -47,15 +47,14 @@ class SettingsScreen(Dialog[bool]):
         value = self._settings.value(name)
         with Horizontal(classes="setting"):
             yield Static(name, classes="name")
-            if opt.is_flag:
-                yield Switch(bool(value), id=name)
-            elif opt.choices:
-                choices = [(choice, choice) for choice in opt.choices]
-                yield Select(choices, value=value, id=name, allow_blank=False, compact=True)
+            if opt.is_flag or opt.choices:
+                choices = [(choice, choice) for choice in opt.choices or ("on", "off")]
+                shown = self._settings.text(name) if opt.is_flag else value
+                yield Select(choices, value=shown, id=name, allow_blank=False, compact=True)
             else:
-                placeholder = "as the model has it" if value is None else ""
+                placeholder = "default" if value is None else ""
                 yield Input(self._settings.text(name), id=name, placeholder=placeholder, compact=True)
-            yield Static(Content(opt.help), classes="help")
+            yield Static(Content(_help(opt)), classes="help")
 
     @on(Input.Changed)
     def _typed(self, event: Input.Changed) -> None:
@@ -64,10 +63,6 @@ class SettingsScreen(Dialog[bool]):
     @on(Select.Changed)
     def _selected(self, event: Select.Changed) -> None:
         self._set(event.select.id, str(event.value))
-
-    @on(Switch.Changed)
-    def _switched(self, event: Switch.Changed) -> None:
-        self._set(event.switch.id, "on" if event.value else "off")
 
     def _set(self, name: str | None, text: str) -> None:
         if name is None or text == (self._settings.text(name) or "default"):
@@ -85,15 +80,17 @@ class SettingsScreen(Dialog[bool]):
     def action_default(self) -> None:
         """Give the focused option its default."""
         focused = self.focused
-        if not isinstance(focused, (Input, Select, Switch)) or focused.id is None:
+        if not isinstance(focused, (Input, Select)) or focused.id is None:
             return
         name = focused.id
         self._set(name, "default")
-        if isinstance(focused, Input):
-            focused.value = self._settings.text(name)
-        else:
-            focused.value = self._settings.value(name)
+        focused.value = self._settings.text(name)
 
     def action_reload(self) -> None:
         """Load the model again with these options."""
         self.dismiss(True)
+
+
+def _help(opt: Opt) -> str:
+    """The help of the option's flag, which may be one that turns it off."""
+    return f"off: {opt.help}" if opt.is_flag and opt.flags[-1].startswith("--no-") else opt.help

@@ -42,6 +42,10 @@ class SidePanel(Vertical):
             yield Gauge("tok/s", lambda value: f"{value:.1f}", id="speed")
             yield Gauge("read/token", lambda value: format_bytes(round(value)), id="bytes")
 
+    def on_resize(self) -> None:
+        """The legend is laid out for the width there is."""
+        self.call_after_refresh(self.redraw)
+
     def set_state(self, state: ExpertState | None) -> None:
         """Show another model's experts."""
         self.state = state
@@ -71,18 +75,37 @@ class SidePanel(Vertical):
             return Content("experts: no store")
         counts = self.state.counts()
         total = len(self.state.layers) * self.state.host.shape[1]
-        parts = [f"{counts['host']} in RAM"]
-        if self.state.device is not None:
-            parts.insert(0, f"{counts['device']} on device")
+        if self.state.device is None:
+            parts = [f"{counts['host']} of {total} in RAM"]
+        else:
+            parts = [f"of {total}: {counts['device']} on device", f"{counts['host']} in RAM"]
+        if counts["bytes"]:
+            parts.append(format_bytes(counts["bytes"]))
         if counts["loading"]:
             parts.append(f"{counts['loading']} loading")
-        return Content.assemble(("experts ", "bold"), f"{total}: {', '.join(parts)}")
+        return Content.assemble(("experts ", "bold"), ", ".join(parts))
 
     def _legend(self) -> Content:
         has_device = self.state is not None and self.state.device is not None
         parts: list[Content] = []
+        width = self.query_one("#legend").content_size.width
         for cell in DEVICE_LEGEND if has_device else LEGEND:
             colour = _COLOURS[STYLES[cell]]
             name = NAMES[cell].removeprefix("in ").removeprefix("on ").removeprefix("a ")
             parts.append(Content.assemble((GLYPHS[cell], colour), f" {name}"))
-        return Content("  ").join(parts)
+        return Content("\n").join(Content("  ").join(line) for line in _lines(parts, width))
+
+
+def _lines(parts: list[Content], width: int) -> list[list[Content]]:
+    """The parts in lines of at most ``width``, two spaces between them, none broken; 0: not laid out yet."""
+    if width <= 0:
+        return [parts]
+    lines: list[list[Content]] = [[]]
+    room = width
+    for part in parts:
+        if lines[-1] and part.cell_length + 2 > room:
+            lines.append([])
+            room = width + 2
+        room -= part.cell_length + (2 if lines[-1] else 0)
+        lines[-1].append(part)
+    return lines
