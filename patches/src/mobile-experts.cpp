@@ -58,7 +58,7 @@ bool mobile_experts_on_kernels(const mobile_experts & experts, ggml_backend_dev_
         if (is_down && down_params) {
             memcpy(op->op_params, down_params, sizeof(op->op_params));
         }
-        if (!ggml_backend_dev_supports_op(dev, op)) {
+        if (ggml_nelements(matrices)/ggml_blck_size(t->type) > INT32_MAX || !ggml_backend_dev_supports_op(dev, op)) {
             return false;
         }
     }
