@@ -146,6 +146,18 @@ def test_cublas_may_come_from_the_package_index(tools: Path, monkeypatch: pytest
             "CMake Error at CMakeLists.txt:3 (message):\n\n  LLAMA_X is gone\n\nCall Stack",
             "CMake says: LLAMA_X is gone",
         ),
+        (
+            "/t/ggml-vulkan.cpp:5214:21: error: 'LayerSettingEXT' is not a member of 'vk'",
+            "the Vulkan headers are too old",
+        ),
+        (
+            "/t/ggml-vulkan.cpp:9:7: error: no type named 'LayerSettingEXT' in namespace 'vk'",
+            "the Vulkan headers are too old",
+        ),
+        (
+            "/t/ggml-vulkan.cpp:5218:17: error: 'vk::LayerSettingTypeEXT' has not been declared",
+            "the Vulkan headers are too old",
+        ),
         ("CMake Error at x:\n  CUDA Toolkit not found", "the CUDA toolkit was not found"),
         (
             "ERROR: No matching distribution found for scikit-build-core>=0.9.2",

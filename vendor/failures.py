@@ -16,6 +16,8 @@ _KILLED = re.compile(r"Killed signal terminated program|fatal error: Killed|virt
 # gcc, clang and nvcc; the path may hold a drive letter
 _COMPILER_ERROR = re.compile(r"^\s*((?:[A-Za-z]:)?[^:\s][^:]*[:(]\d+[:)].*\b(?:fatal )?error\b.*)$")
 _LINKER_ERROR = re.compile(r"^\s*(.*(?:undefined reference to|cannot find -l|ld: error:).*)$")
+# what old headers lack, in gcc's and clang's words
+_OLD_VULKAN = re.compile(r"ggml-vulkan\S*: .*error: .*(?:\Wvk\W|\bVK_[A-Z]+_)")
 _TOOLKITS = {
     re.compile(r"CUDA::cublas"): (
         "cuBLAS was not found by CMake: install it (apt: libcublas-dev of the toolkit's version), or "
@@ -87,6 +89,8 @@ def explain_build(lines: Sequence[str], log: Path) -> str:
     if common := _common(text, log):
         return common
     if errors := compiler_errors(lines):
+        if any(map(_OLD_VULKAN.search, errors)):
+            return f"the Vulkan headers are too old (1.3.239 will do): install the Vulkan SDK; log: {log}"
         return f"{errors[-1].strip()}; log: {log}"
     for pattern, advice in _TOOLKITS.items():
         if pattern.search(text):

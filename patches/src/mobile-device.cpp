@@ -12,7 +12,7 @@
 #include <cstring>
 #include <exception>
 
-static const char * NO_DEVICE = "no device holds layers with routed experts on the host: load with on_host = 1 and layers on a device";
+static const char * NO_DEVICE = "no device holds layers with routed experts on the host, of a type that it can compute with: load with on_host = 1 and layers on a device";
 
 static mobile_context * context_of(const struct llama_context * ctx) {
     mobile_context * m = ctx ? ctx->get_cparams().mobile.get() : nullptr;
@@ -45,6 +45,9 @@ static std::unique_ptr<mobile_slots> make_slots(const struct llama_context & ctx
         ggml_backend_dev_t dev = model.dev_layer(route.il);
         if (!dev || ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_CPU) {
             continue;
+        }
+        if (!mobile_experts_on_kernels(route.host, dev, 2*slots->n_used, slots->n_used, m.down_params)) {
+            continue; // as stock llama.cpp leaves weights on the host that the device cannot compute with
         }
         if (ggml_backend_t backend = backend_of(ctx, dev)) {
             slots->add_layer(route.il, route.host, dev, backend);
@@ -96,7 +99,12 @@ int32_t mobile_device_start(struct llama_context * ctx, const struct mobile_devi
         return mobile_fail(MOBILE_ERR_STATE, NO_DEVICE);
     }
     std::string err;
-    const int32_t status = slots->start(err);
+    int32_t status = MOBILE_ERR_MEMORY;
+    try {
+        status = slots->start(err);
+    } catch (const std::exception & e) { // a driver's
+        err = std::string("no device memory for expert slots: ") + e.what();
+    }
     if (status != MOBILE_OK) {
         return mobile_fail((enum mobile_status) status, err);
     }

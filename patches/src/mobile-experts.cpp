@@ -1,5 +1,9 @@
 #include "mobile-experts.h"
 
+#include "ggml-cpp.h"
+
+#include <cstring>
+
 bool mobile_is_weight(mobile_member m) {
     return m == &mobile_experts::gate_up || m == &mobile_experts::up || m == &mobile_experts::gate || m == &mobile_experts::down;
 }
@@ -30,6 +34,31 @@ bool mobile_same_shape(const mobile_experts & a, const mobile_experts & b) {
             }
         }
         if (x && x->type != y->type) {
+            return false;
+        }
+    }
+    return true;
+}
+
+bool mobile_experts_on_kernels(const mobile_experts & experts, ggml_backend_dev_t dev, int64_t n, int64_t n_used, const void * down_params) {
+    ggml_init_params init = {};
+    init.mem_size = ggml_tensor_overhead()*4*MOBILE_MEMBERS.size();
+    init.no_alloc = true;
+    ggml_context_ptr ctx(ggml_init(init));
+    for (mobile_member m : MOBILE_MEMBERS) {
+        const ggml_tensor * t = experts.*m;
+        if (!t || !mobile_is_weight(m)) {
+            continue;
+        }
+        const bool is_down = m == &mobile_experts::down;
+        ggml_tensor * matrices = ggml_new_tensor_3d(ctx.get(), t->type, t->ne[0], t->ne[1], n);
+        ggml_tensor * cur      = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, t->ne[0], is_down ? n_used : 1, 1);
+        ggml_tensor * ids      = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, n_used, 1);
+        ggml_tensor * op       = ggml_mul_mat_id(ctx.get(), matrices, cur, ids);
+        if (is_down && down_params) {
+            memcpy(op->op_params, down_params, sizeof(op->op_params));
+        }
+        if (ggml_nelements(matrices)/ggml_blck_size(t->type) > INT32_MAX || !ggml_backend_dev_supports_op(dev, op)) {
             return false;
         }
     }

@@ -38,5 +38,10 @@ int  mobile_expert_dim(mobile_member m);
 uint64_t mobile_bytes_per_expert(const mobile_experts & experts);
 // but for the number of experts
 bool     mobile_same_shape      (const mobile_experts & a, const mobile_experts & b);
+// whether a device multiplies by n experts like these in one tensor, n_used of them per token. it may know no such
+// type, or reach no further into a tensor; then the scheduler would copy the tensor to the CPU for each token. CUDA's
+// kernels reach any tensor but number its blocks with 31 bits (mmvf.cu, mmvq.cu, mmq.cuh: channel_x*stride_channel_x).
+// down_params: of the op that multiplies by `down`, GGML_MAX_OP_PARAMS bytes
+bool     mobile_experts_on_kernels(const mobile_experts & experts, ggml_backend_dev_t dev, int64_t n, int64_t n_used, const void * down_params);
 // whether experts can be copied from these tensors
 bool     mobile_experts_on_host (const mobile_experts & experts);

@@ -176,7 +176,10 @@ static void join_segments(ggml_tensor * dst, int ith, int nth, void * userdata) 
 }
 
 ggml_tensor * mobile_route_join(
-        const mobile_context * ctx, ggml_context * ctx0, ggml_backend_sched_t sched, ggml_backend_t backend_cpu, ggml_tensor * experts, const ggml_tensor * weights) {
+        mobile_context * ctx, ggml_context * ctx0, ggml_backend_sched_t sched, ggml_backend_t backend_cpu, ggml_tensor * experts, const ggml_tensor * weights) {
+    if (ctx && experts->op == GGML_OP_MUL_MAT_ID) {
+        memcpy(ctx->down_params, experts->op_params, sizeof(ctx->down_params)); // all layers' are alike
+    }
     const int64_t n_used = weights->ne[1];
     if (experts->ne[1] == n_used) {
         return experts;

@@ -84,6 +84,7 @@ struct mobile_context {
     ggml_tensor *        hot_ids     = nullptr; // while the hot chain is built
     ggml_tensor *        hot_weights = nullptr;
     int                  cold_start  = 0;       // first node of the cold chain that is being built
+    int32_t              down_params[GGML_MAX_OP_PARAMS/sizeof(int32_t)] = {}; // of the op that multiplies by `down`
 
     // trace
     FILE *  trace      = nullptr;
@@ -137,7 +138,7 @@ ggml_tensor * mobile_route_sum(
 
 // for build_moe_ffn: sums the segments of each expert, [n_embd, K*S, T] to [n_embd, K, T]; whole experts pass through
 ggml_tensor * mobile_route_join(
-        const mobile_context * ctx, ggml_context * ctx0, ggml_backend_sched_t sched, ggml_backend_t backend_cpu, ggml_tensor * experts, const ggml_tensor * weights);
+        mobile_context * ctx, ggml_context * ctx0, ggml_backend_sched_t sched, ggml_backend_t backend_cpu, ggml_tensor * experts, const ggml_tensor * weights);
 
 // ids for ggml_get_rows, which knows no -1: skipped ones become 0. others' ids pass through
 ggml_tensor * mobile_route_rows(ggml_context * ctx0, ggml_backend_sched_t sched, ggml_backend_t backend_cpu, ggml_tensor * ids);

@@ -6,8 +6,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 
-mobile_slots::mobile_slots(const mobile_device_params & params, mobile_store & store, int32_t n_used) : params(params), store(store), n_used(n_used) {
+mobile_slots::mobile_slots(const mobile_device_params & params, mobile_store & store, int32_t n_used) : params(params), n_used(n_used), store(store) {
 }
 
 mobile_slots::~mobile_slots() {
@@ -28,6 +29,9 @@ void mobile_slots::add_layer(int32_t il, const mobile_experts & host, ggml_backe
         device = devices.insert(devices.end(), mobile_device());
         device->dev     = dev;
         device->backend = backend;
+        ggml_backend_dev_props props;
+        ggml_backend_dev_get_props(dev, &props);
+        device->is_async = props.caps.async;
     }
     l.device = (int32_t) (device - devices.begin());
     device->n_layers++;
@@ -45,6 +49,12 @@ void mobile_slots::add_layer(int32_t il, const mobile_experts & host, ggml_backe
         pools.back().device     = l.device;
         pools.back().slot_bytes = mobile_bytes_per_expert(host);
         pools.back().n_zero     = n_used;
+        const size_t alignment = ggml_backend_buft_get_alignment(ggml_backend_dev_buffer_type(dev));
+        for (mobile_member m : MOBILE_MEMBERS) {
+            if (host.*m) {
+                pools.back().step = (int32_t) std::lcm<size_t, size_t>(pools.back().step, alignment/std::gcd(alignment, (host.*m)->nb[mobile_expert_dim(m)]));
+            }
+        }
     }
     pools[l.pool].n_layers++;
     pools[l.pool].n_expert += l.n_expert;
@@ -56,25 +66,84 @@ void mobile_slots::add_layer(int32_t il, const mobile_experts & host, ggml_backe
     layers.push_back(std::move(l));
 }
 
+static int32_t round_up(int32_t n, int32_t step) {
+    return (n + step - 1)/step*step;
+}
+
+const mobile_experts & mobile_slots::like(size_t pool) const {
+    return std::find_if(layers.begin(), layers.end(), [&](const mobile_device_layer & l) { return l.pool == (int32_t) pool; })->host;
+}
+
+int32_t mobile_slots::n_for_all(size_t pool) const {
+    const mobile_pool & p = pools[pool];
+    int32_t n = round_up(p.n_zero, p.step);
+    for (const auto & l : layers) {
+        n += l.pool == (int32_t) pool ? round_up(l.n_expert, p.step) : 0;
+    }
+    return n;
+}
+
+// the second half of its layers gets a pool of their own. false: it is one layer's
+bool mobile_slots::split_pool(size_t pool) {
+    if (pools[pool].n_layers < 2) {
+        return false;
+    }
+    mobile_pool half;
+    half.device     = pools[pool].device;
+    half.slot_bytes = pools[pool].slot_bytes;
+    half.n_zero     = pools[pool].n_zero;
+    half.step       = pools[pool].step;
+    for (auto l = layers.rbegin(); l != layers.rend() && half.n_layers < pools[pool].n_layers; ++l) {
+        if (l->pool == (int32_t) pool) {
+            l->pool = (int32_t) pools.size();
+            half.n_layers++;
+            half.n_expert += l->n_expert;
+            pools[pool].n_layers--;
+            pools[pool].n_expert -= l->n_expert;
+        }
+    }
+    pools.push_back(std::move(half));
+    return true;
+}
+
+// the most slots, at most n, that the device's kernels reach in one tensor
+int32_t mobile_slots::n_in_reach(size_t pool, int32_t n) const {
+    const auto reaches = [&](int32_t n_slots) {
+        return mobile_experts_on_kernels(like(pool), devices[pools[pool].device].dev, n_slots, n_used, nullptr);
+    };
+    if (n < 1 || reaches(n)) {
+        return n;
+    }
+    int32_t within = 0;
+    while (n - within > 1) {
+        const int32_t middle = within + (n - within)/2;
+        (reaches(middle) ? within : n) = middle;
+    }
+    return within;
+}
+
 int32_t mobile_slots::start(std::string & err) {
     // by expert bytes, to devices and to the shapes on them
     double all = 0.0;
     for (const auto & d : devices) {
         all += (double) d.expert_bytes;
     }
-    uint64_t smallest = 0;
-    for (auto & p : pools) {
-        const double share = (double) (p.n_expert*p.slot_bytes)/all;
-        const uint64_t n   = (uint64_t) ((double) params.budget_bytes*share/(double) p.slot_bytes + 1e-6);
-        // all experts have room in a budget of their bytes: the zero slots come on top
-        p.n_slots = (int32_t) (n >= (uint64_t) p.n_expert ? p.n_expert + p.n_zero : n);
-        const double need = (double) ((uint64_t) 2*p.n_zero*p.slot_bytes)/share;
-        if (p.n_slots < 2*p.n_zero) {
-            smallest = std::max(smallest, (uint64_t) std::ceil(need));
+    double smallest = 0.0;
+    for (size_t i = 0; i < pools.size(); ++i) {
+        int32_t n, n_reached;
+        do { // what does not fit in one tensor is divided among several, by layers
+            const double bought = (double) params.budget_bytes*(double) pools[i].n_expert/all + 1e-6;
+            // all experts have room in a budget of their bytes: the zero slots come on top
+            n         = bought >= (double) pools[i].n_expert ? n_for_all(i) : (int32_t) bought;
+            n_reached = n_in_reach(i, n);
+        } while (n > n_reached && split_pool(i));
+        pools[i].n_slots = n_reached;
+        if (n_reached < 2*pools[i].n_zero) {
+            smallest = std::max(smallest, std::ceil(2.0*pools[i].n_zero*all/(double) pools[i].n_expert));
         }
     }
     if (smallest > 0) {
-        err = "a device budget of " + std::to_string(params.budget_bytes) + " bytes is below the smallest that can work, " + std::to_string(smallest) +
+        err = "a device budget of " + std::to_string(params.budget_bytes) + " bytes is below the smallest that can work, " + std::to_string((uint64_t) smallest) +
             " bytes: the experts of one token in one layer, and as many slots that stay empty, for each expert shape on each device";
         return MOBILE_ERR_BUDGET;
     }
@@ -130,7 +199,7 @@ bool mobile_slots::alloc_pool(mobile_pool & p, const mobile_experts & like, std:
     d.pool_bytes += ggml_backend_buffer_get_size(p.buffer.get());
 
     // where whole layers lie in placement LAYERS: the last ones, as with stock llama.cpp's --n-cpu-moe
-    int32_t slot = p.n_zero;
+    int32_t slot = round_up(p.n_zero, p.step);
     for (auto l = layers.rbegin(); l != layers.rend(); ++l) {
         if (&pools[l->pool] != &p || slot + l->n_expert > p.n_slots) {
             continue;
@@ -146,7 +215,7 @@ bool mobile_slots::alloc_pool(mobile_pool & p, const mobile_experts & like, std:
             }
         }
         l->whole_slot = slot;
-        slot += l->n_expert;
+        slot = round_up(slot + l->n_expert, p.step);
     }
     return true;
 }

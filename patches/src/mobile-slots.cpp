@@ -140,6 +140,7 @@ bool mobile_slots::upload(mobile_device_layer & l, int32_t expert, int32_t slot,
     if (!parts_of(l, expert, slot, wait, parts)) {
         return false;
     }
+    sending = sending || (devices[l.device].is_async && !store.plain);
     for (const auto & part : parts) {
         ggml_backend_tensor_set_async(devices[l.device].backend, part.tensor, part.data, part.offset, part.size);
     }
@@ -184,6 +185,7 @@ void mobile_slots::assign(int32_t il, const std::vector<mobile_need> & needs, st
     collect();
     unpin_all();
     on_cpu.clear();
+    sending = false; // the device has computed the layer before
     current = layer_of_il[il];
     mobile_device_layer & l = layers[current];
 
@@ -287,6 +289,9 @@ void mobile_slots::admit() {
         count.bytes_uploaded_background += pools[l.pool].slot_bytes;
         n++;
     }
+    if (sending && n > 0 && !d.uploader) { // the store may give these bytes' slots away now
+        ggml_backend_synchronize(d.backend);
+    }
     on_cpu.clear();
     count.upload_us += ggml_time_us() - start;
 }
@@ -294,7 +299,11 @@ void mobile_slots::admit() {
 void mobile_slots::end_pass() {
     if (current >= 0) {
         unpin_all();
+        if (sending) { // most drivers have copied pageable memory by now; none has to
+            ggml_backend_synchronize(devices[layers[current].device].backend);
+        }
     }
+    sending = false;
     on_cpu.clear();
 }
 

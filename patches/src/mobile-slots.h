@@ -61,6 +61,7 @@ struct mobile_pool {
     int64_t  n_expert   = 0;    // of all its layers
     uint64_t slot_bytes = 0;
     int32_t  n_zero     = 0;    // slots that are always zero
+    int32_t  step       = 1;    // whole layers begin at multiples of so many slots, where a tensor may begin
     int32_t  n_slots    = 0;    // those included
     mobile_experts slots;
     std::vector<int32_t> free;
@@ -76,6 +77,7 @@ struct mobile_device {
     int32_t  n_layers     = 0;
     uint64_t slot_bytes   = 0;            // the largest
     double   upload_us    = 0.0;          // of one expert that is waited for, measured when the slots were made
+    bool     is_async     = false;        // copies may go on when a call that queued them returned
     double   stall_us     = 0.0;          // how long one in the background holds up the computation, likewise
     std::unique_ptr<mobile_uploader> uploader; // NULL: uploads run on the computing stream
 };
@@ -127,11 +129,16 @@ public:
     std::vector<mobile_device_layer> layers;      // ascending il
     std::vector<int32_t>             layer_of_il; // index into layers, -1: none
     std::vector<mobile_pool>         pools;
+    const int32_t                    n_used;      // ids per token in the graph
     mobile_device_counters           count = {};
 
     void reset_counters();
 
 private:
+    const mobile_experts & like(size_t pool) const; // experts of one of its layers
+    int32_t  n_for_all   (size_t pool) const;
+    int32_t  n_in_reach  (size_t pool, int32_t n) const;
+    bool     split_pool  (size_t pool);
     bool     alloc_pool  (mobile_pool & pool, const mobile_experts & like, std::string & err);
     bool     take_slot   (int32_t layer, int32_t & slot, const mobile_device_expert * candidate);
     bool     is_earned   (const mobile_device_layer & l, const mobile_device_expert & x, const mobile_device_expert * victim) const;
@@ -149,11 +156,11 @@ private:
 
     enum mobile_placement contents = MOBILE_PLACEMENT_HOST; // what the slots were filled for
     mobile_store & store;
-    int32_t n_used; // ids per token in the graph
 
     double  cpu_us_per_expert = 0.0;                  // moving average; 0: not measured yet
     int32_t current = -1;                             // layer of the pinned experts
     std::vector<int32_t> pinned;                      // experts of it that are in slots
     std::vector<int32_t> fetches;                     // ... and are to be uploaded
     std::vector<int32_t> on_cpu;                      // experts of it that the CPU computes
+    bool    sending = false;                          // a computing stream may still be reading this layer's uploads
 };
