@@ -64,6 +64,8 @@ def test_key_depends_on_everything_that_decides_the_library(tiny: tuple[Recipe, 
     # the stock library has neither our patches nor our label
     ours = {"label", "patch", "order", "source"}
     assert {name for name, other in others.items() if other.stock_key == recipe.stock_key} == ours
+    fixed = replace(recipe, fixes=(("0001-fix.patch", "0" * 64),))
+    assert fixed.stock_key != recipe.stock_key
     # objects are used again when only the source changed: ninja sees to the rest
     assert {name for name, other in others.items() if other.build_key == recipe.build_key} == ours - {"label"}
 

@@ -110,8 +110,16 @@ def build_wheel(
     return wheel
 
 
-def build_stock(recipe: Recipe, *, jobs: int | None = None, progress: ReportProgress = ignore) -> Path:
-    """Build the unpatched llama.cpp with the same options and return its library directory.
+def build_stock(
+    recipe: Recipe,
+    *,
+    patches: Path | None = None,
+    jobs: int | None = None,
+    progress: ReportProgress = ignore,
+) -> Path:
+    """Build llama.cpp with the same options and none of our hooks, and return its library directory.
+
+    Patches that are fixes (`Patch.is_fix`) go in as well.
 
     Raises:
         EngineBuildError: as for `build_wheel`.
@@ -121,10 +129,14 @@ def build_stock(recipe: Recipe, *, jobs: int | None = None, progress: ReportProg
     root = engine_dir("").parent
     with _cache_errors(root), _scratch(root) as scratch:
         stock = source.unpacked_source(recipe.pin, narrate=lambda text: progress(Progress(text)))
-        objects = scratch / "objects"
-        environ = _build_environment(recipe, tools, stock)
+        objects, tree = scratch / "objects", scratch / "tree"
+        directory = patches or patchset.patches_dir()
+        source.copy_source(stock, tree)
+        source.apply_patches(tree, [patch for patch in patchset.read_series(directory) if patch.is_fix])
+        _check_unchanged(recipe, directory)
+        environ = _build_environment(recipe, tools, tree)
         configure = [
-            tools.cmake, "-S", str(stock / source.LLAMA_CPP), "-B", str(objects), "-G", tools.generator,
+            tools.cmake, "-S", str(tree / source.LLAMA_CPP), "-B", str(objects), "-G", tools.generator,
             *recipe.options.stock_arguments(),
         ]  # fmt: skip
         parallel = str(jobs or default_jobs())

@@ -10,6 +10,9 @@ from mobile_gguf.errors import EngineBuildError
 SERIES = "series"
 SOURCES = "src"
 HEADER_FIELDS = ("What", "Why", "Upstream", "Drop when")
+STOCK_FIELD = (
+    "Stock"  # of a patch without which upstream does not compile or run here; says what it does then
+)
 
 
 def patches_dir() -> Path:
@@ -38,10 +41,15 @@ class Patch:
     @property
     def fields(self) -> dict[str, str]:
         """`What: ...` paragraphs of the header, by name; a paragraph ends at the next one."""
-        names = "|".join(re.escape(name) for name in HEADER_FIELDS)
+        names = "|".join(re.escape(name) for name in (*HEADER_FIELDS, STOCK_FIELD))
         pattern = rf"^({names}):(.*?)(?=^(?:{names}):|\Z)"
         found = re.findall(pattern, self.header, flags=re.MULTILINE | re.DOTALL)
         return {name: " ".join(text.split()) for name, text in found}
+
+    @property
+    def is_fix(self) -> bool:
+        """Whether the stock library gets it too, since it could not be compared with otherwise."""
+        return STOCK_FIELD in self.fields
 
     @property
     def sha256(self) -> str:

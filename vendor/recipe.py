@@ -100,6 +100,7 @@ class Recipe:
     compiler: str
     machine: tuple[tuple[str, str], ...]
     environment: tuple[tuple[str, str], ...]
+    fixes: tuple[tuple[str, str], ...] = ()  # those of `patches` that the stock library gets too
 
     @classmethod
     def create(
@@ -112,14 +113,16 @@ class Recipe:
     ) -> "Recipe":
         """The recipe for this machine, from the patch set in `patches` (default: the package's own)."""
         directory = patches or patchset.patches_dir()
+        series = patchset.read_series(directory)
         return cls(
             pin=pin,
             options=options,
-            patches=tuple((patch.name, patch.sha256) for patch in patchset.read_series(directory)),
+            patches=tuple((patch.name, patch.sha256) for patch in series),
             sources=tuple((path.name, _file_digest(path)) for path in patchset.read_sources(directory)),
             compiler=toolchain.compiler_version(environ),
             machine=tuple(sorted(toolchain.machine_id().items())),
             environment=tuple((name, environ[name]) for name in _COMPILER_VARIABLES if environ.get(name)),
+            fixes=tuple((patch.name, patch.sha256) for patch in series if patch.is_fix),
         )
 
     @property
@@ -141,9 +144,10 @@ class Recipe:
 
     @property
     def stock_key(self) -> str:
-        """Names the unpatched library for the same options, machine and compiler."""
+        """Names the stock library for the same options, machine and compiler."""
         pin = {**asdict(self.pin), "local": ""}  # the label of our wheel says nothing about upstream
-        return _digest({**self._platform(), "pin": pin, "arguments": self.options.stock_arguments()})
+        arguments = self.options.stock_arguments()
+        return _digest({**self._platform(), "pin": pin, "arguments": arguments, "fixes": self.fixes})
 
     def _platform(self) -> dict[str, Any]:
         return {

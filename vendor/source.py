@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from mobile_gguf import paths
@@ -161,19 +161,24 @@ def _run_git(command: Sequence[str], tree: Path) -> tuple[bool, str]:
 
 
 def patch_tree(tree: Path, patches: Path) -> None:
-    """Apply the series to a stock tree and copy our sources into it.
-
-    Raises:
-        EngineBuildError: a patch does not apply; the text ends in the three commands that re-export it.
-    """
-    for patch in patchset.read_series(patches):
-        applied, said = apply_patch(tree, patch)
-        if not applied:
-            raise EngineBuildError(does_not_apply(patch, said))
+    """Apply the series to a stock tree and copy our sources into it. Raises EngineBuildError."""
+    apply_patches(tree, patchset.read_series(patches))
     destination = tree / SOURCES_IN_TREE
     destination.mkdir(parents=True, exist_ok=True)
     for path in patchset.read_sources(patches):
         shutil.copyfile(path, destination / path.name)
+
+
+def apply_patches(tree: Path, patches: Iterable[patchset.Patch]) -> None:
+    """Apply patches to a tree, in order.
+
+    Raises:
+        EngineBuildError: a patch does not apply; the text ends in the three commands that re-export it.
+    """
+    for patch in patches:
+        applied, said = apply_patch(tree, patch)
+        if not applied:
+            raise EngineBuildError(does_not_apply(patch, said))
 
 
 def does_not_apply(patch: patchset.Patch, said: str) -> str:
