@@ -136,8 +136,15 @@ int32_t mobile_prefetch_masked(struct llama_context * ctx) {
     if (!m) {
         return MOBILE_ERR_STATE;
     }
-    if (!m->predictor->begin_masked()) {
+    m->predictor->begin_masked(mobile_route_takes_hints(*m));
+    const bool reads   = m->predictor->hints_masked(MOBILE_AHEAD_HOST);
+    const bool uploads = m->predictor->hints_masked(MOBILE_AHEAD_DEVICE);
+    if (!reads && !uploads) {
         return 0;
+    }
+    if (uploads) {
+        ctx->synchronize(); // no slot is in use
+        m->slots->begin_hints();
     }
     int32_t n = 0;
     for (const auto & route : m->routes) {
@@ -153,8 +160,16 @@ int32_t mobile_prefetch_masked(struct llama_context * ctx) {
                 }
             }
             // ctx->time is one past the last pass's token
-            n += m->store->hint(m->store->layer_of_il[il], ids.data(), ids.size(), m->time - 1.0, 0);
+            if (reads) {
+                n += m->store->hint(m->store->layer_of_il[il], ids.data(), ids.size(), m->time - 1.0, 0);
+            }
+            if (uploads) {
+                m->slots->hint((int32_t) il, ids, m->time - 1.0);
+            }
         }
+    }
+    if (uploads) {
+        m->slots->run_ahead();
     }
     return n;
 }
