@@ -121,10 +121,11 @@ def test_counters_add_up(server, miss, budget):
     assert counted["n_hits"] + counted["n_misses"] == routed
     assert counted["n_misses"] == counted["n_fetched"] + counted["n_cpu"]
     assert result["counters"]["n_hits"] + result["counters"]["n_misses"] == counted["n_misses"]
-    assert counted["bytes_uploaded"] == (counted["n_fetched"] + counted["n_admitted"]) * expert
+    n_uploads = counted["n_fetched"] + counted["n_admitted"] + counted["n_ahead"]
+    assert counted["bytes_uploaded"] == n_uploads * expert
     assert counted["bytes_uploaded_background"] == counted["n_admitted"] * expert
     # what came and did not leave is there, once
-    n_there = counted["n_fetched"] + counted["n_admitted"] - counted["n_evictions"]
+    n_there = n_uploads - counted["n_evictions"]
     assert result["n_resident"] == n_there
     assert counted["resident_bytes"] == n_there * expert
     assert counted["resident_bytes_peak"] <= result["stats"]["device"]["budget_bytes"]
