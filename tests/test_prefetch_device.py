@@ -205,9 +205,9 @@ def test_auto_measures_uploads_apart_from_reads(rpc: list[str]) -> None:
             start(CPU), {"op": "decode", "tokens": PROMPT}, prefetch(AUTO), {"op": "reset_counters"},
             {"op": "steps", "tokens": tokens(n, 33), "pos": len(PROMPT)}, *counted(),
         ], host)
-        for host, n in ((0, 20), ("40%", 20), ("40%  ", 100))
+        for host, n in ((0, 20), ("40%", 20), ("40.0%", 100))
     ))  # fmt: skip
-    resident, short, long = (outcome.ops(name, "prefetch_counters")[0] for name in ("0", "40%", "40%  "))
+    resident, short, long = (outcome.ops(name, "prefetch_counters")[0] for name in ("0", "40%", "40.0%"))
     assert resident["n_passes_on"] == 10  # of a round of 20
     assert resident["device_next_permille"] > 0 == resident["next_permille"]
     assert outcome.ops("0", "device_counters")[0]["n_ahead"] > 0
