@@ -216,27 +216,6 @@ def test_auto_measures_uploads_apart_from_reads(rpc: list[str]) -> None:
     assert long["next_permille"] > 0 < long["device_next_permille"]
 
 
-def test_a_link_that_holds_up_the_computation_is_not_tried(rpc: list[str]) -> None:
-    """Without poison costs count: a socket takes longer than the CPU, so that auto uploads nothing ahead."""
-    outcome = succeeded_on_devices(*(
-        device_run(str(mode), MODEL, rpc, [
-            start(CPU, poison=0), prefetch(mode), *greedy(40), *counted(), {"op": "device_info"},
-        ])
-        for mode in (AUTO, ON)
-    ))  # fmt: skip
-    for mode in (AUTO, ON):
-        assert_as_on_cpu_tokens(outcome, str(mode))
-        assert_adds_up(outcome, str(mode), MODEL)
-    assert outcome.ops(str(AUTO), "device_counters")[0]["n_ahead"] == 0
-    assert outcome.ops(str(ON), "prefetch_counters")[0]["device_next_on"]
-
-
-def assert_as_on_cpu_tokens(outcome: Any, name: str) -> None:
-    from test_device_core import on_cpu
-
-    assert outcome.ops(name, "greedy")[0]["tokens"] == on_cpu(MODEL, 40)[0], name
-
-
 # receipts
 
 

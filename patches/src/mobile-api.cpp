@@ -150,10 +150,12 @@ int32_t mobile_prefetch_masked(struct llama_context * ctx) {
     for (const auto & route : m->routes) {
         const size_t il = route.il;
         if (!route.masked.empty() && il < m->store->layer_of_il.size() && m->store->layer_of_il[il] >= 0) {
-            std::vector<int32_t> ids;
+            std::vector<int32_t> all;
+            std::vector<int32_t> ids; // of these, those that need host memory
             for (int32_t id : route.masked) {
                 for (int32_t s = 0; s < m->store->n_segments; ++s) {
                     const int32_t part = id*m->store->n_segments + s;
+                    all.push_back(part);
                     if (!mobile_route_on_device(*m, m->store->layer_of_il[il], part)) {
                         ids.push_back(part);
                     }
@@ -164,7 +166,7 @@ int32_t mobile_prefetch_masked(struct llama_context * ctx) {
                 n += m->store->hint(m->store->layer_of_il[il], ids.data(), ids.size(), m->time - 1.0, 0);
             }
             if (uploads) {
-                m->slots->hint((int32_t) il, ids, m->time - 1.0);
+                m->slots->hint((int32_t) il, all, m->time - 1.0);
             }
         }
     }

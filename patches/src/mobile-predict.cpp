@@ -237,19 +237,21 @@ void mobile_predictor::run() {
         parts.clear();
         for (int32_t id : ids) {
             for (int32_t s = 0; s < store->n_segments; ++s) {
-                const int32_t part = id*store->n_segments + s;
-                if (t.on_device.empty() || !t.on_device[part]) {
-                    parts.push_back(part);
-                }
+                parts.push_back(id*store->n_segments + s);
             }
         }
+        if (t.to_tier[MOBILE_AHEAD_DEVICE]) {
+            lock.lock();
+            if (t.pass == pass) {
+                taken.push_back({ t.layer, t.now, parts });
+            }
+            lock.unlock();
+        }
         if (t.to_tier[MOBILE_AHEAD_HOST]) {
+            parts.erase(std::remove_if(parts.begin(), parts.end(), [&](int32_t part) { return !t.on_device.empty() && t.on_device[part]; }), parts.end());
             store->hint(t.layer, parts.data(), parts.size(), t.now, t.seq);
         }
         lock.lock();
-        if (t.to_tier[MOBILE_AHEAD_DEVICE] && t.pass == pass && !parts.empty()) {
-            taken.push_back({ t.layer, t.now, parts });
-        }
         if (store->sequence() == t.seq) {
             guessed[t.layer] = ids;
         }

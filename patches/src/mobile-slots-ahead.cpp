@@ -2,10 +2,11 @@
 //
 // Mechanism: a hint names an expert that a layer yet to come will probably need. While its layer has not begun, and as
 // soon as it is in host memory and the uploader has room, it is uploaded beside the computation, if by the measured
-// time between two layers it can be there when it is needed. Until its layer begins it stays; then it is used, or the
-// staler expert that it was before.
-// Rule: it takes a free slot, or that of the expert with the smallest key, if the running token has not used that
-// one and its key is smaller than that of a use now. At least one token's slots are left to the running layer.
+// time between two layers it can be there when it is needed. Hinted experts stay until their layer begins, those that
+// were in slots already as well; then each is used, or the staler expert that it was before.
+// Rule: an upload takes a free slot, or that of the expert with the smallest key. Where misses are fetched that one
+// would leave anyway; else only if the running token has not used it, and its key is smaller than that of a use now.
+// At least one token's slots are left to the running layer.
 // Invariants: those of mobile-slots.h; uploads ahead are used, wasted (gone without a use) or still there unused.
 // Limits: of the thread that decodes, like all of mobile_slots; hints of other threads come by way of the predictor.
 
@@ -44,9 +45,34 @@ void mobile_slots::hint(int32_t il, const std::vector<int32_t> & experts, double
     const auto at = std::upper_bound(hints.begin(), hints.end(), layer, [](int32_t a, const mobile_slot_hint & h) { return a < h.layer; });
     std::vector<mobile_slot_hint> fresh;
     for (int32_t expert : experts) {
-        fresh.push_back({ layer, expert, now });
+        if (l->experts[expert].slot < 0) {
+            fresh.push_back({ layer, expert, now });
+        } else if (layer > reached) {
+            keep(layer, expert);
+        }
     }
     hints.insert(at, fresh.begin(), fresh.end());
+}
+
+// in slots of the pool, and to stay until their layers begin
+int32_t mobile_slots::n_held(int32_t pool) const {
+    return (int32_t) std::count_if(held.begin(), held.end(), [&](const std::pair<int32_t, int32_t> & id) { return layers[id.first].pool == pool; });
+}
+
+bool mobile_slots::may_hold(const mobile_pool & p) const {
+    return n_held((int32_t) (&p - pools.data())) + n_used < p.n_slots - p.n_zero;
+}
+
+// what is in a slot and hinted does not leave it
+void mobile_slots::keep(int32_t layer, int32_t expert) {
+    mobile_device_layer  & l = layers[layer];
+    mobile_device_expert & x = l.experts[expert];
+    if (x.listed && may_hold(pools[l.pool])) {
+        l.evictable.erase({ x.key, expert });
+        x.listed  = false;
+        x.awaited = true;
+        held.push_back({ layer, expert });
+    }
 }
 
 void mobile_slots::begin_hints() {
@@ -95,10 +121,7 @@ bool mobile_slots::upload_ahead(const mobile_slot_hint & h) {
     mobile_device_expert & x = l.experts[h.expert];
     mobile_pool          & p = pools[l.pool];
 
-    const int32_t n_held = (int32_t) std::count_if(held.begin(), held.end(), [&](const std::pair<int32_t, int32_t> & id) {
-        return layers[id.first].pool == l.pool;
-    });
-    if (n_held + n_used >= p.n_slots - p.n_zero) {
+    if (!may_hold(p)) {
         return false;
     }
     if (p.free.empty()) {
@@ -109,7 +132,7 @@ bool mobile_slots::upload_ahead(const mobile_slot_hint & h) {
         }
         const int32_t leaves = layers[victim].evictable.begin()->second;
         const double  use    = mobile_policy_key((enum mobile_eviction) params.eviction, std::max<uint64_t>(x.n_uses, 1), h.now);
-        if (key >= use || layers[victim].experts[leaves].last_use >= h.now) {
+        if (params.miss != MOBILE_MISS_FETCH && (key >= use || layers[victim].experts[leaves].last_use >= h.now)) {
             return false;
         }
         evict(victim, leaves);

@@ -38,7 +38,7 @@ struct mobile_device_expert {
     bool     loading  = false;   // the upload into its slot is on its way
     bool     fresh    = false;   // not used since its upload
     bool     ahead    = false;   // ... which a hint was the reason for
-    bool     awaited  = false;   // ... and its layer is yet to come in this pass: it stays
+    bool     awaited  = false;   // hinted, and its layer is yet to come in this pass: it stays
     uint64_t upload   = 0;       // number of its last upload because of a hint
     uint64_t n_uses   = 0;
     double   last_use = -1e9;    // in tokens
@@ -169,6 +169,9 @@ private:
     bool     is_in_time  (const mobile_slot_hint & h);
     bool     take_ahead  (const mobile_slot_hint & h);
     bool     upload_ahead(const mobile_slot_hint & h);
+    int32_t  n_held      (int32_t pool) const;
+    bool     may_hold    (const mobile_pool & p) const;
+    void     keep        (int32_t layer, int32_t expert);
     void     begin_layer ();
     double   wait_ahead  (const mobile_device_layer & l, const mobile_device_expert & x);
     void     use_ahead   (const mobile_device_layer & l, mobile_device_expert & x, double waited_us);
