@@ -294,8 +294,8 @@ def test_over_a_slow_link_uploads_are_measured_and_left_out(server):
     """An upload takes a hundred thousand times as long as the CPU: nothing the CPU computes pays for one."""
     megabytes = 0.5
     with slow_link(server, megabytes) as link:
-        for miss in ("cpu", "auto"):
-            result = one(spec("slow", link, n=12, miss=miss, vram_budget="60%"))
+        for miss, prefetch in (("cpu", "auto"), ("auto", "auto"), ("cpu", "on")):
+            result = one(spec("slow", link, n=12, miss=miss, prefetch=prefetch, vram_budget="60%"))
             device = result["stats"]["device"]
             info, counted = device["devices"][0], device["counters"]
             bytes_per_expert = info["expert_bytes"] / (info["n_layers"] * 16)
@@ -305,3 +305,7 @@ def test_over_a_slow_link_uploads_are_measured_and_left_out(server):
             assert counted["n_misses"] > 0
             assert counted["n_admitted"] == counted["n_fetched"] == counted["bytes_uploaded"] == 0
             assert result["answers"][0]["tokens"] == on_host()[0]["tokens"]["answers"][0]["tokens"][:12]
+        # fetched experts keep the link busy: a hinted one would come too late
+        fetched = one(spec("slow", link, n=4, miss="fetch", prefetch="on"))["stats"]["device"]["counters"]
+        assert fetched["n_fetched"] > 0 == fetched["n_ahead"]
+        assert fetched["n_ahead_dropped"] > 0

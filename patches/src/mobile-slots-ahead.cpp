@@ -2,7 +2,7 @@
 //
 // Mechanism: a hint names an expert that a layer yet to come will probably need. While its layer has not begun, and as
 // soon as it is in host memory and the uploader has room, it is uploaded beside the computation, if by the measured
-// time between two layers it can be there when it is needed. Hinted experts stay until their layer begins, those that
+// time in which the link has nothing else to do between two layers it can be there when it is needed. Hinted experts stay until their layer begins, those that
 // were in slots already as well; then each is used, or the staler expert that it was before.
 // Rule: an upload takes a free slot, or that of the expert with the smallest key. Where misses are fetched that one
 // would leave anyway; else only if the running token has not used it, and its key is smaller than that of a use now.
@@ -76,8 +76,9 @@ void mobile_slots::keep(int32_t layer, int32_t expert) {
 }
 
 void mobile_slots::begin_hints() {
-    reached = -1;
-    left_us = ggml_time_us();
+    reached    = -1;
+    left_us    = ggml_time_us();
+    backlog_us = 0.0;
 }
 
 void mobile_slots::run_ahead() {
@@ -112,7 +113,8 @@ bool mobile_slots::take_ahead(const mobile_slot_hint & h) {
 // whether an upload that is queued now is there before the layer needs it
 bool mobile_slots::is_in_time(const mobile_slot_hint & h) {
     mobile_device & d = devices[layers[h.layer].device];
-    const double left = (h.layer - reached)*gap_us - (double) (ggml_time_us() - left_us);
+    const double used = (double) (ggml_time_us() - left_us) - backlog_us;
+    const double left = (h.layer - reached)*gap_us - std::max(0.0, used);
     return params.poison || (double) (d.uploader->in_flight() + 1)*d.upload_us <= left;
 }
 
@@ -161,7 +163,7 @@ bool mobile_slots::upload_ahead(const mobile_slot_hint & h) {
 // the pass has come to layer `current`
 void mobile_slots::begin_layer() {
     if (reached >= 0 && current == reached + 1) {
-        const double gap = (double) (ggml_time_us() - left_us);
+        const double gap = std::max(0.0, (double) (ggml_time_us() - left_us) - backlog_us);
         gap_us = gap_us > 0.0 ? gap_us + GAP_STEP*(gap - gap_us) : gap;
     }
     reached = current;

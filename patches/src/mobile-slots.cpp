@@ -251,11 +251,13 @@ void mobile_slots::assign(int32_t il, const std::vector<mobile_need> & needs, st
 
 void mobile_slots::fetch(std::vector<int32_t> & slot) {
     const int64_t start = ggml_time_us();
-    left_us = start;
+    left_us    = start;
+    backlog_us = 0.0;
     if (fetches.empty()) {
         return;
     }
     mobile_device_layer & l = layers[current];
+    const size_t n = fetches.size();
     for (int32_t expert : fetches) {
         // with a choice, what is still being read is computed on the CPU, piece by piece as it arrives
         if (upload(l, expert, l.experts[expert].slot, params.miss == MOBILE_MISS_FETCH)) {
@@ -270,6 +272,7 @@ void mobile_slots::fetch(std::vector<int32_t> & slot) {
     fetches.clear();
     left_us = ggml_time_us();
     count.upload_us += left_us - start;
+    backlog_us = std::max(0.0, n*devices[l.device].upload_us - (double) (left_us - start));
 }
 
 void mobile_slots::admit() {

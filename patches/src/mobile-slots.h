@@ -195,5 +195,6 @@ private:
     std::vector<std::pair<int32_t, int32_t>> held;    // (layer, expert) awaited, or on their way because of a hint
     int32_t reached = -1;                             // the layer that this pass has come to
     int64_t left_us = 0;                              // when its route op was done
+    double  backlog_us = 0.0;                         // for which its uploads kept the link busy from then on
     double  gap_us  = 0.0;                            // from there to the next layer's, moving average; 0: not measured
 };
