@@ -53,7 +53,8 @@ def measure(args: argparse.Namespace, slots: str, miss: str) -> dict[str, Any]:
                 runs[arm].append(_run(models[arm], args.tokens, args.mode))
         device = models["on"].stats()["device"]["devices"][0]
     counted = {arm: found[1:] for arm, found in runs.items()}
-    ratios = [on["ms_per_token"] / off["ms_per_token"] for on, off in zip(counted["on"], counted["off"], strict=True)]
+    pairs = zip(counted["on"], counted["off"], strict=True)
+    ratios = [on["ms_per_token"] / off["ms_per_token"] for on, off in pairs]
     return {"slots": slots, "miss": miss, "device": device, "ratios": ratios, "runs": counted}
 
 
@@ -75,10 +76,11 @@ def page(result: dict[str, Any]) -> str:
         "# Uploads ahead of need",
         "",
         f"{result['hardware']}. {result['model']}, mode {result['mode']}, {result['tokens']} tokens,"
-        f" {result['rounds']} interleaved rounds after one that fills the slots; median (range) of the rounds'"
-        " time with prefetch over the time without. The device is an RPC server on loopback with one CPU thread.",
+        f" {result['rounds']} interleaved rounds after one that fills the slots; median (range) of the"
+        " rounds' time with prefetch over the time without. The device is an RPC server on loopback with one"
+        " CPU thread.",
         "",
-        "| slots | miss | time on / off | ms a token, off | misses a token, off | on | ahead a token | used |",
+        "| slots | miss | time on / off | ms a token, off | misses a token: off | on | ahead | used |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
@@ -88,7 +90,7 @@ def page(result: dict[str, Any]) -> str:
         ahead = sum(run["receipt"]["prefetch_hits"] for run in on)
         lines.append(
             f"| {row['slots']} | {row['miss']} | {ratio} | {ms:.1f} | {_misses(off):.1f} | {_misses(on):.1f}"
-            f" | {row['ahead'] :.1f} | {100 * ahead / max(1, row['n_ahead']):.0f}% |"
+            f" | {row['ahead']:.1f} | {100 * ahead / max(1, row['n_ahead']):.0f}% |"
         )
     return "\n".join([*lines, "", "```", result["command"], "```", ""])
 

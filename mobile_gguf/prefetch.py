@@ -105,7 +105,7 @@ class PrefetchCounters:
 
 
 def set_prefetch(engine: Engine, ctx: int, mode: str) -> None:
-    """Read and upload ahead on ``ctx``: ``on``, ``off``, or ``auto``, only while it is measured to shorten passes."""
+    """Move experts ahead of need on ``ctx``: ``on``, ``off``, or ``auto``, while it is measured to help."""
     engine.checked("set_prefetch", "setting the prefetch mode", ctx, _number("prefetch", PREFETCH, mode))
 
 

@@ -104,9 +104,7 @@ def test_devices_and_counters_are_read_field_by_field():
 def test_device_counters_add_up_but_for_the_present_state():
     both = structs.DeviceCounters(
         n_hits=1, resident_bytes=5, resident_bytes_peak=9, n_ahead_unused=7
-    ) + structs.DeviceCounters(
-        n_hits=2, resident_bytes=3, resident_bytes_peak=4, n_ahead_unused=2
-    )
+    ) + structs.DeviceCounters(n_hits=2, resident_bytes=3, resident_bytes_peak=4, n_ahead_unused=2)
     assert (both.n_hits, both.resident_bytes, both.resident_bytes_peak) == (3, 3, 9)
     assert both.n_ahead_unused == 2
 

@@ -14,7 +14,6 @@ import pytest
 import tiny_models
 from device_jobs import AUTO as MISS_AUTO
 from device_jobs import (
-    CACHE,
     CPU,
     FETCH,
     HOST,
@@ -61,7 +60,7 @@ def assert_adds_up(outcome: Any, name: str, model: str, at: int = -1) -> dict[st
     n_resident = outcome.ops(name, "device_residency")[at]["n_resident"]
     smallest, largest = expert_bytes(model)
     n_uploads = device["n_fetched"] + device["n_admitted"] + device["n_ahead"]
-    assert device["n_ahead"] == device["n_ahead_used"] + device["n_ahead_wasted"] + device["n_ahead_unused"], name
+    assert device["n_ahead"] == sum(device[f"n_ahead_{end}"] for end in ("used", "wasted", "unused")), name
     # an expert that is uploaded twice while it is there takes two slots, and one of them is lost
     assert n_uploads - device["n_evictions"] == n_resident, name
     assert n_uploads * smallest <= device["bytes_uploaded"] <= n_uploads * largest, name
@@ -99,15 +98,21 @@ def test_uploads_ahead_change_no_results(model: str, rpc: list[str]) -> None:
 def test_fetch_computes_the_same_bits_whenever_experts_come(host: int | str, rpc: list[str]) -> None:
     """Everything is computed on the device, in the same order of ranks: a late upload is waited for."""
     budgets = (0.3, 0.6, 1.0)
+    pairs = [
+        {"op": "decode", "tokens": tokens(2, i), "pos": 64 + 2 * i, "save": f"pair-{i}"} for i in range(8)
+    ]
     outcome = succeeded_on_devices(*(
         device_run(f"{mode} {budget}", MODEL, rpc, [
             start(FETCH, budget), prefetch(mode), {"op": "decode", "tokens": PROMPT},
             {"op": "steps", "tokens": FOLLOWING, "pos": len(PROMPT), "save": "steps"}, *counted(),
+            *pairs,
         ], host)
         for budget in budgets for mode in (OFF, ON)
     ))  # fmt: skip
     for budget in budgets:
-        assert_same_bits(outcome.arrays[f"1 {budget}/steps"], outcome.arrays[f"0 {budget}/steps"], str(budget))
+        for name in ("steps", *(f"pair-{i}" for i in range(8))):
+            ours, plain = (outcome.arrays[f"{mode} {budget}/{name}"] for mode in (ON, OFF))
+            assert_same_bits(ours, plain, f"{budget} {name}")
         on, off = (assert_adds_up(outcome, f"{mode} {budget}", MODEL) for mode in (ON, OFF))
         assert on["n_cpu"] == off["n_cpu"] == 0
         assert on["n_ahead"] > 0 == off["n_ahead"]

@@ -104,9 +104,10 @@ class DeviceInfo:
 
 @dataclass(frozen=True)
 class DeviceCounters:
-    """What the device tier did since the last reset; ``resident_bytes`` and ``n_ahead_unused`` are the present state.
+    """What the device tier did since the last reset; ``resident_bytes`` is the present state.
 
-    Bytes, microseconds and counts, as in mobile.h. ``n_ahead`` experts were uploaded because of a hint.
+    Bytes, microseconds and counts, as in mobile.h. ``n_ahead`` experts were uploaded because of a hint; of
+    all such ``n_ahead_unused`` are in slots at present without a use yet.
     """
 
     n_hits: int = 0

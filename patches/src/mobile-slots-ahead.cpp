@@ -6,7 +6,7 @@
 // were in slots already as well; then each is used, or the staler expert that it was before.
 // Rule: an upload takes a free slot, or that of the expert with the smallest key. Where misses are fetched that one
 // would leave anyway; else only if the running token has not used it, and its key is smaller than that of a use now.
-// At least one token's slots are left to the running layer.
+// As many slots as the running layer may need are left to it.
 // Invariants: those of mobile-slots.h; uploads ahead are used, wasted (gone without a use) or still there unused.
 // Limits: of the thread that decodes, like all of mobile_slots; hints of other threads come by way of the predictor.
 
@@ -60,7 +60,7 @@ int32_t mobile_slots::n_held(int32_t pool) const {
 }
 
 bool mobile_slots::may_hold(const mobile_pool & p) const {
-    return n_held((int32_t) (&p - pools.data())) + n_used < p.n_slots - p.n_zero;
+    return n_held((int32_t) (&p - pools.data())) + n_reserved < p.n_slots - p.n_zero;
 }
 
 // what is in a slot and hinted does not leave it
@@ -77,6 +77,7 @@ void mobile_slots::keep(int32_t layer, int32_t expert) {
 
 void mobile_slots::begin_hints() {
     reached    = -1;
+    n_reserved = n_used;
     left_us    = ggml_time_us();
     backlog_us = 0.0;
 }
@@ -161,12 +162,17 @@ bool mobile_slots::upload_ahead(const mobile_slot_hint & h) {
 }
 
 // the pass has come to layer `current`
-void mobile_slots::begin_layer() {
+void mobile_slots::begin_layer(const std::vector<mobile_need> & needs) {
     if (reached >= 0 && current == reached + 1) {
         const double gap = std::max(0.0, (double) (ggml_time_us() - left_us) - backlog_us);
         gap_us = gap_us > 0.0 ? gap_us + GAP_STEP*(gap - gap_us) : gap;
     }
-    reached = current;
+    reached    = current;
+    int32_t n_ids = 0;
+    for (const mobile_need & need : needs) {
+        n_ids += (int32_t) need.n_tokens;
+    }
+    n_reserved = std::max(n_used, std::min(n_ids, layers[current].n_expert));
     settle_ahead(current);
 }
 

@@ -199,7 +199,7 @@ void mobile_slots::assign(int32_t il, const std::vector<mobile_need> & needs, st
     on_cpu.clear();
     current = layer_of_il[il];
     mobile_device_layer & l = layers[current];
-    begin_layer();
+    begin_layer(needs);
 
     slot.assign(l.n_expert, -1);
     missing.clear();

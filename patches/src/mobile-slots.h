@@ -172,7 +172,7 @@ private:
     int32_t  n_held      (int32_t pool) const;
     bool     may_hold    (const mobile_pool & p) const;
     void     keep        (int32_t layer, int32_t expert);
-    void     begin_layer ();
+    void     begin_layer (const std::vector<mobile_need> & needs);
     double   wait_ahead  (const mobile_device_layer & l, const mobile_device_expert & x);
     void     use_ahead   (const mobile_device_layer & l, mobile_device_expert & x, double waited_us);
     void     waste_ahead (const mobile_device_layer & l, mobile_device_expert & x);
@@ -194,6 +194,7 @@ private:
     std::vector<mobile_slot_hint> hints;              // ascending layer
     std::vector<std::pair<int32_t, int32_t>> held;    // (layer, expert) awaited, or on their way because of a hint
     int32_t reached = -1;                             // the layer that this pass has come to
+    int32_t n_reserved = 0;                           // slots that a layer of it may need
     int64_t left_us = 0;                              // when its route op was done
     double  backlog_us = 0.0;                         // for which its uploads kept the link busy from then on
     double  gap_us  = 0.0;                            // from there to the next layer's, moving average; 0: not measured
