@@ -303,6 +303,8 @@ def test_over_a_slow_link_uploads_are_measured_and_left_out(server):
             assert info["upload_us"] > 0.9 * bytes_per_expert / megabytes
             assert info["stall_us"] > 0
             assert counted["n_misses"] > 0
+            # auto does not even try it
+            assert (counted["n_ahead_dropped"] > 0) == (prefetch == "on")
             assert counted["n_admitted"] == counted["n_fetched"] == counted["bytes_uploaded"] == 0
             assert result["answers"][0]["tokens"] == on_host()[0]["tokens"]["answers"][0]["tokens"][:12]
         # fetched experts keep the link busy: a hinted one would come too late

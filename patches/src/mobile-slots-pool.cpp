@@ -83,7 +83,7 @@ int32_t mobile_slots::start(std::string & err) {
     }
     for (auto & d : devices) {
         d.uploader = std::make_unique<mobile_uploader>();
-        if (!d.uploader->start(d.dev, params.n_uploads, d.slot_bytes)) {
+        if (!d.uploader->start(d.dev, params.n_uploads, d.slot_bytes, params.poison)) {
             d.uploader.reset();
         }
     }

@@ -1,8 +1,14 @@
 #include "mobile-upload.h"
 
+#include <chrono>
 #include <cstring>
 
-bool mobile_uploader::start(ggml_backend_dev_t dev, int32_t n_blocks, size_t bytes) {
+// every so many uploads are late by so much, if any are
+static constexpr uint64_t STRAGGLE_EVERY = 3;
+static constexpr auto     STRAGGLE_TIME  = std::chrono::milliseconds(2);
+
+bool mobile_uploader::start(ggml_backend_dev_t dev, int32_t n_blocks, size_t bytes, bool late) {
+    straggle = late;
     ggml_backend_dev_props props;
     ggml_backend_dev_get_props(dev, &props);
     if (!props.caps.async || n_blocks <= 0) {
@@ -90,7 +96,11 @@ void mobile_uploader::run() {
         }
         mobile_upload upload = std::move(queued.front());
         queued.pop_front();
+        const bool is_late = straggle && n_done % STRAGGLE_EVERY == 0;
         lock.unlock();
+        if (is_late) {
+            std::this_thread::sleep_for(STRAGGLE_TIME);
+        }
         for (const auto & part : upload.parts) {
             ggml_backend_tensor_set_async(backend.get(), part.tensor, part.data, part.offset, part.size);
         }

@@ -35,8 +35,8 @@ struct mobile_upload {
 
 class mobile_uploader {
 public:
-    // false: the device has no second stream. block_bytes: of the largest upload
-    bool start(ggml_backend_dev_t dev, int32_t n_blocks, size_t block_bytes);
+    // false: the device has no second stream. block_bytes: of the largest upload. straggle: some are late, for tests
+    bool start(ggml_backend_dev_t dev, int32_t n_blocks, size_t block_bytes, bool straggle);
     ~mobile_uploader();
 
     // by the thread that decodes
@@ -69,5 +69,6 @@ private:
     uint64_t                   n_done      = 0;
     uint64_t                   n_queued    = 0; // of the thread that decodes
     bool                       stop = false;
+    bool                       straggle = false;
     std::thread                thread;
 };

@@ -217,7 +217,8 @@ struct mobile_device_params {
     int32_t  eviction;     // enum mobile_eviction
     int32_t  n_batch_max;  // passes of more tokens compute without the slots. 1 to 128
     int32_t  n_uploads;    // background uploads in flight; 0: none, misses computed on the CPU are never uploaded
-    int32_t  poison;       // 1: what is evicted is overwritten with garbage first, and uploads count as free, to find errors
+    int32_t  poison;       // 1: what is evicted is overwritten with garbage first, uploads count as free, and some are late, to
+                           // find errors
     int32_t  reserved[2];  // 0
 };
 
