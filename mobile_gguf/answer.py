@@ -148,9 +148,9 @@ def read_traffic(
         "bytes_uploaded": on_device.bytes_uploaded,
         "upload_stall_ms": on_device.upload_us / 1e3,
         "vram_budget_bytes": backend.device.budget_bytes if backend.device is not None else 0,
-        "prefetch_hits": ahead.n_used,
-        "prefetch_wasted_bytes": ahead.bytes_wasted,
-        "prefetch_saved_ms": ahead.saved_us / 1e3,
+        "prefetch_hits": ahead.n_used + on_device.n_ahead_used,
+        "prefetch_wasted_bytes": ahead.bytes_wasted + on_device.bytes_ahead_wasted,
+        "prefetch_saved_ms": (ahead.saved_us + on_device.ahead_saved_us) / 1e3,
     }
 
 

@@ -1,6 +1,6 @@
-"""Reading experts ahead of need: Python's side of ``mobile_set_prefetch`` in ``patches/src/mobile.h``.
+"""Moving experts ahead of need: Python's side of ``mobile_set_prefetch`` in ``patches/src/mobile.h``.
 
-It changes when bytes are read, never outputs.
+It changes when bytes are read and uploaded, never outputs.
 """
 
 from __future__ import annotations
@@ -31,7 +31,18 @@ _COUNTS = (
     "n_passes",
     "n_passes_on",
 )
-_STATES = ("mode", "by_router", "next_on", "masked_on", "next_permille", "masked_permille")
+_STATES = (
+    "mode",
+    "by_router",
+    "next_on",
+    "masked_on",
+    "next_permille",
+    "masked_permille",
+    "device_next_on",
+    "device_masked_on",
+    "device_next_permille",
+    "device_masked_permille",
+)
 
 
 class PrefetchCountersStruct(ctypes.Structure):
@@ -51,7 +62,7 @@ class PrefetchCounters:
     needed before they left memory, ``n_wasted`` left it unused; ``n_unused`` are there still. ``saved_us``
     is an estimate: the bytes that had arrived when they were needed, times the stall that a byte read on
     demand cost. ``next_permille`` is the time of a pass with predictions over one without, as measured
-    last; 0: not yet.
+    last; 0: not yet. ``device_...``: the same for uploads, which ``DeviceCounters`` counts.
     """
 
     n_predicted: int = 0
@@ -71,6 +82,10 @@ class PrefetchCounters:
     masked_on: int = 0
     next_permille: int = 0
     masked_permille: int = 0
+    device_next_on: int = 0
+    device_masked_on: int = 0
+    device_next_permille: int = 0
+    device_masked_permille: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """For ``Model.stats()``: ratios are None until they were measured."""
@@ -81,12 +96,16 @@ class PrefetchCounters:
             "little_pass_on": bool(self.masked_on),
             "next_layer_time_ratio": self.next_permille / 1000 or None,
             "little_pass_time_ratio": self.masked_permille / 1000 or None,
+            "next_layer_uploads_on": bool(self.device_next_on),
+            "little_pass_uploads_on": bool(self.device_masked_on),
+            "next_layer_uploads_time_ratio": self.device_next_permille / 1000 or None,
+            "little_pass_uploads_time_ratio": self.device_masked_permille / 1000 or None,
             **{name: getattr(self, name) for name in _COUNTS},
         }
 
 
 def set_prefetch(engine: Engine, ctx: int, mode: str) -> None:
-    """Read ahead on ``ctx``: ``on``, ``off``, or ``auto``, only while it is measured to shorten passes."""
+    """Move experts ahead of need on ``ctx``: ``on``, ``off``, or ``auto``, while it is measured to help."""
     engine.checked("set_prefetch", "setting the prefetch mode", ctx, _number("prefetch", PREFETCH, mode))
 
 

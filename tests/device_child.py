@@ -46,7 +46,8 @@ class DeviceCounters(ctypes.Structure):
         (name, ctypes.c_uint64) for name in
         ("n_hits", "n_misses", "n_fetched", "n_cpu", "n_admitted", "n_evictions", "n_wasted",
          "bytes_uploaded", "bytes_uploaded_background", "bytes_wasted", "upload_us", "cpu_us",
-         "resident_bytes", "resident_bytes_peak")
+         "resident_bytes", "resident_bytes_peak", "n_ahead", "n_ahead_used", "n_ahead_wasted",
+         "n_ahead_unused", "n_ahead_dropped", "bytes_uploaded_ahead", "bytes_ahead_wasted", "ahead_saved_us")
     ]  # fmt: skip
 
 

@@ -98,14 +98,15 @@ def test_devices_and_counters_are_read_field_by_field():
     made, _ = calls(device_count=2, device_get_info=fill_info, device_get_counters=fill_counters)
     first, second = made.devices()
     assert (first.name, first.description, first.pool_bytes, second.pool_bytes) == ("GPU0", "Karte ä", 10, 11)
-    assert list(vars(made.counters()).values()) == list(range(14))
+    assert list(vars(made.counters()).values()) == list(range(22))
 
 
 def test_device_counters_add_up_but_for_the_present_state():
-    both = structs.DeviceCounters(n_hits=1, resident_bytes=5, resident_bytes_peak=9) + structs.DeviceCounters(
-        n_hits=2, resident_bytes=3, resident_bytes_peak=4
-    )
+    both = structs.DeviceCounters(
+        n_hits=1, resident_bytes=5, resident_bytes_peak=9, n_ahead_unused=7
+    ) + structs.DeviceCounters(n_hits=2, resident_bytes=3, resident_bytes_peak=4, n_ahead_unused=2)
     assert (both.n_hits, both.resident_bytes, both.resident_bytes_peak) == (3, 3, 9)
+    assert both.n_ahead_unused == 2
 
 
 # ggml's registry

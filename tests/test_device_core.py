@@ -348,6 +348,8 @@ ACTIONS = st.one_of(
     st.fixed_dictionaries({"op": st.just("device_placement"), "placement": PLACEMENTS}),
     st.fixed_dictionaries({"op": st.just("device_miss"), "miss": st.sampled_from([AUTO, FETCH, CPU])}),
     st.fixed_dictionaries({"op": st.just("set_k"), "k": st.integers(0, 4)}),
+    st.fixed_dictionaries({"op": st.just("set_prefetch"), "mode": st.integers(0, 2)}),
+    st.just({"op": "prefetch"}),
     st.fixed_dictionaries({"op": st.just("remove"), "back": st.integers(1, 8)}),
     st.just({"op": "device_residency"}),
 )  # fmt: skip
@@ -385,9 +387,13 @@ def test_any_interleaving_computes_what_the_cpu_does(
     start = {
         "op": "device_start", "budget": budget, "miss": CPU, "poison": 2, "n_uploads": n_uploads,
     }  # fmt: skip
-    outcome = succeeded_on_devices(
-        device_run("d", model, rpc, [start, *scripted(actions, True)], host, n_ctx=1700)
-    )
+    # a residency collects what is done
+    last = [{"op": "device_residency", "save": "last"}, {"op": "device_counters"}]
+    ops = [{"op": "set_prefetch", "mode": 1}, start, *scripted(actions, True), *last]
+    outcome = succeeded_on_devices(device_run("d", model, rpc, ops, host, n_ctx=1700))
+    counted = outcome.ops("d", "device_counters")[0]
+    gone_or_there = counted["n_ahead_used"] + counted["n_ahead_wasted"] + counted["n_ahead_unused"]
+    assert counted["n_ahead"] == gone_or_there
     expected = succeeded(on_engine(run("r", model, scripted(actions, False), 0, n_ctx=1700))).arrays
     close = []
     for name, logits in expected.items():

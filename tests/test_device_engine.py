@@ -121,10 +121,11 @@ def test_counters_add_up(server, miss, budget):
     assert counted["n_hits"] + counted["n_misses"] == routed
     assert counted["n_misses"] == counted["n_fetched"] + counted["n_cpu"]
     assert result["counters"]["n_hits"] + result["counters"]["n_misses"] == counted["n_misses"]
-    assert counted["bytes_uploaded"] == (counted["n_fetched"] + counted["n_admitted"]) * expert
+    n_uploads = counted["n_fetched"] + counted["n_admitted"] + counted["n_ahead"]
+    assert counted["bytes_uploaded"] == n_uploads * expert
     assert counted["bytes_uploaded_background"] == counted["n_admitted"] * expert
     # what came and did not leave is there, once
-    n_there = counted["n_fetched"] + counted["n_admitted"] - counted["n_evictions"]
+    n_there = n_uploads - counted["n_evictions"]
     assert result["n_resident"] == n_there
     assert counted["resident_bytes"] == n_there * expert
     assert counted["resident_bytes_peak"] <= result["stats"]["device"]["budget_bytes"]
@@ -293,8 +294,8 @@ def test_over_a_slow_link_uploads_are_measured_and_left_out(server):
     """An upload takes a hundred thousand times as long as the CPU: nothing the CPU computes pays for one."""
     megabytes = 0.5
     with slow_link(server, megabytes) as link:
-        for miss in ("cpu", "auto"):
-            result = one(spec("slow", link, n=12, miss=miss, vram_budget="60%"))
+        for miss, prefetch in (("cpu", "auto"), ("auto", "auto"), ("cpu", "on")):
+            result = one(spec("slow", link, n=12, miss=miss, prefetch=prefetch, vram_budget="60%"))
             device = result["stats"]["device"]
             info, counted = device["devices"][0], device["counters"]
             bytes_per_expert = info["expert_bytes"] / (info["n_layers"] * 16)
@@ -302,5 +303,11 @@ def test_over_a_slow_link_uploads_are_measured_and_left_out(server):
             assert info["upload_us"] > 0.9 * bytes_per_expert / megabytes
             assert info["stall_us"] > 0
             assert counted["n_misses"] > 0
+            # auto does not even try it
+            assert (counted["n_ahead_dropped"] > 0) == (prefetch == "on")
             assert counted["n_admitted"] == counted["n_fetched"] == counted["bytes_uploaded"] == 0
             assert result["answers"][0]["tokens"] == on_host()[0]["tokens"]["answers"][0]["tokens"][:12]
+        # fetched experts keep the link busy: a hinted one would come too late
+        fetched = one(spec("slow", link, n=4, miss="fetch", prefetch="on"))["stats"]["device"]["counters"]
+        assert fetched["n_fetched"] > 0 == fetched["n_ahead"]
+        assert fetched["n_ahead_dropped"] > 0

@@ -67,6 +67,14 @@ class DeviceCountersStruct(ctypes.Structure):
             "cpu_us",
             "resident_bytes",
             "resident_bytes_peak",
+            "n_ahead",
+            "n_ahead_used",
+            "n_ahead_wasted",
+            "n_ahead_unused",
+            "n_ahead_dropped",
+            "bytes_uploaded_ahead",
+            "bytes_ahead_wasted",
+            "ahead_saved_us",
         )
     ]
 
@@ -98,7 +106,8 @@ class DeviceInfo:
 class DeviceCounters:
     """What the device tier did since the last reset; ``resident_bytes`` is the present state.
 
-    Bytes, microseconds and counts, as in mobile.h.
+    Bytes, microseconds and counts, as in mobile.h. ``n_ahead`` experts were uploaded because of a hint; of
+    all such ``n_ahead_unused`` are in slots at present without a use yet.
     """
 
     n_hits: int = 0
@@ -115,10 +124,19 @@ class DeviceCounters:
     cpu_us: int = 0
     resident_bytes: int = 0
     resident_bytes_peak: int = 0
+    n_ahead: int = 0
+    n_ahead_used: int = 0
+    n_ahead_wasted: int = 0
+    n_ahead_unused: int = 0
+    n_ahead_dropped: int = 0
+    bytes_uploaded_ahead: int = 0
+    bytes_ahead_wasted: int = 0
+    ahead_saved_us: int = 0
 
     def __add__(self, later: DeviceCounters) -> DeviceCounters:
         """Both periods together; ``later`` has the present state."""
         sums = {name: getattr(self, name) + getattr(later, name) for name in self.__dataclass_fields__}
         sums["resident_bytes"] = later.resident_bytes
+        sums["n_ahead_unused"] = later.n_ahead_unused
         sums["resident_bytes_peak"] = max(self.resident_bytes_peak, later.resident_bytes_peak)
         return DeviceCounters(**sums)

@@ -136,25 +136,42 @@ int32_t mobile_prefetch_masked(struct llama_context * ctx) {
     if (!m) {
         return MOBILE_ERR_STATE;
     }
-    if (!m->predictor->begin_masked()) {
+    m->predictor->begin_masked(mobile_route_takes_hints(*m));
+    const bool reads   = m->predictor->hints_masked(MOBILE_AHEAD_HOST);
+    const bool uploads = m->predictor->hints_masked(MOBILE_AHEAD_DEVICE);
+    if (!reads && !uploads) {
         return 0;
+    }
+    if (uploads) {
+        ctx->synchronize(); // no slot is in use
+        m->slots->begin_hints();
     }
     int32_t n = 0;
     for (const auto & route : m->routes) {
         const size_t il = route.il;
         if (!route.masked.empty() && il < m->store->layer_of_il.size() && m->store->layer_of_il[il] >= 0) {
-            std::vector<int32_t> ids;
+            std::vector<int32_t> all;
+            std::vector<int32_t> ids; // of these, those that need host memory
             for (int32_t id : route.masked) {
                 for (int32_t s = 0; s < m->store->n_segments; ++s) {
                     const int32_t part = id*m->store->n_segments + s;
+                    all.push_back(part);
                     if (!mobile_route_on_device(*m, m->store->layer_of_il[il], part)) {
                         ids.push_back(part);
                     }
                 }
             }
             // ctx->time is one past the last pass's token
-            n += m->store->hint(m->store->layer_of_il[il], ids.data(), ids.size(), m->time - 1.0, 0);
+            if (reads) {
+                n += m->store->hint(m->store->layer_of_il[il], ids.data(), ids.size(), m->time - 1.0, 0);
+            }
+            if (uploads) {
+                m->slots->hint((int32_t) il, all, m->time - 1.0);
+            }
         }
+    }
+    if (uploads) {
+        m->slots->run_ahead();
     }
     return n;
 }

@@ -32,8 +32,8 @@ mobile_predictor::~mobile_predictor() {
 
 void mobile_predictor::set_mode(enum mobile_prefetch m) {
     if (mode != m) {
-        next_trial   = mobile_trial();
-        masked_trial = mobile_trial();
+        std::fill_n(next_trial,   MOBILE_AHEAD_TIERS, mobile_trial());
+        std::fill_n(masked_trial, MOBILE_AHEAD_TIERS, mobile_trial());
     }
     mode = m;
     set_predictor(asked);
@@ -56,39 +56,61 @@ void mobile_predictor::set_replay(bool on) {
     set_predictor(asked);
 }
 
-bool mobile_predictor::begin_masked() {
-    if (mode == MOBILE_PREFETCH_OFF || store->all_resident) {
-        return false;
-    }
-    rerun     = true;
-    masked_on = mode == MOBILE_PREFETCH_ON || masked_trial.on();
-    return masked_on;
+void mobile_predictor::set_tiers(bool device) {
+    takes[MOBILE_AHEAD_HOST]   = !store->all_resident;
+    takes[MOBILE_AHEAD_DEVICE] = device;
 }
 
-void mobile_predictor::begin_pass(int64_t n, int32_t k_used) {
+bool mobile_predictor::is_on(enum mobile_ahead tier, const mobile_trial & trial) const {
+    return takes[tier] && (mode == MOBILE_PREFETCH_ON || (mode == MOBILE_PREFETCH_AUTO && trial.on()));
+}
+
+void mobile_predictor::begin_masked(bool device) {
+    set_tiers(device);
+    rerun = !is_idle();
+    for (int i = 0; i < MOBILE_AHEAD_TIERS; ++i) {
+        masked_on[i] = is_on((enum mobile_ahead) i, masked_trial[i]);
+    }
+}
+
+void mobile_predictor::begin_pass(int64_t n, int32_t k_used, bool device) {
     n_tokens = n;
     k        = k_used;
-    next_on  = mode != MOBILE_PREFETCH_OFF && !store->all_resident && n <= N_TOKENS_MAX && (mode == MOBILE_PREFETCH_ON || next_trial.on());
+    set_tiers(device);
+    for (int i = 0; i < MOBILE_AHEAD_TIERS; ++i) {
+        next_on[i] = n <= N_TOKENS_MAX && is_on((enum mobile_ahead) i, next_trial[i]);
+    }
     before_layer = -1;
-    if (next_on) {
+    if (next_on[MOBILE_AHEAD_HOST] || next_on[MOBILE_AHEAD_DEVICE]) {
         start();
         std::lock_guard<std::mutex> lock(mutex);
         for (auto & ids : guessed) {
             ids.clear();
         }
+        taken.clear();
+        pass++;
     }
     start_us = ggml_time_us();
+}
+
+std::vector<mobile_guess> mobile_predictor::take() {
+    std::vector<mobile_guess> guesses;
+    if (next_on[MOBILE_AHEAD_DEVICE]) {
+        std::lock_guard<std::mutex> lock(mutex);
+        guesses.swap(taken);
+    }
+    return guesses;
 }
 
 void mobile_predictor::end_pass(bool ok) {
     const double us = (double) std::max<int64_t>(ggml_time_us() - start_us, 1);
     const bool was_rerun = rerun;
     rerun = false;
-    if (!ok || n_tokens > N_TOKENS_MAX || mode == MOBILE_PREFETCH_OFF || store->all_resident) {
+    if (!ok || n_tokens > N_TOKENS_MAX || is_idle()) {
         return;
     }
     n_passes++;
-    n_passes_on += next_on;
+    n_passes_on += next_on[MOBILE_AHEAD_HOST] || next_on[MOBILE_AHEAD_DEVICE];
 
     double & u = usual[n_tokens - 1][k > 0][was_rerun];
     u = u > 0.0 ? u + USUAL_STEP*(us - u) : us;
@@ -96,15 +118,23 @@ void mobile_predictor::end_pass(bool ok) {
         return;
     }
     // one at a time
-    if (was_rerun && !next_trial.deciding()) {
-        masked_trial.add(us/u);
+    for (mobile_trial * trials : { next_trial, masked_trial }) {
+        for (int i = 0; i < MOBILE_AHEAD_TIERS; ++i) {
+            if (!takes[i] || (trials == masked_trial && !was_rerun)) {
+                continue;
+            }
+            const bool deciding = trials[i].deciding();
+            trials[i].add(us/u);
+            if (deciding) {
+                return;
+            }
+        }
     }
-    next_trial.add(us/u);
 }
 
 void mobile_predictor::add_layer(int32_t layer, const std::vector<int32_t> & routed, int64_t n, const float * cur, int64_t n_embd,
         size_t cur_stride, const std::vector<uint8_t> & on_device, double now) {
-    if (mode == MOBILE_PREFETCH_OFF || store->all_resident) {
+    if (is_idle()) {
         return;
     }
     const int64_t n_used = (int64_t) routed.size()/n;
@@ -114,7 +144,7 @@ void mobile_predictor::add_layer(int32_t layer, const std::vector<int32_t> & rou
     if (!by_router) {
         count(layer, routed, n);
     }
-    if (next_on && n <= N_TOKENS_MAX) {
+    if ((next_on[MOBILE_AHEAD_HOST] || next_on[MOBILE_AHEAD_DEVICE]) && n <= N_TOKENS_MAX) {
         std::lock_guard<std::mutex> lock(mutex);
         for (int32_t id : guessed[layer]) {
             n_predicted++;
@@ -124,6 +154,8 @@ void mobile_predictor::add_layer(int32_t layer, const std::vector<int32_t> & rou
         if (next < (int32_t) store->layers.size() && (by_router ? cur && routers[next].weight && n_embd == n_embd_router : true)) {
             pending.layer    = next;
             pending.seq      = store->sequence();
+            pending.pass     = pass;
+            std::copy_n(next_on, MOBILE_AHEAD_TIERS, pending.to_tier);
             pending.now      = now;
             pending.n_tokens = n;
             pending.k        = (int32_t) (k > 0 ? std::min<int64_t>(k, n_used) : n_used);
@@ -205,14 +237,20 @@ void mobile_predictor::run() {
         parts.clear();
         for (int32_t id : ids) {
             for (int32_t s = 0; s < store->n_segments; ++s) {
-                const int32_t part = id*store->n_segments + s;
-                if (t.on_device.empty() || !t.on_device[part]) {
-                    parts.push_back(part);
-                }
+                parts.push_back(id*store->n_segments + s);
             }
         }
-        store->hint(t.layer, parts.data(), parts.size(), t.now, t.seq);
-
+        if (t.to_tier[MOBILE_AHEAD_DEVICE]) {
+            lock.lock();
+            if (t.pass == pass) {
+                taken.push_back({ t.layer, t.now, parts });
+            }
+            lock.unlock();
+        }
+        if (t.to_tier[MOBILE_AHEAD_HOST]) {
+            parts.erase(std::remove_if(parts.begin(), parts.end(), [&](int32_t part) { return !t.on_device.empty() && t.on_device[part]; }), parts.end());
+            store->hint(t.layer, parts.data(), parts.size(), t.now, t.seq);
+        }
         lock.lock();
         if (store->sequence() == t.seq) {
             guessed[t.layer] = ids;
@@ -241,10 +279,15 @@ void mobile_predictor::get_counters(mobile_prefetch_counters & c) const {
     c.n_passes_on  = n_passes_on;
     c.mode         = mode;
     c.by_router    = by_router;
-    c.next_on      = mode == MOBILE_PREFETCH_ON || (mode == MOBILE_PREFETCH_AUTO && next_trial.on());
-    c.masked_on    = mode == MOBILE_PREFETCH_ON || (mode == MOBILE_PREFETCH_AUTO && masked_trial.on());
-    c.next_permille   = (int32_t) std::lround(1000.0*next_trial.ratio());
-    c.masked_permille = (int32_t) std::lround(1000.0*masked_trial.ratio());
+    const auto permille = [](const mobile_trial & trial) { return (int32_t) std::lround(1000.0*trial.ratio()); };
+    c.next_on      = mode == MOBILE_PREFETCH_ON || (mode == MOBILE_PREFETCH_AUTO && next_trial[MOBILE_AHEAD_HOST].on());
+    c.masked_on    = mode == MOBILE_PREFETCH_ON || (mode == MOBILE_PREFETCH_AUTO && masked_trial[MOBILE_AHEAD_HOST].on());
+    c.next_permille   = permille(next_trial[MOBILE_AHEAD_HOST]);
+    c.masked_permille = permille(masked_trial[MOBILE_AHEAD_HOST]);
+    c.device_next_on   = is_on(MOBILE_AHEAD_DEVICE, next_trial[MOBILE_AHEAD_DEVICE]);
+    c.device_masked_on = is_on(MOBILE_AHEAD_DEVICE, masked_trial[MOBILE_AHEAD_DEVICE]);
+    c.device_next_permille   = permille(next_trial[MOBILE_AHEAD_DEVICE]);
+    c.device_masked_permille = permille(masked_trial[MOBILE_AHEAD_DEVICE]);
 }
 
 void mobile_predictor::reset_counters() {

@@ -2,9 +2,9 @@
 //
 // Mechanism: the route op of a layer hands over the FFN's input and the ids that it routed. A thread of its own
 // guesses the next layer's top-k of it and hints them to the store, which reads them when the disk has nothing
-// else to do. The guess is the next layer's own router on this layer's FFN input, where the model has a plain
+// else to do; a device tier fetches them by take(), to upload what is in memory. The guess is the next layer's own router on this layer's FFN input, where the model has a plain
 // router; else P(expert of the next layer | experts of this one), counted on the tokens seen so far.
-// Whether hints shorten the passes is measured (mobile-trial.h): they are on only while they do.
+// Whether hints shorten the passes is measured (mobile-trial.h), for each source and tier: they are on only while they do.
 // Invariant: changes when bytes are read, never what is computed.
 // Limits: passes of up to N_TOKENS_MAX tokens; nothing is guessed for the first layer.
 
@@ -22,6 +22,15 @@
 #include <vector>
 
 struct llama_model;
+
+// where a hinted expert is moved to
+enum mobile_ahead { MOBILE_AHEAD_HOST, MOBILE_AHEAD_DEVICE, MOBILE_AHEAD_TIERS };
+
+struct mobile_guess {
+    int32_t layer = -1;           // of the store
+    double  now   = 0.0;
+    std::vector<int32_t> experts; // best first
+};
 
 class mobile_predictor {
 public:
@@ -42,8 +51,8 @@ public:
     // ids do not come from the router: its guesses would be about other ids
     void set_replay(bool on);
 
-    // around a pass; k: experts that each of its tokens uses at most
-    void begin_pass(int64_t n_tokens, int32_t k);
+    // around a pass; k: experts that each of its tokens uses at most. device: there is a device tier that takes hints
+    void begin_pass(int64_t n_tokens, int32_t k, bool device);
     void end_pass  (bool ok);
 
     // a layer of the store, whose needs it has been told. routed: [n_tokens][n_used], the model's experts, -1: skipped.
@@ -52,8 +61,14 @@ public:
     void add_layer(int32_t layer, const std::vector<int32_t> & routed, int64_t n_tokens, const float * cur, int64_t n_embd,
         size_t cur_stride, const std::vector<uint8_t> & on_device, double now);
 
-    // whether the experts that a little pass left out are to be hinted; the pass that follows runs them
-    bool begin_masked();
+    // guesses for the device tier since the last call, of this pass
+    std::vector<mobile_guess> take();
+
+    // before the pass that runs what a little pass left out; then whether that is to be hinted
+    void begin_masked(bool device);
+    bool hints_masked(enum mobile_ahead tier) const { return masked_on[tier]; }
+
+    bool forced() const { return mode == MOBILE_PREFETCH_ON; }
 
     void get_counters(mobile_prefetch_counters & c) const;
     void reset_counters();
@@ -70,15 +85,20 @@ private:
     struct task {
         int32_t  layer = -1;     // that is guessed; -1: none
         uint64_t seq   = 0;
+        uint64_t pass  = 0;
         double   now   = 0.0;
         int64_t  n_tokens = 0;
         int32_t  k        = 0;
         bool     by_router = false;
+        bool     to_tier[MOBILE_AHEAD_TIERS] = {};
         std::vector<float>   cur; // [n_tokens][n_embd]
         std::vector<int32_t> ids; // [n_tokens][n_used] of the layer before
         std::vector<uint8_t> on_device;
     };
 
+    void set_tiers(bool device);
+    bool is_idle() const { return mode == MOBILE_PREFETCH_OFF || (!takes[MOBILE_AHEAD_HOST] && !takes[MOBILE_AHEAD_DEVICE]); }
+    bool is_on(enum mobile_ahead tier, const mobile_trial & trial) const;
     void start();
     void load_routers();
     void run();
@@ -100,8 +120,10 @@ private:
     bool                 by_router = false; // what is in use
 
     // of the running pass
-    bool    next_on   = false;
-    bool    masked_on = false;
+    bool    takes    [MOBILE_AHEAD_TIERS] = {}; // hints: the tier has not got everything
+    bool    next_on  [MOBILE_AHEAD_TIERS] = {};
+    bool    masked_on[MOBILE_AHEAD_TIERS] = {};
+    uint64_t pass     = 0;  // its number; guarded by mutex
     bool    rerun     = false; // it runs what a little pass left out
     int64_t n_tokens  = 0;
     int32_t k         = 0;
@@ -109,8 +131,8 @@ private:
     std::vector<int32_t> before;  // ids of the layer before, [n_tokens][n_used]
     int32_t              before_layer = -1;
 
-    mobile_trial next_trial;
-    mobile_trial masked_trial;
+    mobile_trial next_trial  [MOBILE_AHEAD_TIERS];
+    mobile_trial masked_trial[MOBILE_AHEAD_TIERS];
     double       usual[N_TOKENS_MAX][2][2] = {}; // us of a pass of the kind, a running mean. [n_tokens - 1][little][rerun]
 
     // transitions, guarded by mutex: tokens routed to j in a layer after i in the one before, and to i
@@ -124,6 +146,7 @@ private:
     bool                    stop = false;
     std::thread             thread;
     std::vector<std::vector<int32_t>> guessed; // [n layers] of this pass, guarded by mutex
+    std::vector<mobile_guess>         taken;   // what take() returns next, guarded by mutex
 
     // counters, of this context since the last reset
     uint64_t n_predicted = 0;

@@ -22,7 +22,7 @@ static void route_rows(ggml_tensor * dst, int ith, int nth, void * userdata) {
     }
 }
 
-// the end of a cold chain: passes its sum on
+// the end of a cold chain: passes its sum on. by now the next layer's experts have been guessed
 static void cold_end(ggml_tensor * dst, int ith, int nth, void * userdata) {
     GGML_UNUSED(nth);
     if (ith != 0) {
@@ -32,6 +32,9 @@ static void cold_end(ggml_tensor * dst, int ith, int nth, void * userdata) {
     memcpy(dst->data, dst->src[0]->data, ggml_nbytes(dst));
     if (route.n_cold > 0 && route.ctx->slots) {
         route.ctx->slots->add_cpu_time(route.n_cold, ggml_time_us() - route.start_us);
+    }
+    if (route.ctx->slots) {
+        mobile_route_ahead(*route.ctx);
     }
 }
 
@@ -111,7 +114,8 @@ const mobile_experts * mobile_route_build(
     route.keep = is_whole || (n_tokens > 1 && has_offload(sched));
 
     // the next layer is predicted of it in short passes only. with a hot chain a fourth argument says so
-    const int n_args = hot ? 4 : n_tokens <= mobile_predictor::N_TOKENS_MAX && !ctx->store->all_resident ? 3 : 2;
+    const bool guesses = !ctx->store->all_resident || (ctx->slots && ctx->slots->params.placement == MOBILE_PLACEMENT_CACHE);
+    const int n_args = hot ? 4 : n_tokens <= mobile_predictor::N_TOKENS_MAX && guesses ? 3 : 2;
     ggml_tensor * args[4] = { *ids, *weights, cur, cur };
     ggml_tensor * routed = ggml_custom_4d(ctx0, GGML_TYPE_I32, n_ids + n_used + (hot ? n_ids : 0), n_tokens, 1, 1, args, n_args, mobile_route_run, 1, &route);
     ggml_format_name(routed, "ffn_moe_routed-%d", il);

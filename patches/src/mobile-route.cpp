@@ -217,6 +217,17 @@ bool mobile_route_on_device(const mobile_context & ctx, int32_t layer, int32_t e
     return ctx.slots->whole_layer(il) || (l && ctx.slots->is_cached(il, 1) && l->experts[expert].slot >= 0 && !l->experts[expert].loading);
 }
 
+bool mobile_route_takes_hints(const mobile_context & ctx) {
+    return ctx.slots && ctx.slots->takes_hints(ctx.predictor->forced());
+}
+
+void mobile_route_ahead(mobile_context & ctx) {
+    for (const mobile_guess & guess : ctx.predictor->take()) {
+        ctx.slots->hint(ctx.store->layers[guess.layer].il, guess.experts, guess.now);
+    }
+    ctx.slots->run_ahead();
+}
+
 // hints for the layer that comes next
 static void predict_next(mobile_context & ctx, const mobile_route & route, int32_t layer, const ggml_tensor * dst) {
     const int32_t next = layer + 1;
@@ -283,6 +294,9 @@ void mobile_route_run(ggml_tensor * dst, int ith, int nth, void * userdata) {
         route.start_us = ggml_time_us();
     }
     predict_next(ctx, route, layer, dst);
+    if (has_hot(dst)) {
+        mobile_route_ahead(ctx);
+    }
 
     // a batch that needs nearly all of this layer needs nearly all of the next one
     if (n_tokens > LASTING_TOKENS && 10*ctx.needs.size() >= 9*(size_t) store.layers[layer].n_expert && layer + 1 < (int32_t) store.layers.size()) {
@@ -360,7 +374,7 @@ void mobile_ubatch_begin(mobile_context * ctx, const llama_ubatch & ubatch) {
     }
     ctx->trace_turn = std::max(ctx->trace_turn, 0);
     ctx->store->begin_pass();
-    ctx->predictor->begin_pass((int64_t) n_tokens, ctx->k_token[0]);
+    ctx->predictor->begin_pass((int64_t) n_tokens, ctx->k_token[0], mobile_route_takes_hints(*ctx));
 }
 
 bool mobile_ubatch_end(mobile_context * ctx) {

@@ -109,6 +109,11 @@ bool mobile_ubatch_end  (mobile_context * ctx);
 // the op; userdata: a mobile_route
 void mobile_route_run(ggml_tensor * dst, int ith, int nth, void * userdata);
 
+// whether the device tier takes hints of experts that will probably be needed
+bool mobile_route_takes_hints(const mobile_context & ctx);
+// hands new guesses to the device tier, which uploads what it can
+void mobile_route_ahead(mobile_context & ctx);
+
 // whether an expert of the store's needs no host memory: it lies in a device's slot
 bool mobile_route_on_device(const mobile_context & ctx, int32_t layer, int32_t expert);
 

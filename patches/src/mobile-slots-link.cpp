@@ -66,7 +66,7 @@ void mobile_slots::measure_link(mobile_pool & p) {
             do {
                 come_back();
                 n_trips++;
-            } while (d.uploader->busy());
+            } while (d.uploader->in_flight() > 0);
             come_back();
         });
         d.uploader->done();

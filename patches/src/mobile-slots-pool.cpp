@@ -253,8 +253,10 @@ void mobile_slots::empty() {
         unpin_all();
     }
     on_cpu.clear();
+    end_hints();
     for (auto & l : layers) {
         for (int32_t e = 0; e < l.n_expert; ++e) {
+            waste_ahead(l, l.experts[e]);
             l.experts[e].slot   = -1;
             l.experts[e].listed = false;
             l.experts[e].fresh  = false;

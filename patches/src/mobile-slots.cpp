@@ -60,6 +60,7 @@ void mobile_slots::evict(int32_t layer, int32_t expert) {
     const mobile_pool    & p = pools[l.pool];
 
     count.n_evictions++;
+    waste_ahead(l, x);
     if (x.fresh) {
         count.n_wasted++;
         count.bytes_wasted += p.slot_bytes;
@@ -82,23 +83,39 @@ bool mobile_slots::is_earned(const mobile_device_layer & l, const mobile_device_
     return uses > 0.0 && (params.poison || uses*cpu_us_per_expert >= devices[l.device].stall_us);
 }
 
-// a slot for an expert of `layer`. candidate: only if it has earned one. false: there is none
-bool mobile_slots::take_slot(int32_t layer, int32_t & slot, const mobile_device_expert * candidate) {
-    mobile_device_layer & l = layers[layer];
-    mobile_pool         & p = pools[l.pool];
+// the layer whose first evictable expert has the smallest key, while the pass is at `layer`; -1: none
+int32_t mobile_slots::find_victim(int32_t pool, int32_t layer, double & key) const {
     const auto eviction = (enum mobile_eviction) params.eviction;
 
     int32_t victim = -1;
-    double  least  = INFINITY;
-    for (size_t i = 0; i < layers.size() && p.free.empty(); ++i) {
-        if (layers[i].pool == l.pool && !layers[i].evictable.empty()) {
+    key = INFINITY;
+    for (size_t i = 0; i < layers.size(); ++i) {
+        if (layers[i].pool == pool && !layers[i].evictable.empty()) {
             const double k = layers[i].evictable.begin()->first + ((int32_t) i > layer ? mobile_policy_unvisited(eviction) : 0.0);
-            if (k < least) {
-                least  = k;
+            if (k < key) {
+                key    = k;
                 victim = (int32_t) i;
             }
         }
     }
+    return victim;
+}
+
+int32_t mobile_slots::take_free(mobile_pool & p) {
+    const int32_t slot = p.free.back();
+    p.free.pop_back();
+    count.resident_bytes += p.slot_bytes;
+    count.resident_bytes_peak = std::max(count.resident_bytes_peak, count.resident_bytes);
+    return slot;
+}
+
+// a slot for an expert of `layer`. candidate: only if it has earned one. false: there is none
+bool mobile_slots::take_slot(int32_t layer, int32_t & slot, const mobile_device_expert * candidate) {
+    mobile_device_layer & l = layers[layer];
+    mobile_pool         & p = pools[l.pool];
+
+    double key = 0.0;
+    const int32_t victim = p.free.empty() ? find_victim(l.pool, layer, key) : -1;
     if (victim < 0 && p.free.empty()) {
         return false;
     }
@@ -109,10 +126,7 @@ bool mobile_slots::take_slot(int32_t layer, int32_t & slot, const mobile_device_
     if (victim >= 0) {
         evict(victim, leaves);
     }
-    slot = p.free.back();
-    p.free.pop_back();
-    count.resident_bytes += p.slot_bytes;
-    count.resident_bytes_peak = std::max(count.resident_bytes_peak, count.resident_bytes);
+    slot = take_free(p);
     return true;
 }
 
@@ -154,8 +168,11 @@ void mobile_slots::collect() {
             continue;
         }
         for (const mobile_upload & done : d.uploader->done()) {
-            layers[done.layer].experts[done.expert].loading = false;
-            list(layers[done.layer], done.expert);
+            mobile_device_expert & x = layers[done.layer].experts[done.expert];
+            x.loading = false;
+            if (!x.awaited) {
+                list(layers[done.layer], done.expert);
+            }
         }
     }
 }
@@ -188,12 +205,15 @@ void mobile_slots::assign(int32_t il, const std::vector<mobile_need> & needs, st
     sending = false; // the device has computed the layer before
     current = layer_of_il[il];
     mobile_device_layer & l = layers[current];
+    begin_layer(needs);
 
     slot.assign(l.n_expert, -1);
     missing.clear();
     std::vector<int32_t> wanted;
     for (const mobile_need & need : needs) {
         mobile_device_expert & x = l.experts[need.expert];
+        const bool is_late = x.ahead && x.loading && params.miss == MOBILE_MISS_FETCH;
+        const double waited_us = is_late ? wait_ahead(l, x) : 0.0;
         if (x.listed) {
             l.evictable.erase({ x.key, need.expert });
             x.listed = false;
@@ -204,6 +224,9 @@ void mobile_slots::assign(int32_t il, const std::vector<mobile_need> & needs, st
         x.key      = mobile_policy_key(eviction, x.n_uses, x.last_use);
         if (x.slot >= 0 && !x.loading) {
             count.n_hits++;
+            if (x.ahead) {
+                use_ahead(l, x, waited_us);
+            }
             x.fresh = false;
             slot[need.expert] = x.slot;
             pinned.push_back(need.expert);
@@ -233,11 +256,14 @@ void mobile_slots::assign(int32_t il, const std::vector<mobile_need> & needs, st
 }
 
 void mobile_slots::fetch(std::vector<int32_t> & slot) {
+    const int64_t start = ggml_time_us();
+    left_us    = start;
+    backlog_us = 0.0;
     if (fetches.empty()) {
         return;
     }
     mobile_device_layer & l = layers[current];
-    const int64_t start = ggml_time_us();
+    const size_t n = fetches.size();
     for (int32_t expert : fetches) {
         // with a choice, what is still being read is computed on the CPU, piece by piece as it arrives
         if (upload(l, expert, l.experts[expert].slot, params.miss == MOBILE_MISS_FETCH)) {
@@ -250,7 +276,9 @@ void mobile_slots::fetch(std::vector<int32_t> & slot) {
         pinned.erase(std::find(pinned.begin(), pinned.end(), expert));
     }
     fetches.clear();
-    count.upload_us += ggml_time_us() - start;
+    left_us = ggml_time_us();
+    count.upload_us += left_us - start;
+    backlog_us = std::max(0.0, n*devices[l.device].upload_us - (double) (left_us - start));
 }
 
 void mobile_slots::admit() {
@@ -305,11 +333,14 @@ void mobile_slots::end_pass() {
     }
     sending = false;
     on_cpu.clear();
+    end_hints();
 }
 
 void mobile_slots::reset_counters() {
     const uint64_t resident = count.resident_bytes;
+    const uint64_t unused   = count.n_ahead_unused;
     count = {};
+    count.n_ahead_unused      = unused;
     count.resident_bytes      = resident;
     count.resident_bytes_peak = resident;
 }

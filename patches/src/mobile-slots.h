@@ -7,6 +7,7 @@
 // computed on the CPU and uploaded later if it has earned a slot (cpu): if what the slot would save until those
 // uses are forgotten, against what it holds now, is more than the upload costs, both measured. Placement LAYERS: whole layers lie in
 // contiguous slots, and their graph is the stock graph on views of the pool.
+// Uploads ahead (mobile-slots-ahead.cpp): hints of experts that layers yet to come will probably need.
 // The first K slots of a pool are zero for ever: rank i of a token points at slot i when its expert is elsewhere,
 // and gets zeros. They are K, not one, since some kernels take no expert twice for one token.
 // Invariants: a slot is named in a graph only after its upload was queued on the stream that computes, or is
@@ -36,6 +37,9 @@ struct mobile_device_expert {
     bool     listed   = false;   // stands in its layer's evictable set, under `key`
     bool     loading  = false;   // the upload into its slot is on its way
     bool     fresh    = false;   // not used since its upload
+    bool     ahead    = false;   // ... which a hint was the reason for
+    bool     awaited  = false;   // hinted, and its layer is yet to come in this pass: it stays
+    uint64_t upload   = 0;       // number of its last upload because of a hint
     uint64_t n_uses   = 0;
     double   last_use = -1e9;    // in tokens
     double   lately   = 0.0;     // uses, at last_use; a use counts 1/e after so many tokens as uses_lately says
@@ -67,6 +71,13 @@ struct mobile_pool {
     std::vector<int32_t> free;
     ggml_context_ptr        ctx;
     ggml_backend_buffer_ptr buffer;
+};
+
+// an expert that a layer will probably need
+struct mobile_slot_hint {
+    int32_t layer  = -1;  // index into mobile_slots::layers
+    int32_t expert = -1;
+    double  now    = 0.0; // evicts only what was used before, in tokens
 };
 
 struct mobile_device {
@@ -121,8 +132,19 @@ public:
     void add_cpu_time(int32_t n_experts, uint64_t us);
     // makes background uploads that are complete visible
     void collect();
-    // unpins; forgets what the layer before missed
+    // unpins; forgets what the layer before missed, and hints
     void end_pass();
+
+    // uploads ahead of need, in placement CACHE
+
+    // whether there is a use for hints. forced: even where a right one costs more than it saves
+    bool takes_hints(bool forced) const;
+    // experts that a layer of the running pass, or of the next one, will probably need, best first
+    void hint(int32_t il, const std::vector<int32_t> & experts, double now);
+    // before the next pass: the devices have finished the last one
+    void begin_hints();
+    // uploads what was hinted, as far as there is room and time
+    void run_ahead();
 
     mobile_device_params params;
     std::vector<mobile_device>       devices;
@@ -140,6 +162,8 @@ private:
     int32_t  n_in_reach  (size_t pool, int32_t n) const;
     bool     split_pool  (size_t pool);
     bool     alloc_pool  (mobile_pool & pool, const mobile_experts & like, std::string & err);
+    int32_t  find_victim (int32_t pool, int32_t layer, double & key) const;
+    int32_t  take_free   (mobile_pool & pool);
     bool     take_slot   (int32_t layer, int32_t & slot, const mobile_device_expert * candidate);
     bool     is_earned   (const mobile_device_layer & l, const mobile_device_expert & x, const mobile_device_expert * victim) const;
     void     evict       (int32_t layer, int32_t expert);
@@ -151,6 +175,19 @@ private:
     bool     upload      (mobile_device_layer & l, int32_t expert, int32_t slot, bool wait);
     void     measure_link(mobile_pool & pool);
     size_t   n_to_fetch  (const mobile_device_layer & l, size_t n_missing) const;
+    double   miss_us     (const mobile_device & d) const;
+    bool     is_in_time  (const mobile_slot_hint & h);
+    bool     take_ahead  (const mobile_slot_hint & h);
+    bool     upload_ahead(const mobile_slot_hint & h);
+    int32_t  n_held      (int32_t pool) const;
+    bool     may_hold    (const mobile_pool & p) const;
+    void     keep        (int32_t layer, int32_t expert);
+    void     begin_layer (const std::vector<mobile_need> & needs);
+    double   wait_ahead  (const mobile_device_layer & l, const mobile_device_expert & x);
+    void     use_ahead   (const mobile_device_layer & l, mobile_device_expert & x, double waited_us);
+    void     waste_ahead (const mobile_device_layer & l, mobile_device_expert & x);
+    void     settle_ahead(int32_t layer);
+    void     end_hints   ();
     void     empty       ();
     void     fill_layers ();
 
@@ -163,4 +200,12 @@ private:
     std::vector<int32_t> fetches;                     // ... and are to be uploaded
     std::vector<int32_t> on_cpu;                      // experts of it that the CPU computes
     bool    sending = false;                          // a computing stream may still be reading this layer's uploads
+
+    std::vector<mobile_slot_hint> hints;              // ascending layer
+    std::vector<std::pair<int32_t, int32_t>> held;    // (layer, expert) awaited, or on their way because of a hint
+    int32_t reached = -1;                             // the layer that this pass has come to
+    int32_t n_reserved = 0;                           // slots that a layer of it may need
+    int64_t left_us = 0;                              // when its route op was done
+    double  backlog_us = 0.0;                         // for which its uploads kept the link busy from then on
+    double  gap_us  = 0.0;                            // from there to the next layer's, moving average; 0: not measured
 };

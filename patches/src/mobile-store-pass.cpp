@@ -132,6 +132,32 @@ void mobile_store::read_ahead(int32_t layer) {
     wake_io(loads.size());
 }
 
+bool mobile_store::hold(int32_t layer, int32_t expert) {
+    if (plain) {
+        return true;
+    }
+    const uint32_t id = layers[layer].first + expert;
+
+    locked lock(mutex);
+    if (experts[id].state != MOBILE_RESIDENT || experts[id].failed) {
+        return false;
+    }
+    unlist(id);
+    return true;
+}
+
+void mobile_store::let_go(int32_t layer, int32_t expert) {
+    if (plain) {
+        return;
+    }
+    const uint32_t id = layers[layer].first + expert;
+
+    locked lock(mutex);
+    if (!experts[id].pinned) {
+        list(id);
+    }
+}
+
 const char * mobile_store::resolve(int32_t layer, int32_t piece, int64_t expert, bool wait) {
     const mobile_layer & l = layers[layer];
     const uint32_t id = l.first + (uint32_t) expert;

@@ -182,6 +182,11 @@ public:
     // unpins the last layer; false: a read failed in this pass, error() says which
     bool end_pass();
 
+    // an expert that no layer of this pass has asked for stays where it is until let_go(), which comes before the next
+    // request. false: it is not all there
+    bool hold  (int32_t layer, int32_t expert);
+    void let_go(int32_t layer, int32_t expert);
+
     // address of a piece; see ggml_expert_resolver_t
     const char * resolve(int32_t layer, int32_t piece, int64_t expert, bool wait);
 

@@ -37,7 +37,7 @@ mobile_uploader::~mobile_uploader() {
     }
 }
 
-void mobile_uploader::queue(mobile_upload upload, bool stays) {
+uint64_t mobile_uploader::queue(mobile_upload upload, bool stays) {
     upload.block = free_blocks.back();
     free_blocks.pop_back();
     char * block = staging + upload.block*block_bytes;
@@ -54,6 +54,7 @@ void mobile_uploader::queue(mobile_upload upload, bool stays) {
         n_in_flight++;
     }
     cv.notify_all();
+    return ++n_queued;
 }
 
 std::vector<mobile_upload> mobile_uploader::done() {
@@ -73,9 +74,14 @@ void mobile_uploader::drain() {
     cv.wait(lock, [&] { return n_in_flight == 0; });
 }
 
-bool mobile_uploader::busy() {
+void mobile_uploader::wait(uint64_t n) {
+    std::unique_lock<std::mutex> lock(mutex);
+    cv.wait(lock, [&] { return n_done >= n; });
+}
+
+size_t mobile_uploader::in_flight() {
     std::lock_guard<std::mutex> lock(mutex);
-    return n_in_flight > 0;
+    return n_in_flight;
 }
 
 void mobile_uploader::run() {
@@ -99,6 +105,7 @@ void mobile_uploader::run() {
         lock.lock();
         finished.push_back(std::move(upload));
         n_in_flight--;
+        n_done++;
         cv.notify_all();
     }
 }

@@ -42,13 +42,15 @@ public:
     // by the thread that decodes
 
     bool has_room() const { return !free_blocks.empty(); }
-    // call if there is room. stays: part.data is valid as long as the model is
-    void queue(mobile_upload upload, bool stays);
+    // call if there is room. stays: part.data is valid as long as the model is. returns its number
+    uint64_t queue(mobile_upload upload, bool stays);
     // those done since the last call
     std::vector<mobile_upload> done();
     // waits until nothing is in flight; done() has yet to be called
     void drain();
-    bool busy();
+    // the same for what was queued up to and with number n: uploads are done in their order
+    void wait(uint64_t n);
+    size_t in_flight();
 
 private:
     void run();
@@ -65,6 +67,8 @@ private:
     std::deque<mobile_upload>  queued;
     std::vector<mobile_upload> finished;
     size_t                     n_in_flight = 0;
+    uint64_t                   n_done      = 0;
+    uint64_t                   n_queued    = 0; // of the thread that decodes
     bool                       stop = false;
     std::thread                thread;
 };

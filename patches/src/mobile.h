@@ -123,7 +123,8 @@ LLAMA_API int32_t mobile_set_batch_n_expert_used(struct llama_context * ctx, con
 
 // starts reading, in layer order, the experts that the last little pass left out (ranks k+1..K):
 // hints for a run of the same position with all experts. returns how many experts or segments are not there yet and
-// were hinted, < 0: error; they are read as far as the disk has nothing else to do
+// were hinted, < 0: error; they are read as far as the disk has nothing else to do. with a device tier those in host
+// memory are uploaded as well
 LLAMA_API int32_t mobile_prefetch_masked(struct llama_context * ctx);
 
 // what is read ahead of need: experts that a little pass left out (mobile_prefetch_masked), and the next layer's as
@@ -159,6 +160,10 @@ struct mobile_prefetch_counters {
     int32_t  masked_on;    // and what little passes left out
     int32_t  next_permille;   // time of passes with predictions over passes without, as measured last; 0: not yet
     int32_t  masked_permille; // the same for what little passes left out
+    int32_t  device_next_on;  // the same four for uploads to a device's slots; the rest is about reads
+    int32_t  device_masked_on;
+    int32_t  device_next_permille;
+    int32_t  device_masked_permille;
 };
 
 // a new context has MOBILE_PREFETCH_OFF
@@ -249,6 +254,15 @@ struct mobile_device_counters {
     uint64_t cpu_us;                    // wall time of computing misses on the CPU
     uint64_t resident_bytes;            // now
     uint64_t resident_bytes_peak;
+    uint64_t n_ahead;                   // uploads because of hints; of these,
+    uint64_t n_ahead_used;              // needed before they were evicted,
+    uint64_t n_ahead_wasted;            // gone without a use,
+    uint64_t n_ahead_unused;            // in slots now without a use yet, whenever they were uploaded
+    uint64_t n_ahead_dropped;           // hints of experts that would have come too late, were not in host memory, or
+                                        // were worth less than what lies in the slots
+    uint64_t bytes_uploaded_ahead;
+    uint64_t bytes_ahead_wasted;
+    uint64_t ahead_saved_us;            // n_ahead_used times what a miss costs, less what was still waited for: an estimate
 };
 
 LLAMA_API struct mobile_device_params mobile_device_default_params(void);
