@@ -63,9 +63,7 @@ def _run(model: mobile_gguf.Model, n_tokens: int, mode: str) -> dict[str, Any]:
     return {
         "ms_per_token": reply.timings["predicted_per_token_ms"],
         "n_tokens": len(reply.tokens),
-        "tokens": list(reply.tokens),
         "device": dataclasses.asdict(model.llama.device_counters()),
-        "prefetch": model.stats()["prefetch"],
         "receipt": reply.receipt.to_dict(),
     }
 
