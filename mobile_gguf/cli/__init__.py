@@ -7,6 +7,7 @@ found, 4 engine, 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import io
 import logging
@@ -100,9 +101,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             return EXIT_INTERRUPTED
         except BrokenPipeError:
-            # Whoever read our output has gone; Python would complain again when it flushes at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _drop_output()  # whoever read it has gone
             return EXIT_FAILURE
+        except OSError as error:
+            # A disk or a file that refuses, standard output included, is no fault of the program.
+            if error.filename is None:
+                _drop_output()
+            what = error.filename if error.filename is not None else "standard output"
+            print_error(MobileError(f"{what}: {error.strerror or error}"))
+            return EXIT_FAILURE
+
+
+def _drop_output() -> None:
+    """Standard output goes nowhere: Python would complain again when it flushes at exit."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def print_error(error: MobileError) -> None:

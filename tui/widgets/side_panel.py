@@ -79,7 +79,7 @@ class SidePanel(Vertical):
             parts = [f"{counts['host']} of {total} in RAM"]
         else:
             parts = [f"of {total}: {counts['device']} on device", f"{counts['host']} in RAM"]
-        if counts["bytes"]:
+        if counts["bytes"] and self.state.device is None:  # the line has no room for more
             parts.append(format_bytes(counts["bytes"]))
         if counts["loading"]:
             parts.append(f"{counts['loading']} loading")
