@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -55,3 +56,18 @@ def test_a_reader_that_goes_away_is_no_traceback():
     ended = subprocess.run([*PROGRAM, "list"], stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
     assert (ended.returncode, ended.stderr) == (1, "")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("socksio") is not None, reason="socksio is there")
+@pytest.mark.parametrize("variable", ["ALL_PROXY", "https_proxy"])
+def test_a_socks_proxy_that_cannot_be_used_is_a_line(variable):
+    environment = {**os.environ, variable: "socks5://127.0.0.1:9"}
+    ended = subprocess.run(
+        [*PROGRAM, "pull", "hf:org/model"], env=environment, capture_output=True, text=True
+    )
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert ended.stderr.splitlines() == [
+        "asking the Hub for org/model",
+        f"mobile-gguf: error: hf:org/model: {variable} is a SOCKS proxy, which needs the package socksio:"
+        " `pip install socksio`, or unset it",
+    ]
