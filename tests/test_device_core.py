@@ -381,7 +381,7 @@ def scripted(actions: list[dict[str, Any]], device: bool) -> list[dict[str, Any]
 def test_any_interleaving_computes_what_the_cpu_does(
     rpc: list[str], actions: list[dict[str, Any]], model: str, budget: float, host: int | str, n_uploads: int
 ) -> None:
-    """A slot that is read before its upload is complete, or after its eviction, holds NaNs; uploads are late."""
+    """A slot that is read before its upload is complete, or after its eviction, holds NaNs."""
     start = {
         "op": "device_start", "budget": budget, "miss": CPU, "poison": 2, "n_uploads": n_uploads,
     }  # fmt: skip

@@ -197,7 +197,7 @@ DEVICE = "device.RPC0:far"
 
 
 def with_device(cache_layer: float, layers_layer: float, experts: float = 1e11) -> Measurements:
-    """A device whose layers cost so many seconds each, and which computes experts at so many bytes a second."""
+    """A device whose layers cost so many seconds, and which computes so many bytes of experts a second."""
     known = measured()
     for product in (*WORK.dense, *WORK.experts):
         which, speed = ("8of16", experts) if product in WORK.experts else ("1of1", 1e11)
