@@ -39,7 +39,7 @@ $(VENV)/.tui: $(VENV)/.core
 
 run: $(VENV)/.tui engine ## chat with the demo model; without a terminal, answer one prompt
 	@if [ -t 0 ] && [ -t 1 ]; then \
-		$(BIN)/mobile-gguf chat demo; \
+		$(BIN)/mobile-gguf chat demo --ram-budget 60%; \
 	else \
 		$(BIN)/mobile-gguf run demo --ram-budget 60% "Explain in two sentences why the sky is blue."; \
 	fi

@@ -12,6 +12,7 @@ from .device.calls import DeviceCalls
 from .device.tier import DeviceRequest, request_devices, start_tier
 from .errors import BudgetError, EngineError, MobileError, ModelFormatError
 from .gguf_info import GgufInfo
+from .interrupts import held_interrupts
 from .llama_log import capture_log, clear_errors, last_errors
 from .memory import read_memory
 from .options import LoadOptions
@@ -174,7 +175,10 @@ def _construct(
     # not when the traceback is.
     llama = MobileLlama.__new__(MobileLlama)
     try:
-        llama.__init__(str(info.path), engine=engine, keep_loading=watch, **arguments)
+        with held_interrupts() as interrupted:
+            if watch is not None:
+                watch.interrupted = interrupted
+            llama.__init__(str(info.path), engine=engine, keep_loading=watch, **arguments)
     except TemplateError as error:
         _discard(llama)
         raise ModelFormatError(f"{info.path} cannot be used: its chat template is broken: {error}") from None
@@ -196,13 +200,14 @@ class _LoadWatch:
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
         self.error: BaseException | None = None
+        self.interrupted: Callable[[], bool] = lambda: False
 
     def __call__(self, share: float) -> bool:
         try:
             self._progress("loading", share)
         except BaseException as error:  # must not pass through C
             self.error = error
-        return self.error is None
+        return self.error is None and not self.interrupted()
 
 
 def _discard(llama: MobileLlama) -> None:

@@ -10,6 +10,7 @@ from fake_backend import FakeBackend, fake_info, scripted
 from gguf_samples import write_sample
 
 from mobile_gguf.cli import main
+from mobile_gguf.errors import MobileError
 from mobile_gguf.gguf_info import read_gguf_info
 from mobile_gguf.options import LoadOptions
 from mobile_gguf.plan import compare_run, machine, measure, predict_cached
@@ -144,6 +145,17 @@ def test_what_fails_or_takes_too_long_is_left_out_and_said(monkeypatch):
     said = measure.measure(known, [*steps, Step("c", 2 * LIMIT_S, "c", lambda check: {})])
     assert list(known.entries) == ["a"]
     assert [text.split()[0] for text in said] == ["b", "c"]
+
+
+def test_measurements_that_cannot_be_kept_are_said_and_used(monkeypatch):
+    def refused(_measurements):
+        raise MobileError("cannot write x: read-only")
+
+    monkeypatch.setattr(measure, "write_measurements", refused)
+    known = Measurements({"machine": "test"})
+    said = measure.measure(known, [Step("a", 1.0, "a", lambda _check: {"a": Rate(1, 1, 1)})])
+    assert said == ["the measurements are not kept: cannot write x: read-only"]
+    assert list(known.entries) == ["a"]
 
 
 def test_a_plan_takes_less_than_a_minute(sample):

@@ -11,7 +11,7 @@ from fake_backend import FakeBackend, scripted
 from textual import events
 from tui_app import ANSWER, Loader, chat, say, submit, toasts, until
 
-from mobile_gguf.errors import ExpertReadError, ModelNotFoundError
+from mobile_gguf.errors import ExpertReadError, ModelNotFoundError, UsageError
 from mobile_gguf.tui.screens.help import Help
 from mobile_gguf.tui.screens.models import ModelPicker
 from mobile_gguf.tui.widgets.completion_list import CompletionList
@@ -242,6 +242,16 @@ def test_a_model_that_does_not_load_is_a_message(tmp_path):
     run(go())
 
 
+def test_a_setting_that_a_model_refuses_says_how_to_change_it(tmp_path):
+    async def go():
+        loader = Loader()
+        loader.errors["fake"] = UsageError("--ram-budget 1.0 KiB is too small")
+        async with chat(tmp_path, loader=loader) as (app, _pilot):
+            assert "too small · Ctrl-S changes it, /reload tries again" in toasts(app)
+
+    run(go())
+
+
 def test_loading_shows_progress_and_can_be_cancelled(tmp_path):
     async def go():
         loader = Loader()
@@ -249,6 +259,9 @@ def test_loading_shows_progress_and_can_be_cancelled(tmp_path):
             loader.gate.clear()
             await submit(app, pilot, "/model other")
             await until(pilot, lambda: "60%" in app.chat.query_one("#title").activity)
+            await submit(app, pilot, "/set ram_budget 2G")
+            assert "after /reload" in toasts(app)
+            assert "Esc cancels" in app.chat.query_one("#title").activity
             await pilot.press("escape")
             await until(pilot, lambda: not app.chat.busy)
             assert "cancelled" in toasts(app)

@@ -107,6 +107,6 @@ def test_a_legend_that_needs_lines_breaks_between_its_entries(tmp_path, size):
         async with chat(tmp_path, size=size) as (app, pilot):
             await pilot.press("ctrl+g")
             legend = app.chat.query_one("#legend", Static)
-            await until(pilot, lambda: str(legend.content) == "█ hit  X missed\n+ loading  ░ RAM\n· disk")
+            await until(pilot, lambda: str(legend.content) == "█ hit  X missed\n+ loading  ░ RAM  · disk")
 
     run(go())

@@ -7,6 +7,7 @@ found, 4 engine, 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import io
 import logging
@@ -39,8 +40,12 @@ class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
-        text = " ".join(message.split())
-        self.exit(EXIT_USAGE, f"{PROGRAM}: error: {text} (see `{self.prog} --help`)\n")
+        self.exit(EXIT_USAGE, _usage_line(" ".join(message.split()), self.prog.removeprefix(PROGRAM).strip()))
+
+
+def _usage_line(text: str, verb: str | None) -> str:
+    program = f"{PROGRAM} {verb}" if verb else PROGRAM
+    return f"{PROGRAM}: error: {text} (see `{program} --help`)\n"
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -65,7 +70,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     # argparse gives a list of words only the first run of them.
     options = rest[: rest.index("--")] if "--" in rest else rest
     if rest and (not hasattr(args, "prompt") or any(len(word) > 1 and word[0] == "-" for word in options)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        parser.exit(EXIT_USAGE, _usage_line(f"unrecognized arguments: {' '.join(rest)}", args.verb))
     if rest:
         args.prompt += [word for word in rest if word != "--"]
     return args
@@ -77,16 +82,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         # A terminal that cannot show a character gets a question mark, not a traceback.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-    parser = make_parser()
-    args = parse(parser, argv)
-    if args.verb is None:
-        if not (sys.stdin and sys.stdin.isatty() and sys.stdout and sys.stdout.isatty()):
-            parser.print_help(sys.stderr)
-            return EXIT_USAGE
-        # On a terminal the program alone is its chat, which lets one pick a model.
-        args = parse(parser, ["chat"])
     with _Notes(sys.stderr):
         try:
+            parser = make_parser()
+            args = parse(parser, argv)
+            if args.verb is None:
+                if not (sys.stdin and sys.stdin.isatty() and sys.stdout and sys.stdout.isatty()):
+                    parser.print_help(sys.stderr)
+                    return EXIT_USAGE
+                # On a terminal the program alone is its chat, which lets one pick a model.
+                args = parse(parser, ["chat"])
             code = args.func(args)
             sys.stdout.flush()
             return code
@@ -96,9 +101,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             return EXIT_INTERRUPTED
         except BrokenPipeError:
-            # Whoever read our output has gone; Python would complain again when it flushes at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _drop_output()  # whoever read it has gone
             return EXIT_FAILURE
+        except OSError as error:
+            # A disk or a file that refuses, standard output included, is no fault of the program.
+            if error.filename is None:
+                _drop_output()
+            what = error.filename if error.filename is not None else "standard output"
+            print_error(MobileError(f"{what}: {error.strerror or error}"))
+            return EXIT_FAILURE
+
+
+def _drop_output() -> None:
+    """Standard output goes nowhere: Python would complain again when it flushes at exit."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def print_error(error: MobileError) -> None:

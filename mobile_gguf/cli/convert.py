@@ -22,17 +22,19 @@ if TYPE_CHECKING:
     from mobile_gguf.convert.options import ConvertOptions, ConvertResult
 
 _DESCRIPTION = """\
-Make a mobile GGUF: every routed expert a tensor of its own, so that it can be read alone.
+Make a mobile GGUF: every routed expert a tensor of its own, so that it can be
+read alone.
 
-SOURCE is a GGUF (or the first file of a split one), a folder with a Hugging Face checkpoint, or hf:ORG/REPO.
-A GGUF's weights are not changed by a bit; --export turns the result back into the stock file.
+SOURCE is a GGUF (or the first file of a split one), a folder with a Hugging
+Face checkpoint, or hf:ORG/REPO. A GGUF's weights are not changed by a bit;
+--export turns the result back into the stock file.
 """
 _EXAMPLES = """examples:
-  mobile-gguf convert model.gguf                              # -> model.mobile.gguf
+  mobile-gguf convert model.gguf                          # model.mobile.gguf
   mobile-gguf convert hf:ORG/REPO --outtype q4_k_m --dry-run
-  mobile-gguf convert model.mobile.gguf --segments 4          # after `calibrate`
-  mobile-gguf convert model.mobile.gguf --export              # -> model.stacked.gguf
-  mobile-gguf convert model.gguf --check model.mobile.gguf    # the same weights?
+  mobile-gguf convert model.mobile.gguf --segments 4      # after `calibrate`
+  mobile-gguf convert model.mobile.gguf --export          # model.stacked.gguf
+  mobile-gguf convert model.gguf --check model.mobile.gguf  # same weights?
 """
 _PART = re.compile(r"-\d{5}-of-\d{5}$")
 _CHECKPOINT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".json")

@@ -15,16 +15,19 @@ from ..resolve import DEMO
 from ..sizes import format_bytes
 from .common import Progress, narrate
 
-_DESCRIPTION = """Fetch a GGUF from the Hugging Face Hub into the Hugging Face cache, or only what is missing
-of it. Without QUANT it is Q4_K_M, or what is nearest to that. A download that was stopped goes on where it
-was; every file is checked against its hash on the Hub. The path goes to stdout."""
+_DESCRIPTION = """\
+Fetch a GGUF from the Hugging Face Hub into the Hugging Face cache, or only
+what is missing of it. Without QUANT it is Q4_K_M, or what is nearest to that.
+A download that was stopped goes on where it was; every file is checked against
+its hash on the Hub. The path goes to stdout."""
 _EXAMPLES = """examples:
   mobile-gguf pull hf:ORG/REPO
   mobile-gguf pull hf:ORG/REPO:Q5_K_M
   mobile-gguf pull hf:ORG/REPO/FILE.gguf@REVISION
   mobile-gguf pull https://huggingface.co/ORG/REPO
 
-environment: HF_TOKEN, HF_HOME, HF_HUB_CACHE, HF_ENDPOINT, HF_HUB_OFFLINE, as with huggingface_hub"""
+environment: HF_TOKEN, HF_HOME, HF_HUB_CACHE, HF_ENDPOINT, HF_HUB_OFFLINE, as
+with huggingface_hub"""
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

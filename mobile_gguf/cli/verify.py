@@ -13,15 +13,19 @@ from ..resolve import resolve_model
 from .common import MODEL_HELP, Progress, narrate
 
 _DESCRIPTION = """\
-Compare a GGUF's logits and tokens with those of the Hugging Face checkpoint that it was made from.
+Compare a GGUF's logits and tokens with those of the Hugging Face checkpoint
+that it was made from.
 
-Transformers runs the checkpoint, the engine the GGUF, on fixed prompts. F32, F16 and BF16 files must agree to
-a thousandth and choose the same tokens; a quantised file is judged by its KL divergence from the 16-bit file.
-The verdict is written into the file. Exit code 0: passed; 1: failed, or not verified for the reason told.
+Transformers runs the checkpoint, the engine the GGUF, on fixed prompts. F32,
+F16 and BF16 files must agree to a thousandth and choose the same tokens; a
+quantised file is judged by its KL divergence from the 16-bit file. The verdict
+is written into the file. Exit code 0: passed; 1: failed, or not verified for
+the reason told.
 """
 _EXAMPLES = """examples:
   mobile-gguf verify model-f16.gguf --reference ./checkpoint
-  mobile-gguf verify model-q4_k_m.gguf --reference ./checkpoint --reference-gguf model-f16.gguf
+  mobile-gguf verify model-q4_k_m.gguf --reference ./checkpoint \\
+      --reference-gguf model-f16.gguf
 """
 
 

@@ -202,8 +202,8 @@ def measure(
 ) -> list[str]:
     """Make those of ``steps`` that ``measurements`` has not got, and keep them, whatever happens.
 
-    Returns what was left out for want of time or because it failed, as sentences. Raises MobileError if the
-    result cannot be kept.
+    Returns what was left out for want of time or because it failed, as sentences; also that the result cannot
+    be kept.
     """
     capture_log()
     missing = [step for step in steps if measurements.get(step.name) is None]
@@ -233,7 +233,10 @@ def measure(
             done += step.seconds
     finally:
         if missing:
-            write_measurements(measurements)
+            try:
+                write_measurements(measurements)
+            except MobileError as error:
+                left_out.append(f"the measurements are not kept: {error}")
     return left_out
 
 

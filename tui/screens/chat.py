@@ -156,7 +156,9 @@ class ChatScreen(ChatCommands, ChatView, Screen[None]):
         self.query_one(SidePanel).set_state(None)
         self._update_title()
         severity = "warning" if event.cancelled else "error"
-        self.notify(event.error, title=event.reference, severity=severity, timeout=12)
+        # what begins with a flag is about an option, which here is a setting
+        hint = " · Ctrl-S changes it, /reload tries again" if event.error.startswith("--") else ""
+        self.notify(event.error + hint, title=event.reference, severity=severity, timeout=12)
 
     # asking
 

@@ -223,7 +223,7 @@ class ChatCommands:
             self.notify(f"{plain} = {settings.value(plain)}")
             return
         found = settings.set(name, value.strip())
-        later = " after /reload" if found in load_settings() and self.facts else ""
+        later = " after /reload" if found in load_settings() and (self.facts or self.busy) else ""
         self.notify(f"{found} = {settings.text(found) or 'default'}{later}")
         self._update_title()
 

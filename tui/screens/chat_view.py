@@ -92,6 +92,7 @@ def _share_in_memory(store: dict[str, Any] | None) -> str:
     """How many of the experts the budget has room for, for the title; empty without an expert store."""
     if not store or not store.get("expert_bytes"):
         return ""
-    if store["budget_bytes"] >= store["budget_all_bytes"] or not store["budget_bytes"]:
+    budget, total = store["budget_bytes"], store["expert_bytes"]
+    if budget == 0 or budget >= total:
         return " · RAM for all experts"
-    return f" · RAM for {100 * store['budget_bytes'] // store['budget_all_bytes']}% of experts"
+    return f" · RAM for {100 * budget // total}% of experts"

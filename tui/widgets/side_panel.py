@@ -78,8 +78,8 @@ class SidePanel(Vertical):
         if self.state.device is None:
             parts = [f"{counts['host']} of {total} in RAM"]
         else:
-            parts = [f"of {total}: {counts['device']} on device", f"{counts['host']} in RAM"]
-        if counts["bytes"]:
+            parts = [f"{total}: {counts['device']} on device", f"{counts['host']} in RAM"]
+        if counts["bytes"] and self.state.device is None:  # with a device the line has no room for it
             parts.append(format_bytes(counts["bytes"]))
         if counts["loading"]:
             parts.append(f"{counts['loading']} loading")

@@ -1,0 +1,73 @@
+"""What the command does when something outside of it refuses; each a line and an exit code."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+
+from mobile_gguf.cli import VERBS, main
+
+PROGRAM = [sys.executable, "-m", "mobile_gguf"]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_fits_a_terminal_of_80_columns(capsys, monkeypatch, verb):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main([verb, "--help"])
+    assert [line for line in capsys.readouterr().out.splitlines() if len(line) > 79] == []
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["run", "demo", "--nosuch"], "unrecognized arguments: --nosuch (see `mobile-gguf run --help`)"),
+        (["--nosuch"], "unrecognized arguments: --nosuch (see `mobile-gguf --help`)"),
+        (
+            ["run", "demo", "-c", "x"],
+            "argument -c/--ctx-size: invalid whole number value: 'x' (see `mobile-gguf run --help`)",
+        ),
+    ],
+)
+def test_a_wrong_argument_names_the_help_of_its_verb(capsys, argv, line):
+    with pytest.raises(SystemExit) as end:
+        main(argv)
+    assert end.value.code == 2
+    assert capsys.readouterr().err == f"mobile-gguf: error: {line}\n"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has a device that is always full")
+def test_a_full_disk_behind_standard_output_is_a_line():
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run([*PROGRAM, "list"], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (ended.returncode, ended.stderr) == (
+        1,
+        "mobile-gguf: error: standard output: No space left on device\n",
+    )
+
+
+def test_a_reader_that_goes_away_is_no_traceback():
+    reader, writer = os.pipe()
+    os.close(reader)
+    ended = subprocess.run([*PROGRAM, "list"], stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (1, "")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("socksio") is not None, reason="socksio is there")
+@pytest.mark.parametrize("variable", ["ALL_PROXY", "https_proxy"])
+def test_a_socks_proxy_that_cannot_be_used_is_a_line(variable):
+    environment = {**os.environ, variable: "socks5://127.0.0.1:9"}
+    ended = subprocess.run(
+        [*PROGRAM, "pull", "hf:org/model"], env=environment, capture_output=True, text=True
+    )
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert ended.stderr.splitlines() == [
+        "asking the Hub for org/model",
+        f"mobile-gguf: error: hf:org/model: {variable} is a SOCKS proxy, which needs the package socksio:"
+        " `pip install socksio`, or unset it",
+    ]
