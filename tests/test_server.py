@@ -4,6 +4,7 @@ import asyncio
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from importlib import resources
 
 import httpx
 import pytest
@@ -352,6 +353,17 @@ def test_metrics_experts_and_the_page(hello):
         assert f"/{part}" in page.text or part == "markdown.js"
         assert get(f"{hello.url}/{part}").status_code == 200
     assert "access-control-allow-origin" not in page.headers
+
+
+def test_every_file_of_the_page_is_there_without_a_key(fake_model):
+    files = resources.files("mobile_gguf.server") / "page"
+    names = sorted(file.name for file in files.iterdir())
+    with running(fake_model(), api_key="secret") as server:
+        for name in names:
+            found = get(f"{server.url}/{name}" if name != "index.html" else server.url)
+            assert found.status_code == 200, name
+            assert found.content == (files / name).read_bytes()
+        assert get(f"{server.url}/v1/models").status_code == 401
 
 
 def test_cors_only_when_asked(fake_model):

@@ -113,6 +113,7 @@ function update(box, fragment) {
 function costBox() {
   const node = document.createElement("details");
   node.className = "cost";
+  node.addEventListener("toggle", () => atEnd && toEnd());
   const summary = document.createElement("summary");
   summary.title = "What this answer cost, in words";
   const text = span("", "receipt");
