@@ -355,6 +355,35 @@ def test_metrics_experts_and_the_page(hello):
     assert "access-control-allow-origin" not in page.headers
 
 
+@pytest.mark.parametrize(
+    ("message", "param", "words"),
+    [
+        ({"role": "user"}, "messages.0", "content is missing from the user's message"),
+        ({"role": "system", "content": None}, "messages.0", "content is missing"),
+        ({"role": "user", "content": 5}, "messages.0.content", "valid string"),
+        (
+            {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]},
+            "messages.0.content.0.type",
+            "'text'",
+        ),
+    ],
+)
+def test_a_message_that_cannot_be_is_told_where(hello, message, param, words):
+    answer = hello.post("/v1/chat/completions", {"messages": [message]})
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["param"] == param
+    assert words in error["message"]
+
+
+def test_a_body_that_is_not_utf_8(hello):
+    body = b'{"messages": [{"role": "user", "content": "\xff"}]}'
+    answer = post(
+        f"{hello.url}/v1/chat/completions", content=body, headers={"Content-Type": "application/json"}
+    )
+    assert (answer.status_code, answer.json()["error"]["message"]) == (400, "the body is not UTF-8")
+
+
 def test_every_file_of_the_page_is_there_without_a_key(fake_model):
     files = resources.files("mobile_gguf.server") / "page"
     names = sorted(file.name for file in files.iterdir())
