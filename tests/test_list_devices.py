@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -26,6 +27,8 @@ from mobile_gguf.plan.here import Here
 from mobile_gguf.plan.machine import Rate, read_measurements, write_measurements
 from mobile_gguf.plan.planner import make_plan
 from mobile_gguf.plan.workload import read_workload
+from mobile_gguf.sizes import format_bytes
+from mobile_gguf.tui.models import Candidate, fit_of
 
 GIB, MIB = 1 << 30, 1 << 20
 GPU = Device(0, "CUDA0", "a GPU", 8 * GIB, 16 * GIB)
@@ -39,21 +42,27 @@ def model():
     return write_sample(models / "mine.gguf", kind="Q8_0")
 
 
+class Installed:
+    """Makes its arguments the devices there are, or a text why they are not known; ``asked`` records."""
+
+    def __init__(self, monkeypatch):
+        self.asked = []
+        self.found = []
+        monkeypatch.setattr(here_module, "ask_devices", self.answer)
+
+    def __call__(self, *found):
+        self.found = list(found)
+
+    def answer(self, servers):
+        self.asked.append(servers)
+        if self.found and isinstance(self.found[0], str):
+            raise EngineError(self.found[0])
+        return self.found
+
+
 @pytest.fixture
 def devices(monkeypatch):
-    """Makes its arguments the devices there are, or a string why they are not known; ``asked`` records."""
-
-    def install(*found):
-        def answer(servers=""):
-            install.asked.append(servers)
-            if found and isinstance(found[0], str):
-                raise EngineError(found[0])
-            return list(found)
-
-        monkeypatch.setattr(here_module, "ask_devices", answer)
-
-    install.asked = []
-    return install
+    return Installed(monkeypatch)
 
 
 @pytest.fixture
@@ -170,6 +179,30 @@ def test_devices_are_asked_for_once_and_only_where_they_may_be_used(model, devic
     assert devices.asked == ["host:1"]
     with pytest.raises(FitError):
         here.fit(info, LoadOptions(vram_budget="64GiB"))  # asked for: not left out
+
+
+# the chat's model picker
+
+
+def test_the_picker_shows_the_same(model, devices):
+    def shown(**options):
+        fit = fit_of(Candidate("mine", model, 1), options, Here(options.get("rpc", "")))
+        return fit.fit, fit.speed
+
+    info = read_gguf_info(model)
+    all_bytes = format_bytes(info.expert_bytes)
+    devices()
+    assert shown() == (f"{all_bytes} of experts, all in RAM", "")
+    devices(GPU)
+    measured(info, GPU)
+    text, speed = shown()
+    assert text == f"{all_bytes} of experts, all in VRAM"
+    assert re.fullmatch(r"about [0-9.]+ tok/s", speed)
+    assert shown(vram_budget="off")[0].endswith("all in RAM")
+    assert shown(vram_budget="64GiB")[0].startswith("does not fit: --vram-budget 64.00 GiB does not fit")
+    assert shown(ram_budget="1K")[0].startswith("does not fit: ")
+    devices("the driver is broken")
+    assert shown()[0].endswith("all in RAM")
 
 
 # the process that asks

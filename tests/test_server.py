@@ -4,6 +4,7 @@ import asyncio
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from importlib import resources
 
 import httpx
 import pytest
@@ -352,6 +353,46 @@ def test_metrics_experts_and_the_page(hello):
         assert f"/{part}" in page.text or part == "markdown.js"
         assert get(f"{hello.url}/{part}").status_code == 200
     assert "access-control-allow-origin" not in page.headers
+
+
+@pytest.mark.parametrize(
+    ("message", "param", "words"),
+    [
+        ({"role": "user"}, "messages.0", "content is missing from the user's message"),
+        ({"role": "system", "content": None}, "messages.0", "content is missing"),
+        ({"role": "user", "content": 5}, "messages.0.content", "valid string"),
+        (
+            {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]},
+            "messages.0.content.0.type",
+            "'text'",
+        ),
+    ],
+)
+def test_a_message_that_cannot_be_is_told_where(hello, message, param, words):
+    answer = hello.post("/v1/chat/completions", {"messages": [message]})
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["param"] == param
+    assert words in error["message"]
+
+
+def test_a_body_that_is_not_utf_8(hello):
+    body = b'{"messages": [{"role": "user", "content": "\xff"}]}'
+    answer = post(
+        f"{hello.url}/v1/chat/completions", content=body, headers={"Content-Type": "application/json"}
+    )
+    assert (answer.status_code, answer.json()["error"]["message"]) == (400, "the body is not UTF-8")
+
+
+def test_every_file_of_the_page_is_there_without_a_key(fake_model):
+    files = resources.files("mobile_gguf.server") / "page"
+    names = sorted(file.name for file in files.iterdir())
+    with running(fake_model(), api_key="secret") as server:
+        for name in names:
+            found = get(f"{server.url}/{name}" if name != "index.html" else server.url)
+            assert found.status_code == 200, name
+            assert found.content == (files / name).read_bytes()
+        assert get(f"{server.url}/v1/models").status_code == 401
 
 
 def test_cors_only_when_asked(fake_model):

@@ -159,6 +159,30 @@ def test_a_signal_cuts_a_running_stream_cleanly(demo_gguf, command, number, code
     assert "Traceback" not in error
 
 
+def test_a_second_ctrl_c_cuts_without_a_traceback(demo_gguf, command):
+    served = Command(demo_gguf, "--ram-budget", "40%", "--grace", "200", "-c", "1024")
+    stream = served.client().chat.completions.create(
+        model=demo_gguf.stem, messages=USER, stream=True, extra_body=ENDLESS
+    )
+    next(iter(stream))
+    served.process.send_signal(signal.SIGINT)
+    until(lambda: not takes_requests(served.url))
+    served.process.send_signal(signal.SIGINT)
+    with contextlib.suppress(openai.APIError, httpx.HTTPError):
+        list(stream)
+    _, error = served.process.communicate(timeout=SECONDS)
+    assert served.process.returncode == 130
+    assert "stopping: the running answer has 200 s to end; Ctrl-C again cuts it" in error
+    assert "Traceback" not in error
+
+
+def takes_requests(url: str) -> bool:
+    try:
+        return get(f"{url}/health").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
 def refused(*flags: str, **environment: str) -> tuple[int, str]:
     done = subprocess.run(
         [sys.executable, "-m", "mobile_gguf", "serve", "nothing.gguf", *flags],

@@ -192,3 +192,74 @@ def test_the_key_is_asked_for(browser, fake_model):
         ask(page)
         page.wait_for_selector(".receipt:has-text('6 big')")
         page.close()
+
+
+def test_the_receipt_opens_to_words(browser, fake_model):
+    with running(fake_model(FakeBackend(scripted("hello")))) as server, opened(browser, server) as page:
+        assert "4.0 MiB are experts: 16 in each of 4 layers, and a token uses 8" in page.inner_text("#facts")
+        assert "At most 2.0 MiB of them are in memory at once" in page.inner_text("#facts")
+        assert "little 4, big-little 4 and then all 8" in page.inner_text("#modes")
+        ask(page)
+        page.wait_for_selector(".again")
+        assert not page.is_visible(".cost dl")
+        # by keyboard alone: back from the message over the answer's buttons
+        page.keyboard.press("Shift+Tab")
+        assert page.evaluate("document.activeElement.className") == "again"
+        page.keyboard.press("Shift+Tab")
+        page.keyboard.press("Enter")
+        words = dict(
+            zip(page.locator("dt").all_inner_texts(), page.locator("dd").all_inner_texts(), strict=True)
+        )
+        assert list(words) == ["Tokens", "Read from the file", "In memory already", "Memory for experts"]
+        assert words["Tokens"] == "6 with all 8 experts"
+        assert words["In memory already"].startswith("75% of ")
+        assert words["Memory for experts"] == "1.0 MiB at most, 25% of the model's 4.0 MiB"
+
+
+def test_code_tables_and_what_must_not_move(browser, fake_model):
+    text = "| a | `x|y` |\n|---|:-:|\n| 1 | 2 |\n\n```py\none\n```\n" + "more words\n\n" * 60
+    backend, gate = gated(text)
+    with running(fake_model(backend)) as server, opened(browser, server) as page:
+        ask(page)
+        page.wait_for_selector(".foot:has-text('Waiting for the first word')")
+        gate.allow(FIRST_WORDS + 400)
+        page.wait_for_selector(".text p >> nth=10")
+        assert page.locator("th, td").all_inner_texts() == ["a", "x|y", "1", "2"]
+        assert page.inner_text(".bar span") == "py"
+        assert page.inner_text("pre") == "one"
+        page.evaluate("document.querySelector('pre').seen = true")
+        page.evaluate("document.querySelector('#log').scrollTop = 0")
+        gate.open()
+        page.wait_for_selector(".again", state="attached")
+        # who reads above is left there, and what was there is the same node
+        assert page.evaluate("document.querySelector('#log').scrollTop") == 0
+        assert page.evaluate("document.querySelector('pre').seen") is True
+
+
+def test_the_last_words_stay_in_sight_when_the_map_takes_room(browser, fake_model):
+    text = "many words\n\n" * 60
+    with running(fake_model(FakeBackend(scripted(text)))) as server, opened(browser, server, PHONE) as page:
+        ask(page)
+        page.wait_for_selector(".again")
+        page.click("#show-map")
+        page.wait_for_selector("#side", state="visible")
+        until(
+            lambda: page.evaluate(
+                "(() => { const l = document.querySelector('#log');"
+                " return l.scrollHeight - l.scrollTop - l.clientHeight < 2; })()"
+            )
+        )
+
+
+def test_who_asked_for_less_motion_gets_none(browser, fake_model):
+    backend, gate = gated(end=False)
+    cursor = "getComputedStyle(document.querySelector('.wait > p:last-child'), '::after').animationName"
+    with running(fake_model(backend)) as server, opened(browser, server) as page:
+        ask(page)
+        gate.allow(FIRST_WORDS)
+        page.wait_for_selector(".wait > p")
+        assert page.evaluate(cursor) == "blink"
+        page.emulate_media(reduced_motion="reduce")
+        assert page.evaluate(cursor) == "none"
+        page.keyboard.press("Escape")
+        gate.open()

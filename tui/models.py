@@ -15,7 +15,7 @@ from ..plan.fit import Fit as Placed
 from ..plan.fit import FitError
 from ..plan.here import Here
 from ..resolve import DEMO, local_models
-from ..sizes import format_bytes
+from ..sizes import format_bytes, parse_size
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,8 @@ def _placed(info: GgufInfo, load: LoadOptions, here: Here) -> Placed | None:
     try:
         return here.fit(info, load)
     except FitError:
-        # what `run` would refuse is refused here too
+        if parse_size(load.ram_budget).is_auto:
+            raise
+        # refused only where a run is: below the smallest legal budget
         plan_for(info, load, context_size(info, load.n_ctx))
         return None

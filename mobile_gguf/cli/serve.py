@@ -120,6 +120,9 @@ def run(args: argparse.Namespace) -> int:
             host=args.host,
             port=args.port,
             announce=announce,
+            stopping=lambda: narrate(
+                f"stopping: the running answer has {args.grace:g} s to end; Ctrl-C again cuts it"
+            ),
             log_requests=args.log_requests,
         )
     return EXIT_INTERRUPTED if number == signal.SIGINT else 0

@@ -20,7 +20,7 @@ from .failures import ApiError
 from .serving import Serving
 
 _MAP_SECONDS = 0.2
-_PAGE = {
+PAGE = {  # the page's files by path; they need no key
     "/": ("index.html", "text/html; charset=utf-8"),
     "/app.js": ("app.js", "text/javascript; charset=utf-8"),
     "/api.js": ("api.js", "text/javascript; charset=utf-8"),
@@ -197,5 +197,5 @@ def _add_page_file(path: str, file: str, media_type: str) -> None:
     router.add_api_route(path, page_file, methods=["GET"], include_in_schema=False)
 
 
-for _path, (_file, _media_type) in _PAGE.items():
+for _path, (_file, _media_type) in PAGE.items():
     _add_page_file(_path, _file, _media_type)

@@ -118,9 +118,11 @@ def add_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> JSONResponse:
-        message = (
-            f"{error.detail}: {request.method} {request.url.path}" if error.status_code in (404, 405) else ""
-        )
+        message = ""
+        if error.status_code in (404, 405):
+            message = f"{error.detail}: {request.method} {request.url.path}"
+        elif error.status_code == 400 and isinstance(error.__cause__, UnicodeDecodeError):
+            message = "the body is not UTF-8"
         return ApiError(error.status_code, message or str(error.detail), headers=error.headers).response()
 
 
@@ -128,6 +130,11 @@ def _from_validation(error: RequestValidationError) -> ApiError:
     first = error.errors()[0]
     # "body" first; the names of union members and validators are pydantic's own business
     where = [part for part in first["loc"][1:] if isinstance(part, int) or "[" not in part]
+    if "constrained-str" in where:  # a text or parts of one: the parts' errors come next
+        others = [one for one in error.errors() if "constrained-str" not in one["loc"]]
+        first = others[0] if others and others[0]["type"] != "list_type" else first
+        where = [part for part in first["loc"][1:] if isinstance(part, int) or "[" not in part]
+        where = [part for part in where if part != "constrained-str"]
     param = ".".join(map(str, where)) or None
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}")

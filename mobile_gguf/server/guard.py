@@ -9,11 +9,12 @@ import anyio
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from .facts import PAGE
 from .failures import ApiError
 from .settings import ServerSettings
 
 # Open without a key: what tells that there is a server, and the page that asks for the key.
-OPEN_PATHS = {"/", "/health", "/app.js", "/api.js", "/app.css", "/markdown.js", "/icon.svg"}
+OPEN_PATHS = {"/health", *PAGE}
 
 
 class Guard:

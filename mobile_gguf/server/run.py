@@ -26,11 +26,13 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 0,
     announce: Callable[[str], object] = lambda _url: None,
+    stopping: Callable[[], object] = lambda: None,
     log_requests: bool = False,
 ) -> int | None:
     """Serve ``model`` until a signal comes; returns the signal.
 
-    ``announce`` is called with the address once connections are taken. The first SIGINT or SIGTERM stops
+    ``announce`` is called with the address once connections are taken, ``stopping`` if an answer is running
+    when the first signal comes. The first SIGINT or SIGTERM stops
     taking requests and lets the running answer end within ``settings.grace`` seconds; a second one cuts it.
     Raises MobileError if the address cannot be had.
     """
@@ -39,7 +41,9 @@ def serve(
     url = f"http://{name}:{listening.getsockname()[1]}"
     # asyncio warns of every client that has gone; that is counted, and no news.
     logging.getLogger("asyncio").setLevel(logging.ERROR)
-    server = make_server(model, settings, ready=lambda: announce(url), log_requests=log_requests)
+    server = make_server(
+        model, settings, ready=lambda: announce(url), stopping=stopping, log_requests=log_requests
+    )
     try:
         asyncio.run(server.serve(sockets=[listening]))
     finally:
@@ -52,9 +56,10 @@ def make_server(
     settings: ServerSettings,
     *,
     ready: Callable[[], object] = lambda: None,
+    stopping: Callable[[], object] = lambda: None,
     log_requests: bool = False,
 ) -> Server:
-    """A uvicorn server for ``model``, which calls ``ready`` once it takes connections."""
+    """A uvicorn server for ``model``; ``ready`` and ``stopping`` are called as ``serve`` says."""
     config = uvicorn.Config(
         create_app(model, settings),
         log_level="info" if log_requests else "warning",
@@ -65,7 +70,7 @@ def make_server(
         ws="none",
         lifespan="on",
     )
-    return Server(config, ready)
+    return Server(config, ready, stopping)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -80,10 +85,13 @@ def listen(host: str, port: int) -> socket.socket:
 class Server(uvicorn.Server):
     """uvicorn's server that closes the application before it waits for its connections."""
 
-    def __init__(self, config: uvicorn.Config, ready: Callable[[], object]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, ready: Callable[[], object], stopping: Callable[[], object]
+    ) -> None:
         super().__init__(config)
         self.signal: int | None = None
         self._ready = ready
+        self._stopping = stopping
         self._closing: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -97,6 +105,9 @@ class Server(uvicorn.Server):
         self._closing = asyncio.create_task(serving.close())
         await super().shutdown(sockets=sockets)
         await self._closing
+        if self.force_exit:
+            # uvicorn leaves it waiting then, and logs a traceback when the loop ends
+            await self.lifespan.shutdown()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -115,9 +126,11 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A first signal ends the server in order; a second one cuts the running answer."""
+        serving = self.config.app.state.serving  # type: ignore[union-attr]
         if self.should_exit:
-            serving = self.config.app.state.serving  # type: ignore[union-attr]
             serving.worker.cancel_running()
             self.force_exit = True
+        elif serving.worker.is_busy:
+            self._stopping()
         self.signal = sig
         self.should_exit = True

@@ -35,6 +35,7 @@ async function connect() {
   document.title = `${card.id} - mobile-gguf`;
   const chosen = $("mode").value || card.meta.mode;
   $("mode").replaceChildren(...card.meta.modes.map((mode) => new Option(mode, mode, false, mode === chosen)));
+  $("mode").parentElement.hidden = false;
   $("mode").disabled = card.meta.modes.length < 2;
   introduce(card.meta);
   watchMap();
@@ -113,6 +114,7 @@ function update(box, fragment) {
 function costBox() {
   const node = document.createElement("details");
   node.className = "cost";
+  node.addEventListener("toggle", () => atEnd && toEnd());
   const summary = document.createElement("summary");
   summary.title = "What this answer cost, in words";
   const text = span("", "receipt");

@@ -42,7 +42,8 @@ export function words(usage, meta) {
   }
   const asked = cost.expert_hits + cost.expert_misses;
   if (!asked) return found;
-  found.push(["Read from the file", `${bytes(cost.bytes_read)}, which took ${duration(cost.stall_ms)} of waiting`]);
+  const ahead = cost.prefetch_wasted_bytes ? `; ${bytes(cost.prefetch_wasted_bytes)} of it ahead and not needed` : "";
+  found.push(["Read from the file", `${bytes(cost.bytes_read)}, which took ${duration(cost.stall_ms)} of waiting${ahead}`]);
   const one = meta.n_expert && meta.n_layer_moe ? meta.expert_bytes / (meta.n_expert * meta.n_layer_moe) : 0;
   const saved = one ? `: about ${bytes(cost.expert_hits * one)} that were not read` : "";
   found.push(["In memory already", `${percent(cost.expert_hits, asked)} of ${number(asked)} experts asked for${saved}`]);
