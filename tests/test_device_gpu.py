@@ -1,7 +1,8 @@
 """The device tier on a GPU of this machine, where the installed engine has a backend for one.
 
 A software device serves as well: with Mesa's lavapipe an engine built with ``--backend vulkan``
-runs all of it. ggml leaves such a device out unless it is named, which is done where there is no other.
+runs all of it. ggml leaves such a device out unless it is named, which is done where there is no other; the
+lavapipe of Mesa 22.3 crashes in ggml's fused kernels, of the stock graph too, so these are off there.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ print(json.dumps([d.name for d in ggml_devices() if d.type in ("gpu", "igpu")]))
 @cache
 def gpu() -> tuple[str, dict[str, str]]:
     """Name of the engine's first GPU, "" if it has none, and the environment that shows it."""
-    for environment in ({}, {"GGML_VK_VISIBLE_DEVICES": "0"}):
+    for environment in ({}, {"GGML_VK_VISIBLE_DEVICES": "0", "GGML_VK_DISABLE_FUSION": "1"}):
         done = subprocess.run(
             [sys.executable, "-c", _LIST], capture_output=True, text=True, timeout=300, check=False,
             env=engine_libs.child_environment(engine_libs.engine_lib(), **environment),
