@@ -117,6 +117,8 @@ def test_big_little_and_the_receipt(command):
 
 def test_the_map_shows_what_is_hit_and_missed(command):
     seen: set[str] = set()
+    card = get(f"{command.url}/v1/models").json()["data"][0]["meta"]
+    expert_bytes = card["expert_bytes"] / (card["n_expert"] * card["n_layer_moe"])
     with httpx.stream("GET", f"{command.url}/v1/experts?stream=true", timeout=SECONDS) as events:
         lines = events.iter_lines()
         first = json.loads(next(line for line in lines if line.startswith("data: "))[6:])
@@ -127,6 +129,8 @@ def test_the_map_shows_what_is_hit_and_missed(command):
             if line.startswith("data: "):
                 now = json.loads(line[6:])
                 seen.update(*(set(row) for row in now["tiers"]["host"]))
+                # hits and misses may be gone again: what is there keeps to the budget all the same
+                assert now["resident"]["host"] <= card["ram_budget_bytes"] / expert_bytes
             if {"3", "4"} <= seen:
                 break
         chat.close()

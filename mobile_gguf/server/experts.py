@@ -89,16 +89,18 @@ class ExpertMap:
         """The map now: by tier a row of characters for each layer; STATES says what they mean."""
         n_layer, n_expert = self._shape
         tiers: dict[str, list[str]] = {}
+        resident: dict[str, int] = {}
         engine = getattr(self._model.llama, "engine", None)
         if engine is not None:
             llama, asked = self._model.llama, self._asked
-            tiers["host"] = self._rows(engine.residency(llama.model, n_layer, n_expert), asked)
+            in_memory = engine.residency(llama.model, n_layer, n_expert)
+            tiers["host"], resident["host"] = self._rows(in_memory, asked), self._count(in_memory)
             if getattr(llama, "device", None) is not None:
                 from ..device.calls import DeviceCalls
 
                 with contextlib.suppress(MobileError):
                     on_device = DeviceCalls(engine, llama.ctx).residency(n_layer, n_expert)
-                    tiers["device"] = self._rows(on_device, {})
+                    tiers["device"], resident["device"] = self._rows(on_device, {}), self._count(on_device)
         return {
             "object": "experts",
             "n_layer": n_layer,
@@ -106,8 +108,13 @@ class ExpertMap:
             "layers": self._layers,
             "states": STATES,
             "tiers": tiers,
+            "resident": resident,
             "n_tokens": self.n_tokens,
         }
+
+    def _count(self, residency: list[bytes]) -> int:
+        """What a token has hit or missed may be gone again, so rows do not tell."""
+        return sum(1 for layer in self._layers for code in residency[layer] if code == RESIDENT)
 
     def _rows(self, residency: list[bytes], asked: Asked) -> list[str]:
         rows = []

@@ -70,7 +70,10 @@ class Health(BaseModel):
 
 
 class Experts(BaseModel):
-    """The expert map: by tier a row of characters for each layer; ``states`` says what they mean."""
+    """The expert map: by tier a row of characters for each layer; ``states`` says what they mean.
+
+    ``resident`` counts by tier what is there, which the last token's hits and misses in the rows hide.
+    """
 
     model_config = ConfigDict(extra="allow")
     object: Literal["experts"]
@@ -79,6 +82,7 @@ class Experts(BaseModel):
     layers: list[int]
     states: dict[str, str]
     tiers: dict[str, list[str]]
+    resident: dict[str, int]
     n_tokens: int
 
 

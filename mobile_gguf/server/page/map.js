@@ -58,11 +58,9 @@ function draw() {
   const width = canvas.width / map.n_expert;
   const height = canvas.height / rows.length;
   const gap = width > 4 && height > 4 ? ratio : 0;
-  let resident = 0;
   rows.forEach((row, y) => {
     for (let x = 0; x < row.length; x++) {
       const state = Number(row[x]);
-      resident += state >= 2;
       pen.fillStyle = colours[state];
       const left = Math.round(x * width), top = Math.round(y * height);
       pen.fillRect(left, top, Math.round((x + 1) * width) - left - gap, Math.round((y + 1) * height) - top - gap);
@@ -71,7 +69,8 @@ function draw() {
   $("map-size").textContent = `${rows.length} layers × ${map.n_expert}`;
   const all = rows.length * map.n_expert;
   const size = meta.expert_bytes ?? 0;
-  $("map-note").textContent = `${resident} of ${all} in memory` + (size ? `: about ${bytes((size * resident) / all)} of ${bytes(size)}` : "");
+  const { host: resident, device } = map.resident;
+  $("map-note").textContent = `${resident} of ${all} in memory` + (size ? `: about ${bytes((size * resident) / all)} of ${bytes(size)}` : "") + (device === undefined ? "" : `; ${device} on the device`);
 }
 
 function pointAt(event) {
