@@ -2,8 +2,8 @@
 
 A software device serves as well: with Mesa's lavapipe an engine built with ``--backend vulkan``
 runs all of it. ggml leaves such a device out unless it is named, which is done where there is no other. The
-lavapipe of Mesa 22.3 ends a third of all processes with SIGSEGV in a thread of its own, with the stock graph too, so
-a job that dies of it on such a device is run again.
+lavapipe of Mesa 22.3 ends a third of all processes with SIGSEGV in a thread of its own, with the stock graph
+too, so a job that dies of it on such a device is run again.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ print(json.dumps([[d.name, d.description] for d in ggml_devices() if d.type in (
 
 @cache
 def gpu() -> tuple[str, str, dict[str, str]]:
-    """Name and description of the engine's first GPU, "" if it has none, and the environment that shows it."""
+    """Name and description of the engine's first GPU, "" without one, and the environment that shows it."""
     for environment in ({}, {"GGML_VK_VISIBLE_DEVICES": "0", "GGML_VK_DISABLE_FUSION": "1"}):
         done = subprocess.run(
             [sys.executable, "-c", _LIST], capture_output=True, text=True, timeout=300, check=False,
