@@ -1,13 +1,15 @@
 """The device tier on a GPU of this machine, where the installed engine has a backend for one.
 
 A software device serves as well: with Mesa's lavapipe an engine built with ``--backend vulkan``
-runs all of it. ggml leaves such a device out unless it is named, which is done where there is no other; the
-lavapipe of Mesa 22.3 crashes in ggml's fused kernels, of the stock graph too, so these are off there.
+runs all of it. ggml leaves such a device out unless it is named, which is done where there is no other. The
+lavapipe of Mesa 22.3 ends a third of all processes with SIGSEGV in a thread of its own, with the stock graph
+too, so a job that dies of it on such a device is run again.
 """
 
 from __future__ import annotations
 
 import json
+import signal
 import struct
 import subprocess
 import sys
@@ -30,22 +32,22 @@ HIDDEN = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "GGML_VK_VISIBL
 _LIST = """
 import json
 from mobile_gguf.ggml_devices import ggml_devices
-print(json.dumps([d.name for d in ggml_devices() if d.type in ("gpu", "igpu")]))
+print(json.dumps([[d.name, d.description] for d in ggml_devices() if d.type in ("gpu", "igpu")]))
 """
 
 
 @cache
-def gpu() -> tuple[str, dict[str, str]]:
-    """Name of the engine's first GPU, "" if it has none, and the environment that shows it."""
+def gpu() -> tuple[str, str, dict[str, str]]:
+    """Name and description of the engine's first GPU, "" without one, and the environment that shows it."""
     for environment in ({}, {"GGML_VK_VISIBLE_DEVICES": "0", "GGML_VK_DISABLE_FUSION": "1"}):
         done = subprocess.run(
             [sys.executable, "-c", _LIST], capture_output=True, text=True, timeout=300, check=False,
             env=engine_libs.child_environment(engine_libs.engine_lib(), **environment),
         )  # fmt: skip
-        names = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else []
-        if names:
-            return names[0], environment
-    return "", {}
+        found = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else []
+        if found:
+            return found[0][0], found[0][1], environment
+    return "", "", {}
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +57,15 @@ def _needs_a_gpu() -> None:
 
 
 def on_gpu(*runs: dict[str, Any], **environment: str) -> engine_libs.Outcome:
-    return succeeded(on_devices(*runs, environment=gpu()[1] | environment))
+    _name, description, shown = gpu()
+    tries = 8 if "llvmpipe" in description else 1
+    for left in reversed(range(tries)):
+        try:
+            return succeeded(on_devices(*runs, environment=shown | environment))
+        except engine_libs.ChildDiedError as error:
+            if error.returncode != -signal.SIGSEGV or not left:
+                raise
+    raise AssertionError
 
 
 def greedy(n: int = N_STEPS) -> list[dict[str, Any]]:
