@@ -12,7 +12,7 @@ from .device.calls import DeviceCalls
 from .device.tier import DeviceRequest, request_devices, start_tier
 from .errors import BudgetError, EngineError, MobileError, ModelFormatError
 from .gguf_info import GgufInfo
-from .interrupts import held_interrupts
+from .held_interrupts import held_interrupts
 from .llama_log import capture_log, clear_errors, last_errors
 from .memory import read_memory
 from .options import LoadOptions
