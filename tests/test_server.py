@@ -328,7 +328,7 @@ def test_shutdown_lets_the_running_answer_end_or_cuts_it_cleanly(fake_model, end
             until(lambda: server.serving.worker.n_waiting == 1)
             gate.allow(2)
             server.server.should_exit = True
-            until(lambda: server.serving.closing.is_set())
+            until(lambda: server.serving.worker.n_waiting == 0)
             gate.open()
             text = first.result(timeout=SECONDS)
             assert waits.result(timeout=SECONDS).status_code == 503
