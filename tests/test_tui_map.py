@@ -97,6 +97,12 @@ def test_the_title_and_the_panel_say_how_much_is_in_memory(tmp_path):
             await say(app, pilot, "one")
             said = str(app.chat.query_one("#residency", Static).content)
             assert said == "experts 16 of 64 in RAM, 1.0 MiB, 1 loading"
+            # where the word has no room there is its sign in the map, not half of it
+            line = app.chat.query_one("#residency", Static)
+            line.styles.width = len(said) - 2
+            await until(pilot, lambda: 0 < line.content_size.width < len(said))
+            app.chat.query_one(SidePanel).redraw()
+            assert str(line.content) == "experts 16 of 64 in RAM, 1.0 MiB, +1"
 
     run(go())
 

@@ -27,6 +27,9 @@ _COLOURS = {
 }
 
 
+_TITLE = "experts "
+
+
 class SidePanel(Vertical):
     """Shows one model's experts; ``state`` is None without an expert store."""
 
@@ -81,9 +84,12 @@ class SidePanel(Vertical):
             parts = [f"{total}: {counts['device']} on device", f"{counts['host']} in RAM"]
         if counts["bytes"] and self.state.device is None:  # with a device the line has no room for it
             parts.append(format_bytes(counts["bytes"]))
-        if counts["loading"]:
-            parts.append(f"{counts['loading']} loading")
-        return Content.assemble(("experts ", "bold"), ", ".join(parts))
+        if n := counts["loading"]:
+            width = self.query_one("#residency").content_size.width
+            whole = ", ".join([*parts, f"{n} loading"])
+            fits = width <= 0 or len(_TITLE + whole) <= width
+            parts.append(f"{n} loading" if fits else f"+{n}")  # the legend has the sign
+        return Content.assemble((_TITLE, "bold"), ", ".join(parts))
 
     def _legend(self) -> Content:
         has_device = self.state is not None and self.state.device is not None
