@@ -17,7 +17,7 @@ from mobile_gguf.memory import read_memory
 from mobile_gguf.options import LoadOptions
 from mobile_gguf.plan.disk import disk_name
 from mobile_gguf.plan.fit import DeviceMemory, plan_fit
-from mobile_gguf.plan.ggml import Ggml, device_key
+from mobile_gguf.plan.ggml import Ggml
 from mobile_gguf.plan.learning import Lesson, correct
 from mobile_gguf.plan.machine import Measurements, identify_machine
 from mobile_gguf.plan.measure import measure, steps_for
@@ -135,13 +135,7 @@ def foresee(
 ) -> tuple[Prediction, Prediction]:
     """The prediction without and with what earlier rounds taught."""
     options = case.options(rpc)
-    memories = [
-        DeviceMemory(
-            one.name, one.free_bytes, one.total_bytes, device_key(one.name, one.description),
-            says_free=one.says_free, shares_host=one.shares_host_memory,
-        )
-        for one in _devices(rpc)
-    ]  # fmt: skip
+    memories = [DeviceMemory.of(one) for one in _devices(rpc)]
     fit = plan_fit(info, asked_of(info, options, devices=bool(memories)), read_memory(), memories)
     workload, disk = read_workload(info), disk_name(info.path)
     found = []
