@@ -1,0 +1,1 @@
+"""``mobile-gguf show``: what a model is, what fits, what calibration found."""
