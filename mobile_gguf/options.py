@@ -16,11 +16,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
-from .binding import EVICTION, IO
-from .decode import IMPORTANCE, MODES
-from .device.structs import CACHE, LAYERS, MISS
+from .engine.binding import EVICTION, IO
+from .engine.structs import CACHE, LAYERS, MISS
 from .errors import UsageError
-from .logit_bias import Bias, parse_bias
+from .generate.decode import IMPORTANCE, MODES
+from .generate.logit_bias import Bias, parse_bias
 from .sizes import Size, parse_size, parse_size_or_off
 
 DEFAULT_GAMMA = 0.7

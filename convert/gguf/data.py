@@ -13,8 +13,8 @@ from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
-from ..errors import ModelFormatError, UsageError
-from ..gguf_header import GgufHeader, open_gguf, read_errors, read_open_header
+from mobile_gguf.errors import ModelFormatError, UsageError
+from mobile_gguf.gguf.header import GgufHeader, open_gguf, read_errors, read_open_header
 
 CHUNK = 4 << 20
 

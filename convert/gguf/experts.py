@@ -10,12 +10,13 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from ..errors import ModelFormatError
-from ..gguf_experts import MAX_EXPERTS, OWN_PREFIX
-from ..gguf_header import type_block
-from ..gguf_info import MAX_LAYERS
-from .gguf_data import FileRange, TensorPlan
-from .gguf_file import GgufSource
+from mobile_gguf.errors import ModelFormatError
+from mobile_gguf.gguf.experts import MAX_EXPERTS, OWN_PREFIX
+from mobile_gguf.gguf.header import type_block
+from mobile_gguf.gguf.info import MAX_LAYERS
+
+from .data import FileRange, TensorPlan
+from .file import GgufSource
 
 LAYOUT_KEY, SEGMENTS_KEY = "mobile.layout", "mobile.segments"
 SEGMENT_ORDER_TENSOR = "mobile.segments.order."  # and the layer

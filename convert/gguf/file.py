@@ -16,13 +16,14 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ..atomic import replacing_file
-from ..errors import ModelFormatError, UsageError
-from ..gguf_experts import FORMAT_VERSION, OWN_PREFIX
-from ..gguf_header import DEFAULT_ALIGNMENT, MAGIC
-from ..gguf_info import other_parts
-from ..sizes import format_bytes
-from .gguf_data import FileRange, Kv, Part, TensorPlan
+from mobile_gguf.errors import ModelFormatError, UsageError
+from mobile_gguf.files.atomic import replacing_file
+from mobile_gguf.gguf.experts import FORMAT_VERSION, OWN_PREFIX
+from mobile_gguf.gguf.header import DEFAULT_ALIGNMENT, MAGIC
+from mobile_gguf.gguf.info import other_parts
+from mobile_gguf.sizes import format_bytes
+
+from .data import FileRange, Kv, Part, TensorPlan
 
 Progress = Callable[[str, float], None]
 

@@ -6,9 +6,10 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..gguf_experts import OWN_PREFIX
+from mobile_gguf.gguf.experts import OWN_PREFIX
+
 from .experts import read_experts
-from .gguf_file import GgufSource, Progress, ignore
+from .file import GgufSource, Progress, ignore
 from .layout import stacked_tensors
 
 

@@ -13,13 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from ..atomic import free_bytes
-from ..errors import ModelFormatError, UsageError
-from ..gguf_experts import FORMAT_VERSION, OWN_PREFIX, PER_EXPERT
+from mobile_gguf.errors import ModelFormatError, UsageError
+from mobile_gguf.files.atomic import free_bytes
+from mobile_gguf.gguf.experts import FORMAT_VERSION, OWN_PREFIX, PER_EXPERT
+
+from ..options import SEGMENT_ORDERS, ConvertResult
+from .data import Kv, TensorPlan
 from .experts import LAYOUT_KEY, SEGMENT_ORDER_TENSOR, SEGMENTS_KEY, Experts, read_experts
-from .gguf_data import Kv, TensorPlan
-from .gguf_file import GgufSource, Progress, gguf_bytes, ignore, write_gguf
-from .options import SEGMENT_ORDERS, ConvertResult
+from .file import GgufSource, Progress, gguf_bytes, ignore, write_gguf
 from .segments import Neurons, check_segments, joined
 
 ALIGNMENT = 4096

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .gguf_data import CHUNK, Data, FileRange
+from .data import CHUNK, Data, FileRange
 
 # Neurons' places, made when they are needed: those of all experts at once would take much memory.
 Places = Callable[[], np.ndarray]

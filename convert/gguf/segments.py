@@ -8,11 +8,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..errors import ModelFormatError, UsageError
-from ..gguf_experts import MAX_EXPERTS
+from mobile_gguf.errors import ModelFormatError, UsageError
+from mobile_gguf.gguf.experts import MAX_EXPERTS
+
+from ..options import MAX_SEGMENTS
+from .data import Data, FileRange, TensorPlan
 from .experts import SEGMENT_ORDER_TENSOR, Experts, Stack, stored_order
-from .gguf_data import Data, FileRange, TensorPlan
-from .gguf_file import GgufSource
+from .file import GgufSource
 from .neurons import (
     Columns,
     Computed,
@@ -23,7 +25,6 @@ from .neurons import (
     inverse,
     legal_segments,
 )
-from .options import MAX_SEGMENTS
 
 IMPORTANCE_TENSOR = (
     "mobile.importance."  # and the layer: F32 [n_expert, n_ff], neurons as in the stacked file

@@ -1,6 +1,6 @@
 """libllama's own quantiser, as a process: a stacked GGUF in, a quantised one out.
 
-Run as `python -m mobile_gguf.convert.quantize_child` by `quantize`.
+Run as `python -m mobile_gguf.convert.quantize.child` by `quantize`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mobile_gguf.convert.child_side import ChildChannel
+from ..child_side import ChildChannel
 
 # "[  3/ 27] blk.0.x.weight - [ 1024,  128, 1, 1], type = bf16, " and then, in pieces, one of
 # "size = 0.1 MiB", "converting to q4_K .. size = 0.2 MiB -> 0.1 MiB", "size = 0.2 MiB -> 0.1 MiB (q4_K)"
@@ -119,7 +119,7 @@ def _metadata(params: Any, job: dict[str, Any]) -> Any:
 def _imatrix(params: Any, path: Path) -> Any:
     from llama_cpp import llama_cpp
 
-    from mobile_gguf.convert.imatrix import read_imatrix
+    from .imatrix import read_imatrix
 
     values = read_imatrix(path).values
     array = (llama_cpp.llama_model_imatrix_data * (len(values) + 1))()

@@ -15,7 +15,7 @@ from typing import BinaryIO
 import numpy as np
 
 from mobile_gguf.errors import ModelFormatError, ModelNotFoundError
-from mobile_gguf.gguf_header import MAGIC, GgufHeader, TensorInfo, read_header
+from mobile_gguf.gguf.header import MAGIC, GgufHeader, TensorInfo, read_header
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _F32 = 0

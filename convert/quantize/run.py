@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from mobile_gguf.errors import MobileError, ModelFormatError, UsageError
-from mobile_gguf.gguf_header import read_header
+from mobile_gguf.gguf.header import read_header
 
+from ..children import ChildError, child_environment, run_child
+from ..meter import Meter, Progress
+from ..options import ConvertOptions
 from . import ftypes
-from .children import ChildError, child_environment, run_child
 from .imatrix import read_imatrix
-from .meter import Meter, Progress
-from .options import ConvertOptions
 
-MODULE = "mobile_gguf.convert.quantize_child"
+MODULE = "mobile_gguf.convert.quantize.child"
 # what the quantiser may keep of a tensor's rows: small enough for the memory limit, large enough for threads
 MAX_BUFFER = 128 << 20
 

@@ -14,13 +14,14 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from .errors import ModelBusyError, QueueFullError
-from .options import GenerateOptions, LoadOptions, takes
+from mobile_gguf.errors import ModelBusyError, QueueFullError
+from mobile_gguf.options import GenerateOptions, LoadOptions, takes
 
 if TYPE_CHECKING:
     import os
 
-    from .answer import Chunk, Reply
+    from mobile_gguf.generate.answer import Chunk, Reply
+
     from .embedding import Embedding
     from .messages import Messages
     from .model import Model

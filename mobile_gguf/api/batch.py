@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .answer import INTERRUPTED, Chunk
-from .atomic import disk_errors
-from .errors import MobileError, UsageError
-from .logit_bias import read_bias
+from mobile_gguf.errors import MobileError, UsageError
+from mobile_gguf.files.atomic import disk_errors
+from mobile_gguf.generate.answer import INTERRUPTED, Chunk
+from mobile_gguf.generate.logit_bias import read_bias
+from mobile_gguf.options import GenerateOptions, make_options
+
 from .messages import as_messages
 from .model import Model
-from .options import GenerateOptions, make_options
 
 _OWN = ("id", "prompt", "messages", "system")
 _LINE_BYTES = 64 << 20

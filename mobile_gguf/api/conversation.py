@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .answer import Chunk
+    from mobile_gguf.generate.answer import Chunk
+
     from .model import Model
 
 

@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .answer import Backend, read_traffic
-from .errors import UsageError
-from .gguf_info import GgufInfo
-from .receipt import Receipt
+from mobile_gguf.errors import UsageError
+from mobile_gguf.generate.answer import Backend, read_traffic
+from mobile_gguf.generate.receipt import Receipt
+from mobile_gguf.gguf.info import GgufInfo
 
 MEAN, LAST, CLS, RANK = "mean", "last", "cls", "rank"
 POOLINGS = (MEAN, LAST, CLS)

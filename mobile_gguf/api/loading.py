@@ -5,24 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from .binding import Engine, find_engine, needs_engine
-from .budget import BudgetPlan, estimate_demand, plan_budget
-from .device.budget import host_share
-from .device.calls import DeviceCalls
-from .device.tier import DeviceRequest, request_devices, start_tier
-from .errors import BudgetError, EngineError, MobileError, ModelFormatError
-from .gguf_info import GgufInfo
-from .held_interrupts import held_interrupts
-from .llama_log import capture_log, clear_errors, last_errors
-from .memory import read_memory
-from .options import LoadOptions
-from .prefetch import holder, set_prefetch
-from .rpc import clear_loss, last_loss
-from .sizes import parse_size
-from .threads import default_threads
+from mobile_gguf.device.tier import DeviceRequest, request_devices, start_tier
+from mobile_gguf.engine.binding import Engine, find_engine, needs_engine
+from mobile_gguf.engine.device_calls import DeviceCalls
+from mobile_gguf.engine.held_interrupts import held_interrupts
+from mobile_gguf.engine.log import capture_log, clear_errors, last_errors
+from mobile_gguf.engine.prefetch import holder, set_prefetch
+from mobile_gguf.engine.rpc import clear_loss, last_loss
+from mobile_gguf.errors import BudgetError, EngineError, MobileError, ModelFormatError
+from mobile_gguf.gguf.info import GgufInfo
+from mobile_gguf.memory.budget import BudgetPlan, estimate_demand, plan_budget
+from mobile_gguf.memory.device_budget import host_share
+from mobile_gguf.memory.machine import read_memory
+from mobile_gguf.memory.threads import default_threads
+from mobile_gguf.options import LoadOptions
+from mobile_gguf.sizes import parse_size
 
 if TYPE_CHECKING:
-    from .mobile_llama import MobileLlama
+    from mobile_gguf.generate.llama import MobileLlama
 
 DEFAULT_CONTEXT = 4096
 
@@ -86,7 +86,7 @@ def _open(
     more = more | {"devices": None if request is None else request.devices}
     if engine is None or not info.is_moe:
         return _construct(info, options, n_ctx, engine, use_mmap=True, **more)
-    from .head import read_head
+    from mobile_gguf.generate.head import read_head
 
     head = read_head(info)
     plan = plan_for(info, options, n_ctx, request)
@@ -154,7 +154,7 @@ def _construct(
     """Make the Llama; ``more`` holds ``devices``, None for the host alone, and keywords of its own."""
     from jinja2 import TemplateError
 
-    from .mobile_llama import MobileLlama
+    from mobile_gguf.generate.llama import MobileLlama
 
     threads, threads_batch = default_threads()
     arguments: dict[str, Any] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .errors import UsageError
+from mobile_gguf.errors import UsageError
 
 Messages = str | Sequence[Mapping[str, Any]]
 

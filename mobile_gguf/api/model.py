@@ -14,19 +14,20 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from mobile_gguf.engine.binding import Counters
+from mobile_gguf.engine.structs import DeviceCounters
+from mobile_gguf.errors import ModelBusyError, UsageError
+from mobile_gguf.generate.answer import Answer, Backend, Chunk, Reply, Request
+from mobile_gguf.generate.decode import Policy
+from mobile_gguf.generate.logit_bias import read_bias
+from mobile_gguf.generate.policy import choose_policy
+from mobile_gguf.gguf.info import GgufInfo, read_gguf_info
+from mobile_gguf.hub.resolve import resolve_model
+from mobile_gguf.options import POLICY_OPTIONS, GenerateOptions, LoadOptions, make_options, takes
+
 from . import loading
-from .answer import Answer, Backend, Chunk, Reply, Request
-from .binding import Counters
-from .decode import Policy
-from .device.structs import DeviceCounters
 from .embedding import Embedding, embed
-from .errors import ModelBusyError, UsageError
-from .gguf_info import GgufInfo, read_gguf_info
-from .logit_bias import read_bias
 from .messages import Messages, as_messages
-from .options import POLICY_OPTIONS, GenerateOptions, LoadOptions, make_options, takes
-from .policy import choose_policy
-from .resolve import resolve_model
 
 logger = logging.getLogger("mobile_gguf")
 

@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..atomic import complete_or_absent
-from ..errors import MobileError
-from ..gguf_info import GgufInfo
-from ..paths import cache_dir
+from mobile_gguf.engine.structs import DeviceInfo
+from mobile_gguf.errors import MobileError
+from mobile_gguf.files.atomic import complete_or_absent
+from mobile_gguf.files.paths import cache_dir
+from mobile_gguf.gguf.info import GgufInfo
+
 from .contest import ARMS, Figures
-from .structs import DeviceInfo
 
 _ENTRIES_MAX = 256
 # Budgets that differ by less than this share of the experts count as one: `auto` varies from run to run.

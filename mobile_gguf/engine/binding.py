@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .device.structs import DeviceParamsStruct
-from .errors import (
+from mobile_gguf.errors import (
     BudgetError,
     EngineError,
     EngineMemoryError,
@@ -22,6 +21,8 @@ from .errors import (
     MobileError,
     UsageError,
 )
+
+from .structs import DeviceParamsStruct
 
 ABI_VERSION = 3
 BUILD_HINT = "run `mobile-gguf engine build`"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 
-from ..binding import EVICTION, Engine, choice, struct_fields, with_slack
+from .binding import EVICTION, Engine, choice, struct_fields, with_slack
 from .structs import (
     CACHE,
     MISS,

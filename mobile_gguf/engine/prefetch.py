@@ -10,8 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from mobile_gguf.errors import UsageError
+
 from .binding import Engine
-from .errors import UsageError
 
 OFF, ON, AUTO = "off", "on", "auto"
 PREFETCH = {OFF: 0, ON: 1, AUTO: 2}

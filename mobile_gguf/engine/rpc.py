@@ -15,8 +15,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mobile_gguf.errors import EngineError, UsageError
+
 from .binding import load_library, needs_engine
-from .errors import EngineError, UsageError
 
 DEFAULT_PORT = 50052
 PROTOCOL = (7, 0)  # RPC_PROTO_MAJOR_VERSION, RPC_PROTO_MINOR_VERSION of the pinned ggml-rpc.h

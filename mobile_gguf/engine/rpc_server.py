@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mobile_gguf.errors import EngineError, UsageError
+
 from .binding import BUILD_HINT, load_library
-from .errors import EngineError, UsageError
-from .ggml_devices import GgmlDevice, ggml_devices, ggml_function
+from .devices import GgmlDevice, ggml_devices, ggml_function
 from .rpc import Endpoint, probe_server
 
 _POLL_SECONDS = 0.05

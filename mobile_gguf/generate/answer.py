@@ -8,17 +8,19 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .binding import Counters, ModelInfo
+from mobile_gguf.engine.binding import Counters, ModelInfo
+from mobile_gguf.engine.prefetch import PrefetchCounters
+from mobile_gguf.engine.structs import DeviceCounters
+from mobile_gguf.errors import AnswerStopped
+
 from .decode import Pass, Policy
-from .device.structs import DeviceCounters
-from .errors import AnswerStopped
 from .notebook import reply_html
-from .prefetch import PrefetchCounters
 from .receipt import Receipt, Timings
 from .text import TextStream
 
 if TYPE_CHECKING:
-    from .device.tier import DeviceTier
+    from mobile_gguf.device.tier import DeviceTier
+
     from .head import Head
 
 STOP, LENGTH, INTERRUPTED = "stop", "length", "interrupted"

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .errors import ModelFormatError
-from .gguf_header import GgufHeader, read_header
-from .gguf_info import GgufInfo
+from mobile_gguf.errors import ModelFormatError
+from mobile_gguf.gguf.header import GgufHeader, read_header
+from mobile_gguf.gguf.info import GgufInfo
 
 WEIGHT, TOKEN_BIAS = "mobile.head.weight", "mobile.head.token_bias"
 PREFIX = "mobile.head."

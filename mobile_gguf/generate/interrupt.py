@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 
 from llama_cpp import llama_cpp
 
-from .errors import AnswerStopped
+from mobile_gguf.errors import AnswerStopped
 
 
 class _Watch:

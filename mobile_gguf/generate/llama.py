@@ -19,19 +19,20 @@ from jinja2 import TemplateError
 from llama_cpp import Llama, LlamaGrammar, llama_cpp
 from llama_cpp.llama_chat_format import CHATML_CHAT_TEMPLATE, Jinja2ChatFormatter
 
-from .binding import Counters, Engine, ModelInfo
+from mobile_gguf.device.tier import DeviceTier
+from mobile_gguf.engine.binding import Counters, Engine, ModelInfo
+from mobile_gguf.engine.listing import Device, device_array
+from mobile_gguf.engine.log import clear_errors, last_errors
+from mobile_gguf.engine.prefetch import PrefetchCounters, prefetch_counters
+from mobile_gguf.engine.rpc import context_loss
+from mobile_gguf.engine.structs import DeviceCounters
+from mobile_gguf.errors import EngineError, ExpertReadError, MobileError, UsageError
+
 from .decode import ALL_EXPERTS, Pass, Policy, decode_prompt, decode_token
-from .device.listing import Device, device_array
-from .device.structs import DeviceCounters
-from .device.tier import DeviceTier
-from .errors import EngineError, ExpertReadError, MobileError, UsageError
 from .head import Head
 from .interrupt import stopping_on_request
-from .llama_log import clear_errors, last_errors
 from .logit_bias import biased
 from .pooling import clear_memory, file_pooling, has_memory, longest_text, pooled_state
-from .prefetch import PrefetchCounters, prefetch_counters
-from .rpc import context_loss
 
 # A prompt that is all in the context already is computed anew from here before its end.
 _MIN_PROMPT = 2

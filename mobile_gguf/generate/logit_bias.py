@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from .errors import UsageError
+from mobile_gguf.errors import UsageError
 
 Bias = Mapping[Any, float] | Iterable[tuple[int, float]]
 LIMIT = 100.0  # OpenAI's

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-from .sizes import format_bytes
+from mobile_gguf.sizes import format_bytes
 
 # Colours that can be told apart on light and dark pages, and without red and green.
 _PASSES = (("big", "#3b78c4"), ("little", "#2a9d8f"), ("fallback", "#e0a020"))

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from mobile_gguf.engine.binding import needs_engine
+from mobile_gguf.errors import UsageError
+from mobile_gguf.gguf.info import GgufInfo
+from mobile_gguf.options import DEFAULT_GAMMA, LoadOptions
+
 from .answer import Backend
-from .binding import needs_engine
 from .decode import BIG_LITTLE, CONFIDENCE, EXACT, HEAD, Policy, default_little_k
-from .errors import UsageError
-from .gguf_info import GgufInfo
-from .options import DEFAULT_GAMMA, LoadOptions
 
 if TYPE_CHECKING:
     from .head import Head

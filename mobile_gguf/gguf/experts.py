@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .errors import ModelFormatError
-from .gguf_header import TensorInfo
+from mobile_gguf.errors import ModelFormatError
+
+from .header import TensorInfo
 
 FORMAT_VERSION = 1  # of mobile.* metadata; a newer one is refused
 STACKED, PER_EXPERT = "stacked", "per-expert"  # layouts

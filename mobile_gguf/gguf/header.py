@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
-from .errors import ModelFormatError, ModelNotFoundError
+from mobile_gguf.errors import ModelFormatError, ModelNotFoundError
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .errors import ModelFormatError, ModelNotFoundError
-from .gguf_experts import OWN_PREFIX, STACKED, ExpertLayer, read_experts
-from .gguf_header import GgufHeader, TensorInfo, read_header
+from mobile_gguf.errors import ModelFormatError, ModelNotFoundError
+
+from .experts import OWN_PREFIX, STACKED, ExpertLayer, read_experts
+from .header import GgufHeader, TensorInfo, read_header
 
 MAX_LAYERS = 1 << 12
 

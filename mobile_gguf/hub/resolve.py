@@ -6,9 +6,10 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from .errors import ModelNotFoundError
-from .hub.reference import PREFIX, is_reference, looks_like_repository, parse_reference
-from .paths import models_dir
+from mobile_gguf.errors import ModelNotFoundError
+from mobile_gguf.files.paths import models_dir
+
+from .reference import PREFIX, is_reference, looks_like_repository, parse_reference
 
 DEMO = "demo"
 
@@ -25,11 +26,11 @@ def resolve_model(
     """
     text = os.fspath(reference)
     if text == DEMO:
-        from .demo import ensure_demo
+        from mobile_gguf.demo import ensure_demo
 
         return ensure_demo(progress=progress)
     if is_reference(text):
-        from .hub import resolve_hub
+        from . import resolve_hub
 
         return resolve_hub(parse_reference(text), progress)
     path = Path(text).expanduser()
@@ -57,7 +58,7 @@ def local_models() -> list[Path]:
 
 def demo_file() -> Path | None:
     """The demo model's file if it has been built."""
-    from .demo.build import demo_path
+    from mobile_gguf.demo.build import demo_path
 
     path = demo_path()
     return path if path.is_file() else None

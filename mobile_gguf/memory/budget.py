@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .errors import BudgetError
-from .gguf_info import GgufInfo
-from .memory import Memory
-from .sizes import MIB, Size, format_bytes
+from mobile_gguf.errors import BudgetError
+from mobile_gguf.gguf.info import GgufInfo
+from mobile_gguf.sizes import MIB, Size, format_bytes
+
+from .machine import Memory
 
 CONTEXT_MULTIPLE = 256
 _F16, _F32 = 2, 4

@@ -14,9 +14,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from mobile_gguf.errors import MobileError
+
 from .cgroup import cgroup_directories, read_number, read_text
-from .errors import MobileError
-from .memory import cgroup_limits
+from .machine import cgroup_limits
 
 _V1_LIMIT, _V1_SWAP_LIMIT = "memory.limit_in_bytes", "memory.memsw.limit_in_bytes"
 _V2_LIMIT, _V2_SWAP_LIMIT = "memory.max", "memory.swap.max"

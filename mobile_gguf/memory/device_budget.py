@@ -10,12 +10,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..budget import CONTEXT_MULTIPLE, Demand, kv_cache_bytes
-from ..errors import BudgetError
-from ..gguf_info import GgufInfo
-from ..sizes import MIB, Size, format_bytes
-from .listing import Device
-from .structs import DeviceInfo
+from mobile_gguf.engine.listing import Device
+from mobile_gguf.engine.structs import DeviceInfo
+from mobile_gguf.errors import BudgetError
+from mobile_gguf.gguf.info import GgufInfo
+from mobile_gguf.sizes import MIB, Size, format_bytes
+
+from .budget import CONTEXT_MULTIPLE, Demand, kv_cache_bytes
 
 _F32 = 4
 # For what a driver or backend takes later: workspaces, staging, fragments.

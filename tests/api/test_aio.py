@@ -5,7 +5,7 @@ import asyncio
 import pytest
 from fake_backend import FakeBackend, scripted
 
-from mobile_gguf.aio import AsyncModel
+from mobile_gguf.api.aio import AsyncModel
 from mobile_gguf.errors import ExpertReadError, ModelBusyError, QueueFullError, UsageError
 
 

@@ -11,12 +11,13 @@ from typing import Any
 
 import engine_libs
 import pytest
+from places import DATA, TESTS
 
 import mobile_gguf
-from mobile_gguf.decode import Pass
 from mobile_gguf.errors import BudgetError, ExpertReadError, ModelFormatError, UsageError
+from mobile_gguf.generate.decode import Pass
 
-EXPECTED = json.loads((Path(__file__).parent / "data" / "demo-expected.json").read_text())
+EXPECTED = json.loads((DATA / "demo-expected.json").read_text())
 PROMPTS = ["Why is the sky blue?", "Write a line about the sea."]
 # threads=1: the machine may be busy, and spinning threads that wait for each other are then slow
 FAST: dict[str, Any] = {"threads": 1, "threads_batch": 1, "n_ctx": 1024}
@@ -27,7 +28,7 @@ GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 16, "cache_prompt": Fa
 def engine():
     """The installed engine; without it these tests are skipped."""
     pytest.importorskip("llama_cpp", reason="run `mobile-gguf engine build`")
-    from mobile_gguf.binding import find_engine
+    from mobile_gguf.engine.binding import find_engine
 
     if find_engine() is None:
         pytest.skip("llama-cpp-python is a stock build; run `mobile-gguf engine build`")
@@ -180,7 +181,7 @@ def test_a_file_cut_short_while_running(demo_gguf, tmp_path):
 
 
 def test_budgets_from_too_small_to_the_smallest(demo_gguf):
-    from mobile_gguf.gguf_info import read_gguf_info
+    from mobile_gguf.gguf.info import read_gguf_info
 
     info = read_gguf_info(demo_gguf)
     with pytest.raises(BudgetError, match=f"smallest legal budget for this model is {info.budget_min_bytes}"):
@@ -202,7 +203,7 @@ def test_headers_and_the_engine_agree(model):
 
 
 def test_ctrl_c_ends_a_prompt_before_it_is_done(any_model, monkeypatch):
-    from mobile_gguf.interrupt import _Watch
+    from mobile_gguf.generate.interrupt import _Watch
 
     polls = 0
 
@@ -233,7 +234,7 @@ def command(*argv, **environment):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        cwd=Path(__file__).parent,
+        cwd=TESTS,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), **environment},
     )
 

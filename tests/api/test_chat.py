@@ -3,7 +3,7 @@
 import pytest
 from fake_backend import FakeBackend, scripted
 
-from mobile_gguf.chat import Conversation
+from mobile_gguf.api.conversation import Conversation
 from mobile_gguf.errors import ExpertReadError
 
 

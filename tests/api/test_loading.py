@@ -3,11 +3,11 @@
 import pytest
 from fake_backend import MIB, FakeBackend, fake_info
 
-from mobile_gguf import loading
+from mobile_gguf.api import loading
+from mobile_gguf.api.loading import context_size, open_backend
 from mobile_gguf.errors import BudgetError, EngineError, ModelFormatError
-from mobile_gguf.gguf_info import ExpertLayer
-from mobile_gguf.loading import context_size, open_backend
-from mobile_gguf.memory import Memory
+from mobile_gguf.gguf.info import ExpertLayer
+from mobile_gguf.memory.machine import Memory
 from mobile_gguf.options import LoadOptions
 
 MOE = fake_info(expert_layers=(ExpertLayer(16, (MIB, MIB)),) * 4)
@@ -144,7 +144,7 @@ def test_load_errors_carry_the_reason(monkeypatch):
 
 
 def test_the_log_is_kept_for_error_messages(capsys):
-    from mobile_gguf import llama_log
+    from mobile_gguf.engine import log as llama_log
 
     llama_log.clear_errors()
     for level, text in [

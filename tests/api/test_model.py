@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from fake_backend import BOS, EOS, FakeBackend, fake_info, scripted
 
-from mobile_gguf.binding import Counters
+from mobile_gguf.api.model import Model
+from mobile_gguf.engine.binding import Counters
 from mobile_gguf.errors import UsageError
-from mobile_gguf.head import Head
-from mobile_gguf.model import Model
+from mobile_gguf.generate.head import Head
 
 
 def texts(chunks):

@@ -217,7 +217,7 @@ def test_the_clock_stands_still_while_the_consumer_works(fake_model, monkeypatch
 
 
 def test_a_model_in_the_list_of_open_ones_is_closed_at_exit(fake_model):
-    from mobile_gguf import model as module
+    from mobile_gguf.api import model as module
 
     backend = FakeBackend()
     fake_model(backend)

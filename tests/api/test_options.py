@@ -6,8 +6,8 @@ import inspect
 import pytest
 
 from mobile_gguf import flags
+from mobile_gguf.api.model import Model, load
 from mobile_gguf.errors import UsageError
-from mobile_gguf.model import Model, load
 from mobile_gguf.options import GenerateOptions, LoadOptions, declared, defaults, make_options
 from mobile_gguf.sizes import Size
 

@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 from fake_backend import FakeBackend, fake_info, scripted
+from places import ROOT
 
-from mobile_gguf import __version__, loading
-from mobile_gguf import model as model_module
+from mobile_gguf import __version__
+from mobile_gguf.api import loading
+from mobile_gguf.api import model as model_module
 from mobile_gguf.cli import VERBS, main
 from mobile_gguf.errors import ExpertReadError
 
@@ -207,7 +209,7 @@ def test_no_verb_shows_the_help(command):
 
 def test_version(command):
     assert command("--version")[:2] == (0, f"mobile-gguf {__version__}\n")
-    project = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    project = (ROOT / "pyproject.toml").read_text()
     assert f'version = "{__version__}"' in project
 
 
@@ -308,8 +310,8 @@ def test_chat_on_a_terminal_keeps_a_history(command, fake_load, monkeypatch, own
 
 def test_show(command, monkeypatch, tmp_path):
     info = fake_info(path=tmp_path / "fake.gguf")
-    monkeypatch.setattr("mobile_gguf.cli.show.resolve_model", lambda _name, _progress: info.path)
-    monkeypatch.setattr("mobile_gguf.cli.show.read_gguf_info", lambda _path: info)
+    monkeypatch.setattr("mobile_gguf.cli.show.verb.resolve_model", lambda _name, _progress: info.path)
+    monkeypatch.setattr("mobile_gguf.cli.show.verb.read_gguf_info", lambda _path: info)
     code, out, err = command("show", "fake")
     assert (code, err) == (0, "")
     assert "experts                 16 in each of 4 layers\n" in out
@@ -322,8 +324,8 @@ def test_show(command, monkeypatch, tmp_path):
 
 def test_show_of_a_dense_model_says_so(command, monkeypatch):
     info = fake_info(n_expert=0, n_expert_used=0, expert_layers=())
-    monkeypatch.setattr("mobile_gguf.cli.show.resolve_model", lambda _name, _progress: info.path)
-    monkeypatch.setattr("mobile_gguf.cli.show.read_gguf_info", lambda _path: info)
+    monkeypatch.setattr("mobile_gguf.cli.show.verb.resolve_model", lambda _name, _progress: info.path)
+    monkeypatch.setattr("mobile_gguf.cli.show.verb.read_gguf_info", lambda _path: info)
     assert "none: a dense model" in command("show", "fake")[1]
     assert json.loads(command("show", "fake", "--json")[1])["expert_bytes"] == 0
 

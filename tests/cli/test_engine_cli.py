@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from mobile_gguf import paths
 from mobile_gguf.cli.engine import ProgressDisplay, format_info
+from mobile_gguf.files import paths
 from mobile_gguf.vendor.pin import Pin, load_pin
 from mobile_gguf.vendor.progress import Progress, parse_line
 
@@ -157,7 +157,7 @@ def test_info_for_people() -> None:
 
 def test_vendor_needs_the_standard_library_only() -> None:
     code = (
-        "import sys, mobile_gguf.errors, mobile_gguf.paths\n"
+        "import sys, mobile_gguf.errors, mobile_gguf.files.paths\n"
         "before = set(sys.modules)\n"
         "import mobile_gguf.vendor, mobile_gguf.cli.engine\n"
         "new = {name.partition('.')[0] for name in set(sys.modules) - before}\n"

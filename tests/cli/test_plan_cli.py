@@ -11,13 +11,13 @@ from gguf_samples import write_sample
 
 from mobile_gguf.cli import main
 from mobile_gguf.errors import MobileError
-from mobile_gguf.gguf_info import read_gguf_info
+from mobile_gguf.generate.receipt import Receipt
+from mobile_gguf.gguf.info import read_gguf_info
 from mobile_gguf.options import LoadOptions
 from mobile_gguf.plan import compare_run, machine, measure, predict_cached
 from mobile_gguf.plan.machine import Measurements, Rate, read_measurements
 from mobile_gguf.plan.measure import LIMIT_S, Step, expected_seconds, steps_for
 from mobile_gguf.plan.workload import count_weights, read_workload
-from mobile_gguf.receipt import Receipt
 
 
 @pytest.fixture

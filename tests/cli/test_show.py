@@ -10,16 +10,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from places import DATA
 from test_statistics import GOOD, model_file, routing
 
 from mobile_gguf.cli import main
-from mobile_gguf.cli.heatmap import ASCII, COLOURS, STEPS, UNICODE, WIDTH, heat_map, is_fancy, step_of
+from mobile_gguf.cli.show.heatmap import ASCII, COLOURS, STEPS, UNICODE, WIDTH, heat_map, is_fancy, step_of
 from mobile_gguf.convert.calibrate.statistics import RouteCounts
 from mobile_gguf.convert.calibrate.store import write_statistics
-from mobile_gguf.convert.gguf_file import update_gguf
-from mobile_gguf.memory import Memory
+from mobile_gguf.convert.gguf.file import update_gguf
+from mobile_gguf.memory.machine import Memory
 
-DATA = Path(__file__).parent / "data"
 MIB = 1 << 20
 
 
@@ -50,8 +50,8 @@ VERIFICATION = {"reasons": [], "worst": {"relative error against Transformers": 
 @pytest.fixture(autouse=True)
 def a_known_machine(monkeypatch):
     memory = Memory(available_bytes=160 * MIB, total_bytes=200 * MIB, source="the machine")
-    monkeypatch.setattr("mobile_gguf.loading.read_memory", lambda: memory)
-    monkeypatch.setattr("mobile_gguf.cli.show_tiers.read_memory", lambda: memory)
+    monkeypatch.setattr("mobile_gguf.api.loading.read_memory", lambda: memory)
+    monkeypatch.setattr("mobile_gguf.cli.show.tiers.read_memory", lambda: memory)
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def test_a_calibrated_file(show, calibrated):
 
 def test_on_a_terminal_the_map_has_blocks_and_colours(show, calibrated, monkeypatch):
     plain = show(calibrated)[1]
-    monkeypatch.setattr("mobile_gguf.cli.heatmap.is_fancy", lambda _stream: True)
+    monkeypatch.setattr("mobile_gguf.cli.show.heatmap.is_fancy", lambda _stream: True)
     fancy = show(calibrated)[1]
     assert fancy == (DATA / "show-terminal.txt").read_text(encoding="utf-8")
     bare = re.sub("\033\\[[0-9;]*m", "", fancy)
@@ -143,7 +143,7 @@ def test_a_failed_verification_says_why(show, calibrated):
 
 def test_memory_that_does_not_suffice(show, calibrated, monkeypatch):
     memory = Memory(available_bytes=1 * MIB, total_bytes=8 * MIB, source="cgroup /x")
-    monkeypatch.setattr("mobile_gguf.cli.show_tiers.read_memory", lambda: memory)
+    monkeypatch.setattr("mobile_gguf.cli.show.tiers.read_memory", lambda: memory)
     code, out, _ = show(calibrated)
     assert code == 0
     assert "--ram-budget auto       does not fit: one layer's experts (96.0 KiB) have no room\n" in out
@@ -198,7 +198,7 @@ def test_a_file_cannot_write_to_the_terminal(show, calibrated):
 def test_segments_are_shown(show, tmp_path):
     path = model_file(tmp_path / "model.gguf")
     assert "layout                  stacked\n" in show(path)[1]
-    from mobile_gguf.convert.layout import to_mobile
+    from mobile_gguf.convert.gguf.layout import to_mobile
 
     cut = tmp_path / "cut.gguf"
     to_mobile(path, cut, segments=1)

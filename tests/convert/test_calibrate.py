@@ -15,20 +15,21 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_models
+from places import SUPPORT
 
 import mobile_gguf
-from mobile_gguf.binding import find_engine
 from mobile_gguf.convert.calibrate.plot import check_plot
 from mobile_gguf.convert.calibrate.run import check_model
 from mobile_gguf.convert.calibrate.store import read_statistics
 from mobile_gguf.convert.calibrate.text import read_text
-from mobile_gguf.convert.gguf_file import GgufSource
-from mobile_gguf.decode import Pass
+from mobile_gguf.convert.gguf.file import GgufSource
+from mobile_gguf.engine.binding import find_engine
 from mobile_gguf.errors import MobileError
-from mobile_gguf.gguf_info import read_gguf_info
-from mobile_gguf.head import read_head
+from mobile_gguf.generate.decode import Pass
+from mobile_gguf.generate.head import read_head
+from mobile_gguf.gguf.info import read_gguf_info
 
-CHILD = Path(__file__).parent / "calibrate_child.py"
+CHILD = SUPPORT / "calibrate_child.py"
 N_TOKENS = 12 * 32
 N_SAMPLES = 12 * 16
 NEVER = -1

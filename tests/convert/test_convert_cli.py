@@ -12,11 +12,11 @@ import gguf
 import pytest
 from gguf_samples import write_sample
 
-from mobile_gguf import atomic
 from mobile_gguf.cli import main
 from mobile_gguf.cli.common import Progress
 from mobile_gguf.convert.options import ConvertOptions, ConvertResult
 from mobile_gguf.errors import MobileError
+from mobile_gguf.files import atomic
 
 
 @pytest.fixture
@@ -201,7 +201,7 @@ def test_an_error_while_writing_leaves_nothing(convert, sample, monkeypatch):
     def broken(*_arguments):
         raise MobileError("the disk is gone")
 
-    monkeypatch.setattr("mobile_gguf.convert.gguf_file._write", broken)
+    monkeypatch.setattr("mobile_gguf.convert.gguf.file._write", broken)
     assert convert("model.gguf") == (1, "", "mobile-gguf: error: the disk is gone\n")
     assert os.listdir() == ["model.gguf"]
 

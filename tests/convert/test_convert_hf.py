@@ -18,14 +18,16 @@ import pytest
 from convert_checkpoints import Checkpoints
 from convert_runs import STACKED, run_child
 
-from mobile_gguf.convert import ftypes, plan, quantize
-from mobile_gguf.convert.hashes import tensor_hashes
+from mobile_gguf.convert import plan
+from mobile_gguf.convert.gguf.hashes import tensor_hashes
 from mobile_gguf.convert.hf import upstream
 from mobile_gguf.convert.hf.checkpoint import read_checkpoint
 from mobile_gguf.convert.options import ConvertOptions, ConvertResult
 from mobile_gguf.convert.pipeline import convert_checkpoint
+from mobile_gguf.convert.quantize import ftypes
+from mobile_gguf.convert.quantize import run as quantize
 from mobile_gguf.errors import MobileError, ModelFormatError, UsageError
-from mobile_gguf.gguf_header import read_header
+from mobile_gguf.gguf.header import read_header
 
 SMALL_TYPES = {number: name for name, number in ftypes.tensor_types().items()}
 

@@ -17,9 +17,10 @@ import pytest
 from convert_checkpoints import Checkpoints
 from convert_runs import CHILD_OPTIONS, STACKED, run_child
 
-from mobile_gguf.convert import plan, quantize
+from mobile_gguf.convert import plan
 from mobile_gguf.convert.pipeline import convert_checkpoint
-from mobile_gguf.convert.quantize import QuantizeRequest
+from mobile_gguf.convert.quantize import run as quantize
+from mobile_gguf.convert.quantize.run import QuantizeRequest
 from mobile_gguf.convert.workdir import work_directory, work_path
 from mobile_gguf.errors import MobileError, UsageError
 from mobile_gguf.vendor import lock

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from gguf_samples import contents, in_child, tensors, write_sample
 
-from mobile_gguf import atomic
-from mobile_gguf.convert.gguf_data import Kv, TensorPlan
-from mobile_gguf.convert.gguf_file import GgufSource, update_gguf, write_gguf
+from mobile_gguf.convert.gguf.data import Kv, TensorPlan
+from mobile_gguf.convert.gguf.file import GgufSource, update_gguf, write_gguf
 from mobile_gguf.errors import MobileError, ModelFormatError, ModelNotFoundError, UsageError
+from mobile_gguf.files import atomic
 
 
 @pytest.fixture(scope="module")
@@ -248,7 +248,7 @@ def test_a_sparse_file_of_nothing_ends_soon_and_in_little_memory(tmp_path):
     os.truncate(path, 1 << 40)
     done = in_child(
         "import resource, sys; from pathlib import Path;"
-        "from mobile_gguf.convert.gguf_file import GgufSource;"
+        "from mobile_gguf.convert.gguf.file import GgufSource;"
         "resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30)); GgufSource.open(Path(sys.argv[1]))",
         path,
     )
@@ -288,8 +288,8 @@ _KILLED = """
 import os, signal, sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from mobile_gguf.convert.gguf_file import GgufSource, write_gguf
-from mobile_gguf.convert.gguf_data import Data
+from mobile_gguf.convert.gguf.file import GgufSource, write_gguf
+from mobile_gguf.convert.gguf.data import Data
 
 source, out, limit = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 
@@ -372,7 +372,7 @@ def test_a_disk_that_fills_up(tmp_path, sample, monkeypatch):
                 raise OSError(errno.ENOSPC, "No space left on device")
             return real(self.file.fileno(), data)
 
-    monkeypatch.setattr("mobile_gguf.convert.gguf_file._write", lambda file, data: Full(file).write(data))
+    monkeypatch.setattr("mobile_gguf.convert.gguf.file._write", lambda file, data: Full(file).write(data))
     with pytest.raises(MobileError, match="the disk is full"):
         copy(sample, tmp_path / "o.gguf")
     assert os.listdir(tmp_path) == []
@@ -381,7 +381,7 @@ def test_a_disk_that_fills_up(tmp_path, sample, monkeypatch):
 def test_a_limit_on_file_sizes(tmp_path, sample):
     done = in_child(
         "import resource, sys; from pathlib import Path;"
-        "from mobile_gguf.convert.gguf_file import update_gguf;"
+        "from mobile_gguf.convert.gguf.file import update_gguf;"
         f"resource.setrlimit(resource.RLIMIT_FSIZE, (65536, {resource.RLIM_INFINITY}));"
         "update_gguf(Path(sys.argv[1]), out=Path(sys.argv[2]))",
         sample,

@@ -11,12 +11,12 @@ from gguf import GGUFWriter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mobile_gguf.convert import quantize
-from mobile_gguf.convert.hashes import tensor_hashes
-from mobile_gguf.convert.imatrix import read_imatrix
+from mobile_gguf.convert.gguf.hashes import tensor_hashes
 from mobile_gguf.convert.options import ConvertOptions
+from mobile_gguf.convert.quantize import run as quantize
+from mobile_gguf.convert.quantize.imatrix import read_imatrix
 from mobile_gguf.errors import MobileError, ModelFormatError, ModelNotFoundError, UsageError
-from mobile_gguf.gguf_header import read_header
+from mobile_gguf.gguf.header import read_header
 
 N_IN, N_FF, N_EXPERT = 256, 256, 4
 

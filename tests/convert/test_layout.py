@@ -14,9 +14,9 @@ import tiny_models
 from gguf_samples import N_FF, contents, in_child, tensors, write_sample
 from layout_files import SINGLE, check_per_expert
 
-from mobile_gguf.convert.gguf_file import GgufSource, update_gguf, write_gguf
-from mobile_gguf.convert.hashes import differences, tensor_hashes
-from mobile_gguf.convert.layout import plan_mobile, to_mobile, to_stacked
+from mobile_gguf.convert.gguf.file import GgufSource, update_gguf, write_gguf
+from mobile_gguf.convert.gguf.hashes import differences, tensor_hashes
+from mobile_gguf.convert.gguf.layout import plan_mobile, to_mobile, to_stacked
 from mobile_gguf.errors import ModelFormatError, UsageError
 
 # by what the experts are; where the down matrix's type differs the file is named after the preset
@@ -243,7 +243,7 @@ def test_differences_in_kind(tmp_path, sample):
 _MEASURED = """
 import sys
 from pathlib import Path
-from mobile_gguf.convert.layout import to_mobile, to_stacked
+from mobile_gguf.convert.gguf.layout import to_mobile, to_stacked
 
 def peak():
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -13,7 +13,7 @@ import tiny_models
 from engine_jobs import on_engine, run
 
 from mobile_gguf.errors import ModelFormatError
-from mobile_gguf.gguf_info import read_gguf_info
+from mobile_gguf.gguf.info import read_gguf_info
 
 U32, STRING = gguf.GGUFValueType.UINT32, gguf.GGUFValueType.STRING
 

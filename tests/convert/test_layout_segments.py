@@ -11,9 +11,9 @@ import tiny_models
 from gguf_samples import N_EXPERT, N_FF, N_LAYER, tensors, write_sample
 from layout_files import check_per_expert
 
-from mobile_gguf.convert.gguf_file import update_gguf
-from mobile_gguf.convert.hashes import differences
-from mobile_gguf.convert.layout import to_mobile, to_stacked
+from mobile_gguf.convert.gguf.file import update_gguf
+from mobile_gguf.convert.gguf.hashes import differences
+from mobile_gguf.convert.gguf.layout import to_mobile, to_stacked
 from mobile_gguf.errors import ModelFormatError, UsageError
 
 

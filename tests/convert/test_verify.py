@@ -15,9 +15,16 @@ import verify_models
 from mobile_gguf.cli import main
 from mobile_gguf.convert.verify import reference
 from mobile_gguf.convert.verify.check import Pair, mark, verify, verify_each
-from mobile_gguf.convert.verify.result import FAILED, JSON_KEY, NOT_VERIFIED, PASSED, STATUS_KEY, VerifyResult
+from mobile_gguf.convert.verify.result import (
+    FAILED,
+    JSON_KEY,
+    NOT_VERIFIED,
+    PASSED,
+    STATUS_KEY,
+    VerifyResult,
+)
 from mobile_gguf.errors import UsageError
-from mobile_gguf.gguf_header import read_header
+from mobile_gguf.gguf.header import read_header
 
 MODEL = "qwen3moe"
 
@@ -276,7 +283,7 @@ def test_float32_activations_are_switched_off_again() -> None:
 
 @pytest.mark.parametrize("segments", [1, 2])
 def test_a_file_of_our_layout(segments: int, tmp_path: Path) -> None:
-    from mobile_gguf.convert.layout import to_mobile
+    from mobile_gguf.convert.gguf.layout import to_mobile
 
     folder = verify_models.folder("olmoe")
     to_mobile(folder / "model-f32.gguf", tmp_path / "out.gguf", segments=segments, segment_order="natural")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import verify_models
+from places import SUPPORT
 
 from mobile_gguf.convert.verify import reference
 from mobile_gguf.convert.verify.check import Pair, verify, verify_each
@@ -54,7 +55,7 @@ def test_logits_are_those_of_transformers(name: str, outtype: str) -> None:
 
 
 def _experts(name: str, outtype: str):
-    from mobile_gguf.gguf_info import read_gguf_info
+    from mobile_gguf.gguf.info import read_gguf_info
 
     return read_gguf_info(pair(name, outtype).gguf).expert_layers
 
@@ -91,7 +92,7 @@ class TestPhiMoE:
 
     def test_all_else_is_equal(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(reference, "CHILD_MODULE", "phimoe_child")
-        monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+        monkeypatch.setenv("PYTHONPATH", str(SUPPORT))
         result = verify(*_paths("phimoe-f16"), threads=1)
         assert result.status == PASSED, result.table()
         assert result.worst()["relative error against Transformers"] < USUAL_ERROR

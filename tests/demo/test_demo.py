@@ -16,6 +16,7 @@ import engine_libs
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, GGUFReader, dequantize
+from places import DATA
 
 from mobile_gguf.demo import (
     build,
@@ -27,13 +28,13 @@ from mobile_gguf.demo import (
     write_hf_checkpoint,
 )
 from mobile_gguf.errors import MobileError, ModelNotFoundError
-from mobile_gguf.paths import cache_dir
+from mobile_gguf.files.paths import cache_dir
 
 # the user's own cache, looked up before any test moves the XDG directories: the source is fetched once
 REAL_CACHE = cache_dir()
 
 # from Transformers in float32: a prompt, the largest logits after it and 48 greedy tokens, top-8 and top-4
-EXPECTED = json.loads((Path(__file__).parent / "data" / "demo-expected.json").read_text(encoding="utf-8"))
+EXPECTED = json.loads((DATA / "demo-expected.json").read_text(encoding="utf-8"))
 PROMPT: list[int] = EXPECTED["prompt_ids"]
 ARMS = ["top8", "top4"]
 

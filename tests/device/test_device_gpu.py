@@ -31,7 +31,7 @@ N_STEPS = 64
 HIDDEN = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "GGML_VK_VISIBLE_DEVICES": ""}
 _LIST = """
 import json
-from mobile_gguf.ggml_devices import ggml_devices
+from mobile_gguf.engine.devices import ggml_devices
 print(json.dumps([[d.name, d.description] for d in ggml_devices() if d.type in ("gpu", "igpu")]))
 """
 

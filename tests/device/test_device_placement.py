@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from mobile_gguf.device.contest import Contest, Figures, Rules
 from mobile_gguf.device.controller import PlacementController
-from mobile_gguf.device.memory import placement_file, placement_key, remember, remembered
-from mobile_gguf.device.structs import CACHE, HOST, LAYERS, DeviceInfo
+from mobile_gguf.device.placement import placement_file, placement_key, remember, remembered
+from mobile_gguf.engine.structs import CACHE, HOST, LAYERS, DeviceInfo
 from mobile_gguf.errors import EngineError
 
 RULES = Rules()

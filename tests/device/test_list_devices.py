@@ -15,10 +15,10 @@ from gguf_samples import write_sample
 from mobile_gguf.cli import main
 from mobile_gguf.device import ask
 from mobile_gguf.device.ask import ask_devices, may_have_devices
-from mobile_gguf.device.listing import Device
+from mobile_gguf.engine.listing import Device
 from mobile_gguf.errors import EngineError
-from mobile_gguf.gguf_info import read_gguf_info
-from mobile_gguf.memory import Memory
+from mobile_gguf.gguf.info import read_gguf_info
+from mobile_gguf.memory.machine import Memory
 from mobile_gguf.options import LoadOptions
 from mobile_gguf.plan import here as here_module
 from mobile_gguf.plan.fit import FitError
@@ -28,7 +28,7 @@ from mobile_gguf.plan.machine import Rate, read_measurements, write_measurements
 from mobile_gguf.plan.planner import make_plan
 from mobile_gguf.plan.workload import read_workload
 from mobile_gguf.sizes import format_bytes
-from mobile_gguf.tui.models import Candidate, fit_of
+from mobile_gguf.tui.store.models import Candidate, fit_of
 
 GIB, MIB = 1 << 30, 1 << 20
 GPU = Device(0, "CUDA0", "a GPU", 8 * GIB, 16 * GIB)

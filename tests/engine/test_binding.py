@@ -4,15 +4,15 @@ import ctypes
 import re
 import sys
 import types
-from pathlib import Path
 
 import pytest
+from places import C_SOURCES
 
-from mobile_gguf import binding
-from mobile_gguf.binding import Counters, Engine, find_engine
+from mobile_gguf.engine import binding
+from mobile_gguf.engine.binding import Counters, Engine, find_engine
 from mobile_gguf.errors import BudgetError, EngineError, ExpertReadError, UsageError
 
-HEADER = (Path(__file__).parents[1] / "patches" / "src" / "mobile.h").read_text()
+HEADER = (C_SOURCES / "mobile.h").read_text()
 C_TYPES = {"uint64_t": ctypes.c_uint64, "int32_t": ctypes.c_int32}
 
 

@@ -7,10 +7,10 @@ import types
 import pytest
 from test_binding import HEADER, constant, fake_library
 
-from mobile_gguf.binding import Engine
-from mobile_gguf.device import structs as structs
-from mobile_gguf.device.calls import DeviceCalls
-from mobile_gguf.device.listing import device_array, list_devices
+from mobile_gguf.engine import structs
+from mobile_gguf.engine.binding import Engine
+from mobile_gguf.engine.device_calls import DeviceCalls
+from mobile_gguf.engine.listing import device_array, list_devices
 from mobile_gguf.errors import BudgetError, EngineMemoryError, UsageError
 
 C_TYPES = {

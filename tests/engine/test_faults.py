@@ -27,6 +27,7 @@ from engine_jobs import (
     on_engine,
     run,
 )
+from places import SHIM
 
 OFF, EIO, EOF, SHORT, EINTR, FAIL_HOLD = range(6)  # modes of shim/read_fault.c
 MORE_THAN_ALL = 1 << 60  # bytes
@@ -40,7 +41,7 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         pytest.skip("no C compiler for the read shim")
-    source = Path(__file__).parent / "shim" / "read_fault.c"
+    source = SHIM / "read_fault.c"
     out = tmp_path_factory.mktemp("shim") / "read_fault.so"
     options = [
         "-O1",

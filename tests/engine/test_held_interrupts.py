@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from mobile_gguf.held_interrupts import held_interrupts
+from mobile_gguf.engine.held_interrupts import held_interrupts
 
 CALLBACK = ctypes.CFUNCTYPE(None)
 

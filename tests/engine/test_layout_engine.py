@@ -16,8 +16,8 @@ import pytest
 import tiny_models
 from engine_jobs import assert_same_bits, on_engine, on_stock, run, succeeded, tokens
 
-from mobile_gguf.convert.layout import to_mobile
-from mobile_gguf.gguf_info import read_gguf_info
+from mobile_gguf.convert.gguf.layout import to_mobile
+from mobile_gguf.gguf.info import read_gguf_info
 
 LENGTHS = {
     7: 8,

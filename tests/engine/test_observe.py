@@ -17,17 +17,15 @@ import numpy as np
 import pytest
 import tiny_models
 from engine_jobs import tokens
+from places import C_SOURCES, SUPPORT
 
-from mobile_gguf.binding import find_engine
+from mobile_gguf.api.loading import open_backend
 from mobile_gguf.convert.calibrate.collect import collect
 from mobile_gguf.convert.calibrate.imatrix_file import write_imatrix
 from mobile_gguf.convert.calibrate.store import read_statistics, write_statistics
-from mobile_gguf.convert.layout import to_mobile
-from mobile_gguf.errors import EngineError, ModelFormatError, UsageError
-from mobile_gguf.gguf_header import read_header
-from mobile_gguf.gguf_info import read_gguf_info
-from mobile_gguf.loading import open_backend
-from mobile_gguf.observe import (
+from mobile_gguf.convert.gguf.layout import to_mobile
+from mobile_gguf.engine.binding import find_engine
+from mobile_gguf.engine.observe import (
     INPUTS,
     NEURONS,
     ROUTES,
@@ -35,6 +33,9 @@ from mobile_gguf.observe import (
     ObservedInputStruct,
     ObservedRouteStruct,
 )
+from mobile_gguf.errors import EngineError, ModelFormatError, UsageError
+from mobile_gguf.gguf.header import read_header
+from mobile_gguf.gguf.info import read_gguf_info
 from mobile_gguf.options import LoadOptions
 
 NAME = "qwen3moe"
@@ -57,7 +58,7 @@ def oracle(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
     tiny_models.path(NAME)
     out = tmp_path_factory.mktemp("oracle") / "oracle.npz"
     job = {"spec": asdict(tiny_models.MODELS[NAME]), "tokens": TEXT, "out": str(out)}
-    script = Path(__file__).with_name("observe_oracle.py")
+    script = SUPPORT / "observe_oracle.py"
     subprocess.run([sys.executable, str(script)], input=json.dumps(job), text=True, check=True)
     with np.load(out) as arrays:
         return dict(arrays)
@@ -192,7 +193,7 @@ def test_observed_routes_are_those_of_the_trace(backend, engine, tmp_path: Path)
     [("mobile_observed_input", ObservedInputStruct), ("mobile_observed_route", ObservedRouteStruct)],
 )
 def test_structs_are_the_headers(struct, mirror):
-    header = (Path(__file__).parents[1] / "patches" / "src" / "mobile.h").read_text()
+    header = (C_SOURCES / "mobile.h").read_text()
     body = header[header.index(f"struct {struct} {{") :].split("};")[0]
     c_types = {
         "int32_t": ctypes.c_int32, "int64_t": ctypes.c_int64, "const char *": ctypes.c_char_p,

@@ -25,10 +25,10 @@ from device_jobs import (
 from engine_jobs import assert_same_bits, tokens
 from test_device_core import assert_as_on_cpu, expert_bytes, greedy
 
-from mobile_gguf.answer import read_traffic
-from mobile_gguf.binding import Counters
-from mobile_gguf.device.structs import DeviceCounters
-from mobile_gguf.prefetch import PrefetchCounters
+from mobile_gguf.engine.binding import Counters
+from mobile_gguf.engine.prefetch import PrefetchCounters
+from mobile_gguf.engine.structs import DeviceCounters
+from mobile_gguf.generate.answer import read_traffic
 
 OFF, ON, AUTO = range(3)
 BY_TRANSITIONS = 2

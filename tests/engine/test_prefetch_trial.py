@@ -7,12 +7,11 @@ import itertools
 import shutil
 import subprocess
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
+from places import C_SOURCES, SHIM
 
-SOURCES = Path(__file__).parent.parent / "patches" / "src"
 ROUND = 20  # passes
 MOST_ROUNDS = 4
 
@@ -25,7 +24,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     if compiler is None:
         pytest.skip("no C++ compiler")
     out = tmp_path_factory.mktemp("trial") / "trial.so"
-    source = Path(__file__).parent / "shim" / "trial.cpp"
+    source = SHIM / "trial.cpp"
     command = [
         compiler,
         "-std=c++17",
@@ -33,7 +32,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
         "-Werror",
         "-shared",
         "-fPIC",
-        f"-I{SOURCES}",
+        f"-I{C_SOURCES}",
         "-o",
         out,
         source,

@@ -12,9 +12,10 @@ from contextlib import contextmanager
 
 import pytest
 
-from mobile_gguf import rpc, vendor
+from mobile_gguf import vendor
+from mobile_gguf.engine import rpc
+from mobile_gguf.engine.rpc import Endpoint, parse_endpoints, probe_server
 from mobile_gguf.errors import EngineError, UsageError
-from mobile_gguf.rpc import Endpoint, parse_endpoints, probe_server
 
 SECONDS = 60.0
 

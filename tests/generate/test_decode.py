@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from mobile_gguf.decode import (
+from mobile_gguf.generate.decode import (
     ALL_EXPERTS,
     Pass,
     Policy,

@@ -24,12 +24,12 @@ from mobile_gguf.convert.calibrate.curves import (
 from mobile_gguf.convert.calibrate.head import area_under_curve, fit_head, probabilities
 from mobile_gguf.convert.calibrate.samples import Samples
 from mobile_gguf.convert.calibrate.text import MIN_BLOCK, MIN_BLOCKS, Text, cut_blocks, held_out, read_text
-from mobile_gguf.convert.gguf_data import Kv, TensorPlan
-from mobile_gguf.convert.gguf_file import GgufSource, write_gguf
+from mobile_gguf.convert.gguf.data import Kv, TensorPlan
+from mobile_gguf.convert.gguf.file import GgufSource, write_gguf
+from mobile_gguf.engine.observe import ObservedRoute
 from mobile_gguf.errors import MobileError, ModelFormatError, UsageError
-from mobile_gguf.gguf_info import GgufInfo
-from mobile_gguf.head import TOKEN_BIAS, WEIGHT, Head, read_head, sigmoid
-from mobile_gguf.observe import ObservedRoute
+from mobile_gguf.generate.head import TOKEN_BIAS, WEIGHT, Head, read_head, sigmoid
+from mobile_gguf.gguf.info import GgufInfo
 
 N_EMBD, N_VOCAB = 8, 40
 

@@ -1,6 +1,6 @@
 """Receipts and timings: names, arithmetic, the line people read."""
 
-from mobile_gguf.receipt import Receipt, Timings
+from mobile_gguf.generate.receipt import Receipt, Timings
 
 FIELDS = [
     "mode", "n_expert_used", "little_k", "tokens_big", "tokens_little", "tokens_fallback", "expert_hits",

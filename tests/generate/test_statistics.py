@@ -17,9 +17,9 @@ from mobile_gguf.convert.calibrate.buddies import NO_EXPERT, Ranked, buddy_list,
 from mobile_gguf.convert.calibrate.imatrix_file import check_imatrix_target, write_imatrix
 from mobile_gguf.convert.calibrate.importance import neuron_importance
 from mobile_gguf.convert.calibrate.statistics import MAX_BUDDIES, RouteCounts, Statistics
-from mobile_gguf.convert.gguf_file import GgufSource, update_gguf
+from mobile_gguf.convert.gguf.file import GgufSource, update_gguf
+from mobile_gguf.engine.observe import InputSums
 from mobile_gguf.errors import ModelFormatError, UsageError
-from mobile_gguf.observe import InputSums
 
 
 def routing(seed: int, n_layer: int, n_tokens: int, n_expert: int, k: int) -> tuple[np.ndarray, np.ndarray]:

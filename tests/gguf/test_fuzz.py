@@ -4,12 +4,12 @@ import importlib.util
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import fuzz_target
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from places import SUPPORT
 
 # a number of inputs and a seed: the same ones on every machine; long runs are `make fuzz FUZZ_SECONDS=600`
 RUNS = {"gguf": 2000, "safetensors": 50_000}
@@ -58,7 +58,7 @@ def test_damaged_files(tmp_path, samples, data):
 @pytest.mark.skipif(importlib.util.find_spec("atheris") is None, reason="atheris is not installed")
 @pytest.mark.parametrize("target", fuzz_target.TARGETS)
 def test_coverage_guided(tmp_path, target):
-    fuzzer = Path(__file__).with_name("fuzz.py")
+    fuzzer = SUPPORT / "fuzz.py"
     done = subprocess.run(
         [sys.executable, str(fuzzer), target, "corpus", f"-runs={RUNS[target]}", "-seed=1", "-timeout=600"],
         cwd=tmp_path, env={**os.environ, "PYTHONHASHSEED": "0"}, capture_output=True, text=True, check=False,

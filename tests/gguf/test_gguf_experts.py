@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mobile_gguf.errors import ModelFormatError
-from mobile_gguf.gguf_info import read_gguf_info
+from mobile_gguf.gguf.info import read_gguf_info
 
 N_LAYER, N_EXPERT, N_EMBD, N_FF = 2, 4, 32, 64
 Tensors = list[layout_files.Tensor]

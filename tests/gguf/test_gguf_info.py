@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mobile_gguf.errors import MobileError, ModelFormatError, ModelNotFoundError
-from mobile_gguf.gguf_header import read_header
-from mobile_gguf.gguf_info import read_gguf_info
+from mobile_gguf.gguf.header import read_header
+from mobile_gguf.gguf.info import read_gguf_info
 
 N_LAYER, N_EXPERT, N_EMBD, N_FF = 3, 4, 32, 64
 

@@ -88,7 +88,8 @@ def test_parts_are_pulled_and_found_as_one(hub: HubStub, hub_samples: dict[str, 
 def test_what_is_not_pulled_yet_is_pulled_where_it_is_used(
     hub: HubStub, fake_load: Callable[..., object], command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mobile_gguf import model, resolve
+    from mobile_gguf.api import model
+    from mobile_gguf.hub import resolve
 
     fake_load()
     monkeypatch.setattr(model, "resolve_model", resolve.resolve_model)

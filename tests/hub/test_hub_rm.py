@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from mobile_gguf.cli import main
+from mobile_gguf.files.paths import models_dir
 from mobile_gguf.hub.cache import cache_root, repository_folder, write_ref
-from mobile_gguf.paths import models_dir
 
 OLD, NEW = "0" * 40, "1" * 40
 Command = Callable[..., tuple[int, str, str]]

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from mobile_gguf.errors import ModelNotFoundError
-from mobile_gguf.paths import models_dir
-from mobile_gguf.resolve import local_models, resolve_model
+from mobile_gguf.files.paths import models_dir
+from mobile_gguf.hub.resolve import local_models, resolve_model
 
 
 @pytest.fixture

@@ -3,10 +3,16 @@
 import pytest
 from fake_backend import MIB, fake_info
 
-from mobile_gguf.budget import Demand, compute_buffer_bytes, estimate_demand, kv_cache_bytes, plan_budget
 from mobile_gguf.errors import BudgetError
-from mobile_gguf.gguf_info import ExpertLayer
-from mobile_gguf.memory import Memory
+from mobile_gguf.gguf.info import ExpertLayer
+from mobile_gguf.memory.budget import (
+    Demand,
+    compute_buffer_bytes,
+    estimate_demand,
+    kv_cache_bytes,
+    plan_budget,
+)
+from mobile_gguf.memory.machine import Memory
 from mobile_gguf.sizes import parse_size
 
 GIB = 1 << 30

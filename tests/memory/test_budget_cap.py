@@ -14,7 +14,7 @@ import engine_libs
 import pytest
 from engine_jobs import on_engine, run, succeeded, tokens
 
-from mobile_gguf.memory_cap import CgroupError, MemoryCgroup, create_memory_cgroup
+from mobile_gguf.memory.cap import CgroupError, MemoryCgroup, create_memory_cgroup
 
 N_TOKENS = 200
 SLACK = 1.10

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from mobile_gguf import memory_cap
-from mobile_gguf.memory_cap import CgroupError, MemoryCgroup, create_memory_cgroup
+from mobile_gguf.memory import cap as memory_cap
+from mobile_gguf.memory.cap import CgroupError, MemoryCgroup, create_memory_cgroup
 
 UNLIMITED_V1 = "9223372036854771712"
 FILES = {

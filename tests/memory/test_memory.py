@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from mobile_gguf.memory import cgroup_limits, read_memory
-from mobile_gguf.threads import cpu_quota, default_threads
+from mobile_gguf.memory.machine import cgroup_limits, read_memory
+from mobile_gguf.memory.threads import cpu_quota, default_threads
 
 MIB = 1 << 20
 NO_LIMIT_V1 = "9223372036854771712"

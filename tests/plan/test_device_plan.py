@@ -3,8 +3,12 @@
 import pytest
 from fake_backend import MIB, fake_info
 
-from mobile_gguf.budget import Demand
-from mobile_gguf.device.budget import (
+from mobile_gguf.engine.listing import Device
+from mobile_gguf.engine.structs import DeviceInfo
+from mobile_gguf.errors import BudgetError, UsageError
+from mobile_gguf.gguf.info import ExpertLayer
+from mobile_gguf.memory.budget import Demand
+from mobile_gguf.memory.device_budget import (
     DeviceDemand,
     auto_budget,
     check_budget,
@@ -14,10 +18,6 @@ from mobile_gguf.device.budget import (
     pool_all_bytes,
     pool_min_bytes,
 )
-from mobile_gguf.device.listing import Device
-from mobile_gguf.device.structs import DeviceInfo
-from mobile_gguf.errors import BudgetError, UsageError
-from mobile_gguf.gguf_info import ExpertLayer
 from mobile_gguf.sizes import parse_size, parse_size_or_off
 
 GIB = 1 << 30

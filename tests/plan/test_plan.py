@@ -11,15 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mobile_gguf.bench.simulate import Accesses, LeastRecent, simulate
-from mobile_gguf.budget import estimate_demand
-from mobile_gguf.gguf_info import ExpertLayer
-from mobile_gguf.memory import Memory
+from mobile_gguf.gguf.info import ExpertLayer
+from mobile_gguf.memory.budget import estimate_demand
+from mobile_gguf.memory.machine import Memory
 from mobile_gguf.plan.curves import POLICY, SHARES, STEADY
 from mobile_gguf.plan.fit import Asked, DeviceMemory, FitError, mebibytes, plan_fit
-from mobile_gguf.plan.machine import (
-    Measurements,
-    Rate,
-)
+from mobile_gguf.plan.machine import Measurements, Rate
 from mobile_gguf.plan.measure import product_name
 from mobile_gguf.plan.misses import independent_rate, miss_distribution, miss_rate, steady_rate
 from mobile_gguf.plan.predict import Settings, predict

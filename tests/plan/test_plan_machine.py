@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mobile_gguf import head
+from mobile_gguf.generate import head
 from mobile_gguf.plan import settings
 from mobile_gguf.plan.learning import Lesson, correct, improved, learn, read_lesson
 from mobile_gguf.plan.machine import (

@@ -1,11 +1,10 @@
 """The API reference is what the code says."""
 
 import importlib.util
-from pathlib import Path
+
+from places import ROOT
 
 import mobile_gguf
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def _make_api():

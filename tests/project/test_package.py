@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import tiny_models
+from places import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = {
     "mobile_gguf": ROOT / "mobile_gguf",
     "mobile_gguf/convert": ROOT / "convert",

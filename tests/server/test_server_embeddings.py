@@ -20,8 +20,8 @@ from embedding_models import oracle, with_pooling, write_bert
 from server_harness import SECONDS, Gate, get, running, until
 
 import mobile_gguf
-from mobile_gguf.aio import AsyncModel
-from mobile_gguf.binding import find_engine
+from mobile_gguf.api.aio import AsyncModel
+from mobile_gguf.engine.binding import find_engine
 from mobile_gguf.errors import UsageError
 
 TEXTS = ["hello world", "a", "what is it? abc 123"]
@@ -217,7 +217,7 @@ def test_an_encoder_with_experts_in_a_budget_equals_llama_cpp_python(engine, tmp
 
 @pytest.mark.parametrize(("pooling", "number"), [("mean", 1), ("cls", 2), ("last", 3)])
 def test_a_generative_model_equals_llama_cpp_python_and_still_answers(engine, monkeypatch, pooling, number):
-    from mobile_gguf import pooling as pooling_module
+    from mobile_gguf.generate import pooling as pooling_module
 
     path = tiny_models.path("qwen3moe")
     expected = oracle(path, TEXTS, 256, pooling_type=number)

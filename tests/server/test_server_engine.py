@@ -18,7 +18,7 @@ openai = pytest.importorskip("openai", reason="pip install 'mobile-gguf[dev]'")
 pytest.importorskip("llama_cpp", reason="run `mobile-gguf engine build`")
 from server_harness import SECONDS, get, until  # noqa: E402
 
-from mobile_gguf.binding import find_engine  # noqa: E402
+from mobile_gguf.engine.binding import find_engine  # noqa: E402
 
 USER = [{"role": "user", "content": "Tell me about a person called Ann."}]
 PERSON = {

@@ -9,7 +9,7 @@ pytest.importorskip("fastapi", reason="pip install 'mobile-gguf[server]'")
 pytest.importorskip("httpx", reason="pip install 'mobile-gguf[dev]'")
 from server_harness import SECONDS, running
 
-from mobile_gguf.binding import find_engine
+from mobile_gguf.engine.binding import find_engine
 
 
 def test_a_short_soak():

@@ -18,7 +18,7 @@ import llama_cpp.llama_cpp as lib
 import numpy as np
 from peak_memory import peak_resident_bytes
 
-from mobile_gguf.prefetch import PrefetchCountersStruct
+from mobile_gguf.engine.prefetch import PrefetchCountersStruct
 
 
 class LoadParams(ctypes.Structure):

@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from mobile_gguf.binding import Counters, ModelInfo
-from mobile_gguf.decode import ALL_EXPERTS, Pass, Policy, decode_prompt, decode_token
-from mobile_gguf.device.structs import DeviceCounters
+from mobile_gguf.engine.binding import Counters, ModelInfo
+from mobile_gguf.engine.prefetch import PrefetchCounters
+from mobile_gguf.engine.structs import DeviceCounters
 from mobile_gguf.errors import UsageError
-from mobile_gguf.gguf_info import ExpertLayer, GgufInfo
-from mobile_gguf.head import Head
-from mobile_gguf.prefetch import PrefetchCounters
+from mobile_gguf.generate.decode import ALL_EXPERTS, Pass, Policy, decode_prompt, decode_token
+from mobile_gguf.generate.head import Head
+from mobile_gguf.gguf.info import ExpertLayer, GgufInfo
 
 BOS, EOS, N_VOCAB = 256, 257, 258
 TOP_K, MIB = 8, 1 << 20

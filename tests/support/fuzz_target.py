@@ -13,11 +13,11 @@ import safetensors
 import safetensors.numpy
 from gguf_samples import N_EXPERT, N_FF, N_LAYER, write_sample
 
-from mobile_gguf.convert.gguf_file import GgufSource, write_gguf
+from mobile_gguf.convert.gguf.file import GgufSource, write_gguf
+from mobile_gguf.convert.gguf.layout import FilePlan, plan_mobile, plan_stacked
 from mobile_gguf.convert.hf.safetensors_header import read_safetensors_header
-from mobile_gguf.convert.layout import FilePlan, plan_mobile, plan_stacked
 from mobile_gguf.errors import MobileError
-from mobile_gguf.gguf_info import read_gguf_info
+from mobile_gguf.gguf.info import read_gguf_info
 
 _READ_UP_TO = 1 << 20  # bytes of a planned file that are really read
 

@@ -13,7 +13,7 @@ import httpx
 import numpy as np
 from fake_backend import EOS, N_VOCAB
 
-from mobile_gguf.model import Model
+from mobile_gguf.api.model import Model
 
 # how long anything may take before it counts as hung, far beyond what a busy machine needs
 SECONDS = 300

@@ -22,7 +22,7 @@ import engine_libs
 import numpy as np
 import pytest
 
-from mobile_gguf.paths import engine_cache_dir
+from mobile_gguf.files.paths import engine_cache_dir
 
 VOCAB = 320
 

@@ -14,12 +14,12 @@ import numpy as np
 from fake_backend import FakeBackend, fake_info, scripted
 from textual.pilot import Pilot
 
-from mobile_gguf.binding import LOADING, RESIDENT
-from mobile_gguf.model import Model
+from mobile_gguf.api.model import Model
+from mobile_gguf.engine.binding import LOADING, RESIDENT
 from mobile_gguf.options import LoadOptions, make_options
 from mobile_gguf.tui.app import ChatApp
-from mobile_gguf.tui.expert_state import Routed
-from mobile_gguf.tui.settings import Settings
+from mobile_gguf.tui.engine.expert_state import Routed
+from mobile_gguf.tui.store.settings import Settings
 
 ANSWER = "It **scatters**.\n\n```python\nprint('blue')\n```\n\nYes."
 

@@ -9,7 +9,6 @@ from fake_backend import FakeBackend, scripted
 from textual.widgets import Input, OptionList, Select, Static
 from tui_app import ANSWER, Loader, chat, say, submit, toasts, until
 
-from mobile_gguf.tui.models import Candidate, Fit
 from mobile_gguf.tui.screens import models as picker
 from mobile_gguf.tui.screens.confirm import Confirm
 from mobile_gguf.tui.screens.conversations import Conversations
@@ -19,6 +18,7 @@ from mobile_gguf.tui.screens.map import MapScreen
 from mobile_gguf.tui.screens.models import ModelPicker
 from mobile_gguf.tui.screens.settings import SettingsScreen
 from mobile_gguf.tui.screens.text import TextScreen
+from mobile_gguf.tui.store.models import Candidate, Fit
 from mobile_gguf.tui.widgets.turn_view import AnswerView, QuestionView
 
 

@@ -8,7 +8,7 @@ import pkgutil
 from textual.binding import Binding
 
 from mobile_gguf import tui
-from mobile_gguf.tui.slash import COMMANDS
+from mobile_gguf.tui.commands.slash import COMMANDS
 
 # Which test presses a binding (its id) or sends a command.
 CHAT, ACTIONS, JOBS = "test_tui_chat", "test_tui_actions", "test_tui_jobs"

@@ -9,7 +9,7 @@ import pytest
 from textual.widgets import OptionList, Static
 from tui_app import ANSWER, chat, say, submit, toasts, until
 
-from mobile_gguf.tui.jobs import CANCELLED, DONE, FAILED
+from mobile_gguf.tui.commands.jobs import CANCELLED, DONE, FAILED
 from mobile_gguf.tui.screens.jobs import JobsScreen
 
 # A job that says how far it is, then waits for its standing file to go or for Ctrl-C.

@@ -10,15 +10,15 @@ import threading
 import numpy as np
 import pytest
 
-from mobile_gguf.binding import LOADING, RESIDENT
+from mobile_gguf.engine.binding import LOADING, RESIDENT
 from mobile_gguf.errors import UsageError
-from mobile_gguf.tui.expert_state import Cell, ExpertState, Routed, aggregate, spans
-from mobile_gguf.tui.jobs import CANCELLED, DONE, FAILED, JobEnded, JobHeard, Jobs
-from mobile_gguf.tui.outbox import Token
-from mobile_gguf.tui.settings import Settings
-from mobile_gguf.tui.slash import COMMANDS, complete
-from mobile_gguf.tui.store import ConversationStore, StoreError, Turn
-from mobile_gguf.tui.values import setting_values
+from mobile_gguf.tui.commands.jobs import CANCELLED, DONE, FAILED, JobEnded, JobHeard, Jobs
+from mobile_gguf.tui.commands.slash import COMMANDS, complete
+from mobile_gguf.tui.commands.values import setting_values
+from mobile_gguf.tui.engine.expert_state import Cell, ExpertState, Routed, aggregate, spans
+from mobile_gguf.tui.engine.outbox import Token
+from mobile_gguf.tui.store.conversations import ConversationStore, StoreError, Turn
+from mobile_gguf.tui.store.settings import Settings
 from mobile_gguf.tui.widgets.gauge import sparkline
 
 
@@ -94,7 +94,7 @@ def test_conversations_are_kept_and_searched(tmp_path):
 
 
 def test_a_store_that_is_locked_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr("mobile_gguf.tui.store._BUSY_SECONDS", 0.05)
+    monkeypatch.setattr("mobile_gguf.tui.store.conversations._BUSY_SECONDS", 0.05)
     store = ConversationStore(tmp_path / "c.db")
     other = sqlite3.connect(tmp_path / "c.db")
     other.execute("begin exclusive")

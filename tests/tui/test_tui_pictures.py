@@ -1,6 +1,6 @@
 """What the screens look like: SVG pictures that a person has looked at.
 
-After a wanted change: ``MOBILE_GGUF_NEW_PICTURES=1 pytest tests/test_tui_pictures.py``, and look at them.
+After a wanted change: ``MOBILE_GGUF_NEW_PICTURES=1 pytest tests/tui/test_tui_pictures.py``, and look at them.
 """
 
 from __future__ import annotations
@@ -9,26 +9,26 @@ import asyncio
 import importlib.metadata
 import os
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 from fake_backend import FakeBackend, scripted
+from places import DATA
 from textual.content import Content
 from textual.notifications import Notification
 from textual.widgets import Input, TextArea
 from tui_app import Loader, chat, until
 
-from mobile_gguf.binding import RESIDENT
+from mobile_gguf.engine.binding import RESIDENT
 from mobile_gguf.errors import ExpertReadError
-from mobile_gguf.tui.expert_state import Routed
-from mobile_gguf.tui.models import Candidate, Fit
+from mobile_gguf.tui.engine.expert_state import Routed
 from mobile_gguf.tui.screens import conversations
 from mobile_gguf.tui.screens import models as picker
+from mobile_gguf.tui.store.models import Candidate, Fit
 from mobile_gguf.tui.widgets.side_panel import SidePanel
 from mobile_gguf.tui.widgets.turn_view import AnswerView
 
-PICTURES = Path(__file__).parent / "data" / "tui"
+PICTURES = DATA / "tui"
 VERSIONS = {"textual": "8.2.8", "rich": "15.0.0"}
 TEXT = "It is blue because **air scatters** short waves:\n\n```python\nprint(1 / 4)\n```\n\n- sunset\n"
 # How many times the screen is looked at before it counts as different.

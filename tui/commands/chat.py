@@ -11,23 +11,24 @@ from typing import TYPE_CHECKING
 from textual.containers import VerticalScroll
 from textual.screen import Screen
 
-from ...errors import MobileError, UsageError
+from mobile_gguf.errors import MobileError, UsageError
+
 from ..clipboard import copy
-from ..settings import load_settings
-from ..slash import find
-from ..store import StoreError
+from ..screens.confirm import Confirm
+from ..screens.conversations import Conversations
+from ..screens.help import Help
+from ..screens.jobs import JobsScreen
+from ..screens.map import MapScreen
+from ..screens.models import ModelPicker
+from ..screens.settings import SettingsScreen
+from ..screens.text import TextScreen
+from ..store.conversations import StoreError
+from ..store.settings import load_settings
 from ..widgets.turn_view import AnswerView
-from .confirm import Confirm
-from .conversations import Conversations
-from .help import Help
-from .jobs import JobsScreen
-from .map import MapScreen
-from .models import ModelPicker
-from .settings import SettingsScreen
-from .text import TextScreen
+from .slash import find
 
 if TYPE_CHECKING:
-    from .chat import ChatScreen
+    from ..screens.chat import ChatScreen
 
     Base = ChatScreen
 else:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from .settings import answer_settings, load_settings
+from ..store.settings import answer_settings, load_settings
 
 if TYPE_CHECKING:
-    from .screens.chat import ChatScreen
+    from ..screens.chat import ChatScreen
     from .slash import Values
 
 

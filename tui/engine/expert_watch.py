@@ -17,14 +17,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ..device.calls import DeviceCalls
-from ..errors import MobileError
-from ..gguf_header import read_header
+from mobile_gguf.engine.device_calls import DeviceCalls
+from mobile_gguf.errors import MobileError
+from mobile_gguf.gguf.header import read_header
+
 from .expert_state import Routed
 
 if TYPE_CHECKING:
-    from ..gguf_info import GgufInfo
-    from ..model import Model
+    from mobile_gguf.api.model import Model
+    from mobile_gguf.gguf.info import GgufInfo
 
 Residency = tuple[npt.NDArray[np.uint8], "npt.NDArray[np.uint8] | None"]
 

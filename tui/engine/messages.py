@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from textual.message import Message
 
-from ..receipt import Receipt
+from mobile_gguf.generate.receipt import Receipt
+
 from .outbox import Outbox
 
 if TYPE_CHECKING:
-    from ..gguf_info import GgufInfo
+    from mobile_gguf.gguf.info import GgufInfo
 
 
 @dataclass

@@ -15,11 +15,12 @@ from typing import Any
 
 from textual.message import Message
 
-from ..answer import INTERRUPTED, Chunk
-from ..decode import Pass
-from ..errors import MobileError
-from ..model import Model, load
-from ..receipt import Receipt
+from mobile_gguf.api.model import Model, load
+from mobile_gguf.errors import MobileError
+from mobile_gguf.generate.answer import INTERRUPTED, Chunk
+from mobile_gguf.generate.decode import Pass
+from mobile_gguf.generate.receipt import Receipt
+
 from .expert_watch import ExpertWatch, Residency, Watch, moe_layers
 from .messages import AnswerEnded, AnswerProgressed, LoadFailed, LoadProgressed, ModelLoaded
 from .outbox import Outbox, Token

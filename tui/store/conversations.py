@@ -12,8 +12,9 @@ from typing import Any
 
 from sqlite_utils import Database
 
-from ..errors import MobileError
-from .outbox import Token
+from mobile_gguf.errors import MobileError
+
+from ..engine.outbox import Token
 
 MAX_TITLE = 60
 _BUSY_SECONDS = 2.0

@@ -6,16 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import MobileError
-from ..gguf_info import GgufInfo, read_gguf_info
-from ..hub.listing import list_models, shares_text
-from ..loading import context_size, plan_for
-from ..options import LoadOptions, make_options
-from ..plan.fit import Fit as Placed
-from ..plan.fit import FitError
-from ..plan.here import Here
-from ..resolve import DEMO, local_models
-from ..sizes import format_bytes, parse_size
+from mobile_gguf.api.loading import context_size, plan_for
+from mobile_gguf.errors import MobileError
+from mobile_gguf.gguf.info import GgufInfo, read_gguf_info
+from mobile_gguf.hub.listing import list_models, shares_text
+from mobile_gguf.hub.resolve import DEMO, local_models
+from mobile_gguf.options import LoadOptions, make_options
+from mobile_gguf.plan.fit import Fit as Placed
+from mobile_gguf.plan.fit import FitError
+from mobile_gguf.plan.here import Here
+from mobile_gguf.sizes import format_bytes, parse_size
 
 
 @dataclass(frozen=True)

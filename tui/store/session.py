@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from .outbox import Token
-from .store import ConversationStore, StoreError, Turn, export_markdown, shorten
+from ..engine.outbox import Token
+from .conversations import ConversationStore, StoreError, Turn, export_markdown, shorten
 
 
 class Session:

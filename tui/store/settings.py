@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..atomic import complete_or_absent
-from ..errors import UsageError
-from ..flags import parse_setting
-from ..options import POLICY_OPTIONS, GenerateOptions, LoadOptions, Opt, declared, defaults
-from ..sizes import Size
+from mobile_gguf.errors import UsageError
+from mobile_gguf.files.atomic import complete_or_absent
+from mobile_gguf.flags import parse_setting
+from mobile_gguf.options import POLICY_OPTIONS, GenerateOptions, LoadOptions, Opt, declared, defaults
+from mobile_gguf.sizes import Size
 
 # The engine's log would be drawn over the screen; a grammar and token ids have no place in a line.
 _HIDDEN = ("verbose", "grammar", "logit_bias")

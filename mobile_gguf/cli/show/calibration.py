@@ -11,10 +11,9 @@ import numpy as np
 
 from mobile_gguf.convert.calibrate.buddies import list_lengths
 from mobile_gguf.convert.calibrate.statistics import Statistics
-
-from ..errors import ModelFormatError
-from ..gguf_info import GgufInfo
-from ..sizes import format_bytes
+from mobile_gguf.errors import ModelFormatError
+from mobile_gguf.gguf.info import GgufInfo
+from mobile_gguf.sizes import format_bytes
 
 CALIBRATION_JSON = "mobile.calibration.json"
 VERIFY_STATUS, VERIFY_JSON = "mobile.verify.status", "mobile.verify.json"

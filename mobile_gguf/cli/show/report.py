@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from mobile_gguf.convert.calibrate.statistics import Statistics
+from mobile_gguf.generate.decode import default_little_k
+from mobile_gguf.gguf.info import GgufInfo
+from mobile_gguf.sizes import format_bytes
 
-from ..decode import default_little_k
-from ..gguf_info import GgufInfo
-from ..sizes import format_bytes
-from .heatmap import heat_map
-from .show_calibration import (
+from .calibration import (
     VERIFY_JSON,
     VERIFY_STATUS,
     calibration_facts,
@@ -21,7 +20,8 @@ from .show_calibration import (
     statistics_rows,
     verification_row,
 )
-from .show_tiers import make_tiers, tier_facts, tier_rows
+from .heatmap import heat_map
+from .tiers import make_tiers, tier_facts, tier_rows
 
 
 def facts(info: GgufInfo) -> dict[str, Any]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..budget import plan_budget
-from ..errors import BudgetError
-from ..gguf_info import GgufInfo
-from ..loading import context_size, plan_for
-from ..memory import Memory, read_memory
-from ..options import LoadOptions
-from ..sizes import format_bytes, parse_size
+from mobile_gguf.api.loading import context_size, plan_for
+from mobile_gguf.errors import BudgetError
+from mobile_gguf.gguf.info import GgufInfo
+from mobile_gguf.memory.budget import plan_budget
+from mobile_gguf.memory.machine import Memory, read_memory
+from mobile_gguf.options import LoadOptions
+from mobile_gguf.sizes import format_bytes, parse_size
 
 _SHARES = ("25%", "50%", "75%", "100%")
 

@@ -6,13 +6,14 @@ import argparse
 import json
 import sys
 
-from ..gguf_info import read_gguf_info
-from ..hub.explain import is_offline
-from ..hub.pull import find_pulled
-from ..hub.reference import is_reference, parse_reference
-from ..hub.remote import read_remote_info
-from ..resolve import resolve_model
-from .common import MODEL_HELP, Progress, narrate
+from mobile_gguf.gguf.info import read_gguf_info
+from mobile_gguf.hub.explain import is_offline
+from mobile_gguf.hub.pull import find_pulled
+from mobile_gguf.hub.reference import is_reference, parse_reference
+from mobile_gguf.hub.remote import read_remote_info
+from mobile_gguf.hub.resolve import resolve_model
+
+from ..common import MODEL_HELP, Progress, narrate
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -35,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     from mobile_gguf.convert.calibrate.store import N_TOKENS, read_statistics
 
     from . import heatmap
-    from .show_report import calibrated_facts, facts, lines
+    from .report import calibrated_facts, facts, lines
 
     remote = None
     with Progress(sys.stderr) as progress:
