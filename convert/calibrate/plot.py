@@ -7,7 +7,7 @@ from typing import Any
 
 from mobile_gguf.errors import MobileError, UsageError
 from mobile_gguf.files.atomic import complete_or_absent
-from mobile_gguf.generate.decode import CONFIDENCE, HEAD
+from mobile_gguf.options.words import CONFIDENCE, HEAD
 
 from .curves import BIG, LITTLE, Point
 

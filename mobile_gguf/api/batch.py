@@ -19,8 +19,8 @@ from typing import Any, BinaryIO
 from mobile_gguf.errors import MobileError, UsageError
 from mobile_gguf.files.atomic import disk_errors
 from mobile_gguf.generate.answer import INTERRUPTED, Chunk
-from mobile_gguf.generate.logit_bias import read_bias
 from mobile_gguf.options import GenerateOptions, make_options
+from mobile_gguf.options.bias import read_bias
 
 from .messages import as_messages
 from .model import Model

@@ -14,9 +14,7 @@ from mobile_gguf.errors import UsageError
 from mobile_gguf.generate.answer import Backend, read_traffic
 from mobile_gguf.generate.receipt import Receipt
 from mobile_gguf.gguf.info import GgufInfo
-
-MEAN, LAST, CLS, RANK = "mean", "last", "cls", "rank"
-POOLINGS = (MEAN, LAST, CLS)
+from mobile_gguf.options.words import POOLINGS, RANK
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from mobile_gguf.engine.prefetch import holder, set_prefetch
 from mobile_gguf.engine.rpc import clear_loss, last_loss
 from mobile_gguf.errors import BudgetError, EngineError, MobileError, ModelFormatError
 from mobile_gguf.gguf.info import GgufInfo
-from mobile_gguf.memory.budget import BudgetPlan, estimate_demand, plan_budget
+from mobile_gguf.memory.budget import BudgetPlan, context_size, estimate_demand, plan_budget
 from mobile_gguf.memory.device_budget import host_share
 from mobile_gguf.memory.machine import read_memory
 from mobile_gguf.memory.threads import default_threads
@@ -23,8 +23,6 @@ from mobile_gguf.sizes import parse_size
 
 if TYPE_CHECKING:
     from mobile_gguf.generate.llama import MobileLlama
-
-DEFAULT_CONTEXT = 4096
 
 Progress = Callable[[str, float], None]
 
@@ -121,14 +119,6 @@ def _open(
         _discard(llama)
         raise
     return llama
-
-
-def context_size(info: GgufInfo, asked: int | None) -> int:
-    """Tokens of context: as asked, 0 for the model's own, by default that but at most 4096."""
-    trained = info.n_ctx_train or DEFAULT_CONTEXT
-    if asked is None:
-        return min(DEFAULT_CONTEXT, trained)
-    return asked or trained
 
 
 def plan_for(

@@ -19,11 +19,12 @@ from mobile_gguf.engine.structs import DeviceCounters
 from mobile_gguf.errors import ModelBusyError, UsageError
 from mobile_gguf.generate.answer import Answer, Backend, Chunk, Reply, Request
 from mobile_gguf.generate.decode import Policy
-from mobile_gguf.generate.logit_bias import read_bias
 from mobile_gguf.generate.policy import choose_policy
 from mobile_gguf.gguf.info import GgufInfo, read_gguf_info
 from mobile_gguf.hub.resolve import resolve_model
+from mobile_gguf.memory.budget import context_size
 from mobile_gguf.options import POLICY_OPTIONS, GenerateOptions, LoadOptions, make_options, takes
+from mobile_gguf.options.bias import read_bias
 
 from . import loading
 from .embedding import Embedding, embed
@@ -83,7 +84,7 @@ class Model:
         self._active: weakref.ref[Generator[Chunk, None, None]] | None = None
         self._totals = Counters()
         self._device_totals = DeviceCounters()
-        self.n_ctx = loading.context_size(info, options.n_ctx)
+        self.n_ctx = context_size(info, options.n_ctx)
         for notice in notices:
             self._notify(notice)
         try:

@@ -8,9 +8,10 @@ import os
 import signal
 from pathlib import Path
 
-from mobile_gguf.api.embedding import MEAN, POOLINGS, RANK, choose_pooling
+from mobile_gguf.api.embedding import choose_pooling
 from mobile_gguf.api.model import Model
 from mobile_gguf.errors import EngineError, UsageError
+from mobile_gguf.options.words import MEAN, POOLINGS, RANK
 from mobile_gguf.sizes import parse_size
 
 from .common import add_model_arguments, generate_options, load_model, narrate

@@ -6,8 +6,8 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from mobile_gguf.engine.structs import CACHE, LAYERS
 from mobile_gguf.errors import EngineError
+from mobile_gguf.options.words import CACHE, LAYERS
 
 from .contest import ARMS, Contest, Figures, Rules
 from .placement import remember, remembered

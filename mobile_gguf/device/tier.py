@@ -11,7 +11,7 @@ from mobile_gguf.engine.binding import Engine, load_library, needs_engine
 from mobile_gguf.engine.device_calls import DeviceCalls
 from mobile_gguf.engine.listing import Device, list_devices
 from mobile_gguf.engine.rpc import connect_servers
-from mobile_gguf.engine.structs import CACHE, HOST, LAYERS, DeviceCounters, DeviceInfo
+from mobile_gguf.engine.structs import DeviceCounters, DeviceInfo
 from mobile_gguf.errors import BudgetError, EngineMemoryError, UsageError
 from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.memory.device_budget import (
@@ -25,6 +25,7 @@ from mobile_gguf.memory.device_budget import (
 )
 from mobile_gguf.memory.machine import read_memory
 from mobile_gguf.options import LoadOptions, defaults
+from mobile_gguf.options.words import CACHE, HOST, LAYERS
 from mobile_gguf.sizes import OFF, Size, format_bytes, parse_size_or_off
 
 from .controller import PlacementController

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ctypes
 
+from mobile_gguf.options.words import CACHE
+
 from .binding import EVICTION, Engine, choice, struct_fields, with_slack
 from .structs import (
-    CACHE,
     MISS,
     PLACEMENT,
     DeviceCounters,

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from mobile_gguf.errors import UsageError
+from mobile_gguf.options.words import OFF, ON
 
 from .binding import Engine
 
-OFF, ON, AUTO = "off", "on", "auto"
+AUTO = "auto"
 PREFETCH = {OFF: 0, ON: 1, AUTO: 2}
 # auto: the router where the model has a plain one.
 PREDICTORS = {"auto": 0, "router": 1, "transitions": 2}

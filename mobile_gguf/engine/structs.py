@@ -8,8 +8,9 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 
+from mobile_gguf.options.words import CACHE, HOST, LAYERS
+
 MISS = {"auto": 0, "fetch": 1, "cpu": 2}
-HOST, CACHE, LAYERS = "host", "cache", "layers"
 PLACEMENT = {HOST: 0, CACHE: 1, LAYERS: 2}
 
 

@@ -13,14 +13,10 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Protocol
 
+from mobile_gguf.options.words import BIG_LITTLE, CONFIDENCE, EXACT, HEAD, LITTLE
+
 if TYPE_CHECKING:
     import numpy.typing as npt
-
-EXACT, LITTLE, BIG_LITTLE = MODES = ("exact", "little", "big-little")
-
-HEAD, CONFIDENCE = "head", "confidence"
-# auto: the head if the model has one, else confidence.
-IMPORTANCE = ("auto", HEAD, CONFIDENCE)
 
 # As the engine has it: 0 routed experts means all of the top-k.
 ALL_EXPERTS = 0

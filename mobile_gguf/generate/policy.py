@@ -9,9 +9,10 @@ from mobile_gguf.engine.binding import needs_engine
 from mobile_gguf.errors import UsageError
 from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.options import DEFAULT_GAMMA, LoadOptions
+from mobile_gguf.options.words import BIG_LITTLE, CONFIDENCE, EXACT, HEAD
 
 from .answer import Backend
-from .decode import BIG_LITTLE, CONFIDENCE, EXACT, HEAD, Policy, default_little_k
+from .decode import Policy, default_little_k
 
 if TYPE_CHECKING:
     from .head import Head

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from llama_cpp import Llama, llama_cpp
 
-from mobile_gguf.api.embedding import CLS, LAST, MEAN, RANK
+from mobile_gguf.options.words import CLS, LAST, MEAN, RANK
 
 _NAMES = {
     llama_cpp.LLAMA_POOLING_TYPE_MEAN: MEAN,

@@ -6,9 +6,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from mobile_gguf.options.words import BIG_LITTLE, EXACT
 from mobile_gguf.sizes import format_bytes
 
-from .decode import BIG_LITTLE, EXACT
 from .notebook import receipt_html
 
 

@@ -15,6 +15,7 @@ from mobile_gguf.sizes import MIB, Size, format_bytes
 from .machine import Memory
 
 CONTEXT_MULTIPLE = 256
+DEFAULT_CONTEXT = 4096
 _F16, _F32 = 2, 4
 # The engine's vocabulary: token texts, two hash maps and the merges, measured at 300-400 bytes a token.
 _VOCABULARY_BYTES = 400
@@ -44,6 +45,14 @@ class BudgetPlan:
     demand: Demand
     available_bytes: int
     warning: str = ""
+
+
+def context_size(info: GgufInfo, asked: int | None) -> int:
+    """Tokens of context: as asked, 0 for the model's own, by default that but at most 4096."""
+    trained = info.n_ctx_train or DEFAULT_CONTEXT
+    if asked is None:
+        return min(DEFAULT_CONTEXT, trained)
+    return asked or trained
 
 
 def estimate_demand(info: GgufInfo, *, n_ctx: int, n_ubatch: int, flash_attn: bool = False) -> Demand:

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from mobile_gguf.errors import MobileError
-from mobile_gguf.generate.decode import BIG_LITTLE
 from mobile_gguf.generate.receipt import Receipt
 from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.memory.device_budget import pool_all_bytes
 from mobile_gguf.memory.machine import read_memory
 from mobile_gguf.options import LoadOptions
+from mobile_gguf.options.words import BIG_LITTLE
 
 from .fit import Asked, DeviceMemory, Fit, stored_share
 from .ggml import device_key

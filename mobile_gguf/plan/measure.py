@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from mobile_gguf.engine.log import capture_log
-from mobile_gguf.engine.structs import CACHE, LAYERS
 from mobile_gguf.errors import EngineError, MobileError
 from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.memory.machine import read_memory
+from mobile_gguf.options.words import CACHE, LAYERS
 from mobile_gguf.sizes import MIB
 
 from .disk import DEFAULT_IO_THREADS, disk_name, measure_reads, read_size

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mobile_gguf.api.loading import context_size
-from mobile_gguf.generate.decode import BIG_LITTLE, EXACT, LITTLE
 from mobile_gguf.gguf.info import GgufInfo
+from mobile_gguf.memory.budget import context_size
 from mobile_gguf.memory.machine import Memory, read_memory
 from mobile_gguf.options import LoadOptions
+from mobile_gguf.options.words import BIG_LITTLE, EXACT, LITTLE
 from mobile_gguf.sizes import OFF, Size, format_bytes, parse_size, parse_size_or_off
 
 from .disk import disk_name

@@ -7,9 +7,8 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from mobile_gguf.engine.structs import CACHE, HOST, LAYERS
-from mobile_gguf.generate.decode import BIG_LITTLE, EXACT, LITTLE
 from mobile_gguf.gguf.info import GgufInfo
+from mobile_gguf.options.words import BIG_LITTLE, CACHE, EXACT, HOST, LAYERS, LITTLE
 
 from .disk import CHUNK_BYTES, DEFAULT_IO_THREADS, read_size
 from .machine import Measurements, Rate

@@ -12,8 +12,8 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
 
 from mobile_gguf.api.aio import Job
-from mobile_gguf.api.embedding import RANK
 from mobile_gguf.errors import AnswerStopped
+from mobile_gguf.options.words import RANK
 
 from .completions import ERRORS, JsonBody
 from .failures import ApiError

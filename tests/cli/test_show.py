@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from places import DATA
-from test_statistics import GOOD, model_file, routing
+from statistics_files import GOOD, model_file, routing
 
 from mobile_gguf.cli import main
 from mobile_gguf.cli.show.heatmap import ASCII, COLOURS, STEPS, UNICODE, WIDTH, heat_map, is_fancy, step_of

@@ -17,7 +17,7 @@ import pytest
 import tiny_models
 from device_server import Server, rpc_server, run_child
 from engine_jobs import tokens
-from test_budget_cap import capped, inside
+from memory_caps import capped, inside
 
 from mobile_gguf.device.contest import Rules
 

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from mobile_gguf.device.contest import Contest, Figures, Rules
 from mobile_gguf.device.controller import PlacementController
 from mobile_gguf.device.placement import placement_file, placement_key, remember, remembered
-from mobile_gguf.engine.structs import CACHE, HOST, LAYERS, DeviceInfo
+from mobile_gguf.engine.structs import DeviceInfo
 from mobile_gguf.errors import EngineError
+from mobile_gguf.options.words import CACHE, HOST, LAYERS
 
 RULES = Rules()
 

@@ -8,12 +8,13 @@ from fake_backend import MIB, FakeBackend, fake_info, scripted
 from mobile_gguf.device import tier as device_tier
 from mobile_gguf.device.tier import request_devices, start_tier
 from mobile_gguf.engine.listing import Device
-from mobile_gguf.engine.structs import CACHE, HOST, LAYERS, DeviceCounters, DeviceInfo
+from mobile_gguf.engine.structs import DeviceCounters, DeviceInfo
 from mobile_gguf.errors import BudgetError, EngineError, EngineMemoryError, UsageError
 from mobile_gguf.gguf.info import ExpertLayer
 from mobile_gguf.memory.device_budget import pool_all_bytes, pool_min_bytes
 from mobile_gguf.memory.machine import Memory
 from mobile_gguf.options import LoadOptions
+from mobile_gguf.options.words import CACHE, HOST, LAYERS
 
 GIB = 1 << 30
 MOE = fake_info(expert_layers=(ExpertLayer(16, (MIB, MIB)),) * 4, tensor_bytes=130 * MIB)

@@ -6,13 +6,12 @@ import sys
 import types
 
 import pytest
-from places import C_SOURCES
+from engine_header import HEADER, constant, fake_library
 
 from mobile_gguf.engine import binding
 from mobile_gguf.engine.binding import Counters, Engine, find_engine
 from mobile_gguf.errors import BudgetError, EngineError, ExpertReadError, UsageError
 
-HEADER = (C_SOURCES / "mobile.h").read_text()
 C_TYPES = {"uint64_t": ctypes.c_uint64, "int32_t": ctypes.c_int32}
 
 
@@ -20,12 +19,6 @@ def fields_of(struct: str) -> list[tuple[str, type]]:
     body = re.search(rf"struct {struct} \{{(.*?)\}};", HEADER, re.DOTALL)
     assert body is not None
     return [(name, C_TYPES[kind]) for kind, name in re.findall(r"^\s*(\w+)\s+(\w+);", body[1], re.MULTILINE)]
-
-
-def constant(name: str) -> int:
-    found = re.search(rf"{name}\s*=?\s*(-?\d+)", HEADER)
-    assert found is not None
-    return int(found[1])
 
 
 @pytest.mark.parametrize(
@@ -51,29 +44,6 @@ def test_constants_are_the_headers():
         binding.LOADING,
         binding.RESIDENT,
     )
-
-
-class FakeFunction:
-    """A C function: records calls; the answer is a value or what ``answer`` makes of the arguments."""
-
-    def __init__(self, answer):
-        self.answer = answer
-        self.calls = []
-        self.restype = self.argtypes = None
-
-    def __call__(self, *arguments):
-        self.calls.append(arguments)
-        return self.answer(*arguments) if callable(self.answer) else self.answer
-
-
-def fake_library(**answers):
-    """A library with every function of the header; the rest succeed."""
-    library = types.SimpleNamespace(_name="libfake.so")
-    for name in re.findall(r"\b(mobile_\w+)\s*\(", HEADER):
-        default = binding.LoadParamsStruct(n_io_threads=4) if name == "mobile_load_default_params" else 0
-        setattr(library, name, FakeFunction(answers.get(name.removeprefix("mobile_"), default)))
-    library.mobile_abi_version.answer = answers.get("abi_version", binding.ABI_VERSION)
-    return library
 
 
 @pytest.fixture

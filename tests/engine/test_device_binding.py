@@ -5,7 +5,7 @@ import re
 import types
 
 import pytest
-from test_binding import HEADER, constant, fake_library
+from engine_header import HEADER, constant, fake_library
 
 from mobile_gguf.engine import structs
 from mobile_gguf.engine.binding import Engine

@@ -22,8 +22,8 @@ from device_jobs import (
     rpc_servers,
     succeeded_on_devices,
 )
+from device_oracle import assert_as_on_cpu, expert_bytes, greedy
 from engine_jobs import assert_same_bits, tokens
-from test_device_core import assert_as_on_cpu, expert_bytes, greedy
 
 from mobile_gguf.engine.binding import Counters
 from mobile_gguf.engine.prefetch import PrefetchCounters

@@ -5,16 +5,13 @@ The model's experts (200 MB) outweigh all else in the process, so a build that k
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 import engine_libs
 import pytest
 from engine_jobs import on_engine, run, succeeded, tokens
-
-from mobile_gguf.memory.cap import CgroupError, MemoryCgroup, create_memory_cgroup
+from memory_caps import capped, inside
 
 N_TOKENS = 200
 SLACK = 1.10
@@ -41,21 +38,6 @@ def uncapped(share: float) -> dict[str, Any]:
         "expert_bytes": info["expert_bytes"],
         "beside": outcome.ops("r", "rss")[0]["peak"] - counters["resident_bytes_peak"],
     }
-
-
-@contextmanager
-def capped(limit: int) -> Iterator[MemoryCgroup]:
-    try:
-        group = create_memory_cgroup(limit)
-    except CgroupError as error:
-        pytest.skip(str(error))
-    with group:
-        yield group
-
-
-def inside(group: MemoryCgroup) -> list[str]:
-    """A command prefix: the shell moves itself into the group, then becomes the process under test."""
-    return ["/bin/sh", "-c", f'echo $$ > "{group.directory}/cgroup.procs" && exec "$@"', "sh"]
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25], ids=["min", "25%"])

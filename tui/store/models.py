@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mobile_gguf.api.loading import context_size, plan_for
+from mobile_gguf.api.loading import plan_for
 from mobile_gguf.errors import MobileError
 from mobile_gguf.gguf.info import GgufInfo, read_gguf_info
 from mobile_gguf.hub.listing import list_models, shares_text
 from mobile_gguf.hub.resolve import DEMO, local_models
+from mobile_gguf.memory.budget import context_size
 from mobile_gguf.options import LoadOptions, make_options
 from mobile_gguf.plan.fit import Fit as Placed
 from mobile_gguf.plan.fit import FitError

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from mobile_gguf.api.loading import context_size, plan_for
+from mobile_gguf.api.loading import plan_for
 from mobile_gguf.errors import BudgetError
 from mobile_gguf.gguf.info import GgufInfo
-from mobile_gguf.memory.budget import plan_budget
+from mobile_gguf.memory.budget import context_size, plan_budget
 from mobile_gguf.memory.machine import Memory, read_memory
 from mobile_gguf.options import LoadOptions
 from mobile_gguf.sizes import format_bytes, parse_size

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from statistics_files import GOOD, model_file, routing, statistics_for
 
 from mobile_gguf.convert.calibrate import store
 from mobile_gguf.convert.calibrate.buddies import NO_EXPERT, Ranked, buddy_list, list_lengths
@@ -20,14 +20,6 @@ from mobile_gguf.convert.calibrate.statistics import MAX_BUDDIES, RouteCounts, S
 from mobile_gguf.convert.gguf.file import GgufSource, update_gguf
 from mobile_gguf.engine.observe import InputSums
 from mobile_gguf.errors import ModelFormatError, UsageError
-
-
-def routing(seed: int, n_layer: int, n_tokens: int, n_expert: int, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Random ids without repetition, unevenly liked, and weights; [n_layer, n_tokens, k]."""
-    rng = np.random.default_rng(seed)
-    liking = rng.gumbel(size=(n_layer, n_tokens, n_expert)) + rng.normal(scale=2, size=(n_layer, 1, n_expert))
-    ids = np.argsort(-liking, axis=-1)[..., :k].astype(np.int32)
-    return ids, rng.random(ids.shape, np.float32)
 
 
 def counted(ids: np.ndarray, weights: np.ndarray, n_expert: int, batches: int = 1) -> Statistics:
@@ -129,47 +121,6 @@ def test_no_tokens_make_no_statistics():
 # files
 
 
-def model_file(path: Path, *, n_layer: int = 2, n_expert: int = 6, stacked: bool = True) -> Path:
-    """A GGUF with nothing but what statistics look at: experts of 32 neurons, and their geometry."""
-    import gguf
-
-    writer = gguf.GGUFWriter(path, "qwen3moe")
-    writer.add_block_count(n_layer + 1)
-    writer.add_embedding_length(4)
-    writer.add_feed_forward_length(32)
-    writer.add_head_count(1)
-    writer.add_expert_count(n_expert)
-    writer.add_expert_used_count(2)
-    rng = np.random.default_rng(1)
-    for layer in range(1, n_layer + 1):  # layer 0 is dense
-        down = rng.normal(size=(n_expert, 4, 32)).astype(np.float32)
-        up = rng.normal(size=(n_expert, 32, 4)).astype(np.float32)
-        if stacked:
-            data = gguf.quantize(down, gguf.GGMLQuantizationType.Q8_0)
-            writer.add_tensor(f"blk.{layer}.ffn_up_exps.weight", up)
-            writer.add_tensor(
-                f"blk.{layer}.ffn_down_exps.weight", data, raw_dtype=gguf.GGMLQuantizationType.Q8_0
-            )
-        else:
-            for expert in range(n_expert):
-                writer.add_tensor(f"blk.{layer}.ffn_up.{expert}.weight", up[expert])
-                writer.add_tensor(f"blk.{layer}.ffn_down.{expert}.weight", down[expert])
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def statistics_for(n_layer: int = 2, n_expert: int = 6) -> Statistics:
-    ids, weights = routing(7, n_layer, 50, n_expert, 2)
-    counts = RouteCounts(tuple(range(1, n_layer + 1)), n_expert, 2)
-    counts.add(ids, weights)
-    rng = np.random.default_rng(2)
-    importance = {layer: rng.random((n_expert, 32), np.float32) for layer in counts.layers}
-    return counts.statistics(importance=importance)
-
-
 def assert_equal(found: Statistics | None, expected: Statistics) -> None:
     assert found is not None
     assert (found.n_tokens, found.n_expert, found.layers) == (
@@ -231,9 +182,6 @@ def spoiled(array: np.ndarray, value: float) -> np.ndarray:
     copy = array.copy()
     copy.flat[-1] = value
     return copy
-
-
-GOOD = statistics_for()
 
 
 @pytest.mark.parametrize(
