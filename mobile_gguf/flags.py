@@ -64,16 +64,22 @@ def _parse(name: str, opt: Opt, text: str, default: Any) -> Any:
             raise UsageError(f"{name} is {text!r}: choose on or off")
         return text.lower() == "on"
     try:
-        value = opt.check(name, opt.read(text))
+        value = opt.read(text)
     except ValueError:
         raise UsageError(f"{name} is {text!r}: it must be a number") from None
-    return [value] if opt.repeated else value
+    return opt.take(name, [value] if opt.repeated else value)
+
+
+def reader(name: str, options: type[Any]) -> Callable[[str], Any]:
+    """How argparse reads one option's text, for a flag that a verb declares itself."""
+    return _reader(name, declared(options)[name])
 
 
 def _reader(name: str, opt: Opt) -> Callable[[str], Any]:
     def read(text: str) -> Any:
         try:
-            return opt.check(name, opt.read(text))
+            # what is given several times is taken as a whole, by make_options
+            return opt.read(text) if opt.repeated else opt.take(name, opt.read(text))
         except UsageError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
 

@@ -25,7 +25,7 @@ from mobile_gguf.generate.head import TOKEN_BIAS, WEIGHT, Head
 from mobile_gguf.gguf.info import GgufInfo, read_gguf_info
 from mobile_gguf.memory.threads import default_threads
 from mobile_gguf.options import LoadOptions
-from mobile_gguf.sizes import Size, parse_size
+from mobile_gguf.sizes import AUTO, Size
 
 from ..gguf.file import GgufSource, Progress, ignore, update_gguf
 from .checkpoint import Checkpoint
@@ -61,7 +61,7 @@ class CalibrateOptions:
     imatrix: Path | None = None
     kl: float | None = None
     threads: int | None = None
-    ram_budget: Any = "auto"
+    ram_budget: Size = AUTO
     curve_blocks: int = 8
     resume: bool = True
 
@@ -248,7 +248,7 @@ class _Run:
     def _load(self) -> Model:
         # The context of its own stays empty; what the sequences need instead is left to them.
         own = {"n_ctx": BLOCK, "n_batch": BLOCK, "n_ubatch": BLOCK, "threads": self.threads}
-        budget = parse_size(self.options.ram_budget)
+        budget = self.options.ram_budget
         if budget.is_auto:
             n_seq = max(
                 _SIDE_BY_SIDE, len(make_settings(self.info.n_expert_used, dict.fromkeys(SHARES, 0.0)))

@@ -19,7 +19,6 @@ from mobile_gguf.memory.device_budget import host_share
 from mobile_gguf.memory.machine import read_memory
 from mobile_gguf.memory.threads import default_threads
 from mobile_gguf.options import LoadOptions
-from mobile_gguf.sizes import parse_size
 
 if TYPE_CHECKING:
     from mobile_gguf.generate.llama import MobileLlama
@@ -38,7 +37,7 @@ def open_backend(
     to llama-cpp-python's Llama. Raises BudgetError, ModelFormatError, EngineError.
     """
     engine = find_engine()
-    size = parse_size(options.ram_budget)
+    size = options.ram_budget
     if engine is None and info.is_moe and not size.is_auto:
         raise needs_engine("a --ram-budget")
     if engine is None and not info.stock:
@@ -128,7 +127,7 @@ def plan_for(
     demand = estimate_demand(info, n_ctx=n_ctx, n_ubatch=options.n_ubatch, flash_attn=options.flash_attn)
     if request is not None and not request.shares_host_memory:
         demand = host_share(demand, info)
-    return plan_budget(parse_size(options.ram_budget), info, demand, read_memory())
+    return plan_budget(options.ram_budget, info, demand, read_memory())
 
 
 def _construct(

@@ -24,7 +24,7 @@ from mobile_gguf.gguf.info import GgufInfo, read_gguf_info
 from mobile_gguf.hub.resolve import resolve_model
 from mobile_gguf.memory.budget import context_size
 from mobile_gguf.options import POLICY_OPTIONS, GenerateOptions, LoadOptions, make_options, takes
-from mobile_gguf.options.bias import read_bias
+from mobile_gguf.options.bias import check_tokens
 
 from . import loading
 from .embedding import Embedding, embed
@@ -213,16 +213,16 @@ class Model:
             )
         asked = options.max_tokens
         seed = options.seed if options.seed is not None else self.options.seed
-        stop = (options.stop,) if isinstance(options.stop, str) else tuple(options.stop or ())
+        check_tokens(options.logit_bias or {}, self.info.n_vocab)
         request = Request(
             prompt=prompt,
             policy=self._policy_for(options),
             max_tokens=room if asked is None or asked < 0 else min(asked, room),
-            stop=stop,
+            stop=options.stop or (),
             seed=random.getrandbits(31) if seed is None or seed < 0 else seed,
             sampling={
                 **options.sampling(),
-                "logit_bias": read_bias(options.logit_bias, self.info.n_vocab),
+                "logit_bias": options.logit_bias or {},
                 "grammar": backend.make_grammar(options.grammar, options.json_schema),
             },
             cache_prompt=options.cache_prompt,

@@ -11,6 +11,7 @@ IMPORTANCE = ("auto", HEAD, CONFIDENCE)
 
 # which expert leaves memory first
 EVICTION = ("lru", "moepic", "decay")
+DEFAULT_EVICTION = "decay"
 
 # how experts are read from the file
 IO = ("auto", "direct", "buffered")
