@@ -73,7 +73,8 @@ def test_nothing_else_is_among_the_patches() -> None:
         *(patch.name for patch in SERIES),
     }
     assert {path.name for path in PATCHES.iterdir()} <= allowed
-    assert set((PATCHES / patchset.SOURCES).iterdir()) == set(patchset.read_sources(PATCHES))
+    found = {path for path in (PATCHES / patchset.SOURCES).rglob("*") if path.is_file()}
+    assert found == set(patchset.read_sources(PATCHES).values())
 
 
 @EACH_PATCH
@@ -130,7 +131,7 @@ def test_only_our_files_are_added(pinned_source: Path, stock_tree: Path) -> None
     stock = set(tree_content(stock_tree))
     source.patch_tree(stock_tree, PATCHES)
     ours = source.SOURCES_IN_TREE.as_posix()
-    expected = {f"{ours}/{path.name}" for path in patchset.read_sources(PATCHES)}
+    expected = {f"{ours}/{name}" for name in patchset.read_sources(PATCHES)}
     assert set(tree_content(stock_tree)) - stock == expected
     assert not (pinned_source / ours).exists()
 

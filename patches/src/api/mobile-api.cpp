@@ -3,8 +3,8 @@
 #include "mobile.h"
 
 #include "mobile-error.h"
-#include "mobile-load.h"
-#include "mobile-route.h"
+#include "store/mobile-load.h"
+#include "route/mobile-route.h"
 
 #include "llama-context.h"
 #include "llama-model.h"

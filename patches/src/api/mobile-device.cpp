@@ -3,7 +3,7 @@
 #include "mobile.h"
 
 #include "mobile-error.h"
-#include "mobile-route.h"
+#include "route/mobile-route.h"
 
 #include "llama-context.h"
 #include "llama-model.h"

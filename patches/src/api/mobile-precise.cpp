@@ -1,7 +1,7 @@
 #include "mobile-error.h"
 #include "mobile.h"
 
-#include "ggml-precise.h"
+#include "ggml/ggml-precise.h"
 
 int32_t mobile_set_precise(bool on) {
     if (!ggml_precise_set(on)) {

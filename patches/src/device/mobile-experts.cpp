@@ -1,4 +1,4 @@
-#include "mobile-experts.h"
+#include "device/mobile-experts.h"
 
 #include "ggml-cpp.h"
 

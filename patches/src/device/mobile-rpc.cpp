@@ -1,4 +1,4 @@
-#include "mobile-rpc.h"
+#include "device/mobile-rpc.h"
 
 #include "ggml-backend.h"
 #include "llama-context.h"

@@ -10,7 +10,7 @@
 // Invariants: those of mobile-slots.h; uploads ahead are used, wasted (gone without a use) or still there unused.
 // Limits: of the thread that decodes, like all of mobile_slots; hints of other threads come by way of the predictor.
 
-#include "mobile-slots.h"
+#include "device/mobile-slots.h"
 
 #include "ggml.h"
 

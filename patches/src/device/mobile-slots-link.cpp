@@ -1,7 +1,7 @@
 // mobile-slots-link.cpp - what an upload costs: the time of one that is waited for, and how long one in the
 // background holds up the computation.
 
-#include "mobile-slots.h"
+#include "device/mobile-slots.h"
 
 #include "ggml.h"
 

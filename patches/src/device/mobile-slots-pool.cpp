@@ -1,6 +1,6 @@
 // mobile-slots-pool.cpp - taking the memory of the device tier, and what lies there in which placement.
 
-#include "mobile-slots.h"
+#include "device/mobile-slots.h"
 
 #include "ggml.h"
 

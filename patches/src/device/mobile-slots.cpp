@@ -1,6 +1,6 @@
-#include "mobile-slots.h"
+#include "device/mobile-slots.h"
 
-#include "ggml-expert.h"
+#include "ggml/ggml-expert.h"
 
 #include "ggml.h"
 

@@ -17,9 +17,9 @@
 
 #pragma once
 
-#include "mobile-experts.h"
-#include "mobile-store.h"
-#include "mobile-upload.h"
+#include "device/mobile-experts.h"
+#include "store/mobile-store.h"
+#include "device/mobile-upload.h"
 #include "mobile.h"
 
 #include "ggml-backend.h"

@@ -1,4 +1,4 @@
-#include "mobile-upload.h"
+#include "device/mobile-upload.h"
 
 #include <chrono>
 #include <cstring>

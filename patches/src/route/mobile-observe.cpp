@@ -1,4 +1,4 @@
-#include "mobile-observe.h"
+#include "route/mobile-observe.h"
 
 #include "mobile-error.h"
 

@@ -1,6 +1,6 @@
 // mobile-predict-score.cpp - the two guesses at a layer's experts: by its router, and by what followed what.
 
-#include "mobile-predict.h"
+#include "route/mobile-predict.h"
 
 #include "llama-hparams.h"
 #include "llama-model.h"

@@ -1,4 +1,4 @@
-#include "mobile-predict.h"
+#include "route/mobile-predict.h"
 
 #include "llama-model.h"
 

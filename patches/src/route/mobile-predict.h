@@ -10,8 +10,8 @@
 
 #pragma once
 
-#include "mobile-store.h"
-#include "mobile-trial.h"
+#include "store/mobile-store.h"
+#include "route/mobile-trial.h"
 #include "mobile.h"
 
 #include <condition_variable>

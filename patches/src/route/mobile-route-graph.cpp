@@ -1,6 +1,6 @@
 // mobile-route-graph.cpp - how the route op and the chains behind it stand in a graph.
 
-#include "mobile-route.h"
+#include "route/mobile-route.h"
 
 #include "ggml-backend-impl.h"
 #include "ggml-backend.h"

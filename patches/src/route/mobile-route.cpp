@@ -1,6 +1,6 @@
-#include "mobile-route.h"
+#include "route/mobile-route.h"
 
-#include "mobile-load.h"
+#include "store/mobile-load.h"
 
 #include "llama-batch.h"
 #include "llama-model.h"

@@ -13,9 +13,9 @@
 
 #pragma once
 
-#include "mobile-predict.h"
-#include "mobile-slots.h"
-#include "mobile-store.h"
+#include "route/mobile-predict.h"
+#include "device/mobile-slots.h"
+#include "store/mobile-store.h"
 #include "mobile.h"
 
 #include <cstdio>

@@ -1,12 +1,12 @@
-#include "mobile-layout.h"
+#include "store/mobile-layout.h"
 
 #include "mobile-error.h"
-#include "mobile-load.h"
+#include "store/mobile-load.h"
 
 #include "llama-model-loader.h"
 
 #include "ggml-backend.h"
-#include "ggml-expert.h"
+#include "ggml/ggml-expert.h"
 #include "gguf.h"
 
 #include <algorithm>

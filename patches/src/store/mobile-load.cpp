@@ -1,8 +1,8 @@
-#include "mobile-load.h"
+#include "store/mobile-load.h"
 
-#include "ggml-expert.h"
+#include "ggml/ggml-expert.h"
 #include "mobile-error.h"
-#include "mobile-layout.h"
+#include "store/mobile-layout.h"
 
 #include "llama-model-loader.h"
 #include "llama-model.h"

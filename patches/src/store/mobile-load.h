@@ -11,7 +11,7 @@
 
 #pragma once
 
-#include "mobile-store.h"
+#include "store/mobile-store.h"
 #include "mobile.h"
 
 #include <memory>

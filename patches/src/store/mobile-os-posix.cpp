@@ -4,7 +4,7 @@
 #define _GNU_SOURCE
 #endif
 
-#include "mobile-os.h"
+#include "store/mobile-os.h"
 
 #include <cerrno>
 #include <climits>

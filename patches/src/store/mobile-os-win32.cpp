@@ -1,6 +1,6 @@
 #if defined(_WIN32)
 
-#include "mobile-os.h"
+#include "store/mobile-os.h"
 
 #define WIN32_LEAN_AND_MEAN
 #ifndef NOMINMAX

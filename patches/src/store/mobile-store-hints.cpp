@@ -6,7 +6,7 @@
 // Invariants: a hint evicts nothing that the running token has used; a read of a hint that fails is no error;
 // experts read by hints are used, wasted (gone without a use) or still there unused.
 
-#include "mobile-store.h"
+#include "store/mobile-store.h"
 
 #include <algorithm>
 

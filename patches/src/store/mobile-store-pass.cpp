@@ -1,6 +1,6 @@
 // mobile-store-pass.cpp - what a computation asks of the store while it runs.
 
-#include "mobile-store.h"
+#include "store/mobile-store.h"
 
 #include "ggml.h"
 

@@ -1,6 +1,6 @@
 // mobile-store-reads.cpp - the read queues, and the threads that serve them.
 
-#include "mobile-store.h"
+#include "store/mobile-store.h"
 
 #include <algorithm>
 #include <cstring>

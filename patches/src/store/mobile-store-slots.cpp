@@ -1,6 +1,6 @@
 // mobile-store-slots.cpp - which slot an expert gets, and who has to go for it.
 
-#include "mobile-store.h"
+#include "store/mobile-store.h"
 
 #include <algorithm>
 

@@ -1,4 +1,4 @@
-#include "mobile-store.h"
+#include "store/mobile-store.h"
 
 #include "ggml.h"
 

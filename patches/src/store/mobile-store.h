@@ -15,8 +15,8 @@
 
 #pragma once
 
-#include "mobile-os.h"
-#include "mobile-policy.h"
+#include "store/mobile-os.h"
+#include "store/mobile-policy.h"
 #include "mobile.h"
 
 #include <atomic>
