@@ -33,6 +33,7 @@ enum mobile_status {
     MOBILE_ERR_BUDGET   = -3, // the budget is below the smallest legal one
     MOBILE_ERR_IO       = -4, // a read failed or came back short; the text names file, layer, expert
     MOBILE_ERR_MEMORY   = -5, // the operating system refused memory
+    MOBILE_ERR_INTERNAL = -6, // a driver, or a fault of ours, threw something: the text says what
 };
 
 enum mobile_eviction {

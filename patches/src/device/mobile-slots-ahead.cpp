@@ -36,19 +36,19 @@ bool mobile_slots::takes_hints(bool forced) const {
     });
 }
 
-void mobile_slots::hint(int32_t il, const std::vector<int32_t> & experts, double now) {
-    const mobile_device_layer * l = layer_of(il);
+void mobile_slots::hint(mobile_model_layer il, const std::vector<mobile_part> & parts, double now) {
+    const mobile_device_layer * l = find(il);
     if (!l || !devices[l->device].uploader) {
         return;
     }
-    const int32_t layer = layer_of_il[il];
+    const int32_t layer = index_of[il.n];
     const auto at = std::upper_bound(hints.begin(), hints.end(), layer, [](int32_t a, const mobile_slot_hint & h) { return a < h.layer; });
     std::vector<mobile_slot_hint> fresh;
-    for (int32_t expert : experts) {
-        if (l->experts[expert].slot < 0) {
-            fresh.push_back({ layer, expert, now });
+    for (mobile_part part : parts) {
+        if (l->experts[part.n].slot < 0) {
+            fresh.push_back({ layer, part, now });
         } else if (layer > reached) {
-            keep(layer, expert);
+            keep(layer, part);
         }
     }
     hints.insert(at, fresh.begin(), fresh.end());
@@ -56,7 +56,7 @@ void mobile_slots::hint(int32_t il, const std::vector<int32_t> & experts, double
 
 // in slots of the pool, and to stay until their layers begin
 int32_t mobile_slots::n_held(int32_t pool) const {
-    return (int32_t) std::count_if(held.begin(), held.end(), [&](const std::pair<int32_t, int32_t> & id) { return layers[id.first].pool == pool; });
+    return (int32_t) std::count_if(held.begin(), held.end(), [&](const mobile_slot_hint & h) { return layers[h.layer].pool == pool; });
 }
 
 bool mobile_slots::may_hold(const mobile_pool & p) const {
@@ -64,14 +64,11 @@ bool mobile_slots::may_hold(const mobile_pool & p) const {
 }
 
 // what is in a slot and hinted does not leave it
-void mobile_slots::keep(int32_t layer, int32_t expert) {
-    mobile_device_layer  & l = layers[layer];
-    mobile_device_expert & x = l.experts[expert];
-    if (x.listed && may_hold(pools[l.pool])) {
-        l.evictable.erase({ x.key, expert });
-        x.listed  = false;
-        x.awaited = true;
-        held.push_back({ layer, expert });
+void mobile_slots::keep(int32_t layer, mobile_part part) {
+    mobile_device_layer & l = layers[layer];
+    if (l.experts[part.n].state == MOBILE_SLOT_IDLE && may_hold(pools[l.pool])) {
+        move(l, part, MOBILE_SLOT_AWAITED);
+        held.push_back({ layer, part, 0.0 });
     }
 }
 
@@ -95,19 +92,18 @@ void mobile_slots::run_ahead() {
 // false: it may be possible later
 bool mobile_slots::take_ahead(const mobile_slot_hint & h) {
     const mobile_device_layer & l = layers[h.layer];
-    if (l.experts[h.expert].slot >= 0) {
+    if (l.experts[h.part.n].slot >= 0) {
         return true;
     }
     if (h.layer <= reached || !is_in_time(h)) {
         count.n_ahead_dropped++;
         return true;
     }
-    const int32_t layer = store.layer_of_il[l.il];
-    if (!devices[l.device].uploader->has_room() || !store.hold(layer, h.expert)) {
+    if (!devices[l.device].uploader->has_room() || !store.hold(l.in_store, h.part)) {
         return false;
     }
     count.n_ahead_dropped += !upload_ahead(h);
-    store.let_go(layer, h.expert);
+    store.let_go(l.in_store, h.part);
     return true;
 }
 
@@ -121,7 +117,7 @@ bool mobile_slots::is_in_time(const mobile_slot_hint & h) {
 
 bool mobile_slots::upload_ahead(const mobile_slot_hint & h) {
     mobile_device_layer  & l = layers[h.layer];
-    mobile_device_expert & x = l.experts[h.expert];
+    mobile_device_expert & x = l.experts[h.part.n];
     mobile_pool          & p = pools[l.pool];
 
     if (!may_hold(p)) {
@@ -133,27 +129,25 @@ bool mobile_slots::upload_ahead(const mobile_slot_hint & h) {
         if (victim < 0) {
             return false;
         }
-        const int32_t leaves = layers[victim].evictable.begin()->second;
-        const double  use    = mobile_policy_key((enum mobile_eviction) params.eviction, std::max<uint64_t>(x.n_uses, 1), h.now);
-        if (params.miss != MOBILE_MISS_FETCH && (key >= use || layers[victim].experts[leaves].last_use >= h.now)) {
+        const mobile_part leaves = layers[victim].evictable.begin()->second;
+        const double      use    = mobile_policy_key((enum mobile_eviction) params.eviction, std::max<uint64_t>(x.n_uses, 1), h.now);
+        if (params.miss != MOBILE_MISS_FETCH && (key >= use || layers[victim].experts[leaves.n].last_use >= h.now)) {
             return false;
         }
         evict(victim, leaves);
     }
     mobile_upload up;
-    up.layer  = h.layer;
-    up.expert = h.expert;
+    up.layer = h.layer;
+    up.part  = h.part;
     x.slot = take_free(p);
-    if (!parts_of(l, h.expert, x.slot, false, up.parts)) {
-        release(l, h.expert);
+    if (!parts_of(l, h.part, x.slot, false, up.parts)) {
+        release(l, h.part);
         return false;
     }
-    x.upload  = devices[l.device].uploader->queue(std::move(up), store.all_resident);
-    x.loading = true;
-    x.fresh   = true;
-    x.ahead   = true;
-    x.awaited = true;
-    held.push_back({ h.layer, h.expert });
+    x.upload = devices[l.device].uploader->queue(std::move(up), store.all_resident);
+    x.reason = MOBILE_SLOT_HINTED;
+    move(l, h.part, MOBILE_SLOT_SENDING_AHEAD);
+    held.push_back(h);
     count.n_ahead++;
     count.n_ahead_unused++;
     count.bytes_uploaded       += p.slot_bytes;
@@ -178,18 +172,18 @@ void mobile_slots::begin_layer(const std::vector<mobile_need> & needs) {
 
 // what was awaited for layers up to this one, with all before, is as good as any other
 void mobile_slots::settle_ahead(int32_t layer) {
-    for (const auto & id : held) {
-        mobile_device_expert & x = layers[id.first].experts[id.second];
-        if (x.awaited && id.first <= layer) {
-            x.awaited = false;
-            if (!x.loading) {
-                list(layers[id.first], id.second);
-            }
+    for (const mobile_slot_hint & h : held) {
+        mobile_device_layer & l = layers[h.layer];
+        const enum mobile_slot_state state = l.experts[h.part.n].state;
+        if (h.layer <= layer && state == MOBILE_SLOT_AWAITED) {
+            move(l, h.part, MOBILE_SLOT_IDLE);
+        } else if (h.layer <= layer && state == MOBILE_SLOT_SENDING_AHEAD) {
+            move(l, h.part, MOBILE_SLOT_SENDING);
         }
     }
-    held.erase(std::remove_if(held.begin(), held.end(), [&](const std::pair<int32_t, int32_t> & id) {
-        const mobile_device_expert & x = layers[id.first].experts[id.second];
-        return !x.awaited && !x.loading;
+    held.erase(std::remove_if(held.begin(), held.end(), [&](const mobile_slot_hint & h) {
+        const mobile_device_expert & x = layers[h.layer].experts[h.part.n];
+        return x.state != MOBILE_SLOT_AWAITED && !x.is_sending();
     }), held.end());
 }
 
@@ -203,8 +197,7 @@ double mobile_slots::wait_ahead(const mobile_device_layer & l, const mobile_devi
     return (double) us;
 }
 
-void mobile_slots::use_ahead(const mobile_device_layer & l, mobile_device_expert & x, double waited_us) {
-    x.ahead = false;
+void mobile_slots::use_ahead(const mobile_device_layer & l, double waited_us) {
     count.n_ahead_used++;
     count.n_ahead_unused--;
     count.ahead_saved_us += (uint64_t) std::max(0.0, miss_us(devices[l.device]) - waited_us);
@@ -212,17 +205,17 @@ void mobile_slots::use_ahead(const mobile_device_layer & l, mobile_device_expert
 
 // x leaves its slot
 void mobile_slots::waste_ahead(const mobile_device_layer & l, mobile_device_expert & x) {
-    if (x.ahead) {
-        x.ahead = false;
+    if (x.reason == MOBILE_SLOT_HINTED) {
         count.n_ahead_wasted++;
         count.n_ahead_unused--;
         count.bytes_ahead_wasted += pools[l.pool].slot_bytes;
     }
+    x.reason = MOBILE_SLOT_USED;
 }
 
 // the pass is over: hints are, too
 void mobile_slots::end_hints() {
-    count.n_ahead_dropped += std::count_if(hints.begin(), hints.end(), [&](const mobile_slot_hint & h) { return layers[h.layer].experts[h.expert].slot < 0; });
+    count.n_ahead_dropped += std::count_if(hints.begin(), hints.end(), [&](const mobile_slot_hint & h) { return layers[h.layer].experts[h.part.n].slot < 0; });
     hints.clear();
     settle_ahead((int32_t) layers.size());
     reached = -1;

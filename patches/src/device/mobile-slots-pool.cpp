@@ -8,18 +8,21 @@
 #include <cmath>
 #include <numeric>
 
-mobile_slots::mobile_slots(const mobile_device_params & params, mobile_store & store, int32_t n_used) : params(params), n_used(n_used), store(store) {
+mobile_slots::mobile_slots(const mobile_device_params & params, mobile_store & store, mobile_slot_map & map, int32_t n_used) :
+    n_used(n_used), params(params), store(store), map(map) {
 }
 
 mobile_slots::~mobile_slots() {
+    map.clear();
     for (auto & d : devices) {
         d.uploader.reset(); // before the pools it writes to
     }
 }
 
-void mobile_slots::add_layer(int32_t il, const mobile_experts & host, ggml_backend_dev_t dev, ggml_backend_t backend) {
+void mobile_slots::add_layer(mobile_model_layer il, const mobile_experts & host, ggml_backend_dev_t dev, ggml_backend_t backend) {
     mobile_device_layer l;
     l.il       = il;
+    l.in_store = store.layer_of(il);
     l.host     = host;
     l.n_expert = (int32_t) host.down->ne[2];
     l.experts.resize(l.n_expert);
@@ -59,10 +62,10 @@ void mobile_slots::add_layer(int32_t il, const mobile_experts & host, ggml_backe
     pools[l.pool].n_layers++;
     pools[l.pool].n_expert += l.n_expert;
 
-    if ((int32_t) layer_of_il.size() <= il) {
-        layer_of_il.resize(il + 1, -1);
+    if ((int32_t) index_of.size() <= il.n) {
+        index_of.resize(il.n + 1, -1);
     }
-    layer_of_il[il] = (int32_t) layers.size();
+    index_of[il.n] = (int32_t) layers.size();
     layers.push_back(std::move(l));
 }
 
@@ -224,22 +227,40 @@ bool mobile_slots::alloc_pool(mobile_pool & p, const mobile_experts & like, std:
 // placement
 //
 
-const mobile_device_layer * mobile_slots::layer_of(int32_t il) const {
-    return il >= 0 && il < (int32_t) layer_of_il.size() && layer_of_il[il] >= 0 ? &layers[layer_of_il[il]] : nullptr;
+const mobile_device_layer * mobile_slots::find(mobile_model_layer il) const {
+    return il.n >= 0 && il.n < (int32_t) index_of.size() && index_of[il.n] >= 0 ? &layers[index_of[il.n]] : nullptr;
 }
 
-bool mobile_slots::is_cached(int32_t il, int64_t n_tokens) const {
-    return params.placement == MOBILE_PLACEMENT_CACHE && n_tokens <= params.n_batch_max && layer_of(il);
+const mobile_experts * mobile_slots::host_layer(mobile_model_layer il) const {
+    const mobile_device_layer * l = find(il);
+    return l ? &l->host : nullptr;
 }
 
-const mobile_experts * mobile_slots::whole_layer(int32_t il) const {
-    const mobile_device_layer * l = layer_of(il);
+bool mobile_slots::is_cached(mobile_model_layer il, int64_t n_tokens) const {
+    return params.placement == MOBILE_PLACEMENT_CACHE && n_tokens <= params.n_batch_max && find(il);
+}
+
+const mobile_experts * mobile_slots::whole_layer(mobile_model_layer il) const {
+    const mobile_device_layer * l = find(il);
     return params.placement == MOBILE_PLACEMENT_LAYERS && l && l->filled ? &l->whole : nullptr;
 }
 
-const mobile_experts * mobile_slots::slots_of(int32_t il) const {
-    const mobile_device_layer * l = layer_of(il);
+const mobile_experts * mobile_slots::slots_of(mobile_model_layer il) const {
+    const mobile_device_layer * l = find(il);
     return l ? &pools[l->pool].slots : nullptr;
+}
+
+bool mobile_slots::is_there(mobile_model_layer il, mobile_part part) const {
+    const mobile_device_layer * l = find(il);
+    return whole_layer(il) || (l && is_cached(il, 1) && l->experts[part.n].is_there());
+}
+
+int32_t mobile_slots::n_slots_of(int32_t device) const {
+    int32_t n = 0;
+    for (const mobile_pool & p : pools) {
+        n += p.device == device ? std::max(0, p.n_slots - p.n_zero) : 0;
+    }
+    return n;
 }
 
 void mobile_slots::empty() {
@@ -252,16 +273,13 @@ void mobile_slots::empty() {
     if (current >= 0) {
         unpin_all();
     }
-    on_cpu.clear();
     end_hints();
     for (auto & l : layers) {
         for (int32_t e = 0; e < l.n_expert; ++e) {
             waste_ahead(l, l.experts[e]);
-            l.experts[e].slot   = -1;
-            l.experts[e].listed = false;
-            l.experts[e].fresh  = false;
+            move(l, mobile_part(e), MOBILE_SLOT_NONE);
+            l.experts[e].slot = -1;
         }
-        l.evictable.clear();
         l.filled = false;
     }
     for (auto & p : pools) {
@@ -298,19 +316,20 @@ void mobile_slots::fill_layers() {
         }
         needs.assign(l.n_expert, {});
         for (int32_t e = 0; e < l.n_expert; ++e) {
-            needs[e].expert  = e;
+            needs[e].part    = mobile_part(e);
             needs[e].lasting = false; // what decoding uses stays
         }
         store.begin_pass();
-        store.request(store.layer_of_il[l.il], needs);
+        store.request(l.in_store, needs);
         l.filled = true;
         for (int32_t e = 0; e < l.n_expert && l.filled; ++e) {
-            l.filled = upload(l, e, l.whole_slot + e, true);
+            l.filled = upload(l, mobile_part(e), l.whole_slot + e, true);
         }
         ggml_backend_synchronize(devices[l.device].backend);
         store.end_pass();
         for (int32_t e = 0; e < l.n_expert && l.filled; ++e) {
             l.experts[e].slot = l.whole_slot + e;
+            move(l, mobile_part(e), MOBILE_SLOT_WHOLE);
             count.resident_bytes += pools[l.pool].slot_bytes;
         }
     }

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <iterator>
 
 // the past that says what is used next: uses lately are the uses to expect in as many tokens
 static constexpr double WINDOW = 64.0;
@@ -16,30 +17,38 @@ static constexpr uint8_t POISON = 0xff; // NaN as F16, BF16 and F32, and as the 
 // slots
 //
 
-void mobile_slots::list(mobile_device_layer & l, int32_t expert) {
-    mobile_device_expert & x = l.experts[expert];
-    if (!x.listed && x.slot >= 0) {
-        l.evictable.emplace(x.key, expert);
-        x.listed = true;
+void mobile_slots::move(mobile_device_layer & l, mobile_part part, enum mobile_slot_state state) {
+    mobile_device_expert & x = l.experts[part.n];
+    if (x.state == state) {
+        return;
     }
+    if (x.state == MOBILE_SLOT_IDLE) {
+        l.evictable.erase({ x.key, part });
+    }
+    x.state = state;
+    if (x.state == MOBILE_SLOT_IDLE) {
+        l.evictable.emplace(x.key, part);
+    }
+    map.set(l.il, part, state == MOBILE_SLOT_NONE ? MOBILE_NOT_RESIDENT : x.is_sending() ? MOBILE_LOADING : MOBILE_RESIDENT);
 }
 
 void mobile_slots::unpin_all() {
-    for (int32_t expert : pinned) {
-        list(layers[current], expert);
+    for (mobile_part part : running) {
+        const enum mobile_slot_state state = layers[current].experts[part.n].state;
+        if (state == MOBILE_SLOT_IN_USE || state == MOBILE_SLOT_FETCHING) {
+            move(layers[current], part, MOBILE_SLOT_IDLE);
+        }
     }
-    pinned.clear();
-    fetches.clear();
+    running.clear();
+    to_admit = false;
 }
 
-void mobile_slots::release(mobile_device_layer & l, int32_t expert) {
-    mobile_device_expert & x = l.experts[expert];
-    if (x.listed) {
-        l.evictable.erase({ x.key, expert });
-        x.listed = false;
-    }
+void mobile_slots::release(mobile_device_layer & l, mobile_part part) {
+    mobile_device_expert & x = l.experts[part.n];
+    move(l, part, MOBILE_SLOT_NONE);
     pools[l.pool].free.push_back(x.slot);
-    x.slot = -1;
+    x.slot   = -1;
+    x.reason = MOBILE_SLOT_USED;
     count.resident_bytes -= pools[l.pool].slot_bytes;
 }
 
@@ -54,21 +63,20 @@ void mobile_slots::poison(const mobile_pool & p, int32_t slot, int32_t n) {
     ggml_backend_synchronize(devices[p.device].backend);
 }
 
-void mobile_slots::evict(int32_t layer, int32_t expert) {
+void mobile_slots::evict(int32_t layer, mobile_part part) {
     mobile_device_layer  & l = layers[layer];
-    mobile_device_expert & x = l.experts[expert];
-    const mobile_pool    & p = pools[l.pool];
+    mobile_device_expert & x = l.experts[part.n];
 
     count.n_evictions++;
-    waste_ahead(l, x);
-    if (x.fresh) {
+    if (x.reason != MOBILE_SLOT_USED) {
         count.n_wasted++;
-        count.bytes_wasted += p.slot_bytes;
+        count.bytes_wasted += pools[l.pool].slot_bytes;
     }
+    waste_ahead(l, x);
     if (params.poison) {
-        poison(p, x.slot, 1);
+        poison(pools[l.pool], x.slot, 1);
     }
-    release(l, expert);
+    release(l, part);
 }
 
 static double uses_lately(const mobile_device_expert & x, double now) {
@@ -119,8 +127,8 @@ bool mobile_slots::take_slot(int32_t layer, int32_t & slot, const mobile_device_
     if (victim < 0 && p.free.empty()) {
         return false;
     }
-    const int32_t leaves = victim < 0 ? -1 : layers[victim].evictable.begin()->second;
-    if (candidate && !is_earned(l, *candidate, victim < 0 ? nullptr : &layers[victim].experts[leaves])) {
+    const mobile_part leaves = victim < 0 ? mobile_part() : layers[victim].evictable.begin()->second;
+    if (candidate && !is_earned(l, *candidate, victim < 0 ? nullptr : &layers[victim].experts[leaves.n])) {
         return false;
     }
     if (victim >= 0) {
@@ -131,32 +139,32 @@ bool mobile_slots::take_slot(int32_t layer, int32_t & slot, const mobile_device_
 }
 
 // false: some bytes are not in host memory, or not what the file says
-bool mobile_slots::parts_of(const mobile_device_layer & l, int32_t expert, int32_t slot, bool wait, std::vector<mobile_upload_part> & parts) {
+bool mobile_slots::parts_of(const mobile_device_layer & l, mobile_part part, int32_t slot, bool wait, std::vector<mobile_upload_part> & pieces) {
     const mobile_pool & p = pools[l.pool];
 
-    parts.clear();
+    pieces.clear();
     for (mobile_member m : MOBILE_MEMBERS) {
         if (const ggml_tensor * t = l.host.*m) {
             const size_t size = t->nb[mobile_expert_dim(m)];
-            const char * data = mobile_is_weight(m) ? ggml_expert_data(t, expert, wait) : (const char *) t->data + expert*size;
+            const char * data = mobile_is_weight(m) ? ggml_expert_data(t, part.n, wait) : (const char *) t->data + part.n*size;
             if (!data) {
                 return false;
             }
-            parts.push_back({ p.slots.*m, data, slot*size, size });
+            pieces.push_back({ p.slots.*m, data, slot*size, size });
         }
     }
     return store.plain || store.error().empty();
 }
 
 // queues the copies on the computing stream
-bool mobile_slots::upload(mobile_device_layer & l, int32_t expert, int32_t slot, bool wait) {
-    std::vector<mobile_upload_part> parts;
-    if (!parts_of(l, expert, slot, wait, parts)) {
+bool mobile_slots::upload(mobile_device_layer & l, mobile_part part, int32_t slot, bool wait) {
+    std::vector<mobile_upload_part> pieces;
+    if (!parts_of(l, part, slot, wait, pieces)) {
         return false;
     }
     sending = sending || (devices[l.device].is_async && !store.plain);
-    for (const auto & part : parts) {
-        ggml_backend_tensor_set_async(devices[l.device].backend, part.tensor, part.data, part.offset, part.size);
+    for (const auto & piece : pieces) {
+        ggml_backend_tensor_set_async(devices[l.device].backend, piece.tensor, piece.data, piece.offset, piece.size);
     }
     count.bytes_uploaded += pools[l.pool].slot_bytes;
     return true;
@@ -168,11 +176,9 @@ void mobile_slots::collect() {
             continue;
         }
         for (const mobile_upload & done : d.uploader->done()) {
-            mobile_device_expert & x = layers[done.layer].experts[done.expert];
-            x.loading = false;
-            if (!x.awaited) {
-                list(layers[done.layer], done.expert);
-            }
+            mobile_device_layer & l = layers[done.layer];
+            const bool is_awaited = l.experts[done.part.n].state == MOBILE_SLOT_SENDING_AHEAD;
+            move(l, done.part, is_awaited ? MOBILE_SLOT_AWAITED : MOBILE_SLOT_IDLE);
         }
     }
 }
@@ -196,61 +202,58 @@ void mobile_slots::add_cpu_time(int32_t n_experts, uint64_t us) {
     count.cpu_us += us;
 }
 
-void mobile_slots::assign(int32_t il, const std::vector<mobile_need> & needs, std::vector<int32_t> & slot, std::vector<mobile_need> & missing) {
+void mobile_slots::assign(mobile_model_layer il, const std::vector<mobile_need> & needs, std::vector<int32_t> & slot, std::vector<mobile_need> & missing) {
     const auto eviction = (enum mobile_eviction) params.eviction;
 
     collect();
     unpin_all();
-    on_cpu.clear();
     sending = false; // the device has computed the layer before
-    current = layer_of_il[il];
+    current = index_of[il.n];
     mobile_device_layer & l = layers[current];
     begin_layer(needs);
 
     slot.assign(l.n_expert, -1);
     missing.clear();
-    std::vector<int32_t> wanted;
+    std::vector<mobile_part> wanted;
     for (const mobile_need & need : needs) {
-        mobile_device_expert & x = l.experts[need.expert];
-        const bool is_late = x.ahead && x.loading && params.miss == MOBILE_MISS_FETCH;
+        mobile_device_expert & x = l.experts[need.part.n];
+        const bool is_late = x.reason == MOBILE_SLOT_HINTED && x.is_sending() && params.miss == MOBILE_MISS_FETCH;
         const double waited_us = is_late ? wait_ahead(l, x) : 0.0;
-        if (x.listed) {
-            l.evictable.erase({ x.key, need.expert });
-            x.listed = false;
+        if (x.is_there()) {
+            move(l, need.part, MOBILE_SLOT_IN_USE);
         }
         x.lately   = uses_lately(x, need.time) + need.n_tokens;
         x.n_uses  += need.n_tokens;
         x.last_use = need.time;
         x.key      = mobile_policy_key(eviction, x.n_uses, x.last_use);
-        if (x.slot >= 0 && !x.loading) {
+        running.push_back(need.part);
+        if (x.state == MOBILE_SLOT_IN_USE) {
             count.n_hits++;
-            if (x.ahead) {
-                use_ahead(l, x, waited_us);
+            if (x.reason == MOBILE_SLOT_HINTED) {
+                use_ahead(l, waited_us);
             }
-            x.fresh = false;
-            slot[need.expert] = x.slot;
-            pinned.push_back(need.expert);
+            x.reason = MOBILE_SLOT_USED;
+            slot[need.part.n] = x.slot;
             continue;
         }
         count.n_misses++;
         missing.push_back(need);
-        on_cpu.push_back(need.expert);
-        if (!x.loading) {
-            wanted.push_back(need.expert);
+        if (x.state == MOBILE_SLOT_NONE) {
+            wanted.push_back(need.part);
         }
     }
+    to_admit = !missing.empty();
     // the ones worth most
     const size_t n = std::min(n_to_fetch(l, missing.size()), wanted.size());
-    std::stable_sort(wanted.begin(), wanted.end(), [&](int32_t a, int32_t b) { return l.experts[a].key > l.experts[b].key; });
+    std::stable_sort(wanted.begin(), wanted.end(), [&](mobile_part a, mobile_part b) { return l.experts[a.n].key > l.experts[b.n].key; });
     for (size_t i = 0; i < n; ++i) {
         int32_t s = -1;
         if (!take_slot(current, s, nullptr)) {
             break;
         }
-        l.experts[wanted[i]].slot = s;
-        slot[wanted[i]] = s;
-        pinned.push_back(wanted[i]);
-        fetches.push_back(wanted[i]);
+        l.experts[wanted[i].n].slot = s;
+        slot[wanted[i].n] = s;
+        move(l, wanted[i], MOBILE_SLOT_FETCHING);
     }
     count.n_cpu += missing.size();
 }
@@ -259,30 +262,32 @@ void mobile_slots::fetch(std::vector<int32_t> & slot) {
     const int64_t start = ggml_time_us();
     left_us    = start;
     backlog_us = 0.0;
+
+    mobile_device_layer & l = layers[current];
+    std::vector<mobile_part> fetches;
+    std::copy_if(running.begin(), running.end(), std::back_inserter(fetches), [&](mobile_part part) { return l.experts[part.n].state == MOBILE_SLOT_FETCHING; });
     if (fetches.empty()) {
         return;
     }
-    mobile_device_layer & l = layers[current];
-    const size_t n = fetches.size();
-    for (int32_t expert : fetches) {
+    std::stable_sort(fetches.begin(), fetches.end(), [&](mobile_part a, mobile_part b) { return l.experts[a.n].key > l.experts[b.n].key; });
+    for (mobile_part part : fetches) {
         // with a choice, what is still being read is computed on the CPU, piece by piece as it arrives
-        if (upload(l, expert, l.experts[expert].slot, params.miss == MOBILE_MISS_FETCH)) {
+        if (upload(l, part, l.experts[part.n].slot, params.miss == MOBILE_MISS_FETCH)) {
+            move(l, part, MOBILE_SLOT_IN_USE);
             count.n_fetched++;
             count.n_cpu--;
             continue;
         }
-        slot[expert] = -1;
-        release(l, expert);
-        pinned.erase(std::find(pinned.begin(), pinned.end(), expert));
+        slot[part.n] = -1;
+        release(l, part);
     }
-    fetches.clear();
     left_us = ggml_time_us();
     count.upload_us += left_us - start;
-    backlog_us = std::max(0.0, n*devices[l.device].upload_us - (double) (left_us - start));
+    backlog_us = std::max(0.0, fetches.size()*devices[l.device].upload_us - (double) (left_us - start));
 }
 
 void mobile_slots::admit() {
-    if (on_cpu.empty() || params.n_uploads <= 0 || params.miss == MOBILE_MISS_FETCH) {
+    if (!to_admit || params.n_uploads <= 0 || params.miss == MOBILE_MISS_FETCH) {
         return;
     }
     mobile_device_layer & l = layers[current];
@@ -290,28 +295,28 @@ void mobile_slots::admit() {
     const int64_t start = ggml_time_us();
     collect();
     int32_t n = 0;
-    for (int32_t expert : on_cpu) {
-        mobile_device_expert & x = l.experts[expert];
+    for (mobile_part part : running) {
+        mobile_device_expert & x = l.experts[part.n];
         const bool room = d.uploader ? d.uploader->has_room() : n < params.n_uploads;
         int32_t slot = -1;
-        if (x.slot >= 0 || !room || !take_slot(current, slot, &x)) {
+        if (x.state != MOBILE_SLOT_NONE || !room || !take_slot(current, slot, &x)) {
             continue;
         }
         x.slot = slot;
         mobile_upload up;
-        up.layer  = current;
-        up.expert = expert;
-        if (!(d.uploader ? parts_of(l, expert, slot, false, up.parts) : upload(l, expert, slot, false))) {
-            release(l, expert);
+        up.layer = current;
+        up.part  = part;
+        if (!(d.uploader ? parts_of(l, part, slot, false, up.parts) : upload(l, part, slot, false))) {
+            release(l, part);
             continue;
         }
-        x.fresh = true;
+        x.reason = MOBILE_SLOT_EARNED;
         if (d.uploader) {
-            x.loading = true;
+            move(l, part, MOBILE_SLOT_SENDING);
             d.uploader->queue(std::move(up), store.plain);
             count.bytes_uploaded += pools[l.pool].slot_bytes;
         } else {
-            list(l, expert);
+            move(l, part, MOBILE_SLOT_IDLE);
         }
         count.n_admitted++;
         count.bytes_uploaded_background += pools[l.pool].slot_bytes;
@@ -320,7 +325,7 @@ void mobile_slots::admit() {
     if (sending && n > 0 && !d.uploader) { // the store may give these bytes' slots away now
         ggml_backend_synchronize(d.backend);
     }
-    on_cpu.clear();
+    to_admit = false;
     count.upload_us += ggml_time_us() - start;
 }
 
@@ -332,7 +337,6 @@ void mobile_slots::end_pass() {
         }
     }
     sending = false;
-    on_cpu.clear();
     end_hints();
 }
 

@@ -9,6 +9,8 @@
 
 #pragma once
 
+#include "mobile-ids.h"
+
 #include "ggml-backend.h"
 #include "ggml-cpp.h"
 
@@ -27,9 +29,9 @@ struct mobile_upload_part {
 };
 
 struct mobile_upload {
-    int32_t layer  = -1;
-    int32_t expert = -1;
-    int32_t block  = -1;
+    int32_t     layer = -1; // index into the layers of who queued it
+    mobile_part part;
+    int32_t     block = -1;
     std::vector<mobile_upload_part> parts;
 };
 

@@ -33,21 +33,35 @@ GGML_API void ggml_expert_set_resolver(const struct ggml_expert_resolver * resol
 // thread-safe; callable by every thread of a graph computation
 GGML_API const char * ggml_expert_data(const struct ggml_tensor * w, int64_t expert, bool wait);
 
-// whether nothing may be read at w->data
-GGML_API bool ggml_expert_is_elsewhere(const struct ggml_tensor * w);
+// of one thread, over the experts of w that have rows
+struct ggml_expert_walk {
+    const char * data; // of the expert that was given last
 
-// for the scheduler: copies experts of w, to which it may apply, into `copy` on a backend. used: a bitset of
-// experts; NULL: all
-GGML_API void ggml_expert_copy(ggml_backend_t backend, const struct ggml_tensor * w, struct ggml_tensor * copy, const uint32_t * used);
+    const struct ggml_tensor * w;
+    const int64_t            * n_rows; // [w->ne[2]]
+    int64_t next;                      // from ne[2] on: waiting for those that were left out
+    bool    waits;                     // experts may still be on their way
+    uint8_t done[GGML_EXPERT_MAX];
+};
 
-// how often a barrier polls before it lets other threads run. few where computing threads sleep for the
-// disk: one that wakes may be queued behind the one that polls for it
+// the experts with rows: those in memory first, then those still on their way; -1: that was all. before it says so
+// it sleeps while other threads wait for experts of w: this thread would spin in a barrier next, and the processor that
+// it would spin on may be the one that serves the read, or the one where a waiting thread is to run
+GGML_API int ggml_expert_walk_first(struct ggml_expert_walk * walk, const struct ggml_tensor * w, const int64_t * n_rows);
+GGML_API int ggml_expert_walk_next (struct ggml_expert_walk * walk);
+
+// an id of -1 was skipped by the route op: its row of n floats becomes that of src, zeros if NULL. false: it was not
+GGML_API bool ggml_expert_skip(int32_t id, void * dst, const void * src, int64_t n);
+
+// for the scheduler: copies experts of w, to which it may apply, into `copy` on a backend, if they are not at w->data.
+// used: a bitset of experts; NULL: all. true: nothing is left to copy, also because none is used
+GGML_API bool ggml_expert_copy(ggml_backend_t backend, const struct ggml_tensor * w, struct ggml_tensor * copy, const uint32_t * used);
+
+// how often a barrier polls before it lets other threads run: seldom while somebody may sleep for the disk, since one
+// that wakes may be queued behind the one that polls for it
 GGML_API int  ggml_expert_barrier_polls(void);
-GGML_API void ggml_expert_set_barrier_polls(int n_polls);
-
-// for a thread that has done its share of w and is about to spin in a barrier: the processor that it
-// would spin on may be the one that serves the read, or the one where a waiting thread is to run
-GGML_API void ggml_expert_settle(const struct ggml_tensor * w);
+// a store begins (+1) or has ended (-1) to read while layers compute
+GGML_API void ggml_expert_add_sleeper(int change);
 
 #ifdef __cplusplus
 }

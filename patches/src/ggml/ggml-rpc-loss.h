@@ -90,6 +90,12 @@ inline bool ggml_rpc_last_loss(char * text, size_t size) {
     return true;
 }
 
+// for get_proc_address: the functions of this file and of_backend, the loss of a backend's server; nullptr: others
+inline void * ggml_rpc_loss_function(const char * name, const char * (*of_backend)(struct ggml_backend * backend)) {
+    return std::strcmp(name, "ggml_backend_rpc_loss") == 0 ? (void *) of_backend :
+           std::strcmp(name, "ggml_rpc_last_loss")    == 0 ? (void *) ggml_rpc_last_loss : nullptr;
+}
+
 // set once, by the thread that talks to the server; read by any
 class ggml_rpc_loss {
 public:

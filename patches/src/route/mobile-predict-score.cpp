@@ -62,14 +62,14 @@ void mobile_predictor::load_routers() {
     routers.resize(store->layers.size());
     for (size_t i = 0; i < store->layers.size(); ++i) {
         const mobile_layer & l = store->layers[i];
-        if (l.il >= (int32_t) model.layers.size()) {
+        if (l.il.n >= (int32_t) model.layers.size()) {
             continue;
         }
-        const auto & layer = model.layers[l.il];
+        const auto & layer = model.layers[l.il.n];
         const ggml_tensor * w = layer.ffn_gate_inp;
         router & r = routers[i];
         // gemma 4 scales what the router sees by a weight of its own
-        if (w && !layer.ffn_gate_inp_s && w->ne[1] == l.n_expert/store->n_segments && ggml_is_contiguous(w)) {
+        if (w && !layer.ffn_gate_inp_s && w->ne[1] == store->n_expert_of(mobile_store_layer(i)) && ggml_is_contiguous(w)) {
             n_embd_router = w->ne[0];
             r.weight = float_values(w, r.own[0]);
             r.bias   = float_values(layer.ffn_gate_inp_b, r.own[1]);
@@ -94,7 +94,7 @@ static float dot(const float * a, const float * b, int64_t n) {
 }
 
 void mobile_predictor::score_by_router(const task & t, int64_t token, std::vector<float> & scores) const {
-    const router & r = routers[t.layer];
+    const router & r = routers[t.layer.n];
     const int64_t n_embd = (int64_t) t.cur.size()/t.n_tokens;
     const float * cur = t.cur.data() + token*n_embd;
 
@@ -126,7 +126,7 @@ void mobile_predictor::score_by_router(const task & t, int64_t token, std::vecto
 // with the lock
 void mobile_predictor::score_by_transitions(const task & t, int64_t token, std::vector<float> & scores) const {
     const int64_t n_used = (int64_t) t.ids.size()/t.n_tokens;
-    const auto & table = following[t.layer];
+    const auto & table = following[t.layer.n];
 
     std::fill(scores.begin(), scores.end(), 0.0f);
     if (table.empty()) {
@@ -138,10 +138,10 @@ void mobile_predictor::score_by_transitions(const task & t, int64_t token, std::
         if (id < 0) {
             continue;
         }
-        const float     total = uses[t.layer - 1][id] + PRIOR_TOKENS;
+        const float     total = uses[t.layer.n - 1][id] + PRIOR_TOKENS;
         const uint16_t * row  = table.data() + (size_t) id*scores.size();
         for (size_t e = 0; e < scores.size(); ++e) {
-            const float share = (uses[t.layer][e] + 0.05f)/(n_counted + 1.0f);
+            const float share = (uses[t.layer.n][e] + 0.05f)/(n_counted + 1.0f);
             scores[e] += std::log((row[e] + PRIOR_TOKENS*share)/total) - (n > 0 ? PRIOR_COMMON*std::log(share) : 0.0f);
         }
         n++;
@@ -149,28 +149,28 @@ void mobile_predictor::score_by_transitions(const task & t, int64_t token, std::
 }
 
 // tokens of which a layer's ids [n_tokens][n_used] are known, as are those of the layer before
-void mobile_predictor::count(int32_t layer, const std::vector<int32_t> & ids, int64_t n_tokens) {
+void mobile_predictor::count(mobile_store_layer layer, const std::vector<int32_t> & ids, int64_t n_tokens) {
     const int64_t n_used   = (int64_t) ids.size()/n_tokens;
-    const size_t  n_expert = store->layers[layer].n_expert/store->n_segments;
+    const size_t  n_expert = store->n_expert_of(layer);
 
     std::lock_guard<std::mutex> lock(mutex);
     if (following.empty()) {
         following.resize(store->layers.size());
         uses.resize(store->layers.size());
     }
-    uses[layer].resize(n_expert, 0.0f);
+    uses[layer.n].resize(n_expert, 0.0f);
     for (int32_t id : ids) {
         if (id >= 0) {
-            uses[layer][id] += 1.0f;
+            uses[layer.n][id] += 1.0f;
         }
     }
-    n_counted += layer == 0 ? (float) n_tokens : 0.0f;
-    if (layer == 0 || before_layer != layer - 1 || before.size() % n_tokens != 0) {
+    n_counted += layer.n == 0 ? (float) n_tokens : 0.0f;
+    if (layer.n == 0 || before_layer.n != layer.n - 1 || before.size() % n_tokens != 0) {
         return;
     }
     const int64_t n_before = (int64_t) before.size()/n_tokens;
-    auto & table = following[layer];
-    table.resize((store->layers[layer - 1].n_expert/store->n_segments)*n_expert, 0);
+    auto & table = following[layer.n];
+    table.resize(store->n_expert_of(before_layer)*n_expert, 0);
     for (int64_t t = 0; t < n_tokens; ++t) {
         for (int64_t a = 0; a < n_before; ++a) {
             const int32_t from = before[t*n_before + a];

@@ -80,7 +80,7 @@ void mobile_predictor::begin_pass(int64_t n, int32_t k_used, bool device) {
     for (int i = 0; i < MOBILE_AHEAD_TIERS; ++i) {
         next_on[i] = n <= N_TOKENS_MAX && is_on((enum mobile_ahead) i, next_trial[i]);
     }
-    before_layer = -1;
+    before_layer = mobile_store_layer();
     if (next_on[MOBILE_AHEAD_HOST] || next_on[MOBILE_AHEAD_DEVICE]) {
         start();
         std::lock_guard<std::mutex> lock(mutex);
@@ -132,7 +132,7 @@ void mobile_predictor::end_pass(bool ok) {
     }
 }
 
-void mobile_predictor::add_layer(int32_t layer, const std::vector<int32_t> & routed, int64_t n, const float * cur, int64_t n_embd,
+void mobile_predictor::add_layer(mobile_store_layer layer, const std::vector<int32_t> & routed, int64_t n, const float * cur, int64_t n_embd,
         size_t cur_stride, const std::vector<uint8_t> & on_device, double now) {
     if (is_idle()) {
         return;
@@ -146,12 +146,12 @@ void mobile_predictor::add_layer(int32_t layer, const std::vector<int32_t> & rou
     }
     if ((next_on[MOBILE_AHEAD_HOST] || next_on[MOBILE_AHEAD_DEVICE]) && n <= N_TOKENS_MAX) {
         std::lock_guard<std::mutex> lock(mutex);
-        for (int32_t id : guessed[layer]) {
+        for (int32_t id : guessed[layer.n]) {
             n_predicted++;
             n_right += std::find(routed.begin(), routed.end(), id) != routed.end();
         }
-        const int32_t next = layer + 1;
-        if (next < (int32_t) store->layers.size() && (by_router ? cur && routers[next].weight && n_embd == n_embd_router : true)) {
+        const mobile_store_layer next(layer.n + 1);
+        if (next.n < (int32_t) store->layers.size() && (by_router ? cur && routers[next.n].weight && n_embd == n_embd_router : true)) {
             pending.layer    = next;
             pending.seq      = store->sequence();
             pending.pass     = pass;
@@ -185,14 +185,14 @@ void mobile_predictor::start() {
     following.resize(store->layers.size());
     uses.resize(store->layers.size());
     for (size_t i = 0; i < store->layers.size(); ++i) {
-        uses[i].resize(store->layers[i].n_expert/store->n_segments, 0.0f);
+        uses[i].resize(store->n_expert_of(mobile_store_layer(i)), 0.0f);
     }
     thread = std::thread(&mobile_predictor::run, this);
 }
 
 // experts of the task's layer, best first, of each token as many as it will use
 void mobile_predictor::guess(const task & t, std::vector<int32_t> & ids) {
-    std::vector<float>   scores(store->layers[t.layer].n_expert/store->n_segments);
+    std::vector<float>   scores(store->n_expert_of(t.layer));
     std::vector<int32_t> order(scores.size());
     std::vector<int32_t> ranked; // [n_tokens][k]
     const size_t n = std::min<size_t>(t.k, order.size());
@@ -223,21 +223,21 @@ void mobile_predictor::run() {
     std::unique_lock<std::mutex> lock(mutex);
     task t;
     std::vector<int32_t> ids;
-    std::vector<int32_t> parts;
+    std::vector<mobile_part> parts;
     for (;;) {
-        cv.wait(lock, [&] { return stop || pending.layer >= 0; });
+        cv.wait(lock, [&] { return stop || !pending.layer.is_none(); });
         if (stop) {
             return;
         }
         std::swap(t, pending);
-        pending.layer = -1;
+        pending.layer = mobile_store_layer();
         lock.unlock();
 
         guess(t, ids);
         parts.clear();
         for (int32_t id : ids) {
             for (int32_t s = 0; s < store->n_segments; ++s) {
-                parts.push_back(id*store->n_segments + s);
+                parts.push_back(store->part_of(id, s));
             }
         }
         if (t.to_tier[MOBILE_AHEAD_DEVICE]) {
@@ -248,12 +248,12 @@ void mobile_predictor::run() {
             lock.unlock();
         }
         if (t.to_tier[MOBILE_AHEAD_HOST]) {
-            parts.erase(std::remove_if(parts.begin(), parts.end(), [&](int32_t part) { return !t.on_device.empty() && t.on_device[part]; }), parts.end());
-            store->hint(t.layer, parts.data(), parts.size(), t.now, t.seq);
+            parts.erase(std::remove_if(parts.begin(), parts.end(), [&](mobile_part part) { return !t.on_device.empty() && t.on_device[part.n]; }), parts.end());
+            store->hint(t.layer, parts, t.now, t.seq);
         }
         lock.lock();
         if (store->sequence() == t.seq) {
-            guessed[t.layer] = ids;
+            guessed[t.layer.n] = ids;
         }
     }
 }

@@ -27,9 +27,9 @@ struct llama_model;
 enum mobile_ahead { MOBILE_AHEAD_HOST, MOBILE_AHEAD_DEVICE, MOBILE_AHEAD_TIERS };
 
 struct mobile_guess {
-    int32_t layer = -1;           // of the store
-    double  now   = 0.0;
-    std::vector<int32_t> experts; // best first
+    mobile_store_layer       layer;
+    double                   now = 0.0;
+    std::vector<mobile_part> parts; // best first
 };
 
 class mobile_predictor {
@@ -56,9 +56,9 @@ public:
     void end_pass  (bool ok);
 
     // a layer of the store, whose needs it has been told. routed: [n_tokens][n_used], the model's experts, -1: skipped.
-    // cur: n_embd values of each token, NULL: the router has another input; stride in elements. on_device: [n_expert] of
+    // cur: n_embd values of each token, NULL: the router has another input; stride in elements. on_device: [mobile_part] of
     // the next layer, those that need no host memory; empty: none
-    void add_layer(int32_t layer, const std::vector<int32_t> & routed, int64_t n_tokens, const float * cur, int64_t n_embd,
+    void add_layer(mobile_store_layer layer, const std::vector<int32_t> & routed, int64_t n_tokens, const float * cur, int64_t n_embd,
         size_t cur_stride, const std::vector<uint8_t> & on_device, double now);
 
     // guesses for the device tier since the last call, of this pass
@@ -83,7 +83,7 @@ private:
     };
 
     struct task {
-        int32_t  layer = -1;     // that is guessed; -1: none
+        mobile_store_layer layer; // that is guessed; none: there is nothing to do
         uint64_t seq   = 0;
         uint64_t pass  = 0;
         double   now   = 0.0;
@@ -105,11 +105,11 @@ private:
     void guess(const task & t, std::vector<int32_t> & ids);
     void score_by_router     (const task & t, int64_t token, std::vector<float> & scores) const;
     void score_by_transitions(const task & t, int64_t token, std::vector<float> & scores) const;
-    void count(int32_t layer, const std::vector<int32_t> & ids, int64_t n_tokens);
+    void count(mobile_store_layer layer, const std::vector<int32_t> & ids, int64_t n_tokens);
 
     const llama_model &           model;
     std::shared_ptr<mobile_store> store;
-    std::vector<router>           routers;  // [n layers of the store]
+    std::vector<router>           routers;  // [mobile_store_layer]
     bool    routers_loaded = false;
     int64_t n_embd_router  = 0;
     int32_t gating         = 0;             // enum llama_expert_gating_func_type
@@ -129,15 +129,15 @@ private:
     int32_t k         = 0;
     int64_t start_us  = 0;
     std::vector<int32_t> before;  // ids of the layer before, [n_tokens][n_used]
-    int32_t              before_layer = -1;
+    mobile_store_layer   before_layer;
 
     mobile_trial next_trial  [MOBILE_AHEAD_TIERS];
     mobile_trial masked_trial[MOBILE_AHEAD_TIERS];
     double       usual[N_TOKENS_MAX][2][2] = {}; // us of a pass of the kind, a running mean. [n_tokens - 1][little][rerun]
 
     // transitions, guarded by mutex: tokens routed to j in a layer after i in the one before, and to i
-    std::vector<std::vector<uint16_t>> following; // [n layers][n_expert_before * n_expert]; empty: nothing counted
-    std::vector<std::vector<float>>    uses;      // [n layers][n_expert]
+    std::vector<std::vector<uint16_t>> following; // [mobile_store_layer][n_expert_before * n_expert]; empty: nothing counted
+    std::vector<std::vector<float>>    uses;      // [mobile_store_layer][n_expert]
     float                              n_counted = 0.0f;
 
     mutable std::mutex      mutex;
@@ -145,7 +145,7 @@ private:
     task                    pending;
     bool                    stop = false;
     std::thread             thread;
-    std::vector<std::vector<int32_t>> guessed; // [n layers] of this pass, guarded by mutex
+    std::vector<std::vector<int32_t>> guessed; // [mobile_store_layer] of this pass, guarded by mutex
     std::vector<mobile_guess>         taken;   // what take() returns next, guarded by mutex
 
     // counters, of this context since the last reset

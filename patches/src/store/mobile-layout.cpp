@@ -1,7 +1,6 @@
 #include "store/mobile-layout.h"
 
 #include "mobile-error.h"
-#include "store/mobile-load.h"
 
 #include "llama-model-loader.h"
 
@@ -17,8 +16,8 @@ static constexpr uint32_t VERSION = 1;
 
 // of the name of one expert's tensor, without ".weight"
 struct expert_name {
-    int  layer  = -1;
-    int  expert = -1;
+    mobile_model_layer layer;
+    mobile_part        part;
     enum mobile_matrix matrix = MOBILE_MATRIX_UP;
 };
 
@@ -45,12 +44,12 @@ static bool parse_text(const char *& s, const char * text) {
 
 // blk.L.ffn_X.E.weight
 static bool parse_name(const char * s, expert_name & name) {
-    if (!parse_text(s, "blk.") || !parse_number(s, name.layer) || !parse_text(s, ".ffn_")) {
+    if (!parse_text(s, "blk.") || !parse_number(s, name.layer.n) || !parse_text(s, ".ffn_")) {
         return false;
     }
     for (int m = MOBILE_MATRIX_GATE_UP; m <= MOBILE_MATRIX_DOWN; ++m) {
         const char * rest = s;
-        if (parse_text(rest, MATRIX_NAME[m]) && parse_text(rest, ".") && parse_number(rest, name.expert) && strcmp(rest, ".weight") == 0) {
+        if (parse_text(rest, MATRIX_NAME[m]) && parse_text(rest, ".") && parse_number(rest, name.part.n) && strcmp(rest, ".weight") == 0) {
             name.matrix = (enum mobile_matrix) m;
             return true;
         }
@@ -58,8 +57,8 @@ static bool parse_name(const char * s, expert_name & name) {
     return false;
 }
 
-static std::string stacked_name(int layer, enum mobile_matrix matrix) {
-    return "blk." + std::to_string(layer) + ".ffn_" + MATRIX_NAME[matrix] + "_exps.weight";
+static std::string stacked_name(mobile_model_layer layer, enum mobile_matrix matrix) {
+    return "blk." + std::to_string(layer.n) + ".ffn_" + MATRIX_NAME[matrix] + "_exps.weight";
 }
 
 [[noreturn]] static void refuse(const std::string & fname, const std::string & why) {
@@ -96,16 +95,16 @@ int64_t mobile_layout_tensor_index(const gguf_context * meta, const char * name)
 // gathering
 //
 
-using weight_of_expert = std::map<int, llama_model_loader::llama_tensor_weight>; // by part: expert*S + segment
+using weight_of_part = std::map<mobile_part, llama_model_loader::llama_tensor_weight>;
 
-static std::string part_name(int part, int n_segments) {
-    return "expert " + std::to_string(part/n_segments) + (n_segments > 1 ? ", segment " + std::to_string(part%n_segments) : "");
+static std::string part_name(mobile_part part, int n_segments) {
+    return "expert " + std::to_string(part.n/n_segments) + (n_segments > 1 ? ", segment " + std::to_string(part.n%n_segments) : "");
 }
 
 // the stacked entry for the parts of one matrix of a layer
-static void gather(llama_model_loader & ml, const std::string & fname, ggml_context * ctx, int layer, enum mobile_matrix matrix, const weight_of_expert & weights) {
+static void gather(llama_model_loader & ml, const std::string & fname, ggml_context * ctx, mobile_model_layer layer, enum mobile_matrix matrix, const weight_of_part & weights) {
     const std::string name = stacked_name(layer, matrix);
-    const std::string where = "layer " + std::to_string(layer) + ", ffn_" + MATRIX_NAME[matrix] + ": ";
+    const std::string where = "layer " + std::to_string(layer.n) + ", ffn_" + MATRIX_NAME[matrix] + ": ";
     const int n_segments = ml.mobile->n_segments;
 
     if (ml.weights_map.count(name) > 0) {
@@ -115,8 +114,8 @@ static void gather(llama_model_loader & ml, const std::string & fname, ggml_cont
     const ggml_tensor * t0 = first.tensor;
     int n_parts = 0;
     for (const auto & [part, weight] : weights) {
-        if (part != n_parts++) {
-            refuse(fname, where + part_name(n_parts - 1, n_segments) + " is missing");
+        if (part.n != n_parts++) {
+            refuse(fname, where + part_name(mobile_part(n_parts - 1), n_segments) + " is missing");
         }
         const ggml_tensor * t = weight.tensor;
         if (t->type != t0->type || !ggml_are_same_shape(t, t0)) {
@@ -130,11 +129,11 @@ static void gather(llama_model_loader & ml, const std::string & fname, ggml_cont
         refuse(fname, where + "not as many gate rows as up rows");
     }
     if (n_parts % n_segments != 0) {
-        refuse(fname, where + part_name(n_parts, n_segments) + " is missing");
+        refuse(fname, where + part_name(mobile_part(n_parts), n_segments) + " is missing");
     }
     const uint32_t n_expert = metadata_n_expert(ml);
     if (n_expert > 0 && (uint32_t) (n_parts/n_segments) != n_expert) {
-        refuse(fname, where + (n_parts/n_segments < (int) n_expert ? part_name(n_parts, n_segments) + " is missing" :
+        refuse(fname, where + (n_parts/n_segments < (int) n_expert ? part_name(mobile_part(n_parts), n_segments) + " is missing" :
             std::to_string(n_parts/n_segments) + " experts in a model of " + std::to_string(n_expert)));
     }
     if (n_parts > GGML_EXPERT_MAX) {
@@ -184,7 +183,7 @@ void mobile_layout_begin(llama_model_loader & ml, const std::string & fname) {
         refuse(fname, "mobile.segments is " + std::to_string(n_segments));
     }
 
-    std::map<std::pair<int, enum mobile_matrix>, weight_of_expert> found;
+    std::map<std::pair<mobile_model_layer, enum mobile_matrix>, weight_of_part> found;
     for (auto it = ml.weights_map.begin(); it != ml.weights_map.end();) {
         expert_name name;
         if (it->first.rfind("mobile.", 0) == 0) { // ours, not the model's
@@ -192,7 +191,7 @@ void mobile_layout_begin(llama_model_loader & ml, const std::string & fname) {
             ml.n_bytes    -= ggml_nbytes(it->second.tensor);
             it = ml.weights_map.erase(it);
         } else if (parse_name(it->first.c_str(), name)) {
-            found[{ name.layer, name.matrix }].emplace(name.expert, it->second);
+            found[{ name.layer, name.matrix }].emplace(name.part, it->second);
             it = ml.weights_map.erase(it);
         } else {
             ++it;
@@ -278,9 +277,6 @@ bool mobile_layout_load(llama_model_loader & ml, ggml_tensor * tensor) {
     const mobile_parts * parts = mobile_layout_find(ml, tensor->name);
     if (!parts) {
         return false;
-    }
-    if (ml.mobile->n_segments > 1 && mobile_load_has_store(ml)) {
-        mobile_throw(MOBILE_ERR_ARGUMENT, std::string(tensor->name) + ": a tensor override keeps it from the expert store, where the other segments go");
     }
     // buffers of another form (repacked, on a device) want the tensor whole
     const size_t n_bytes = ggml_nbytes(tensor);

@@ -31,7 +31,7 @@ enum mobile_matrix {
 // where a stacked tensor's parts lie
 struct mobile_parts {
     enum mobile_matrix        matrix;
-    std::vector<mobile_range> ranges; // [n_expert * n_segments]; file: index into the loader's files
+    std::vector<mobile_range> ranges; // [mobile_part]; file: index into the loader's files
 };
 
 struct mobile_layout {
@@ -47,7 +47,7 @@ int64_t mobile_layout_tensor_index(const gguf_context * meta, const char * name)
 // is newer than this code or its experts do not make up stacked tensors
 void mobile_layout_begin(llama_model_loader & ml, const std::string & fname);
 
-// for the loader's copy loop: true if the tensor was put together from its parts
+// true if the tensor was put together from its parts
 bool mobile_layout_load(llama_model_loader & ml, ggml_tensor * tensor);
 
 // for whoever reads a weight by its place in the file: throws if it has no single place

@@ -2,7 +2,7 @@
 
 #include "ggml/ggml-expert.h"
 #include "mobile-error.h"
-#include "store/mobile-layout.h"
+#include "store/mobile-tag.h"
 
 #include "llama-model-loader.h"
 #include "llama-model.h"
@@ -23,14 +23,11 @@ static const char * EXPERT_PATTERN = "^blk\\.[0-9]+\\.ffn_(gate_up|up|gate|down)
 // what else has a row per expert, and is used where the experts are
 static const char * EXPERT_SMALL_PATTERN = "^blk\\.[0-9]+\\.ffn_(gate_up|up|gate|down)_exps\\.(bias|scale)$";
 
-// stands in op_params of expert tensors in ordinary buffers, of models that get the route op
-static constexpr uint64_t ROUTED_MARK = 0x6d6f62696c650001;
-
-// what a tensor in our buffer knows; its address stands in op_params, which a weight does not use
+// what a tensor in our buffer knows; its address stands in the tensor's tag
 struct mobile_tensor {
-    mobile_store * store = nullptr;
-    int32_t        layer = -1;
-    int32_t        piece = -1;
+    mobile_store *     store = nullptr;
+    mobile_store_layer layer;
+    int32_t            piece = -1;
 };
 
 struct mobile_buffer_context {
@@ -61,10 +58,23 @@ void mobile_load_set_pending(const mobile_load_params * params) {
 // buffer type
 //
 
-static mobile_tensor * tensor_record(const ggml_tensor * tensor) {
-    mobile_tensor * record = nullptr;
-    memcpy(&record, tensor->op_params, sizeof(record));
+static mobile_store & store_of(const ggml_tensor * tensor) {
+    return *((mobile_buffer_context *) tensor->buffer->context)->store;
+}
+
+// NULL: the tag is gone, and passes fail
+static const mobile_tensor * tensor_record(const ggml_tensor * tensor) {
+    const auto * record = (const mobile_tensor *) mobile_tag_address(tensor, MOBILE_TAG_STORED);
+    if (!record) {
+        store_of(tensor).fail_for_good(std::string(tensor->name) + ": its op_params were written to, which hold where its experts are");
+    }
     return record;
+}
+
+static void set_tag(ggml_tensor * tensor, enum mobile_tag_kind kind, const void * address) {
+    if (!mobile_tag_set(tensor, kind, address)) {
+        mobile_throw(MOBILE_ERR_INTERNAL, std::string(tensor->name) + ": ggml uses a weight's op_params, where this engine keeps a tag of its own");
+    }
 }
 
 static void buffer_free(ggml_backend_buffer_t buffer) {
@@ -80,16 +90,19 @@ static void * buffer_get_base(ggml_backend_buffer_t buffer) {
 // copies what lies in the file, through the store: for whoever reads a weight as a tensor
 static void buffer_get_tensor(ggml_backend_buffer_t buffer, const ggml_tensor * tensor, void * data, size_t offset, size_t size) {
     GGML_UNUSED(buffer);
-    mobile_tensor * record = tensor_record(tensor);
+    const mobile_tensor * record = tensor_record(tensor);
+    if (!record) {
+        memset(data, 0, size);
+        return;
+    }
     while (size > 0) {
-        const size_t expert = offset/tensor->nb[2];
-        const size_t skip   = offset%tensor->nb[2];
-        const size_t n      = std::min(size, tensor->nb[2] - skip);
+        const size_t skip = offset%tensor->nb[2];
+        const size_t n    = std::min(size, tensor->nb[2] - skip);
         mobile_need need;
-        need.expert  = (int32_t) expert;
+        need.part    = mobile_part(offset/tensor->nb[2]);
         need.lasting = false;
         record->store->request(record->layer, { need });
-        memcpy(data, record->store->resolve(record->layer, record->piece, expert, true) + skip, n);
+        memcpy(data, record->store->resolve(record->layer, record->piece, need.part, true) + skip, n);
         record->store->end_pass();
         data    = (char *) data + n;
         offset += n;
@@ -102,7 +115,7 @@ static void buffer_set_tensor(ggml_backend_buffer_t buffer, ggml_tensor * tensor
     GGML_UNUSED(data);
     GGML_UNUSED(offset);
     GGML_UNUSED(size);
-    GGML_ABORT("expert tensor %s is read-only", tensor->name);
+    store_of(tensor).fail_for_good(std::string(tensor->name) + ": somebody wrote to it, and experts in the store are read-only");
 }
 
 static void buffer_clear(ggml_backend_buffer_t buffer, uint8_t value) {
@@ -180,12 +193,15 @@ static const char * resolve_expert(const ggml_tensor * w, int64_t expert, const 
         return stock;
     }
     const mobile_tensor * record = tensor_record(w);
-    return record->store->resolve(record->layer, record->piece, expert, wait);
+    if (!record) {
+        return store_of(w).resolve_failed();
+    }
+    return record->store->resolve(record->layer, record->piece, mobile_part(expert), wait);
 }
 
 static void settle_expert(const ggml_tensor * w) {
     if (w->buffer && ggml_backend_buffer_get_type(w->buffer) == mobile_buffer_type()) {
-        tensor_record(w)->store->settle();
+        store_of(w).settle();
     }
 }
 
@@ -231,23 +247,24 @@ static int piece_order(const char * name) {
     return 4;
 }
 
-static int layer_number(const char * name) {
+static mobile_model_layer layer_number(const char * name) {
     int il = -1;
     sscanf(name, "blk.%d.", &il);
-    return il;
+    return mobile_model_layer(il);
 }
 
 // by layer, then in the order of use
 static std::vector<ggml_tensor *> sorted_by_use(std::vector<ggml_tensor *> tensors) {
     std::stable_sort(tensors.begin(), tensors.end(), [](const ggml_tensor * a, const ggml_tensor * b) {
-        const int la = layer_number(a->name);
-        const int lb = layer_number(b->name);
+        const mobile_model_layer la = layer_number(a->name);
+        const mobile_model_layer lb = layer_number(b->name);
         return la != lb ? la < lb : piece_order(a->name) < piece_order(b->name);
     });
     return tensors;
 }
 
-bool mobile_load_has_store(const llama_model_loader & ml) {
+// whether this load puts experts into a store
+static bool has_store(const llama_model_loader & ml) {
     for (const auto * o = ml.tensor_buft_overrides; o && o->pattern; ++o) {
         if (o->buft == mobile_buffer_type()) {
             return true;
@@ -274,7 +291,7 @@ bool mobile_load_tensors(llama_model_loader & ml, ggml_context * ctx, llama_prog
     std::vector<ggml_tensor *> tensors;
     for (ggml_tensor * t = ggml_get_first_tensor(ctx); t; t = ggml_get_next_tensor(ctx, t)) {
         if (g_loading.mark && std::regex_search(t->name, pattern)) {
-            memcpy(t->op_params, &ROUTED_MARK, sizeof(ROUTED_MARK));
+            set_tag(t, MOBILE_TAG_ROUTED, nullptr);
         }
         if (t->buffer && ggml_backend_buffer_get_type(t->buffer) == mobile_buffer_type()) {
             tensors.push_back(t);
@@ -314,10 +331,9 @@ bool mobile_load_tensors(llama_model_loader & ml, ggml_context * ctx, llama_prog
         if (!store.add_piece(layer_number(t->name), t->name, std::move(ranges), err)) {
             mobile_throw(MOBILE_ERR_IO, err);
         }
-        const int32_t layer = store.layer_of_il[layer_number(t->name)];
-        buffer->tensors.push_back({ &store, layer, store.layers[layer].n_pieces - 1 });
-        const mobile_tensor * record = &buffer->tensors.back();
-        memcpy(t->op_params, &record, sizeof(record));
+        const mobile_store_layer layer = store.layer_of(layer_number(t->name));
+        buffer->tensors.push_back({ &store, layer, store.layers[layer.n].n_pieces - 1 });
+        set_tag(t, MOBILE_TAG_STORED, &buffer->tensors.back());
         ml.size_done += ggml_nbytes(t);
     }
 
@@ -327,17 +343,17 @@ bool mobile_load_tensors(llama_model_loader & ml, ggml_context * ctx, llama_prog
     if (status != MOBILE_OK) {
         mobile_throw((enum mobile_status) status, err);
     }
-    if (!store.all_resident) {
-        ggml_expert_set_barrier_polls(64);
-    }
     if (progress && ml.size_done >= ml.size_data) {
         progress(1.0f, progress_data);
     }
     return true;
 }
 
-static bool is_marked(const ggml_tensor * tensor) {
-    return memcmp(tensor->op_params, &ROUTED_MARK, sizeof(ROUTED_MARK)) == 0;
+bool mobile_load_tensor(llama_model_loader & ml, ggml_tensor * tensor) {
+    if (mobile_layout_find(ml, tensor->name) && ml.mobile->n_segments > 1 && has_store(ml)) {
+        mobile_throw(MOBILE_ERR_ARGUMENT, std::string(tensor->name) + ": a tensor override keeps it from the expert store, where the other segments go");
+    }
+    return mobile_layout_load(ml, tensor);
 }
 
 std::shared_ptr<mobile_store> mobile_store_of(const llama_model & model) {
@@ -346,14 +362,14 @@ std::shared_ptr<mobile_store> mobile_store_of(const llama_model & model) {
         if (tensor->buffer && ggml_backend_buffer_get_type(tensor->buffer) == mobile_buffer_type()) {
             return { std::shared_ptr<void>(), ((mobile_buffer_context *) tensor->buffer->context)->store.get() };
         }
-        if (is_marked(tensor)) {
+        if (mobile_tag_is(tensor, MOBILE_TAG_ROUTED)) {
             marked.push_back(tensor);
         }
     }
     if (marked.empty()) {
         return nullptr;
     }
-    auto store = std::make_shared<mobile_store>(mobile_load_default_params());
+    auto store = std::make_shared<mobile_store>(mobile_store_default_params());
     std::string err;
     for (const ggml_tensor * t : sorted_by_use(std::move(marked))) {
         const std::vector<mobile_range> sizes(t->ne[2], { 0, 0, t->nb[2] });

@@ -1,4 +1,4 @@
-// mobile-load.h - how expert tensors get into the store instead of into memory.
+// mobile-load.h - how expert tensors get into the store instead of into memory; the loader's hooks.
 //
 // Mechanism: load parameters pending on this thread add one entry to the loader's tensor buffer type
 // overrides. The entry sends routed expert tensors to a buffer type of ours, which reserves address
@@ -11,8 +11,9 @@
 
 #pragma once
 
-#include "store/mobile-store.h"
 #include "mobile.h"
+#include "store/mobile-layout.h"
+#include "store/mobile-store.h"
 
 #include <memory>
 #include <string>
@@ -28,8 +29,8 @@ const llama_model_tensor_buft_override * mobile_load_begin(const llama_model_ten
 // std::runtime_error with the reason if they cannot be
 bool mobile_load_tensors(llama_model_loader & ml, ggml_context * ctx, llama_progress_callback progress, void * progress_data);
 
-// whether this load puts experts into a store
-bool mobile_load_has_store(const llama_model_loader & ml);
+// for the loader's copy loop: true if the tensor was put together from its parts
+bool mobile_load_tensor(llama_model_loader & ml, ggml_tensor * tensor);
 
 // the model's store, which lives as long as the model; for experts in ordinary buffers a new one, which only
 // counts. NULL if the model is dense or was loaded without parameters

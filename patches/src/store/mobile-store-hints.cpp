@@ -17,18 +17,17 @@ uint64_t mobile_store::sequence() const {
     return n_requests.load(std::memory_order_relaxed);
 }
 
-int32_t mobile_store::hint(int32_t layer, const int32_t * ids, size_t n_ids, double now, uint64_t seq) {
-    const mobile_layer & l = layers[layer];
+int32_t mobile_store::hint(mobile_store_layer layer, const std::vector<mobile_part> & parts, double now, uint64_t seq) {
+    const mobile_layer & l = layers[layer.n];
 
     locked lock(mutex);
     if (all_resident || (seq != 0 && seq != sequence())) {
         return 0;
     }
     std::vector<hinted> fresh;
-    for (size_t i = 0; i < n_ids; ++i) {
-        const uint32_t expert = l.first + ids[i];
-        if (ids[i] >= 0 && ids[i] < l.n_expert && experts[expert].state == MOBILE_NOT_RESIDENT) {
-            fresh.push_back({ expert, now });
+    for (mobile_part part : parts) {
+        if (part.n >= 0 && part.n < l.n_parts && experts[id_of(layer, part)].state == MOBILE_NOT_RESIDENT) {
+            fresh.push_back({ id_of(layer, part), now });
         }
     }
     // those for the layer that comes next before those for a whole pass
@@ -75,11 +74,11 @@ bool mobile_store::begin_hint(locked & lock) {
 // a need of x, which a hint has read
 void mobile_store::use_hint(mobile_expert & x) {
     uint32_t n_pieces = 0;
-    for (int p = 0; p < layers[x.layer].n_pieces; ++p) {
+    for (int p = 0; p < layers[x.layer.n].n_pieces; ++p) {
         n_pieces += n_chunks(range_of((uint32_t) (&x - experts.get()), p));
     }
     ahead_count.n_used++;
-    ahead_count.bytes_early += expert_bytes_of(layers[x.layer])*(n_pieces - x.n_pending)/n_pieces;
+    ahead_count.bytes_early += expert_bytes_of(layers[x.layer.n])*(n_pieces - x.n_pending)/n_pieces;
     x.hinted = false;
 }
 
@@ -87,13 +86,13 @@ void mobile_store::use_hint(mobile_expert & x) {
 void mobile_store::waste_hint(mobile_expert & x) {
     if (x.hinted) {
         ahead_count.n_wasted++;
-        ahead_count.bytes_wasted += expert_bytes_of(layers[x.layer]);
+        ahead_count.bytes_wasted += expert_bytes_of(layers[x.layer.n]);
         x.hinted = false;
     }
 }
 
 // the needs of a layer are known and pinned: its hints have served
-void mobile_store::settle_hints(int32_t layer) {
+void mobile_store::settle_hints(mobile_store_layer layer) {
     n_requests.fetch_add(1, std::memory_order_relaxed);
     hints.erase(std::remove_if(hints.begin(), hints.end(), [&](const hinted & h) {
         return experts[h.expert].layer == layer;

@@ -12,7 +12,15 @@ static constexpr double TRANSIENT_KEY = -1e15;
 
 void mobile_store::begin_pass() {
     locked lock(mutex);
-    error_text.clear();
+    error_text = error_for_good;
+}
+
+void mobile_store::fail_for_good(const std::string & text) {
+    locked lock(mutex);
+    if (error_for_good.empty()) {
+        error_for_good = text;
+        error_text     = text;
+    }
 }
 
 void mobile_store::unpin_all() {
@@ -53,8 +61,8 @@ void mobile_store::use(mobile_expert & x, const mobile_need & need) {
     }
 }
 
-void mobile_store::request(int32_t layer, const std::vector<mobile_need> & needs) {
-    const mobile_layer & l = layers[layer];
+void mobile_store::request(mobile_store_layer layer, const std::vector<mobile_need> & needs) {
+    const mobile_layer & l = layers[layer.n];
 
     locked lock(mutex);
     count.bytes_routed += needs.size()*(expert_bytes_of(l));
@@ -67,7 +75,7 @@ void mobile_store::request(int32_t layer, const std::vector<mobile_need> & needs
     std::vector<uint32_t> misses;
     std::vector<uint32_t> on_their_way;
     for (const auto & need : needs) {
-        const uint32_t expert = l.first + need.expert;
+        const uint32_t expert = id_of(layer, need.part);
         mobile_expert & x = experts[expert];
         unlist(expert);
         use(x, need);
@@ -92,26 +100,31 @@ void mobile_store::request(int32_t layer, const std::vector<mobile_need> & needs
     }
     promote(on_their_way);
     settle_hints(layer);
+    std::vector<uint32_t> loads;
     for (uint32_t expert : misses) {
         int32_t slot = -1;
         // the budget holds a layer, and only this one is pinned
-        GGML_ASSERT(take_slot(lock, layer, SLOT_DEMAND, 0.0, slot));
+        if (!take_slot(lock, layer, SLOT_DEMAND, 0.0, slot)) {
+            no_slot(expert);
+            continue;
+        }
         begin_load(expert, slot, false);
+        loads.push_back(expert);
     }
-    queue_reads(misses, demand);
+    queue_reads(loads, demand);
     lock.unlock();
-    wake_io(misses.size());
+    wake_io(loads.size());
 }
 
-void mobile_store::read_ahead(int32_t layer) {
-    const mobile_layer & l = layers[layer];
+void mobile_store::read_ahead(mobile_store_layer layer) {
+    const mobile_layer & l = layers[layer.n];
 
     locked lock(mutex);
     if (all_resident) {
         return;
     }
     std::vector<uint32_t> loads;
-    for (int e = 0; e < l.n_expert; ++e) {
+    for (int e = 0; e < l.n_parts; ++e) {
         mobile_expert & x = experts[l.first + e];
         int32_t slot = -1;
         if (x.state != MOBILE_NOT_RESIDENT) {
@@ -132,11 +145,11 @@ void mobile_store::read_ahead(int32_t layer) {
     wake_io(loads.size());
 }
 
-bool mobile_store::hold(int32_t layer, int32_t expert) {
+bool mobile_store::hold(mobile_store_layer layer, mobile_part part) {
     if (plain) {
         return true;
     }
-    const uint32_t id = layers[layer].first + expert;
+    const uint32_t id = id_of(layer, part);
 
     locked lock(mutex);
     if (experts[id].state != MOBILE_RESIDENT || experts[id].failed) {
@@ -146,11 +159,11 @@ bool mobile_store::hold(int32_t layer, int32_t expert) {
     return true;
 }
 
-void mobile_store::let_go(int32_t layer, int32_t expert) {
+void mobile_store::let_go(mobile_store_layer layer, mobile_part part) {
     if (plain) {
         return;
     }
-    const uint32_t id = layers[layer].first + expert;
+    const uint32_t id = id_of(layer, part);
 
     locked lock(mutex);
     if (!experts[id].pinned) {
@@ -158,9 +171,20 @@ void mobile_store::let_go(int32_t layer, int32_t expert) {
     }
 }
 
-const char * mobile_store::resolve(int32_t layer, int32_t piece, int64_t expert, bool wait) {
-    const mobile_layer & l = layers[layer];
-    const uint32_t id = l.first + (uint32_t) expert;
+// the experts that are in use leave no slot for this one: its pieces read as zeros, and the pass fails
+void mobile_store::no_slot(uint32_t expert) {
+    mobile_expert & x = experts[expert];
+    if (error_text.empty()) {
+        error_text = "layer " + std::to_string(model_layer(x.layer).n) + ": more experts are needed at once than the budget holds";
+    }
+    for (auto & s : x.piece_state) {
+        s.store(MOBILE_PIECE_FAILED, std::memory_order_release);
+    }
+}
+
+const char * mobile_store::resolve(mobile_store_layer layer, int32_t piece, mobile_part part, bool wait) {
+    const mobile_layer & l = layers[layer.n];
+    const uint32_t id = id_of(layer, part);
     mobile_expert & x = experts[id];
 
     auto address = [&]() {
@@ -191,8 +215,7 @@ const char * mobile_store::resolve(int32_t layer, int32_t piece, int64_t expert,
             queue_reads({ id }, demand);
             wake_io(1);
         } else {
-            error_text = "layer " + std::to_string(l.il) + ": more experts are needed at once than the budget holds";
-            x.piece_state[piece].store(MOBILE_PIECE_FAILED, std::memory_order_release);
+            no_slot(id);
         }
     }
     while ((state = x.piece_state[piece].load(std::memory_order_acquire)) < MOBILE_PIECE_READY) {

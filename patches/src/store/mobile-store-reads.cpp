@@ -15,7 +15,7 @@ uint32_t mobile_store::n_chunks(const mobile_range & range) const {
 
 void mobile_store::begin_load(uint32_t expert, int32_t slot, bool ahead) {
     mobile_expert & x = experts[expert];
-    const mobile_layer & l = layers[x.layer];
+    const mobile_layer & l = layers[x.layer.n];
     const mobile_slot_class & c = classes[l.cls];
 
     x.slot      = slot;
@@ -40,7 +40,7 @@ void mobile_store::queue_reads(const std::vector<uint32_t> & loads, std::deque<i
     // piece by piece: the computation of a layer's first tensor starts while the others are on their way
     for (uint16_t p = 0; p < MOBILE_MAX_PIECES; ++p) {
         for (uint32_t expert : loads) {
-            if (p < layers[experts[expert].layer].n_pieces) {
+            if (p < layers[experts[expert].layer.n].n_pieces) {
                 for (uint32_t chunk = 0; chunk < experts[expert].piece_pending[p]; ++chunk) {
                     queue.push_back({ expert, p, chunk });
                 }
@@ -80,7 +80,7 @@ bool mobile_store::run_one(locked & lock, bool demand_only) {
 
     const uint64_t offset = r.offset - r.offset % f.align + it.chunk*CHUNK_BYTES;
     const uint64_t size   = std::min(CHUNK_BYTES, r.offset + r.size - offset);
-    char * dst = x.data + classes[layers[x.layer].cls].piece_offset[it.piece] + it.chunk*CHUNK_BYTES;
+    char * dst = x.data + classes[layers[x.layer.n].cls].piece_offset[it.piece] + it.chunk*CHUNK_BYTES;
 
     lock.unlock();
     uint64_t  n_read = 0;
@@ -97,10 +97,10 @@ bool mobile_store::run_one(locked & lock, bool demand_only) {
 }
 
 std::string mobile_store::describe(uint32_t expert, int piece) const {
-    const mobile_layer & l = layers[experts[expert].layer];
-    const int part = (int) (expert - l.first);
-    return files[range_of(expert, piece).file].name + ": layer " + std::to_string(l.il) + ", expert " + std::to_string(part/n_segments) +
-        (n_segments > 1 ? ", segment " + std::to_string(part%n_segments) : "") + " (" + l.piece_name[piece] + ")";
+    const mobile_layer & l = layers[experts[expert].layer.n];
+    const mobile_part part(expert - l.first);
+    return files[range_of(expert, piece).file].name + ": layer " + std::to_string(l.il.n) + ", expert " + std::to_string(expert_of(part)) +
+        (n_segments > 1 ? ", segment " + std::to_string(part.n % n_segments) : "") + " (" + l.piece_name[piece] + ")";
 }
 
 void mobile_store::finish(const item & it, int status, uint64_t n_read, uint64_t n_wanted, uint64_t offset) {

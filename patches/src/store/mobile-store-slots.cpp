@@ -13,7 +13,7 @@ static constexpr double RESHAPE_TOKENS = 64.0;
 void mobile_store::list(uint32_t expert) {
     mobile_expert & x = experts[expert];
     if (!x.listed && !all_resident) {
-        evictable[x.layer].insert({ x.key, expert });
+        evictable[x.layer.n].insert({ x.key, expert });
         x.listed = true;
     }
 }
@@ -21,7 +21,7 @@ void mobile_store::list(uint32_t expert) {
 void mobile_store::unlist(uint32_t expert) {
     mobile_expert & x = experts[expert];
     if (x.listed) {
-        evictable[x.layer].erase({ x.key, expert });
+        evictable[x.layer.n].erase({ x.key, expert });
         x.listed = false;
     }
 }
@@ -30,7 +30,7 @@ void mobile_store::release_slot(mobile_expert & x) {
     for (auto & s : x.piece_state) {
         s.store(MOBILE_PIECE_ABSENT, std::memory_order_relaxed);
     }
-    classes[layers[x.layer].cls].free.push_back(x.slot);
+    classes[layers[x.layer.n].cls].free.push_back(x.slot);
     waste_hint(x);
     n_transient -= x.transient;
     x.state      = MOBILE_NOT_RESIDENT;
@@ -47,14 +47,14 @@ void mobile_store::evict(uint32_t expert) {
     count.n_evictions++;
 }
 
-bool mobile_store::may_go(const mobile_expert & x, int32_t layer, slot_use use, double now) const {
+bool mobile_store::may_go(const mobile_expert & x, mobile_store_layer layer, slot_use use, double now) const {
     switch (use) {
         case SLOT_DEMAND:
             return true;
         case SLOT_AHEAD:
             // not what is being read ahead itself, and of what single tokens use up to two layers' worth
             return x.layer != layer &&
-                (x.transient || (n_transient < 2*(uint64_t) n_expert_max && budget_bytes >= 4*budget_min_bytes));
+                (x.transient || (n_transient < 2*(uint64_t) n_parts_max && budget_bytes >= 4*budget_min_bytes));
         case SLOT_PREFETCH:
             return x.last_use < now;
     }
@@ -62,7 +62,7 @@ bool mobile_store::may_go(const mobile_expert & x, int32_t layer, slot_use use, 
 }
 
 // the expert to evict for a slot of a layer; -1: none that may go
-int64_t mobile_store::find_victim(int32_t layer, slot_use use, double now) const {
+int64_t mobile_store::find_victim(mobile_store_layer layer, slot_use use, double now) const {
     const auto   eviction = (enum mobile_eviction) params.eviction;
     const double step     = mobile_policy_step(eviction);
 
@@ -70,12 +70,12 @@ int64_t mobile_store::find_victim(int32_t layer, slot_use use, double now) const
     int64_t best     [2] = { -1, -1 };
     double  best_key [2] = { 0.0, 0.0 };
     for (int32_t l = 0; l < (int32_t) layers.size(); ++l) {
-        const int other = layers[l].cls != layers[layer].cls;
+        const int other = layers[l].cls != layers[layer.n].cls;
         int n = 0;
         for (auto it = evictable[l].begin(); it != evictable[l].end() && n < VICTIM_SCAN; ++it, ++n) {
             const mobile_expert & x = experts[it->second];
             if (may_go(x, layer, use, now)) {
-                const double key = it->first + (l > layer && !x.transient ? mobile_policy_unvisited(eviction) : 0.0);
+                const double key = it->first + (l > layer.n && !x.transient ? mobile_policy_unvisited(eviction) : 0.0);
                 if (best[other] < 0 || key < best_key[other]) {
                     best    [other] = it->second;
                     best_key[other] = key;
@@ -89,8 +89,8 @@ int64_t mobile_store::find_victim(int32_t layer, slot_use use, double now) const
     return reshape ? best[1] : best[0];
 }
 
-bool mobile_store::take_slot(locked & lock, int32_t layer, slot_use use, double now, int32_t & slot) {
-    mobile_slot_class & c = classes[layers[layer].cls];
+bool mobile_store::take_slot(locked & lock, mobile_store_layer layer, slot_use use, double now, int32_t & slot) {
+    mobile_slot_class & c = classes[layers[layer.n].cls];
     for (;;) {
         if (!c.free.empty()) {
             slot = c.free.back();

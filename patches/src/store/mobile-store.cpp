@@ -1,14 +1,28 @@
 #include "store/mobile-store.h"
 
+#include "ggml/ggml-expert.h"
+
 #include "ggml.h"
 
 #include <algorithm>
 #include <cstring>
 
+mobile_load_params mobile_store_default_params() {
+    mobile_load_params params = {};
+    params.budget_bytes = 0;
+    params.n_io_threads = 4;
+    params.eviction     = MOBILE_EVICTION_DECAY;
+    params.io           = MOBILE_IO_AUTO;
+    return params;
+}
+
 mobile_store::mobile_store(const mobile_load_params & params) : params(params) {
 }
 
 mobile_store::~mobile_store() {
+    if (sleeps) {
+        ggml_expert_add_sleeper(-1);
+    }
     {
         locked lock(mutex);
         stop = true;
@@ -20,7 +34,7 @@ mobile_store::~mobile_store() {
     for (auto & c : classes) {
         mobile_unmap(c.arena, c.n_slots*c.slot_bytes);
     }
-    mobile_unmap((void *) zeros, zeros_size);
+    mobile_unmap(const_cast<char *>(zeros), zeros_size);
     for (auto & f : files) {
         mobile_file_close(f);
     }
@@ -35,9 +49,13 @@ int mobile_store::add_file(int fd, std::string & err) {
     return (int) files.size() - 1;
 }
 
-bool mobile_store::add_piece(int il, const std::string & name, std::vector<mobile_range> ranges, std::string & err) {
-    if (il < 0 || ranges.empty()) {
+bool mobile_store::add_piece(mobile_model_layer il, const std::string & name, std::vector<mobile_range> ranges, std::string & err) {
+    if (il.is_none() || ranges.empty()) {
         err = name + ": no layer number or no experts";
+        return false;
+    }
+    if (ranges.size() > GGML_EXPERT_MAX) {
+        err = name + ": " + std::to_string(ranges.size()) + " experts and segments are more than this engine can route, " + std::to_string(GGML_EXPERT_MAX);
         return false;
     }
     for (size_t e = 0; e < ranges.size(); ++e) {
@@ -55,23 +73,23 @@ bool mobile_store::add_piece(int il, const std::string & name, std::vector<mobil
             return false;
         }
     }
-    if ((int) layer_of_il.size() <= il) {
-        layer_of_il.resize(il + 1, -1);
+    if (end_of_layers() <= il.n) {
+        store_layer_of.resize(il.n + 1);
     }
-    if (layer_of_il[il] < 0) {
-        layer_of_il[il] = (int32_t) layers.size();
+    if (store_layer_of[il.n].is_none()) {
+        store_layer_of[il.n] = mobile_store_layer(layers.size());
         layers.emplace_back();
-        layers.back().il       = il;
-        layers.back().n_expert = (int32_t) ranges.size();
+        layers.back().il      = il;
+        layers.back().n_parts = (int32_t) ranges.size();
     }
-    mobile_layer & l = layers[layer_of_il[il]];
-    if (l.n_pieces == MOBILE_MAX_PIECES || (size_t) l.n_expert != ranges.size()) {
-        err = name + ": does not fit the other expert tensors of layer " + std::to_string(il);
+    mobile_layer & l = layers[store_layer_of[il.n].n];
+    if (l.n_pieces == MOBILE_MAX_PIECES || (size_t) l.n_parts != ranges.size()) {
+        err = name + ": does not fit the other expert tensors of layer " + std::to_string(il.n);
         return false;
     }
-    // [expert][piece]: widen by one piece
-    std::vector<mobile_range> all((size_t) l.n_expert*(l.n_pieces + 1));
-    for (int e = 0; e < l.n_expert; ++e) {
+    // [part][piece]: widen by one piece
+    std::vector<mobile_range> all((size_t) l.n_parts*(l.n_pieces + 1));
+    for (int e = 0; e < l.n_parts; ++e) {
         for (int p = 0; p < l.n_pieces; ++p) {
             all[(size_t) e*(l.n_pieces + 1) + p] = l.ranges[(size_t) e*l.n_pieces + p];
         }
@@ -108,9 +126,9 @@ void mobile_store::lay_out(uint32_t align) {
         }
         l.cls   = (int32_t) (it - classes.begin());
         l.first = (uint32_t) n_experts;
-        it->n_experts += l.n_expert;
-        n_experts     += l.n_expert;
-        n_expert_max   = std::max(n_expert_max, l.n_expert);
+        it->n_experts += l.n_parts;
+        n_experts     += l.n_parts;
+        n_parts_max    = std::max(n_parts_max, l.n_parts);
     }
     if (classes.size() > 1) {
         // slots change class by giving their pages back
@@ -119,7 +137,7 @@ void mobile_store::lay_out(uint32_t align) {
         }
     }
     for (const auto & l : layers) {
-        const uint64_t bytes = l.n_expert*classes[l.cls].slot_bytes;
+        const uint64_t bytes = l.n_parts*classes[l.cls].slot_bytes;
         budget_min_bytes  = std::max(budget_min_bytes, bytes);
         budget_all_bytes += bytes;
     }
@@ -145,7 +163,7 @@ int32_t mobile_store::start(const std::function<bool(float)> & progress, std::st
     all_resident = budget_bytes == budget_all_bytes;
     if (budget_bytes < budget_min_bytes) {
         err = "an expert budget of " + std::to_string(budget_bytes) + " bytes is below the smallest that can work, " +
-            std::to_string(budget_min_bytes) + " bytes: all " + std::to_string(n_expert_max/n_segments) +
+            std::to_string(budget_min_bytes) + " bytes: all " + std::to_string(n_expert_max()) +
             " experts of one layer, which a prompt needs at once";
         return MOBILE_ERR_BUDGET;
     }
@@ -156,8 +174,8 @@ int32_t mobile_store::start(const std::function<bool(float)> & progress, std::st
     experts = std::make_unique<mobile_expert[]>(n_experts);
     evictable.resize(layers.size());
     for (size_t i = 0; i < layers.size(); ++i) {
-        for (int e = 0; e < layers[i].n_expert; ++e) {
-            experts[layers[i].first + e].layer = (int32_t) i;
+        for (int e = 0; e < layers[i].n_parts; ++e) {
+            experts[layers[i].first + e].layer = mobile_store_layer(i);
         }
     }
     for (auto & c : classes) {
@@ -188,14 +206,14 @@ int32_t mobile_store::start(const std::function<bool(float)> & progress, std::st
                 err = "cancelled";
                 return MOBILE_ERR_STATE;
             }
-            std::vector<mobile_need> needs(layers[i].n_expert);
-            for (int e = 0; e < layers[i].n_expert; ++e) {
-                needs[e].expert = e;
+            std::vector<mobile_need> needs(layers[i].n_parts);
+            for (int e = 0; e < layers[i].n_parts; ++e) {
+                needs[e].part = mobile_part(e);
             }
-            request((int32_t) i, needs);
-            for (int e = 0; e < layers[i].n_expert; ++e) {
+            request(mobile_store_layer(i), needs);
+            for (int e = 0; e < layers[i].n_parts; ++e) {
                 for (int p = 0; p < layers[i].n_pieces; ++p) {
-                    resolve((int32_t) i, p, e, true);
+                    resolve(mobile_store_layer(i), p, mobile_part(e), true);
                 }
             }
             if (!end_pass()) {
@@ -207,6 +225,9 @@ int32_t mobile_store::start(const std::function<bool(float)> & progress, std::st
         const uint64_t peak = count.resident_bytes_peak;
         count = {};
         count.resident_bytes_peak = peak;
+    } else {
+        ggml_expert_add_sleeper(+1);
+        sleeps = true;
     }
     return MOBILE_OK;
 }
@@ -217,8 +238,12 @@ uint64_t mobile_store::expert_bytes_of(const mobile_layer & l) const {
 }
 
 const mobile_range & mobile_store::range_of(uint32_t expert, int piece) const {
-    const mobile_layer & l = layers[experts[expert].layer];
+    const mobile_layer & l = layers[experts[expert].layer.n];
     return l.ranges[(size_t) (expert - l.first)*l.n_pieces + piece];
+}
+
+mobile_store_layer mobile_store::layer_of(mobile_model_layer il) const {
+    return il.n >= 0 && il.n < end_of_layers() ? store_layer_of[il.n] : mobile_store_layer();
 }
 
 std::string mobile_store::error() {
@@ -238,21 +263,21 @@ void mobile_store::reset_peak() {
     count.resident_bytes_peak = committed;
 }
 
-uint8_t mobile_store::residency_of_model(int32_t layer, int32_t expert) {
+uint8_t mobile_store::residency_of_model(mobile_store_layer layer, int32_t expert) {
     locked lock(mutex);
     uint8_t state = MOBILE_RESIDENT;
     for (int s = 0; s < n_segments && !plain; ++s) {
-        state = std::min(state, experts[layers[layer].first + expert*n_segments + s].state);
+        state = std::min(state, experts[id_of(layer, part_of(expert, s))].state);
     }
     return state;
 }
 
-uint64_t mobile_store::missing_of_model(int32_t layer, int32_t expert) {
+uint64_t mobile_store::missing_of_model(mobile_store_layer layer, int32_t expert) {
     locked lock(mutex);
     uint64_t bytes = 0;
     for (int s = 0; s < n_segments && !plain; ++s) {
-        const bool missing = experts[layers[layer].first + expert*n_segments + s].state == MOBILE_NOT_RESIDENT;
-        bytes += missing ? expert_bytes_of(layers[layer]) : 0;
+        const bool missing = experts[id_of(layer, part_of(expert, s))].state == MOBILE_NOT_RESIDENT;
+        bytes += missing ? expert_bytes_of(layers[layer.n]) : 0;
     }
     return bytes;
 }

@@ -9,15 +9,16 @@
 // Invariants: slots in use never exceed the budget; a piece is computed from only when all its bytes
 // have arrived; a pinned expert is not evicted; reads ahead never evict what single tokens use, beyond
 // two layers' worth.
-// Experts that the file holds in S segments are E*S experts here, segment s of expert e being e*S + s; what
+// What is called an expert in this class is a part (mobile-ids.h): a whole expert, or one of its segments; what
 // `of_model` stands in the name of takes the model's experts.
 // Limits: one graph computation at a time; a layer's experts all fit (checked at load).
 
 #pragma once
 
+#include "mobile-ids.h"
+#include "mobile.h"
 #include "store/mobile-os.h"
 #include "store/mobile-policy.h"
-#include "mobile.h"
 
 #include <atomic>
 #include <condition_variable>
@@ -56,7 +57,7 @@ struct mobile_expert {
     std::atomic<uint32_t> piece_state[MOBILE_MAX_PIECES]; // enum mobile_piece_state
     char *   data       = nullptr; // its slot; NULL: none
     int32_t  slot       = -1;
-    int32_t  layer      = -1;      // index into mobile_store::layers
+    mobile_store_layer layer;
     uint32_t n_pending  = 0;       // chunks queued or being read
     uint32_t piece_pending[MOBILE_MAX_PIECES] = {};
     uint8_t  state      = MOBILE_NOT_RESIDENT;
@@ -81,13 +82,13 @@ struct mobile_expert {
 };
 
 struct mobile_layer {
-    int32_t  il       = -1; // of the model
-    int32_t  n_expert = 0;
+    mobile_model_layer il;
+    int32_t  n_parts  = 0;
     int32_t  n_pieces = 0;
     int32_t  cls      = -1; // slot class
-    uint32_t first    = 0;  // its expert 0 in mobile_store::experts
+    uint32_t first    = 0;  // its part 0 in mobile_store::experts
     std::string piece_name[MOBILE_MAX_PIECES]; // in the order of use
-    std::vector<mobile_range> ranges;          // [n_expert * n_pieces]
+    std::vector<mobile_range> ranges;          // [n_parts * n_pieces]
 };
 
 // layers whose experts have the same piece sizes share slots
@@ -104,9 +105,9 @@ struct mobile_slot_class {
     std::vector<int32_t> spare;   // without pages
 };
 
-// a need of the current layer, distinct experts
+// a need of the current layer, distinct parts
 struct mobile_need {
-    int32_t  expert   = 0;
+    mobile_part part;
     uint32_t n_tokens = 0;
     double   time     = 0.0;  // of the last token that routes to it, in tokens
     bool     lasting  = true; // counts as a use; false: a long batch passing through
@@ -123,6 +124,9 @@ struct mobile_ahead_counters {
     uint64_t stall_us     = 0;   // of the computation, for whatever
 };
 
+// what a load without other wishes uses
+mobile_load_params mobile_store_default_params();
+
 class mobile_store {
 public:
     explicit mobile_store(const mobile_load_params & params);
@@ -135,10 +139,10 @@ public:
 
     // returns the file's index, or -1: err
     int add_file(int fd, std::string & err);
-    // adds a piece to layer il: one range per expert, without a file only its size. call in the order in which
+    // adds a piece to layer il: one range per part, without a file only its size. call in the order in which
     // the graph uses the pieces.
     // false: err says what is wrong with it
-    bool add_piece(int il, const std::string & name, std::vector<mobile_range> ranges, std::string & err);
+    bool add_piece(mobile_model_layer il, const std::string & name, std::vector<mobile_range> ranges, std::string & err);
     // lays out the slots, checks the budget, starts the I/O threads and, if everything fits, reads
     // everything. progress is called with 0..1 and may return false to cancel
     int32_t start(const std::function<bool(float)> & progress, std::string & err);
@@ -147,48 +151,61 @@ public:
     void start_plain();
 
     // read-only after start()
-    std::vector<mobile_layer> layers;        // with experts, ascending il
-    std::vector<int32_t>      layer_of_il;   // index into layers; -1: dense
+    std::vector<mobile_layer> layers;        // [mobile_store_layer] with experts, ascending il
     mobile_load_params        params;
     uint64_t expert_bytes     = 0;
     uint64_t budget_bytes     = 0;
     uint64_t budget_min_bytes = 0;
     uint64_t budget_all_bytes = 0;
-    int32_t  n_expert_max     = 0;
+    int32_t  n_parts_max      = 0;           // of one layer
     int32_t  n_segments       = 1;           // set before start()
     bool     all_resident     = false;       // nothing is ever evicted
     bool     plain            = false;       // nothing is in slots either: start_plain()
 
     bool     direct_io() const;
-    uint64_t expert_bytes_of(const mobile_layer & layer) const; // bytes of one expert in the file
+    uint64_t expert_bytes_of(const mobile_layer & layer) const; // bytes of one part in the file
+
+    // from one number space to another
+
+    mobile_store_layer layer_of   (mobile_model_layer il) const; // none: dense, or not of this model
+    mobile_model_layer model_layer(mobile_store_layer layer) const { return layers[layer.n].il; }
+    int32_t            end_of_layers() const { return (int32_t) store_layer_of.size(); } // one past the last with experts
+    mobile_part        part_of    (int32_t expert, int32_t segment) const { return mobile_part(expert*n_segments + segment); }
+    int32_t            expert_of  (mobile_part part) const { return part.n/n_segments; }
+    int32_t            n_expert_of(mobile_store_layer layer) const { return layers[layer.n].n_parts/n_segments; }
+    int32_t            n_expert_max() const { return n_parts_max/n_segments; }
 
     // for one computation at a time
 
-    // forgets the last error
+    // forgets the last error, but for one that is for good
     void begin_pass();
+    // every pass from now on fails with this text
+    void fail_for_good(const std::string & text);
     // pins the needs of a layer and queues reads of those that are missing; returns before they arrive.
     // unpins the layer before
-    void request(int32_t layer, const std::vector<mobile_need> & needs);
+    void request(mobile_store_layer layer, const std::vector<mobile_need> & needs);
     // queues reads of a layer that is needed soon, as far as slots can be had without evicting what
     // single tokens use
-    void read_ahead(int32_t layer);
+    void read_ahead(mobile_store_layer layer);
     // changes with every request and pass
     uint64_t sequence() const;
     // experts that a layer will probably need, best first: they are read when there is nothing else to read, until
     // the layer asks for what it does need or the next pass is over. now: evicts only what was used before that,
     // in tokens. seq: forgotten unless sequence() is still that; 0: always meant. returns how many are not there.
     // by any thread
-    int32_t hint(int32_t layer, const int32_t * experts, size_t n_experts, double now, uint64_t seq);
+    int32_t hint(mobile_store_layer layer, const std::vector<mobile_part> & parts, double now, uint64_t seq);
     // unpins the last layer; false: a read failed in this pass, error() says which
     bool end_pass();
 
     // an expert that no layer of this pass has asked for stays where it is until let_go(), which comes before the next
     // request. false: it is not all there
-    bool hold  (int32_t layer, int32_t expert);
-    void let_go(int32_t layer, int32_t expert);
+    bool hold  (mobile_store_layer layer, mobile_part part);
+    void let_go(mobile_store_layer layer, mobile_part part);
 
-    // address of a piece; see ggml_expert_resolver_t
-    const char * resolve(int32_t layer, int32_t piece, int64_t expert, bool wait);
+    // address of a piece; see ggml_expert_resolver. NULL: not there, and not waited for
+    const char * resolve(mobile_store_layer layer, int32_t piece, mobile_part part, bool wait);
+    // what a piece reads as that could not be read
+    const char * resolve_failed() const { return zeros; }
 
     // sleeps while another thread waits in resolve()
     void settle();
@@ -198,9 +215,9 @@ public:
     mobile_ahead_counters counters_ahead();
     void            reset_peak();
     // an expert in segments is as resident as its least resident segment
-    uint8_t         residency_of_model(int32_t layer, int32_t expert);
+    uint8_t         residency_of_model(mobile_store_layer layer, int32_t expert);
     // bytes of the file that a use of it would have to read now
-    uint64_t        missing_of_model  (int32_t layer, int32_t expert);
+    uint64_t        missing_of_model  (mobile_store_layer layer, int32_t expert);
 
 private:
     struct item {
@@ -223,9 +240,11 @@ private:
     const mobile_range & range_of(uint32_t expert, int piece) const;
     uint32_t n_chunks(const mobile_range & range) const;
 
-    bool take_slot   (locked & lock, int32_t layer, slot_use use, double now, int32_t & slot);
-    int64_t find_victim(int32_t layer, slot_use use, double now) const;
-    bool    may_go     (const mobile_expert & x, int32_t layer, slot_use use, double now) const;
+    bool take_slot   (locked & lock, mobile_store_layer layer, slot_use use, double now, int32_t & slot);
+    int64_t find_victim(mobile_store_layer layer, slot_use use, double now) const;
+    bool    may_go     (const mobile_expert & x, mobile_store_layer layer, slot_use use, double now) const;
+    uint32_t id_of   (mobile_store_layer layer, mobile_part part) const { return layers[layer.n].first + (uint32_t) part.n; }
+    void no_slot     (uint32_t expert);
     void evict       (uint32_t expert);
     void release_slot(mobile_expert & x);
     void list        (uint32_t expert);
@@ -239,13 +258,14 @@ private:
     bool begin_hint  (locked & lock);
     void use_hint    (mobile_expert & x);
     void waste_hint  (mobile_expert & x);
-    void settle_hints(int32_t layer);
+    void settle_hints(mobile_store_layer layer);
     void drop_hints  ();
     void finish      (const item & it, int status, uint64_t n_read, uint64_t n_wanted, uint64_t offset);
     std::string describe(uint32_t expert, int piece) const; // for error texts
     void wake_io     (size_t n_loads);
     void io_main     ();
 
+    std::vector<mobile_store_layer>  store_layer_of; // [mobile_model_layer]
     std::vector<mobile_file>         files;
     std::vector<mobile_slot_class>   classes;
     std::unique_ptr<mobile_expert[]> experts;
@@ -275,6 +295,8 @@ private:
     std::atomic<int32_t> n_waiting = 0; // computing threads that wait in resolve(); changed under the lock
     int64_t  stall_start  = 0;
     std::string error_text;
+    std::string error_for_good;
+    bool        sleeps = false; // counted by ggml_expert_add_sleeper
     mobile_counters count = {};
     mobile_ahead_counters ahead_count;
 };
