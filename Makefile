@@ -59,7 +59,7 @@ lint: $(VENV)/.dev ## ruff and pyright
 	@ln -s $(CURDIR)/mobile_gguf/* $(TYPES)/mobile_gguf/
 	@for d in vendor convert tui bench patches; do ln -s $(CURDIR)/$$d $(TYPES)/mobile_gguf/; done
 	@ln -s $(CURDIR)/tests $(TYPES)/tests
-	@echo '{"include":["mobile_gguf","tests"],"typeCheckingMode":"standard","extraPaths":["tests"]}' > $(TYPES)/pyrightconfig.json
+	@echo '{"include":["mobile_gguf","tests"],"typeCheckingMode":"standard","extraPaths":["tests/support"]}' > $(TYPES)/pyrightconfig.json
 	$(BIN)/pyright --pythonpath $(CURDIR)/$(BIN)/python -p $(TYPES)
 
 docs: $(VENV)/.dev ## write docs/api.md from the docstrings
@@ -69,7 +69,7 @@ FUZZ_SECONDS ?= 600
 fuzz: $(VENV)/.dev ## hostile GGUF and safetensors headers, FUZZ_SECONDS each; build/fuzz remembers what was found
 	@mkdir -p build/fuzz
 	for target in gguf safetensors; do \
-		PYTHONPATH=tests $(BIN)/python tests/fuzz.py $$target build/fuzz/$$target -max_total_time=$(FUZZ_SECONDS) \
+		PYTHONPATH=tests/support $(BIN)/python tests/support/fuzz.py $$target build/fuzz/$$target -max_total_time=$(FUZZ_SECONDS) \
 			-artifact_prefix=build/fuzz/ || exit 1; \
 	done
 

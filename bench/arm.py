@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from mobile_gguf.errors import EngineError
-from mobile_gguf.memory_cap import CgroupError, MemoryCgroup, create_memory_cgroup
+from mobile_gguf.memory.cap import CgroupError, MemoryCgroup, create_memory_cgroup
 
 from .child import Job
 from .trace import Trace

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mobile_gguf.errors import MobileError
-from mobile_gguf.paths import cache_dir
+from mobile_gguf.files.paths import cache_dir
 from mobile_gguf.sizes import MIB, format_bytes
 
 from .geometry import HEAD_SIZE, Q4_0_BLOCK, Q4_0_BLOCK_BYTES, ModelShape

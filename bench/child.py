@@ -56,7 +56,8 @@ def main() -> int:
 
 
 def _run(job: Job) -> None:
-    from mobile_gguf import binding, llama_log, prefetch
+    from mobile_gguf.engine import binding, prefetch
+    from mobile_gguf.engine import log as llama_log
 
     _, path = binding.load_library()
     from llama_cpp import llama_cpp
@@ -98,7 +99,7 @@ def _run(job: Job) -> None:
 
 
 def _load_model(llama_cpp: Any, job: Job) -> Any:
-    from mobile_gguf import llama_log
+    from mobile_gguf.engine import log as llama_log
 
     params = llama_cpp.llama_model_default_params()
     params.n_gpu_layers = 0
@@ -119,7 +120,7 @@ def _load_model(llama_cpp: Any, job: Job) -> Any:
 
 
 def _new_context(llama_cpp: Any, model: Any, job: Job, recorder: _IdRecorder | None) -> Any:
-    from mobile_gguf import llama_log
+    from mobile_gguf.engine import log as llama_log
 
     params = llama_cpp.llama_context_default_params()
     n_tokens = len(job.prompt) + len(job.decode)

@@ -6,7 +6,7 @@ import os
 import platform
 from pathlib import Path
 
-from mobile_gguf.memory import read_memory
+from mobile_gguf.memory.machine import read_memory
 from mobile_gguf.sizes import format_bytes
 
 

@@ -11,10 +11,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mobile_gguf.binding import find_engine, needs_engine
+from mobile_gguf.engine.binding import find_engine, needs_engine
 from mobile_gguf.errors import EngineError, MobileError, UsageError
-from mobile_gguf.memory import read_memory
-from mobile_gguf.memory_cap import CgroupError, create_memory_cgroup
+from mobile_gguf.memory.cap import CgroupError, create_memory_cgroup
+from mobile_gguf.memory.machine import read_memory
 from mobile_gguf.sizes import GIB, format_bytes
 
 from .arm import Arm, ArmRun, Runner

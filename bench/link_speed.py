@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import mobile_gguf
-from mobile_gguf.binding import find_engine
+from mobile_gguf.engine.binding import find_engine
 from mobile_gguf.sizes import format_bytes
 
 from .hardware import describe_hardware

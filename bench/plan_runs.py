@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mobile_gguf.decode import BIG_LITTLE
-from mobile_gguf.device.listing import Device
 from mobile_gguf.device.tier import find_devices
-from mobile_gguf.gguf_info import GgufInfo
-from mobile_gguf.memory import read_memory
+from mobile_gguf.engine.listing import Device
+from mobile_gguf.gguf.info import GgufInfo
+from mobile_gguf.memory.machine import read_memory
 from mobile_gguf.options import LoadOptions
+from mobile_gguf.options.words import BIG_LITTLE
 from mobile_gguf.plan.disk import disk_name
 from mobile_gguf.plan.fit import DeviceMemory, plan_fit
 from mobile_gguf.plan.ggml import Ggml

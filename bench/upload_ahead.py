@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import mobile_gguf
-from mobile_gguf.binding import find_engine
+from mobile_gguf.engine.binding import find_engine
 
 from .hardware import describe_hardware
 from .rpc_device import rpc_server

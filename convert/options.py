@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from ..errors import UsageError
-from ..options import Opt
+from mobile_gguf.errors import UsageError
+from mobile_gguf.options import Opt
 
 SEGMENT_ORDERS = ("importance", "natural")
 MAX_SEGMENTS = 64

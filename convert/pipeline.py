@@ -15,18 +15,18 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from mobile_gguf.atomic import disk_errors
 from mobile_gguf.errors import MobileError, UsageError
-from mobile_gguf.threads import default_threads
+from mobile_gguf.files.atomic import disk_errors
+from mobile_gguf.memory.threads import default_threads
 
-from .gguf_file import update_gguf
+from .gguf.file import update_gguf
+from .gguf.layout import to_mobile
 from .hf import hub, upstream
 from .hf.checkpoint import Checkpoint, read_checkpoint
-from .layout import to_mobile
 from .meter import Progress, ignore
 from .options import ConvertOptions, ConvertResult
 from .plan import ConversionPlan, check_disk, converter_type, default_output, make_plan, resolve_outtype
-from .quantize import QuantizeRequest, check_imatrix_fits, quantize, request_from
+from .quantize.run import QuantizeRequest, check_imatrix_fits, quantize, request_from
 from .verify.check import verify
 from .verify.result import FAILED, NOT_VERIFIED, VerifyResult
 from .workdir import work_directory
@@ -178,7 +178,7 @@ class _Conversion:
         """From the header of the stacked file: what quantising will need, and whether the disk has it."""
         report = None
         if self.request.imatrix is not None:
-            from mobile_gguf.gguf_header import read_header
+            from mobile_gguf.gguf.header import read_header
 
             names = {tensor.name for tensor in read_header(stacked.header).tensors}
             check_imatrix_fits(self.request.imatrix, names)

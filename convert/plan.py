@@ -12,14 +12,14 @@ from typing import Any
 from mobile_gguf.errors import MobileError, ModelFormatError
 from mobile_gguf.sizes import format_bytes
 
-from . import ftypes
-from .gguf_data import FileRange, TensorPlan
-from .gguf_file import GgufSource
+from .gguf.data import FileRange, TensorPlan
+from .gguf.file import GgufSource
+from .gguf.layout import plan_mobile
 from .hf.checkpoint import Checkpoint
 from .hf.upstream import StackedPlan
-from .layout import plan_mobile
 from .options import ConvertOptions
-from .quantize import QuantizeReport, QuantizeRequest
+from .quantize import ftypes
+from .quantize.run import QuantizeReport, QuantizeRequest
 
 _SOURCE_TYPES = {"BF16": "bf16", "F16": "f16", "F32": "f32", "F64": "f32"}
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mobile_gguf.atomic import disk_errors
 from mobile_gguf.errors import MobileError
+from mobile_gguf.files.atomic import disk_errors
 from mobile_gguf.vendor import lock
 
 

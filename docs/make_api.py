@@ -20,7 +20,7 @@ PAGE = Path(__file__).with_name("api.md")
 SECTIONS = (
     ("Loading a model", "mobile_gguf", ("load", "Model")),
     ("Answers", "mobile_gguf", ("Reply", "Chunk", "Receipt", "Embedding", "Conversation")),
-    ("Asyncio", "mobile_gguf.aio", ("load", "AsyncModel")),
+    ("Asyncio", "mobile_gguf.api.aio", ("load", "AsyncModel")),
     (
         "Errors",
         "mobile_gguf",

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mobile_gguf.tui.app import ChatApp
-from mobile_gguf.tui.settings import Settings
+from mobile_gguf.tui.store.settings import Settings
 from mobile_gguf.tui.widgets.turn_view import AnswerView
 
 OUT = Path(__file__).with_name("tui.svg")

@@ -7,9 +7,11 @@ with mobile_gguf.load("demo", ram_budget="40%", mode="big-little") as model:
         print(chunk.text, end="")
 """
 
-from .answer import Chunk, Reply
-from .chat import Conversation
-from .embedding import Embedding
+from typing import Any
+
+from .api.conversation import Conversation
+from .api.embedding import Embedding
+from .api.model import Model, load
 from .errors import (
     BudgetError,
     EngineBuildError,
@@ -21,10 +23,20 @@ from .errors import (
     ModelNotFoundError,
     UsageError,
 )
-from .model import Model, load
-from .receipt import Receipt
+from .generate.answer import Chunk, Reply
+from .generate.receipt import Receipt
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    # asyncio is imported for those who ask for it
+    if name == "aio":
+        from .api import aio
+
+        return aio
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "BudgetError",

@@ -15,11 +15,11 @@ import pytest
 from fake_backend import FakeBackend, fake_info
 from hypothesis import HealthCheck, settings
 
-from mobile_gguf import loading
-from mobile_gguf import model as model_module
-from mobile_gguf.model import Model
+from mobile_gguf.api import loading
+from mobile_gguf.api import model as model_module
+from mobile_gguf.api.model import Model
+from mobile_gguf.files.paths import cache_dir, data_dir, engine_cache_dir
 from mobile_gguf.options import LoadOptions
-from mobile_gguf.paths import cache_dir, data_dir, engine_cache_dir
 
 # The user's own directories, looked up before any test is given others: the engine and the demo model
 # are built there once and cost minutes.

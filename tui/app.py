@@ -11,17 +11,18 @@ from textual.app import App, SystemCommand
 from textual.binding import Binding, BindingType
 from textual.screen import Screen
 
-from ..errors import MobileError
-from ..model import Model, load
-from .engine_thread import EngineThread
-from .expert_watch import ExpertWatch, Watch
-from .jobs import FAILED, Job, JobEnded, JobHeard, Jobs
-from .models import names
+from mobile_gguf.api.model import Model, load
+from mobile_gguf.errors import MobileError
+
+from .commands.jobs import FAILED, Job, JobEnded, JobHeard, Jobs
+from .commands.slash import COMMANDS
+from .engine.expert_watch import ExpertWatch, Watch
+from .engine.thread import EngineThread
 from .screens.chat import ChatScreen
 from .screens.map import MapScreen
-from .settings import Settings
-from .slash import COMMANDS
-from .store import ConversationStore, StoreError
+from .store.conversations import ConversationStore, StoreError
+from .store.models import names
+from .store.settings import Settings
 
 DEFAULT_THEME = "textual-dark"
 # How long the engine may take to come back when the program ends.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 
-from ..errors import MobileError
+from mobile_gguf.errors import MobileError
 
 INSTALL_HINT = "`pip install 'mobile-gguf[tui]'`"
 

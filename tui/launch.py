@@ -7,8 +7,9 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import EngineError
-from ..paths import cache_dir, config_dir, data_dir
+from mobile_gguf.errors import EngineError
+from mobile_gguf.files.paths import cache_dir, config_dir, data_dir
+
 from .errors import require_textual
 
 
@@ -28,7 +29,7 @@ def run_tui(launch: Launch) -> int:
     """
     require_textual()
     from .app import ChatApp
-    from .settings import Settings
+    from .store.settings import Settings
     from .terminal import own_terminal
 
     log = cache_dir() / "logs" / "tui.log"

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mobile_gguf import paths
 from mobile_gguf.errors import EngineBuildError
+from mobile_gguf.files import paths
 
 from . import failures, patchset, process, source, toolchain
 from .progress import Progress, ReportProgress, ignore, parse_line

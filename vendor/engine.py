@@ -5,8 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mobile_gguf import paths
 from mobile_gguf.errors import EngineBuildError
+from mobile_gguf.files import paths
 
 from . import build, lock, patchset, source
 from .install import Installed, install_wheel, installed_engine, missing_dependencies

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mobile_gguf import paths
 from mobile_gguf.errors import EngineBuildError
+from mobile_gguf.files import paths
 
 from . import failures, process
 from .build import MARKER

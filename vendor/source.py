@@ -12,8 +12,8 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from mobile_gguf import paths
 from mobile_gguf.errors import EngineBuildError
+from mobile_gguf.files import paths
 
 from . import failures, patchset, process
 from .pin import Pin

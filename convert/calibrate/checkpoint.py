@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mobile_gguf.atomic import complete_or_absent, disk_errors
+from mobile_gguf.files.atomic import complete_or_absent, disk_errors
 
 Arrays = dict[str, npt.NDArray[Any]]
 

@@ -8,21 +8,21 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mobile_gguf.binding import find_engine, needs_engine
+from mobile_gguf.api.loading import open_backend, plan_for
+from mobile_gguf.engine.binding import find_engine, needs_engine
+from mobile_gguf.engine.observe import INPUTS, NEURONS, ROUTES, Observation, ObservedRoute
 from mobile_gguf.errors import EngineError, ModelFormatError, UsageError
-from mobile_gguf.gguf_info import GgufInfo, read_gguf_info
-from mobile_gguf.loading import open_backend, plan_for
-from mobile_gguf.observe import INPUTS, NEURONS, ROUTES, Observation, ObservedRoute
+from mobile_gguf.gguf.info import GgufInfo, read_gguf_info
 from mobile_gguf.options import LoadOptions
 from mobile_gguf.sizes import MIB, Size, parse_size
 
-from ..experts import read_experts
-from ..gguf_file import GgufSource, Progress, ignore
+from ..gguf.experts import read_experts
+from ..gguf.file import GgufSource, Progress, ignore
 from .importance import neuron_importance
 from .statistics import Floats, Ids, RouteCounts, Statistics
 
 if TYPE_CHECKING:
-    from mobile_gguf.mobile_llama import MobileLlama
+    from mobile_gguf.generate.llama import MobileLlama
 
 # Every token of a batch has logits, or the last layer would not compute it.
 _LOGITS_BYTES = 128 * MIB

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mobile_gguf.decode import CONFIDENCE, HEAD, default_little_k, is_important, is_important_by_head
+from mobile_gguf.engine.observe import ROUTES, Observation, ObservedRoute
 from mobile_gguf.errors import EngineError
-from mobile_gguf.gguf_info import GgufInfo
-from mobile_gguf.head import Head
-from mobile_gguf.observe import ROUTES, Observation, ObservedRoute
+from mobile_gguf.generate.decode import default_little_k, is_important, is_important_by_head
+from mobile_gguf.generate.head import Head
+from mobile_gguf.gguf.info import GgufInfo
+from mobile_gguf.options.words import CONFIDENCE, HEAD
 
 from .lockstep import Floats, Lockstep, divergence, log_softmax
 from .samples import N_PROMPT

@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from mobile_gguf.errors import MobileError, UsageError
-from mobile_gguf.head import Head
+from mobile_gguf.generate.head import Head
 
-from ..gguf_file import GgufSource
+from ..gguf.file import GgufSource
 from .samples import Floats, Samples
 
 # The share of tokens that count as important where no --kl is given.

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
+from mobile_gguf.engine.observe import InputSums
 from mobile_gguf.errors import UsageError
-from mobile_gguf.observe import InputSums
 
-from ..gguf_data import Kv, TensorPlan
-from ..gguf_file import write_gguf
+from ..gguf.data import Kv, TensorPlan
+from ..gguf.file import write_gguf
 
 _OUTPUT = "output.weight"
 _MAX_NAME = 63  # of a tensor in a GGUF

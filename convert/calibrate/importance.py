@@ -12,12 +12,12 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
+from mobile_gguf.engine.observe import InputSums
 from mobile_gguf.errors import ModelFormatError
-from mobile_gguf.observe import InputSums
 
-from ..experts import Stack, read_experts, stored_order
-from ..gguf_data import FileRange
-from ..gguf_file import GgufSource, Progress, ignore
+from ..gguf.data import FileRange
+from ..gguf.experts import Stack, read_experts, stored_order
+from ..gguf.file import GgufSource, Progress, ignore
 
 Floats = npt.NDArray[np.float32]
 

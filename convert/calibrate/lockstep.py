@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mobile_gguf.engine.log import clear_errors, last_errors
 from mobile_gguf.errors import EngineError
-from mobile_gguf.llama_log import clear_errors, last_errors
-from mobile_gguf.mobile_llama import MobileLlama
+from mobile_gguf.generate.llama import MobileLlama
 
 Floats = npt.NDArray[np.float32]
 Index = npt.NDArray[np.intp]

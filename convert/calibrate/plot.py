@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mobile_gguf.atomic import complete_or_absent
-from mobile_gguf.decode import CONFIDENCE, HEAD
 from mobile_gguf.errors import MobileError, UsageError
+from mobile_gguf.files.atomic import complete_or_absent
+from mobile_gguf.options.words import CONFIDENCE, HEAD
 
 from .curves import BIG, LITTLE, Point
 

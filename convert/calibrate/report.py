@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mobile_gguf.decode import CONFIDENCE, HEAD
+from mobile_gguf.options.words import CONFIDENCE, HEAD
 
 from .curves import BIG, LITTLE, Point, bytes_at_kl
 from .run import Calibration

@@ -14,20 +14,20 @@ import numpy as np
 import numpy.typing as npt
 
 from mobile_gguf import __version__
-from mobile_gguf.binding import find_engine, needs_engine
-from mobile_gguf.decode import default_little_k
+from mobile_gguf.api.loading import plan_for
+from mobile_gguf.api.model import Model, load
+from mobile_gguf.engine.binding import find_engine, needs_engine
 from mobile_gguf.errors import MobileError, UsageError
-from mobile_gguf.gguf_info import GgufInfo, read_gguf_info
-from mobile_gguf.head import PREFIX as HEAD_PREFIX
-from mobile_gguf.head import TOKEN_BIAS, WEIGHT, Head
-from mobile_gguf.loading import plan_for
-from mobile_gguf.model import Model, load
+from mobile_gguf.files.paths import cache_dir
+from mobile_gguf.generate.decode import default_little_k
+from mobile_gguf.generate.head import PREFIX as HEAD_PREFIX
+from mobile_gguf.generate.head import TOKEN_BIAS, WEIGHT, Head
+from mobile_gguf.gguf.info import GgufInfo, read_gguf_info
+from mobile_gguf.memory.threads import default_threads
 from mobile_gguf.options import LoadOptions
-from mobile_gguf.paths import cache_dir
 from mobile_gguf.sizes import Size, parse_size
-from mobile_gguf.threads import default_threads
 
-from ..gguf_file import GgufSource, Progress, ignore, update_gguf
+from ..gguf.file import GgufSource, Progress, ignore, update_gguf
 from .checkpoint import Checkpoint
 from .collect import collect
 from .curves import Point, choose_default, make_points, make_settings, measure_block

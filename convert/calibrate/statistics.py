@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from mobile_gguf.engine.observe import InputSums
 from mobile_gguf.errors import UsageError
-from mobile_gguf.observe import InputSums
 
 from .buddies import Ranked, rank_buddies, rank_transitions
 

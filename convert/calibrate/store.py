@@ -12,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from mobile_gguf.errors import ModelFormatError, UsageError
-from mobile_gguf.gguf_info import GgufInfo, read_gguf_info
+from mobile_gguf.gguf.info import GgufInfo, read_gguf_info
 
-from ..experts import read_experts
-from ..gguf_file import GgufSource, Progress, ignore, update_gguf
+from ..gguf.experts import read_experts
+from ..gguf.file import GgufSource, Progress, ignore, update_gguf
 from .buddies import NO_EXPERT, Ranked
 from .statistics import MAX_NEXT, Floats, Statistics
 

@@ -15,8 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mobile_gguf.convert.child_side import ChildChannel
-from mobile_gguf.convert.hf.finite import NotFiniteError, require_finite
+from ..child_side import ChildChannel
+from .finite import NotFiniteError, require_finite
 
 _CHUNK_BYTES = 16 << 20  # of float32: what is converted at a time, unless one row (one expert) is more
 _GPT_OSS = "GptOssForCausalLM"
@@ -210,7 +210,7 @@ class _Checkpoint:
 
     def chunks(self, tensor: Any, name: str) -> Any:
         """The bytes of one output tensor, some rows at a time."""
-        from mobile_gguf.convert.hf.lazy_rows import RowEvaluator
+        from .lazy_rows import RowEvaluator
 
         self.n_whole, self._name = 0, name
         shape = tuple(tensor.shape)
@@ -228,7 +228,7 @@ class _Checkpoint:
         self.n_whole = evaluator.n_whole
 
     def _eager(self, tensor: Any) -> Any:
-        from mobile_gguf.convert.hf.lazy_rows import RowEvaluator
+        from .lazy_rows import RowEvaluator
 
         if hasattr(tensor, "tofile") and not hasattr(tensor, "_meta") and hasattr(tensor, "_chunks"):
             yield from _chunked(tensor)

@@ -13,13 +13,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mobile_gguf.convert.verify.judge import Judge
-from mobile_gguf.convert.verify.reference import Question, ask_transformers, can_verify
-from mobile_gguf.convert.verify.result import KEY_PREFIX, NOT_VERIFIED, VerifyResult
-from mobile_gguf.convert.verify.subject import Subject, read_subject
 from mobile_gguf.errors import UsageError
-from mobile_gguf.gguf_header import read_header
-from mobile_gguf.threads import default_threads
+from mobile_gguf.gguf.header import read_header
+from mobile_gguf.memory.threads import default_threads
+
+from .judge import Judge
+from .reference import Question, ask_transformers, can_verify
+from .result import KEY_PREFIX, NOT_VERIFIED, VerifyResult
+from .subject import Subject, read_subject
 
 __all__ = ["MAX_TOKENS", "Pair", "can_verify", "mark", "verify", "verify_each"]
 
@@ -119,7 +120,7 @@ def mark(gguf: Path, result: VerifyResult, progress: Progress = lambda phase, do
 
     A file that was not verified only loses an older verdict. Raises what `update_gguf` raises.
     """
-    from mobile_gguf.convert.gguf_file import update_gguf
+    from ..gguf.file import update_gguf
 
     values = result.metadata()
     if values or any(name.startswith(KEY_PREFIX) for name in read_header(gguf).metadata):

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mobile_gguf.convert.child_side import ChildChannel
+from ..child_side import ChildChannel
 
 
 class NotVerifiable(Exception):
@@ -182,8 +182,8 @@ def compute(model: Any, job: dict[str, Any], prompts: list[list[int]]) -> Iterat
     """Logits of every position of each prompt, teacher-forced, and how its tokens were routed."""
     import torch
 
-    from mobile_gguf.convert.verify.stored_precision import Routing, StoredPrecision
-    from mobile_gguf.convert.verify.stored_types import stored_types
+    from .stored_precision import Routing, StoredPrecision
+    from .stored_types import stored_types
 
     parameters = [(name, each.ndim) for name, each in model.named_parameters()]
     types = stored_types(parameters, job["tensors"], job["architecture"], job["n_layer"])
@@ -211,7 +211,7 @@ def main() -> int:
     import torch
     import transformers
 
-    from mobile_gguf.convert.verify.stored_precision import NarrowedError
+    from .stored_precision import NarrowedError
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

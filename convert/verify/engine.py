@@ -7,15 +7,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from mobile_gguf.binding import find_engine
+from mobile_gguf.engine.binding import find_engine
 from mobile_gguf.errors import ModelFormatError
-from mobile_gguf.gguf_info import GgufInfo, read_gguf_info
+from mobile_gguf.gguf.info import GgufInfo, read_gguf_info
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from mobile_gguf.mobile_llama import MobileLlama
+    from mobile_gguf.generate.llama import MobileLlama
 
 
 class EngineReference:
@@ -36,7 +36,7 @@ class EngineReference:
     def __enter__(self) -> EngineReference:
         from llama_cpp import llama_cpp
 
-        from mobile_gguf.loading import open_backend
+        from mobile_gguf.api.loading import open_backend
         from mobile_gguf.options import LoadOptions
 
         size = {"n_ctx": self._n_ctx, "n_batch": self._n_ctx}

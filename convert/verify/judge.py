@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from mobile_gguf.convert.verify.engine import EngineReference
-from mobile_gguf.convert.verify.prompts import PROMPTS
-from mobile_gguf.convert.verify.reference import Reference
-from mobile_gguf.convert.verify.result import FAILED, PASSED, Row, Thresholds, VerifyResult
-from mobile_gguf.convert.verify.rows import kl_bound, loose_row, mean_kl, strict_row
-from mobile_gguf.convert.verify.subject import Subject
 from mobile_gguf.errors import ModelFormatError
+
+from .engine import EngineReference
+from .prompts import PROMPTS
+from .reference import Reference
+from .result import FAILED, PASSED, Row, Thresholds, VerifyResult
+from .rows import kl_bound, loose_row, mean_kl, strict_row
+from .subject import Subject
 
 if TYPE_CHECKING:
     import numpy as np

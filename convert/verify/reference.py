@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mobile_gguf.convert.children import ChildError, child_environment, run_child
-from mobile_gguf.convert.verify.prompts import PROMPTS
-from mobile_gguf.convert.verify.subject import Subject
 from mobile_gguf.errors import MobileError
-from mobile_gguf.memory import read_memory
+from mobile_gguf.memory.machine import read_memory
 from mobile_gguf.sizes import GIB, format_bytes
+
+from ..children import ChildError, child_environment, run_child
+from .prompts import PROMPTS
+from .subject import Subject
 
 if TYPE_CHECKING:
     import numpy as np

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mobile_gguf.convert.verify.divergence import kl_divergence, relative_error, same_top, tied_top
-from mobile_gguf.convert.verify.result import Row, Thresholds
+from .divergence import kl_divergence, relative_error, same_top, tied_top
+from .result import Row, Thresholds
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from mobile_gguf.convert.verify.divergence import Logits
+    from .divergence import Logits
 
 # Bits per weight down to which a mean KL (nats per token) is believed to come from rounding; past it, the
 # file is nonsense. Generous on purpose: a small random model loses far more than a trained one.

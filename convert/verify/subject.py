@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mobile_gguf.gguf_header import TensorInfo, read_header
-from mobile_gguf.gguf_info import GgufInfo, read_gguf_info
+from mobile_gguf.gguf.header import TensorInfo, read_header
+from mobile_gguf.gguf.info import GgufInfo, read_gguf_info
 
 EXACT_TYPES = frozenset({"F32", "F16", "BF16"})
 

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn, TextIO
 
-from ..errors import MobileError
+from mobile_gguf.errors import MobileError
 
 PROGRAM = "mobile-gguf"
 VERBS = (
@@ -147,6 +147,6 @@ class _Notes:
 
 
 def _version() -> str:
-    from .. import __version__
+    from mobile_gguf import __version__
 
     return __version__

@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from ..batch import (
+from mobile_gguf.api.batch import (
     BatchItem,
     BatchStatus,
     OutputFile,
@@ -17,10 +17,11 @@ from ..batch import (
     run_batch,
     settings_of,
 )
-from ..errors import UsageError
-from ..flags import given
-from ..hub.meter import format_duration
-from ..options import POLICY_OPTIONS, GenerateOptions, LoadOptions, make_options
+from mobile_gguf.errors import UsageError
+from mobile_gguf.flags import given
+from mobile_gguf.hub.meter import format_duration
+from mobile_gguf.options import POLICY_OPTIONS, GenerateOptions, LoadOptions, make_options
+
 from .common import Progress, generate_options, load_model, narrate
 
 _SHOWN = 20

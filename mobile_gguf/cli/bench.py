@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError
-from ..sizes import parse_size
+from mobile_gguf.errors import UsageError
+from mobile_gguf.sizes import parse_size
 
 MODES = ("exact", "little")
 PREFETCHES = ("off", "on", "auto")
@@ -120,7 +120,7 @@ def _narrate(text: str) -> None:
 
 
 def _evictions() -> tuple[str, ...]:
-    from ..binding import EVICTION
+    from mobile_gguf.engine.binding import EVICTION
 
     return tuple(EVICTION)
 

@@ -9,9 +9,10 @@ import time
 from pathlib import Path
 from typing import TextIO
 
-from ..errors import UsageError
-from ..hub.cache import is_in_cache
-from ..resolve import resolve_model
+from mobile_gguf.errors import UsageError
+from mobile_gguf.hub.cache import is_in_cache
+from mobile_gguf.hub.resolve import resolve_model
+
 from .common import MODEL_HELP, Progress, narrate
 
 _DESCRIPTION = """Run a model over text with all and with fewer experts, fit the importance head that mode

@@ -11,12 +11,13 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from ..chat import Conversation
-from ..errors import MobileError, UsageError
-from ..flags import given, parse_setting
-from ..model import Model
-from ..options import GenerateOptions, LoadOptions, declared, defaults
-from ..paths import data_dir
+from mobile_gguf.api.conversation import Conversation
+from mobile_gguf.api.model import Model
+from mobile_gguf.errors import MobileError, UsageError
+from mobile_gguf.files.paths import data_dir
+from mobile_gguf.flags import given, parse_setting
+from mobile_gguf.options import GenerateOptions, LoadOptions, declared, defaults
+
 from .common import add_model_arguments, generate_options, load_model, narrate, show_answer, show_receipt
 
 PROMPT = ">>> "

@@ -10,10 +10,10 @@ from collections.abc import Generator
 from dataclasses import replace
 from typing import Any, TextIO
 
-from ..answer import INTERRUPTED, Chunk
-from ..flags import add_arguments, given
-from ..model import Model, load
-from ..options import GenerateOptions, LoadOptions, declared
+from mobile_gguf.api.model import Model, load
+from mobile_gguf.flags import add_arguments, given
+from mobile_gguf.generate.answer import INTERRUPTED, Chunk
+from mobile_gguf.options import GenerateOptions, LoadOptions, declared
 
 MODEL_HELP = "a GGUF file, a name from `mobile-gguf list`, hf:org/repo[:quant], or demo"
 

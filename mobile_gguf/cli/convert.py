@@ -10,12 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import MobileError, UsageError
-from ..flags import add_arguments, given
-from ..hub.cache import is_in_cache
-from ..hub.reference import is_reference, parse_reference
-from ..resolve import resolve_model
-from ..sizes import format_bytes
+from mobile_gguf.errors import MobileError, UsageError
+from mobile_gguf.flags import add_arguments, given
+from mobile_gguf.hub.cache import is_in_cache
+from mobile_gguf.hub.reference import is_reference, parse_reference
+from mobile_gguf.hub.resolve import resolve_model
+from mobile_gguf.sizes import format_bytes
+
 from .common import Progress
 
 if TYPE_CHECKING:
@@ -139,7 +140,7 @@ def _convert(
         from mobile_gguf.convert.pipeline import convert_checkpoint
 
         return convert_checkpoint(source, output, options, progress=progress)
-    from mobile_gguf.convert.layout import to_mobile, to_stacked
+    from mobile_gguf.convert.gguf.layout import to_mobile, to_stacked
 
     path = resolve_model(source, progress)
     _refuse_for_gguf(path, options)
@@ -194,7 +195,7 @@ def _refuse_for_gguf(path: Path, options: ConvertOptions) -> None:
 def _check(args: argparse.Namespace, chosen: set[str], progress: Callable[[str, float], None]) -> int:
     if args.output is not None or chosen:
         raise UsageError("--check writes nothing: it goes with --json only")
-    from mobile_gguf.convert.hashes import differences
+    from mobile_gguf.convert.gguf.hashes import differences
 
     source = resolve_model(args.source, progress)
     other = resolve_model(args.check, progress)

@@ -95,9 +95,9 @@ def _info(args: argparse.Namespace) -> int:
 
 def _devices() -> dict[str, Any]:
     # Asked of the installed library; what keeps it from loading is no reason not to show the rest.
+    from mobile_gguf.engine.devices import ggml_devices
+    from mobile_gguf.engine.log import capture_log
     from mobile_gguf.errors import EngineError
-    from mobile_gguf.ggml_devices import ggml_devices
-    from mobile_gguf.llama_log import capture_log
 
     try:
         capture_log()

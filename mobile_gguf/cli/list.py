@@ -6,10 +6,11 @@ import argparse
 import json
 from pathlib import Path
 
-from ..hub.cache import cache_root
-from ..hub.listing import CACHE, ModelEntry, fit_text, list_models, size_text
-from ..paths import models_dir
-from ..sizes import format_bytes
+from mobile_gguf.files.paths import models_dir
+from mobile_gguf.hub.cache import cache_root
+from mobile_gguf.hub.listing import CACHE, ModelEntry, fit_text, list_models, size_text
+from mobile_gguf.sizes import format_bytes
+
 from .common import narrate
 
 _DESCRIPTION = """List the demo model, the GGUF files in the data directory and those in the Hugging Face
@@ -31,7 +32,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(args: argparse.Namespace) -> int:
     """Run the verb."""
-    from ..plan.here import Here
+    from mobile_gguf.plan.here import Here
 
     here = Here()
     models = list_models(here)

@@ -7,19 +7,20 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
-from ..errors import EngineError, MobileError, UsageError
-from ..flags import add_arguments, given
-from ..gguf_info import GgufInfo, read_gguf_info
-from ..memory import read_memory
-from ..options import LoadOptions, declared, make_options
-from ..resolve import resolve_model
-from ..sizes import OFF, Size
+from mobile_gguf.errors import EngineError, MobileError, UsageError
+from mobile_gguf.flags import add_arguments, given
+from mobile_gguf.gguf.info import GgufInfo, read_gguf_info
+from mobile_gguf.hub.resolve import resolve_model
+from mobile_gguf.memory.machine import read_memory
+from mobile_gguf.options import LoadOptions, declared, make_options
+from mobile_gguf.sizes import OFF, Size
+
 from .common import Progress, narrate
 
 if TYPE_CHECKING:
-    from ..device.listing import Device
-    from ..plan.machine import Measurements
-    from ..plan.workload import Workload
+    from mobile_gguf.engine.listing import Device
+    from mobile_gguf.plan.machine import Measurements
+    from mobile_gguf.plan.workload import Workload
 
 _DESCRIPTION = """Say what of a model fits where, which budgets and flags to use, and how many tokens per
 second to expect, before anything of it is loaded: from the GGUF's header and a measurement of this machine,
@@ -51,10 +52,10 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(args: argparse.Namespace) -> int:
     """Run the verb."""
     # what plans and measures is imported only now, so that every other verb starts without it
-    from ..plan.fit import DeviceMemory, plan_fit
-    from ..plan.machine import Measurements, read_measurements
-    from ..plan.planner import asked_of, make_plan, plan_facts, plan_lines
-    from ..plan.workload import count_weights, read_workload
+    from mobile_gguf.plan.fit import DeviceMemory, plan_fit
+    from mobile_gguf.plan.machine import Measurements, read_measurements
+    from mobile_gguf.plan.planner import asked_of, make_plan, plan_facts, plan_lines
+    from mobile_gguf.plan.workload import count_weights, read_workload
 
     if args.measure and args.no_measure:
         raise UsageError("give --measure or --no-measure, not both")
@@ -85,8 +86,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _devices(args: argparse.Namespace, options: LoadOptions) -> list[Device]:
     """The devices to plan for; none with ``--vram-budget off``. Raises EngineError, UsageError, FitError."""
-    from ..device.tier import find_devices
-    from ..plan.fit import FitError
+    from mobile_gguf.device.tier import find_devices
+    from mobile_gguf.plan.fit import FitError
 
     if options.vram_budget == OFF:
         return []
@@ -113,9 +114,9 @@ def _measure(
     devices: list[Device],
 ) -> list[str]:
     """Measure what is missing; returns notes on what could not be."""
-    from ..plan.ggml import Ggml
-    from ..plan.measure import expected_seconds, measure, steps_for
-    from ..plan.settings import make_settings
+    from mobile_gguf.plan.ggml import Ggml
+    from mobile_gguf.plan.measure import expected_seconds, measure, steps_for
+    from mobile_gguf.plan.settings import make_settings
 
     settings = make_settings(info, options, 1.0)
     try:

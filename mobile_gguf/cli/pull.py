@@ -6,13 +6,14 @@ import argparse
 import json
 import sys
 
-from ..errors import MobileError
-from ..gguf_info import GgufInfo, read_gguf_info
-from ..hub.meter import format_duration
-from ..hub.pull import Pulled, pull
-from ..hub.reference import parse_reference
-from ..resolve import DEMO
-from ..sizes import format_bytes
+from mobile_gguf.errors import MobileError
+from mobile_gguf.gguf.info import GgufInfo, read_gguf_info
+from mobile_gguf.hub.meter import format_duration
+from mobile_gguf.hub.pull import Pulled, pull
+from mobile_gguf.hub.reference import parse_reference
+from mobile_gguf.hub.resolve import DEMO
+from mobile_gguf.sizes import format_bytes
+
 from .common import Progress, narrate
 
 _DESCRIPTION = """\
@@ -91,7 +92,7 @@ def _described(info: GgufInfo) -> str:
 
 
 def _build_demo(*, as_json: bool) -> int:
-    from ..resolve import resolve_model
+    from mobile_gguf.hub.resolve import resolve_model
 
     with Progress(sys.stderr) as progress:
         path = resolve_model(DEMO, progress)

@@ -6,9 +6,10 @@ import argparse
 import json
 import sys
 
-from ..errors import UsageError
-from ..hub.remove import Removal, plan_removal
-from ..sizes import format_bytes
+from mobile_gguf.errors import UsageError
+from mobile_gguf.hub.remove import Removal, plan_removal
+from mobile_gguf.sizes import format_bytes
+
 from .common import narrate
 
 _DESCRIPTION = """Remove models: files of the data directory, or of the Hugging Face cache what no other

@@ -50,11 +50,11 @@ def register(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
 
 def run(args: argparse.Namespace) -> int:
     """Serve until Ctrl-C or SIGTERM; returns only if the server could not go on."""
-    from ..errors import EngineError
-    from ..llama_log import capture_log
-    from ..paths import cache_dir
-    from ..rpc_server import RpcServer, choose_devices, choose_endpoint, is_loopback
-    from ..threads import default_threads
+    from mobile_gguf.engine.log import capture_log
+    from mobile_gguf.engine.rpc_server import RpcServer, choose_devices, choose_endpoint, is_loopback
+    from mobile_gguf.errors import EngineError
+    from mobile_gguf.files.paths import cache_dir
+    from mobile_gguf.memory.threads import default_threads
 
     capture_log()
     devices = choose_devices([name for names in args.device for name in names.split(",") if name])

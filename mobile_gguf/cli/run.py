@@ -8,16 +8,17 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..answer import INTERRUPTED
-from ..errors import UsageError
-from ..model import Model
-from ..receipt import Receipt
+from mobile_gguf.api.model import Model
+from mobile_gguf.errors import UsageError
+from mobile_gguf.generate.answer import INTERRUPTED
+from mobile_gguf.generate.receipt import Receipt
+
 from .batch import add_batch_arguments
 from .batch import run as run_batch
 from .common import add_model_arguments, generate_options, load_model, show_answer, show_receipt
 
 if TYPE_CHECKING:
-    from ..plan.after import Comparison
+    from mobile_gguf.plan.after import Comparison
 
 _DESCRIPTION = """Answer a prompt by the model's chat template, or continue it with --raw. The prompt comes
 from the command line, a file (-f) or standard input (also as the word -). Without one, on a terminal, this
@@ -79,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
 
 def compare(model: Model, receipt: Receipt, n_tokens: int, tokens_per_second: float) -> Comparison | None:
     """The prediction beside an answer; None unless this machine was measured before."""
-    from ..plan import compare_run
+    from mobile_gguf.plan import compare_run
 
     device = model.stats().get("device")
     return compare_run(model.info, model.options, receipt, n_tokens, tokens_per_second, device)

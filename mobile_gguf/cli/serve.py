@@ -8,10 +8,12 @@ import os
 import signal
 from pathlib import Path
 
-from ..embedding import MEAN, POOLINGS, RANK, choose_pooling
-from ..errors import EngineError, UsageError
-from ..model import Model
-from ..sizes import parse_size
+from mobile_gguf.api.embedding import choose_pooling
+from mobile_gguf.api.model import Model
+from mobile_gguf.errors import EngineError, UsageError
+from mobile_gguf.options.words import MEAN, POOLINGS, RANK
+from mobile_gguf.sizes import parse_size
+
 from .common import add_model_arguments, generate_options, load_model, narrate
 
 KEY_VARIABLE = "MOBILE_GGUF_API_KEY"
@@ -78,8 +80,8 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--max-request is {args.max_request!r}: give a size such as 4MiB")
     key = read_key(args)
     try:
-        from ..server.run import serve
-        from ..server.settings import LOOPBACK_NAMES, ServerSettings
+        from mobile_gguf.server.run import serve
+        from mobile_gguf.server.settings import LOOPBACK_NAMES, ServerSettings
     except ImportError as error:
         raise EngineError(
             f"the server needs packages that are not installed ({error.name}): "

@@ -6,10 +6,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from ..errors import MobileError, UsageError
-from ..gguf_info import read_gguf_info
-from ..hub.cache import is_in_cache
-from ..resolve import resolve_model
+from mobile_gguf.errors import MobileError, UsageError
+from mobile_gguf.gguf.info import read_gguf_info
+from mobile_gguf.hub.cache import is_in_cache
+from mobile_gguf.hub.resolve import resolve_model
+
 from .common import MODEL_HELP, Progress, narrate
 
 _DESCRIPTION = """\

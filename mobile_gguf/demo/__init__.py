@@ -7,7 +7,7 @@ numpy and gguf are imported when something has to be built.
 
 from pathlib import Path
 
-from mobile_gguf.demo.progress import Progress
+from .progress import Progress
 
 __all__ = ["ensure_demo", "write_f32_gguf", "write_hf_checkpoint"]
 
@@ -21,7 +21,7 @@ def ensure_demo(*, progress: Progress | None = None) -> Path:
 
     Raises ModelNotFoundError when the source cannot be fetched, MobileError when it cannot be written.
     """
-    from mobile_gguf.demo import build
+    from . import build
 
     return build.ensure_demo(progress=progress)
 
@@ -31,7 +31,7 @@ def write_f32_gguf(path: Path, *, progress: Progress | None = None) -> None:
 
     About 650 MB. Raises like `ensure_demo`.
     """
-    from mobile_gguf.demo import build
+    from . import build
 
     build.write_f32_gguf(path, progress=progress)
 
@@ -42,6 +42,6 @@ def write_hf_checkpoint(directory: Path, *, progress: Progress | None = None) ->
     About 650 MB: config, safetensors and tokenizer files, written without torch. Needs the `convert` extra
     (safetensors). Raises like `ensure_demo`.
     """
-    from mobile_gguf.demo import checkpoint
+    from . import checkpoint
 
     checkpoint.write_hf_checkpoint(directory, progress=progress)

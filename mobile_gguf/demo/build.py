@@ -3,11 +3,12 @@
 import hashlib
 from pathlib import Path
 
-from mobile_gguf.atomic import complete_or_absent, disk_errors
-from mobile_gguf.demo import source
-from mobile_gguf.demo.progress import Progress, ignore, scaled
-from mobile_gguf.paths import models_dir
+from mobile_gguf.files.atomic import complete_or_absent, disk_errors
+from mobile_gguf.files.paths import models_dir
 from mobile_gguf.vendor import lock
+
+from . import source
+from .progress import Progress, ignore, scaled
 
 # counts what the code alone decides (types, metadata): a new number is a new file
 BUILD_VERSION = 1
@@ -44,6 +45,6 @@ def write_f32_gguf(path: Path, *, progress: Progress | None = None) -> None:
 def _write(path: Path, *, float32: bool, report: Progress) -> None:
     dense = source.ensure_source(progress=scaled(report, 0.0, 0.5))
     with complete_or_absent(path) as partial:
-        from mobile_gguf.demo.gguf_file import write_gguf
+        from .gguf_file import write_gguf
 
         write_gguf(dense, source.RECIPE, partial, float32=float32, progress=scaled(report, 0.5, 1.0))

@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 from gguf import GGUFReader, TokenType
 
-from mobile_gguf.atomic import complete_or_absent, disk_errors
-from mobile_gguf.demo import recipe
-from mobile_gguf.demo.progress import Progress, ignore, scaled
-from mobile_gguf.demo.source import RECIPE, ensure_source
 from mobile_gguf.errors import MobileError
+from mobile_gguf.files.atomic import complete_or_absent, disk_errors
+
+from . import recipe
+from .progress import Progress, ignore, scaled
+from .source import RECIPE, ensure_source
 
 _MODEL_MODULES = {
     "token_embd": "model.embed_tokens",

@@ -4,9 +4,9 @@ from pathlib import Path
 
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, LlamaFileType, quantize
 
-from mobile_gguf.demo import recipe
-from mobile_gguf.demo.progress import Progress
-from mobile_gguf.demo.recipe import Weight
+from . import recipe
+from .progress import Progress
+from .recipe import Weight
 
 NAME = "SmolLM2-135M-Instruct cut into experts (mobile-gguf demo)"
 DESCRIPTION = (

@@ -8,11 +8,12 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from mobile_gguf.atomic import complete_or_absent, disk_errors
-from mobile_gguf.demo.progress import Progress, ignore, scaled
 from mobile_gguf.errors import ModelNotFoundError
-from mobile_gguf.paths import cache_dir
+from mobile_gguf.files.atomic import complete_or_absent, disk_errors
+from mobile_gguf.files.paths import cache_dir
 from mobile_gguf.vendor import failures, lock
+
+from .progress import Progress, ignore, scaled
 
 RECIPE = Path(__file__).with_name("recipe.npz")
 

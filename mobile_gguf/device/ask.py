@@ -14,8 +14,8 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from ..errors import EngineError, MobileError
-from .listing import Device
+from mobile_gguf.engine.listing import Device
+from mobile_gguf.errors import EngineError, MobileError
 
 MANIFEST = "_mobile_engine.json"  # in the installed llama_cpp package, as vendor/build.py writes it
 TIMEOUT_S = 30.0  # the first call to a driver that nobody uses takes seconds
@@ -77,8 +77,9 @@ def ask_devices(servers: str = "") -> list[Device]:
 
 
 def _main(servers: str) -> int:
-    from ..binding import find_engine
-    from ..llama_log import capture_log
+    from mobile_gguf.engine.binding import find_engine
+    from mobile_gguf.engine.log import capture_log
+
     from .tier import find_devices
 
     try:

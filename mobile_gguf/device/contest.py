@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .structs import CACHE, HOST, LAYERS
+from mobile_gguf.options.words import CACHE, HOST, LAYERS
 
 # HOST is tried last: by then there is a figure that it can be hopeless against.
 ARMS = (CACHE, LAYERS, HOST)

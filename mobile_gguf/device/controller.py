@@ -6,10 +6,11 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from ..errors import EngineError
+from mobile_gguf.errors import EngineError
+from mobile_gguf.options.words import CACHE, LAYERS
+
 from .contest import ARMS, Contest, Figures, Rules
-from .memory import remember, remembered
-from .structs import CACHE, LAYERS
+from .placement import remember, remembered
 
 logger = logging.getLogger("mobile_gguf.device")
 

@@ -7,14 +7,14 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..binding import Engine, load_library, needs_engine
-from ..errors import BudgetError, EngineMemoryError, UsageError
-from ..gguf_info import GgufInfo
-from ..memory import read_memory
-from ..options import LoadOptions, defaults
-from ..rpc import connect_servers
-from ..sizes import OFF, Size, format_bytes, parse_size_or_off
-from .budget import (
+from mobile_gguf.engine.binding import Engine, load_library, needs_engine
+from mobile_gguf.engine.device_calls import DeviceCalls
+from mobile_gguf.engine.listing import Device, list_devices
+from mobile_gguf.engine.rpc import connect_servers
+from mobile_gguf.engine.structs import DeviceCounters, DeviceInfo
+from mobile_gguf.errors import BudgetError, EngineMemoryError, UsageError
+from mobile_gguf.gguf.info import GgufInfo
+from mobile_gguf.memory.device_budget import (
     DeviceDemand,
     auto_budget,
     check_budget,
@@ -23,11 +23,13 @@ from .budget import (
     pool_all_bytes,
     pool_min_bytes,
 )
-from .calls import DeviceCalls
+from mobile_gguf.memory.machine import read_memory
+from mobile_gguf.options import LoadOptions, defaults
+from mobile_gguf.options.words import CACHE, HOST, LAYERS
+from mobile_gguf.sizes import OFF, Size, format_bytes, parse_size_or_off
+
 from .controller import PlacementController
-from .listing import Device, list_devices
-from .memory import placement_key
-from .structs import CACHE, HOST, LAYERS, DeviceCounters, DeviceInfo
+from .placement import placement_key
 
 logger = logging.getLogger("mobile_gguf.device")
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from time import sleep
 from typing import Any, TypeVar
 
-from ..errors import ModelNotFoundError, UsageError
+from mobile_gguf.errors import ModelNotFoundError, UsageError
+
 from .explain import (
     HubError,
     endpoint,

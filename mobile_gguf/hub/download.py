@@ -16,8 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..errors import MobileError
-from ..sizes import GIB, MIB, format_bytes
+from mobile_gguf.errors import MobileError
+from mobile_gguf.sizes import GIB, MIB, format_bytes
+
 from .cache import PARTIAL_SUFFIX, cache_root, repository_folder, write_ref
 from .client import ATTEMPTS, Repository, open_range, pause_before_retry
 from .explain import HubError, cache_disk_errors, explained, is_worth_a_retry

@@ -6,8 +6,9 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ..atomic import disk_errors
-from ..errors import MobileError, ModelNotFoundError, UsageError
+from mobile_gguf.errors import MobileError, ModelNotFoundError, UsageError
+from mobile_gguf.files.atomic import disk_errors
+
 from .reference import Reference
 
 # also: other libraries' classes for a connection that failed, which no error of the Hub wraps

@@ -9,11 +9,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..atomic import complete_or_absent
-from ..errors import MobileError
-from ..gguf_experts import ExpertLayer
-from ..gguf_info import GgufInfo, read_gguf_info
-from ..paths import cache_dir
+from mobile_gguf.errors import MobileError
+from mobile_gguf.files.atomic import complete_or_absent
+from mobile_gguf.files.paths import cache_dir
+from mobile_gguf.gguf.experts import ExpertLayer
+from mobile_gguf.gguf.info import GgufInfo, read_gguf_info
 
 # of the remembered form: a new number forgets what was remembered
 _VERSION = 1

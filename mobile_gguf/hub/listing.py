@@ -6,19 +6,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..gguf_info import GgufInfo
-from ..resolve import DEMO, demo_file, local_models
-from ..sizes import format_bytes
+from mobile_gguf.gguf.info import GgufInfo
+from mobile_gguf.sizes import format_bytes
+
 from .cache import PARTIAL_SUFFIX, Snapshot, all_snapshots, repositories, repository_folder
 from .facts import FactsCache
 from .pull import pulled_reference
 from .reference import Reference
+from .resolve import DEMO, demo_file, local_models
 from .variants import RemoteFile, Variant, find_variants, models_among
 
 if TYPE_CHECKING:
-    from ..plan.fit import Fit
-    from ..plan.here import Here
-    from ..plan.prediction import Prediction
+    from mobile_gguf.plan.fit import Fit
+    from mobile_gguf.plan.here import Here
+    from mobile_gguf.plan.prediction import Prediction
 
 MODELS, CACHE = "models", "hub"  # where a model lies: the data directory, the Hugging Face cache
 
@@ -148,7 +149,7 @@ def _described(
 
 
 def _placed(entry: ModelEntry, info: GgufInfo, here: Here) -> ModelEntry:
-    from ..plan.fit import FitError
+    from mobile_gguf.plan.fit import FitError
 
     try:
         fit = here.fit(info)

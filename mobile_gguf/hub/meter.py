@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from ..sizes import format_bytes
+from mobile_gguf.sizes import format_bytes
 
 Progress = Callable[[str, float], None]
 _WINDOW_S = 5.0

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import ModelNotFoundError
+from mobile_gguf.errors import ModelNotFoundError
+
 from .cache import Snapshot, find_snapshot
 from .client import Repository, no_model, read_repository
 from .download import fetch_files

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, replace
 from urllib.parse import unquote, urlsplit
 
-from ..errors import UsageError
+from mobile_gguf.errors import UsageError
 
 PREFIX = "hf:"
 FORMS = "hf:ORG/REPO, hf:ORG/REPO:QUANT or hf:ORG/REPO/FILE.gguf, each with @REVISION if need be"

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from ..errors import ModelFormatError
-from ..gguf_header import read_open_header
-from ..gguf_info import GgufInfo, make_gguf_info
-from ..sizes import MIB, format_bytes
+from mobile_gguf.errors import ModelFormatError
+from mobile_gguf.gguf.header import read_open_header
+from mobile_gguf.gguf.info import GgufInfo, make_gguf_info
+from mobile_gguf.sizes import MIB, format_bytes
+
 from .client import Repository, open_range, retrying
 from .explain import explained
 from .meter import Progress

@@ -8,14 +8,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..atomic import disk_errors
-from ..errors import ModelNotFoundError, UsageError
-from ..paths import models_dir
-from ..resolve import DEMO, demo_file, local_models
+from mobile_gguf.errors import ModelNotFoundError, UsageError
+from mobile_gguf.files.atomic import disk_errors
+from mobile_gguf.files.paths import models_dir
+
 from .cache import PARTIAL_SUFFIX, Snapshot, find_snapshot, is_in_cache, repository_folder, snapshots
 from .listing import pulled_models
 from .pull import pulled_reference
 from .reference import Reference, is_reference, parse_reference
+from .resolve import DEMO, demo_file, local_models
 from .variants import Variant, choose, models_among
 
 

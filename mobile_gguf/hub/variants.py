@@ -10,8 +10,9 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..errors import ModelNotFoundError, UsageError
-from ..sizes import format_bytes
+from mobile_gguf.errors import ModelNotFoundError, UsageError
+from mobile_gguf.sizes import format_bytes
+
 from .reference import Reference
 
 DEFAULT_QUANT = "Q4_K_M"

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..decode import BIG_LITTLE
-from ..device.budget import pool_all_bytes
-from ..errors import MobileError
-from ..gguf_info import GgufInfo
-from ..memory import read_memory
-from ..options import LoadOptions
-from ..receipt import Receipt
+from mobile_gguf.errors import MobileError
+from mobile_gguf.generate.receipt import Receipt
+from mobile_gguf.gguf.info import GgufInfo
+from mobile_gguf.memory.device_budget import pool_all_bytes
+from mobile_gguf.memory.machine import read_memory
+from mobile_gguf.options import LoadOptions
+from mobile_gguf.options.words import BIG_LITTLE
+
 from .fit import Asked, DeviceMemory, Fit, stored_share
 from .ggml import device_key
 from .learning import MIN_TOKENS, correct, learn, lesson_name, read_lesson
@@ -97,7 +98,7 @@ def _compare(
 
 def _fit_of_run(info: GgufInfo, asked: Asked, receipt: Receipt, device: dict[str, Any] | None) -> Fit:
     """The fit that was in force."""
-    from ..budget import estimate_demand
+    from mobile_gguf.memory.budget import estimate_demand
 
     devices: tuple[DeviceMemory, ...] = ()
     vram = int(getattr(receipt, "vram_budget_bytes", 0) or 0)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..errors import MobileError
-from ..gguf_info import GgufInfo
-from ..memory import Memory, read_memory
-from ..options import LoadOptions
-from ..sizes import Size, parse_size_or_off
+from mobile_gguf.errors import MobileError
+from mobile_gguf.gguf.info import GgufInfo
+from mobile_gguf.memory.machine import Memory, read_memory
+from mobile_gguf.options import LoadOptions
+from mobile_gguf.sizes import Size, parse_size_or_off
+
 from .fit import DeviceMemory, Fit, FitError, plan_fit
 from .machine import read_measurements
 from .planner import asked_of, predict_fit

@@ -10,7 +10,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from ..errors import MobileError
+from mobile_gguf.errors import MobileError
+
 from .machine import Rate
 
 SECTOR = 4096

@@ -9,13 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ..budget import CONTEXT_MULTIPLE, Demand, estimate_demand, plan_budget
-from ..device.budget import estimate_device_demand, host_share, pool_all_bytes, pool_min_bytes
-from ..device.listing import Device
-from ..errors import BudgetError, MobileError, UsageError
-from ..gguf_info import GgufInfo
-from ..memory import Memory
-from ..sizes import AUTO, KIB, MIB, Size, format_bytes
+from mobile_gguf.engine.listing import Device
+from mobile_gguf.errors import BudgetError, MobileError, UsageError
+from mobile_gguf.gguf.info import GgufInfo
+from mobile_gguf.memory.budget import CONTEXT_MULTIPLE, Demand, estimate_demand, plan_budget
+from mobile_gguf.memory.device_budget import (
+    estimate_device_demand,
+    host_share,
+    pool_all_bytes,
+    pool_min_bytes,
+)
+from mobile_gguf.memory.machine import Memory
+from mobile_gguf.sizes import AUTO, KIB, MIB, Size, format_bytes
+
 from .ggml import device_key
 
 # as the device tier has it (device/budget.py)

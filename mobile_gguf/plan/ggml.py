@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..binding import load_library
-from ..errors import EngineError
+from mobile_gguf.engine.binding import load_library
+from mobile_gguf.errors import EngineError
 
 F32, I32 = 0, 26
 CPU, GPU, IGPU, ACCEL = 0, 1, 2, 3  # enum ggml_backend_dev_type

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 
-from ..device.ask import ask_devices
-from ..errors import EngineError
-from ..gguf_info import GgufInfo
-from ..memory import Memory, read_memory
-from ..options import LoadOptions
-from ..sizes import OFF
+from mobile_gguf.device.ask import ask_devices
+from mobile_gguf.errors import EngineError
+from mobile_gguf.gguf.info import GgufInfo
+from mobile_gguf.memory.machine import Memory, read_memory
+from mobile_gguf.options import LoadOptions
+from mobile_gguf.sizes import OFF
+
 from .cached import fit_of_run, predict_cached
 from .fit import DeviceMemory, Fit
 from .prediction import Prediction

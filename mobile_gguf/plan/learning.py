@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import MobileError
-from ..gguf_info import GgufInfo
-from ..paths import cache_dir
+from mobile_gguf.errors import MobileError
+from mobile_gguf.files.paths import cache_dir
+from mobile_gguf.gguf.info import GgufInfo
+
 from .machine import Measurements, write_json
 from .prediction import Prediction
 

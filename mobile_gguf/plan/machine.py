@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..atomic import disk_errors
-from ..paths import cache_dir
+from mobile_gguf.files.atomic import disk_errors
+from mobile_gguf.files.paths import cache_dir
 
 FORMAT = 1
 MAX_AGE_DAYS = 60

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..decode import BIG_LITTLE, EXACT, LITTLE
-from ..gguf_info import GgufInfo
-from ..loading import context_size
-from ..memory import Memory, read_memory
-from ..options import LoadOptions
-from ..sizes import OFF, Size, format_bytes, parse_size, parse_size_or_off
+from mobile_gguf.gguf.info import GgufInfo
+from mobile_gguf.memory.budget import context_size
+from mobile_gguf.memory.machine import Memory, read_memory
+from mobile_gguf.options import LoadOptions
+from mobile_gguf.options.words import BIG_LITTLE, EXACT, LITTLE
+from mobile_gguf.sizes import OFF, Size, format_bytes, parse_size, parse_size_or_off
+
 from .disk import disk_name
 from .fit import Asked, DeviceMemory, Fit, mebibytes, plan_fit
 from .learning import correct, lesson_name, read_lesson

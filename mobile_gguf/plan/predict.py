@@ -7,9 +7,9 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from ..decode import BIG_LITTLE, EXACT, LITTLE
-from ..device.structs import CACHE, HOST, LAYERS
-from ..gguf_info import GgufInfo
+from mobile_gguf.gguf.info import GgufInfo
+from mobile_gguf.options.words import BIG_LITTLE, CACHE, EXACT, HOST, LAYERS, LITTLE
+
 from .disk import CHUNK_BYTES, DEFAULT_IO_THREADS, read_size
 from .machine import Measurements, Rate
 from .measure import WHOLE, device_overhead_name, overhead_name, product_name, read_name

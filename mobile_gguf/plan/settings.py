@@ -9,12 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..decode import BIG_LITTLE, EXACT, default_little_k
-from ..errors import MobileError
-from ..gguf_header import read_header
-from ..gguf_info import GgufInfo
-from ..options import LoadOptions
-from ..threads import default_threads
+from mobile_gguf.errors import MobileError
+from mobile_gguf.generate.decode import default_little_k
+from mobile_gguf.gguf.header import read_header
+from mobile_gguf.gguf.info import GgufInfo
+from mobile_gguf.memory.threads import default_threads
+from mobile_gguf.options import LoadOptions
+from mobile_gguf.options.words import BIG_LITTLE, EXACT
+
 from .disk import DEFAULT_IO_THREADS
 from .predict import DEFAULT_BIG_SHARE, Settings
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import EngineError
-from ..llama_log import capture_log, last_errors
+from mobile_gguf.engine.log import capture_log, last_errors
+from mobile_gguf.errors import EngineError
 
 _WIDTH = 32  # of everything: one block
 _LAYERS = (4, 16)
@@ -118,8 +118,8 @@ def _decode(
 ) -> list[float]:
     from llama_cpp import llama_cpp
 
-    from ..binding import find_engine
-    from ..device.listing import device_array
+    from mobile_gguf.engine.binding import find_engine
+    from mobile_gguf.engine.listing import device_array
 
     capture_log()
     llama_cpp.llama_backend_init()
@@ -170,8 +170,8 @@ def _decode(
 
 
 def _make_pool(engine: Any, ctx: Any, path: Path, on_device: OnDevice) -> None:
-    from ..device.calls import DeviceCalls
-    from ..gguf_info import read_gguf_info
+    from mobile_gguf.engine.device_calls import DeviceCalls
+    from mobile_gguf.gguf.info import read_gguf_info
 
     if engine is None:
         raise EngineError("a device tier is measured with this package's engine only")

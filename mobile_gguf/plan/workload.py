@@ -7,8 +7,8 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
-from ..gguf_header import TensorInfo, read_header
-from ..gguf_info import GgufInfo
+from mobile_gguf.gguf.header import TensorInfo, read_header
+from mobile_gguf.gguf.info import GgufInfo
 
 _STACKED = re.compile(r"blk\.\d+\.ffn_(?:gate|up|down|gate_up)_exps\.weight")
 _SINGLE = re.compile(r"blk\.\d+\.ffn_(?:gate|up|down|gate_up)\.(\d+)\.weight")

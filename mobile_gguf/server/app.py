@@ -10,8 +10,9 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .. import __version__
-from ..model import Model
+from mobile_gguf import __version__
+from mobile_gguf.api.model import Model
+
 from . import completions, embeddings, facts
 from .failures import add_handlers
 from .guard import Guard

@@ -13,7 +13,8 @@ from fastapi import APIRouter, Body, Request
 from fastapi.responses import JSONResponse, Response
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
-from ..aio import Job
+from mobile_gguf.api.aio import Job
+
 from .answers import Completion, Renderer
 from .failures import ErrorBody, as_api_error
 from .produce import Event, Producer

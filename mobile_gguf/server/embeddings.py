@@ -11,9 +11,10 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
 
-from ..aio import Job
-from ..embedding import RANK
-from ..errors import AnswerStopped
+from mobile_gguf.api.aio import Job
+from mobile_gguf.errors import AnswerStopped
+from mobile_gguf.options.words import RANK
+
 from .completions import ERRORS, JsonBody
 from .failures import ApiError
 from .requests import EmbeddingRequest

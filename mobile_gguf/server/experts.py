@@ -14,9 +14,9 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-from ..binding import RESIDENT
-from ..errors import MobileError
-from ..model import Model
+from mobile_gguf.api.model import Model
+from mobile_gguf.engine.binding import RESIDENT
+from mobile_gguf.errors import MobileError
 
 # A row is text, one character for each expert.
 ABSENT, LOADING, HELD, HIT, MISSED = "0", "1", "2", "3", "4"
@@ -96,7 +96,7 @@ class ExpertMap:
             in_memory = engine.residency(llama.model, n_layer, n_expert)
             tiers["host"], resident["host"] = self._rows(in_memory, asked), self._count(in_memory)
             if getattr(llama, "device", None) is not None:
-                from ..device.calls import DeviceCalls
+                from mobile_gguf.engine.device_calls import DeviceCalls
 
                 with contextlib.suppress(MobileError):
                     on_device = DeviceCalls(engine, llama.ctx).residency(n_layer, n_expert)

@@ -14,7 +14,8 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel, ConfigDict
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
-from .. import __version__
+from mobile_gguf import __version__
+
 from .completions import ERRORS
 from .failures import ApiError
 from .serving import Serving

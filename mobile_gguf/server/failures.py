@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
-from ..errors import MobileError, ModelBusyError, QueueFullError, UsageError
+from mobile_gguf.errors import MobileError, ModelBusyError, QueueFullError, UsageError
 
 logger = logging.getLogger("mobile_gguf")
 

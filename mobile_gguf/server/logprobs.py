@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..answer import Backend
+from mobile_gguf.generate.answer import Backend
 
 # What JSON has for a probability of zero; OpenAI's own number.
 _LEAST = -9999.0

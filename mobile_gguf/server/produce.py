@@ -7,10 +7,11 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
-from ..aio import Job
-from ..answer import INTERRUPTED, LENGTH, STOP, Chunk
-from ..model import Model
-from ..text import TextStream
+from mobile_gguf.api.aio import Job
+from mobile_gguf.api.model import Model
+from mobile_gguf.generate.answer import INTERRUPTED, LENGTH, STOP, Chunk
+from mobile_gguf.generate.text import TextStream
+
 from .experts import ExpertMap
 from .failures import ApiError
 from .logprobs import TokenLogprob, read_logprob

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
-from ..options import GenerateOptions, Opt, declared
+from mobile_gguf.options import GenerateOptions, Opt, declared
 
 MAX_INT = (1 << 31) - 1
 MAX_CHOICES = 16

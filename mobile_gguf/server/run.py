@@ -13,8 +13,9 @@ from types import FrameType
 
 import uvicorn
 
-from ..errors import MobileError
-from ..model import Model
+from mobile_gguf.api.model import Model
+from mobile_gguf.errors import MobileError
+
 from .app import create_app
 from .settings import ServerSettings
 

@@ -10,9 +10,10 @@ from typing import Generic, Protocol, TypeVar
 
 from fastapi import Request
 
-from ..aio import Job, Worker
-from ..errors import QueueFullError
-from ..model import Model
+from mobile_gguf.api.aio import Job, Worker
+from mobile_gguf.api.model import Model
+from mobile_gguf.errors import QueueFullError
+
 from .experts import ExpertMap
 from .failures import ApiError, retry_after
 from .metrics import Metrics

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ..answer import Chunk
+from mobile_gguf.generate.answer import Chunk
 
 # Of several answers the largest counts; of everything else that is a number, the sum.
 _LARGEST = {"n_expert_used", "little_k", "budget_bytes", "vram_budget_bytes", "resident_bytes_peak"}

@@ -12,18 +12,19 @@ from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.screen import Screen
 from textual.widgets import Footer, Static
 
-from ...receipt import Receipt
-from ..expert_state import ExpertState
-from ..messages import AnswerEnded, AnswerProgressed, LoadFailed, LoadProgressed, ModelLoaded
-from ..session import Session
-from ..slash import complete, find
-from ..values import completion_values
+from mobile_gguf.generate.receipt import Receipt
+
+from ..commands.chat import ChatCommands
+from ..commands.slash import complete, find
+from ..commands.values import completion_values
+from ..engine.expert_state import ExpertState
+from ..engine.messages import AnswerEnded, AnswerProgressed, LoadFailed, LoadProgressed, ModelLoaded
+from ..store.session import Session
 from ..widgets.completion_list import CompletionList
 from ..widgets.prompt import Prompt
 from ..widgets.side_panel import SidePanel
 from ..widgets.title_bar import TitleBar
 from ..widgets.turn_view import AnswerView, QuestionView
-from .chat_commands import ChatCommands
 from .chat_view import ANSWERING, IDLE, LOADING, ChatView
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from textual.content import Content
 from textual.widgets import Footer, Input, OptionList
 from textual.widgets.option_list import Option
 
-from ..store import ConversationStore, StoreError, Summary
+from ..store.conversations import ConversationStore, StoreError, Summary
 from .confirm import Confirm
 from .dialog import Dialog
 

@@ -10,7 +10,7 @@ from textual.containers import Vertical, VerticalScroll
 from textual.content import Content
 from textual.widgets import Footer, Static
 
-from ..slash import COMMANDS
+from ..commands.slash import COMMANDS
 from .dialog import Dialog
 
 _FIRST, _SECOND = 22, 51  # columns; together what a terminal of 80 has room for

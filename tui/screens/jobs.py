@@ -11,7 +11,7 @@ from textual.content import Content
 from textual.widgets import Footer, OptionList, Static
 from textual.widgets.option_list import Option
 
-from ..jobs import RUNNING, Job, Jobs
+from ..commands.jobs import RUNNING, Job, Jobs
 from .dialog import Dialog
 
 _STYLES = {"running": "$warning", "done": "$success", "failed": "$error", "cancelled": "$text-muted"}

@@ -14,9 +14,10 @@ from textual.message import Message
 from textual.widgets import Footer, Input, OptionList
 from textual.widgets.option_list import Option
 
-from ...plan.here import Here
-from ...sizes import format_bytes
-from ..models import Candidate, Fit, candidates, fit_of
+from mobile_gguf.plan.here import Here
+from mobile_gguf.sizes import format_bytes
+
+from ..store.models import Candidate, Fit, candidates, fit_of
 from .dialog import Dialog
 
 if TYPE_CHECKING:

@@ -11,9 +11,10 @@ from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.content import Content
 from textual.widgets import Footer, Input, Select, Static
 
-from ...errors import MobileError
-from ...options import Opt
-from ..settings import Settings, answer_settings, load_settings
+from mobile_gguf.errors import MobileError
+from mobile_gguf.options import Opt
+
+from ..store.settings import Settings, answer_settings, load_settings
 from .dialog import Dialog
 
 

@@ -8,7 +8,7 @@ from textual.content import Content
 from textual.widgets import OptionList
 from textual.widgets.option_list import Option
 
-from ..slash import Completion
+from ..commands.slash import Completion
 
 
 class CompletionList(OptionList, can_focus=False):

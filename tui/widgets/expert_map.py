@@ -9,7 +9,7 @@ from textual.reactive import reactive
 from textual.strip import Strip
 from textual.widget import Widget
 
-from ..expert_state import Cell, ExpertState, aggregate, spans
+from ..engine.expert_state import Cell, ExpertState, aggregate, spans
 
 # Told apart by shape alone, so that the map works without colour.
 GLYPHS = {

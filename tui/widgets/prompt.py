@@ -11,7 +11,7 @@ from textual.binding import Binding, BindingType
 from textual.message import Message
 from textual.widgets import TextArea
 
-from ..slash import Completion
+from ..commands.slash import Completion
 
 _NEWLINE_KEYS = ("shift+enter", "ctrl+enter", "alt+enter", "ctrl+j")
 

@@ -9,9 +9,10 @@ from textual.containers import Vertical
 from textual.content import Content
 from textual.widgets import Static
 
-from ...sizes import format_bytes
-from ..expert_state import ExpertState, Routed
-from ..outbox import Token
+from mobile_gguf.sizes import format_bytes
+
+from ..engine.expert_state import ExpertState, Routed
+from ..engine.outbox import Token
 from .expert_map import DEVICE_LEGEND, GLYPHS, LEGEND, NAMES, STYLES, ExpertMap
 from .gauge import Gauge
 

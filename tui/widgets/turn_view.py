@@ -14,7 +14,7 @@ from textual.message import Message
 from textual.widgets import Static
 
 from ..clipboard import copy
-from ..outbox import Token
+from ..engine.outbox import Token
 from .answer_markdown import AnswerMarkdown
 
 # Told apart without colour as well: plain, dim, underlined.

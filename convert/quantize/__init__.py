@@ -1,0 +1,1 @@
+"""libllama's own quantiser in a process of its own, and what it is told."""

@@ -1,0 +1,278 @@
+"""The API for asyncio: one thread that owns the model, a queue before it, and answers to await.
+
+A model computes one answer at a time, so requests wait in line, first come first served. Whoever
+leaves, by cancelling the task or closing the stream, frees the place: a waiting request is taken out
+of the line, a running one stops within a token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from mobile_gguf.errors import ModelBusyError, QueueFullError
+from mobile_gguf.options import GenerateOptions, LoadOptions, takes
+
+if TYPE_CHECKING:
+    import os
+
+    from mobile_gguf.generate.answer import Chunk, Reply
+
+    from .embedding import Embedding
+    from .messages import Messages
+    from .model import Model
+
+Item = TypeVar("Item")
+
+
+class _End:
+    """What comes after a job's last item; ``error`` is why, if it failed."""
+
+    def __init__(self, error: BaseException | None = None) -> None:
+        self.error = error
+
+
+class Job(Generic[Item]):
+    """Work in the worker's queue: ``async for`` gives what it yields, and ``cancel`` ends it.
+
+    Iterating raises what the work raised, ModelBusyError if the worker was closed before its turn.
+    """
+
+    def __init__(self, worker: Worker, produce: Callable[[Job[Item]], Iterable[Item]]) -> None:
+        self._worker = worker
+        self._produce = produce
+        self._loop = asyncio.get_running_loop()
+        self._items: asyncio.Queue[Item | _End] = asyncio.Queue()
+        self._cancelled = threading.Event()
+        self.queued_at = time.monotonic()
+        self.number = 0  # which job of its worker it is, from 1, by coming
+        self.turn = 0  # and by being run; 0 while it waits
+        self.waited = 0.0
+
+    def cancel(self) -> None:
+        """Take the job out of the queue, or have it stop soon; nothing if it has ended. For any thread."""
+        self._cancelled.set()
+        self._worker.forget(self)
+
+    def is_cancelled(self) -> bool:
+        """Whether the job should end: the ``should_stop`` of the answers that it makes."""
+        return self._cancelled.is_set()
+
+    def __aiter__(self) -> Job[Item]:
+        return self
+
+    async def __anext__(self) -> Item:
+        item = await self._items.get()
+        if isinstance(item, _End):
+            self._items.put_nowait(item)
+            if item.error is not None:
+                raise item.error
+            raise StopAsyncIteration
+        return item
+
+    # the worker's side
+
+    def run(self) -> None:
+        """Do the work in this thread, handing every item over."""
+        try:
+            items = self._produce(self)
+            try:
+                for item in items:
+                    if self.is_cancelled():
+                        raise ModelBusyError(self._worker.why_cut())
+                    self._put(item)
+            finally:
+                close = getattr(items, "close", None)
+                if close is not None:
+                    close()
+        except BaseException as error:  # it belongs to whoever waits for the job
+            self.fail(error)
+        else:
+            self.fail(None)
+
+    def fail(self, error: BaseException | None) -> None:
+        """End the job; with an error, iterating it raises that."""
+        self._put(_End(error))
+
+    def _put(self, item: Item | _End) -> None:
+        try:
+            self._loop.call_soon_threadsafe(self._items.put_nowait, item)
+        except RuntimeError:  # the loop is closed, and nobody waits any more
+            self._cancelled.set()
+
+
+class Worker:
+    """One thread that runs jobs in the order they came; at most ``queue`` wait, None: any number."""
+
+    def __init__(self, queue: int | None = None) -> None:
+        self._limit = queue
+        self._jobs: deque[Job[Any]] = deque()
+        self._changed = threading.Condition()
+        self._running: Job[Any] | None = None
+        self._closed = False
+        self._n_jobs = self._n_turns = 0
+        self._thread = threading.Thread(target=self._work, name="mobile-gguf-worker", daemon=True)
+        self._thread.start()
+
+    @property
+    def n_waiting(self) -> int:
+        return len(self._jobs)
+
+    @property
+    def is_busy(self) -> bool:
+        return self._running is not None
+
+    def submit(self, produce: Callable[[Job[Item]], Iterable[Item]]) -> Job[Item]:
+        """Queue ``produce``, which is called with its Job in the worker's thread.
+
+        Raises QueueFullError, and ModelBusyError after ``close``.
+        """
+        job = Job(self, produce)
+        with self._changed:
+            if self._closed:
+                raise ModelBusyError("the model is being closed: it takes no more requests")
+            if self._limit is not None and (self._running or self._jobs) and len(self._jobs) >= self._limit:
+                raise QueueFullError(f"{len(self._jobs)} requests are waiting for the model already")
+            self._n_jobs += 1
+            job.number = self._n_jobs
+            self._jobs.append(job)
+            self._changed.notify_all()
+        return job
+
+    def forget(self, job: Job[Any]) -> None:
+        """Take a job out of the queue if it is still there."""
+        with self._changed:
+            if job not in self._jobs:
+                return
+            self._jobs.remove(job)
+        job.fail(ModelBusyError("the request was cancelled while it waited"))
+
+    def why_cut(self) -> str:
+        """What is to be said of a running job that was cancelled."""
+        reason = "the model is being closed" if self._closed else "the request was cancelled"
+        return f"the answer was cut: {reason}"
+
+    def cancel_running(self) -> None:
+        """Have the running job stop soon."""
+        running = self._running
+        if running is not None:
+            running.cancel()
+
+    def close(self, grace: float = 0.0) -> None:
+        """Refuse what waits and end the thread; a running job is cancelled after ``grace`` seconds."""
+        with self._changed:
+            self._closed = True
+            refused = list(self._jobs)
+            self._jobs.clear()
+            self._changed.notify_all()
+        for job in refused:
+            job.fail(ModelBusyError("the model is being closed: the request did not get its turn"))
+        self._thread.join(grace)
+        self.cancel_running()
+        self._thread.join()
+
+    def _work(self) -> None:
+        for job in iter(self._next, None):
+            job.run()
+
+    def _next(self) -> Job[Any] | None:
+        with self._changed:
+            self._running = None
+            self._changed.wait_for(lambda: self._jobs or self._closed)
+            if self._jobs:
+                self._running = self._jobs.popleft()
+                self._n_turns += 1
+                self._running.turn = self._n_turns
+                self._running.waited = time.monotonic() - self._running.queued_at
+            return self._running
+
+
+@takes(LoadOptions)
+async def load(
+    model: str | os.PathLike[str],
+    *,
+    progress: Callable[[str, float], None] | None = None,
+    queue: int | None = None,
+    **options: Any,
+) -> AsyncModel:
+    """Load a model, as ``mobile_gguf.load`` does, without blocking the event loop."""
+    from .model import load as load_model
+
+    loaded = await asyncio.to_thread(lambda: load_model(model, progress=progress, **options))
+    return AsyncModel(loaded, queue=queue)
+
+
+class AsyncModel:
+    """A Model to await: any number of tasks may ask at once, and are answered in order.
+
+    ``queue`` bounds how many may wait; one more gets a QueueFullError. Cancelling a task, or closing a
+    stream, stops its answer within a token. Made by ``load`` here, or around a Model that nobody else uses.
+    """
+
+    def __init__(self, model: Model, *, queue: int | None = None) -> None:
+        self.model = model
+        self.worker = Worker(queue)
+
+    @takes(GenerateOptions)
+    async def generate(self, prompt: str | Sequence[int], **options: Any) -> Reply:
+        """Continue ``prompt`` and return the whole Reply; raises as ``Model.generate`` does."""
+        return await self._whole(lambda stop: self.model.generate(prompt, **_heeding(stop, options)))
+
+    @takes(GenerateOptions)
+    async def chat(self, messages: Messages, **options: Any) -> Reply:
+        """Answer ``messages`` and return the whole Reply; raises as ``Model.chat`` does."""
+        return await self._whole(lambda stop: self.model.chat(messages, **_heeding(stop, options)))
+
+    @takes(GenerateOptions)
+    def stream(self, prompt: str | Sequence[int], **options: Any) -> AsyncGenerator[Chunk, None]:
+        """Continue ``prompt``, yielding a Chunk per token; raises as ``Model.stream`` does."""
+        return self._chunks(lambda stop: self.model.stream(prompt, **_heeding(stop, options)))
+
+    @takes(GenerateOptions)
+    def stream_chat(self, messages: Messages, **options: Any) -> AsyncGenerator[Chunk, None]:
+        """Answer ``messages``, yielding a Chunk per token; raises as ``Model.stream_chat`` does."""
+        return self._chunks(lambda stop: self.model.stream_chat(messages, **_heeding(stop, options)))
+
+    async def embed(self, text: str | Sequence[int], *, pooling: str | None = None) -> Embedding:
+        """The vector of ``text``; raises as ``Model.embed`` does."""
+        return await self._whole(lambda stop: self.model.embed(text, pooling=pooling, should_stop=stop))
+
+    async def close(self) -> None:
+        """Stop what runs, refuse what waits, and free the model."""
+        await asyncio.to_thread(self.worker.close)
+        self.model.close()
+
+    async def __aenter__(self) -> AsyncModel:
+        return self
+
+    async def __aexit__(self, *_exception: object) -> None:
+        await self.close()
+
+    async def _whole(self, ask: Callable[[Callable[[], bool]], Item]) -> Item:
+        def produce(job: Job[Item]) -> Iterator[Item]:
+            yield ask(job.is_cancelled)
+
+        job = self.worker.submit(produce)
+        try:
+            return await anext(job)
+        finally:
+            job.cancel()
+
+    async def _chunks(
+        self, ask: Callable[[Callable[[], bool]], Iterable[Chunk]]
+    ) -> AsyncGenerator[Chunk, None]:
+        job = self.worker.submit(lambda job: ask(job.is_cancelled))
+        try:
+            async for chunk in job:
+                yield chunk
+        finally:
+            job.cancel()
+
+
+def _heeding(cancelled: Callable[[], bool], options: dict[str, Any]) -> dict[str, Any]:
+    own = options.get("should_stop")
+    return options | {"should_stop": (lambda: cancelled() or own()) if own is not None else cancelled}

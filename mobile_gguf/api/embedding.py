@@ -1,0 +1,85 @@
+"""Embeddings: a text as one vector of length 1, by the pooling that a model was made with or is asked for.
+
+A file that says how its states are pooled (``ARCH.pooling_type``) is pooled by llama.cpp. The states of any
+other model, the last layer's after its norm, are pooled here: their mean, the first, or the last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mobile_gguf.errors import UsageError
+from mobile_gguf.generate.answer import Backend, read_traffic
+from mobile_gguf.generate.receipt import Receipt
+from mobile_gguf.gguf.info import GgufInfo
+from mobile_gguf.options.words import POOLINGS, RANK
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """A text's vector, float32 [n_embd] of length 1, how many tokens it was made of, and what it cost."""
+
+    vector: Any
+    n_tokens: int
+    receipt: Receipt
+
+
+def choose_pooling(own: str | None, asked: str | None, name: str) -> str:
+    """How the model ``name`` is pooled: as its file says, else as asked. Raises UsageError."""
+    if own == RANK:
+        raise UsageError(f"{name} is a reranker: it scores pairs of texts and makes no embeddings")
+    if asked is not None and asked not in POOLINGS:
+        raise UsageError(f"pooling is {asked!r}: choose {', '.join(POOLINGS)}")
+    if own is not None and asked not in (None, own):
+        raise UsageError(f"{name} was made for pooling {own}: it cannot be {asked}")
+    pooling = own or asked
+    if pooling is None:
+        raise UsageError(
+            f"{name} does not say how its states make an embedding: give a pooling, such as mean"
+        )
+    return pooling
+
+
+def embed(
+    backend: Backend,
+    info: GgufInfo,
+    text: str | Sequence[int],
+    pooling: str | None,
+    should_stop: Callable[[], bool] | None,
+) -> Embedding:
+    """The vector of a text, or of token ids as they are. Raises UsageError, EngineError."""
+    import numpy as np
+
+    backend.reset_counters()
+    name = info.path.name
+    pooling = choose_pooling(backend.pooling, pooling, name)
+    if isinstance(text, str):
+        tokens = backend.tokenize(text.encode(errors="replace"), add_bos=True, special=False)
+    else:
+        tokens = [int(token) for token in text]
+        for token in tokens:
+            if not 0 <= token < info.n_vocab:
+                raise UsageError(f"token {token} is not in the vocabulary of {info.n_vocab}")
+    if not tokens:
+        raise UsageError("there is nothing to embed: the text is empty")
+    limit = backend.embedding_limit
+    if len(tokens) > limit:
+        raise UsageError(
+            f"the text has {len(tokens)} tokens and {name} embeds at most {limit} at once: shorten it, or "
+            "load the model with larger --ctx-size, --batch-size and --ubatch-size, as it was trained for"
+        )
+    backend.should_stop = should_stop
+    vector = np.asarray(backend.embed_tokens(tokens, pooling), dtype=np.float32)
+    length = float(np.linalg.norm(vector))
+    traffic = read_traffic(
+        backend, backend.counters(), backend.device_counters(), backend.prefetch_counters()
+    )
+    store = backend.store
+    receipt = Receipt(
+        n_expert_used=info.n_expert_used,
+        budget_bytes=store.budget_bytes if store is not None else 0,
+        **traffic,
+    )
+    return Embedding(vector / np.float32(length) if length > 0 else vector, len(tokens), receipt)

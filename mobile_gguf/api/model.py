@@ -1,0 +1,399 @@
+"""The Python API: ``load`` a model, generate and chat with it."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import dataclasses
+import logging
+import os
+import random
+import threading
+import weakref
+from collections.abc import Callable, Generator, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from mobile_gguf.engine.binding import Counters
+from mobile_gguf.engine.structs import DeviceCounters
+from mobile_gguf.errors import ModelBusyError, UsageError
+from mobile_gguf.generate.answer import Answer, Backend, Chunk, Reply, Request
+from mobile_gguf.generate.decode import Policy
+from mobile_gguf.generate.policy import choose_policy
+from mobile_gguf.gguf.info import GgufInfo, read_gguf_info
+from mobile_gguf.hub.resolve import resolve_model
+from mobile_gguf.memory.budget import context_size
+from mobile_gguf.options import POLICY_OPTIONS, GenerateOptions, LoadOptions, make_options, takes
+from mobile_gguf.options.bias import read_bias
+
+from . import loading
+from .embedding import Embedding, embed
+from .messages import Messages, as_messages
+
+logger = logging.getLogger("mobile_gguf")
+
+ShouldStop = Callable[[], bool] | None
+OnChunk = Callable[[Chunk], object] | None
+
+_BUSY = """this Model is already generating: use it from one thread at a time, and finish or close a stream \
+before the next answer"""
+# The engine must be freed before the interpreter takes its log callback apart.
+_open_models: weakref.WeakSet[Model] = weakref.WeakSet()
+
+
+@takes(LoadOptions)
+def load(
+    model: str | os.PathLike[str],
+    *,
+    progress: Callable[[str, float], None] | None = None,
+    **options: Any,
+) -> Model:
+    """Load a model and return it ready to generate.
+
+    ``model`` is a path to a GGUF, ``demo``, or a name from ``mobile-gguf list``. ``ram_budget`` bounds
+    the memory for routed experts: bytes, ``512MiB``, ``2G``, ``40%`` of them, or ``auto``; ``vram_budget``
+    the same on devices, or ``off``. ``mode`` is ``exact``, ``little`` or ``big-little``. ``progress`` is
+    called with a phase and the share done while the demo model is built and while a model is read; what it
+    raises ends that. The others are LoadOptions'.
+
+    Raises ModelNotFoundError, ModelFormatError, BudgetError, UsageError, EngineError.
+    """
+    settings = make_options(LoadOptions, options)
+    info = read_gguf_info(resolve_model(model, progress))
+    backend, notices = loading.open_backend(info, settings, progress)
+    return Model(backend, info, settings, notices)
+
+
+class Model:
+    """A loaded model, used by one thread at a time; made by ``load``, freed by ``close``.
+
+    A second thread, or a second answer while one is still being streamed, gets a ModelBusyError.
+    ``mode``, ``gamma`` and ``little_k`` may be set between answers, and with ``configure`` what else
+    decides which tokens are big. ``notices`` holds what could not be
+    done as asked; each was also logged as a warning of the logger ``mobile_gguf``.
+    """
+
+    def __init__(
+        self, backend: Backend, info: GgufInfo, options: LoadOptions, notices: Iterable[str] = ()
+    ) -> None:
+        self.info = info
+        self.options = options
+        self.notices: list[str] = []
+        self._backend: Backend | None = backend
+        self._lock = threading.Lock()
+        self._active: weakref.ref[Generator[Chunk, None, None]] | None = None
+        self._totals = Counters()
+        self._device_totals = DeviceCounters()
+        self.n_ctx = context_size(info, options.n_ctx)
+        for notice in notices:
+            self._notify(notice)
+        try:
+            self._policy = self._make_policy(options)
+            backend.policy = self._policy
+        except BaseException:
+            backend.close()
+            raise
+        _open_models.add(self)
+
+    # settings
+
+    @property
+    def path(self) -> Path:
+        return self.info.path
+
+    @property
+    def mode(self) -> str:
+        """The mode in effect: ``exact`` where the model has no experts to leave out."""
+        return self._policy.mode
+
+    @mode.setter
+    def mode(self, mode: str) -> None:
+        self.configure(mode=mode)
+
+    @property
+    def gamma(self) -> float:
+        return self._policy.gamma
+
+    @gamma.setter
+    def gamma(self, gamma: float) -> None:
+        self.configure(gamma=gamma)
+
+    @property
+    def little_k(self) -> int:
+        """Routed experts of a little token."""
+        return self._policy.little_k
+
+    @little_k.setter
+    def little_k(self, little_k: int | None) -> None:
+        self.configure(little_k=little_k)
+
+    def configure(self, **changes: Any) -> None:
+        """Set mode, gamma, little_k, importance or head_threshold for the answers to come.
+
+        Raises UsageError or EngineError.
+        """
+        options = make_options(LoadOptions, changes, self.options)
+        self._policy = self._make_policy(options)
+        self._require_open().policy = self._policy
+        self.options = options
+
+    def _make_policy(self, options: LoadOptions) -> Policy:
+        return choose_policy(options, self.info, self._require_open(), self._notify)
+
+    def _notify(self, notice: str) -> None:
+        if notice not in self.notices:
+            self.notices.append(notice)
+            logger.warning(notice)
+
+    # answers
+
+    @takes(GenerateOptions)
+    def stream(
+        self, prompt: str | Sequence[int], *, should_stop: ShouldStop = None, **options: Any
+    ) -> Generator[Chunk, None, None]:
+        """Continue ``prompt``, text or token ids, yielding a Chunk per token.
+
+        Closing the generator ends the answer, and so does ``should_stop`` when it returns True: it is asked
+        before every token and, while a prompt is computed, after every operation. Raises UsageError,
+        ModelBusyError, ExpertReadError, EngineError; a failed answer leaves the Model usable.
+        """
+        settings = make_options(GenerateOptions, options)
+        return self._stream(self._answer(self._prompt_tokens(prompt), settings, should_stop))
+
+    @takes(GenerateOptions)
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        on_chunk: OnChunk = None,
+        should_stop: ShouldStop = None,
+        **options: Any,
+    ) -> Reply:
+        """Continue ``prompt`` and return the whole Reply; raises as ``stream`` does.
+
+        ``on_chunk`` is called with every Chunk. Ctrl-C or ``should_stop`` return the text so far, with
+        ``finish_reason`` ``interrupted``.
+        """
+        settings = make_options(GenerateOptions, options)
+        return self._join(self._answer(self._prompt_tokens(prompt), settings, should_stop), on_chunk)
+
+    @takes(GenerateOptions)
+    def stream_chat(
+        self, messages: Messages, *, should_stop: ShouldStop = None, **options: Any
+    ) -> Generator[Chunk, None, None]:
+        """Answer ``messages`` by the model's chat template, yielding a Chunk per token.
+
+        ``messages`` are dicts with ``role`` and ``content``, oldest first; a string is one of the user's.
+        What earlier answers have in common with them is not computed again. Raises as ``stream`` does.
+        """
+        settings = make_options(GenerateOptions, options)
+        return self._stream(self._answer(self.chat_tokens(messages), settings, should_stop))
+
+    @takes(GenerateOptions)
+    def chat(
+        self, messages: Messages, *, on_chunk: OnChunk = None, should_stop: ShouldStop = None, **options: Any
+    ) -> Reply:
+        """Answer ``messages`` by the model's chat template and return the whole Reply, as ``generate``."""
+        settings = make_options(GenerateOptions, options)
+        return self._join(self._answer(self.chat_tokens(messages), settings, should_stop), on_chunk)
+
+    def _answer(self, prompt: list[int], options: GenerateOptions, should_stop: ShouldStop) -> Answer:
+        backend = self._require_open()
+        if not backend.can_generate:
+            raise UsageError(
+                f"{self.path.name} makes embeddings and no text: use /v1/embeddings or Model.embed"
+            )
+        if not prompt:
+            raise UsageError("the prompt is empty")
+        room = self.n_ctx - len(prompt)
+        if room <= 0:
+            raise UsageError(
+                f"the prompt has {len(prompt)} tokens and the context only {self.n_ctx}: shorten it or load "
+                "the model with a larger --ctx-size"
+            )
+        asked = options.max_tokens
+        seed = options.seed if options.seed is not None else self.options.seed
+        stop = (options.stop,) if isinstance(options.stop, str) else tuple(options.stop or ())
+        request = Request(
+            prompt=prompt,
+            policy=self._policy_for(options),
+            max_tokens=room if asked is None or asked < 0 else min(asked, room),
+            stop=stop,
+            seed=random.getrandbits(31) if seed is None or seed < 0 else seed,
+            sampling={
+                **options.sampling(),
+                "logit_bias": read_bias(options.logit_bias, self.info.n_vocab),
+                "grammar": backend.make_grammar(options.grammar, options.json_schema),
+            },
+            cache_prompt=options.cache_prompt,
+            should_stop=should_stop,
+        )
+        return Answer(backend, request, self.info.n_expert_used)
+
+    def _policy_for(self, options: GenerateOptions) -> Policy:
+        given = {name: getattr(options, name) for name in POLICY_OPTIONS}
+        changes = {name: value for name, value in given.items() if value is not None}
+        if not changes:
+            return self._policy
+        return self._make_policy(dataclasses.replace(self.options, **changes))
+
+    def _stream(self, answer: Answer) -> Generator[Chunk, None, None]:
+        handle: list[weakref.ref[Generator[Chunk, None, None]]] = []
+        running = self._run(answer, handle)
+        handle.append(weakref.ref(running))
+        return running
+
+    def _run(
+        self, answer: Answer, handle: list[weakref.ref[Generator[Chunk, None, None]]]
+    ) -> Generator[Chunk, None, None]:
+        """Stream an answer under the lock, which is taken when its first chunk is asked for."""
+        with self._taken():
+            self._active = handle[0]
+            try:
+                yield from answer.stream()
+            finally:
+                self._active = None
+
+    @contextlib.contextmanager
+    def _taken(self) -> Generator[Backend, None, None]:
+        """Hold the model, whose counters are in the totals now: whoever uses it resets them first."""
+        if not self._lock.acquire(blocking=False):
+            raise ModelBusyError(_BUSY)
+        try:
+            backend = self._require_open()
+            self._totals = self._totals + backend.counters()
+            self._device_totals = self._device_totals + backend.device_counters()
+            yield backend
+        finally:
+            self._lock.release()
+
+    def _join(self, answer: Answer, on_chunk: OnChunk) -> Reply:
+        running = self._stream(answer)
+        try:
+            for chunk in running:
+                if on_chunk is not None:
+                    on_chunk(chunk)
+        except KeyboardInterrupt:
+            running.close()
+        return answer.reply()
+
+    def _prompt_tokens(self, prompt: str | Sequence[int]) -> list[int]:
+        backend = self._require_open()
+        if not isinstance(prompt, str):
+            return [int(token) for token in prompt]
+        tokens = backend.tokenize(prompt.encode(errors="replace"), add_bos=True, special=True)
+        bos = backend.token_bos()
+        # Without a prompt the model starts from its beginning-of-sequence token, if it has one.
+        return tokens or ([bos] if bos >= 0 else [])
+
+    def chat_tokens(self, messages: Messages, **values: Any) -> list[int]:
+        """The prompt that ``messages`` make by the chat template, as token ids for ``stream``.
+
+        ``values``, such as ``tools`` in OpenAI's form, are what the template may use besides the messages.
+        Raises UsageError if it refuses them.
+        """
+        backend = self._require_open()
+        if self.info.chat_template is None:
+            self._notify(f"{self.path.name} has no chat template: ChatML is used")
+        return backend.render_chat(as_messages(messages), **values)
+
+    @property
+    def pooling(self) -> str | None:
+        """How the file wants embeddings pooled: ``mean``, ``last``, ``cls``; None if it does not say."""
+        return self._require_open().pooling
+
+    def embed(
+        self, text: str | Sequence[int], *, pooling: str | None = None, should_stop: ShouldStop = None
+    ) -> Embedding:
+        """The vector of ``text``, or of token ids as they are, with all experts of every token.
+
+        ``pooling`` is needed where the file does not say it. Raises UsageError, ModelBusyError,
+        ExpertReadError, EngineError, AnswerStopped.
+        """
+        with self._taken() as backend:
+            return embed(backend, self.info, text, pooling, should_stop)
+
+    # tokens, facts, end
+
+    def tokenize(self, text: str, *, add_bos: bool = False, special: bool = True) -> list[int]:
+        """Token ids of ``text``; ``special`` reads control tokens, ``add_bos`` adds what the model adds."""
+        return self._require_open().tokenize(text.encode(errors="replace"), add_bos=add_bos, special=special)
+
+    def detokenize(self, tokens: Iterable[int], *, special: bool = False) -> str:
+        """Text of token ids; control tokens only if ``special``."""
+        backend = self._require_open()
+        return b"".join(backend.piece(token, special) for token in tokens).decode(errors="replace")
+
+    def stats(self) -> dict[str, Any]:
+        """The model's settings, its expert store and devices, all counters since it was loaded; bytes and us.
+
+        ``device`` is None on the host alone; ``placement`` in it has the figures of the comparison.
+        ``prefetch`` counts the answer that runs or ran last.
+        """
+        backend = self._require_open()
+        store = backend.store
+        device_counters = self._device_totals + backend.device_counters()
+        return {
+            "model": str(self.path),
+            "engine": "mobile" if store is not None else "stock",
+            "mode": self._policy.mode,
+            "gamma": self._policy.gamma,
+            "importance": self._policy.importance,
+            "head_threshold": self._policy.head_threshold if self._policy.uses_head else None,
+            "n_expert_used": self.info.n_expert_used,
+            "little_k": self._policy.little_k,
+            "n_ctx": self.n_ctx,
+            "store": dataclasses.asdict(store) if store is not None else None,
+            "counters": dataclasses.asdict(self._totals + backend.counters()),
+            "prefetch": backend.prefetch_counters().to_dict() if store is not None else None,
+            "device": backend.device.facts(device_counters) if backend.device is not None else None,
+        }
+
+    @property
+    def llama(self) -> Any:
+        """The llama-cpp-python Llama underneath; its own methods decode by this Model's mode too."""
+        return self._require_open()
+
+    def close(self) -> None:
+        """Free the model; a stream that was left unfinished ends. Raises ModelBusyError while generating."""
+        backend = self._backend
+        if backend is None:
+            return
+        running = self._active() if self._active is not None else None
+        try:
+            if running is not None:
+                running.close()
+        except ValueError:  # the generator is executing
+            raise ModelBusyError(
+                "this Model is generating in another thread: wait before closing it"
+            ) from None
+        if not self._lock.acquire(blocking=False):
+            raise ModelBusyError("this Model is generating: wait before closing it")
+        try:
+            self._backend = None
+            backend.close()
+        finally:
+            self._lock.release()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._backend is None else self._policy.mode
+        return f"<Model {self.path.name} {state}>"
+
+    def _require_open(self) -> Backend:
+        if self._backend is None:
+            raise ModelBusyError(f"this Model of {self.path.name} is closed: load it again")
+        return self._backend
+
+
+@atexit.register
+def _close_open_models() -> None:
+    for model in list(_open_models):
+        # A daemon thread may still be generating; the process ends anyway.
+        with contextlib.suppress(ModelBusyError):
+            model.close()

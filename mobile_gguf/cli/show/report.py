@@ -1,0 +1,135 @@
+"""What ``show`` says about a model: its facts for JSON, and as lines for people."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mobile_gguf.convert.calibrate.statistics import Statistics
+from mobile_gguf.generate.decode import default_little_k
+from mobile_gguf.gguf.info import GgufInfo
+from mobile_gguf.sizes import format_bytes
+
+from .calibration import (
+    VERIFY_JSON,
+    VERIFY_STATUS,
+    calibration_facts,
+    calibration_rows,
+    price_lines,
+    read_json,
+    statistics_facts,
+    statistics_rows,
+    verification_row,
+)
+from .heatmap import heat_map
+from .tiers import make_tiers, tier_facts, tier_rows
+
+
+def facts(info: GgufInfo) -> dict[str, Any]:
+    """The model's facts for JSON; bytes and counts."""
+    return {
+        "path": str(info.path),
+        "name": info.name,
+        "architecture": info.architecture,
+        "quantization": info.quantization,
+        "license": info.license,
+        "file_bytes": info.file_bytes,
+        "n_files": len(info.files),
+        "n_layer": info.n_layer,
+        "n_layer_moe": info.n_layer_moe,
+        "n_embd": info.n_embd,
+        "n_vocab": info.n_vocab,
+        "n_ctx_train": info.n_ctx_train,
+        "n_expert": info.n_expert,
+        "n_expert_used": info.n_expert_used,
+        "little_k": default_little_k(info.n_expert_used),
+        "expert_bytes": info.expert_bytes,
+        "dense_bytes": info.dense_bytes,
+        "budget_min_bytes": info.budget_min_bytes,
+        "budget_all_bytes": info.budget_all_bytes,
+        "layout": info.layout,
+        "segments": info.segments,
+        "segment_order": info.metadata.get("mobile.segments.order"),
+        "alignment": info.metadata.get("general.alignment"),
+        "has_chat_template": info.chat_template is not None,
+        "tiers": tier_facts(make_tiers(info)) if info.is_moe else None,
+    }
+
+
+def calibrated_facts(info: GgufInfo, statistics: Statistics | None) -> dict[str, Any]:
+    """What verification and calibration left in the file, for JSON; None where they did not run."""
+    return {
+        "verification": {"status": info.metadata.get(VERIFY_STATUS), "result": read_json(info, VERIFY_JSON)},
+        "calibration": calibration_facts(info),
+        "statistics": None if statistics is None else statistics_facts(statistics),
+    }
+
+
+def lines(info: GgufInfo, statistics: Statistics | None, *, fancy: bool = False) -> list[str]:
+    """The same for people; ``fancy`` draws with colours and block characters."""
+    shown = [*rows(info)]
+    calibration = calibration_facts(info)
+    if info.is_moe:
+        shown += tier_rows(info, make_tiers(info))
+        shown.append(verification_row(info))
+        if calibration is not None:
+            shown += calibration_rows(info, calibration)
+        elif statistics is None:
+            shown.append(("calibration", "none; run mobile-gguf calibrate"))
+        if statistics is not None:
+            shown += statistics_rows(statistics)
+    found = [f"{name:<24}{plain(value)}" for name, value in shown]
+    if calibration is not None:
+        found += ["", "price of each setting (* the default of big-little)"]
+        found += map(plain, price_lines(calibration))
+    if statistics is not None:
+        found += ["", f"hotness: layers x experts, over {statistics.n_tokens} tokens"]
+        found += heat_map(statistics.hotness, statistics.layers, fancy=fancy)
+    return found
+
+
+def plain(text: str) -> str:
+    """Text from a file without what a terminal would obey."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+def rows(info: GgufInfo) -> list[tuple[str, str]]:
+    """What the header says, for people."""
+    shown = [
+        ("name", info.name),
+        ("file", str(info.path)),
+        ("size", format_bytes(info.file_bytes)),
+        ("architecture", info.architecture),
+        ("quantization", info.quantization),
+        ("license", info.license or "not stated"),
+        ("layers", str(info.n_layer)),
+        ("context", f"{info.n_ctx_train} tokens"),
+        ("chat template", "yes" if info.chat_template is not None else "no"),
+    ]
+    if not info.is_moe:
+        return [*shown, ("experts", "none: a dense model")]
+    smallest = info.budget_min_bytes
+    share = 100 * smallest / info.expert_bytes
+    return [
+        *shown,
+        ("experts", f"{info.n_expert} in each of {info.n_layer_moe} layers"),
+        ("layout", layout(info)),
+        ("top-k", f"{info.n_expert_used} (little: {default_little_k(info.n_expert_used)})"),
+        ("expert bytes", f"{info.expert_bytes} ({format_bytes(info.expert_bytes)})"),
+        ("dense bytes", f"{info.dense_bytes} ({format_bytes(info.dense_bytes)})"),
+        (
+            "smallest --ram-budget",
+            f"{smallest} ({format_bytes(smallest)}, {share:.1f}%)",
+        ),
+    ]
+
+
+def layout(info: GgufInfo) -> str:
+    """How the experts lie in the file."""
+    words = [info.layout]
+    if info.segments > 1:
+        order = info.metadata.get("mobile.segments.order", "natural")
+        words.append(f"{info.segments} segments each (neurons by {order} order)")
+    alignment = info.metadata.get("general.alignment")
+    if alignment is not None:
+        words.append(f"aligned to {alignment} bytes")
+    return ", ".join(words)

@@ -1,0 +1,374 @@
+"""The engine's C API (``patches/src/mobile.h``) as Python calls on llama-cpp-python's library.
+
+llama-cpp-python loads the library; here the ``mobile_*`` symbols that our build adds are bound to
+it. A stock build has none: ``find_engine`` then returns None, and what needs the engine says how to
+build it. The structs below mirror the header field by field; ``ABI_VERSION`` guards them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mobile_gguf.errors import (
+    BudgetError,
+    EngineError,
+    EngineMemoryError,
+    ExpertReadError,
+    MobileError,
+    UsageError,
+)
+
+from .structs import DeviceParamsStruct
+
+ABI_VERSION = 3
+BUILD_HINT = "run `mobile-gguf engine build`"
+
+EVICTION = {"lru": 0, "moepic": 1, "decay": 2}
+IO = {"auto": 0, "direct": 1, "buffered": 2}
+NOT_RESIDENT, LOADING, RESIDENT = 0, 1, 2
+
+_STATUS_ERRORS: dict[int, type[MobileError]] = {
+    -1: UsageError,
+    -3: BudgetError,
+    -4: ExpertReadError,
+    -5: EngineMemoryError,
+}
+# An engine of the same ABI may append fields; reading into a larger block keeps that harmless.
+_SLACK_BYTES = 1024
+
+
+class LoadParamsStruct(ctypes.Structure):
+    """``struct mobile_load_params``."""
+
+    _fields_ = [
+        ("budget_bytes", ctypes.c_uint64),
+        ("n_io_threads", ctypes.c_int32),
+        ("eviction", ctypes.c_int32),
+        ("io", ctypes.c_int32),
+        ("on_host", ctypes.c_int32),
+    ]
+
+
+class ModelInfoStruct(ctypes.Structure):
+    """``struct mobile_model_info``."""
+
+    _fields_ = [
+        ("expert_bytes", ctypes.c_uint64),
+        ("budget_bytes", ctypes.c_uint64),
+        ("budget_min_bytes", ctypes.c_uint64),
+        ("budget_all_bytes", ctypes.c_uint64),
+        ("n_layer", ctypes.c_int32),
+        ("n_layer_moe", ctypes.c_int32),
+        ("n_expert", ctypes.c_int32),
+        ("n_expert_used", ctypes.c_int32),
+        ("direct_io", ctypes.c_int32),
+        ("eviction", ctypes.c_int32),
+    ]
+
+
+class CountersStruct(ctypes.Structure):
+    """``struct mobile_counters``."""
+
+    _fields_ = [
+        (name, ctypes.c_uint64)
+        for name in (
+            "n_tokens",
+            "n_tokens_little",
+            "n_hits",
+            "n_misses",
+            "n_evictions",
+            "n_prefetched",
+            "n_prefetch_hits",
+            "bytes_read",
+            "bytes_read_demand",
+            "bytes_routed",
+            "stall_us",
+            "resident_bytes",
+            "resident_bytes_peak",
+        )
+    ]
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """A loaded model's expert store; bytes."""
+
+    expert_bytes: int
+    budget_bytes: int
+    budget_min_bytes: int
+    budget_all_bytes: int
+    n_layer: int
+    n_layer_moe: int
+    n_expert: int
+    n_expert_used: int
+    direct_io: int
+    eviction: int
+
+
+@dataclass(frozen=True)
+class Counters:
+    """What the store did since the last reset; ``resident_bytes`` is the present state.
+
+    Bytes, microseconds and counts, as in mobile.h.
+    """
+
+    n_tokens: int = 0
+    n_tokens_little: int = 0
+    n_hits: int = 0
+    n_misses: int = 0
+    n_evictions: int = 0
+    n_prefetched: int = 0
+    n_prefetch_hits: int = 0
+    bytes_read: int = 0
+    bytes_read_demand: int = 0
+    bytes_routed: int = 0
+    stall_us: int = 0
+    resident_bytes: int = 0
+    resident_bytes_peak: int = 0
+
+    def __add__(self, later: Counters) -> Counters:
+        """Both periods together; ``later`` has the present state."""
+        sums = {name: getattr(self, name) + getattr(later, name) for name in self.__dataclass_fields__}
+        sums["resident_bytes"] = later.resident_bytes
+        sums["resident_bytes_peak"] = max(self.resident_bytes_peak, later.resident_bytes_peak)
+        return Counters(**sums)
+
+
+class Engine:
+    """The bound C API. ``model`` and ``ctx`` are the addresses that llama-cpp-python holds."""
+
+    def __init__(self, library: Any, path: str = "the engine library") -> None:
+        self._library = library
+        self.path = path
+        self._functions: dict[str, Any] = {}
+        self._bind()
+
+    def _bind(self) -> None:
+        address, text, status, n = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int32, ctypes.c_int32
+        signatures: dict[str, tuple[Any, list[Any]]] = {
+            "last_error": (text, []),
+            "load_default_params": (LoadParamsStruct, []),
+            "load_set_params": (status, [address]),
+            "model_get_info": (status, [address, address]),
+            "model_get_n_segments": (n, [address]),
+            "model_get_residency": (status, [address, address, ctypes.c_size_t]),
+            "set_n_expert_used": (status, [address, n]),
+            "set_batch_n_expert_used": (status, [address, address, n]),
+            "prefetch_masked": (n, [address]),
+            "set_prefetch": (status, [address, n]),
+            "set_predictor": (status, [address, n]),
+            "get_prefetch_counters": (status, [address, address]),
+            "get_counters": (status, [address, address]),
+            "reset_counters": (status, [address]),
+            "context_error": (text, [address]),
+            "trace_start": (status, [address, text]),
+            "trace_stop": (status, [address]),
+            "set_replay": (status, [address, address, n, n, n]),
+            "set_precise": (status, [ctypes.c_bool]),
+            "observe_start": (status, [address, n]),
+            "observe_stop": (status, [address]),
+            "observe_n_inputs": (n, [address]),
+            "observe_get_input": (status, [address, n, address]),
+            "observe_n_routes": (n, [address]),
+            "observe_get_route": (status, [address, n, address]),
+            "observe_clear_routes": (status, [address]),
+            "device_default_params": (DeviceParamsStruct, []),
+            "device_start": (status, [address, address]),
+            "device_stop": (status, [address]),
+            "device_set_placement": (status, [address, n]),
+            "device_set_miss": (status, [address, n]),
+            "device_count": (n, [address]),
+            "device_get_info": (status, [address, n, address]),
+            "device_get_counters": (status, [address, address]),
+            "device_get_residency": (status, [address, address, ctypes.c_size_t]),
+        }
+        for name, (result, arguments) in signatures.items():
+            function = getattr(self._library, f"mobile_{name}")
+            function.restype, function.argtypes = result, arguments
+            self._functions[name] = function
+
+    def last_error(self) -> str:
+        """The text of this thread's last failed call; empty if none."""
+        return _text(self._call("last_error"))
+
+    def context_error(self, ctx: int) -> str:
+        """Why the last decode on ``ctx`` failed inside the expert store; empty if it did not."""
+        return _text(self._call("context_error", ctx))
+
+    def set_load_params(
+        self,
+        *,
+        budget_bytes: int,
+        io_threads: int | None = None,
+        eviction: str = "decay",
+        io: str = "auto",
+        on_host: bool = False,
+    ) -> None:
+        """Make the next model load on this thread use the expert store; 0 bytes keeps every expert.
+
+        ``on_host`` keeps routed experts in host memory even where other weights go to a device.
+        """
+        params = with_slack(LoadParamsStruct)
+        defaults = self._call("load_default_params")
+        params.budget_bytes = budget_bytes
+        params.n_io_threads = io_threads if io_threads is not None else defaults.n_io_threads
+        params.eviction = choice("eviction", EVICTION, eviction)
+        params.io = choice("io", IO, io)
+        params.on_host = on_host
+        self._check(self._call("load_set_params", ctypes.byref(params)), "setting the load parameters")
+
+    def clear_load_params(self) -> None:
+        """Take back load parameters that no load has consumed."""
+        self._call("load_set_params", None)
+
+    def model_info(self, model: int) -> ModelInfo | None:
+        """The model's expert store, or None if it was loaded without one."""
+        info = with_slack(ModelInfoStruct)
+        if self._call("model_get_info", model, ctypes.byref(info)) != 0:
+            return None
+        return ModelInfo(**struct_fields(info))
+
+    def n_segments(self, model: int) -> int:
+        """Segments in which the store holds each expert; 1 if they are whole, or there is no store."""
+        return max(1, self._call("model_get_n_segments", model))
+
+    def residency(self, model: int, n_layer: int, n_expert: int) -> list[bytes]:
+        """One byte per expert (NOT_RESIDENT, LOADING, RESIDENT), a row per layer; dense layers are 0."""
+        state = (ctypes.c_uint8 * (n_layer * n_expert))()
+        self._check(self._call("model_get_residency", model, state, len(state)), "reading residency")
+        flat = bytes(state)
+        return [flat[start : start + n_expert] for start in range(0, len(flat), n_expert)]
+
+    def set_n_expert_used(self, ctx: int, k: int) -> None:
+        """From the next decode on use at most ``k`` routed experts a token; 0 means all of the top-k."""
+        self._check(self._call("set_n_expert_used", ctx, k), f"using {k} experts")
+
+    def set_batch_n_expert_used(self, ctx: int, k: Sequence[int]) -> None:
+        """The same for the next decode only, one number per token of its batch."""
+        array = (ctypes.c_int32 * len(k))(*k)
+        self._check(self._call("set_batch_n_expert_used", ctx, array, len(k)), "using experts per token")
+
+    def prefetch_masked(self, ctx: int) -> int:
+        """Start reading what the last little pass left out; returns how many reads were queued.
+
+        A hint: an error is no reason to stop, for the pass that needs the experts will report it.
+        """
+        return max(0, self._call("prefetch_masked", ctx))
+
+    def counters(self, ctx: int) -> Counters:
+        """What the store did since the last reset."""
+        counters = with_slack(CountersStruct)
+        self._check(self._call("get_counters", ctx, ctypes.byref(counters)), "reading counters")
+        return Counters(**struct_fields(counters))
+
+    def reset_counters(self, ctx: int) -> None:
+        """Start counting anew; the peak starts from what is resident."""
+        self._check(self._call("reset_counters", ctx), "resetting counters")
+
+    def trace_start(self, ctx: int, path: Path) -> None:
+        """Record every routed expert to a CSV file at ``path``, which is replaced."""
+        self._check(self._call("trace_start", ctx, str(path).encode()), f"starting the trace {path}")
+
+    def trace_stop(self, ctx: int) -> None:
+        """End the trace; raises if it could not be written."""
+        self._check(self._call("trace_stop", ctx), "writing the trace")
+
+    def set_replay(self, ctx: int, ids: Any, n_steps: int, n_layer: int, k: int) -> None:
+        """Route by ``ids`` [n_steps, n_layer, k] (a contiguous int32 array) instead of by the router.
+
+        None ends it. Keep ``ids`` alive while it is set.
+        """
+        pointer = None if ids is None else ids.ctypes.data
+        self._check(self._call("set_replay", ctx, pointer, n_steps, n_layer, k), "setting the replay")
+
+    def set_precise(self, on: bool) -> None:
+        """Multiply F16 and BF16 matrices by float32 activations, in every model of this process."""
+        self._check(self._call("set_precise", on), "switching to float32 activations")
+
+    def checked(self, name: str, doing: str, *arguments: Any) -> int:
+        """Call ``mobile_NAME`` and return its count or status; raises if that is negative."""
+        result = self._call(name, *arguments)
+        self._check(result, doing)
+        return result
+
+    def default_device_params(self) -> DeviceParamsStruct:
+        """The engine's own settings of a device tier."""
+        return self._call("device_default_params")
+
+    def _call(self, name: str, *arguments: Any) -> Any:
+        return self._functions[name](*arguments)
+
+    def _check(self, status: int, doing: str) -> None:
+        if status < 0:
+            error = _STATUS_ERRORS.get(status, EngineError)
+            raise error(self.last_error() or f"{doing} failed with engine status {status}")
+
+
+def find_engine() -> Engine | None:
+    """The engine in llama-cpp-python's library; None if that library is a stock build.
+
+    Raises EngineError if llama-cpp-python is missing, cannot be loaded, or has another ABI.
+    """
+    library, path = load_library()
+    version = getattr(library, "mobile_abi_version", None)
+    if version is None:
+        return None
+    version.restype, version.argtypes = ctypes.c_int32, []
+    if version() != ABI_VERSION:
+        raise EngineError(
+            f"the engine at {path} has ABI version {version()}, this package needs {ABI_VERSION}: "
+            "run `mobile-gguf engine build --force`"
+        )
+    try:
+        return Engine(library, path)
+    except AttributeError as error:
+        raise EngineError(
+            f"the engine at {path} is incomplete ({error}): run `mobile-gguf engine build --force`"
+        ) from None
+
+
+def load_library() -> tuple[Any, str]:
+    """llama-cpp-python's shared library and its path, loading it if need be.
+
+    Raises EngineError if llama-cpp-python is not installed or its library does not load.
+    """
+    try:
+        from llama_cpp import llama_cpp
+    except ImportError as error:
+        raise EngineError(f"llama-cpp-python cannot be imported ({error}): {BUILD_HINT}") from None
+    except (OSError, RuntimeError) as error:
+        raise EngineError(f"llama-cpp-python's library does not load ({error}): {BUILD_HINT}") from None
+    library = llama_cpp._lib
+    return library, str(getattr(library, "_name", "the engine library"))
+
+
+def needs_engine(feature: str) -> EngineError:
+    """The error for a feature that a stock llama-cpp-python does not have."""
+    return EngineError(f"{feature} needs the mobile-gguf engine, and this is a stock llama.cpp: {BUILD_HINT}")
+
+
+def with_slack(struct: type[ctypes.Structure]) -> Any:
+    """An empty struct that an engine of the same ABI may write more fields behind."""
+    block = ctypes.create_string_buffer(ctypes.sizeof(struct) + _SLACK_BYTES)
+    return struct.from_buffer(block)
+
+
+def struct_fields(struct: ctypes.Structure) -> dict[str, int]:
+    """A struct's integer fields by name."""
+    return {field[0]: int(getattr(struct, field[0])) for field in struct._fields_}
+
+
+def _text(value: bytes | None) -> str:
+    return (value or b"").decode("utf-8", errors="replace")
+
+
+def choice(name: str, choices: dict[str, int], value: str) -> int:
+    """The engine's number for a named choice; raises UsageError naming those that there are."""
+    if value not in choices:
+        *others, last = choices
+        raise UsageError(f"{name} is {value!r}: choose {', '.join(others)} or {last}")
+    return choices[value]

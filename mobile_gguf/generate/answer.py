@@ -1,0 +1,279 @@
+"""One answer in three layers: steps that yield tokens, chunks of text, a joined reply."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from mobile_gguf.engine.binding import Counters, ModelInfo
+from mobile_gguf.engine.prefetch import PrefetchCounters
+from mobile_gguf.engine.structs import DeviceCounters
+from mobile_gguf.errors import AnswerStopped
+
+from .decode import Pass, Policy
+from .notebook import reply_html
+from .receipt import Receipt, Timings
+from .text import TextStream
+
+if TYPE_CHECKING:
+    from mobile_gguf.device.tier import DeviceTier
+
+    from .head import Head
+
+STOP, LENGTH, INTERRUPTED = "stop", "length", "interrupted"
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What one token added. ``text`` may be empty while a character or a stop string is incomplete.
+
+    ``token`` is None where no token came, as when an answer is interrupted. ``finish_reason`` is set on
+    the last chunk: ``stop`` (the model ended it, or a stop string), ``length`` or ``interrupted``.
+    """
+
+    text: str
+    token: int | None
+    prompt_tokens: int
+    completion_tokens: int
+    tokens_per_second: float
+    finish_reason: str | None
+    receipt: Receipt
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A whole answer; ``timings`` has llama-server's names, ``usage`` OpenAI's."""
+
+    text: str
+    finish_reason: str
+    usage: dict[str, int]
+    timings: dict[str, float]
+    receipt: Receipt
+    tokens: tuple[int, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The object that ``run --json`` prints."""
+        return {
+            "text": self.text,
+            "finish_reason": self.finish_reason,
+            "usage": self.usage,
+            "timings": self.timings,
+            "receipt": self.receipt.to_dict(),
+        }
+
+    def _repr_html_(self) -> str:
+        return reply_html(self.to_dict())
+
+
+class Backend(Protocol):
+    """What an answer needs of a decoder; MobileLlama is the real one, tests script another."""
+
+    policy: Policy
+    last_pass: Pass
+    prompt_evaluated: int
+    prompt_done: float
+    should_stop: Callable[[], bool] | None  # asked while a prompt is computed
+
+    store: ModelInfo | None  # None without an expert store
+    has_engine: bool
+    head: Head | None  # None for a model that was not calibrated
+    device: DeviceTier | None  # None on the host alone
+
+    @property
+    def can_step_back(self) -> bool: ...
+    @property
+    def can_generate(self) -> bool: ...
+    @property
+    def pooling(self) -> str | None: ...  # what the file asks for
+    @property
+    def embedding_limit(self) -> int: ...
+
+    def embed_tokens(self, tokens: list[int], pooling: str) -> Any: ...
+    def generate(self, tokens: list[int], **sampling: Any) -> Generator[int, Any, None]: ...
+    def tokenize(self, text: bytes, add_bos: bool = ..., special: bool = ...) -> list[int]: ...
+    def piece(self, token: int, special: bool = ...) -> bytes: ...
+    def is_end(self, token: int) -> bool: ...
+    def last_logits(self) -> Any: ...
+    def render_chat(self, messages: list[dict[str, Any]], **values: Any) -> list[int]: ...
+    def make_grammar(self, grammar: str | None, json_schema: Any) -> Any: ...
+    def token_bos(self) -> int: ...
+    def set_seed(self, seed: int) -> None: ...
+    def counters(self) -> Counters: ...
+    def device_counters(self) -> DeviceCounters: ...
+    def prefetch_counters(self) -> PrefetchCounters: ...
+    def reset_counters(self) -> None: ...
+    def forget(self) -> None: ...
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Request:
+    """Everything that decides an answer, resolved: nothing is None that has a default."""
+
+    prompt: list[int]
+    policy: Policy
+    max_tokens: int
+    stop: tuple[str, ...]
+    seed: int
+    sampling: dict[str, Any]
+    cache_prompt: bool = True
+    should_stop: Callable[[], bool] | None = None
+
+
+def generate_steps(backend: Backend, request: Request) -> Generator[tuple[int, Pass], None, None]:
+    """The bottom layer: sampled tokens, each with the pass its logits came from, without an end."""
+    backend.policy = request.policy
+    backend.should_stop = request.should_stop
+    backend.set_seed(request.seed)
+    if not request.cache_prompt:
+        backend.forget()
+    with closing(backend.generate(list(request.prompt), **request.sampling)) as tokens:
+        for token in tokens:
+            yield token, backend.last_pass
+
+
+def read_traffic(
+    backend: Backend, host: Counters, on_device: DeviceCounters, ahead: PrefetchCounters
+) -> dict[str, Any]:
+    """The fields of a receipt that say which experts were needed and what moved."""
+    return {
+        "expert_hits": host.n_hits,
+        "expert_misses": host.n_misses,
+        "bytes_read": host.bytes_read,
+        "stall_ms": host.stall_us / 1e3,
+        "resident_bytes_peak": host.resident_bytes_peak,
+        "device_hits": on_device.n_hits,
+        "device_misses": on_device.n_misses,
+        "bytes_uploaded": on_device.bytes_uploaded,
+        "upload_stall_ms": on_device.upload_us / 1e3,
+        "vram_budget_bytes": backend.device.budget_bytes if backend.device is not None else 0,
+        "prefetch_hits": ahead.n_used + on_device.n_ahead_used,
+        "prefetch_wasted_bytes": ahead.bytes_wasted + on_device.bytes_ahead_wasted,
+        "prefetch_saved_ms": (ahead.saved_us + on_device.ahead_saved_us) / 1e3,
+    }
+
+
+def _never() -> bool:
+    return False
+
+
+class Answer:
+    """An answer in the making; ``stream`` drives it, ``reply`` joins what there is so far."""
+
+    def __init__(self, backend: Backend, request: Request, n_expert_used: int) -> None:
+        self._backend = backend
+        self._request = request
+        self._n_expert_used = n_expert_used
+        self._text = TextStream(request.stop)
+        self._passes = dict.fromkeys(Pass, 0)
+        self._pieces: list[str] = []
+        self._tokens: list[int] = []
+        self._busy_seconds = 0.0
+        self._prompt_seconds = 0.0
+        self._counters = Counters()
+        self._device_counters = DeviceCounters()
+        self._ahead = PrefetchCounters()
+        store = backend.store
+        self._budget_bytes = store.budget_bytes if store is not None else 0
+        self.finish_reason: str | None = None
+
+    def stream(self) -> Generator[Chunk, None, None]:
+        """Yield a chunk per token until the end; Ctrl-C or ``should_stop`` make it ``interrupted``."""
+        self._backend.reset_counters()
+        self._backend.prompt_evaluated = 0
+        should_stop = self._request.should_stop or _never
+        with closing(generate_steps(self._backend, self._request)) as steps:
+            if self._request.max_tokens <= 0:
+                yield self._end(LENGTH)
+            while self.finish_reason is None:
+                try:
+                    chunk = self._end(INTERRUPTED) if should_stop() else self._advance(steps)
+                except (KeyboardInterrupt, AnswerStopped):
+                    chunk = self._end(INTERRUPTED)
+                yield chunk
+
+    def _advance(self, steps: Iterator[tuple[int, Pass]]) -> Chunk:
+        started = time.perf_counter()
+        try:
+            token, kind = next(steps)
+        finally:
+            ended = time.perf_counter()
+            self._busy_seconds += ended - started
+            self._counters = self._backend.counters()
+            self._device_counters = self._backend.device_counters()
+            self._ahead = self._backend.prefetch_counters()
+        if not self._tokens:
+            # Sampling the first token belongs to the generation, as in llama-server.
+            self._prompt_seconds = max(0.0, min(self._backend.prompt_done, ended) - started)
+        self._tokens.append(token)
+        self._passes[kind] += 1
+        if self._backend.is_end(token):
+            return self._end(STOP, token)
+        text = self._text.push(self._backend.piece(token))
+        if self._text.stopped:
+            self.finish_reason = STOP
+        elif len(self._tokens) >= self._request.max_tokens:
+            return self._end(LENGTH, token, text)
+        return self._chunk(text, token)
+
+    def _end(self, reason: str, token: int | None = None, text: str = "") -> Chunk:
+        self.finish_reason = reason
+        return self._chunk(text + self._text.finish(), token)
+
+    def _chunk(self, text: str, token: int | None) -> Chunk:
+        self._pieces.append(text)
+        return Chunk(
+            text=text,
+            token=token,
+            prompt_tokens=len(self._request.prompt),
+            completion_tokens=len(self._tokens),
+            tokens_per_second=self.timings().predicted_per_second,
+            finish_reason=self.finish_reason,
+            receipt=self.receipt(),
+        )
+
+    def timings(self) -> Timings:
+        """Times so far, without what the consumer of the stream took."""
+        prompt_seconds = self._prompt_seconds if self._tokens else self._busy_seconds
+        return Timings(
+            prompt_n=self._backend.prompt_evaluated,
+            prompt_ms=prompt_seconds * 1e3,
+            predicted_n=len(self._tokens),
+            predicted_ms=(self._busy_seconds - prompt_seconds) * 1e3,
+        )
+
+    def receipt(self) -> Receipt:
+        """The receipt so far."""
+        policy = self._request.policy
+        return Receipt(
+            mode=policy.mode,
+            n_expert_used=self._n_expert_used,
+            little_k=policy.little_k,
+            tokens_big=self._passes[Pass.BIG],
+            tokens_little=self._passes[Pass.LITTLE],
+            tokens_fallback=self._passes[Pass.FALLBACK],
+            budget_bytes=self._budget_bytes,
+            **read_traffic(self._backend, self._counters, self._device_counters, self._ahead),
+        )
+
+    @property
+    def counters(self) -> Counters:
+        """The store's counters for this answer so far."""
+        return self._counters
+
+    def reply(self) -> Reply:
+        """The answer so far as a whole; one that was not streamed to its end counts as interrupted."""
+        return Reply(
+            text="".join(self._pieces),
+            finish_reason=self.finish_reason or INTERRUPTED,
+            usage={
+                "prompt_tokens": len(self._request.prompt),
+                "completion_tokens": len(self._tokens),
+            },
+            timings=self.timings().to_dict(),
+            receipt=self.receipt(),
+            tokens=tuple(self._tokens),
+        )

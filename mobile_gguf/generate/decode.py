@@ -1,0 +1,144 @@
+"""Which experts a pass uses, and when a position is run again: MoBiLE's decision, arXiv 2510.12357.
+
+Pure policy over a narrow view of the decoder, so that the rule can be tested without an engine.
+Little: at most ``little_k`` routed experts; big: all of the top-k. ``big-little`` has two ways to find the
+important tokens. By confidence, MoBiLE's: a token is decoded little first; if the largest softmax probability
+of that pass is below ``gamma``, the position is run again with all experts and its KV row overwritten. By the
+model's importance head, ours: what it says before the pass decides between one big pass and one little.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Any, Protocol
+
+from mobile_gguf.options.words import BIG_LITTLE, CONFIDENCE, EXACT, HEAD, LITTLE
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+# As the engine has it: 0 routed experts means all of the top-k.
+ALL_EXPERTS = 0
+
+
+class Pass(Enum):
+    """The pass whose logits a token is sampled from."""
+
+    BIG = "big"
+    LITTLE = "little"
+    FALLBACK = "fallback"
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The mode in effect; ``little_k`` routed experts in a little pass, ``gamma`` a probability.
+
+    ``importance`` is HEAD or CONFIDENCE; above ``head_threshold``, a probability, the head
+    has a token run big.
+    """
+
+    mode: str = EXACT
+    gamma: float = 0.7
+    little_k: int = 0
+    importance: str = CONFIDENCE
+    head_threshold: float = 0.5
+
+    @property
+    def uses_head(self) -> bool:
+        """Whether the head is asked before each token."""
+        return self.mode == BIG_LITTLE and self.importance == HEAD
+
+    @property
+    def always_big(self) -> bool:
+        """Whether every kept KV row comes from a big pass: no probability reaches a gamma above 1."""
+        if self.uses_head:
+            return self.head_threshold <= 0
+        return self.mode == EXACT or (self.mode == BIG_LITTLE and self.gamma > 1)
+
+
+class Decoder(Protocol):
+    """What a step needs of a decoder."""
+
+    def use_experts(self, k: int) -> None:
+        """Use at most ``k`` routed experts from the next pass on; ALL_EXPERTS: the top-k."""
+        ...
+
+    def forward(self, tokens: list[int]) -> None:
+        """Run tokens at the next positions, overwriting whatever was there."""
+        ...
+
+    def step_back(self) -> None:
+        """Forget the last position, so that the next pass overwrites it."""
+        ...
+
+    def prefetch_masked(self) -> None:
+        """Hint that the experts the last little pass left out are wanted."""
+        ...
+
+    def last_logits(self) -> Any:
+        """Logits [n_vocab] of the last pass."""
+        ...
+
+    def head_probability(self, token: int) -> float | None:
+        """The importance head's probability for ``token``, not run yet; None without a state to ask about."""
+        ...
+
+
+def default_little_k(n_expert_used: int) -> int:
+    """Half of the top-k, the paper's choice, at least one; 0 for a model without experts."""
+    return max(min(1, n_expert_used), n_expert_used // 2)
+
+
+def max_probability(logits: npt.NDArray[Any]) -> float:
+    """The largest softmax probability of ``logits`` [n_vocab]: 1 / sum exp(logit - max), never above 1.
+
+    Exponentials in the logits' own precision, eight times faster in float32, their sum in float64.
+    """
+    import numpy as np
+
+    return 1.0 / float(np.exp(logits - logits.max()).sum(dtype=np.float64))
+
+
+def is_important(probability: float, gamma: float) -> bool:
+    """Whether a token whose little pass reached ``probability`` is run again with all experts.
+
+    gamma 0: never; gamma above 1: always. Logits that are not numbers count as important.
+    """
+    if probability != probability:
+        return gamma > 0
+    return probability < gamma
+
+
+def is_important_by_head(probability: float | None, threshold: float) -> bool:
+    """Whether a token to which the head gives ``probability`` is run big at once.
+
+    Threshold 0: always; 1: never. Without a probability, or with one that is not a number, it is.
+    """
+    return threshold <= 0 or probability is None or not probability <= threshold
+
+
+def decode_prompt(decoder: Decoder, tokens: list[int]) -> Pass:
+    """Run prompt tokens; a prompt is always big."""
+    decoder.use_experts(ALL_EXPERTS)
+    decoder.forward(tokens)
+    return Pass.BIG
+
+
+def decode_token(decoder: Decoder, token: int, policy: Policy) -> Pass:
+    """Run one generated token as ``policy`` has it; returns the pass that its logits come from."""
+    if policy.mode == EXACT:
+        return decode_prompt(decoder, [token])
+    if policy.uses_head and is_important_by_head(decoder.head_probability(token), policy.head_threshold):
+        return decode_prompt(decoder, [token])
+    decoder.use_experts(policy.little_k)
+    decoder.forward([token])
+    if policy.mode == LITTLE or policy.uses_head:
+        return Pass.LITTLE
+    if not is_important(max_probability(decoder.last_logits()), policy.gamma):
+        return Pass.LITTLE
+    decoder.prefetch_masked()
+    decoder.step_back()
+    decoder.use_experts(ALL_EXPERTS)
+    decoder.forward([token])
+    return Pass.FALLBACK

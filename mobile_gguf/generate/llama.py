@@ -1,0 +1,357 @@
+"""llama-cpp-python's Llama with decode steps that follow a policy.
+
+Everything above ``eval`` (completion, chat handlers, sampling, grammar, log probabilities, prefix
+reuse) is llama-cpp-python's own; only how a batch is run is ours. Imported when a model is loaded,
+because it needs llama-cpp-python.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jinja2 import TemplateError
+from llama_cpp import Llama, LlamaGrammar, llama_cpp
+from llama_cpp.llama_chat_format import CHATML_CHAT_TEMPLATE, Jinja2ChatFormatter
+
+from mobile_gguf.device.tier import DeviceTier
+from mobile_gguf.engine.binding import Counters, Engine, ModelInfo
+from mobile_gguf.engine.listing import Device, device_array
+from mobile_gguf.engine.log import clear_errors, last_errors
+from mobile_gguf.engine.prefetch import PrefetchCounters, prefetch_counters
+from mobile_gguf.engine.rpc import context_loss
+from mobile_gguf.engine.structs import DeviceCounters
+from mobile_gguf.errors import EngineError, ExpertReadError, MobileError, UsageError
+
+from .decode import ALL_EXPERTS, Pass, Policy, decode_prompt, decode_token
+from .head import Head
+from .interrupt import stopping_on_request
+from .logit_bias import biased
+from .pooling import clear_memory, file_pooling, has_memory, longest_text, pooled_state
+
+# A prompt that is all in the context already is computed anew from here before its end.
+_MIN_PROMPT = 2
+
+
+class MobileLlama(Llama):
+    """A Llama whose single-token steps run little, big, or little with fallback.
+
+    ``policy`` may be changed between generations. Without an engine (a stock library), or for a model
+    that it holds no experts of (``store`` is None), every step is big. Decoding raises
+    ExpertReadError or EngineError and leaves the object usable.
+    """
+
+    def __init__(
+        self,
+        model_path: str,
+        *,
+        engine: Engine | None,
+        devices: Sequence[Device] | None = None,
+        keep_loading: Callable[[float], bool] | None = None,
+        **options: Any,
+    ) -> None:
+        self._keep_loading = keep_loading
+        self._devices = device_array(devices or ())
+        self.has_devices = bool(devices)
+        self.device: DeviceTier | None = None  # set by loading, when there are slot pools
+        self.engine: Engine | None = None  # while there is a store to ask it about
+        self.store: ModelInfo | None = None
+        self.has_engine = engine is not None
+        self.policy = Policy()
+        self.last_pass = Pass.BIG
+        self.prompt_evaluated = 0
+        self.prompt_done = 0.0
+        self.should_stop: Callable[[], bool] | None = None
+        self._prompt_pending = False
+        self._experts = ALL_EXPERTS
+        self.head: Head | None = None
+        self._keeps_state = False
+        self._biases: Mapping[int, float] = {}
+        # The position whose token comes next, if the last pass left its hidden state.
+        self._state_at = -1
+        super().__init__(model_path, n_gpu_layers=-1 if devices else 0, **options)
+        # llama.cpp does not notice that a server is gone once it has the memory.
+        if self.has_devices and (lost := context_loss(self.ctx)):
+            raise EngineError(f"{model_path} cannot be loaded: {lost}")
+        self._little_rows = np.zeros(self.input_ids.shape[0], dtype=bool)
+        store = engine.model_info(self.model) if engine is not None else None
+        if store is not None and store.n_layer_moe > 0:
+            self.store, self.engine = store, engine
+
+    @property
+    def model_params(self) -> llama_cpp.llama_model_params:
+        """llama.cpp's load parameters, with our devices, and ``keep_loading`` as their progress callback."""
+        return self._model_params
+
+    @model_params.setter
+    def model_params(self, params: llama_cpp.llama_model_params) -> None:
+        # Llama makes its parameters where no argument reaches these two. Without a list of devices llama.cpp
+        # would take all there are, also RPC servers that another model of this process was loaded on.
+        params.devices = ctypes.cast(self._devices, ctypes.c_void_p)  # pyright: ignore
+        if self._keep_loading is not None:
+            keep_loading = self._keep_loading
+            self._load_callback = llama_cpp.llama_progress_callback(lambda share, _data: keep_loading(share))
+            params.progress_callback = self._load_callback
+        self._model_params = params
+
+    # generation
+
+    def generate(  # type: ignore[override]
+        self, tokens: Sequence[int], *args: Any, logit_bias: Mapping[int, float] | None = None, **options: Any
+    ) -> Generator[int, Any, None]:
+        """Llama.generate, whose first evaluation counts as the prompt however short it is."""
+        self._prompt_pending = True
+        self._biases = logit_bias or {}
+        self._limit_reuse(list(tokens))
+        try:
+            yield from super().generate(tokens, *args, **options)
+        finally:
+            self._sampler = None
+            self._biases = {}
+            self._prompt_pending = False
+
+    def _init_sampler(self, *args: Any, **options: Any) -> Any:
+        sampler = super()._init_sampler(*args, **options)
+        return biased(sampler, self._biases, self._n_vocab) if self._biases else sampler
+
+    def _limit_reuse(self, prompt: list[int]) -> None:
+        """Forget what an earlier answer left in the context and this prompt must not build on."""
+        if self.policy.always_big and self._little_rows[: self.n_tokens].any():
+            # Rows that a little pass wrote must not be reused for an exact answer.
+            self.n_tokens = int(self._little_rows.argmax())
+            self._requires_eval = True
+        if self.last_pass is not Pass.BIG:
+            # The logits at hand are not a big pass's, and the first token after a prompt is.
+            self._requires_eval = True
+        at_hand = not self._requires_eval and self._input_ids.tolist() == prompt
+        if self.can_step_back and not at_hand and self.n_tokens > len(prompt) - _MIN_PROMPT:
+            # One token alone runs through other kernels than a prompt does, and the last digits of its
+            # logits differ: the same question with the same seed would get another answer.
+            self.n_tokens = max(0, len(prompt) - _MIN_PROMPT)
+            self._requires_eval = True
+
+    def eval(self, tokens: Sequence[int]) -> None:
+        """Run tokens at the next positions: several, or a prompt's, big; a single one as the policy says."""
+        batch = list(tokens)
+        is_prompt = self._prompt_pending or len(batch) != 1 or self.n_tokens == 0
+        try:
+            if is_prompt:
+                self.last_pass = decode_prompt(self, batch)
+                self.prompt_evaluated += len(batch)
+            else:
+                self.last_pass = self._decode_token(batch[0])
+        except BaseException:
+            # Also for Ctrl-C, which arrives when the engine returns: the rows that were counted are
+            # good, the logits are not. A memory that cannot drop the other rows starts over.
+            self._requires_eval = True
+            if not self.can_step_back:
+                self.reset()
+            raise
+        if is_prompt:
+            self._prompt_pending = False
+            self.prompt_done = time.perf_counter()
+
+    def _decode_token(self, token: int) -> Pass:
+        if self.device is None:
+            return decode_token(self, token, self.policy)
+        self.device.controller.before_step(self.policy.mode)
+        started = time.perf_counter()
+        kind = decode_token(self, token, self.policy)
+        llama_cpp.llama_synchronize(self.ctx)
+        self.device.controller.after_step(time.perf_counter() - started)
+        return kind
+
+    # decode.Decoder
+
+    def use_experts(self, k: int) -> None:
+        if self.engine is not None and k != self._experts:
+            self.engine.set_n_expert_used(self.ctx, k)
+            self._experts = k
+
+    def forward(self, tokens: list[int]) -> None:
+        start = self.n_tokens
+        if start + len(tokens) > self._little_rows.shape[0]:
+            raise UsageError(f"the context of {self._little_rows.shape[0]} tokens is full")
+        clear_errors()
+        # Asked for its hidden states, llama.cpp computes the logits of every token of a prompt: not there.
+        self._keep_state(self.policy.uses_head and len(tokens) == 1)
+        self._state_at = -1
+        try:
+            with self._interruptible() if len(tokens) > 1 else contextlib.nullcontext():
+                super().eval(tokens)
+        except RuntimeError as error:
+            raise self.decode_error(error) from None
+        self._little_rows[start : self.n_tokens] = self._experts != ALL_EXPERTS
+        if self._keeps_state:
+            self._state_at = self.n_tokens
+
+    def _interruptible(self) -> contextlib.AbstractContextManager[None]:
+        return stopping_on_request(self.ctx, self.should_stop)
+
+    def _keep_state(self, keep: bool) -> None:
+        if keep != self._keeps_state:
+            llama_cpp.llama_set_embeddings(self.ctx, keep)
+            self._keeps_state = keep
+
+    def step_back(self) -> None:
+        self.n_tokens -= 1
+        if not self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1):
+            raise EngineError("this model's memory cannot be rolled back, which big-little needs")
+
+    def prefetch_masked(self) -> None:
+        if self.engine is not None:
+            self.engine.prefetch_masked(self.ctx)
+
+    def last_logits(self) -> Any:
+        return np.ctypeslib.as_array(self._ctx.get_logits_ith(-1), shape=(self._n_vocab,))
+
+    def head_probability(self, token: int) -> float | None:
+        if self.head is None or self._state_at != self.n_tokens:
+            return None
+        state = llama_cpp.llama_get_embeddings_ith(self.ctx, -1)
+        if not state:
+            return None
+        return self.head.probability(np.ctypeslib.as_array(state, shape=self.head.weight.shape), token)
+
+    def decode_error(self, error: RuntimeError) -> MobileError:
+        """A failed decode as the engine explains it."""
+        lost = context_loss(self.ctx) if self.has_devices else ""
+        if lost:
+            return EngineError(lost)
+        reason = self.engine.context_error(self.ctx) if self.engine is not None else ""
+        if reason:
+            return ExpertReadError(reason)
+        return EngineError(f"decoding failed: {last_errors() or error}")
+
+    # embeddings
+
+    @property
+    def pooling(self) -> str | None:
+        """How the file wants its states pooled into embeddings; None if it does not say."""
+        return file_pooling(self)
+
+    @property
+    def can_generate(self) -> bool:
+        """Whether the model continues texts; encoders do not."""
+        return has_memory(self)
+
+    @property
+    def embedding_limit(self) -> int:
+        """Tokens of the longest text that can be embedded."""
+        return longest_text(self)
+
+    def embed_tokens(self, tokens: list[int], pooling: str) -> np.ndarray:
+        """The pooled states of ``tokens``, float32 [n_embd]; the context is empty afterwards."""
+        self.use_experts(ALL_EXPERTS)
+        clear_errors()
+        self._forget_all()
+        self._keep_state(True)
+        try:
+            with self._interruptible():
+                return pooled_state(self, tokens, pooling)
+        except RuntimeError as error:
+            raise self.decode_error(error) from None
+        finally:
+            self._keep_state(False)
+            self._forget_all()
+
+    def _forget_all(self) -> None:
+        self.forget()
+        self._state_at = -1
+        clear_memory(self)
+
+    # what a Model asks besides
+
+    @property
+    def can_step_back(self) -> bool:
+        """Whether single positions can be dropped from the memory; recurrent ones cannot."""
+        return not (self._is_recurrent or self._is_hybrid)
+
+    def counters(self) -> Counters:
+        """The store's counters since the last reset; all zero without one."""
+        return self.engine.counters(self.ctx) if self.engine is not None else Counters()
+
+    def device_counters(self) -> DeviceCounters:
+        """The device tier's counters since the last reset; all zero without one."""
+        return self.device.counters() if self.device is not None else DeviceCounters()
+
+    def prefetch_counters(self) -> PrefetchCounters:
+        """What was read ahead since the last reset; all zero without a store."""
+        return prefetch_counters(self.engine, self.ctx) if self.engine is not None else PrefetchCounters()
+
+    def reset_counters(self) -> None:
+        if self.engine is not None:
+            self.engine.reset_counters(self.ctx)
+
+    def forget(self) -> None:
+        """Drop the whole context, so that the next prompt is computed from its first token."""
+        self.reset()
+        self._requires_eval = True
+
+    def is_end(self, token: int) -> bool:
+        """Whether ``token`` ends an answer (any of the model's end-of-generation tokens)."""
+        return bool(llama_cpp.llama_vocab_is_eog(self._model.vocab, token))
+
+    def piece(self, token: int, special: bool = False) -> bytes:
+        """A token's bytes; control tokens are empty unless ``special``."""
+        # Not Llama.detokenize: it loses pieces longer than 32 bytes.
+        size = 64
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            n = llama_cpp.llama_token_to_piece(self._model.vocab, token, buffer, size, 0, special)
+            if n >= 0:
+                return buffer.raw[:n]
+            size = -n
+
+    def render_chat(self, messages: list[dict[str, Any]], **values: Any) -> list[int]:
+        """Prompt tokens for ``messages`` by the GGUF's template, by ChatML if it has none.
+
+        ``values`` (``tools``, ``enable_thinking``) are what the template may use besides.
+        Raises UsageError if the template refuses them.
+        """
+        bos = self._token_text(self.token_bos())
+        template = self.metadata.get("tokenizer.chat_template") or CHATML_CHAT_TEMPLATE
+        eos = self._token_text(self.token_eos())
+        try:
+            formatter = Jinja2ChatFormatter(template, eos_token=eos, bos_token=bos)
+            prompt = formatter(messages=messages, **values).prompt  # type: ignore[arg-type]
+        except (TemplateError, ValueError, TypeError) as error:
+            raise UsageError(f"the model's chat template refuses these messages: {error}") from None
+        # Most templates write the beginning-of-sequence token themselves; it must not come twice.
+        twice = bool(bos) and prompt.startswith(bos)
+        return self.tokenize(prompt.encode(), add_bos=not twice, special=True)
+
+    def make_grammar(self, grammar: str | None, json_schema: Any) -> LlamaGrammar | None:
+        """The grammar to sample by, from GBNF text or a JSON schema; raises UsageError if it is none."""
+        if grammar is not None and json_schema is not None:
+            raise UsageError("give a grammar or a JSON schema, not both")
+        if json_schema is not None:
+            try:
+                text = json_schema if isinstance(json_schema, str) else json.dumps(json_schema)
+                made = LlamaGrammar.from_json_schema(text, verbose=False)
+            except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+                raise UsageError(f"the JSON schema cannot be made into a grammar: {error}") from None
+        elif grammar is not None:
+            made = LlamaGrammar.from_string(grammar, verbose=False)
+        else:
+            return None
+        self._check_grammar(made)
+        return made
+
+    def _check_grammar(self, grammar: LlamaGrammar) -> None:
+        # The sampler chain takes a grammar that did not parse for granted and crashes on it.
+        clear_errors()
+        text, root = grammar._grammar.encode(), grammar._root.encode()
+        sampler = llama_cpp.llama_sampler_init_grammar(self._model.vocab, text, root) if text else None
+        if not sampler:
+            reason = last_errors()
+            raise UsageError("the grammar is not valid GBNF" + (f": {reason}" if reason else ""))
+        llama_cpp.llama_sampler_free(sampler)
+
+    def _token_text(self, token: int) -> str:
+        return self._model.token_get_text(token) if token >= 0 else ""

@@ -1,0 +1,74 @@
+"""Which tokens are big: the decoding policy that options ask for and a model allows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from mobile_gguf.engine.binding import needs_engine
+from mobile_gguf.errors import UsageError
+from mobile_gguf.gguf.info import GgufInfo
+from mobile_gguf.options import DEFAULT_GAMMA, LoadOptions
+from mobile_gguf.options.words import BIG_LITTLE, CONFIDENCE, EXACT, HEAD
+
+from .answer import Backend
+from .decode import Policy, default_little_k
+
+if TYPE_CHECKING:
+    from .head import Head
+
+
+def choose_policy(
+    options: LoadOptions, info: GgufInfo, backend: Backend, notify: Callable[[str], object]
+) -> Policy:
+    """The Policy of ``options`` on this model; EXACT, and a notice, where a mode can have no effect.
+
+    Raises UsageError where the mode cannot be had in this way, EngineError on a stock llama.cpp.
+    """
+    mode, gamma, little_k = options.mode, options.gamma, options.little_k
+    head = backend.head if mode == BIG_LITTLE and options.importance != CONFIDENCE else None
+    top_k = info.n_expert_used
+    default_k = head.little_k if head is not None else default_little_k(top_k)
+    k = min(little_k, top_k) if little_k is not None else default_k
+    if mode == EXACT:
+        return Policy(EXACT, gamma, k)
+    if (reason := _no_effect(info, backend, k, little_k)) is not None:
+        notify(f"{reason}: mode {mode} has no effect")
+        return Policy(EXACT, gamma, k)
+    if not backend.has_engine:
+        raise needs_engine(f"mode {mode}")
+    if head is not None:
+        return _head_policy(head, options, k, notify)
+    if mode == BIG_LITTLE and options.importance == HEAD:
+        raise UsageError(
+            f"{info.path.name} has no importance head: run `mobile-gguf calibrate {info.path}`, "
+            "or use importance confidence"
+        )
+    if mode == BIG_LITTLE and not backend.can_step_back:
+        raise UsageError(
+            f"mode big-little runs a position twice, and the memory of a {info.architecture} "
+            "model cannot be rolled back: use mode exact or little"
+        )
+    return Policy(mode, gamma, k)
+
+
+def _no_effect(info: GgufInfo, backend: Backend, k: int, asked: int | None) -> str | None:
+    """Why fewer experts per token are impossible or no saving, if they are."""
+    top_k = info.n_expert_used
+    if not info.is_moe:
+        return f"{info.path.name} has no experts"
+    if top_k <= 1:
+        return f"{info.path.name} routes every token to one expert"
+    if k >= top_k:
+        return f"--little-k {asked} is not below this model's top-k, {top_k}"
+    if backend.store is None and backend.has_engine:
+        return f"the engine cannot hold the experts of a {info.architecture} model"
+    return None
+
+
+def _head_policy(head: Head, options: LoadOptions, little_k: int, notify: Callable[[str], object]) -> Policy:
+    if options.gamma != DEFAULT_GAMMA:
+        notify("the importance head decides: gamma has no effect without --importance confidence")
+    own = options.head_threshold
+    threshold = head.threshold if own is None else own
+    return Policy(BIG_LITTLE, options.gamma, little_k, importance=HEAD, head_threshold=threshold)

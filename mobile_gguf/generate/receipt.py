@@ -1,0 +1,118 @@
+"""What an answer cost: tokens by pass, expert traffic, and times under llama-server's names."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from mobile_gguf.options.words import BIG_LITTLE, EXACT
+from mobile_gguf.sizes import format_bytes
+
+from .notebook import receipt_html
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """One answer's receipt.
+
+    A token counts under the pass whose logits it was sampled from, so that big, little and
+    fallback add up to the answer's tokens; the first after a prompt is big, and so are those that the
+    importance head had run with all experts at once. Bytes and milliseconds; ``resident_bytes_peak`` is the
+    most expert bytes in memory during the answer. With a device tier ``device_hits`` and ``device_misses``
+    are all needs, and ``expert_hits`` and ``expert_misses`` those that reached the host.
+    """
+
+    mode: str = EXACT
+    n_expert_used: int = 0
+    little_k: int = 0
+    tokens_big: int = 0
+    tokens_little: int = 0
+    tokens_fallback: int = 0
+    expert_hits: int = 0
+    expert_misses: int = 0
+    bytes_read: int = 0
+    stall_ms: float = 0.0
+    budget_bytes: int = 0
+    resident_bytes_peak: int = 0
+    device_hits: int = 0
+    device_misses: int = 0
+    bytes_uploaded: int = 0
+    upload_stall_ms: float = 0.0
+    vram_budget_bytes: int = 0
+    prefetch_hits: int = 0
+    prefetch_wasted_bytes: int = 0
+    prefetch_saved_ms: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields by name, for JSON."""
+        return dataclasses.asdict(self)
+
+    def _repr_html_(self) -> str:
+        return receipt_html(self.to_dict())
+
+    def summary(self, tokens_per_second: float | None = None) -> str:
+        """One line: ``12 big · 30 little | 84% hits | 12.3 MiB read | 40 ms stalled | 21.3 tok/s``.
+
+        Kinds of tokens that the mode does not have are left out, and hits without an expert store. With a
+        device tier its line comes first: ``device 91% hits, 4.0 MiB uploaded, 3 ms stalled``.
+        """
+        counts = [f"{self.tokens_big} big"]
+        if self.mode != EXACT:
+            counts.append(f"{self.tokens_little} little")
+        if self.mode == BIG_LITTLE:
+            counts.append(f"{self.tokens_fallback} fallback")
+        parts = [" · ".join(counts)]
+        on_device = self.device_hits + self.device_misses
+        if on_device:
+            share = _percent(self.device_hits, on_device)
+            uploaded = format_bytes(self.bytes_uploaded)
+            parts.append(f"device {share} hits, {uploaded} uploaded, {self.upload_stall_ms:.0f} ms stalled")
+        needs = self.expert_hits + self.expert_misses
+        if needs:
+            parts.append(f"{_percent(self.expert_hits, needs)} hits")
+            parts.append(f"{format_bytes(self.bytes_read)} read")
+            parts.append(f"{self.stall_ms:.0f} ms stalled")
+        if tokens_per_second is not None:
+            parts.append(f"{tokens_per_second:.1f} tok/s")
+        return " | ".join(parts)
+
+
+def _percent(part: int, whole: int) -> str:
+    # Rounded down: 100% is said only when nothing missed.
+    return f"{100 * part // whole}%"
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Prompt and generation in tokens and milliseconds; tokens taken from the context cost nothing."""
+
+    prompt_n: int = 0
+    prompt_ms: float = 0.0
+    predicted_n: int = 0
+    predicted_ms: float = 0.0
+
+    @property
+    def predicted_per_second(self) -> float:
+        return _per_second(self.predicted_n, self.predicted_ms)
+
+    def to_dict(self) -> dict[str, float]:
+        """llama-server's ``timings`` object."""
+        return {
+            "prompt_n": self.prompt_n,
+            "prompt_ms": self.prompt_ms,
+            "prompt_per_token_ms": _per_token(self.prompt_n, self.prompt_ms),
+            "prompt_per_second": _per_second(self.prompt_n, self.prompt_ms),
+            "predicted_n": self.predicted_n,
+            "predicted_ms": self.predicted_ms,
+            "predicted_per_token_ms": _per_token(self.predicted_n, self.predicted_ms),
+            "predicted_per_second": self.predicted_per_second,
+        }
+
+
+def _per_token(n: int, milliseconds: float) -> float:
+    return milliseconds / n if n else 0.0
+
+
+def _per_second(n: int, milliseconds: float) -> float:
+    return 1000.0 * n / milliseconds if milliseconds > 0 else 0.0

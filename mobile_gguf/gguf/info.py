@@ -1,0 +1,214 @@
+"""What a model's GGUF says about its geometry: layers, experts, byte counts, template.
+
+Read before the engine sees the file: budgets are planned from it, and a damaged file is
+refused with a reason. Split files (``-00001-of-00003.gguf``) are read whole.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mobile_gguf.errors import ModelFormatError, ModelNotFoundError
+
+from .experts import OWN_PREFIX, STACKED, ExpertLayer, read_experts
+from .header import GgufHeader, TensorInfo, read_header
+
+MAX_LAYERS = 1 << 12
+
+# llama.cpp's input layer
+_EMBEDDING = re.compile(r"(per_layer_)?token_embd(_norm)?\.weight")
+_SPLIT = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+
+
+@dataclass(frozen=True)
+class GgufInfo:
+    """A model's facts; bytes as they stand in the file, heads per layer, expert layers in order."""
+
+    path: Path
+    files: tuple[Path, ...]
+    file_bytes: int
+    architecture: str
+    name: str
+    license: str
+    quantization: str
+    n_layer: int
+    n_ctx_train: int
+    n_embd: int
+    n_vocab: int
+    n_head: tuple[int, ...]
+    n_head_kv: tuple[int, ...]
+    key_length: int
+    value_length: int
+    n_expert: int
+    n_expert_used: int
+    n_ff_expert: int
+    expert_layers: tuple[ExpertLayer, ...]
+    tensor_bytes: int  # of the model; tensors named mobile.* are not loaded
+    chat_template: str | None
+    layout: str = STACKED  # or "per-expert"
+    segments: int = 1  # tensors that each expert's matrix is cut into
+    embedding_bytes: int = 0  # of the token embedding, which stays on the host with all layers on devices
+    stock: bool = True  # stock llama.cpp can load it: stacked, and no tensor named mobile.*
+    metadata: dict[str, Any] = field(repr=False, compare=False, default_factory=dict)
+
+    @property
+    def expert_bytes(self) -> int:
+        """All routed experts."""
+        return sum(layer.file_bytes for layer in self.expert_layers)
+
+    @property
+    def dense_bytes(self) -> int:
+        """Everything that is not a routed expert."""
+        return self.tensor_bytes - self.expert_bytes
+
+    @property
+    def n_layer_moe(self) -> int:
+        return len(self.expert_layers)
+
+    @property
+    def is_moe(self) -> bool:
+        return self.n_expert > 0 and bool(self.expert_layers)
+
+    @property
+    def budget_min_bytes(self) -> int:
+        """The smallest budget that is legal everywhere: the largest layer's experts (a prompt needs them)."""
+        return max((layer.store_bytes() for layer in self.expert_layers), default=0)
+
+    @property
+    def budget_all_bytes(self) -> int:
+        """A budget at which every expert stays: a little over ``expert_bytes``, for alignment."""
+        return sum(layer.store_bytes() for layer in self.expert_layers)
+
+
+def read_gguf_info(path: Path) -> GgufInfo:
+    """Read a model's facts from its GGUF, or from all files of a split one.
+
+    Raises ModelNotFoundError (no file, a missing part of a split), ModelFormatError (not a GGUF,
+    truncated, damaged, not a model).
+    """
+    first = read_header(path)
+    return make_gguf_info([first, *(read_header(part) for part in other_parts(first))])
+
+
+def make_gguf_info(headers: Sequence[GgufHeader]) -> GgufInfo:
+    """The same of headers that were read already, of all files in order. Raises ModelFormatError."""
+    first = headers[0]
+    path, metadata = first.path, first.metadata
+    architecture = metadata.get("general.architecture")
+    if not isinstance(architecture, str):
+        raise ModelFormatError(f"{path} cannot be used: it names no architecture, so it is not a model")
+    tensors = [tensor for header in headers for tensor in header.tensors]
+    if not tensors:
+        raise ModelFormatError(f"{path} cannot be used: it holds no tensors")
+    facts = _Facts(path, architecture, metadata)
+    n_layer = facts.integer("block_count")
+    if n_layer > MAX_LAYERS:
+        raise ModelFormatError(f"{path} cannot be used: it claims {n_layer} layers")
+    n_head = facts.per_layer("attention.head_count", n_layer)
+    n_ff = max(facts.per_layer("feed_forward_length", n_layer), default=0)
+    head = facts.integer("embedding_length") // max(n_head, default=1) if any(n_head) else 0
+    n_expert = facts.integer("expert_count")
+    template = metadata.get("tokenizer.chat_template")
+    experts = read_experts(path, metadata, tensors, n_layer, n_expert)
+    of_model = [tensor for tensor in tensors if not tensor.name.startswith(OWN_PREFIX)]
+    return GgufInfo(
+        path=path,
+        files=tuple(header.path for header in headers),
+        file_bytes=sum(header.file_bytes for header in headers),
+        architecture=architecture,
+        name=str(metadata.get("general.name") or path.stem),
+        license=str(metadata.get("general.license") or ""),
+        quantization=_quantization(metadata, tensors),
+        n_layer=n_layer,
+        n_ctx_train=facts.integer("context_length"),
+        n_embd=facts.integer("embedding_length"),
+        n_vocab=first.array_lengths.get("tokenizer.ggml.tokens", facts.integer("vocab_size")),
+        n_head=n_head,
+        n_head_kv=facts.per_layer("attention.head_count_kv", n_layer, max(n_head, default=0)),
+        key_length=facts.integer("attention.key_length", head),
+        value_length=facts.integer("attention.value_length", head),
+        n_expert=n_expert,
+        n_expert_used=facts.integer("expert_used_count") if n_expert else 0,
+        n_ff_expert=facts.integer("expert_feed_forward_length", n_ff),
+        expert_layers=experts.layers,
+        tensor_bytes=sum(tensor.n_bytes for tensor in of_model),
+        chat_template=template if isinstance(template, str) and template else None,
+        layout=experts.layout,
+        segments=experts.n_segments,
+        embedding_bytes=sum(tensor.n_bytes for tensor in of_model if _EMBEDDING.fullmatch(tensor.name)),
+        stock=experts.layout == STACKED and len(of_model) == len(tensors),
+        metadata=metadata,
+    )
+
+
+class _Facts:
+    """Typed access to ``ARCH.*`` metadata; a value of the wrong type is the file's fault."""
+
+    def __init__(self, path: Path, architecture: str, metadata: dict[str, Any]) -> None:
+        self.path = path
+        self.architecture = architecture
+        self.metadata = metadata
+
+    def integer(self, name: str, default: int = 0) -> int:
+        value = self.metadata.get(f"{self.architecture}.{name}", default)
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 31:
+            raise self.wrong(name, value)
+        return value
+
+    def per_layer(self, name: str, n_layer: int, default: int = 0) -> tuple[int, ...]:
+        """A value that stands once for all layers, or as an array with one for each."""
+        value = self.metadata.get(f"{self.architecture}.{name}", default)
+        if isinstance(value, list):
+            if not all(isinstance(item, int) for item in value):
+                raise self.wrong(name, value)
+            return tuple(value)
+        return (self.integer(name, default),) * n_layer
+
+    def wrong(self, name: str, value: object) -> ModelFormatError:
+        key = f"{self.architecture}.{name}"
+        return ModelFormatError(f"{self.path} cannot be used: metadata {key} is {value!r:.60}")
+
+
+def other_parts(first: GgufHeader) -> Iterable[Path]:
+    """The other files of a split model, given its first one's header; none of a model in one file."""
+    count = first.metadata.get("split.count", 0)
+    if not isinstance(count, int) or count <= 1:
+        return
+    match = _SPLIT.fullmatch(first.path.name)
+    if match is None or int(match["count"]) != count:
+        raise ModelFormatError(
+            f"{first.path} is part of a split of {count}: keep the name it came with, "
+            f"...-00001-of-{count:05}.gguf"
+        )
+    if int(match["number"]) != 1:
+        raise ModelFormatError(
+            f"{first.path} is part {int(match['number'])} of {count}: give the first part, "
+            f"{match['stem']}-00001-of-{match['count']}.gguf"
+        )
+    for number in range(2, count + 1):
+        part = first.path.with_name(f"{match['stem']}-{number:05}-of-{match['count']}.gguf")
+        if not part.is_file():
+            raise ModelNotFoundError(f"part {number} of {count} of {first.path} is missing: {part}")
+        yield part
+
+
+def _quantization(metadata: dict[str, Any], tensors: Iterable[TensorInfo]) -> str:
+    """The file type by name (``Q4_K_M``), or the tensor type that most bytes have."""
+    from gguf.constants import GGMLQuantizationType, LlamaFileType
+
+    try:
+        return LlamaFileType(metadata["general.file_type"]).name.removeprefix("MOSTLY_").removeprefix("ALL_")
+    except (KeyError, ValueError):
+        pass
+    weights = Counter[int]()
+    for tensor in tensors:
+        weights[tensor.type_id] += tensor.n_bytes
+    try:
+        return GGMLQuantizationType(weights.most_common(1)[0][0]).name
+    except ValueError:
+        return "unknown"

@@ -1,0 +1,1 @@
+"""What memory and processors there are, and who gets how much of them."""

@@ -1,0 +1,16 @@
+"""Every option of the project, declared once, and the words that they are given in."""
+
+from .declarations import DEFAULT_GAMMA, POLICY_OPTIONS, GenerateOptions, LoadOptions
+from .opt import Opt, declared, defaults, make_options, takes
+
+__all__ = [
+    "DEFAULT_GAMMA",
+    "POLICY_OPTIONS",
+    "GenerateOptions",
+    "LoadOptions",
+    "Opt",
+    "declared",
+    "defaults",
+    "make_options",
+    "takes",
+]

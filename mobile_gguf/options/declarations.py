@@ -1,0 +1,203 @@
+"""Every option, declared once: its name, llama.cpp's flags, type, default, range and help.
+
+The Python API takes the names as keywords; ``flags.py`` makes the command line's flags and the
+chat's ``/set`` of the same declarations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from mobile_gguf.sizes import Size, parse_size, parse_size_or_off
+
+from .bias import Bias, parse_bias
+from .opt import Opt
+from .words import EVICTION, IMPORTANCE, IO, MISS, MODES, PLACEMENTS, PREFETCH
+
+DEFAULT_GAMMA = 0.7
+# What decides which tokens run with fewer experts; may change from answer to answer.
+POLICY_OPTIONS = ("mode", "gamma", "little_k", "importance", "head_threshold")
+
+_RAM_BUDGET = Opt(
+    "--ram-budget", read=parse_size, help="memory for experts: 512MiB, 2G, 40% of them, or auto"
+)
+_MODE = Opt("--mode", choices=MODES, help="experts per token: exact all, little fewer, big-little both")
+_GAMMA = Opt("--gamma", read=float, low=0, help="big-little: run a token again below this probability")
+_IMPORTANCE = Opt(
+    "--importance", choices=IMPORTANCE, help="big-little: what finds important tokens; auto: the head, if any"
+)
+_HEAD_THRESHOLD = Opt(
+    "--head-threshold",
+    read=float,
+    low=0,
+    high=1,
+    help="big-little: a token is big above this probability of the head (default: as calibrated)",
+)
+_LITTLE_K = Opt(
+    "--little-k",
+    read=int,
+    low=1,
+    help="experts of a little token (default: half the top-k, or as calibrated)",
+)
+_SEED = Opt("-s", "--seed", read=int, low=-1, help="random seed, -1: a new one for every answer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """How a model is loaded."""
+
+    ram_budget: Annotated[str | int | Size, _RAM_BUDGET] = "auto"
+    vram_budget: Annotated[
+        str | int | Size,
+        Opt(
+            "--vram-budget",
+            read=parse_size_or_off,
+            metavar="SIZE",
+            help="device memory for experts: 3GiB, 25% of them, auto: what is free, or off: no device",
+        ),
+    ] = "auto"
+    miss: Annotated[
+        str,
+        Opt(
+            "--miss",
+            choices=MISS,
+            help="an expert that the device lacks: fetch it, compute on the cpu, or the cheaper",
+        ),
+    ] = "auto"
+    placement: Annotated[
+        str,
+        Opt(
+            "--placement",
+            choices=PLACEMENTS,
+            help="experts on the device: a cache of all, whole layers, or the one measured faster",
+        ),
+    ] = "auto"
+    rpc: Annotated[
+        str, Opt("--rpc", metavar="SERVERS", help="llama.cpp RPC servers as devices: HOST:PORT[,HOST:PORT]")
+    ] = ""
+    prefetch: Annotated[
+        str,
+        Opt("--prefetch", choices=PREFETCH, help="move experts before they are asked for: where it helps"),
+    ] = "auto"
+    mode: Annotated[str, _MODE] = "exact"
+    gamma: Annotated[float, _GAMMA] = DEFAULT_GAMMA
+    importance: Annotated[str, _IMPORTANCE] = "auto"
+    head_threshold: Annotated[float | None, _HEAD_THRESHOLD] = None
+    little_k: Annotated[int | None, _LITTLE_K] = None
+    n_ctx: Annotated[
+        int | None,
+        Opt(
+            *("-c", "--ctx-size"),
+            read=int,
+            low=0,
+            high=1 << 24,
+            help="context, 0: the model's (default: that, up to 4096)",
+        ),
+    ] = None
+    n_batch: Annotated[int, Opt("-b", "--batch-size", read=int, low=1, help="prompt tokens per call")] = 512
+    n_ubatch: Annotated[int, Opt("-ub", "--ubatch-size", read=int, low=1, help="tokens per graph")] = 512
+    threads: Annotated[
+        int | None, Opt("-t", "--threads", read=int, low=1, help="threads that generate (default: the cores)")
+    ] = None
+    threads_batch: Annotated[
+        int | None, Opt("-tb", "--threads-batch", read=int, low=1, help="... and that process prompts")
+    ] = None
+    io_threads: Annotated[
+        int | None,
+        Opt("--io-threads", read=int, low=1, high=64, help="threads that read experts (default: 4)"),
+    ] = None
+    io: Annotated[str, Opt("--io", choices=IO, help="how experts are read from the file")] = "auto"
+    eviction: Annotated[str, Opt("--eviction", choices=EVICTION, help="which expert leaves memory first")] = (
+        "decay"
+    )
+    flash_attn: Annotated[
+        bool, Opt("-fa", "--flash-attn", is_flag=True, help="flash attention: smaller compute buffers")
+    ] = False
+    seed: Annotated[int | None, _SEED] = None
+    verbose: Annotated[bool, Opt("-v", "--verbose", is_flag=True, help="show the engine's log")] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions:
+    """How one answer is generated. None means as loaded for what LoadOptions has too."""
+
+    max_tokens: Annotated[
+        int | None,
+        Opt(
+            *("-n", "--n-predict", "--predict", "--max-tokens"),
+            read=int,
+            low=-1,
+            help="tokens at most, -1: until the model ends or the context is full (default)",
+        ),
+    ] = None
+    temperature: Annotated[
+        float, Opt("--temp", "--temperature", read=float, low=0, help="0: always the likeliest token")
+    ] = 0.8
+    top_k: Annotated[int, Opt("--top-k", read=int, low=0, help="keep the k likeliest tokens, 0: all")] = 40
+    top_p: Annotated[
+        float, Opt("--top-p", read=float, low=0, high=1, help="keep the likeliest of this total probability")
+    ] = 0.95
+    min_p: Annotated[
+        float, Opt("--min-p", read=float, low=0, high=1, help="keep tokens of this share of the likeliest")
+    ] = 0.05
+    typical_p: Annotated[
+        float, Opt("--typical", "--typical-p", read=float, low=0, high=1, help="locally typical, 1: off")
+    ] = 1.0
+    repeat_penalty: Annotated[
+        float, Opt("--repeat-penalty", read=float, low=0, help="penalise repeated tokens, 1: off")
+    ] = 1.0
+    presence_penalty: Annotated[
+        float, Opt("--presence-penalty", read=float, low=-100, high=100, help="penalise tokens used, 0: off")
+    ] = 0.0
+    frequency_penalty: Annotated[
+        float, Opt("--frequency-penalty", read=float, low=-100, high=100, help="... by how often, 0: off")
+    ] = 0.0
+    logit_bias: Annotated[
+        Bias | None,
+        Opt(
+            *("-l", "--logit-bias"),
+            read=parse_bias,
+            repeated=True,
+            metavar="ID+BIAS",
+            help="make a token likelier or, with -, rarer: 15043-100; repeatable",
+        ),
+    ] = None
+    seed: Annotated[int | None, _SEED] = None
+    stop: Annotated[
+        str | Sequence[str] | None,
+        Opt("--stop", "-r", "--reverse-prompt", repeated=True, help="text that ends the answer; repeatable"),
+    ] = None
+    grammar: Annotated[
+        str | None, Opt("--grammar", file_flags=("--grammar-file",), help="GBNF grammar the answer follows")
+    ] = None
+    json_schema: Annotated[
+        str | dict[str, Any] | None,
+        Opt(
+            *("-j", "--json-schema"),
+            file_flags=("-jf", "--json-schema-file"),
+            help="JSON schema the answer follows, {} for any JSON",
+        ),
+    ] = None
+    mode: Annotated[str | None, _MODE] = None
+    gamma: Annotated[float | None, _GAMMA] = None
+    importance: Annotated[str | None, _IMPORTANCE] = None
+    head_threshold: Annotated[float | None, _HEAD_THRESHOLD] = None
+    little_k: Annotated[int | None, _LITTLE_K] = None
+    cache_prompt: Annotated[
+        bool, Opt("--no-cache-prompt", is_flag=True, help="compute the whole prompt, reuse no context")
+    ] = True
+
+    def sampling(self) -> dict[str, float]:
+        """The numbers of the sampler chain, by llama-cpp-python's names."""
+        return {
+            "temp": float(self.temperature),
+            "top_k": int(self.top_k),
+            "top_p": float(self.top_p),
+            "min_p": float(self.min_p),
+            "typical_p": float(self.typical_p),
+            "repeat_penalty": float(self.repeat_penalty),
+            "presence_penalty": float(self.presence_penalty),
+            "frequency_penalty": float(self.frequency_penalty),
+        }

@@ -1,0 +1,31 @@
+"""The words of the options: what may be chosen, said once. The engine keeps its own numbers for them."""
+
+from __future__ import annotations
+
+# how many experts a token uses
+EXACT, LITTLE, BIG_LITTLE = MODES = ("exact", "little", "big-little")
+
+# what finds the important tokens of big-little; auto: the head if the model has one, else confidence
+HEAD, CONFIDENCE = "head", "confidence"
+IMPORTANCE = ("auto", HEAD, CONFIDENCE)
+
+# which expert leaves memory first
+EVICTION = ("lru", "moepic", "decay")
+
+# how experts are read from the file
+IO = ("auto", "direct", "buffered")
+
+# where an expert is computed that the device lacks
+MISS = ("auto", "fetch", "cpu")
+
+# where experts are: on the host alone, in a cache of slots on a device, whole layers of them there
+HOST, CACHE, LAYERS = "host", "cache", "layers"
+PLACEMENTS = ("auto", CACHE, LAYERS)
+
+# moving experts before they are asked for; auto: while it is measured to help
+OFF, ON = "off", "on"
+PREFETCH = ("auto", OFF, ON)
+
+# how the states of a text become one vector; a reranker's "rank" makes none
+MEAN, LAST, CLS, RANK = "mean", "last", "cls", "rank"
+POOLINGS = (MEAN, LAST, CLS)

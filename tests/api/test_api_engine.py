@@ -1,0 +1,286 @@
+"""The Python API and the command over the real engine and the demo model."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import engine_libs
+import pytest
+from places import DATA, TESTS
+
+import mobile_gguf
+from mobile_gguf.errors import BudgetError, ExpertReadError, ModelFormatError, UsageError
+from mobile_gguf.generate.decode import Pass
+
+EXPECTED = json.loads((DATA / "demo-expected.json").read_text())
+PROMPTS = ["Why is the sky blue?", "Write a line about the sea."]
+# threads=1: the machine may be busy, and spinning threads that wait for each other are then slow
+FAST: dict[str, Any] = {"threads": 1, "threads_batch": 1, "n_ctx": 1024}
+GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 16, "cache_prompt": False}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def engine():
+    """The installed engine; without it these tests are skipped."""
+    pytest.importorskip("llama_cpp", reason="run `mobile-gguf engine build`")
+    from mobile_gguf.engine.binding import find_engine
+
+    if find_engine() is None:
+        pytest.skip("llama-cpp-python is a stock build; run `mobile-gguf engine build`")
+
+
+@pytest.fixture(scope="module", params=["100%", "40%"])
+def model(request, engine, demo_gguf):
+    with mobile_gguf.load(demo_gguf, ram_budget=request.param, **FAST) as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def any_model(engine, demo_gguf):
+    with mobile_gguf.load(demo_gguf, ram_budget="40%", **FAST) as model:
+        yield model
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_gamma_decides_between_little_and_exact(model, prompt):
+    answers = {
+        name: model.chat(prompt, **GREEDY, **options)
+        for name, options in {
+            "exact": {"mode": "exact"},
+            "little": {"mode": "little"},
+            "never": {"mode": "big-little", "gamma": 0, "importance": "confidence"},
+            "always": {"mode": "big-little", "gamma": 1.01, "importance": "confidence"},
+        }.items()
+    }
+    assert answers["never"].tokens == answers["little"].tokens
+    assert answers["always"].tokens == answers["exact"].tokens
+    assert answers["exact"].tokens != answers["little"].tokens
+    n = len(answers["exact"].tokens)
+    receipts = {name: reply.receipt for name, reply in answers.items()}
+    assert (receipts["exact"].tokens_big, receipts["always"].tokens_fallback) == (n, n - 1)
+
+
+def test_the_paper_gamma_mixes_both(any_model):
+    receipt = any_model.chat(PROMPTS[0], **GREEDY, mode="big-little", importance="confidence").receipt
+    assert receipt.tokens_big == 1
+    assert receipt.tokens_little > 0
+    assert receipt.tokens_fallback > 0
+    assert receipt.tokens_little + receipt.tokens_fallback == 15
+
+
+def test_the_receipt_tells_what_was_read(model):
+    receipt = model.chat(PROMPTS[0], **GREEDY).receipt
+    store = model.stats()["store"]
+    keeps_all = store["budget_bytes"] == store["budget_all_bytes"]
+    assert receipt.budget_bytes == store["budget_bytes"]
+    assert 0 < receipt.resident_bytes_peak <= receipt.budget_bytes
+    assert (receipt.bytes_read == 0) == keeps_all
+    assert (receipt.expert_misses == 0) == keeps_all
+    assert receipt.n_expert_used == 8
+    # 16 experts a layer at most for the prompt's one batch, 8 for each later pass, in 30 layers
+    needs = receipt.expert_hits + receipt.expert_misses
+    assert 15 * 8 * 30 < needs <= (16 + 15 * 8) * 30
+
+
+def test_the_prompt_is_tokenised_as_transformers_does(any_model):
+    assert any_model.llama.render_chat(EXPECTED["prompt"]) == EXPECTED["prompt_ids"]
+
+
+def test_tokens_and_text(any_model):
+    text = "Spaces" + " " * 70 + "and <|im_end|> naïve 😀"
+    tokens = any_model.tokenize(text)
+    assert any_model.detokenize(tokens, special=True) == text
+    assert len(any_model.tokenize("<|im_end|>")) == 1
+    assert len(any_model.tokenize("<|im_end|>", special=False)) > 1
+
+
+def test_the_same_seed_gives_the_same_answer(any_model):
+    once, twice, afresh = (
+        any_model.chat(PROMPTS[1], seed=3, max_tokens=12, cache_prompt=cached)
+        for cached in (True, True, False)
+    )
+    assert once.tokens == twice.tokens == afresh.tokens
+    assert twice.timings["prompt_n"] < once.usage["prompt_tokens"]
+
+
+def test_an_exact_answer_does_not_build_on_little_rows(any_model):
+    first = any_model.chat(PROMPTS[0], **GREEDY, mode="little")
+    turns = [
+        {"role": "user", "content": PROMPTS[0]},
+        {"role": "assistant", "content": first.text},
+        {"role": "user", "content": "Why?"},
+    ]
+    reused = any_model.chat(turns, temperature=0, max_tokens=12)
+    afresh = any_model.chat(turns, temperature=0, max_tokens=12, cache_prompt=False)
+    assert reused.tokens == afresh.tokens
+
+
+def test_llama_cpp_pythons_own_calls_decode_by_the_mode(any_model):
+    any_model.mode = "little"
+    try:
+        llama = any_model.llama
+        done = llama.create_completion("Once upon a time", max_tokens=6, temperature=0)
+        assert done["usage"]["completion_tokens"] == 6
+        assert llama.last_pass is Pass.LITTLE
+        assert llama.counters().n_tokens_little == 5
+        ours = any_model.generate("Once upon a time", **GREEDY | {"max_tokens": 6})
+        assert ours.text == done["choices"][0]["text"]
+        llama.create_chat_completion([{"role": "user", "content": "Hi"}], max_tokens=3)
+        assert llama.last_pass is Pass.LITTLE
+    finally:
+        any_model.mode = "exact"
+
+
+def test_json_schema_and_grammar(any_model):
+    schema = {
+        "type": "object",
+        "properties": {"city": {"enum": ["Rome", "Oslo"]}, "n": {"type": "integer"}},
+        "required": ["city", "n"],
+    }
+    answer = json.loads(any_model.chat("A city.", json_schema=schema, max_tokens=80, mode="big-little").text)
+    assert answer["city"] in ("Rome", "Oslo")
+    assert isinstance(answer["n"], int)
+    assert any_model.chat("Yes?", grammar='root ::= "yes" | "no"', max_tokens=9).text in ("yes", "no")
+
+
+@pytest.mark.parametrize("bad", [{"grammar": "root ::= ("}, {"grammar": ""}, {"json_schema": "{"}])
+def test_a_bad_grammar_is_refused_and_nothing_crashes(any_model, bad):
+    with pytest.raises(UsageError, match="grammar"):
+        any_model.generate("x", **bad)
+    assert any_model.generate("x", max_tokens=1).usage["completion_tokens"] == 1
+
+
+def test_two_models_at_once(any_model, demo_gguf):
+    with mobile_gguf.load(demo_gguf, ram_budget="20%", mode="little", **FAST) as other:
+        alone = [model.chat(PROMPTS[0], **GREEDY).tokens for model in (any_model, other)]
+        pairs = zip(
+            any_model.stream_chat(PROMPTS[0], **GREEDY), other.stream_chat(PROMPTS[0], **GREEDY), strict=True
+        )
+        together = list(zip(*((a.token, b.token) for a, b in pairs), strict=True))
+    assert together == alone
+
+
+def test_a_file_cut_short_while_running(demo_gguf, tmp_path):
+    path = Path(shutil.copy(demo_gguf, tmp_path / "cut.gguf"))
+    whole = path.read_bytes()
+    with mobile_gguf.load(path, ram_budget="10%", **FAST) as model:
+        good = model.chat(PROMPTS[0], **GREEDY)
+        os.truncate(path, len(whole) // 2)
+        with pytest.raises(ExpertReadError, match=r"cut\.gguf.*layer \d+, expert \d+"):
+            model.chat(PROMPTS[1], **GREEDY)
+        path.write_bytes(whole)
+        assert model.chat(PROMPTS[0], **GREEDY).tokens == good.tokens
+    os.truncate(path, len(whole) // 2)
+    with pytest.raises(ModelFormatError, match=f"truncated: its tensors need {len(whole)} bytes"):
+        mobile_gguf.load(path)
+
+
+def test_budgets_from_too_small_to_the_smallest(demo_gguf):
+    from mobile_gguf.gguf.info import read_gguf_info
+
+    info = read_gguf_info(demo_gguf)
+    with pytest.raises(BudgetError, match=f"smallest legal budget for this model is {info.budget_min_bytes}"):
+        mobile_gguf.load(demo_gguf, ram_budget="1%")
+    largest_layer = max(layer.file_bytes for layer in info.expert_layers)
+    with pytest.raises(BudgetError, match="smallest"):  # the engine's own word
+        mobile_gguf.load(demo_gguf, ram_budget=largest_layer, io="buffered")
+    with mobile_gguf.load(demo_gguf, ram_budget=info.budget_min_bytes, **FAST) as model:
+        receipt = model.generate("x", max_tokens=2).receipt
+    assert receipt.resident_bytes_peak <= receipt.budget_bytes <= info.budget_min_bytes
+
+
+def test_headers_and_the_engine_agree(model):
+    store, info = model.llama.store, model.info
+    assert (store.expert_bytes, store.n_layer_moe) == (info.expert_bytes, info.n_layer_moe)
+    assert store.budget_min_bytes <= info.budget_min_bytes
+    assert store.budget_all_bytes <= info.budget_all_bytes
+    assert (store.n_expert, store.n_expert_used) == (info.n_expert, info.n_expert_used)
+
+
+def test_ctrl_c_ends_a_prompt_before_it_is_done(any_model, monkeypatch):
+    from mobile_gguf.generate.interrupt import _Watch
+
+    polls = 0
+
+    def poll(self, _data):
+        nonlocal polls
+        polls += 1
+        if polls == 20:
+            os.kill(os.getpid(), signal.SIGINT)
+        return self.pressed
+
+    monkeypatch.setattr(_Watch, "poll", poll)
+    prompt = "word " * 400
+    reply = any_model.generate(prompt, max_tokens=2, cache_prompt=False)
+    assert (reply.text, reply.finish_reason, reply.timings["prompt_n"]) == ("", "interrupted", 0)
+    assert polls < 40
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    monkeypatch.undo()
+    after = any_model.generate(prompt, temperature=0, max_tokens=4)
+    assert after.tokens == any_model.generate(prompt, temperature=0, max_tokens=4, cache_prompt=False).tokens
+
+
+# the command
+
+
+def command(*argv, **environment):
+    return subprocess.Popen(
+        [sys.executable, "-m", "mobile_gguf", *argv],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=TESTS,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), **environment},
+    )
+
+
+def test_run_json(demo_gguf):
+    process = command("run", str(demo_gguf), "Hi", "--json", "-n", "8", "-t", "1", "--mode", "big-little")
+    out, err = process.communicate()
+    assert (process.returncode, err) == (0, "")
+    answer = json.loads(out)
+    receipt = answer["receipt"]
+    total = receipt["tokens_big"] + receipt["tokens_little"] + receipt["tokens_fallback"]
+    assert total == answer["usage"]["completion_tokens"] == answer["timings"]["predicted_n"]
+
+
+def test_ctrl_c_keeps_the_text(demo_gguf):
+    endless = ("-n", "4000", "-c", "8192", "--grammar", "root ::= [a-z ] root")
+    process = command("run", str(demo_gguf), "Tell a long story.", "-t", "1", *endless)
+    assert process.stdout is not None
+    first = process.stdout.read(10)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate()
+    assert len(first) == 10
+    assert (process.returncode, out[-1]) == (130, "\n")
+    assert err.rstrip().endswith("| interrupted")
+
+
+def test_a_stock_library_generates_and_says_what_it_lacks(demo_gguf):
+    stock = str(engine_libs.stock_lib())
+    process = command("run", str(demo_gguf), "Hi", "-n", "4", "-t", "1", LLAMA_CPP_LIB_PATH=stock)
+    out, err = process.communicate()
+    assert process.returncode == 0
+    assert out.strip()
+    assert "mobile-gguf engine build" in err
+    for flags in (["--mode", "little"], ["--ram-budget", "40%"]):
+        process = command("run", str(demo_gguf), "Hi", *flags, LLAMA_CPP_LIB_PATH=stock)
+        _, err = process.communicate()
+        assert process.returncode == 4
+        assert err.splitlines()[-1].endswith("run `mobile-gguf engine build`")
+
+
+def test_a_dense_model_runs_and_says_that_it_has_no_experts(real_directories):
+    from mobile_gguf.demo.source import ensure_source
+
+    process = command("run", str(ensure_source()), "Hi", "-n", "4", "-t", "1", "--mode", "little")
+    out, err = process.communicate()
+    assert process.returncode == 0
+    assert out.strip()
+    assert "has no experts: it runs as an ordinary dense model" in err
+    assert "has no experts: mode little has no effect" in err

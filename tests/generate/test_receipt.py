@@ -1,0 +1,53 @@
+"""Receipts and timings: names, arithmetic, the line people read."""
+
+from mobile_gguf.generate.receipt import Receipt, Timings
+
+FIELDS = [
+    "mode", "n_expert_used", "little_k", "tokens_big", "tokens_little", "tokens_fallback", "expert_hits",
+    "expert_misses", "bytes_read", "stall_ms", "budget_bytes", "resident_bytes_peak",
+    "device_hits", "device_misses", "bytes_uploaded", "upload_stall_ms", "vram_budget_bytes",
+    "prefetch_hits", "prefetch_wasted_bytes", "prefetch_saved_ms",
+]  # fmt: skip
+TIMING_NAMES = [
+    "prompt_n", "prompt_ms", "prompt_per_token_ms", "prompt_per_second",
+    "predicted_n", "predicted_ms", "predicted_per_token_ms", "predicted_per_second",
+]  # fmt: skip
+
+
+def test_a_receipt_has_exactly_these_fields():
+    assert list(Receipt().to_dict()) == FIELDS
+
+
+def test_the_line_of_a_big_little_answer():
+    receipt = Receipt("big-little", 8, 4, 12, 30, 6, 84, 16, 12_897_485, 40.2, 1, 1)
+    assert receipt.summary(21.34) == (
+        "12 big · 30 little · 6 fallback | 84% hits | 12.3 MiB read | 40 ms stalled | 21.3 tok/s"
+    )
+
+
+def test_kinds_of_tokens_that_the_mode_does_not_have_are_left_out():
+    assert Receipt("exact", tokens_big=3).summary() == "3 big"
+    assert Receipt("little", tokens_big=1, tokens_little=2).summary() == "1 big · 2 little"
+
+
+def test_all_hits_are_claimed_only_if_nothing_missed():
+    assert "99% hits" in Receipt(expert_hits=9999, expert_misses=1).summary()
+    assert "100% hits" in Receipt(expert_hits=1).summary()
+
+
+def test_a_device_tier_has_a_part_of_the_line():
+    receipt = Receipt(tokens_big=3, expert_hits=3, expert_misses=1, device_hits=9, device_misses=4)
+    assert receipt.summary() == (
+        "3 big | device 69% hits, 0 B uploaded, 0 ms stalled | 75% hits | 0 B read | 0 ms stalled"
+    )
+
+
+def test_timings_have_llama_servers_names():
+    timings = Timings(prompt_n=10, prompt_ms=500, predicted_n=4, predicted_ms=2000).to_dict()
+    assert list(timings) == TIMING_NAMES
+    assert (timings["prompt_per_token_ms"], timings["prompt_per_second"]) == (50, 20)
+    assert (timings["predicted_per_token_ms"], timings["predicted_per_second"]) == (500, 2)
+
+
+def test_nothing_done_takes_no_time():
+    assert set(Timings().to_dict().values()) == {0}

@@ -1,0 +1,351 @@
+"""The server over the real engine and the demo model: the command, schemas, tools, the map, the page."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+
+pytest.importorskip("fastapi", reason="pip install 'mobile-gguf[server]'")
+openai = pytest.importorskip("openai", reason="pip install 'mobile-gguf[dev]'")
+pytest.importorskip("llama_cpp", reason="run `mobile-gguf engine build`")
+from server_harness import SECONDS, get, until  # noqa: E402
+
+from mobile_gguf.engine.binding import find_engine  # noqa: E402
+
+USER = [{"role": "user", "content": "Tell me about a person called Ann."}]
+PERSON = {
+    "type": "object",
+    "properties": {"name": {"enum": ["Ann", "Bob"]}, "age": {"type": "integer"}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+ENDLESS = {"grammar": "root ::= [a-z ] root"}
+TOOL = {"type": "function", "function": {"name": "note_person", "parameters": PERSON}}
+
+
+class Command:
+    """`mobile-gguf serve` in a process of its own."""
+
+    def __init__(self, model: Path, *flags: str, **environment: str) -> None:
+        command = [sys.executable, "-m", "mobile_gguf", "serve", str(model), "--port", "0", "-t", "1", *flags]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(
+            command, stdout=pipe, stderr=pipe, text=True, env=os.environ | environment
+        )
+        assert self.process.stdout is not None
+        self.url = self.process.stdout.readline().strip()
+
+    def client(self, key: str = "none"):
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=SECONDS)
+
+    def end(self, number: int = signal.SIGTERM) -> tuple[int, str]:
+        self.process.send_signal(number)
+        _, error = self.process.communicate(timeout=SECONDS)
+        return self.process.returncode, error
+
+
+@pytest.fixture(scope="module")
+def command(demo_gguf):
+    if find_engine() is None:
+        pytest.skip("llama-cpp-python is a stock build; run `mobile-gguf engine build`")
+    served = Command(demo_gguf, "--ram-budget", "40%", "--alias", "demo", "-c", "1024", "-n", "40")
+    assert served.url, served.process.communicate()[1]
+    yield served
+    code, error = served.end()
+    assert code == 0, error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_follows_the_json_schema(command, stream):
+    asked = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON}}
+    answer = command.client().chat.completions.create(
+        model="demo", messages=USER, response_format=asked, stream=stream, seed=1, max_tokens=100
+    )
+    if stream:
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in answer)
+    else:
+        text = answer.choices[0].message.content
+    person = json.loads(text)
+    assert person["name"] in ("Ann", "Bob")
+    assert isinstance(person["age"], int)
+
+
+def test_a_json_object_is_one(command):
+    answer = command.client().chat.completions.create(
+        model="demo", messages=USER, response_format={"type": "json_object"}, seed=3, max_tokens=60
+    )
+    choice = answer.choices[0]
+    assert choice.message.content.startswith("{")
+    if choice.finish_reason == "stop":
+        assert isinstance(json.loads(choice.message.content), dict)
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "note_person"}}])
+def test_a_required_tool_call_follows_its_schema(command, choice):
+    stream = command.client().chat.completions.create(
+        model="demo", messages=USER, tools=[TOOL], tool_choice=choice, stream=True, seed=2, max_tokens=100,
+        parallel_tool_calls=False,
+    )  # fmt: skip
+    name, arguments, reason = "", "", None
+    for chunk in stream:
+        for call in chunk.choices[0].delta.tool_calls or []:
+            name += call.function.name or ""
+            arguments += call.function.arguments or ""
+        reason = chunk.choices[0].finish_reason or reason
+    assert (name, reason) == ("note_person", "tool_calls")
+    assert json.loads(arguments).keys() == {"name", "age"}
+
+
+def test_big_little_and_the_receipt(command):
+    answer = command.client().chat.completions.create(
+        model="demo", messages=USER, max_tokens=8, extra_body={"mode": "little"}
+    )
+    receipt = answer.usage.receipt
+    assert receipt["mode"] == "little"
+    assert receipt["tokens_little"] > 0
+    assert receipt["expert_hits"] + receipt["expert_misses"] > 0
+
+
+def test_the_map_shows_what_is_hit_and_missed(command):
+    seen: set[str] = set()
+    card = get(f"{command.url}/v1/models").json()["data"][0]["meta"]
+    expert_bytes = card["expert_bytes"] / (card["n_expert"] * card["n_layer_moe"])
+    with httpx.stream("GET", f"{command.url}/v1/experts?stream=true", timeout=SECONDS) as events:
+        lines = events.iter_lines()
+        first = json.loads(next(line for line in lines if line.startswith("data: "))[6:])
+        chat = command.client().chat.completions.create(
+            model="demo", messages=USER, max_tokens=400, stream=True, extra_body=ENDLESS
+        )
+        for line in lines:
+            if line.startswith("data: "):
+                now = json.loads(line[6:])
+                seen.update(*(set(row) for row in now["tiers"]["host"]))
+                # hits and misses may be gone again: what is there keeps to the budget all the same
+                assert now["resident"]["host"] <= card["ram_budget_bytes"] / expert_bytes
+            if {"3", "4"} <= seen:
+                break
+        chat.close()
+    states = first["states"]
+    assert {states["hit"], states["missed"], states["resident"]} <= seen
+    assert len(first["tiers"]["host"]) == first["n_layer"]
+
+
+def test_leaving_while_a_long_prompt_is_computed_frees_the_model(command):
+    body = {"prompt": "word " * 900, "max_tokens": 1}
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{command.url}/v1/completions", json=body, timeout=httpx.Timeout(SECONDS, read=0.3))
+    until(lambda: not get(f"{command.url}/health").json()["busy"])
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_cuts_a_running_stream_cleanly(demo_gguf, command, number, code):
+    served = Command(
+        demo_gguf, "--ram-budget", "40%", "--grace", "0.1", "-c", "1024", MOBILE_GGUF_API_KEY="k"
+    )
+    stream = served.client("k").chat.completions.create(
+        model=demo_gguf.stem, messages=USER, stream=True, extra_body=ENDLESS
+    )
+    next(iter(stream))
+    served.process.send_signal(number)
+    with pytest.raises(openai.APIError, match="the answer was cut"):
+        list(stream)
+    _, error = served.process.communicate(timeout=SECONDS)
+    assert served.process.returncode == code
+    assert "Traceback" not in error
+
+
+def test_a_second_ctrl_c_cuts_without_a_traceback(demo_gguf, command):
+    served = Command(demo_gguf, "--ram-budget", "40%", "--grace", "200", "-c", "1024")
+    stream = served.client().chat.completions.create(
+        model=demo_gguf.stem, messages=USER, stream=True, extra_body=ENDLESS
+    )
+    next(iter(stream))
+    served.process.send_signal(signal.SIGINT)
+    until(lambda: not takes_requests(served.url))
+    served.process.send_signal(signal.SIGINT)
+    with contextlib.suppress(openai.APIError, httpx.HTTPError):
+        list(stream)
+    _, error = served.process.communicate(timeout=SECONDS)
+    assert served.process.returncode == 130
+    assert "stopping: the running answer has 200 s to end; Ctrl-C again cuts it" in error
+    assert "Traceback" not in error
+
+
+def takes_requests(url: str) -> bool:
+    try:
+        return get(f"{url}/health").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def refused(*flags: str, **environment: str) -> tuple[int, str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "mobile_gguf", "serve", "nothing.gguf", *flags],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+    )
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "text"),
+    [
+        ((), 3, "nothing.gguf"),
+        (("--port", "70000"), 2, "--port is 70000"),
+        (("--queue", "-1"), 2, "--queue is -1"),
+        (("--max-request", "40%"), 2, "--max-request"),
+        (("--api-key", "a b"), 2, "API key"),
+        (("--api-key-file", "/nonexistent"), 2, "cannot read /nonexistent"),
+        (("--api-key", "a", "--api-key-file", "b"), 2, "not both"),
+    ],
+)
+def test_what_cannot_be_served_is_one_line(flags, code, text):
+    got, error = refused(*flags)
+    assert got == code, error
+    assert text in error
+    assert len(error.strip().splitlines()) == 1
+
+
+def test_a_port_that_is_taken_is_one_line(command, demo_gguf):
+    port = command.url.rpartition(":")[2]
+    done = subprocess.run(
+        [sys.executable, "-m", "mobile_gguf", "serve", str(demo_gguf), "--port", port, "--ram-budget", "40%"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert f"cannot listen on 127.0.0.1:{port}" in done.stderr
+
+
+NODE_SCRIPT = """
+import OpenAI from "openai";
+const client = new OpenAI({ baseURL: process.argv[2] + "/v1", apiKey: "none", maxRetries: 0 });
+const messages = [{ role: "user", content: "Hello" }];
+const asked = { model: "demo", messages, max_tokens: 8, temperature: 0 };
+const streamed = { ...asked, stream: true, stream_options: { include_usage: true } };
+const whole = await client.chat.completions.create(asked);
+let text = "", usage = null;
+for await (const chunk of await client.chat.completions.create(streamed)) {
+  text += chunk.choices[0]?.delta?.content ?? "";
+  usage = chunk.usage ?? usage;
+}
+let missing = 0;
+try {
+  await client.chat.completions.create({ ...asked, model: "other" });
+} catch (error) {
+  missing = error.status;
+}
+const same = text === whole.choices[0].message.content;
+console.log(JSON.stringify({ same, text, receipt: usage.receipt.tokens_big, missing }));
+"""
+
+
+def test_the_node_client(command, tmp_path):
+    if shutil.which("node") is None or shutil.which("npm") is None:
+        pytest.skip("no node and npm here: apt install nodejs npm")
+    # without a way to the registry npm would try for minutes
+    command_line = ["npm", "install", "--no-audit", "--no-fund", "--silent", "--fetch-retries=0"]
+    installed = subprocess.run(
+        [*command_line, "--fetch-timeout=30000", "openai"], cwd=tmp_path, capture_output=True
+    )
+    if installed.returncode:
+        pytest.skip("npm cannot install the openai package here")
+    (tmp_path / "ask.mjs").write_text(NODE_SCRIPT)
+    done = subprocess.run(
+        ["node", "ask.mjs", command.url], cwd=tmp_path, capture_output=True, text=True, timeout=SECONDS
+    )
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["same"]
+    assert answer["text"]
+    assert answer["receipt"] == 8
+    assert answer["missing"] == 404
+
+
+@contextlib.contextmanager
+def browser_page(url):
+    sync = pytest.importorskip("playwright.sync_api", reason="pip install 'mobile-gguf[dev]'")
+    browser_path = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser_path is None:
+        pytest.skip("no browser here: apt install chromium")
+    with sync.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1280, "height": 800})
+        page.set_default_timeout(1000 * SECONDS)
+        yield page
+        browser.close()
+
+
+def without_end(route):
+    route.continue_(post_data=json.dumps(route.request.post_data_json | ENDLESS))
+
+
+def test_the_page_when_the_server_is_killed(demo_gguf, command):
+    served = Command(demo_gguf, "--ram-budget", "40%", "-c", "1024")
+    with browser_page(served.url) as page:
+        page.goto(served.url)
+        page.wait_for_selector("#mode option:nth-child(3)", state="attached")
+        page.route("**/v1/chat/completions", without_end)
+        page.fill("#prompt", "Say hello.")
+        page.keyboard.press("Enter")
+        page.wait_for_selector(".receipt:has-text('big')")
+        served.process.kill()
+        served.process.communicate(timeout=SECONDS)
+        page.wait_for_selector(".end.bad")
+        assert page.inner_text(".end") == "The connection to the server was lost."
+        assert re.match(r"\d+ big \| \d+% hits \| ", page.inner_text(".receipt"))
+        page.wait_for_selector("#notice:has-text('No connection to the server: trying again.')")
+
+
+def test_the_page_in_a_browser(command):
+    with browser_page(command.url) as page:
+        problems: list[str] = []
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+        page.goto(command.url)
+        page.wait_for_selector("#mode option:nth-child(3)", state="attached")
+        # What a model writes must not become a part of the page.
+        hostile = "<img src=x onerror=alert(1)> **bold** [x](javascript:alert(1)) `<b>`"
+        hostile += "\n\n```\n<script>\n```\n- a\n- b"
+        html = page.evaluate(
+            """async (text) => {
+                const { render } = await import("/markdown.js");
+                const box = document.createElement("div");
+                box.append(render(text));
+                return box.innerHTML;
+            }""",
+            hostile,
+        )
+        assert "<img" not in html
+        assert "<script" not in html
+        assert "href" not in html
+        assert "<strong>bold</strong>" in html
+        assert html.count("<li>") == 2
+        page.select_option("#mode", "little")
+        page.fill("#prompt", "Say hello.")
+        page.keyboard.press("Enter")
+        page.wait_for_selector(".again")
+        assert re.search(r"\d+ big · \d+ little \| ", page.inner_text(".receipt"))
+        assert "in memory" in page.inner_text("#map-note")
+        # an answer that lasts until it is stopped
+        page.route("**/v1/chat/completions", without_end)
+        page.keyboard.press("Alt+r")
+        page.wait_for_selector("#send.stop")
+        page.wait_for_selector(".receipt:has-text('little')")
+        page.keyboard.press("Escape")
+        page.wait_for_selector("#send:not(.stop)")
+        assert len(page.query_selector_all(".turn")) == 2
+        page.wait_for_selector(".again")
+        assert page.locator(".end").all_inner_texts()[0].startswith("Stopped")
+        assert page.locator(".receipt").count() == 1
+        assert not problems

@@ -1,0 +1,61 @@
+"""Clients that come and go: a short run of bench/serve_soak.py, and requests made up by schemathesis."""
+
+import pytest
+import tiny_models
+from fake_backend import FakeBackend, scripted
+from hypothesis import HealthCheck, Phase, given, settings
+
+pytest.importorskip("fastapi", reason="pip install 'mobile-gguf[server]'")
+pytest.importorskip("httpx", reason="pip install 'mobile-gguf[dev]'")
+from server_harness import SECONDS, running
+
+from mobile_gguf.engine.binding import find_engine
+
+
+def test_a_short_soak():
+    pytest.importorskip("llama_cpp", reason="run `mobile-gguf engine build`")
+    if find_engine() is None:
+        pytest.skip("llama-cpp-python is a stock build; run `mobile-gguf engine build`")
+    from mobile_gguf.bench.serve_soak import soak
+
+    model = tiny_models.path("qwen3moe")
+    report = soak(str(model), 10, 24, ["-t", "1", "--queue", "4", "-c", "256"])
+    assert report["problems"] == []
+    assert {"answered", "left", "full"} <= report["outcomes"].keys()
+
+
+def test_requests_made_up_from_the_openapi_document(fake_model):
+    schemathesis = pytest.importorskip("schemathesis", reason="pip install 'mobile-gguf[dev]'")
+    from schemathesis.specs.openapi.checks import positive_data_acceptance
+
+    quick = settings(
+        max_examples=25,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        phases=[Phase.explicit, Phase.generate],
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
+    )
+    with running(fake_model(FakeBackend(scripted("ok"))), queue=64) as server:
+        schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
+        operations = {found.path: found for found in (result.ok() for result in schema.get_all_operations())}
+        # its stream has no end
+        del operations["/v1/experts"]
+        assert {"/v1/chat/completions", "/v1/completions", "/v1/models", "/health"} <= operations.keys()
+        for operation in operations.values():
+            # A request that says nothing cannot say it wrongly.
+            modes = (
+                list(schemathesis.GenerationMode)
+                if operation.body
+                else [schemathesis.GenerationMode.POSITIVE]
+            )
+            for mode in modes:
+
+                @quick
+                @given(case=operation.as_strategy(generation_mode=mode))
+                def check(case):
+                    # What fields may go together, and which model there is, no schema says.
+                    case.call_and_validate(timeout=SECONDS, excluded_checks=[positive_data_acceptance])
+
+                check()
+        assert server.chat().status_code == 200

@@ -1,0 +1,248 @@
+"""A scripted engine: the decoder's interface with bytes for tokens and a made-up model behind it.
+
+What it "computes" depends on every row of its context and on how many experts wrote that row, so a
+position that was not run again, or a row that was not overwritten, changes the answer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Generator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mobile_gguf.engine.binding import Counters, ModelInfo
+from mobile_gguf.engine.prefetch import PrefetchCounters
+from mobile_gguf.engine.structs import DeviceCounters
+from mobile_gguf.errors import UsageError
+from mobile_gguf.generate.decode import ALL_EXPERTS, Pass, Policy, decode_prompt, decode_token
+from mobile_gguf.generate.head import Head
+from mobile_gguf.gguf.info import ExpertLayer, GgufInfo
+
+BOS, EOS, N_VOCAB = 256, 257, 258
+TOP_K, MIB = 8, 1 << 20
+
+Row = tuple[int, int]  # token, experts (0: all)
+
+
+def fake_info(**changes: Any) -> GgufInfo:
+    """Facts of a small MoE: 4 layers of 16 experts, 1 MiB of experts a layer."""
+    facts: dict[str, Any] = {
+        "path": Path("fake.gguf"),
+        "files": (Path("fake.gguf"),),
+        "file_bytes": 6 * MIB,
+        "architecture": "fakemoe",
+        "name": "Fake MoE",
+        "license": "mit",
+        "quantization": "Q8_0",
+        "n_layer": 4,
+        "n_ctx_train": 512,
+        "n_embd": 64,
+        "n_vocab": N_VOCAB,
+        "n_head": (4,) * 4,
+        "n_head_kv": (2,) * 4,
+        "key_length": 16,
+        "value_length": 16,
+        "n_expert": 16,
+        "n_expert_used": TOP_K,
+        "n_ff_expert": 32,
+        "expert_layers": (ExpertLayer(16, (MIB // 32, MIB // 32)),) * 4,
+        "tensor_bytes": 5 * MIB,
+        "chat_template": "{{ messages }}",
+    }
+    return GgufInfo(**(facts | changes))
+
+
+def hashed_logits(rows: Sequence[Row]) -> np.ndarray:
+    """Logits over printable letters that any change of any row changes; now sure, now not."""
+    digest = hashlib.sha256(repr(list(rows)).encode()).digest()
+    random = np.random.default_rng(list(digest[:16]))
+    logits = np.full(N_VOCAB, -30.0)
+    logits[ord("a") : ord("z") + 1] = random.normal(size=26) * random.choice([1.0, 4.0])
+    return logits
+
+
+def scripted(text: str | bytes, sure: Sequence[float] = (), end: bool = True) -> Callable[..., Any]:
+    """A model that answers ``text`` whatever the prompt, and then ends if ``end``, else begins again.
+
+    ``sure[i]`` is the top probability after a little pass over answer token i; big ones are sure.
+    """
+    answer = [*(text.encode() if isinstance(text, str) else text), *([EOS] if end else [])]
+
+    def logits(rows: Sequence[Row], n_prompt: int) -> np.ndarray:
+        step = len(rows) - n_prompt
+        token = answer[step % len(answer)]
+        is_little = rows[-1][1] != ALL_EXPERTS
+        probability = sure[step - 1] if is_little and 0 < step <= len(sure) else 0.99
+        values = np.full(N_VOCAB, np.log((1 - probability) / (N_VOCAB - 1)))
+        values[token] = np.log(probability)
+        return values
+
+    logits.needs_prompt = True  # type: ignore[attr-defined]
+    return logits
+
+
+class FakeBackend:
+    """Stands in for MobileLlama. ``model`` maps rows to logits; ``fail_at`` raises at that evaluation."""
+
+    def __init__(
+        self,
+        model: Callable[..., Any] = hashed_logits,
+        *,
+        n_ctx: int = 512,
+        has_engine: bool = True,
+        has_store: bool = True,
+        can_step_back: bool = True,
+        pooling: str | None = None,
+        can_generate: bool = True,
+        head: Head | None = None,
+        important: Sequence[float | None] = (),
+    ) -> None:
+        self.model = model
+        self.head = head
+        self.important = list(important)
+        self.n_ctx = n_ctx
+        self.policy = Policy()
+        self.last_pass = Pass.BIG
+        self.prompt_evaluated = 0
+        self.prompt_done = 0.0
+        self.should_stop: Callable[[], bool] | None = None
+        self.can_step_back = can_step_back
+        self.pooling = pooling
+        self.can_generate = can_generate
+        self.embedding_limit = n_ctx
+        self.embedded: list[tuple[list[int], str]] = []
+        self.rows: list[Row] = []
+        self.log: list[str] = []
+        self.errors: dict[int, BaseException] = {}
+        self.n_evaluations = 0
+        self.sampling: dict[str, Any] = {}
+        self.seed: int | None = None
+        self.closed = False
+        self.on_evaluate: Callable[[], None] = lambda: None
+        self._experts = ALL_EXPERTS
+        self._n_prompt = 0
+        self._counters = Counters()
+        self._device_counters = DeviceCounters()
+        self.device: Any = None
+        self.ctx = 1
+        self.has_engine = has_engine
+        self.store = ModelInfo(4 * MIB, 2 * MIB, MIB, 4 * MIB, 4, 4, 16, TOP_K, 0, 0) if has_store else None
+
+    # decode.Decoder
+
+    def use_experts(self, k: int) -> None:
+        self._experts = k
+
+    def forward(self, tokens: list[int]) -> None:
+        self.on_evaluate()
+        error = self.errors.pop(self.n_evaluations, None)
+        self.n_evaluations += 1
+        if error is not None:
+            raise error
+        self.rows += [(token, self._experts) for token in tokens]
+        self.log.append(f"{'big' if self._experts == ALL_EXPERTS else 'little'} {len(tokens)}")
+        self._counters = self._counters + Counters(
+            n_tokens=len(tokens),
+            n_hits=3 * len(tokens),
+            n_misses=len(tokens),
+            bytes_read=1024 * len(tokens),
+            stall_us=500,
+            resident_bytes=MIB,
+            resident_bytes_peak=MIB + 1,
+        )
+        if self.device is not None:
+            self._device_counters = self._device_counters + DeviceCounters(
+                n_hits=4 * len(tokens), n_misses=len(tokens), bytes_uploaded=2048, upload_us=1500
+            )
+
+    def step_back(self) -> None:
+        self.rows.pop()
+        self.log.append("back")
+
+    def prefetch_masked(self) -> None:
+        self.log.append("prefetch")
+
+    def last_logits(self) -> np.ndarray:
+        if getattr(self.model, "needs_prompt", False):
+            return self.model(self.rows, self._n_prompt)
+        return self.model(self.rows)
+
+    def head_probability(self, token: int) -> float | None:
+        self.log.append("head")
+        return self.important.pop(0) if self.important else None
+
+    # answer.Backend
+
+    def generate(self, tokens: Sequence[int], **sampling: Any) -> Generator[int, Any, None]:
+        self.sampling = sampling
+        tokens = list(tokens)
+        common = 0
+        for row, token in zip(self.rows, tokens[:-1], strict=False):
+            if row[0] != token or (self.policy.always_big and row[1] != ALL_EXPERTS):
+                break
+            common += 1
+        del self.rows[common:]
+        self._n_prompt = len(tokens)
+        prompt = tokens[common:]
+        self.last_pass = decode_prompt(self, prompt)
+        self.prompt_evaluated += len(prompt)
+        self.prompt_done = time.perf_counter()
+        while True:
+            logits = np.array(self.last_logits(), dtype=float)
+            for biased, bias in (sampling.get("logit_bias") or {}).items():
+                logits[biased] += bias
+            token = int(np.argmax(logits))
+            yield token
+            self.last_pass = decode_token(self, token, self.policy)
+
+    def embed_tokens(self, tokens: list[int], pooling: str) -> np.ndarray:
+        self.on_evaluate()
+        self.embedded.append((list(tokens), pooling))
+        return np.array([len(tokens), sum(tokens), 3.0, 4.0])
+
+    def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
+        return [*([BOS] if add_bos else []), *text]
+
+    def piece(self, token: int, special: bool = False) -> bytes:
+        return bytes([token]) if token < 256 else b""
+
+    def is_end(self, token: int) -> bool:
+        return token == EOS
+
+    def render_chat(self, messages: list[dict[str, Any]], **_values: Any) -> list[int]:
+        if any(message["role"] not in ("system", "user", "assistant") for message in messages):
+            raise UsageError("the model's chat template refuses these messages: unknown role")
+        text = "".join(f"<{message['role']}>{message['content']}\n" for message in messages)
+        return [BOS, *(text + "<assistant>").encode()]
+
+    def make_grammar(self, grammar: str | None, json_schema: Any) -> Any:
+        return (grammar, json_schema) if grammar or json_schema else None
+
+    def token_bos(self) -> int:
+        return BOS
+
+    def set_seed(self, seed: int) -> None:
+        self.seed = seed
+
+    def counters(self) -> Counters:
+        return self._counters
+
+    def device_counters(self) -> DeviceCounters:
+        return self._device_counters
+
+    def prefetch_counters(self) -> PrefetchCounters:
+        return PrefetchCounters()
+
+    def reset_counters(self) -> None:
+        self._device_counters = DeviceCounters()
+        self._counters = Counters()
+
+    def forget(self) -> None:
+        self.rows.clear()
+
+    def close(self) -> None:
+        self.closed = True

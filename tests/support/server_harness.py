@@ -1,0 +1,125 @@
+"""A server in a thread of the test, on a free port, and clients for it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import numpy as np
+from fake_backend import EOS, N_VOCAB
+
+from mobile_gguf.api.model import Model
+
+# how long anything may take before it counts as hung, far beyond what a busy machine needs
+SECONDS = 300
+
+
+@dataclass
+class Running:
+    """A server that is running."""
+
+    url: str
+    server: Any
+    thread: threading.Thread
+
+    @property
+    def serving(self) -> Any:
+        return self.server.config.app.state.serving
+
+    def openai(self, key: str = "none") -> Any:
+        import openai
+
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=SECONDS)
+
+    def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
+        return httpx.post(self.url + path, json=body, timeout=SECONDS, **options)
+
+    def chat(self, text: str = "hi", **body: Any) -> httpx.Response:
+        return self.post("/v1/chat/completions", {"messages": [{"role": "user", "content": text}], **body})
+
+    def stop(self) -> None:
+        self.server.should_exit = True
+        self.thread.join(SECONDS)
+        assert not self.thread.is_alive()
+
+
+@contextlib.contextmanager
+def running(model: Model, **settings: Any) -> Iterator[Running]:
+    """Serve ``model`` meanwhile."""
+    from mobile_gguf.server.run import listen, make_server
+    from mobile_gguf.server.settings import ServerSettings
+
+    ready = threading.Event()
+    listening = listen("127.0.0.1", 0)
+    server = make_server(
+        model, ServerSettings(**{"names": ("fake",), "grace": 5.0} | settings), ready=ready.set
+    )
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listening])), daemon=True)
+    thread.start()
+    assert ready.wait(SECONDS)
+    run = Running(f"http://127.0.0.1:{listening.getsockname()[1]}", server, thread)
+    try:
+        yield run
+    finally:
+        run.stop()
+        listening.close()
+
+
+def phases(*texts: str) -> Callable[..., Any]:
+    """A model that answers one text after another, one for each generation it is asked for."""
+    begun: list[int] = []
+
+    def logits(rows: Any, n_prompt: int) -> np.ndarray:
+        if len(rows) == n_prompt:
+            begun.append(n_prompt)
+        answer = [*texts[min(len(begun), len(texts)) - 1].encode(), EOS]
+        values = np.full(N_VOCAB, -30.0)
+        values[answer[min(len(rows) - n_prompt, len(answer) - 1)]] = 0.0
+        return values
+
+    logits.needs_prompt = True  # type: ignore[attr-defined]
+    return logits
+
+
+class Gate:
+    """Holds the scripted engine: it computes only what ``allow`` let through, until ``open``."""
+
+    def __init__(self) -> None:
+        self._permits = threading.Semaphore(0)
+        self._open = threading.Event()
+        self.reached = threading.Event()
+
+    def __call__(self) -> None:
+        self.reached.set()
+        while not self._open.is_set() and not self._permits.acquire(timeout=0.01):
+            pass
+
+    def allow(self, n: int) -> None:
+        for _ in range(n):
+            self._permits.release()
+
+    def open(self) -> None:
+        self._open.set()
+
+
+def get(url: str, **options: Any) -> httpx.Response:
+    return httpx.get(url, timeout=SECONDS, **options)
+
+
+def post(url: str, **options: Any) -> httpx.Response:
+    return httpx.post(url, timeout=SECONDS, **options)
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Wait for ``condition``; fails after SECONDS."""
+    done = threading.Event()
+    for _ in range(SECONDS * 100):
+        if condition():
+            return
+        done.wait(0.01)
+    raise AssertionError("it did not happen")

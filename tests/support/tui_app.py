@@ -1,0 +1,157 @@
+"""A ChatApp over scripted models, and how tests wait for it."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+from fake_backend import FakeBackend, fake_info, scripted
+from textual.pilot import Pilot
+
+from mobile_gguf.api.model import Model
+from mobile_gguf.engine.binding import LOADING, RESIDENT
+from mobile_gguf.options import LoadOptions, make_options
+from mobile_gguf.tui.app import ChatApp
+from mobile_gguf.tui.engine.expert_state import Routed
+from mobile_gguf.tui.store.settings import Settings
+
+ANSWER = "It **scatters**.\n\n```python\nprint('blue')\n```\n\nYes."
+
+
+class ScriptedWatch:
+    """A watch that tells the same of every token: two hits and a miss."""
+
+    def __init__(self, model: Model) -> None:
+        self.shape = (model.info.n_layer, model.info.n_expert)
+        self.running = False
+        self.device: Any = None
+
+    def start(self) -> None:
+        self.running = True
+
+    def take(self) -> list[Routed]:
+        if not self.running:
+            return []
+        return [Routed(0, 1, True), Routed(1, 2, True), Routed(2, 3, False)]
+
+    def residency(self) -> Any:
+        host = np.zeros(self.shape, dtype=np.uint8)
+        host[:, :4] = RESIDENT
+        host[3, 9] = LOADING
+        return host, self.device
+
+    def stop(self) -> None:
+        self.running = False
+
+
+class Loader:
+    """Stands in for ``load``: scripted models by reference; remembers the options it was given."""
+
+    def __init__(self) -> None:
+        self.backends: dict[str, FakeBackend] = {}
+        self.errors: dict[str, BaseException] = {}
+        self.options: list[dict[str, Any]] = []
+        self.gate = threading.Event()
+        self.gate.set()
+        self.polls = 0
+
+    def __call__(self, reference: str, *, progress: Callable[[str, float], None], **options: Any) -> Model:
+        self.options.append(options)
+        progress("loading", 0.5)
+        while not self.gate.wait(0.01):
+            self.polls += 1
+            progress("loading", 0.6)
+        if reference in self.errors:
+            raise self.errors[reference]
+        backend = self.backends.setdefault(reference, FakeBackend(scripted(ANSWER)))
+        backend.closed = False
+        return Model(backend, fake_info(), make_options(LoadOptions, options))  # type: ignore[arg-type]
+
+
+@asynccontextmanager
+async def chat(
+    tmp_path: Path,
+    *,
+    reference: str = "fake",
+    size: tuple[int, int] = (120, 40),
+    loader: Loader | None = None,
+    given: dict[str, Any] | None = None,
+    notifications: bool = False,
+    **more: Any,
+) -> AsyncIterator[tuple[Any, Pilot[int]]]:
+    """A running app with the scripted model loaded; ended as the program ends it."""
+    app = ChatApp(
+        reference,
+        settings=Settings(tmp_path / "chat.json", given),
+        store_path=tmp_path / "conversations.db",
+        loader=loader or Loader(),
+        make_watch=ScriptedWatch,
+        **more,
+    )
+
+    async def quiet(*_seconds: float) -> None:
+        await _until_quiet(app)
+
+    with (
+        patch("textual.app.wait_for_idle", quiet),
+        patch("textual.pilot.wait_for_idle", quiet),
+        patch("mobile_gguf.tui.app._PATIENCE_SECONDS", 60.0),
+    ):
+        try:
+            async with app.run_test(size=size, notifications=notifications) as pilot:
+                if reference:
+                    await until(pilot, lambda: not app.chat.busy)
+                yield app, pilot
+        finally:
+            assert app.close()
+
+
+async def _until_quiet(app: ChatApp) -> None:
+    """Wait until no widget has a message left to handle.
+
+    Textual's own pilot waits until its process uses little CPU, which one that others keep from the CPU does
+    as well. Messages go on from widget to widget in steps of the event loop: after many steps without any,
+    what was pressed has had its effect.
+    """
+    still = 0
+    for _ in range(20_000):
+        await asyncio.sleep(0)
+        pumps = [app, *(node for screen in app.screen_stack for node in screen.walk_children(with_self=True))]
+        still = 0 if any(pump.message_queue_size for pump in pumps) else still + 1
+        if still == 40:
+            return
+
+
+async def until(pilot: Pilot[int], true: Callable[[], Any], seconds: float = 120.0) -> None:
+    """Let the app run until a condition holds; fails if it never does."""
+    for _ in range(int(seconds / 0.02)):
+        await pilot.pause(0.02)
+        if true():
+            await pilot.pause()
+            return
+    raise AssertionError("it never came true")
+
+
+async def submit(app: ChatApp, pilot: Pilot[int], text: str) -> None:
+    """Put a line into the prompt and send it."""
+    app.chat.prompt.put(text)
+    await pilot.pause()
+    app.chat.prompt.action_submit()
+    await pilot.pause()
+
+
+async def say(app: ChatApp, pilot: Pilot[int], text: str) -> None:
+    """Send a line and wait for the answer if there is one."""
+    await submit(app, pilot, text)
+    await until(pilot, lambda: not app.chat.busy)
+
+
+def toasts(app: ChatApp) -> str:
+    """The texts of all notifications on the screen."""
+    return "\n".join(item.message for item in app._notifications)

@@ -1,0 +1,63 @@
+"""What the workers tell the screen: dataclass messages, and nothing else crosses between them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from textual.message import Message
+
+from mobile_gguf.generate.receipt import Receipt
+
+from .outbox import Outbox
+
+if TYPE_CHECKING:
+    from mobile_gguf.gguf.info import GgufInfo
+
+
+@dataclass
+class LoadProgressed(Message):
+    """Loading has come so far; ``share`` is 0 to 1."""
+
+    phase: str
+    share: float
+
+
+@dataclass
+class ModelLoaded(Message):
+    """A model is ready."""
+
+    reference: str
+    info: GgufInfo
+    facts: dict[str, Any]
+    notices: list[str]
+    layers: list[int]  # those with routed experts
+
+
+@dataclass
+class LoadFailed(Message):
+    """A model could not be loaded, or loading was cancelled."""
+
+    reference: str
+    error: str
+    cancelled: bool = False
+
+
+@dataclass
+class AnswerProgressed(Message):
+    """Tokens wait in ``outbox``; one message announces as many as there are when it is handled."""
+
+    outbox: Outbox
+
+
+@dataclass
+class AnswerEnded(Message):
+    """The answer is over: ``finish_reason`` as in a Chunk, or ``error`` with its text."""
+
+    answer_id: int
+    finish_reason: str
+    receipt: Receipt | None
+    tokens_per_second: float
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    error: str = ""

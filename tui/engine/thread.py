@@ -1,0 +1,207 @@
+"""The thread that owns the model: it loads, generates and closes, and only posts messages.
+
+A daemon thread of its own and not one of a pool, so that an engine that is stuck cannot keep the program from
+ending. The library computes with the interpreter's lock released: the screen stays responsive.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from textual.message import Message
+
+from mobile_gguf.api.model import Model, load
+from mobile_gguf.errors import MobileError
+from mobile_gguf.generate.answer import INTERRUPTED, Chunk
+from mobile_gguf.generate.decode import Pass
+from mobile_gguf.generate.receipt import Receipt
+
+from .expert_watch import ExpertWatch, Residency, Watch, moe_layers
+from .messages import AnswerEnded, AnswerProgressed, LoadFailed, LoadProgressed, ModelLoaded
+from .outbox import Outbox, Token
+
+# Progress of a load is worth a message this often.
+_PROGRESS_SECONDS = 0.1
+
+
+class Cancelled(Exception):
+    """Raised inside a load that the user cancelled."""
+
+
+class EngineThread(threading.Thread):
+    """Obeys commands one after the other; ``stop`` ends the running one early."""
+
+    def __init__(
+        self,
+        post: Callable[[Message], Any],
+        *,
+        loader: Callable[..., Model] = load,
+        make_watch: Callable[[Model], Watch] = ExpertWatch,
+    ) -> None:
+        super().__init__(name="mobile-gguf-engine", daemon=True)
+        self._post_message = post
+        self._loader = loader
+        self._make_watch = make_watch
+        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._stopping = threading.Event()
+        self._lifetime = threading.Lock()
+        self._model: Model | None = None
+        self._watch: Watch | None = None
+        # Set by the screen: whether to record what each token is routed to.
+        self.watching = False
+
+    # what the screen calls
+
+    def load(self, reference: str, options: dict[str, Any]) -> None:
+        """Close the model and load another; ends in ModelLoaded or LoadFailed."""
+        self._stopping.clear()
+        self._commands.put(lambda: self._load(reference, options))
+
+    def generate(self, answer_id: int, messages: list[dict[str, Any]], options: dict[str, Any]) -> None:
+        """Answer ``messages``; AnswerProgressed while tokens come, then one AnswerEnded."""
+        self._stopping.clear()
+        self._commands.put(lambda: self._generate(answer_id, messages, options))
+
+    def stop(self) -> None:
+        """End the running answer or load as soon as the engine asks."""
+        self._stopping.set()
+
+    def residency(self) -> Residency | None:
+        """Where the experts are now; None without a model, or while one is being opened or closed."""
+        if not self._lifetime.acquire(blocking=False):
+            return None
+        try:
+            return self._watch.residency() if self._watch is not None else None
+        finally:
+            self._lifetime.release()
+
+    def shut_down(self, timeout: float) -> bool:
+        """End the thread and close the model; False if that takes longer than ``timeout`` seconds."""
+        self.stop()
+        self._commands.put(None)
+        if self.is_alive():
+            self.join(timeout)
+        return not self.is_alive()
+
+    # the thread
+
+    def run(self) -> None:
+        """Obey commands until None comes."""
+        while (command := self._commands.get()) is not None:
+            command()
+        self._close()
+
+    def _post(self, message: Message) -> None:
+        # The screen may be gone already when the engine comes back.
+        with contextlib.suppress(RuntimeError):
+            self._post_message(message)
+
+    def _close(self) -> None:
+        with self._lifetime:
+            model, self._model, self._watch = self._model, None, None
+            if model is not None:
+                model.close()
+
+    def _load(self, reference: str, options: dict[str, Any]) -> None:
+        told = 0.0
+
+        def progress(phase: str, share: float) -> None:
+            nonlocal told
+            if self._stopping.is_set():
+                raise Cancelled
+            if (now := time.monotonic()) - told > _PROGRESS_SECONDS:
+                told = now
+                self._post(LoadProgressed(phase, min(max(share, 0.0), 1.0)))
+
+        try:
+            self._close()
+            if self._stopping.is_set():
+                raise Cancelled
+            model = self._loader(reference, progress=progress, **options)
+            watch = self._make_watch(model)
+        except Cancelled:
+            self._post(LoadFailed(reference, "loading was cancelled", cancelled=True))
+        except MobileError as error:
+            self._post(LoadFailed(reference, str(error)))
+        except Exception as error:  # whatever it is, the screen must live to show it
+            self._post(LoadFailed(reference, _unexpected(error)))
+        else:
+            with self._lifetime:
+                self._model, self._watch = model, watch
+            layers = moe_layers(model.info)
+            self._post(ModelLoaded(reference, model.info, model.stats(), list(model.notices), layers))
+
+    def _generate(self, answer_id: int, messages: list[dict[str, Any]], options: dict[str, Any]) -> None:
+        model, watch = self._model, self._watch
+        last: Chunk | None = None
+        error = ""
+        try:
+            if model is None or watch is None:
+                raise MobileError("no model is loaded")
+            last = self._stream(model, watch, Outbox(answer_id), messages, options)
+        except MobileError as failure:
+            error = str(failure)
+        except Exception as failure:
+            error = _unexpected(failure)
+        finally:
+            if watch is not None:
+                watch.stop()
+        reason = (last.finish_reason if last is not None else None) or INTERRUPTED
+        self._post(
+            AnswerEnded(
+                answer_id,
+                "error" if error else reason,
+                last.receipt if last is not None else None,
+                last.tokens_per_second if last is not None else 0.0,
+                last.prompt_tokens if last is not None else 0,
+                last.completion_tokens if last is not None else 0,
+                error,
+            )
+        )
+
+    def _stream(
+        self,
+        model: Model,
+        watch: Watch,
+        outbox: Outbox,
+        messages: list[dict[str, Any]],
+        options: dict[str, Any],
+    ) -> Chunk | None:
+        last: Chunk | None = None
+        before, started = Receipt(), time.perf_counter()
+        answer = model.stream_chat(messages, should_stop=self._stopping.is_set, **options)
+        with contextlib.closing(answer) as chunks:
+            for chunk in chunks:
+                now = time.perf_counter()
+                token = _token(chunk, before, now - started)
+                before, started, last = chunk.receipt, now, chunk
+                routed = watch.take()
+                if self.watching:
+                    watch.start()
+                else:
+                    watch.stop()
+                if outbox.put(token, routed):
+                    self._post(AnswerProgressed(outbox))
+        return last
+
+
+def _token(chunk: Chunk, before: Receipt, seconds: float) -> Token:
+    after = chunk.receipt
+    kinds = [kind for kind in Pass if _count(after, kind) > _count(before, kind)]
+    moved = after.bytes_read - before.bytes_read
+    moved += getattr(after, "bytes_uploaded", 0) - getattr(before, "bytes_uploaded", 0)
+    return Token(chunk.text, kinds[0].value if kinds else "", seconds, max(0, moved))
+
+
+def _count(receipt: Receipt, kind: Pass) -> int:
+    return getattr(receipt, f"tokens_{kind.value}")
+
+
+def _unexpected(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"unexpected {type(error).__name__}: {text}" if text else f"unexpected {type(error).__name__}"

@@ -1,0 +1,1 @@
+"""What the chat keeps: conversations, settings, and which models there are."""

@@ -1,0 +1,251 @@
+"""Saved conversations: a SQLite file with full-text search, through sqlite-utils."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from sqlite_utils import Database
+
+from mobile_gguf.errors import MobileError
+
+from ..engine.outbox import Token
+
+MAX_TITLE = 60
+_BUSY_SECONDS = 2.0
+
+
+class StoreError(MobileError):
+    """The conversations' file cannot be read or written."""
+
+
+@dataclass
+class Turn:
+    """One message of a conversation; an answer also has its tokens and its receipt line."""
+
+    role: str
+    content: str
+    receipt: str = ""
+    tokens: list[Token] = field(default_factory=list)
+    model: str = ""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A conversation in a list; ``snippet`` is where a search found its words."""
+
+    id: int
+    title: str
+    model: str
+    updated: str
+    n_turns: int
+    snippet: str = ""
+
+
+class ConversationStore:
+    """The conversations of one user. Every method raises StoreError when SQLite cannot do it."""
+
+    def __init__(self, path: Path | None) -> None:
+        """Open or create the file at ``path``; None keeps everything in memory."""
+        self.path = path
+        with _as_store_error(path):
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                connection = sqlite3.connect(path, timeout=_BUSY_SECONDS)
+                self._db = Database(connection)
+                self._db.enable_wal()
+            else:
+                self._db = Database(memory=True)
+            self._migrate()
+
+    def _migrate(self) -> None:
+        conversations, messages = self._table("conversations"), self._table("messages")
+        if not conversations.exists():
+            columns = {"id": int, "title": str, "system": str, "model": str, "created": str, "updated": str}
+            conversations.create(columns, pk="id")
+        if not messages.exists():
+            columns = {
+                **{"id": int, "conversation": int, "position": int, "role": str, "content": str},
+                **{"receipt": str, "tokens": str, "model": str, "created": str},
+            }
+            messages.create(columns, pk="id", foreign_keys=[("conversation", "conversations", "id")])
+            messages.create_index(["conversation", "position"])
+            messages.enable_fts(["content"], create_triggers=True, tokenize="porter unicode61")
+
+    def _table(self, name: str) -> Any:
+        return self._db[name]
+
+    def create(self, title: str, model: str, system: str = "") -> int:
+        """Start a conversation; returns its id."""
+        now = _now()
+        row = {"title": shorten(title), "system": system, "model": model, "created": now, "updated": now}
+        with _as_store_error(self.path):
+            return int(self._table("conversations").insert(row).last_pk)
+
+    def append(self, conversation: int, position: int, turn: Turn) -> None:
+        """Save a turn at ``position``, 0 first, in place of it and all later ones."""
+        row = {
+            "conversation": conversation,
+            "position": position,
+            "role": turn.role,
+            "content": turn.content,
+            "receipt": turn.receipt,
+            "tokens": json.dumps([[t.text, t.kind, round(t.seconds, 4), t.n_bytes] for t in turn.tokens]),
+            "model": turn.model,
+            "created": _now(),
+        }
+        with _as_store_error(self.path), self._db.conn:
+            self._cut(conversation, position)
+            self._table("messages").insert(row)
+            self._touch(conversation, turn.model)
+
+    def cut(self, conversation: int, position: int) -> None:
+        """Forget the turns from ``position`` on."""
+        with _as_store_error(self.path), self._db.conn:
+            self._cut(conversation, position)
+
+    def _cut(self, conversation: int, position: int) -> None:
+        self._table("messages").delete_where("conversation = ? and position >= ?", [conversation, position])
+
+    def _touch(self, conversation: int, model: str) -> None:
+        changes = {"updated": _now()} | ({"model": model} if model else {})
+        self._table("conversations").update(conversation, changes)
+
+    def rename(self, conversation: int, title: str) -> None:
+        """Give a conversation another title."""
+        with _as_store_error(self.path):
+            self._table("conversations").update(conversation, {"title": shorten(title)})
+
+    def set_system(self, conversation: int, system: str) -> None:
+        """Save a conversation's system message."""
+        with _as_store_error(self.path):
+            self._table("conversations").update(conversation, {"system": system})
+
+    def delete(self, conversation: int) -> None:
+        """Forget a conversation."""
+        with _as_store_error(self.path), self._db.conn:
+            self._cut(conversation, 0)
+            self._table("conversations").delete_where("id = ?", [conversation])
+
+    def open(self, conversation: int) -> tuple[str, str, list[Turn]]:
+        """Title, system message and turns. Raises StoreError if there is no such conversation."""
+        with _as_store_error(self.path):
+            heads = list(
+                self._db.query("select title, system from conversations where id = ?", [conversation])
+            )
+            rows = list(
+                self._db.query(
+                    "select * from messages where conversation = ? order by position", [conversation]
+                )
+            )
+        if not heads:
+            raise StoreError("this conversation has been deleted")
+        return heads[0]["title"], heads[0]["system"] or "", [_turn(row) for row in rows]
+
+    def search(self, words: str = "", limit: int = 200) -> list[Summary]:
+        """Conversations, the latest first; with ``words`` those that say them, the best match first."""
+        with _as_store_error(self.path):
+            if not words.strip():
+                return [_summary(row) for row in self._db.query(_LATEST, {"limit": limit})]
+            values = {"words": _prefix_query(words), "title": f"%{words.strip()}%", "limit": limit}
+            return [_summary(row) for row in self._db.query(_SEARCH, values)]
+
+    def prompts(self, limit: int = 500) -> list[str]:
+        """What the user asked, oldest first, each text once."""
+        query = (
+            "select content, max(id) as latest from messages where role = 'user' "
+            "group by content order by latest desc limit ?"
+        )
+        with _as_store_error(self.path):
+            return [row["content"] for row in self._db.query(query, [limit])][::-1]
+
+    def close(self) -> None:
+        """Close the file."""
+        self._db.close()
+
+
+_LATEST = """
+select c.id, c.title, c.model, c.updated, '' as snippet,
+       (select count(*) from messages m where m.conversation = c.id) as n_turns
+from conversations c order by c.updated desc, c.id desc limit :limit
+"""
+
+_SEARCH = """
+with found as (
+    select m.conversation, snippet(messages_fts, 0, '[', ']', '…', 12) as snippet, messages_fts.rank as rank
+    from messages_fts join messages m on m.id = messages_fts.rowid
+    where messages_fts match :words
+    union all
+    select id, '', 0.0 from conversations where title like :title
+)
+select c.id, c.title, c.model, c.updated, max(found.snippet) as snippet,
+       (select count(*) from messages m where m.conversation = c.id) as n_turns
+from found join conversations c on c.id = found.conversation
+group by c.id order by min(found.rank), c.updated desc limit :limit
+"""
+
+
+def _prefix_query(words: str) -> str:
+    # every word as a quoted string, so that nothing the user types is FTS syntax; the last may be unfinished
+    quoted = ['"' + word.replace('"', '""') + '"' for word in words.split()]
+    return " ".join(quoted) + "*"
+
+
+def _summary(row: dict[str, Any]) -> Summary:
+    return Summary(
+        row["id"], row["title"], row["model"] or "", row["updated"], row["n_turns"], row["snippet"] or ""
+    )
+
+
+def _turn(row: dict[str, Any]) -> Turn:
+    try:
+        tokens = [Token(*item) for item in json.loads(row["tokens"] or "[]")]
+    except (ValueError, TypeError):
+        tokens = []
+    return Turn(row["role"], row["content"] or "", row["receipt"] or "", tokens, row["model"] or "")
+
+
+def shorten(title: str) -> str:
+    """A title: one line of at most MAX_TITLE characters."""
+    line = " ".join(title.split())
+    return (line if len(line) <= MAX_TITLE else line[: MAX_TITLE - 1].rstrip() + "…") or "Untitled"
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+
+
+class _as_store_error:
+    """Turns what SQLite and the file system raise into a StoreError that names the file."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if isinstance(error, (sqlite3.Error, OSError)):
+            where = self._path if self._path is not None else "memory"
+            raise StoreError(f"conversations in {where} cannot be used: {error}") from None
+
+
+def export_markdown(title: str, system: str, turns: list[Turn]) -> str:
+    """A conversation as Markdown."""
+    return "\n".join(_export_lines(title, system, turns)).rstrip() + "\n"
+
+
+def _export_lines(title: str, system: str, turns: list[Turn]) -> Iterator[str]:
+    yield f"# {title}\n"
+    if system:
+        yield f"> {system}\n"
+    for turn in turns:
+        name = "You" if turn.role == "user" else turn.model or "Assistant"
+        yield f"## {name}\n\n{turn.content.rstrip()}\n"
+        if turn.receipt:
+            yield f"*{turn.receipt}*\n"

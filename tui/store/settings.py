@@ -1,0 +1,142 @@
+"""Options as the user left them: declared in ``options.py``, kept as text in a JSON file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mobile_gguf.errors import UsageError
+from mobile_gguf.files.atomic import complete_or_absent
+from mobile_gguf.flags import parse_setting
+from mobile_gguf.options import POLICY_OPTIONS, GenerateOptions, LoadOptions, Opt, declared, defaults
+from mobile_gguf.sizes import Size
+
+# The engine's log would be drawn over the screen; a grammar and token ids have no place in a line.
+_HIDDEN = ("verbose", "grammar", "logit_bias")
+
+
+def answer_settings() -> dict[str, Opt]:
+    """The options that the next answer follows, those of big and little first."""
+    known = declared(GenerateOptions)
+    names = [*POLICY_OPTIONS, *(name for name in known if name not in POLICY_OPTIONS)]
+    return {name: known[name] for name in names if name not in _HIDDEN}
+
+
+def load_settings() -> dict[str, Opt]:
+    """The options that only loading the model again changes."""
+    answer = declared(GenerateOptions)
+    return {
+        name: opt for name, opt in declared(LoadOptions).items() if name not in answer and name not in _HIDDEN
+    }
+
+
+class Settings:
+    """Values of all settings: the command line's, else what was saved, else the defaults.
+
+    ``path`` None saves nothing. ``theme``, ``model`` and the like are kept beside the options.
+    """
+
+    def __init__(self, path: Path | None = None, given: dict[str, Any] | None = None) -> None:
+        self.path = path
+        self._given = dict(given or {})
+        self._saved: dict[str, str] = {}
+        self.extra: dict[str, Any] = {}
+        self.problem = ""
+        if path is not None:
+            self._read(path)
+
+    def _read(self, path: Path) -> None:
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            options, extra = data.get("options", {}), data.get("extra", {})
+            self.extra = dict(extra)
+            for name, text in options.items():
+                self._parse(name, str(text))
+                self._saved[name] = str(text)
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError, AttributeError, TypeError, UsageError) as error:
+            self.problem = f"settings in {path} were not all read: {error}"
+
+    def _parse(self, name: str, text: str) -> tuple[str, Any]:
+        if name in answer_settings():
+            return parse_setting(name, text, GenerateOptions)
+        return parse_setting(name, text, LoadOptions)
+
+    def set(self, name: str, text: str) -> str:
+        """Set an option, by any of its names, from text; returns its name.
+
+        Raises UsageError for an unknown name or a value it cannot have, MobileError if it cannot be saved.
+        """
+        known = {**answer_settings(), **load_settings()}
+        plain = name.lstrip("-").replace("-", "_")
+        names = (key for key, opt in known.items() if plain in (key, *(_plain(flag) for flag in opt.flags)))
+        found = next(names, None)
+        if found is None:
+            raise UsageError(f"unknown option {name!r}: there are {', '.join(known)}")
+        _, value = self._parse(found, text)
+        if isinstance(value, float) and value != value:
+            raise UsageError(f"{found} is {text!r}: it must be a number")
+        self._given.pop(found, None)
+        if text.lower() in ("none", "default"):
+            self._saved.pop(found, None)
+        else:
+            self._saved[found] = text
+        self.save()
+        return found
+
+    def save(self) -> None:
+        """Write the file. Raises MobileError when the disk refuses."""
+        if self.path is None:
+            return
+        text = json.dumps({"options": self._saved, "extra": self.extra}, indent=2, ensure_ascii=False)
+        with complete_or_absent(self.path) as partial:
+            partial.write_text(text + "\n", encoding="utf-8")
+
+    def value(self, name: str) -> Any:
+        """The value in effect; None where the model decides."""
+        if name in self._given:
+            return self._given[name]
+        if name in self._saved:
+            return self._parse(name, self._saved[name])[1]
+        return self._default(name)
+
+    def _default(self, name: str) -> Any:
+        load = defaults(LoadOptions)
+        default = defaults(GenerateOptions).get(name) if name in answer_settings() else None
+        return load.get(name) if default is None else default
+
+    def text(self, name: str) -> str:
+        """The value as it may be typed; empty where it is the model's own choice."""
+        if name in self._saved and name not in self._given:
+            return self._saved[name]
+        return _as_text(self.value(name))
+
+    def is_default(self, name: str) -> bool:
+        """Whether the option is as it was declared."""
+        return name not in self._given and name not in self._saved
+
+    def answer_options(self) -> dict[str, Any]:
+        """Keywords for the next answer."""
+        return {name: self.value(name) for name in answer_settings() if not self.is_default(name)}
+
+    def load_options(self) -> dict[str, Any]:
+        """Keywords for loading a model."""
+        return {name: self.value(name) for name in load_settings() if not self.is_default(name)}
+
+
+def _plain(flag: str) -> str:
+    return flag.lstrip("-").replace("-", "_")
+
+
+def _as_text(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value))
+    if isinstance(value, Size):
+        return str(value)
+    return json.dumps(value) if isinstance(value, dict) else str(value)
