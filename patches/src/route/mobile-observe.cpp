@@ -236,25 +236,29 @@ static void set_callback(struct llama_context * ctx, ggml_backend_sched_eval_cal
 }
 
 int32_t mobile_observe_start(struct llama_context * ctx, int32_t what) {
-    const int32_t all = MOBILE_OBSERVE_ROUTES | MOBILE_OBSERVE_NEURONS | MOBILE_OBSERVE_INPUTS;
-    if (!ctx || what <= 0 || (what & ~all)) {
-        return mobile_fail(MOBILE_ERR_ARGUMENT, "what to observe must be a sum of enum mobile_observe");
-    }
-    if (ctx->get_cparams().cb_eval) {
-        return mobile_fail(MOBILE_ERR_STATE, "this context is observed already, or has an evaluation callback of its own");
-    }
-    set_callback(ctx, mobile_observer::eval, new mobile_observer(what));
-    return MOBILE_OK;
+    return mobile_guard([&]() -> int32_t {
+        const int32_t all = MOBILE_OBSERVE_ROUTES | MOBILE_OBSERVE_NEURONS | MOBILE_OBSERVE_INPUTS;
+        if (!ctx || what <= 0 || (what & ~all)) {
+            return mobile_fail(MOBILE_ERR_ARGUMENT, "what to observe must be a sum of enum mobile_observe");
+        }
+        if (ctx->get_cparams().cb_eval) {
+            return mobile_fail(MOBILE_ERR_STATE, "this context is observed already, or has an evaluation callback of its own");
+        }
+        set_callback(ctx, mobile_observer::eval, new mobile_observer(what));
+        return MOBILE_OK;
+    });
 }
 
 int32_t mobile_observe_stop(struct llama_context * ctx) {
-    mobile_observer * observer = observer_of(ctx);
-    if (!observer) {
-        return MOBILE_ERR_STATE;
-    }
-    set_callback(ctx, nullptr, nullptr);
-    delete observer;
-    return MOBILE_OK;
+    return mobile_guard([&]() -> int32_t {
+        mobile_observer * observer = observer_of(ctx);
+        if (!observer) {
+            return MOBILE_ERR_STATE;
+        }
+        set_callback(ctx, nullptr, nullptr);
+        delete observer;
+        return MOBILE_OK;
+    });
 }
 
 // the observer if it has seen everything so far
@@ -268,56 +272,66 @@ static const mobile_observer * intact_observer_of(const struct llama_context * c
 }
 
 int32_t mobile_observe_n_inputs(const struct llama_context * ctx) {
-    const mobile_observer * observer = intact_observer_of(ctx);
-    return observer ? (int32_t) observer->inputs.size() : MOBILE_ERR_STATE;
+    return mobile_guard([&]() -> int32_t {
+        const mobile_observer * observer = intact_observer_of(ctx);
+        return observer ? (int32_t) observer->inputs.size() : MOBILE_ERR_STATE;
+    });
 }
 
 int32_t mobile_observe_get_input(const struct llama_context * ctx, int32_t i, struct mobile_observed_input * input) {
-    const mobile_observer * observer = intact_observer_of(ctx);
-    if (!observer) {
-        return MOBILE_ERR_STATE;
-    }
-    if (i < 0 || (size_t) i >= observer->inputs.size()) {
-        return mobile_fail(MOBILE_ERR_ARGUMENT, "there is no such input");
-    }
-    const auto it = std::next(observer->inputs.begin(), i);
-    input->name    = it->first.c_str();
-    input->n_row   = it->second.n_row;
-    input->n_mat   = it->second.n_mat;
-    input->n_count = (int64_t) it->second.counts.size();
-    input->sum2    = it->second.sum2.data();
-    input->counts  = it->second.counts.data();
-    return MOBILE_OK;
+    return mobile_guard([&]() -> int32_t {
+        const mobile_observer * observer = intact_observer_of(ctx);
+        if (!observer) {
+            return MOBILE_ERR_STATE;
+        }
+        if (i < 0 || (size_t) i >= observer->inputs.size()) {
+            return mobile_fail(MOBILE_ERR_ARGUMENT, "there is no such input");
+        }
+        const auto it = std::next(observer->inputs.begin(), i);
+        input->name    = it->first.c_str();
+        input->n_row   = it->second.n_row;
+        input->n_mat   = it->second.n_mat;
+        input->n_count = (int64_t) it->second.counts.size();
+        input->sum2    = it->second.sum2.data();
+        input->counts  = it->second.counts.data();
+        return MOBILE_OK;
+    });
 }
 
 int32_t mobile_observe_n_routes(const struct llama_context * ctx) {
-    const mobile_observer * observer = intact_observer_of(ctx);
-    return observer ? (int32_t) observer->routes.size() : MOBILE_ERR_STATE;
+    return mobile_guard([&]() -> int32_t {
+        const mobile_observer * observer = intact_observer_of(ctx);
+        return observer ? (int32_t) observer->routes.size() : MOBILE_ERR_STATE;
+    });
 }
 
 int32_t mobile_observe_get_route(const struct llama_context * ctx, int32_t i, struct mobile_observed_route * route) {
-    const mobile_observer * observer = intact_observer_of(ctx);
-    if (!observer) {
-        return MOBILE_ERR_STATE;
-    }
-    if (i < 0 || (size_t) i >= observer->routes.size()) {
-        return mobile_fail(MOBILE_ERR_ARGUMENT, "there is no such route");
-    }
-    const mobile_route_record & record = observer->routes[i];
-    route->layer    = record.il;
-    route->n_used   = record.n_used;
-    route->n_tokens = record.n_tokens;
-    route->reserved = 0;
-    route->ids      = record.ids.data();
-    route->weights  = record.weights.data();
-    return MOBILE_OK;
+    return mobile_guard([&]() -> int32_t {
+        const mobile_observer * observer = intact_observer_of(ctx);
+        if (!observer) {
+            return MOBILE_ERR_STATE;
+        }
+        if (i < 0 || (size_t) i >= observer->routes.size()) {
+            return mobile_fail(MOBILE_ERR_ARGUMENT, "there is no such route");
+        }
+        const mobile_route_record & record = observer->routes[i];
+        route->layer    = record.il;
+        route->n_used   = record.n_used;
+        route->n_tokens = record.n_tokens;
+        route->reserved = 0;
+        route->ids      = record.ids.data();
+        route->weights  = record.weights.data();
+        return MOBILE_OK;
+    });
 }
 
 int32_t mobile_observe_clear_routes(struct llama_context * ctx) {
-    mobile_observer * observer = observer_of(ctx);
-    if (!observer) {
-        return MOBILE_ERR_STATE;
-    }
-    observer->routes.clear();
-    return MOBILE_OK;
+    return mobile_guard([&]() -> int32_t {
+        mobile_observer * observer = observer_of(ctx);
+        if (!observer) {
+            return MOBILE_ERR_STATE;
+        }
+        observer->routes.clear();
+        return MOBILE_OK;
+    });
 }

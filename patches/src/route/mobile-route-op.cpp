@@ -1,3 +1,5 @@
+// mobile-route-op.cpp - the route op itself: what it does when a layer runs.
+
 #include "route/mobile-context.h"
 
 #include "mobile-error.h"
