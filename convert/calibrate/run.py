@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from mobile_gguf import __version__
 from mobile_gguf.api.loading import plan_for
-from mobile_gguf.api.model import Model, load
+from mobile_gguf.api.model import Model, backend_of, load
 from mobile_gguf.engine.binding import find_engine, needs_engine
 from mobile_gguf.errors import MobileError, UsageError
 from mobile_gguf.files.paths import cache_dir
@@ -215,7 +215,7 @@ class _Run:
 
     def measure(self, source: GgufSource) -> None:
         with self._load() as model:
-            if not model.llama.can_step_back:
+            if not backend_of(model).can_step_back:
                 raise UsageError(
                     f"{self.info.path.name} is a {self.info.architecture} model, whose memory cannot be "
                     "rolled back: only modes exact and little work with it, and neither needs calibration"
@@ -293,7 +293,7 @@ class _Run:
         return make_points(settings, measured)
 
     def _lockstep(self, model: Model, n_seq: int) -> Lockstep:
-        return Lockstep(model.llama, n_seq=n_seq, n_ctx=len(self.blocks[0]), threads=self.threads)
+        return Lockstep(backend_of(model), n_seq=n_seq, n_ctx=len(self.blocks[0]), threads=self.threads)
 
 
 def _write(
