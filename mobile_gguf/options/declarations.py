@@ -14,7 +14,17 @@ from mobile_gguf.sizes import AUTO, Size, parse_size, parse_size_or_off
 
 from .bias import parse_bias, take_bias
 from .opt import Checked, Opt, take_parsed, take_schema, take_texts
-from .words import DEFAULT_EVICTION, EVICTION, IMPORTANCE, IO, MISS, MODES, PLACEMENTS, PREFETCH
+from .words import (
+    DEFAULT_EVICTION,
+    DEFAULT_IO_THREADS,
+    EVICTION,
+    IMPORTANCE,
+    IO,
+    MISS,
+    MODES,
+    PLACEMENTS,
+    PREFETCH,
+)
 
 DEFAULT_GAMMA = 0.7
 # GGML_MAX_N_THREADS of llama.cpp, which ends the process with more.
@@ -114,7 +124,13 @@ class LoadOptions(Checked):
     ] = None
     io_threads: Annotated[
         int | None,
-        Opt("--io-threads", read=int, low=1, high=64, help="threads that read experts (default: 4)"),
+        Opt(
+            "--io-threads",
+            read=int,
+            low=1,
+            high=64,
+            help=f"threads that read experts (default: {DEFAULT_IO_THREADS})",
+        ),
     ] = None
     io: Annotated[str, Opt("--io", choices=IO, help="how experts are read from the file")] = "auto"
     eviction: Annotated[str, Opt("--eviction", choices=EVICTION, help="which expert leaves memory first")] = (
