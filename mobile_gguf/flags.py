@@ -45,11 +45,19 @@ def parse_setting(name: str, text: str, options: type[Any]) -> tuple[str, Any]:
 
     Raises UsageError for an unknown name or a value that cannot be read.
     """
+    known = option_named(name, options)
+    if known is None:
+        raise UsageError(f"unknown option {name!r}: there are {', '.join(declared(options))}")
+    return known, _parse(known, declared(options)[known], text, defaults(options)[known])
+
+
+def option_named(name: str, options: type[Any]) -> str | None:
+    """The option that ``name`` means, its own or a flag; None if there is none."""
     wanted = _plain(name)
     for known, opt in declared(options).items():
         if wanted == known or wanted in map(_plain, opt.flags):
-            return known, _parse(known, opt, text, defaults(options)[known])
-    raise UsageError(f"unknown option {name!r}: there are {', '.join(declared(options))}")
+            return known
+    return None
 
 
 def _plain(name: str) -> str:
