@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 
 from .errors import UsageError
 
@@ -91,3 +92,22 @@ def format_bytes(n_bytes: int | float) -> str:
         if abs(n_bytes) >= unit:
             return f"{n_bytes / unit:.{digits}f} {name}"
     return f"{int(n_bytes)} B"
+
+
+def mebibytes(n_bytes: int, *, up: bool = False) -> str:
+    """A size as a flag takes it, in whole MiB, or KiB where these are few; rounded down unless ``up``."""
+    unit, name = (MIB, "MiB") if n_bytes >= 64 * MIB else (KIB, "KiB")
+    return f"{-(-n_bytes // unit) if up else n_bytes // unit}{name}"
+
+
+def size_flag(size: Size) -> str:
+    """A size as a flag takes it, to the byte: ``parse_size`` makes the same of it again."""
+    if size.n_bytes is not None:
+        for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
+            if size.n_bytes % unit == 0:
+                return f"{size.n_bytes // unit}{name}"
+        return str(size.n_bytes)
+    if size.fraction is None:
+        return "auto"
+    # in decimals: as a float 0.07 * 100 is a little more than 7
+    return f"{(Decimal(repr(size.fraction)) * 100).normalize():f}%"

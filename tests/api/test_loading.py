@@ -7,7 +7,7 @@ from mobile_gguf.api import loading
 from mobile_gguf.api.loading import open_backend
 from mobile_gguf.errors import BudgetError, EngineError, ModelFormatError
 from mobile_gguf.gguf.info import ExpertLayer
-from mobile_gguf.memory.budget import context_size
+from mobile_gguf.memory.demand import context_size
 from mobile_gguf.memory.machine import Memory
 from mobile_gguf.options import LoadOptions
 
