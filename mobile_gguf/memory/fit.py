@@ -60,6 +60,7 @@ class Fit:
     ram_budget_bytes: int = 0
     ram_share: float = 1.0
     devices: tuple[Device, ...] = ()
+    n_pools: int = 0  # devices that get layers with experts
     pool_bytes: int | None = None
     vram_budget_bytes: int = 0
     vram_share: float = 0.0
@@ -109,7 +110,7 @@ def fit_model(info: GgufInfo, asked: Asked, memory: Memory, devices: Sequence[De
 
 
 def _fit_host(info: GgufInfo, asked: Asked, memory: Memory, *notes: str) -> Fit:
-    demand = estimate_demand(info, n_ctx=asked.n_ctx, n_ubatch=asked.n_ubatch, flash_attn=asked.flash_attn)
+    demand = _host_demand(info, asked)
     if not info.is_moe:
         return Fit(asked, demand, demand, memory, notes=notes)
     plan = plan_budget(asked.ram, info, demand, memory)
@@ -120,12 +121,18 @@ def _fit_host(info: GgufInfo, asked: Asked, memory: Memory, *notes: str) -> Fit:
     )  # fmt: skip
 
 
+def _host_demand(info: GgufInfo, asked: Asked) -> Demand:
+    return estimate_demand(info, n_ctx=asked.n_ctx, n_ubatch=asked.n_ubatch, flash_attn=asked.flash_attn)
+
+
 def _fit_devices(
     info: GgufInfo, asked: Asked, memory: Memory, devices: tuple[Device, ...], vram: Size
 ) -> Fit:
-    sizes = {"n_ctx": asked.n_ctx, "n_ubatch": asked.n_ubatch, "flash_attn": asked.flash_attn}
-    demand = estimate_device_demand(info, **sizes)
-    n = len(devices)
+    demand = estimate_device_demand(
+        info, n_ctx=asked.n_ctx, n_ubatch=asked.n_ubatch, flash_attn=asked.flash_attn
+    )
+    holding = foreseen(devices, info, demand)
+    n = max(1, len(holding))
     pool = asked_pool(vram, info, n) if info.is_moe else None
     smallest = pool_min_bytes(info, n) if info.is_moe else 0
     problem = lacking(devices, demand, pool or smallest)
@@ -135,7 +142,7 @@ def _fit_devices(
         advice = f"; try {remedy}, or --vram-budget {OFF}" if asked.insists else ""
         raise BudgetError(f"{problem}{advice}")
     sharing = [device.name for device in devices if device.shares_host_memory]
-    host = host_share(estimate_demand(info, **sizes), info)
+    host = host_share(_host_demand(info, asked), info)
     if not info.is_moe:
         notes = () if vram.is_auto else ("--vram-budget has no effect",)
         return Fit(asked, demand, host, memory, devices=devices, notes=notes)
@@ -148,11 +155,11 @@ def _fit_devices(
     # Half of what is left: the host's own needs grow as well, and a page too many ends a process.
     left = max(0, memory.available_bytes - taken.total_bytes - budget) // 2
     shared = dict.fromkeys(sharing, left)
-    slots = pool if pool is not None else auto_pool(foreseen(devices, info, demand), info, demand, shared)
+    slots = pool if pool is not None else auto_pool(holding, info, demand, shared)
     return Fit(
         asked, demand, taken, memory,
         ram_budget_bytes=budget, ram_share=stored_share(info, budget),
-        devices=devices, pool_bytes=pool, vram_budget_bytes=slots,
+        devices=devices, n_pools=n, pool_bytes=pool, vram_budget_bytes=slots,
         vram_share=pool_share(info, slots, n), shared=shared, warning=plan.warning,
     )  # fmt: skip
 

@@ -12,9 +12,10 @@ from mobile_gguf.flags import arguments
 from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.memory.fit import Fit, asked_of
 from mobile_gguf.memory.machine import Memory, read_memory
+from mobile_gguf.memory.pools import pool_min_bytes
 from mobile_gguf.options import LoadOptions
 from mobile_gguf.options.words import BIG_LITTLE, EXACT, LITTLE
-from mobile_gguf.sizes import AUTO, Size, format_bytes, mebibytes
+from mobile_gguf.sizes import AUTO, OFF, Size, format_bytes, mebibytes, parse_size
 
 from .disk import disk_name
 from .ggml import device_key
@@ -131,10 +132,16 @@ def suggest(info: GgufInfo, options: LoadOptions, fit: Fit, predictions: Sequenc
     and every other option that was given."""
     planned: dict[str, Any] = {"n_ctx": fit.asked.n_ctx, "n_ubatch": fit.asked.n_ubatch}
     if info.is_moe:
-        planned["ram_budget"] = _budget(fit.asked.ram, fit.ram_share, fit.ram_budget_bytes)
+        planned["ram_budget"] = _budget(
+            fit.asked.ram, fit.ram_share, fit.ram_budget_bytes, info.budget_min_bytes
+        )
         if fit.vram_budget_bytes:
-            vram = fit.asked.vram or AUTO
-            planned["vram_budget"] = _budget(vram, fit.vram_share, fit.vram_budget_bytes)
+            least = pool_min_bytes(info, fit.n_pools)
+            planned["vram_budget"] = _budget(
+                fit.asked.vram or AUTO, fit.vram_share, fit.vram_budget_bytes, least
+            )
+    if fit.notes and not fit.devices and not fit.asked.insists:
+        planned["vram_budget"] = OFF  # the device that was left out here could be taken there
     by_mode = {one.mode: one.predicted_tps for one in predictions}
     head = "mobile.head.threshold" in info.metadata
     is_worth = by_mode.get(BIG_LITTLE, 0) >= _WORTH * by_mode.get(EXACT, float("inf"))
@@ -144,11 +151,14 @@ def suggest(info: GgufInfo, options: LoadOptions, fit: Fit, predictions: Sequenc
     return shlex.join(["mobile-gguf", "run", str(info.path), *arguments(replace(options, **planned), also)])
 
 
-def _budget(asked: Size, share: float, n_bytes: int) -> str | Size:
-    """A budget to ask for: shares stay shares, and all is all."""
+def _budget(asked: Size, share: float, n_bytes: int, least: int) -> str | Size:
+    """A budget to ask for: shares stay shares, all is all, and what is rounded is not below the smallest."""
     if share >= 1:
         return "100%"
-    return asked if asked.fraction is not None else mebibytes(n_bytes)
+    if asked.fraction is not None:
+        return asked
+    rounded = parse_size(mebibytes(n_bytes))
+    return rounded if (rounded.n_bytes or 0) >= least else Size(n_bytes=n_bytes)
 
 
 def plan_facts(plan: Plan) -> dict[str, Any]:

@@ -49,8 +49,8 @@ def _refusal(
     info: GgufInfo, asked: Asked, memory: Memory, devices: Sequence[Device], why: str, n_bits: float
 ) -> str:
     on_device = asked.insists and asked.vram is not None and bool(devices)
-    if on_device and not _fits(info, asked, _PLENTY, devices):
-        return f"{why}{_device_ways(info, asked, devices)}"
+    if on_device and not _fits(info, replace(asked, ram=AUTO), _PLENTY, devices):
+        return f"{why}{_device_ways(info, replace(asked, ram=AUTO), devices)}"
     if on_device or not asked.ram.is_auto:
         return why
     return _host_refusal(info, asked, memory, n_bits)
