@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable
+import json
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from .errors import UsageError
 from .options import Opt, declared, defaults
-from .sizes import parse_size
+from .options.bias import format_bias, parse_bias
+from .sizes import Size, parse_size, size_flag
 
 _METAVARS: dict[Any, str] = {int: "N", float: "X", Path: "FILE", parse_size: "SIZE"}
 
@@ -38,6 +40,41 @@ def add_arguments(parser: argparse.ArgumentParser, options: type[Any], skip: Ite
 def given(namespace: argparse.Namespace, options: type[Any]) -> dict[str, Any]:
     """The options that were given on the command line, by name."""
     return {name: getattr(namespace, name) for name in declared(options) if hasattr(namespace, name)}
+
+
+def arguments(options: Any, also: Iterable[str] = ()) -> list[str]:
+    """The command line's words that make these options of the defaults; those of ``also`` in any case.
+
+    The inverse of parsing: every option that differs from its default, as its declaration has it.
+    """
+    usual, words = defaults(type(options)), []
+    for name, opt in declared(type(options)).items():
+        texts, default = (_texts(opt, value) for value in (getattr(options, name), usual[name]))
+        if opt.is_flag:
+            words += [opt.flags[0]] if texts != default else []
+        elif texts != default or name in also:
+            for text in texts:
+                # as one word, or a value that begins with a dash would be read as a flag
+                words += [f"{opt.flags[0]}={text}"] if text.startswith("-") else [opt.flags[0], text]
+    return words
+
+
+def _texts(opt: Opt, value: Any) -> list[str]:
+    """A value as the command line has it: of repeated options one text each, none of None."""
+    if value is None:
+        return []
+    if opt.repeated and not isinstance(value, str):
+        pairs = value.items() if isinstance(value, Mapping) else value
+        return [text for one in pairs for text in _texts_of_one(opt, one)]
+    return _texts_of_one(opt, value)
+
+
+def _texts_of_one(opt: Opt, value: Any) -> list[str]:
+    if isinstance(value, Size):
+        return [size_flag(value)]
+    if opt.read is parse_bias:
+        return [format_bias(value)]
+    return [value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)]
 
 
 def parse_setting(name: str, text: str, options: type[Any]) -> tuple[str, Any]:

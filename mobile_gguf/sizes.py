@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Final, Literal
 
 from .errors import UsageError, shown
@@ -20,6 +21,7 @@ _UNITS = {
 }  # fmt: skip
 _WRITE = "write bytes, 512MiB, 2G, 40% or auto"
 _MAX_BYTES = 1 << 63
+_FEW_MEBIBYTES = 64 * MIB
 _PATTERN = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*([a-zA-Z]*|%)")
 
 
@@ -101,3 +103,29 @@ def format_bytes(n_bytes: int | float) -> str:
         if abs(n_bytes) >= unit:
             return f"{n_bytes / unit:.{digits}f} {name}"
     return f"{int(n_bytes)} B"
+
+
+def mebibytes(n_bytes: int, *, up: bool = False) -> str:
+    """A size as a flag takes it, in whole MiB, or KiB where these are few; rounded down unless ``up``."""
+    rounded = -whole_mebibytes(-n_bytes) if up else whole_mebibytes(n_bytes)
+    unit, name = (MIB, "MiB") if n_bytes >= _FEW_MEBIBYTES else (KIB, "KiB")
+    return f"{rounded // unit}{name}"
+
+
+def whole_mebibytes(n_bytes: int) -> int:
+    """Bytes rounded down to whole MiB, or KiB where these are few."""
+    unit = MIB if abs(n_bytes) >= _FEW_MEBIBYTES else KIB
+    return n_bytes // unit * unit
+
+
+def size_flag(size: Size) -> str:
+    """A size as a flag takes it, to the byte: ``parse_size`` makes the same of it again."""
+    if size.n_bytes is not None:
+        for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
+            if size.n_bytes % unit == 0:
+                return f"{size.n_bytes // unit}{name}"
+        return str(size.n_bytes)
+    if size.fraction is None:
+        return "auto"
+    # in decimals: as a float 0.07 * 100 is a little more than 7
+    return f"{(Decimal(repr(size.fraction)) * 100).normalize():f}%"

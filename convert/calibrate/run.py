@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 
 from mobile_gguf import __version__
-from mobile_gguf.api.loading import plan_for
 from mobile_gguf.api.model import Model, backend_of, load
 from mobile_gguf.engine.binding import find_engine, needs_engine
 from mobile_gguf.errors import MobileError, UsageError
@@ -23,9 +22,11 @@ from mobile_gguf.generate.decode import default_little_k
 from mobile_gguf.generate.head import PREFIX as HEAD_PREFIX
 from mobile_gguf.generate.head import TOKEN_BIAS, WEIGHT, Head
 from mobile_gguf.gguf.info import GgufInfo, read_gguf_info
+from mobile_gguf.memory.fit import asked_of, fit_model
+from mobile_gguf.memory.machine import read_memory
 from mobile_gguf.memory.threads import default_threads
 from mobile_gguf.options import LoadOptions
-from mobile_gguf.sizes import AUTO, Size
+from mobile_gguf.sizes import AUTO, OFF, Size
 
 from ..gguf.file import GgufSource, Progress, ignore, update_gguf
 from .checkpoint import Checkpoint
@@ -253,9 +254,10 @@ class _Run:
             n_seq = max(
                 _SIDE_BY_SIDE, len(make_settings(self.info.n_expert_used, dict.fromkeys(SHARES, 0.0)))
             )
-            plan = plan_for(self.info, LoadOptions(**own), (1 + n_seq) * BLOCK)
-            if plan.budget_bytes:
-                budget = Size(n_bytes=plan.budget_bytes)
+            counted = LoadOptions(**own | {"n_ctx": (1 + n_seq) * BLOCK, "vram_budget": OFF})
+            fit = fit_model(self.info, asked_of(self.info, counted), read_memory())
+            if fit.store_bytes:
+                budget = Size(n_bytes=fit.store_bytes)
         return load(self.info.path, ram_budget=budget, **own)
 
     def _samples(self, model: Model) -> Samples:

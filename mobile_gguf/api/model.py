@@ -22,7 +22,7 @@ from mobile_gguf.generate.decode import Policy
 from mobile_gguf.generate.policy import choose_policy
 from mobile_gguf.gguf.info import GgufInfo, read_gguf_info
 from mobile_gguf.hub.resolve import resolve_model
-from mobile_gguf.memory.budget import context_size
+from mobile_gguf.memory.demand import context_size
 from mobile_gguf.options import POLICY_OPTIONS, GenerateOptions, LoadOptions, make_options, takes
 
 from . import loading

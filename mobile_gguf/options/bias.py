@@ -22,6 +22,12 @@ def parse_bias(text: str) -> tuple[int, float]:
     raise UsageError(f"logit_bias is {text!r}: write a token id, + or -, and a number, such as 15043-100")
 
 
+def format_bias(pair: tuple[int, float]) -> str:
+    """The form that ``parse_bias`` reads."""
+    token, bias = pair
+    return f"{token}{float(bias):+}"
+
+
 def take_bias(given: Any) -> dict[int, float]:
     """Biases by token id, of a mapping (ids may be text, as in JSON) or of pairs. Raises UsageError."""
     if not isinstance(given, (Mapping, list, tuple)):

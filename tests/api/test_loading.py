@@ -5,15 +5,12 @@ from fake_backend import MIB, FakeBackend, fake_info
 
 from mobile_gguf.api import loading
 from mobile_gguf.api.loading import open_backend
-from mobile_gguf.device.tier import DeviceRequest
 from mobile_gguf.engine.listing import Device
 from mobile_gguf.errors import BudgetError, EngineError, ModelFormatError
 from mobile_gguf.gguf.info import ExpertLayer
-from mobile_gguf.memory.budget import context_size
-from mobile_gguf.memory.device_budget import DeviceDemand
+from mobile_gguf.memory.demand import context_size
 from mobile_gguf.memory.machine import Memory
 from mobile_gguf.options import LoadOptions
-from mobile_gguf.sizes import AUTO
 
 MOE = fake_info(expert_layers=(ExpertLayer(16, (MIB, MIB)),) * 4)
 DENSE = fake_info(n_expert=0, n_expert_used=0, expert_layers=())
@@ -124,9 +121,8 @@ def test_a_budget_that_may_not_fit_is_a_notice(opening):
 
 def test_a_device_that_failed_leaves_one_notice_behind(opening, monkeypatch):
     """The try's own notices speak of what is not there any more; those of the host are said once."""
-    device = Device(1, "GPU0", "a GPU", 8 << 30, 8 << 30)
-    request = DeviceRequest((device,), AUTO, None, DeviceDemand(0, 0, 0), is_asked=False)
-    monkeypatch.setattr(loading, "request_devices", lambda *_arguments: (request, []))
+    device = Device(1, "GPU0", "a GPU", 40 << 30, 80 << 30)
+    monkeypatch.setattr(loading, "devices_for", lambda *_arguments: ([device], []))
     monkeypatch.setattr(loading, "set_prefetch", lambda *_arguments: None)
     monkeypatch.setattr(loading, "DeviceCalls", lambda *_arguments: None)
     monkeypatch.setattr(loading, "holder", lambda *_arguments: None)
