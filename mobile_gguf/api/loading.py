@@ -19,7 +19,6 @@ from mobile_gguf.memory.device_budget import host_share
 from mobile_gguf.memory.machine import read_memory
 from mobile_gguf.memory.threads import default_threads
 from mobile_gguf.options import LoadOptions
-from mobile_gguf.sizes import parse_size
 
 if TYPE_CHECKING:
     from mobile_gguf.generate.llama import MobileLlama
@@ -38,7 +37,7 @@ def open_backend(
     to llama-cpp-python's Llama. Raises BudgetError, ModelFormatError, EngineError.
     """
     engine = find_engine()
-    size = parse_size(options.ram_budget)
+    size = options.ram_budget
     if engine is None and info.is_moe and not size.is_auto:
         raise needs_engine("a --ram-budget")
     if engine is None and not info.stock:
@@ -61,14 +60,15 @@ def open_backend(
     notices += remarks
     if request is not None and not request.is_asked:
         try:
-            llama = _open(info, options, n_ctx, engine, request, notices, more)
+            llama, of_load = _open(info, options, n_ctx, engine, request, more)
         except (EngineError, ModelFormatError, BudgetError) as error:
             # What nobody asked for must not keep a model from running.
             notices.append(f"the model stays on the host: {error}")
             request = None
         else:
-            return llama, notices
-    return _open(info, options, n_ctx, engine, request, notices, more), notices
+            return llama, notices + of_load
+    llama, of_load = _open(info, options, n_ctx, engine, request, more)
+    return llama, notices + of_load
 
 
 def _open(
@@ -77,13 +77,13 @@ def _open(
     n_ctx: int,
     engine: Engine | None,
     request: DeviceRequest | None,
-    notices: list[str],
     more: dict[str, Any],
-) -> MobileLlama:
-    """Load a model on the requested devices, None for the host alone; adds to ``notices``."""
+) -> tuple[MobileLlama, list[str]]:
+    """Load a model on the requested devices, None for the host alone; also returns notices about it."""
+    notices: list[str] = []
     more = more | {"devices": None if request is None else request.devices}
     if engine is None or not info.is_moe:
-        return _construct(info, options, n_ctx, engine, use_mmap=True, **more)
+        return _construct(info, options, n_ctx, engine, use_mmap=True, **more), notices
     from mobile_gguf.generate.head import read_head
 
     head = read_head(info)
@@ -106,7 +106,7 @@ def _open(
         notices.append(
             f"the engine cannot hold the experts of a {info.architecture} model: no budget, only mode exact"
         )
-        return llama
+        return llama, notices
     try:
         set_prefetch(engine, llama.ctx, options.prefetch)
         if request is not None:
@@ -118,7 +118,7 @@ def _open(
     except BaseException:
         _discard(llama)
         raise
-    return llama
+    return llama, notices
 
 
 def plan_for(
@@ -128,7 +128,7 @@ def plan_for(
     demand = estimate_demand(info, n_ctx=n_ctx, n_ubatch=options.n_ubatch, flash_attn=options.flash_attn)
     if request is not None and not request.shares_host_memory:
         demand = host_share(demand, info)
-    return plan_budget(parse_size(options.ram_budget), info, demand, read_memory())
+    return plan_budget(options.ram_budget, info, demand, read_memory())
 
 
 def _construct(

@@ -26,7 +26,7 @@ from mobile_gguf.memory.device_budget import (
 from mobile_gguf.memory.machine import read_memory
 from mobile_gguf.options import LoadOptions, defaults
 from mobile_gguf.options.words import CACHE, HOST, LAYERS
-from mobile_gguf.sizes import OFF, Size, format_bytes, parse_size_or_off
+from mobile_gguf.sizes import OFF, Size, format_bytes
 
 from .controller import PlacementController
 from .placement import placement_key
@@ -64,8 +64,8 @@ def request_devices(
     Raises UsageError or BudgetError for what cannot be, EngineError without the engine or if an RPC server
     cannot be reached. Nothing is loaded yet.
     """
-    size = parse_size_or_off(options.vram_budget)
-    if isinstance(size, str):
+    size = options.vram_budget
+    if size == OFF:
         if options.rpc:
             raise UsageError("--rpc names devices, and --vram-budget off uses none: leave one of them out")
         return None, _without_effect(options, f"with --vram-budget {OFF}")

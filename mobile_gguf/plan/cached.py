@@ -8,7 +8,7 @@ from mobile_gguf.errors import MobileError
 from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.memory.machine import Memory, read_memory
 from mobile_gguf.options import LoadOptions
-from mobile_gguf.sizes import Size, parse_size_or_off
+from mobile_gguf.sizes import OFF
 
 from .fit import DeviceMemory, Fit, FitError, plan_fit
 from .machine import read_measurements
@@ -27,8 +27,7 @@ def fit_of_run(
     FitError if it would be refused.
     """
     memory = memory or read_memory()
-    vram = parse_size_or_off(options.vram_budget)
-    is_asked = bool(options.rpc) or (isinstance(vram, Size) and not vram.is_auto)
+    is_asked = bool(options.rpc) or (options.vram_budget != OFF and not options.vram_budget.is_auto)
     try:
         return plan_fit(info, asked_of(info, options, devices=bool(devices)), memory, devices)
     except FitError:

@@ -12,7 +12,7 @@ from mobile_gguf.memory.budget import context_size
 from mobile_gguf.memory.machine import Memory, read_memory
 from mobile_gguf.options import LoadOptions
 from mobile_gguf.options.words import BIG_LITTLE, EXACT, LITTLE
-from mobile_gguf.sizes import OFF, Size, format_bytes, parse_size, parse_size_or_off
+from mobile_gguf.sizes import OFF, format_bytes
 
 from .disk import disk_name
 from .fit import Asked, DeviceMemory, Fit, mebibytes, plan_fit
@@ -47,13 +47,13 @@ class Plan:
 
 def asked_of(info: GgufInfo, options: LoadOptions, *, devices: bool = False) -> Asked:
     """What the options ask to be planned; ``devices``: there are some."""
-    vram = parse_size_or_off(options.vram_budget) if devices else OFF
+    vram = options.vram_budget if devices else OFF
     return Asked(
         n_ctx=context_size(info, options.n_ctx),
         n_ubatch=options.n_ubatch,
         flash_attn=options.flash_attn,
-        ram=parse_size(options.ram_budget),
-        vram=vram if isinstance(vram, Size) else None,
+        ram=options.ram_budget,
+        vram=None if vram == OFF else vram,
     )
 
 
@@ -143,7 +143,7 @@ def suggest(
     words = ["mobile-gguf", "run", str(info.path)]
     if info.is_moe:
         all_stay = fit.ram_share >= 1
-        asked = parse_size(options.ram_budget)
+        asked = options.ram_budget
         own = f"{asked}".replace(" ", "") if asked.fraction is not None else mebibytes(fit.ram_budget_bytes)
         words += ["--ram-budget", "100%" if all_stay else own]
     if fit.devices and info.is_moe:

@@ -16,7 +16,7 @@ from mobile_gguf.options import LoadOptions, make_options
 from mobile_gguf.plan.fit import Fit as Placed
 from mobile_gguf.plan.fit import FitError
 from mobile_gguf.plan.here import Here
-from mobile_gguf.sizes import format_bytes, parse_size
+from mobile_gguf.sizes import format_bytes
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def _placed(info: GgufInfo, load: LoadOptions, here: Here) -> Placed | None:
     try:
         return here.fit(info, load)
     except FitError:
-        if parse_size(load.ram_budget).is_auto:
+        if load.ram_budget.is_auto:
             raise
         # refused only where a run is: below the smallest legal budget
         plan_for(info, load, context_size(info, load.n_ctx))
