@@ -51,7 +51,11 @@ def fake_info(**changes: Any) -> GgufInfo:
         "tensor_bytes": 5 * MIB,
         "chat_template": "{{ messages }}",
     }
-    return GgufInfo(**(facts | changes))
+    facts |= changes
+    facts.setdefault(
+        "moe_layers", tuple(range(facts["n_layer"] - len(facts["expert_layers"]), facts["n_layer"]))
+    )
+    return GgufInfo(**facts)
 
 
 def hashed_logits(rows: Sequence[Row]) -> np.ndarray:
