@@ -1,9 +1,9 @@
 """Advisory locks between processes, released by the system when their holder ends.
 
 From the standard library alone: the engine's builder takes one before any dependency is installed. A lock
-file is locked as ``filelock`` does it, so that downloads exclude huggingface_hub's. Where a file system has no
-locks (Lustre without ``-o flock``, NFS without lockd, some of FUSE) everything goes on without: who works alone
-there must not be refused.
+file is locked as ``filelock`` does it, so that downloads exclude huggingface_hub's. Where a file system has
+no locks (Lustre without ``-o flock``, NFS without lockd, some of FUSE) everything goes on without: who works
+alone there must not be refused.
 """
 
 from __future__ import annotations
