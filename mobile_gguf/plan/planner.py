@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mobile_gguf.engine.listing import Device
+from mobile_gguf.engine.devices import Device
 from mobile_gguf.flags import arguments
+from mobile_gguf.gguf import keys
 from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.memory.fit import Fit, asked_of
 from mobile_gguf.memory.machine import Memory, read_memory
@@ -143,7 +144,7 @@ def suggest(info: GgufInfo, options: LoadOptions, fit: Fit, predictions: Sequenc
     if fit.notes and not fit.devices and not fit.asked.insists:
         planned["vram_budget"] = OFF  # the device that was left out here could be taken there
     by_mode = {one.mode: one.predicted_tps for one in predictions}
-    head = "mobile.head.threshold" in info.metadata
+    head = keys.HEAD_THRESHOLD in info.metadata
     is_worth = by_mode.get(BIG_LITTLE, 0) >= _WORTH * by_mode.get(EXACT, float("inf"))
     if options.mode == EXACT and head and is_worth:
         planned["mode"] = BIG_LITTLE

@@ -7,8 +7,8 @@ import pytest
 from fake_backend import BOS, EOS, FakeBackend, fake_info, scripted
 
 from mobile_gguf.api.model import Model, backend_of
-from mobile_gguf.engine.binding import Counters
-from mobile_gguf.engine.listing import Device
+from mobile_gguf.engine.devices import Device
+from mobile_gguf.engine.structs import Counters
 from mobile_gguf.errors import ModelBusyError, UsageError
 from mobile_gguf.generate.head import Head
 
