@@ -50,17 +50,10 @@ stock: $(VENV)/.package ## build unpatched llama.cpp beside the engine, for comp
 test: $(VENV)/.dev stock ## run all tests
 	$(BIN)/python -m pytest
 
-# pyright knows no package-dir mapping: it gets the package as it is installed
-TYPES := build/types
-lint: $(VENV)/.dev ## ruff and pyright
+lint: $(VENV)/.dev ## ruff, pyright and the import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	@rm -rf $(TYPES) && mkdir -p $(TYPES)/mobile_gguf
-	@ln -s $(CURDIR)/mobile_gguf/* $(TYPES)/mobile_gguf/
-	@for d in vendor convert tui bench patches; do ln -s $(CURDIR)/$$d $(TYPES)/mobile_gguf/; done
-	@ln -s $(CURDIR)/tests $(TYPES)/tests
-	@echo '{"include":["mobile_gguf","tests"],"typeCheckingMode":"standard","extraPaths":["tests/support"]}' > $(TYPES)/pyrightconfig.json
-	$(BIN)/pyright --pythonpath $(CURDIR)/$(BIN)/python -p $(TYPES)
+	$(BIN)/python tests/support/lint_tree.py build/types
 
 docs: $(VENV)/.dev ## write docs/api.md from the docstrings
 	$(BIN)/python docs/make_api.py

@@ -40,10 +40,11 @@ class Lockstep:
         params.n_threads = params.n_threads_batch = threads
         params.embeddings, params.pooling_type = True, llama_cpp.LLAMA_POOLING_TYPE_NONE
         clear_errors()
-        self.ctx = llama_cpp.llama_init_from_model(llama.model, params)
-        if not self.ctx:
+        ctx = llama_cpp.llama_init_from_model(llama.model, params)
+        if not ctx:
             raise EngineError(f"no context for {n_seq} sequences of {n_ctx} tokens: {last_errors()}")
-        self._memory = llama_cpp.llama_get_memory(self.ctx)
+        self.ctx = ctx
+        self._memory = llama_cpp.llama_get_memory(ctx)
         self._batch = llama_cpp.llama_batch_init(n_seq, 0, 1)
 
     def clear(self) -> None:

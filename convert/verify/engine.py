@@ -103,7 +103,9 @@ class EngineReference:
                 f"token {outside[0]}"
             )
         if position == 0:
-            llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(llama.ctx), True)
+            memory = llama_cpp.llama_get_memory(llama.ctx)
+            if memory:
+                llama_cpp.llama_memory_clear(memory, True)
         batch = llama_cpp.llama_batch_init(n_tokens, 0, 1)
         try:
             batch.n_tokens = n_tokens
