@@ -17,7 +17,6 @@ from ..screens.confirm import Confirm
 from ..screens.conversations import Conversations
 from ..screens.help import Help
 from ..screens.jobs import JobsScreen
-from ..screens.map import MapScreen
 from ..screens.models import ModelPicker
 from ..screens.settings import SettingsScreen
 from ..screens.text import TextScreen
@@ -124,10 +123,6 @@ class ChatCommands(ChatView):
 
     def command_jobs(self, _rest: str) -> None:
         self.action_jobs()
-
-    def action_full_map(self) -> None:
-        """The whole expert map."""
-        self.app.push_screen(MapScreen(), lambda _result: self._update_map_shown())
 
     # the conversation
 

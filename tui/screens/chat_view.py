@@ -9,6 +9,7 @@ from ..widgets.side_panel import SidePanel
 from ..widgets.title_bar import TitleBar
 from ..widgets.turn_view import AnswerView
 from .chat_state import ANSWERING, ChatState
+from .map import MapScreen
 
 _WIDE = 100  # columns from which on the map stands beside the chat
 # A lower window has no room for a map above the chat: it would push out the prompt.
@@ -43,6 +44,10 @@ class ChatView(ChatState):
         self._map_wanted = not self._map_shown
         self._update_map_shown()
         self._read_residency()
+
+    def action_full_map(self) -> None:
+        """The whole expert map."""
+        self.app.push_screen(MapScreen(), lambda _result: self._update_map_shown())
 
     def action_toggle_tokens(self) -> None:
         """Show tokens coloured by their pass, or Markdown."""
