@@ -230,6 +230,19 @@ class Run:
             code, logits = self.decode([out[-1]], [n + len(out) - 1], [0], [0])
         return self.finish(op, code, [logits]) | {"tokens": out}
 
+    def op_follow(self, op: dict[str, Any]) -> dict[str, Any]:
+        """Runs `following` one by one after `tokens`: the logits of `tokens`' last and of each, and the
+        likeliest token after each."""
+        n = len(op["tokens"])
+        code, logits = self.decode(op["tokens"], list(range(n)), [0] * n, [n - 1])
+        rows = [logits]
+        for i, token in enumerate(op["following"]):
+            if code != 0:
+                break
+            code, logits = self.decode([token], [n + i], [0], [0])
+            rows.append(logits)
+        return self.finish(op, code, rows) | {"likeliest": [int(row[-1].argmax()) for row in rows]}
+
     def memory(self) -> Any:
         memory = lib.llama_get_memory(self.ctx)
         assert memory is not None
