@@ -14,10 +14,11 @@ from mobile_gguf.engine.observe import INPUTS, NEURONS, ROUTES, Observation, Obs
 from mobile_gguf.errors import EngineError, ModelFormatError, UsageError
 from mobile_gguf.gguf.info import GgufInfo, read_gguf_info
 from mobile_gguf.options import LoadOptions
+from mobile_gguf.progress import Progress, no_progress
 from mobile_gguf.sizes import MIB, Size, parse_size
 
 from ..gguf.experts import read_experts
-from ..gguf.file import GgufSource, Progress, ignore
+from ..gguf.file import GgufSource
 from .importance import neuron_importance
 from .statistics import Floats, Ids, RouteCounts, Statistics
 
@@ -38,7 +39,7 @@ def collect(
     threads: int | None = None,
     neurons: bool = True,
     inputs: bool = False,
-    progress: Progress = ignore,
+    progress: Progress = no_progress,
 ) -> Statistics:
     """Run every chunk of token ids from an empty context, all experts on, and gather statistics.
 

@@ -10,7 +10,7 @@ import math
 import os
 import stat
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,21 +22,16 @@ from mobile_gguf.gguf import keys
 from mobile_gguf.gguf.experts import FORMAT_VERSION
 from mobile_gguf.gguf.header import DEFAULT_ALIGNMENT, MAGIC
 from mobile_gguf.gguf.info import other_parts
+from mobile_gguf.progress import Progress, no_progress
 from mobile_gguf.sizes import format_bytes
 
 from .data import FileRange, Kv, Part, TensorPlan
-
-Progress = Callable[[str, float], None]
 
 _FILE_VERSION = 3
 _ALIGNMENT_KEY = "general.alignment"
 _SPLIT_PREFIX = "split."
 _F32, _I32 = 0, 26
 _SECONDS_BETWEEN_REPORTS = 0.1
-
-
-def ignore(_phase: str, _done: float) -> None:
-    """Stands in for a progress callback that nobody gave."""
 
 
 class GgufSource:
@@ -160,7 +155,7 @@ def write_gguf(
     kv: Iterable[Kv],
     tensors: Iterable[TensorPlan],
     alignment: int = 0,
-    progress: Progress = ignore,
+    progress: Progress = no_progress,
     what: str = "",
 ) -> int:
     """Write a GGUF, complete or not at all; returns its size in bytes.
@@ -197,7 +192,7 @@ def update_gguf(
     drop: Sequence[str] = (),
     add_tensors: Mapping[str, np.ndarray] | None = None,
     out: Path | None = None,
-    progress: Progress = ignore,
+    progress: Progress = no_progress,
 ) -> Path:
     """Rewrite a GGUF with other metadata and more tensors; returns the file's path.
 

@@ -17,11 +17,12 @@ from mobile_gguf.errors import ModelFormatError, UsageError
 from mobile_gguf.files.atomic import free_bytes
 from mobile_gguf.gguf import keys
 from mobile_gguf.gguf.experts import FORMAT_VERSION, PER_EXPERT
+from mobile_gguf.progress import Progress, no_progress
 
 from ..options import SEGMENT_ORDERS, ConvertResult
 from .data import Kv, TensorPlan
 from .experts import Experts, read_experts
-from .file import GgufSource, Progress, gguf_bytes, ignore, write_gguf
+from .file import GgufSource, gguf_bytes, write_gguf
 from .segments import Neurons, check_segments, joined
 
 ALIGNMENT = 4096
@@ -54,7 +55,7 @@ def to_mobile(
     segment_order: str = "importance",
     force: bool = False,
     dry_run: bool = False,
-    progress: Progress = ignore,
+    progress: Progress = no_progress,
 ) -> ConvertResult:
     """Write a GGUF in the per-expert layout, every expert cut into `segments`.
 
@@ -74,7 +75,7 @@ def to_stacked(
     keep_mobile: bool = False,
     force: bool = False,
     dry_run: bool = False,
-    progress: Progress = ignore,
+    progress: Progress = no_progress,
 ) -> ConvertResult:
     """Write a GGUF as a stock file: experts stacked, ``mobile.*`` left out, alignment and order as they were.
 

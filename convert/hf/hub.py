@@ -12,8 +12,7 @@ from mobile_gguf.hub.download import fetch_files
 from mobile_gguf.hub.explain import HubError, is_offline, offline_error
 from mobile_gguf.hub.reference import Reference, is_reference, parse_reference
 from mobile_gguf.hub.variants import RemoteFile
-
-from ..meter import Progress
+from mobile_gguf.progress import Progress
 
 _SAFETENSORS, _BIN = "model*.safetensors", "pytorch_model*.bin"
 _SMALL_FILES = ("*.json", "README.md", "*.txt", "tokenizer.model", "*.tiktoken", "*.jinja")

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from mobile_gguf.errors import MobileError, UsageError
+from mobile_gguf.progress import Progress, no_progress
 from mobile_gguf.vendor.pin import load_pin
 from mobile_gguf.vendor.source import LLAMA_CPP, unpacked_source
 
 from ..children import ChildError, child_environment, run_child
-from ..meter import Meter, Progress, ignore
+from ..meter import Meter
 
 MODULE = "mobile_gguf.convert.hf.upstream_child"
 _NEEDED = ("torch", "transformers", "safetensors")
@@ -53,7 +54,7 @@ def require_packages() -> None:
         )
 
 
-def converter_dir(progress: Progress = ignore) -> Path:
+def converter_dir(progress: Progress = no_progress) -> Path:
     """The pinned llama.cpp, stock, fetched if it is not in the cache. Raises EngineBuildError."""
     return unpacked_source(load_pin(), narrate=lambda text: progress(text, 0.0)) / LLAMA_CPP
 
@@ -90,7 +91,7 @@ def write_stacked(
     pre_tokenizer: str | None = None,
     trust_remote_code: bool = False,
     on_plan: Callable[[StackedPlan], bool] = lambda plan: True,
-    progress: Progress = ignore,
+    progress: Progress = no_progress,
 ) -> StackedReport | None:
     """Convert the checkpoint in `folder` to the stacked GGUF `out`, of the type f32, f16, bf16, q8_0 or auto.
 

@@ -11,9 +11,10 @@ from typing import Any
 from mobile_gguf.errors import MobileError, ModelFormatError, UsageError
 from mobile_gguf.gguf.experts import STACKED_PATTERN
 from mobile_gguf.gguf.header import read_header
+from mobile_gguf.progress import Progress
 
 from ..children import ChildError, child_environment, run_child
-from ..meter import Meter, Progress
+from ..meter import Meter
 from ..options import ConvertOptions
 from . import ftypes
 from .imatrix import read_imatrix

@@ -9,7 +9,7 @@ its own 16-bit file by KL divergence, and that one against Transformers; without
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from mobile_gguf.errors import UsageError
 from mobile_gguf.gguf import keys
 from mobile_gguf.gguf.header import read_header
 from mobile_gguf.memory.threads import default_threads
+from mobile_gguf.progress import Progress
 
 from .judge import Judge
 from .reference import Question, ask_transformers, can_verify
@@ -24,8 +25,6 @@ from .result import NOT_VERIFIED, VerifyResult
 from .subject import Subject, read_subject
 
 __all__ = ["MAX_TOKENS", "Pair", "can_verify", "mark", "verify", "verify_each"]
-
-Progress = Callable[[str, float], None]
 
 MAX_TOKENS = 24
 STALL_SECONDS = 1800.0

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from mobile_gguf.gguf import keys
+from mobile_gguf.wording import columns
 
 PASSED, FAILED, NOT_VERIFIED = "passed", "failed", "not verified"
 
@@ -80,7 +81,7 @@ class VerifyResult:
 
     def as_dict(self) -> dict[str, Any]:
         """The result for JSON; a number that is none stands as text."""
-        return _plain(self._as_dict())
+        return _without_infinities(self._as_dict())
 
     def _as_dict(self) -> dict[str, Any]:
         return {
@@ -113,21 +114,17 @@ class VerifyResult:
         """Rows, notes and the verdict for people."""
         lines = []
         if self.rows:
-            cells = [_HEADINGS, *(row.cells() for row in self.rows)]
-            widths = [max(len(line[i]) for line in cells) for i in range(len(_HEADINGS))]
-            for line in cells:
-                padded = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-                lines.append("  ".join(padded).rstrip())
+            lines += columns([_HEADINGS, *(row.cells() for row in self.rows)])
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join([*lines, f"verification {self.summary()}"])
 
 
-def _plain(value: Any) -> Any:
+def _without_infinities(value: Any) -> Any:
     """``value`` with numbers that JSON has no word for as text."""
     if isinstance(value, dict):
-        return {name: _plain(each) for name, each in value.items()}
+        return {name: _without_infinities(each) for name, each in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
+        return [_without_infinities(each) for each in value]
     if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
         return str(value)
     return value

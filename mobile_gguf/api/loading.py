@@ -19,12 +19,11 @@ from mobile_gguf.memory.device_budget import host_share
 from mobile_gguf.memory.machine import read_memory
 from mobile_gguf.memory.threads import default_threads
 from mobile_gguf.options import LoadOptions
+from mobile_gguf.progress import Progress
 from mobile_gguf.sizes import parse_size
 
 if TYPE_CHECKING:
     from mobile_gguf.generate.llama import MobileLlama
-
-Progress = Callable[[str, float], None]
 
 
 def open_backend(

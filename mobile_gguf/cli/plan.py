@@ -15,7 +15,8 @@ from mobile_gguf.memory.machine import read_memory
 from mobile_gguf.options import LoadOptions, declared, make_options
 from mobile_gguf.sizes import OFF, Size
 
-from .common import Progress, narrate
+from .common import narrate
+from .progress import Progress
 
 if TYPE_CHECKING:
     from mobile_gguf.engine.devices import Device

@@ -7,7 +7,7 @@ numpy and gguf are imported when something has to be built.
 
 from pathlib import Path
 
-from .progress import Progress
+from mobile_gguf.progress import Progress
 
 __all__ = ["ensure_demo", "write_f32_gguf", "write_hf_checkpoint"]
 

@@ -4,8 +4,9 @@ from pathlib import Path
 
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, LlamaFileType, quantize
 
+from mobile_gguf.progress import Progress
+
 from . import recipe
-from .progress import Progress
 from .recipe import Weight
 
 NAME = "SmolLM2-135M-Instruct cut into experts (mobile-gguf demo)"

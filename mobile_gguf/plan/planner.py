@@ -14,6 +14,7 @@ from mobile_gguf.memory.machine import Memory, read_memory
 from mobile_gguf.options import LoadOptions
 from mobile_gguf.options.words import BIG_LITTLE, EXACT, LITTLE
 from mobile_gguf.sizes import OFF, Size, format_bytes, parse_size, parse_size_or_off
+from mobile_gguf.wording import name_lines
 
 from .disk import disk_name
 from .fit import Asked, DeviceMemory, Fit, mebibytes, plan_fit
@@ -242,6 +243,6 @@ def plan_lines(plan: Plan) -> list[str]:
         rows.append(("speed", "not measured"))
     if plan.prefill_s is not None:
         rows.append(("first prompt", f"at least {plan.prefill_s:.1f} s of reading"))
-    lines = [f"{name:<18}{value}" for name, value in rows]
+    lines = name_lines(rows, 18)
     lines += [f"note: {note}" for note in plan.notes]
     return [*lines, "", plan.command]
