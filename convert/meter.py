@@ -13,7 +13,7 @@ _SECONDS_BEFORE_ETA = 2.0
 
 
 class Meter:
-    """Tells a progress callback of a phase that handles `total` bytes; remembers how long that took."""
+    """Tells a progress callback of a phase that handles ``total`` bytes; remembers how long that took."""
 
     def __init__(self, progress: Progress, phase: str, total: int) -> None:
         self.progress, self.phase, self.total = progress, phase, max(1, total)
@@ -21,7 +21,7 @@ class Meter:
         self._reported = 0.0
 
     def update(self, index: int, n_tensors: int, done: int) -> None:
-        """Tensor `index` of `n_tensors` is being handled, `done` bytes are through."""
+        """Tensor ``index`` of ``n_tensors`` is being handled, ``done`` bytes are through."""
         now = time.monotonic()
         share = min(1.0, done / self.total)
         if share < 1 and now - self._reported < _SECONDS_BETWEEN_REPORTS:

@@ -1,6 +1,6 @@
 """A Hugging Face checkpoint to the final GGUF: check, plan, convert, quantise, lay out, verify, name.
 
-Every step works in a hidden folder beside the output (`workdir`); the output's name appears last, when the
+Every step works in a hidden folder beside the output (``workdir``); the output's name appears last, when the
 file is whole.
 """
 
@@ -41,9 +41,9 @@ def convert_checkpoint(
     *,
     progress: Progress = no_progress,
 ) -> ConvertResult:
-    """Convert the checkpoint `source`, a folder or `hf:org/repo`, to one GGUF of ours (or a stacked one).
+    """Convert the checkpoint ``source``, a folder or ``hf:org/repo``, to one GGUF of ours (or a stacked one).
 
-    out: by default beside the folder, or in the working directory for the Hub, see `default_output`.
+    out: by default beside the folder, or in the working directory for the Hub, see ``default_output``.
     Raises MobileError and its kin, one line each; then nothing is left behind. A verification that fails
     raises nothing: the result says so.
     """

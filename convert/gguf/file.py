@@ -101,7 +101,7 @@ class GgufSource:
         return values.reshape(tuple(reversed(tensor.shape)))
 
     def check_target(self, path: Path) -> None:
-        """Raise UsageError if `path` is one of the files that are read."""
+        """Raise UsageError if ``path`` is one of the files that are read."""
         if any(part.is_same_file(path) for part in self.parts):
             raise UsageError(f"{path} is the file that is read: give another output")
 
@@ -146,7 +146,7 @@ def check_version(path: Path, metadata: Mapping[str, Any]) -> None:
 
 
 def gguf_bytes(kv: Iterable[Kv], tensors: Iterable[TensorPlan], alignment: int) -> int:
-    """The size of the file that `write_gguf` would write."""
+    """The size of the file that ``write_gguf`` would write."""
     return _Layout(kv, tensors, alignment).file_bytes
 
 
@@ -160,9 +160,9 @@ def write_gguf(
 ) -> int:
     """Write a GGUF, complete or not at all; returns its size in bytes.
 
-    `alignment` is the value of ``general.alignment``; 0 leaves the key out, which means 32. `progress` gets
-    `what`, the tensor's number, bytes and the time left, and the share done. Raises MobileError when the disk
-    is full or refuses, and what reading the tensors raises.
+    ``alignment`` is the value of ``general.alignment``; 0 leaves the key out, which means 32. ``progress``
+    gets ``what``, the tensor's number, bytes and the time left, and the share done. Raises MobileError when
+    the disk is full or refuses, and what reading the tensors raises.
     """
     path = Path(path)
     layout = _Layout(kv, tensors, alignment)
@@ -196,10 +196,10 @@ def update_gguf(
 ) -> Path:
     """Rewrite a GGUF with other metadata and more tensors; returns the file's path.
 
-    `drop` are prefixes of the metadata keys and tensors to leave out; then `set` (see `Kv.of`) and
-    `add_tensors` (see `TensorPlan.of`) replace what has their name or are added. Without `out` the file
+    ``drop`` are prefixes of the metadata keys and tensors to leave out; then ``set`` (see ``Kv.of``) and
+    ``add_tensors`` (see ``TensorPlan.of``) replace what has their name or are added. Without ``out`` the file
     itself is replaced, when the new one is complete. ``mobile.version`` is added where it is missing.
-    Raises UsageError for a split file without `out`, and what `GgufSource.open` and `write_gguf` raise.
+    Raises UsageError for a split file without ``out``, and what ``GgufSource.open`` and ``write_gguf`` raise.
     """
     path = Path(path)
     with GgufSource.open(path) as source:

@@ -26,7 +26,8 @@ class TensorHash:
 def tensor_hashes(path: Path, progress: Progress = no_progress) -> dict[str, TensorHash]:
     """Hash every tensor of a model, by the names of the stacked layout; ``mobile.*`` tensors are left out.
 
-    Trailing dimensions of 1 are left out of shapes. Raises what `GgufSource.open` and `read_experts` raise.
+    Trailing dimensions of 1 are left out of shapes. Raises what ``GgufSource.open`` and ``read_experts``
+    raise.
     """
     with GgufSource.open(path) as source:
         experts = read_experts(source)

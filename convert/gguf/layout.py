@@ -57,11 +57,11 @@ def to_mobile(
     dry_run: bool = False,
     progress: Progress = no_progress,
 ) -> ConvertResult:
-    """Write a GGUF in the per-expert layout, every expert cut into `segments`.
+    """Write a GGUF in the per-expert layout, every expert cut into ``segments``.
 
     The source may be stacked, split, or per-expert with other segments. Raises UsageError when it is in that
-    layout already, when it cannot be cut so, or when `out` exists and `force` is not given; ModelFormatError
-    for a dense or damaged model; MobileError when the disk is too small or refuses.
+    layout already, when it cannot be cut so, or when ``out`` exists and ``force`` is not given;
+    ModelFormatError for a dense or damaged model; MobileError when the disk is too small or refuses.
     """
     with GgufSource.open(source) as opened:
         plan = plan_mobile(opened, segments, segment_order)
@@ -79,8 +79,8 @@ def to_stacked(
 ) -> ConvertResult:
     """Write a GGUF as a stock file: experts stacked, ``mobile.*`` left out, alignment and order as they were.
 
-    `keep_mobile` keeps calibration and verification, which the patched engine can load. Raises as
-    `to_mobile` does.
+    ``keep_mobile`` keeps calibration and verification, which the patched engine can load. Raises as
+    ``to_mobile`` does.
     """
     with GgufSource.open(source) as opened:
         plan = plan_stacked(opened, keep_mobile=keep_mobile)
@@ -88,7 +88,7 @@ def to_stacked(
 
 
 def plan_mobile(source: GgufSource, segments: int = 1, segment_order: str = "importance") -> FilePlan:
-    """Plan the per-expert file that `to_mobile` writes; raises as it does."""
+    """Plan the per-expert file that ``to_mobile`` writes; raises as it does."""
     if segment_order not in SEGMENT_ORDERS:
         raise UsageError(f"segment order is {segment_order!r}: choose {' or '.join(SEGMENT_ORDERS)}")
     experts = read_experts(source)
@@ -114,7 +114,7 @@ def plan_mobile(source: GgufSource, segments: int = 1, segment_order: str = "imp
 
 
 def plan_stacked(source: GgufSource, *, keep_mobile: bool = False) -> FilePlan:
-    """Plan the stacked file that `to_stacked` writes; raises as it does."""
+    """Plan the stacked file that ``to_stacked`` writes; raises as it does."""
     experts = read_experts(source)
     names = (*source.metadata, *(tensor.name for tensor in source.tensors))
     is_per_expert = any(stack.is_single for stack in experts.stacks)
@@ -128,7 +128,7 @@ def plan_stacked(source: GgufSource, *, keep_mobile: bool = False) -> FilePlan:
 
 
 def stacked_tensors(source: GgufSource, experts: Experts) -> list[TensorPlan]:
-    """The tensors of all experts as a stacked file has them, whatever the layout of `source`."""
+    """The tensors of all experts as a stacked file has them, whatever the layout of ``source``."""
     neurons = Neurons(source, experts)
     return [
         TensorPlan(

@@ -1,4 +1,4 @@
-"""Checkpoints from the Hugging Face Hub: `hf:org/repo`, into the Hugging Face cache."""
+"""Checkpoints from the Hugging Face Hub: ``hf:org/repo``, into the Hugging Face cache."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def repository_name(reference: str) -> str:
 
 
 def fetch_checkpoint(reference: str, *, with_code: bool, progress: Progress) -> Path:
-    """Download what a conversion needs of `hf:org/repo[@revision]` and return its folder in the cache.
+    """Download what a conversion needs of ``hf:org/repo[@revision]`` and return its folder in the cache.
 
     What is in the cache already is not downloaded again, and a broken download goes on where it stopped.
     HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE mean what they mean to huggingface_hub. with_code: also

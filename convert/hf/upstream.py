@@ -25,7 +25,7 @@ _NEEDED = ("torch", "transformers", "safetensors")
 
 @dataclass(frozen=True)
 class StackedPlan:
-    """What the converter is about to write; `header` is the file, whole but for the tensors' data."""
+    """What the converter is about to write; ``header`` is the file, whole but for the tensors' data."""
 
     header: Path
     n_tensors: int
@@ -34,7 +34,7 @@ class StackedPlan:
 
 @dataclass(frozen=True)
 class StackedReport:
-    """What it wrote. `whole` names the tensors that could not be converted row by row (they cost memory)."""
+    """What it wrote. ``whole`` names the tensors that could not go row by row (they cost memory)."""
 
     n_bytes: int
     seconds: float
@@ -93,7 +93,8 @@ def write_stacked(
     on_plan: Callable[[StackedPlan], bool] = lambda plan: True,
     progress: Progress = no_progress,
 ) -> StackedReport | None:
-    """Convert the checkpoint in `folder` to the stacked GGUF `out`, of the type f32, f16, bf16, q8_0 or auto.
+    """Convert the checkpoint in ``folder`` to the stacked GGUF ``out``, of the type f32, f16, bf16, q8_0 or
+    auto.
 
     on_plan is called when all but the data is known; None is returned if it says no.
     Raises MobileError with the converter's reason, NaN weights and a full disk among them.

@@ -14,7 +14,7 @@ PASSED, FAILED, NOT_VERIFIED = "passed", "failed", "not verified"
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Beyond which a file fails. Errors are relative (`divergence.relative_error`), KL in nats per token.
+    """Beyond which a file fails. Errors are relative (``divergence.relative_error``), KL in nats per token.
 
     ``near_tie`` is a lead of a chosen expert over the next one, as a share of the best score, at which
     float32 summation order may choose either; ``flip_error`` and ``flip_share`` bound what that excuses.

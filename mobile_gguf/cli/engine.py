@@ -1,4 +1,4 @@
-"""`mobile-gguf engine`: build the patched llama.cpp, and say what is pinned, built and installed."""
+"""``mobile-gguf engine``: build the patched llama.cpp, and say what is pinned, built and installed."""
 
 import argparse
 import json
@@ -51,7 +51,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run `engine build` or `engine info`."""
+    """Run ``engine build`` or ``engine info``."""
     return _build(args) if args.engine_verb == "build" else _info(args)
 
 
@@ -104,7 +104,7 @@ def _devices() -> dict[str, Any]:
 
 
 def format_info(info: dict[str, Any]) -> str:
-    """The answer of `vendor.engine_info` for people."""
+    """The answer of ``vendor.engine_info`` for people."""
     pin, installed = info["pin"], info["installed"]
     if installed is None:
         state = "none: run `mobile-gguf engine build`"

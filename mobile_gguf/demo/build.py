@@ -38,7 +38,7 @@ def ensure_demo(*, progress: Progress | None = None) -> Path:
 
 
 def write_f32_gguf(path: Path, *, progress: Progress | None = None) -> None:
-    """Write the demo with every tensor in F32 to `path`; see the package for the contract."""
+    """Write the demo with every tensor in F32 to ``path``; see the package for the contract."""
     _write(path, float32=True, report=progress or no_progress)
 
 

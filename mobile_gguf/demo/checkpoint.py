@@ -39,7 +39,7 @@ _LAYER_MODULES = {
 
 
 def write_hf_checkpoint(directory: Path, *, progress: Progress | None = None) -> None:
-    """Write config, safetensors and tokenizer files into `directory`; see the package for the contract."""
+    """Write config, safetensors and tokenizer files into ``directory``; see the package for the contract."""
     try:
         from safetensors.numpy import save_file
     except ModuleNotFoundError as error:

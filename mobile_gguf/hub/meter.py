@@ -14,7 +14,7 @@ _PAUSE_S = 0.1
 
 
 class Meter:
-    """Counts the bytes of one transfer of `total` bytes and tells `progress` of them ten times a second."""
+    """Counts the bytes of a transfer of ``total`` bytes, tells ``progress`` of them ten times a second."""
 
     def __init__(self, name: str, total: int, progress: Progress) -> None:
         self.name = name

@@ -109,7 +109,7 @@ def find_pulled(reference: Reference) -> Path | None:
 
 
 def resolve_hub(reference: Reference, progress: Progress | None = None) -> Path:
-    """The file that a reference means, pulled now if it was not before. Raises as `pull` does."""
+    """The file that a reference means, pulled now if it was not before. Raises as ``pull`` does."""
     found = find_pulled(reference)
     if found is not None:
         return found

@@ -25,7 +25,7 @@ _MOST = 256 * MIB
 
 
 def read_remote_info(reference: Reference, progress: Progress) -> tuple[Reference, GgufInfo]:
-    """What `gguf_info.read_gguf_info` says, of a model that was not pulled; and its exact reference.
+    """What ``gguf_info.read_gguf_info`` says, of a model that was not pulled; and its exact reference.
 
     ``path`` and ``files`` are names on the Hub. Raises as ``pull`` does, and ModelFormatError.
     """

@@ -1,4 +1,4 @@
-"""`mobile-gguf engine`: progress, transcripts and exit codes, and the directories it uses."""
+"""``mobile-gguf engine``: progress, transcripts and exit codes, and the directories it uses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`mobile-gguf convert`: whole transcripts, exit codes, JSON; nothing written where nothing may be."""
+"""``mobile-gguf convert``: whole transcripts, exit codes, JSON; nothing written where nothing may be."""
 
 import json
 import os

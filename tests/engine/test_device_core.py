@@ -1,6 +1,6 @@
 """The device tier on a device with real buffers and real transfers: an RPC server on loopback.
 
-The oracle is the run on the CPU alone, which `test_exactness` holds against the stock build.
+The oracle is the run on the CPU alone, which ``test_exactness`` holds against the stock build.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The controller of `--prefetch auto` (patches/src/route/mobile-trial.h), fed with scripted costs."""
+"""The controller of ``--prefetch auto`` (patches/src/route/mobile-trial.h), fed with scripted costs."""
 
 from __future__ import annotations
 
