@@ -65,7 +65,7 @@ def copy_libraries(
     """
     recipe = Recipe.create(load_pin(), options)
     ours, stock = directory / "engine", directory / "stock"
-    with lock.exclusive(paths.engine_cache_dir() / "engine" / "lock"):
+    with exclusive(paths.engine_cache_dir() / "engine" / "lock"):
         build.check_space(recipe)
         wheel = build.cached_wheel(recipe.key)
         if wheel is None:
@@ -111,7 +111,7 @@ def _make(
 def stock_lib_dir() -> Path | None:
     """Library directory of the stock build that belongs to the installed engine; None if there is none.
 
-    `LLAMA_CPP_LIB_PATH` set to it makes llama-cpp-python load the unpatched library.
+    ``LLAMA_CPP_LIB_PATH`` set to it makes llama-cpp-python load the unpatched library.
     """
     found = installed_engine()
     if found and found.manifest:
@@ -122,7 +122,7 @@ def stock_lib_dir() -> Path | None:
 def source_dir() -> Path | None:
     """The unpacked, unpatched source distribution in the cache; None if it was never fetched.
 
-    llama.cpp, with its converter, is in `vendor/llama.cpp` below it.
+    llama.cpp, with its converter, is in ``vendor/llama.cpp`` below it.
     """
     directory = source.source_path(load_pin())
     return directory if directory.is_dir() else None

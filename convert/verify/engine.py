@@ -22,7 +22,7 @@ class EngineReference:
     """A GGUF opened for verification: exact, the KV cache in float32, memory as ``auto`` finds it.
 
     A context manager. ``precise``: activations stay float32 where the file has 16-bit matrices; a stock
-    llama.cpp cannot do that (`is_precise`). One at a time in a process. Raises what ``load`` does.
+    llama.cpp cannot do that (``is_precise``). One at a time in a process. Raises what ``load`` does.
     """
 
     def __init__(self, path: Path, *, n_ctx: int, threads: int | None = None, precise: bool = False) -> None:

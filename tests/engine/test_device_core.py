@@ -1,6 +1,6 @@
 """The device tier on a device with real buffers and real transfers: an RPC server on loopback.
 
-The oracle is the run on the CPU alone, which `test_exactness` holds against the stock build.
+The oracle is the run on the CPU alone, which ``test_exactness`` holds against the stock build.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ def test_two_devices_share_the_budget(rpc: list[str]) -> None:
 def test_slots_are_watched_by_another_thread(rpc: list[str]) -> None:
     """What is in the slots is shown to any thread, also while the tier starts and stops."""
     start = {"op": "device_start", "budget": 0.5, "miss": AUTO, "poison": 1}
-    ops = [start, *greedy(), {"op": "device_stop"}, start, *greedy()]
+    ops = [start, *follow(), {"op": "device_stop"}, start, *follow()]
     outcome = succeeded_on_devices(
         device_run("d", "qwen3moe", rpc, [{"op": "device_watch", "ops": ops}], "40%")
     )
@@ -195,7 +195,7 @@ def test_slots_are_watched_by_another_thread(rpc: list[str]) -> None:
 def test_what_lies_in_slots_is_not_called_missed(placement: int, rpc: list[str], tmp_path: Path) -> None:
     """Once the slots hold every expert: the host reads nothing, whatever it has evicted."""
     outcome = succeeded_on_devices(device_run("d", "deepseek3", rpc, [
-        {"op": "device_start", "budget": 1.0, "placement": placement}, *greedy(48), {"op": "clear"},
+        {"op": "device_start", "budget": 1.0, "placement": placement}, *follow(48), {"op": "clear"},
         {"op": "trace_start", "path": str(tmp_path / "trace.csv")}, {"op": "watch", "on": True},
         {"op": "reset_counters"}, {"op": "steps", "tokens": PROMPT[:16], "pos": 0},
         {"op": "counters"}, {"op": "trace_stop"},

@@ -1,9 +1,9 @@
 """Runs llama.cpp jobs in a process of its own, so that tests can hold two builds against each other.
 
 The library is the one in $LLAMA_CPP_LIB_PATH. stdin: one line with a job, {"out": npz path, "runs": [...]};
-a run is one model load, one context and a list of ops (the `op_` methods of `Run`, by name). stdout: one JSON
-line per `pause` op, answered by one line on stdin, and last {"runs": [...]}. Arrays that ops save are in the
-npz as "run/name". A load or a call that fails is a result, not an exception.
+a run is one model load, one context and a list of ops (the ``op_`` methods of ``Run``, by name). stdout: one
+JSON line per ``pause`` op, answered by one line on stdin, and last {"runs": [...]}. Arrays that ops save are
+in the npz as "run/name". A load or a call that fails is a result, not an exception.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def set_fault(model: str, fault: dict[str, Any]) -> int:
 
 
 class Run:
-    """One model and one context; `ops` records what each op returned."""
+    """One model and one context; ``ops`` records what each op returned."""
 
     def __init__(self, spec: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
         self.spec = spec
@@ -221,7 +221,7 @@ class Run:
         return self.finish(op, code, rows)
 
     def op_greedy(self, op: dict[str, Any]) -> dict[str, Any]:
-        """Generates n tokens after `tokens`, the likeliest each time; returns them."""
+        """Generates n tokens after ``tokens``, the likeliest each time; returns them."""
         n = len(op["tokens"])
         code, logits = self.decode(op["tokens"], list(range(n)), [0] * n, [n - 1])
         out: list[int] = []
