@@ -129,7 +129,7 @@ class _Conversion:
         options = self.options
         if not options.stacked:
             began = time.monotonic()
-            laid_out = work / "mobile.gguf"
+            laid_out = work / "laid-out.gguf"
             to_mobile(
                 result, laid_out, segments=options.segments, segment_order=options.segment_order,
                 progress=_renamed(self.progress, f"converting {result.name}", "laying out the experts"),

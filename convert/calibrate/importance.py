@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from mobile_gguf.engine.observe import InputSums
 from mobile_gguf.errors import ModelFormatError
+from mobile_gguf.gguf.experts import DOWN
 
 from ..gguf.data import FileRange
 from ..gguf.experts import Stack, read_experts, stored_order
@@ -32,7 +33,7 @@ def neuron_importance(
     Raises ModelFormatError if a tensor's type cannot be read or does not fit what was observed.
     """
     found: dict[int, Floats] = {}
-    stacks = [stack for stack in read_experts(source).stacks if stack.kind == "down"]
+    stacks = [stack for stack in read_experts(source).stacks if stack.kind == DOWN]
     for number, stack in enumerate(stacks):
         sums = inputs.get(stack.stacked_name)
         if sums is None:

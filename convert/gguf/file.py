@@ -18,7 +18,8 @@ import numpy as np
 
 from mobile_gguf.errors import ModelFormatError, UsageError
 from mobile_gguf.files.atomic import replacing_file
-from mobile_gguf.gguf.experts import FORMAT_VERSION, OWN_PREFIX
+from mobile_gguf.gguf import keys
+from mobile_gguf.gguf.experts import FORMAT_VERSION
 from mobile_gguf.gguf.header import DEFAULT_ALIGNMENT, MAGIC
 from mobile_gguf.gguf.info import other_parts
 from mobile_gguf.sizes import format_bytes
@@ -29,7 +30,6 @@ Progress = Callable[[str, float], None]
 
 _FILE_VERSION = 3
 _ALIGNMENT_KEY = "general.alignment"
-_VERSION_KEY = "mobile.version"
 _SPLIT_PREFIX = "split."
 _F32, _I32 = 0, 26
 _SECONDS_BETWEEN_REPORTS = 0.1
@@ -141,12 +141,12 @@ class GgufSource:
 
 def check_version(path: Path, metadata: Mapping[str, Any]) -> None:
     """Raise ModelFormatError if the file was made by a mobile-gguf with a newer format than this one's."""
-    version = metadata.get(_VERSION_KEY, FORMAT_VERSION)
+    version = metadata.get(keys.VERSION, FORMAT_VERSION)
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise ModelFormatError(f"{path} cannot be used: metadata {_VERSION_KEY} is {version!r:.60}")
+        raise ModelFormatError(f"{path} cannot be used: metadata {keys.VERSION} is {version!r:.60}")
     if version > FORMAT_VERSION:
         raise ModelFormatError(
-            f"{path} has {_VERSION_KEY} {version}, this program knows {FORMAT_VERSION}: update mobile-gguf"
+            f"{path} has {keys.VERSION} {version}, this program knows {FORMAT_VERSION}: update mobile-gguf"
         )
 
 
@@ -219,8 +219,8 @@ def update_gguf(
         added = {name: TensorPlan.of(name, array) for name, array in (add_tensors or {}).items()}
         tensors |= {name: tensor for name, tensor in added.items() if name in tensors}
         extra = [tensor for name, tensor in added.items() if name not in tensors]
-        if _VERSION_KEY not in metadata and any(name.startswith(OWN_PREFIX) for name in (*metadata, *added)):
-            metadata[_VERSION_KEY] = Kv.of(_VERSION_KEY, FORMAT_VERSION)
+        if keys.VERSION not in metadata and any(keys.is_ours(name) for name in (*metadata, *added)):
+            metadata[keys.VERSION] = Kv.of(keys.VERSION, FORMAT_VERSION)
         ordered = _before_experts(list(tensors.values()), extra)
         target = path if out is None else Path(out)
         mode = stat.S_IMODE(os.stat(path).st_mode)

@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from mobile_gguf.gguf.experts import OWN_PREFIX
+from mobile_gguf.gguf import keys
 
 from .experts import read_experts
 from .file import GgufSource, Progress, ignore
@@ -29,7 +29,7 @@ def tensor_hashes(path: Path, progress: Progress = ignore) -> dict[str, TensorHa
     """
     with GgufSource.open(path) as source:
         experts = read_experts(source)
-        own = [tensor for tensor in experts.others if not tensor.name.startswith(OWN_PREFIX)]
+        own = [tensor for tensor in experts.others if not keys.is_ours(tensor.name)]
         tensors = [*own, *stacked_tensors(source, experts)]
         total, done = max(1, sum(tensor.n_bytes for tensor in tensors)), 0
         hashes = {}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mobile_gguf.errors import MobileError, ModelFormatError, UsageError
+from mobile_gguf.gguf.experts import STACKED_PATTERN
 from mobile_gguf.gguf.header import read_header
 
 from ..children import ChildError, child_environment, run_child
@@ -69,7 +70,7 @@ def request_from(options: ConvertOptions, threads: int) -> QuantizeRequest:
         for pattern, name in options.tensor_types
     ]
     if options.experts:
-        types.append((ftypes.EXPERTS_PATTERN, ftypes.read_tensor_type(options.experts, "--experts")))
+        types.append((STACKED_PATTERN, ftypes.read_tensor_type(options.experts, "--experts")))
     if options.attention:
         types.append((ftypes.ATTENTION_PATTERN, ftypes.read_tensor_type(options.attention, "--attention")))
     if options.imatrix is not None:

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mobile_gguf.errors import UsageError
+from mobile_gguf.gguf import keys
 from mobile_gguf.gguf.header import read_header
 from mobile_gguf.memory.threads import default_threads
 
 from .judge import Judge
 from .reference import Question, ask_transformers, can_verify
-from .result import KEY_PREFIX, NOT_VERIFIED, VerifyResult
+from .result import NOT_VERIFIED, VerifyResult
 from .subject import Subject, read_subject
 
 __all__ = ["MAX_TOKENS", "Pair", "can_verify", "mark", "verify", "verify_each"]
@@ -123,5 +124,5 @@ def mark(gguf: Path, result: VerifyResult, progress: Progress = lambda phase, do
     from ..gguf.file import update_gguf
 
     values = result.metadata()
-    if values or any(name.startswith(KEY_PREFIX) for name in read_header(gguf).metadata):
-        update_gguf(gguf, set=values, drop=[KEY_PREFIX], progress=progress)
+    if values or any(name.startswith(keys.VERIFY) for name in read_header(gguf).metadata):
+        update_gguf(gguf, set=values, drop=[keys.VERIFY], progress=progress)

@@ -6,10 +6,9 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-PASSED, FAILED, NOT_VERIFIED = "passed", "failed", "not verified"
+from mobile_gguf.gguf import keys
 
-STATUS_KEY, JSON_KEY = "mobile.verify.status", "mobile.verify.json"
-KEY_PREFIX = "mobile.verify."
+PASSED, FAILED, NOT_VERIFIED = "passed", "failed", "not verified"
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ class VerifyResult:
         """What a GGUF says about its verification; nothing if there was none."""
         if self.status == NOT_VERIFIED:
             return {}
-        return {STATUS_KEY: self.status, JSON_KEY: self.to_json()}
+        return {keys.VERIFY_STATUS: self.status, keys.VERIFY_JSON: self.to_json()}
 
     def summary(self) -> str:
         """The verdict in one line."""

@@ -11,10 +11,11 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 
+from mobile_gguf.gguf.experts import expert_name
+
 _LAYER = re.compile(r"\.(\d+)\.")
 _ROUTED = re.compile(r"(?<!shared_)experts?\b")
 _ROUTER = re.compile(r"\brouter\b|\.gate\.(weight|wg)")
-_EXPERT_TENSOR = re.compile(r"blk\.(\d+)\.ffn_(?:gate_up|gate|up|down)(?:_exps|\.\d+)\.weight")
 
 
 def stored_types(
@@ -58,7 +59,8 @@ def _name_table(architecture: str, n_layer: int) -> Callable[[str], str | None]:
 
 def _expert_types(tensors: Mapping[str, str]) -> dict[int, str]:
     """The type of each layer's routed experts."""
-    return {int(match[1]): kind for name, kind in tensors.items() if (match := _EXPERT_TENSOR.match(name))}
+    names = ((expert_name(name), kind) for name, kind in tensors.items())
+    return {name.layer: kind for name, kind in names if name is not None}
 
 
 def _is_matrix(name: str) -> bool:

@@ -14,8 +14,7 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mobile_gguf.engine.binding import Counters
-from mobile_gguf.engine.structs import DeviceCounters
+from mobile_gguf.engine.structs import Counters, DeviceCounters
 from mobile_gguf.errors import ModelBusyError, UsageError
 from mobile_gguf.generate.answer import Answer, Backend, Chunk, Reply, Request
 from mobile_gguf.generate.decode import Policy

@@ -120,7 +120,7 @@ def _narrate(text: str) -> None:
 
 
 def _evictions() -> tuple[str, ...]:
-    from mobile_gguf.engine.binding import EVICTION
+    from mobile_gguf.engine.structs import EVICTION
 
     return tuple(EVICTION)
 

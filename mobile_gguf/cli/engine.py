@@ -95,13 +95,13 @@ def _info(args: argparse.Namespace) -> int:
 
 def _devices() -> dict[str, Any]:
     # Asked of the installed library; what keeps it from loading is no reason not to show the rest.
-    from mobile_gguf.engine.devices import ggml_devices
+    from mobile_gguf.engine.devices import all_devices
     from mobile_gguf.engine.log import capture_log
     from mobile_gguf.errors import EngineError
 
     try:
         capture_log()
-        devices = ggml_devices()
+        devices = all_devices()
     except EngineError:
         return {"devices": []}
     return {"devices": [device.to_dict() for device in devices]}

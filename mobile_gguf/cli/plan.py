@@ -18,7 +18,7 @@ from mobile_gguf.sizes import OFF, Size
 from .common import Progress, narrate
 
 if TYPE_CHECKING:
-    from mobile_gguf.engine.listing import Device
+    from mobile_gguf.engine.devices import Device
     from mobile_gguf.plan.machine import Measurements
     from mobile_gguf.plan.workload import Workload
 
@@ -121,11 +121,10 @@ def _measure(
     settings = make_settings(info, options, 1.0)
     try:
         ggml = Ggml()
-        measured = [ggml.device(device.handle) for device in devices]
         ks = sorted({settings.k, settings.little_k} - {0}) or [1]
         steps = steps_for(
             info, workload, ks, settings.threads, settings.io_threads,
-            devices=measured, ggml=ggml, known=measurements.get,
+            devices=devices, ggml=ggml, known=measurements.get,
         )  # fmt: skip
     except MobileError as error:
         return [f"nothing was measured: {error}"]

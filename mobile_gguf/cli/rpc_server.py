@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
         signal.signal(number, _stop)
     server.start()
     for device in devices:
-        free, total = device.memory_free / 2**30, device.memory_total / 2**30
+        free, total = device.free_bytes / 2**30, device.total_bytes / 2**30
         narrate(f"{device.name}: {device.description}, {free:.1f} of {total:.1f} GiB free")
     print(f"listening on {endpoint}", file=answer, flush=True)
     server.wait()

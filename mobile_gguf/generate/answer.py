@@ -8,9 +8,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from mobile_gguf.engine.binding import Counters, ModelInfo
-from mobile_gguf.engine.prefetch import PrefetchCounters
-from mobile_gguf.engine.structs import DeviceCounters
+from mobile_gguf.engine.structs import Counters, DeviceCounters, ModelInfo, PrefetchCounters
 from mobile_gguf.errors import AnswerStopped
 
 from .decode import Pass, Policy

@@ -20,12 +20,12 @@ from llama_cpp import Llama, LlamaGrammar, llama_cpp
 from llama_cpp.llama_chat_format import CHATML_CHAT_TEMPLATE, Jinja2ChatFormatter
 
 from mobile_gguf.device.tier import DeviceTier
-from mobile_gguf.engine.binding import Counters, Engine, ModelInfo
-from mobile_gguf.engine.listing import Device, device_array
+from mobile_gguf.engine.binding import Engine
+from mobile_gguf.engine.devices import Device, device_array
 from mobile_gguf.engine.log import clear_errors, last_errors
-from mobile_gguf.engine.prefetch import PrefetchCounters, prefetch_counters
+from mobile_gguf.engine.prefetch import prefetch_counters
 from mobile_gguf.engine.rpc import context_loss
-from mobile_gguf.engine.structs import DeviceCounters
+from mobile_gguf.engine.structs import Counters, DeviceCounters, ModelInfo, PrefetchCounters
 from mobile_gguf.errors import EngineError, ExpertReadError, MobileError, UsageError
 
 from .decode import ALL_EXPERTS, Pass, Policy, decode_prompt, decode_token

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mobile_gguf.engine.listing import Device
+from mobile_gguf.engine.devices import Device
 from mobile_gguf.engine.structs import DeviceInfo
 from mobile_gguf.errors import BudgetError
 from mobile_gguf.gguf.info import GgufInfo

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from mobile_gguf.engine.listing import Device
+from mobile_gguf.engine.devices import Device
 from mobile_gguf.errors import BudgetError, MobileError, UsageError
 from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.memory.budget import CONTEXT_MULTIPLE, Demand, estimate_demand, plan_budget

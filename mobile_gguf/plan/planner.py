@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from mobile_gguf.gguf import keys
 from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.memory.budget import context_size
 from mobile_gguf.memory.machine import Memory, read_memory
@@ -155,7 +156,7 @@ def suggest(
     words += ["-c", str(fit.n_ctx), "-ub", str(fit.n_ubatch)]
     by_mode = {one.mode: one.predicted_tps for one in predictions}
     mode = options.mode
-    head = "mobile.head.threshold" in info.metadata
+    head = keys.HEAD_THRESHOLD in info.metadata
     if mode == EXACT and head and by_mode.get(BIG_LITTLE, 0) >= _WORTH * by_mode.get(EXACT, float("inf")):
         mode = BIG_LITTLE
     if mode != EXACT and info.is_moe:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mobile_gguf.api.model import Model
-from mobile_gguf.engine.binding import RESIDENT
+from mobile_gguf.engine.structs import RESIDENT
 from mobile_gguf.errors import MobileError
 
 # A row is text, one character for each expert.

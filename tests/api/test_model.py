@@ -7,7 +7,7 @@ import pytest
 from fake_backend import BOS, EOS, FakeBackend, fake_info, scripted
 
 from mobile_gguf.api.model import Model
-from mobile_gguf.engine.binding import Counters
+from mobile_gguf.engine.structs import Counters
 from mobile_gguf.errors import UsageError
 from mobile_gguf.generate.head import Head
 

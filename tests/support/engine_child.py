@@ -18,41 +18,12 @@ import llama_cpp.llama_cpp as lib
 import numpy as np
 from peak_memory import peak_resident_bytes
 
-from mobile_gguf.engine.prefetch import PrefetchCountersStruct
-
-
-class LoadParams(ctypes.Structure):
-    """struct mobile_load_params"""
-
-    _fields_ = [
-        ("budget_bytes", ctypes.c_uint64),
-        ("n_io_threads", ctypes.c_int32),
-        ("eviction", ctypes.c_int32),
-        ("io", ctypes.c_int32),
-        ("on_host", ctypes.c_int32),
-    ]
-
-
-class ModelInfo(ctypes.Structure):
-    """struct mobile_model_info"""
-
-    _fields_ = [
-        *((name, ctypes.c_uint64) for name in
-          ("expert_bytes", "budget_bytes", "budget_min_bytes", "budget_all_bytes")),
-        *((name, ctypes.c_int32) for name in
-          ("n_layer", "n_layer_moe", "n_expert", "n_expert_used", "direct_io", "eviction")),
-    ]  # fmt: skip
-
-
-class Counters(ctypes.Structure):
-    """struct mobile_counters"""
-
-    _fields_ = [
-        (name, ctypes.c_uint64) for name in
-        ("n_tokens", "n_tokens_little", "n_hits", "n_misses", "n_evictions",
-         "n_prefetched", "n_prefetch_hits", "bytes_read", "bytes_read_demand", "bytes_routed",
-         "stall_us", "resident_bytes", "resident_bytes_peak")
-    ]  # fmt: skip
+from mobile_gguf.engine.structs import (
+    CountersStruct,
+    LoadParamsStruct,
+    ModelInfoStruct,
+    PrefetchCountersStruct,
+)
 
 
 def fields(struct: ctypes.Structure) -> dict[str, int]:
@@ -69,9 +40,9 @@ def bind() -> ctypes.CDLL | None:
     signatures: dict[str, tuple[Any, list[Any]]] = {
         "mobile_abi_version": (int32, []),
         "mobile_last_error": (char_p, []),
-        "mobile_load_default_params": (LoadParams, []),
-        "mobile_load_set_params": (int32, [ctypes.POINTER(LoadParams)]),
-        "mobile_model_get_info": (int32, [void_p, ctypes.POINTER(ModelInfo)]),
+        "mobile_load_default_params": (LoadParamsStruct, []),
+        "mobile_load_set_params": (int32, [ctypes.POINTER(LoadParamsStruct)]),
+        "mobile_model_get_info": (int32, [void_p, ctypes.POINTER(ModelInfoStruct)]),
         "mobile_model_get_n_segments": (int32, [void_p]),
         "mobile_model_get_residency": (int32, [void_p, ctypes.POINTER(ctypes.c_uint8), ctypes.c_size_t]),
         "mobile_set_n_expert_used": (int32, [void_p, int32]),
@@ -80,7 +51,7 @@ def bind() -> ctypes.CDLL | None:
         "mobile_set_prefetch": (int32, [void_p, int32]),
         "mobile_set_predictor": (int32, [void_p, int32]),
         "mobile_get_prefetch_counters": (int32, [void_p, ctypes.POINTER(PrefetchCountersStruct)]),
-        "mobile_get_counters": (int32, [void_p, ctypes.POINTER(Counters)]),
+        "mobile_get_counters": (int32, [void_p, ctypes.POINTER(CountersStruct)]),
         "mobile_reset_counters": (int32, [void_p]),
         "mobile_context_error": (char_p, [void_p]),
         "mobile_trace_start": (int32, [void_p, char_p]),
@@ -143,7 +114,7 @@ class Run:
             self.result["load_error"] = mobile.mobile_last_error().decode()
         self.result["log"] = "".join(log_lines)[-4000:]
         if self.model and mobile is not None:
-            info = ModelInfo()
+            info = ModelInfoStruct()
             self.result["info_status"] = mobile.mobile_model_get_info(self.model, ctypes.byref(info))
             self.result["info"] = fields(info) if self.result["info_status"] == 0 else None
         return bool(self.model)
@@ -297,7 +268,7 @@ class Run:
 
     def op_counters(self, op: dict[str, Any]) -> dict[str, Any]:
         assert mobile is not None
-        counters = Counters()
+        counters = CountersStruct()
         return {"status": mobile.mobile_get_counters(self.ctx, ctypes.byref(counters)), **fields(counters)}
 
     def op_reset_counters(self, op: dict[str, Any]) -> dict[str, Any]:

@@ -14,9 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from mobile_gguf.engine.binding import Counters, ModelInfo
-from mobile_gguf.engine.prefetch import PrefetchCounters
-from mobile_gguf.engine.structs import DeviceCounters
+from mobile_gguf.engine.structs import Counters, DeviceCounters, ModelInfo, PrefetchCounters
 from mobile_gguf.errors import UsageError
 from mobile_gguf.generate.decode import ALL_EXPERTS, Pass, Policy, decode_prompt, decode_token
 from mobile_gguf.generate.head import Head
@@ -53,7 +51,11 @@ def fake_info(**changes: Any) -> GgufInfo:
         "tensor_bytes": 5 * MIB,
         "chat_template": "{{ messages }}",
     }
-    return GgufInfo(**(facts | changes))
+    facts |= changes
+    facts.setdefault(
+        "moe_layers", tuple(range(facts["n_layer"] - len(facts["expert_layers"]), facts["n_layer"]))
+    )
+    return GgufInfo(**facts)
 
 
 def hashed_logits(rows: Sequence[Row]) -> np.ndarray:

@@ -15,7 +15,7 @@ from fake_backend import FakeBackend, fake_info, scripted
 from textual.pilot import Pilot
 
 from mobile_gguf.api.model import Model
-from mobile_gguf.engine.binding import LOADING, RESIDENT
+from mobile_gguf.engine.structs import LOADING, RESIDENT
 from mobile_gguf.options import LoadOptions, make_options
 from mobile_gguf.tui.app import ChatApp
 from mobile_gguf.tui.engine.expert_state import Routed

@@ -10,7 +10,7 @@ import threading
 import numpy as np
 import pytest
 
-from mobile_gguf.engine.binding import LOADING, RESIDENT
+from mobile_gguf.engine.structs import LOADING, RESIDENT
 from mobile_gguf.errors import UsageError
 from mobile_gguf.tui.commands.jobs import CANCELLED, DONE, FAILED, JobEnded, JobHeard, Jobs
 from mobile_gguf.tui.commands.slash import COMMANDS, complete

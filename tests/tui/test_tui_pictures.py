@@ -19,7 +19,7 @@ from textual.notifications import Notification
 from textual.widgets import Input, TextArea
 from tui_app import Loader, chat, until
 
-from mobile_gguf.engine.binding import RESIDENT
+from mobile_gguf.engine.structs import RESIDENT
 from mobile_gguf.errors import ExpertReadError
 from mobile_gguf.tui.engine.expert_state import Routed
 from mobile_gguf.tui.screens import conversations

@@ -12,8 +12,8 @@ from enum import IntEnum
 import numpy as np
 import numpy.typing as npt
 
-from mobile_gguf.engine.binding import LOADING as STORE_LOADING
-from mobile_gguf.engine.binding import RESIDENT
+from mobile_gguf.engine.structs import LOADING as STORE_LOADING
+from mobile_gguf.engine.structs import RESIDENT
 
 # For how many tokens a hit or a miss stays visible; the first of them is the brightest.
 GLOW_TOKENS = 4

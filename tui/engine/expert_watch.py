@@ -8,7 +8,6 @@ observing the graph would cost a factor of three in speed.
 from __future__ import annotations
 
 import contextlib
-import re
 import tempfile
 from io import BufferedReader
 from pathlib import Path
@@ -19,30 +18,13 @@ import numpy.typing as npt
 
 from mobile_gguf.engine.device_calls import DeviceCalls
 from mobile_gguf.errors import MobileError
-from mobile_gguf.gguf.header import read_header
 
 from .expert_state import Routed
 
 if TYPE_CHECKING:
     from mobile_gguf.api.model import Model
-    from mobile_gguf.gguf.info import GgufInfo
 
 Residency = tuple[npt.NDArray[np.uint8], "npt.NDArray[np.uint8] | None"]
-
-
-_EXPERT_TENSOR = re.compile(r"blk\.(\d+)\.ffn_(?:gate|up|down|gate_up)(?:_exps|\.\d+)\.")
-
-
-def moe_layers(info: GgufInfo) -> list[int]:
-    """Numbers of the layers that have routed experts, by the file's tensor names."""
-    try:
-        headers = [read_header(path) for path in info.files]
-    except (MobileError, OSError):
-        headers = []
-    found = (_EXPERT_TENSOR.match(tensor.name) for header in headers for tensor in header.tensors)
-    layers = sorted({int(match[1]) for match in found if match is not None})
-    # Dense layers, where there are any, usually come first.
-    return layers or list(range(info.n_layer - len(info.expert_layers), info.n_layer))
 
 
 class Watch(Protocol):

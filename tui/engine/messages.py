@@ -31,7 +31,6 @@ class ModelLoaded(Message):
     info: GgufInfo
     facts: dict[str, Any]
     notices: list[str]
-    layers: list[int]  # those with routed experts
 
 
 @dataclass

@@ -21,7 +21,7 @@ from mobile_gguf.generate.answer import INTERRUPTED, Chunk
 from mobile_gguf.generate.decode import Pass
 from mobile_gguf.generate.receipt import Receipt
 
-from .expert_watch import ExpertWatch, Residency, Watch, moe_layers
+from .expert_watch import ExpertWatch, Residency, Watch
 from .messages import AnswerEnded, AnswerProgressed, LoadFailed, LoadProgressed, ModelLoaded
 from .outbox import Outbox, Token
 
@@ -133,8 +133,7 @@ class EngineThread(threading.Thread):
         else:
             with self._lifetime:
                 self._model, self._watch = model, watch
-            layers = moe_layers(model.info)
-            self._post(ModelLoaded(reference, model.info, model.stats(), list(model.notices), layers))
+            self._post(ModelLoaded(reference, model.info, model.stats(), list(model.notices)))
 
     def _generate(self, answer_id: int, messages: list[dict[str, Any]], options: dict[str, Any]) -> None:
         model, watch = self._model, self._watch

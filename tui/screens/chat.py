@@ -137,7 +137,7 @@ class ChatScreen(ChatCommands, ChatView, Screen[None]):
         has_store = event.facts.get("store") is not None and event.info.n_expert > 0
         each = [sum(layer.matrix_bytes) for layer in event.info.expert_layers]
         info = event.info
-        state = ExpertState(info.n_layer, info.n_expert, event.layers, each) if has_store else None
+        state = ExpertState(info.n_layer, info.n_expert, info.moe_layers, each) if has_store else None
         self.query_one(SidePanel).set_state(state)
         self._read_residency()
         self._update_title()

@@ -6,6 +6,7 @@ from typing import Any
 
 from mobile_gguf.convert.calibrate.statistics import Statistics
 from mobile_gguf.generate.decode import default_little_k
+from mobile_gguf.gguf import keys
 from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.sizes import format_bytes
 
@@ -48,7 +49,7 @@ def facts(info: GgufInfo) -> dict[str, Any]:
         "budget_all_bytes": info.budget_all_bytes,
         "layout": info.layout,
         "segments": info.segments,
-        "segment_order": info.metadata.get("mobile.segments.order"),
+        "segment_order": info.metadata.get(keys.SEGMENT_ORDER),
         "alignment": info.metadata.get("general.alignment"),
         "has_chat_template": info.chat_template is not None,
         "tiers": tier_facts(make_tiers(info)) if info.is_moe else None,
@@ -127,7 +128,7 @@ def layout(info: GgufInfo) -> str:
     """How the experts lie in the file."""
     words = [info.layout]
     if info.segments > 1:
-        order = info.metadata.get("mobile.segments.order", "natural")
+        order = info.metadata.get(keys.SEGMENT_ORDER, "natural")
         words.append(f"{info.segments} segments each (neurons by {order} order)")
     alignment = info.metadata.get("general.alignment")
     if alignment is not None:
