@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mobile_gguf.errors import MobileError
 from mobile_gguf.files.atomic import disk_errors
-from mobile_gguf.vendor import lock
+from mobile_gguf.files.lock import exclusive
 
 
 def work_path(out: Path) -> Path:
@@ -31,7 +31,7 @@ def work_directory(out: Path) -> Iterator[Path]:
 
     with disk_errors(out, remedy=", or write to another disk with -o"):
         out.parent.mkdir(parents=True, exist_ok=True)
-        with lock.exclusive(folder / "lock", on_wait=refuse):
+        with exclusive(folder / "lock", on_wait=refuse):
             try:
                 for path in folder.iterdir():
                     if path.name != "lock":

@@ -7,8 +7,9 @@ from typing import Any
 
 from mobile_gguf.errors import EngineBuildError
 from mobile_gguf.files import paths
+from mobile_gguf.files.lock import exclusive
 
-from . import build, lock, patchset, source
+from . import build, patchset, source
 from .install import Installed, install_wheel, installed_engine, missing_dependencies
 from .pin import load_pin
 from .progress import Progress, ReportProgress, ignore
@@ -42,7 +43,7 @@ def ensure_engine(
         root = paths.engine_cache_dir()
         waiting = Progress("waiting for another build to finish")
         try:
-            with lock.exclusive(root / "engine" / "lock", on_wait=lambda: progress(waiting)):
+            with exclusive(root / "engine" / "lock", on_wait=lambda: progress(waiting)):
                 found = _make(recipe, stock, force, jobs, progress)
         except OSError as error:
             raise build.cache_error(error, root) from error

@@ -14,6 +14,7 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from mobile_gguf.engine.experts import Experts
 from mobile_gguf.engine.structs import Counters, DeviceCounters
 from mobile_gguf.errors import ModelBusyError, UsageError
 from mobile_gguf.generate.answer import Answer, Backend, Chunk, Reply, Request
@@ -89,6 +90,7 @@ class Model:
         try:
             self._policy = self._make_policy(options)
             backend.policy = self._policy
+            self._experts = backend.experts(info)
         except BaseException:
             backend.close()
             raise
@@ -348,6 +350,10 @@ class Model:
             "device": backend.device.facts(device_counters) if backend.device is not None else None,
         }
 
+    def experts(self) -> Experts:
+        """The live view of the experts: where each is, and what was just asked for. For any thread."""
+        return self._experts
+
     @property
     def llama(self) -> Any:
         """The llama-cpp-python Llama underneath; its own methods decode by this Model's mode too."""
@@ -370,6 +376,7 @@ class Model:
             raise ModelBusyError("this Model is generating: wait before closing it")
         try:
             self._backend = None
+            self._experts.close()
             backend.close()
         finally:
             self._lock.release()

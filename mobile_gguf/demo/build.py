@@ -4,8 +4,8 @@ import hashlib
 from pathlib import Path
 
 from mobile_gguf.files.atomic import complete_or_absent, disk_errors
+from mobile_gguf.files.lock import exclusive
 from mobile_gguf.files.paths import models_dir
-from mobile_gguf.vendor import lock
 
 from . import source
 from .progress import Progress, ignore, scaled
@@ -31,7 +31,7 @@ def ensure_demo(*, progress: Progress | None = None) -> Path:
     def on_wait() -> None:
         report("waiting for another process that builds the demo model", 0.0)
 
-    with disk_errors(path), lock.exclusive(path.with_name("build.lock"), on_wait=on_wait):
+    with disk_errors(path), exclusive(path.with_name("build.lock"), on_wait=on_wait):
         if not path.exists():
             _write(path, float32=False, report=report)
     return path

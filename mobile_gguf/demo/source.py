@@ -10,8 +10,9 @@ from pathlib import Path
 
 from mobile_gguf.errors import ModelNotFoundError
 from mobile_gguf.files.atomic import complete_or_absent, disk_errors
+from mobile_gguf.files.lock import exclusive
 from mobile_gguf.files.paths import cache_dir
-from mobile_gguf.vendor import failures, lock
+from mobile_gguf.vendor import failures
 
 from .progress import Progress, ignore, scaled
 
@@ -41,7 +42,7 @@ def ensure_source(*, progress: Progress | None = None) -> Path:
     def on_wait() -> None:
         report("waiting for another process that fetches SmolLM2-135M-Instruct", 0.0)
 
-    with disk_errors(path), lock.exclusive(path.with_name("fetch.lock"), on_wait=on_wait):
+    with disk_errors(path), exclusive(path.with_name("fetch.lock"), on_wait=on_wait):
         if path.exists() and _sha256_of(path) == MEMBER_SHA256:
             return path
         with tempfile.TemporaryDirectory(prefix="fetch-", dir=path.parent) as staging:

@@ -11,6 +11,8 @@ from typing import BinaryIO
 from mobile_gguf.errors import MobileError
 from mobile_gguf.sizes import format_bytes
 
+from .lock import is_still, try_lock
+
 _DATA_REMEDY = ", or set XDG_DATA_HOME and XDG_CACHE_HOME to another disk"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -103,42 +105,22 @@ def _open_locked(partial: Path, path: Path) -> int:
     while True:
         descriptor = os.open(partial, flags, 0o666)
         try:
-            if not _lock(descriptor):
+            if not try_lock(descriptor):
                 raise MobileError(f"cannot write {path}: another process is writing it now")
-            try:
-                if os.path.samestat(os.fstat(descriptor), os.stat(partial)):
-                    return descriptor
-            except FileNotFoundError:
-                pass  # its writer has just given it its name: what was opened is not ours to write
+            # else its writer has just given it its name: what was opened is not ours to write
+            if is_still(descriptor, partial):
+                return descriptor
         except BaseException:
             os.close(descriptor)
             raise
         os.close(descriptor)
 
 
-if os.name == "nt":
-
-    def _lock(descriptor: int) -> bool:
-        return True  # an open file cannot be replaced there
-
-    def _sync_directory(directory: Path) -> None:
-        pass
-
-else:
-    import fcntl
-
-    def _lock(descriptor: int) -> bool:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        except OSError as error:
-            return error.errno in (errno.ENOLCK, errno.ENOTSUP)  # a file system without locks
-        return True
-
-    def _sync_directory(directory: Path) -> None:
-        descriptor = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def _sync_directory(directory: Path) -> None:
+    if os.name == "nt":
+        return  # a directory cannot be opened there
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -182,6 +182,23 @@ def test_slots_are_watched_by_another_thread(rpc: list[str]) -> None:
     assert set(watch["values"]) <= {0, 1, 2}
 
 
+@pytest.mark.parametrize("placement", [CACHE, LAYERS])
+def test_what_lies_in_slots_is_not_called_missed(placement: int, rpc: list[str], tmp_path: Path) -> None:
+    """Once the slots hold every expert: the host reads nothing, whatever it has evicted."""
+    outcome = succeeded_on_devices(device_run("d", "deepseek3", rpc, [
+        {"op": "device_start", "budget": 1.0, "placement": placement}, *greedy(48), {"op": "clear"},
+        {"op": "trace_start", "path": str(tmp_path / "trace.csv")}, {"op": "watch", "on": True},
+        {"op": "reset_counters"}, {"op": "steps", "tokens": PROMPT[:16], "pos": 0}, {"op": "counters"}, {"op": "trace_stop"},
+        {"op": "routed", "since": 0, "n": 65536, "save": "routed"},
+    ], "min"))  # fmt: skip
+    routed = outcome.arrays["d/routed"]
+    rows = (tmp_path / "trace.csv").read_text().splitlines()[1:]
+    assert len(routed) == len(rows) > 0
+    assert any(int(row.split(",")[-1]) > 0 for row in rows)  # to the host alone they are missing
+    assert routed[:, 3].sum() == outcome.ops("d", "counters")[0]["n_misses"]
+    assert routed[:, 3].sum() < len(routed)
+
+
 def test_small_batches_use_the_cache_and_large_ones_do_not(rpc: list[str]) -> None:
     """Drafts of up to n_batch_max tokens are cached; their needs are counted once per pass."""
     model, following = "qwen3moe", tokens(60, 32)

@@ -11,8 +11,6 @@ from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.sizes import format_bytes
 
 from .calibration import (
-    VERIFY_JSON,
-    VERIFY_STATUS,
     calibration_facts,
     calibration_rows,
     price_lines,
@@ -59,7 +57,10 @@ def facts(info: GgufInfo) -> dict[str, Any]:
 def calibrated_facts(info: GgufInfo, statistics: Statistics | None) -> dict[str, Any]:
     """What verification and calibration left in the file, for JSON; None where they did not run."""
     return {
-        "verification": {"status": info.metadata.get(VERIFY_STATUS), "result": read_json(info, VERIFY_JSON)},
+        "verification": {
+            "status": info.metadata.get(keys.VERIFY_STATUS),
+            "result": read_json(info, keys.VERIFY_JSON),
+        },
         "calibration": calibration_facts(info),
         "statistics": None if statistics is None else statistics_facts(statistics),
     }
