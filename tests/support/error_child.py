@@ -1,4 +1,4 @@
-"""`engine_child` for what must become an error: exceptions under the C API, and tags that are gone."""
+"""``engine_child`` for what must become an error: exceptions under the C API, and tags that are gone."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ class ErrorRun(engine_child.Run):
     def _calls(self) -> dict[str, Any]:
         """Calls of mobile.h that ask for memory."""
         assert mobile is not None
+        mobile.mobile_observe_start.argtypes = [ctypes.c_void_p, ctypes.c_int32]
         many = 10_000
         k = (ctypes.c_int32 * many)()
         ids = (ctypes.c_int32 * (2 * self.result["info"]["n_layer"] * self.result["info"]["n_expert_used"]))()
@@ -36,7 +37,7 @@ class ErrorRun(engine_child.Run):
         }
 
     def op_throw(self, op: dict[str, Any]) -> dict[str, Any]:
-        """What each call returns and says while allocations throw `what`."""
+        """What each call returns and says while allocations throw ``what``."""
         assert mobile is not None
         arm = ctypes.CDLL(None).throwing_new_arm
         said = {}
