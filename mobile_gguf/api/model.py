@@ -12,9 +12,8 @@ import threading
 import weakref
 from collections.abc import Callable, Generator, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mobile_gguf.engine.experts import Experts
 from mobile_gguf.engine.structs import Counters, DeviceCounters
 from mobile_gguf.errors import ModelBusyError, UsageError
 from mobile_gguf.generate.answer import Answer, Backend, Chunk, Reply, Request
@@ -29,6 +28,9 @@ from mobile_gguf.options.bias import read_bias
 from . import loading
 from .embedding import Embedding, embed
 from .messages import Messages, as_messages
+
+if TYPE_CHECKING:
+    from mobile_gguf.engine.experts import Experts
 
 logger = logging.getLogger("mobile_gguf")
 
