@@ -14,8 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mobile_gguf import __version__
-from mobile_gguf.api.loading import plan_for
-from mobile_gguf.api.model import Model, load
+from mobile_gguf.api.model import Model, backend_of, load
 from mobile_gguf.engine.binding import find_engine, needs_engine
 from mobile_gguf.errors import MobileError, UsageError
 from mobile_gguf.files.paths import cache_dir
@@ -23,9 +22,11 @@ from mobile_gguf.generate.decode import default_little_k
 from mobile_gguf.generate.head import Head
 from mobile_gguf.gguf import keys
 from mobile_gguf.gguf.info import GgufInfo, read_gguf_info
+from mobile_gguf.memory.fit import asked_of, fit_model
+from mobile_gguf.memory.machine import read_memory
 from mobile_gguf.memory.threads import default_threads
 from mobile_gguf.options import LoadOptions
-from mobile_gguf.sizes import Size, parse_size
+from mobile_gguf.sizes import AUTO, OFF, Size
 
 from ..gguf.file import GgufSource, Progress, ignore, update_gguf
 from .checkpoint import Checkpoint
@@ -60,7 +61,7 @@ class CalibrateOptions:
     imatrix: Path | None = None
     kl: float | None = None
     threads: int | None = None
-    ram_budget: Any = "auto"
+    ram_budget: Size = AUTO
     curve_blocks: int = 8
     resume: bool = True
 
@@ -214,7 +215,7 @@ class _Run:
 
     def measure(self, source: GgufSource) -> None:
         with self._load() as model:
-            if not model.llama.can_step_back:
+            if not backend_of(model).can_step_back:
                 raise UsageError(
                     f"{self.info.path.name} is a {self.info.architecture} model, whose memory cannot be "
                     "rolled back: only modes exact and little work with it, and neither needs calibration"
@@ -247,14 +248,15 @@ class _Run:
     def _load(self) -> Model:
         # The context of its own stays empty; what the sequences need instead is left to them.
         own = {"n_ctx": BLOCK, "n_batch": BLOCK, "n_ubatch": BLOCK, "threads": self.threads}
-        budget = parse_size(self.options.ram_budget)
+        budget = self.options.ram_budget
         if budget.is_auto:
             n_seq = max(
                 _SIDE_BY_SIDE, len(make_settings(self.info.n_expert_used, dict.fromkeys(SHARES, 0.0)))
             )
-            plan = plan_for(self.info, LoadOptions(**own), (1 + n_seq) * BLOCK)
-            if plan.budget_bytes:
-                budget = Size(n_bytes=plan.budget_bytes)
+            counted = LoadOptions(**own | {"n_ctx": (1 + n_seq) * BLOCK, "vram_budget": OFF})
+            fit = fit_model(self.info, asked_of(self.info, counted), read_memory())
+            if fit.store_bytes:
+                budget = Size(n_bytes=fit.store_bytes)
         return load(self.info.path, ram_budget=budget, **own)
 
     def _samples(self, model: Model) -> Samples:
@@ -292,7 +294,7 @@ class _Run:
         return make_points(settings, measured)
 
     def _lockstep(self, model: Model, n_seq: int) -> Lockstep:
-        return Lockstep(model.llama, n_seq=n_seq, n_ctx=len(self.blocks[0]), threads=self.threads)
+        return Lockstep(backend_of(model), n_seq=n_seq, n_ctx=len(self.blocks[0]), threads=self.threads)
 
 
 def _write(

@@ -32,7 +32,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(args: argparse.Namespace) -> int:
     """Run the verb."""
-    from mobile_gguf.plan.here import Here
+    from mobile_gguf.plan.known import Here
 
     here = Here()
     models = list_models(here)

@@ -16,9 +16,8 @@ from mobile_gguf.gguf.header import read_header
 from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.memory.threads import default_threads
 from mobile_gguf.options import LoadOptions
-from mobile_gguf.options.words import BIG_LITTLE, EXACT
+from mobile_gguf.options.words import BIG_LITTLE, DEFAULT_IO_THREADS, EXACT
 
-from .disk import DEFAULT_IO_THREADS
 from .predict import DEFAULT_BIG_SHARE, Settings
 
 _MAX_HOTNESS_BYTES = 1 << 24

@@ -188,8 +188,8 @@ def test_what_lies_in_slots_is_not_called_missed(placement: int, rpc: list[str],
     outcome = succeeded_on_devices(device_run("d", "deepseek3", rpc, [
         {"op": "device_start", "budget": 1.0, "placement": placement}, *greedy(48), {"op": "clear"},
         {"op": "trace_start", "path": str(tmp_path / "trace.csv")}, {"op": "watch", "on": True},
-        {"op": "reset_counters"}, {"op": "steps", "tokens": PROMPT[:16], "pos": 0}, {"op": "counters"},
-        {"op": "trace_stop"},
+        {"op": "reset_counters"}, {"op": "steps", "tokens": PROMPT[:16], "pos": 0},
+        {"op": "counters"}, {"op": "trace_stop"},
         {"op": "routed", "since": 0, "n": 65536, "save": "routed"},
     ], "min"))  # fmt: skip
     routed = outcome.arrays["d/routed"]

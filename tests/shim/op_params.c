@@ -8,10 +8,18 @@
 #include "ggml.h"
 
 #include <dlfcn.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 static struct ggml_tensor * g_weight; // the expert tensor that was named last
+
+// ggml's own function: its library is not in the scope that RTLD_NEXT searches
+static void * real_function(const char * name) {
+    char path[4096];
+    snprintf(path, sizeof(path), "%s/libggml-base.so", getenv("LLAMA_CPP_LIB_PATH"));
+    return dlsym(dlopen(path, RTLD_NOLOAD | RTLD_LAZY), name);
+}
 
 static bool is_planted(const char * what) {
     const char * planted = getenv("PLANTED");
@@ -21,7 +29,7 @@ static bool is_planted(const char * what) {
 struct ggml_tensor * ggml_custom_4d(struct ggml_context * ctx, enum ggml_type type, int64_t ne0, int64_t ne1, int64_t ne2, int64_t ne3,
         struct ggml_tensor ** args, int n_args, ggml_custom_op_t fun, int n_tasks, void * userdata) {
     struct ggml_tensor * (*real)(struct ggml_context *, enum ggml_type, int64_t, int64_t, int64_t, int64_t,
-        struct ggml_tensor **, int, ggml_custom_op_t, int, void *) = dlsym(RTLD_NEXT, "ggml_custom_4d");
+        struct ggml_tensor **, int, ggml_custom_op_t, int, void *) = real_function("ggml_custom_4d");
     struct ggml_tensor * t = real(ctx, type, ne0, ne1, ne2, ne3, args, n_args, fun, n_tasks, userdata);
     if (is_planted("custom")) {
         memmove((char *) t->op_params + 8, t->op_params, 24);
@@ -31,7 +39,7 @@ struct ggml_tensor * ggml_custom_4d(struct ggml_context * ctx, enum ggml_type ty
 }
 
 struct ggml_tensor * ggml_set_name(struct ggml_tensor * tensor, const char * name) {
-    struct ggml_tensor * (*real)(struct ggml_tensor *, const char *) = dlsym(RTLD_NEXT, "ggml_set_name");
+    struct ggml_tensor * (*real)(struct ggml_tensor *, const char *) = real_function("ggml_set_name");
     if (strstr(name, "_exps.weight") && tensor->op == GGML_OP_NONE) {
         g_weight = tensor;
         if (is_planted("weight")) {

@@ -21,6 +21,7 @@ class ErrorRun(engine_child.Run):
     def _calls(self) -> dict[str, Any]:
         """Calls of mobile.h that ask for memory."""
         assert mobile is not None
+        mobile.mobile_observe_start.argtypes = [ctypes.c_void_p, ctypes.c_int32]
         many = 10_000
         k = (ctypes.c_int32 * many)()
         ids = (ctypes.c_int32 * (2 * self.result["info"]["n_layer"] * self.result["info"]["n_expert_used"]))()

@@ -1,74 +1,29 @@
-"""Pure arithmetic of device memory: what a model takes beside experts, what slots may have of the rest.
+"""Pure arithmetic of device memory: what slots for experts may have of it once the rest is counted.
 
-Estimates err on the high side: a pool that is smaller costs misses, one that is too large ends the
-process when a later allocation fails.
+A pool that is smaller costs misses, one that is too large ends the process when a later allocation fails.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from mobile_gguf.engine.devices import Device
 from mobile_gguf.engine.structs import DeviceInfo
 from mobile_gguf.errors import BudgetError
 from mobile_gguf.gguf.info import GgufInfo
-from mobile_gguf.sizes import MIB, Size, format_bytes
+from mobile_gguf.sizes import MIB, OFF, Size, format_bytes
 
-from .budget import CONTEXT_MULTIPLE, Demand, kv_cache_bytes
+from .demand import Demand
 
-_F32 = 4
 # For what a driver or backend takes later: workspaces, staging, fragments.
 _RESERVE_MIN = 512 * MIB
 _RESERVE_SHARE = 20
 # Of a device whose driver does not know what is free.
 _BLIND_RESERVE_SHARE = 4
-
-
-@dataclass(frozen=True)
-class DeviceDemand:
-    """What goes to the devices beside slots: weights that are no routed experts, KV cache, buffers; bytes."""
-
-    dense_bytes: int
-    kv_bytes: int
-    compute_bytes: int
-
-    @property
-    def total_bytes(self) -> int:
-        return self.dense_bytes + self.kv_bytes + self.compute_bytes
-
-    def __str__(self) -> str:
-        return (
-            f"dense weights {format_bytes(self.dense_bytes)}, KV {format_bytes(self.kv_bytes)}, "
-            f"buffers {format_bytes(self.compute_bytes)}"
-        )
-
-
-def estimate_device_demand(info: GgufInfo, *, n_ctx: int, n_ubatch: int, flash_attn: bool) -> DeviceDemand:
-    """The demand with all layers on devices; unlike on the host, logits of a whole batch have real memory."""
-    n_ctx = -(-n_ctx // CONTEXT_MULTIPLE) * CONTEXT_MULTIPLE
-    n_ubatch = min(n_ubatch, n_ctx)
-    scores = 0 if flash_attn else max(info.n_head, default=0) * n_ctx * n_ubatch * _F32
-    routed = max(1, info.n_expert_used)
-    outputs = (info.segments + 1) * info.n_embd
-    activations = n_ubatch * (8 * info.n_embd + routed * (3 * info.n_ff_expert + outputs)) * _F32
-    mask = n_ctx * n_ubatch * _F32
-    return DeviceDemand(
-        # With experts: a dense model's weights are all dense.
-        dense_bytes=info.dense_bytes if info.is_moe else info.tensor_bytes,
-        kv_bytes=kv_cache_bytes(info, n_ctx),
-        compute_bytes=scores + activations + mask + n_ubatch * info.n_vocab * _F32,
-    )
-
-
-def host_share(demand: Demand, info: GgufInfo) -> Demand:
-    """What stays in host memory when all layers are on devices: the token embedding, and buffers."""
-    return Demand(
-        dense_bytes=min(info.embedding_bytes, demand.dense_bytes),
-        kv_bytes=0,
-        compute_bytes=demand.compute_bytes,
-    )
 
 
 def pool_min_bytes(info: GgufInfo, n_devices: int = 1) -> int:
@@ -113,7 +68,7 @@ def _engine_budget(budget: int, info: GgufInfo, n_devices: int) -> int:
     return min(budget, pool_all_bytes(info, n_devices))
 
 
-def check_budget(size: Size, info: GgufInfo, n_devices: int = 1) -> int | None:
+def asked_pool(size: Size, info: GgufInfo, n_devices: int = 1) -> int | None:
     """The bytes that an explicit size asks for, None for ``auto``; raises BudgetError below the smallest."""
     if size.is_auto:
         return None
@@ -128,17 +83,17 @@ def check_budget(size: Size, info: GgufInfo, n_devices: int = 1) -> int | None:
         raise BudgetError(
             f"--vram-budget {size} is too small: the smallest legal one for this model is {least} bytes "
             f"({format_bytes(least)}, {share:g}% of its experts), one token's experts of a layer; or use "
-            "--vram-budget off"
+            f"--vram-budget {OFF}"
         )
     return _engine_budget(asked, info, n_devices)
 
 
-def check_fit(devices: Sequence[Device], demand: DeviceDemand, pool_bytes: int) -> str:
-    """Why the model's weights and a pool cannot be on the devices, with what would help; empty if they can.
+def lacking(devices: Sequence[Device], demand: Demand, pool_bytes: int) -> str:
+    """Why the model's weights and a pool cannot be on the devices; empty if they can.
 
-    Free memory is the drivers'; one that does not know is believed, up to its total.
+    Free memory is the drivers'; one that does not know calls all of it free, and is believed.
     """
-    free = sum(device.free_bytes if device.says_free else device.total_bytes for device in devices)
+    free = sum(device.free_bytes for device in devices)
     if demand.total_bytes + pool_bytes <= free:
         return ""
     names = " and ".join(f"{device.name} ({device.description})" for device in devices)
@@ -148,31 +103,71 @@ def check_fit(devices: Sequence[Device], demand: DeviceDemand, pool_bytes: int) 
     )
 
 
-def usable_bytes(device: DeviceInfo, demand: DeviceDemand, share: float, host_bytes: int | None) -> int:
+def foreseen(devices: Sequence[Device], info: GgufInfo, demand: Demand) -> list[DeviceInfo]:
+    """The devices as they will be once the model is loaded there, each with its layers and its part of
+    ``demand``; those that get no layer with experts are left out, as the engine does."""
+    layers = _split_layers(devices, info)
+    found = []
+    for device, own in zip(devices, layers, strict=True):
+        if not own:
+            continue
+        expert_bytes = sum(info.expert_layers[i].file_bytes for i in own)
+        taken = int(demand.total_bytes * expert_bytes / info.expert_bytes) if device.says_free else 0
+        found.append(
+            DeviceInfo(
+                name=device.name,
+                description=device.description,
+                free_bytes=max(0, device.free_bytes - taken),
+                total_bytes=device.total_bytes,
+                pool_bytes=0,
+                expert_bytes=expert_bytes,
+                n_layers=len(own),
+                n_slots=0,
+                is_gpu=1,
+                is_async=0,
+            )
+        )
+    return found
+
+
+def _split_layers(devices: Sequence[Device], info: GgufInfo) -> list[list[int]]:
+    """Which layers with experts each device gets: llama.cpp splits all of them, and the output, by free
+    memory. Layers without experts are taken to come first."""
+    free = list(accumulate(device.free_bytes for device in devices))
+    first = max(0, info.n_layer - info.n_layer_moe)
+    n_all = max(info.n_layer, info.n_layer_moe) + 1
+    layers: list[list[int]] = [[] for _ in devices]
+    for i in range(info.n_layer_moe):
+        at = bisect_right(free, (first + i) / n_all * free[-1])
+        layers[min(at, len(devices) - 1)].append(i)
+    return layers
+
+
+def usable_bytes(device: DeviceInfo, demand: Demand, share: float, shared_bytes: int | None) -> int:
     """What slots may have on a device, the model being loaded: free memory less a reserve.
 
-    ``share`` is the device's part of the model. ``host_bytes`` bounds a device that shares the host's memory.
-    A driver that still reports all memory as free does not know: then the model's own part and a quarter are
-    left alone.
+    ``share`` is the device's part of the model. ``shared_bytes`` bounds a device that shares the host's
+    memory. A driver that still reports all memory as free does not know: then the model's own part and a
+    quarter are left alone.
     """
     if device.free_bytes < device.total_bytes:
         free = device.free_bytes - max(_RESERVE_MIN, device.total_bytes // _RESERVE_SHARE)
     else:
         taken = int(demand.total_bytes * share) + device.total_bytes // _BLIND_RESERVE_SHARE
         free = device.total_bytes - taken
-    return max(0, free if host_bytes is None else min(free, host_bytes))
+    return max(0, free if shared_bytes is None else min(free, shared_bytes))
 
 
-def auto_budget(
+def auto_pool(
     devices: Sequence[DeviceInfo],
     info: GgufInfo,
-    demand: DeviceDemand,
-    host_bytes: dict[str, int] | None = None,
+    demand: Demand,
+    shared: Mapping[str, int] | None = None,
 ) -> int:
     """The ``auto`` budget over all devices; 0 if it would be below the smallest legal one.
 
-    The engine gives each device its layers' share of it, so the fullest one bounds all. ``host_bytes`` are
-    those of usable_bytes, by device name.
+    The engine gives each device its layers' share of it, so the fullest one bounds all. ``shared`` are the
+    bytes of usable_bytes, by device name.
     """
     total = sum(device.expert_bytes for device in devices)
     if not total:
@@ -180,7 +175,7 @@ def auto_budget(
     budgets = []
     for device in devices:
         share = device.expert_bytes / total
-        usable = usable_bytes(device, demand, share, (host_bytes or {}).get(device.name))
+        usable = usable_bytes(device, demand, share, (shared or {}).get(device.name))
         if share:
             budgets.append(int(usable / share))
     n = len(budgets)

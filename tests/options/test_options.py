@@ -51,7 +51,7 @@ def test_llama_cpps_flags():
     )
     assert (load_options.mode, load_options.gamma, load_options.little_k) == ("big-little", 1.01, 2)
     options = make_options(GenerateOptions, flags.given(args, GenerateOptions))
-    assert (options.max_tokens, options.stop, options.cache_prompt) == (9, ["STOP", "END"], False)
+    assert (options.max_tokens, options.stop, options.cache_prompt) == (9, ("STOP", "END"), False)
     assert (options.grammar, options.json_schema, options.frequency_penalty) == ("root ::= x", "{}", -0.2)
 
 
@@ -118,7 +118,7 @@ def test_changes_are_made_on_top_of_others():
         ("temperature", "0", ("temperature", 0.0)),
         ("--n-predict", "5", ("max_tokens", 5)),
         ("top-k", "default", ("top_k", 40)),
-        ("stop", "two words", ("stop", ["two words"])),
+        ("stop", "two words", ("stop", ("two words",))),
         ("mode", "little", ("mode", "little")),
         ("seed", "none", ("seed", None)),
         ("cache_prompt", "off", ("cache_prompt", False)),
