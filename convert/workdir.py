@@ -13,16 +13,16 @@ from mobile_gguf.files.lock import exclusive
 
 
 def work_path(out: Path) -> Path:
-    """Where the intermediates of `out` stand."""
+    """Where the intermediates of ``out`` stand."""
     return out.with_name(f".{out.name}.work")
 
 
 @contextmanager
 def work_directory(out: Path) -> Iterator[Path]:
-    """Give an empty folder on the disk of `out`; it is removed in every case but that of a killed process.
+    """Give an empty folder on the disk of ``out``; it is removed in every case but that of a killed process.
 
     What a killed one left is removed by the next for the same output. Raises MobileError if another process
-    is converting to `out` now, or if the disk refuses.
+    is converting to ``out`` now, or if the disk refuses.
     """
     folder = work_path(out)
 

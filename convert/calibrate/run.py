@@ -26,9 +26,10 @@ from mobile_gguf.memory.fit import asked_of, fit_model
 from mobile_gguf.memory.machine import read_memory
 from mobile_gguf.memory.threads import default_threads
 from mobile_gguf.options import LoadOptions
+from mobile_gguf.progress import Progress, no_progress
 from mobile_gguf.sizes import AUTO, OFF, Size
 
-from ..gguf.file import GgufSource, Progress, ignore, update_gguf
+from ..gguf.file import GgufSource, update_gguf
 from .checkpoint import Checkpoint
 from .collect import collect
 from .curves import Point, choose_default, make_points, make_settings, measure_block
@@ -109,7 +110,7 @@ class Calibration:
         }
 
 
-def calibrate(path: Path, options: CalibrateOptions, progress: Progress = ignore) -> Calibration:
+def calibrate(path: Path, options: CalibrateOptions, progress: Progress = no_progress) -> Calibration:
     """Calibrate the model at ``path`` and write the results into its file, or into a copy at ``options.out``.
 
     A run that was stopped goes on where it was. The file is complete or as it was. Raises UsageError (a model
@@ -247,7 +248,7 @@ class _Run:
 
     def _load(self) -> Model:
         # The context of its own stays empty; what the sequences need instead is left to them.
-        own = {"n_ctx": BLOCK, "n_batch": BLOCK, "n_ubatch": BLOCK, "threads": self.threads}
+        own: dict[str, Any] = {"n_ctx": BLOCK, "n_batch": BLOCK, "n_ubatch": BLOCK, "threads": self.threads}
         budget = self.options.ram_budget
         if budget.is_auto:
             n_seq = max(

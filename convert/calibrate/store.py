@@ -14,9 +14,10 @@ import numpy.typing as npt
 from mobile_gguf.errors import ModelFormatError, UsageError
 from mobile_gguf.gguf import keys
 from mobile_gguf.gguf.info import GgufInfo, read_gguf_info
+from mobile_gguf.progress import Progress, no_progress
 
 from ..gguf.experts import read_experts
-from ..gguf.file import GgufSource, Progress, ignore, update_gguf
+from ..gguf.file import GgufSource, update_gguf
 from .buddies import NO_EXPERT, Ranked
 from .statistics import MAX_NEXT, Floats, Statistics
 
@@ -50,7 +51,7 @@ def statistics_metadata(statistics: Statistics) -> dict[str, int]:
 
 
 def write_statistics(
-    path: Path, statistics: Statistics, *, out: Path | None = None, progress: Progress = ignore
+    path: Path, statistics: Statistics, *, out: Path | None = None, progress: Progress = no_progress
 ) -> None:
     """Put ``statistics`` into the GGUF at ``path``, or into a copy at ``out``, replacing older ones.
 

@@ -25,9 +25,9 @@ _I32 = 26
 class Stack:
     """One matrix of all experts of a layer.
 
-    `pieces` [n_piece] are the bytes of each expert, or of each segment; `shape` is one's, in ggml order;
-    `segments` of them make an expert. `position` is where its first tensor stands among the model's
-    (ours left out), `is_single` whether each piece is a tensor.
+    ``pieces`` [n_piece] are the bytes of each expert, or of each segment; ``shape`` is one's, in ggml order;
+    ``segments`` of them make an expert. ``position`` is where its first tensor stands among the model's
+    (ours left out), ``is_single`` whether each piece is a tensor.
     """
 
     layer: int
@@ -66,7 +66,7 @@ class Stack:
         return str(ExpertName(self.layer, self.kind, number))
 
     def logical_shape(self, segments: int) -> tuple[int, int]:
-        """The shape of an expert's matrix when it is cut into `segments`."""
+        """The shape of an expert's matrix when it is cut into ``segments``."""
         n_in, n_out = self.shape
         if self.kind == DOWN:
             return n_in * self.segments // segments, n_out
@@ -75,9 +75,10 @@ class Stack:
 
 @dataclass(frozen=True)
 class Experts:
-    """All routed experts of a file, layers ascending and in a layer in the order of `MATRICES`; and the rest.
+    """All routed experts of a file, layers ascending and in a layer in the order of ``MATRICES``; and the
+    rest.
 
-    `beside` are the names of biases and scales that stand once per expert.
+    ``beside`` are the names of biases and scales that stand once per expert.
     """
 
     stacks: tuple[Stack, ...]

@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -17,11 +17,12 @@ from mobile_gguf.errors import ModelFormatError, UsageError
 from mobile_gguf.files.atomic import free_bytes
 from mobile_gguf.gguf import keys
 from mobile_gguf.gguf.experts import FORMAT_VERSION, PER_EXPERT
+from mobile_gguf.progress import Progress, no_progress
 
 from ..options import SEGMENT_ORDERS, ConvertResult
 from .data import Kv, TensorPlan
 from .experts import Experts, read_experts
-from .file import GgufSource, Progress, gguf_bytes, ignore, write_gguf
+from .file import GgufSource, gguf_bytes, write_gguf
 from .segments import Neurons, check_segments, joined
 
 ALIGNMENT = 4096
@@ -54,13 +55,13 @@ def to_mobile(
     segment_order: str = "importance",
     force: bool = False,
     dry_run: bool = False,
-    progress: Progress = ignore,
+    progress: Progress = no_progress,
 ) -> ConvertResult:
-    """Write a GGUF in the per-expert layout, every expert cut into `segments`.
+    """Write a GGUF in the per-expert layout, every expert cut into ``segments``.
 
     The source may be stacked, split, or per-expert with other segments. Raises UsageError when it is in that
-    layout already, when it cannot be cut so, or when `out` exists and `force` is not given; ModelFormatError
-    for a dense or damaged model; MobileError when the disk is too small or refuses.
+    layout already, when it cannot be cut so, or when ``out`` exists and ``force`` is not given;
+    ModelFormatError for a dense or damaged model; MobileError when the disk is too small or refuses.
     """
     with GgufSource.open(source) as opened:
         plan = plan_mobile(opened, segments, segment_order)
@@ -74,12 +75,12 @@ def to_stacked(
     keep_mobile: bool = False,
     force: bool = False,
     dry_run: bool = False,
-    progress: Progress = ignore,
+    progress: Progress = no_progress,
 ) -> ConvertResult:
     """Write a GGUF as a stock file: experts stacked, ``mobile.*`` left out, alignment and order as they were.
 
-    `keep_mobile` keeps calibration and verification, which the patched engine can load. Raises as
-    `to_mobile` does.
+    ``keep_mobile`` keeps calibration and verification, which the patched engine can load. Raises as
+    ``to_mobile`` does.
     """
     with GgufSource.open(source) as opened:
         plan = plan_stacked(opened, keep_mobile=keep_mobile)
@@ -87,7 +88,7 @@ def to_stacked(
 
 
 def plan_mobile(source: GgufSource, segments: int = 1, segment_order: str = "importance") -> FilePlan:
-    """Plan the per-expert file that `to_mobile` writes; raises as it does."""
+    """Plan the per-expert file that ``to_mobile`` writes; raises as it does."""
     if segment_order not in SEGMENT_ORDERS:
         raise UsageError(f"segment order is {segment_order!r}: choose {' or '.join(SEGMENT_ORDERS)}")
     experts = read_experts(source)
@@ -113,7 +114,7 @@ def plan_mobile(source: GgufSource, segments: int = 1, segment_order: str = "imp
 
 
 def plan_stacked(source: GgufSource, *, keep_mobile: bool = False) -> FilePlan:
-    """Plan the stacked file that `to_stacked` writes; raises as it does."""
+    """Plan the stacked file that ``to_stacked`` writes; raises as it does."""
     experts = read_experts(source)
     names = (*source.metadata, *(tensor.name for tensor in source.tensors))
     is_per_expert = any(stack.is_single for stack in experts.stacks)
@@ -127,7 +128,7 @@ def plan_stacked(source: GgufSource, *, keep_mobile: bool = False) -> FilePlan:
 
 
 def stacked_tensors(source: GgufSource, experts: Experts) -> list[TensorPlan]:
-    """The tensors of all experts as a stacked file has them, whatever the layout of `source`."""
+    """The tensors of all experts as a stacked file has them, whatever the layout of ``source``."""
     neurons = Neurons(source, experts)
     return [
         TensorPlan(
@@ -217,7 +218,7 @@ def _stock_order(source: GgufSource, experts: Experts) -> list[TensorPlan]:
     if not any(stack.is_single for stack in experts.stacks):
         positions = [stack.position for stack in experts.stacks]
     if _are_positions(positions, len(stacked), n_tensors):
-        at = dict(zip(positions, stacked, strict=True))  # type: ignore[arg-type]
+        at = dict(zip(positions, stacked, strict=True))
         others = iter(rest)
         return [at[n] if n in at else next(others) for n in range(n_tensors)] + own
     last = {tensor.name.split(".")[1]: tensor.name for tensor in rest if tensor.name.startswith("blk.")}
@@ -233,7 +234,7 @@ def _stock_order(source: GgufSource, experts: Experts) -> list[TensorPlan]:
     return ordered + [tensor for tensors in by_layer.values() for tensor in tensors] + own
 
 
-def _are_positions(positions: Any, n_stacked: int, n_tensors: int) -> bool:
+def _are_positions(positions: Any, n_stacked: int, n_tensors: int) -> TypeGuard[list[int]]:
     return (
         isinstance(positions, list)
         and len(set(positions)) == n_stacked == len(positions)

@@ -60,10 +60,10 @@ def check_segments(source: GgufSource, experts: Experts, segments: int) -> None:
 
 
 class Neurons:
-    """Where each layer's neurons stand in `source`, and where they are to stand.
+    """Where each layer's neurons stand in ``source``, and where they are to stand.
 
-    `by_importance`: the most important of an expert first; otherwise as in the stacked file. Arrays are int32
-    [n_expert, n_ff]; only the last layer's are kept. Raises UsageError if the file has no importance,
+    ``by_importance``: the most important of an expert first; otherwise as in the stacked file. Arrays are
+    int32 [n_expert, n_ff]; only the last layer's are kept. Raises UsageError if the file has no importance,
     ModelFormatError if what it says about neurons is wrong.
     """
 
@@ -90,7 +90,7 @@ class Neurons:
             yield TensorPlan(f"{keys.SEGMENT_ORDER_TENSOR}{layer}", (n_ff, down.n_expert), _I32, data)
 
     def pieces(self, stack: Stack, segments: int) -> Iterator[Data]:
-        """The bytes of one matrix of every expert of a layer, each cut into `segments`."""
+        """The bytes of one matrix of every expert of a layer, each cut into ``segments``."""
         moved = self._by_importance or (
             self._source.tensor(f"{keys.SEGMENT_ORDER_TENSOR}{stack.layer}") is not None
             and stack.segments > 1

@@ -56,7 +56,7 @@ def read_outtype(text: str) -> str:
 
 
 def read_tensor_type(text: str, what: str) -> int:
-    """The number of a tensor type; `what` names the option. Raises UsageError."""
+    """The number of a tensor type; ``what`` names the option. Raises UsageError."""
     name = text.lower()
     if name in tensor_types():
         return tensor_types()[name]

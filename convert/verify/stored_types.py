@@ -1,6 +1,6 @@
 """Which GGUF type each parameter of a Transformers model was stored with.
 
-Transformers and GGUF name and merge tensors differently. What the `gguf` package's own name table knows
+Transformers and GGUF name and merge tensors differently. What the ``gguf`` package's own name table knows
 is looked up there; for the rest (merged experts, architectures newer than the table) the part of the model
 that the name belongs to decides.
 """

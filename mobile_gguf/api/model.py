@@ -93,6 +93,8 @@ class Model:
         try:
             self._policy = self._make_policy(options)
             self._experts = backend.experts(info)
+            # A view may be kept for longer than its model, and must not read what is freed.
+            weakref.finalize(self, self._experts.close)
         except BaseException:
             backend.close()
             raise

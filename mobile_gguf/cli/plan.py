@@ -15,7 +15,8 @@ from mobile_gguf.hub.resolve import resolve_model
 from mobile_gguf.memory.machine import read_memory
 from mobile_gguf.options import LoadOptions, make_options
 
-from .common import Progress, narrate
+from .common import narrate
+from .progress import Progress
 
 if TYPE_CHECKING:
     from mobile_gguf.engine.devices import Device

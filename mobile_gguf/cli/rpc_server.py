@@ -1,4 +1,4 @@
-"""`mobile-gguf engine rpc-server`: offer this machine's devices to others, by llama.cpp's own server."""
+"""``mobile-gguf engine rpc-server``: offer this machine's devices to others, by llama.cpp's own server."""
 
 import argparse
 import os
@@ -16,7 +16,7 @@ only."""
 
 
 def register(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add the verb below `engine`."""
+    """Add the verb below ``engine``."""
     parser = verbs.add_parser(
         "rpc-server", help="offer this machine's devices to other machines", description=_DESCRIPTION
     )

@@ -98,9 +98,21 @@ class Asked:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def __add__(self, later: Asked) -> Asked:
+        """Both, ``later`` behind."""
+        return Asked(
+            np.concatenate((self.rows, later.rows)),
+            np.concatenate((self.experts, later.experts)),
+            np.concatenate((self.missed, later.missed)),
+            np.concatenate((self.steps, later.steps)),
+            self.n_lost + later.n_lost,
+        )
+
     def last(self) -> Asked:
-        """Those of the last token alone."""
-        of_last = self.steps == self.steps[-1] if len(self) else np.zeros(0, dtype=bool)
+        """What each layer asked for last: where the running token has not come yet, for the one before."""
+        newest = np.full(self.rows.max(initial=-1) + 1, -1, dtype=self.steps.dtype)
+        np.maximum.at(newest, self.rows, self.steps)
+        of_last = self.steps == newest[self.rows]
         return Asked(
             self.rows[of_last], self.experts[of_last], self.missed[of_last], self.steps[of_last], self.n_lost
         )

@@ -12,7 +12,7 @@ from typing import Any
 
 from mobile_gguf.options.words import CACHE, HOST, LAYERS, OFF, ON
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 
 # the engine's numbers for the words of the options
 EVICTION = {"lru": 0, "moepic": 1, "decay": 2}

@@ -17,12 +17,13 @@ from typing import Any, BinaryIO
 
 from mobile_gguf.errors import MobileError
 from mobile_gguf.files.lock import exclusive
+from mobile_gguf.progress import Progress
 from mobile_gguf.sizes import GIB, MIB, format_bytes
 
 from .cache import PARTIAL_SUFFIX, cache_root, repository_folder, write_ref
 from .client import ATTEMPTS, Repository, open_range, pause_before_retry
 from .explain import HubError, cache_disk_errors, explained, is_worth_a_retry
-from .meter import Meter, Progress
+from .meter import Meter
 from .variants import RemoteFile
 
 # Content delivery networks refuse answers above 50 GB, ranges of such a file they send.

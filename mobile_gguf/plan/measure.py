@@ -17,6 +17,7 @@ from mobile_gguf.errors import EngineError, MobileError
 from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.memory.machine import read_memory
 from mobile_gguf.options.words import CACHE, DEFAULT_IO_THREADS, LAYERS
+from mobile_gguf.progress import Progress
 from mobile_gguf.sizes import MIB
 
 from .disk import disk_name, measure_reads, read_size
@@ -34,8 +35,6 @@ _SMALL_COPY, _LARGE_COPY = 4096, 4 * MIB
 _MAIN_PRODUCTS = 8  # shapes that make up most dense bytes
 WHOLE = "whole"
 _WAYS = {CACHE: (CACHE, 0.5), LAYERS: (LAYERS, 0.5), WHOLE: (LAYERS, 1.0)}  # placement, share of slots
-
-Progress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)

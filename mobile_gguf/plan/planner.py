@@ -17,6 +17,7 @@ from mobile_gguf.memory.pools import pool_min_bytes
 from mobile_gguf.options import LoadOptions
 from mobile_gguf.options.words import BIG_LITTLE, EXACT, LITTLE
 from mobile_gguf.sizes import AUTO, OFF, Size, format_bytes, whole_mebibytes
+from mobile_gguf.wording import name_lines
 
 from .disk import disk_name
 from .ggml import device_key
@@ -232,6 +233,6 @@ def plan_lines(plan: Plan) -> list[str]:
         rows.append(("speed", "not measured"))
     if plan.prefill_s is not None:
         rows.append(("first prompt", f"at least {plan.prefill_s:.1f} s of reading"))
-    lines = [f"{name:<18}{value}" for name, value in rows]
+    lines = name_lines(rows, 18)
     lines += [f"note: {note}" for note in plan.notes]
     return [*lines, "", plan.command]

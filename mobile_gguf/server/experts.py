@@ -87,7 +87,7 @@ class Following:
         """The map now, with what the last token asked for while an answer is made."""
         is_answering = self._of.is_answering  # before what it asked for
         if asked := self._watch.take():
-            self._asked = asked.last()
+            self._asked = (self._asked + asked if self._asked is not None else asked).last()
         elif not is_answering:
             self._asked = None
         return self._of.snapshot(self._asked)

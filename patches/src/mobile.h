@@ -25,7 +25,7 @@
 extern "C" {
 #endif
 
-#define MOBILE_ABI_VERSION 3
+#define MOBILE_ABI_VERSION 4
 
 enum mobile_status {
     MOBILE_OK           =  0,

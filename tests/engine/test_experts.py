@@ -47,7 +47,10 @@ def test_a_watch_tells_what_is_asked_from_its_start_on():
         source.add((7, 0, 1, True), (7, 1, 2, False), (8, 0, 1, False))
         asked = watch.take()
         assert told(asked) == [(0, 1, True), (1, 2, False), (0, 1, False)]
-        assert told(asked.last()) == [(0, 1, False)]
+        # the second layer has not come to the last token yet
+        assert told(asked.last()) == [(1, 2, False), (0, 1, False)]
+        source.add((8, 1, 3, True))
+        assert told((asked.last() + watch.take()).last()) == [(0, 1, False), (1, 3, True)]
         assert not watch.take()
         assert not watch.take().last()
     assert source.switched == [True, False]

@@ -54,6 +54,14 @@ def test_the_last_token_shows_while_an_answer_is_made(model, source):
         assert shown["tiers"]["host"][0] == "32" + "0" * 5 + "4" + "0" * 8
         assert shown["resident"] == {"host": 2}
         assert following.snapshot() == shown  # nothing new
+        # a layer shows what it asked for last, wherever the next token is when somebody looks
+        source.add((1, 3, 4, True), (2, 1, 2, False))
+        for entry in [(2, 2, 6, True), (2, 3, 0, False)]:
+            rows = following.snapshot()["tiers"]["host"]
+            assert (rows[0], rows[2]) == ("223" + "0" * 13, "0" * 4 + "4" + "0" * 10 + "1")
+            source.add(entry)
+        rows = following.snapshot()["tiers"]["host"]
+        assert (rows[1], rows[2]) == ("0" * 6 + "4" + "0" * 9, "3" + "0" * 14 + "1")
     assert not source.watched
 
 
@@ -78,6 +86,7 @@ def test_the_answer_over_http(model, source):
     with running(model) as server:
         assert get(f"{server.url}/v1/experts").json()["dense_layers"] == [0]
         with httpx.stream("GET", f"{server.url}/v1/experts?stream=true", timeout=SECONDS) as events:
-            first = next(line for line in events.iter_lines() if line.startswith("data: "))
+            lines = events.iter_lines()  # kept: without it the stream would be closed
+            first = next(line for line in lines if line.startswith("data: "))
             assert json.loads(first[6:])["layers"] == [1, 2, 3]
             assert source.watched

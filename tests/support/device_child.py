@@ -1,4 +1,4 @@
-"""`engine_child` with devices: runs whose layers are on RPC servers, and ops of the device tier.
+"""``engine_child`` with devices: runs whose layers are on RPC servers, and ops of the device tier.
 
 A run's settings may have "rpc" (endpoints that become devices; its layers go there) and "on_host".
 """
@@ -59,7 +59,7 @@ _servers: list[str] = []
 
 
 class DeviceRun(engine_child.Run):
-    """A run on devices; the ops `device_*` are mobile.h's calls."""
+    """A run on devices; the ops ``device_*`` are mobile.h's calls."""
 
     def load(self, budget: int | None) -> bool:
         for endpoint in self.spec.get("rpc", []):

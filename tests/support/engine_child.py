@@ -1,9 +1,9 @@
 """Runs llama.cpp jobs in a process of its own, so that tests can hold two builds against each other.
 
 The library is the one in $LLAMA_CPP_LIB_PATH. stdin: one line with a job, {"out": npz path, "runs": [...]};
-a run is one model load, one context and a list of ops (the `op_` methods of `Run`, by name). stdout: one JSON
-line per `pause` op, answered by one line on stdin, and last {"runs": [...]}. Arrays that ops save are in the
-npz as "run/name". A load or a call that fails is a result, not an exception.
+a run is one model load, one context and a list of ops (the ``op_`` methods of ``Run``, by name). stdout: one
+JSON line per ``pause`` op, answered by one line on stdin, and last {"runs": [...]}. Arrays that ops save are
+in the npz as "run/name". A load or a call that fails is a result, not an exception.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def set_fault(model: str, fault: dict[str, Any]) -> int:
 
 
 class Run:
-    """One model and one context; `ops` records what each op returned."""
+    """One model and one context; ``ops`` records what each op returned."""
 
     def __init__(self, spec: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
         self.spec = spec
@@ -221,7 +221,7 @@ class Run:
         return self.finish(op, code, rows)
 
     def op_greedy(self, op: dict[str, Any]) -> dict[str, Any]:
-        """Generates n tokens after `tokens`, the likeliest each time; returns them."""
+        """Generates n tokens after ``tokens``, the likeliest each time; returns them."""
         n = len(op["tokens"])
         code, logits = self.decode(op["tokens"], list(range(n)), [0] * n, [n - 1])
         out: list[int] = []
@@ -229,6 +229,19 @@ class Run:
             out.append(int(logits[-1].argmax()))
             code, logits = self.decode([out[-1]], [n + len(out) - 1], [0], [0])
         return self.finish(op, code, [logits]) | {"tokens": out}
+
+    def op_follow(self, op: dict[str, Any]) -> dict[str, Any]:
+        """Runs `following` one by one after `tokens`: the logits of `tokens`' last and of each, and the
+        likeliest token after each."""
+        n = len(op["tokens"])
+        code, logits = self.decode(op["tokens"], list(range(n)), [0] * n, [n - 1])
+        rows = [logits]
+        for i, token in enumerate(op["following"]):
+            if code != 0:
+                break
+            code, logits = self.decode([token], [n + i], [0], [0])
+            rows.append(logits)
+        return self.finish(op, code, rows) | {"likeliest": [int(row[-1].argmax()) for row in rows]}
 
     def memory(self) -> Any:
         memory = lib.llama_get_memory(self.ctx)

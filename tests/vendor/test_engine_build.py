@@ -171,7 +171,7 @@ def test_pip_checks_the_hash_before_it_runs_the_source(cache: Path, monkeypatch:
 
 @pytest.fixture
 def packed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Path]]:
-    """Replaces pip and the compiler: `packed(name)` makes builds write a wheel of that name."""
+    """Replaces pip and the compiler: ``packed(name)`` makes builds write a wheel of that name."""
 
     def install_fake(name: str, before: Callable[[], None] = lambda: None) -> list[Path]:
         trees: list[Path] = []

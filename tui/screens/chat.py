@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import ClassVar
 
 from textual import on
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical, VerticalScroll
-from textual.screen import Screen
 from textual.widgets import Footer, Static
 
 from mobile_gguf.generate.receipt import Receipt
@@ -25,10 +24,8 @@ from ..widgets.prompt import Prompt
 from ..widgets.side_panel import SidePanel
 from ..widgets.title_bar import TitleBar
 from ..widgets.turn_view import AnswerView, QuestionView
-from .chat_view import ANSWERING, IDLE, LOADING, ChatView
-
-if TYPE_CHECKING:
-    from ..app import ChatApp
+from .chat_state import ANSWERING, IDLE, LOADING
+from .dialog import NARROW_OR_WIDE
 
 _WELCOME = (
     """Type a question and press Enter. Ctrl-O picks a model, F1 shows all keys, / lists the commands."""
@@ -37,7 +34,7 @@ _WELCOME = (
 _MAP_SECONDS = 0.15
 
 
-class ChatScreen(ChatCommands, ChatView, Screen[None]):
+class ChatScreen(ChatCommands):
     """The main screen. Engine and jobs post messages here; handlers own all state."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -61,25 +58,10 @@ class ChatScreen(ChatCommands, ChatView, Screen[None]):
             "pagedown", "page(1)", "Down", id="chat.page_down", tooltip="Scroll on", show=False, priority=True
         ),
     ]
-    HORIZONTAL_BREAKPOINTS: ClassVar = [(0, "-narrow"), (100, "-wide")]
-
-    app: ChatApp
+    HORIZONTAL_BREAKPOINTS = NARROW_OR_WIDE
 
     def __init__(self) -> None:
         super().__init__()
-        self.state = IDLE
-        self.reference = ""
-        self.model_name = ""
-        self.facts: dict[str, Any] = {}
-        self.context_used = 0
-        self.coloured = False
-        self._answer: AnswerView | None = None
-        self._answer_id = 0
-        self._started = 0.0
-        self._speed = 0.0
-        self._map_wanted: bool | None = None  # None: by the width
-        self._editing: int | None = None
-        self._pending = ""  # asked while the model was loading
         self._completion_values = completion_values(self)
 
     def compose(self) -> ComposeResult:
@@ -103,15 +85,6 @@ class ChatScreen(ChatCommands, ChatView, Screen[None]):
         self.prompt.focus()
         self._update_map_shown()
         self.set_interval(_MAP_SECONDS, self._tick)
-
-    @property
-    def prompt(self) -> Prompt:
-        return self.query_one(Prompt)
-
-    @property
-    def busy(self) -> bool:
-        """Whether the engine is at work."""
-        return self.state != IDLE
 
     # loading
 

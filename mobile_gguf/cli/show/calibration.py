@@ -15,6 +15,7 @@ from mobile_gguf.errors import ModelFormatError
 from mobile_gguf.gguf import keys
 from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.sizes import format_bytes
+from mobile_gguf.wording import columns
 
 ALPHAS = (0.5, 0.9)
 
@@ -124,12 +125,7 @@ def price_lines(calibration: Mapping[str, Any]) -> list[str]:
                 format_bytes(point["expert_bytes"]),
             )
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        f"  {first:<{widths[0]}}  "
-        + "  ".join(f"{c:>{w}}" for c, w in zip(others, widths[1:], strict=True)).rstrip()
-        for first, *others in rows
-    ]
+    return [f"  {line}" for line in columns(rows, right=range(1, len(_COLUMNS)))]
 
 
 def _place(point: Mapping[str, Any]) -> tuple[bool, float, int, str, float]:

@@ -9,6 +9,7 @@ from mobile_gguf.generate.decode import default_little_k
 from mobile_gguf.gguf import keys
 from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.sizes import format_bytes
+from mobile_gguf.wording import name_lines, plain
 
 from .calibration import (
     calibration_facts,
@@ -79,7 +80,7 @@ def lines(info: GgufInfo, statistics: Statistics | None, *, fancy: bool = False)
             shown.append(("calibration", "none; run mobile-gguf calibrate"))
         if statistics is not None:
             shown += statistics_rows(statistics)
-    found = [f"{name:<24}{plain(value)}" for name, value in shown]
+    found = name_lines([(name, plain(value)) for name, value in shown], 24)
     if calibration is not None:
         found += ["", "price of each setting (* the default of big-little)"]
         found += map(plain, price_lines(calibration))
@@ -87,11 +88,6 @@ def lines(info: GgufInfo, statistics: Statistics | None, *, fancy: bool = False)
         found += ["", f"hotness: layers x experts, over {statistics.n_tokens} tokens"]
         found += heat_map(statistics.hotness, statistics.layers, fancy=fancy)
     return found
-
-
-def plain(text: str) -> str:
-    """Text from a file without what a terminal would obey."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def rows(info: GgufInfo) -> list[tuple[str, str]]:

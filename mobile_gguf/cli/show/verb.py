@@ -14,7 +14,8 @@ from mobile_gguf.hub.reference import is_reference, parse_reference
 from mobile_gguf.hub.remote import read_remote_info
 from mobile_gguf.hub.resolve import resolve_model
 
-from ..common import MODEL_HELP, Progress, narrate
+from ..common import MODEL_HELP, narrate
+from ..progress import Progress
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
