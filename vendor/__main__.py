@@ -30,7 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stock = commands.add_parser("source", help="print the directory of the unpacked, unpatched source")
     stock.set_defaults(func=_source)
     libraries = commands.add_parser(
-        "libraries", help="build both libraries with $CMAKE_ARGS into DIR/engine and DIR/stock; install nothing"
+        "libraries",
+        help="build both libraries with $CMAKE_ARGS into DIR/engine and DIR/stock; install nothing",
     )
     libraries.add_argument("directory", metavar="DIR", type=Path)
     libraries.set_defaults(func=_libraries)
