@@ -10,21 +10,22 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mobile_gguf.device.tier import find_devices
-from mobile_gguf.engine.listing import Device
+from mobile_gguf.engine.devices import Device
 from mobile_gguf.gguf.info import GgufInfo
+from mobile_gguf.memory.fit import asked_of, fit_model
 from mobile_gguf.memory.machine import read_memory
-from mobile_gguf.options import LoadOptions
+from mobile_gguf.options import LoadOptions, make_options
 from mobile_gguf.options.words import BIG_LITTLE
 from mobile_gguf.plan.disk import disk_name
-from mobile_gguf.plan.fit import DeviceMemory, plan_fit
 from mobile_gguf.plan.ggml import Ggml
 from mobile_gguf.plan.learning import Lesson, correct
 from mobile_gguf.plan.machine import Measurements, identify_machine
 from mobile_gguf.plan.measure import measure, steps_for
-from mobile_gguf.plan.planner import asked_of, settings_of
+from mobile_gguf.plan.planner import settings_of
 from mobile_gguf.plan.predict import predict
 from mobile_gguf.plan.prediction import Prediction
 from mobile_gguf.plan.workload import read_workload
+from mobile_gguf.sizes import OFF
 
 from .arm import Arm, Runner
 from .disk import drop_page_cache
@@ -57,12 +58,9 @@ class Case:
 
     def options(self, rpc: str = "") -> LoadOptions:
         """What the model is loaded with."""
-        options = LoadOptions(
-            mode=self.mode, ram_budget=self.budget, threads=self.threads, n_ctx=N_CTX, vram_budget="off"
-        )
-        if not rpc:
-            return options
-        return replace(options, rpc=rpc, vram_budget=self.vram, placement=self.placement, miss=self.miss)
+        asked = {"mode": self.mode, "ram_budget": self.budget, "threads": self.threads, "n_ctx": N_CTX}
+        device = {"rpc": rpc, "vram_budget": self.vram, "placement": self.placement, "miss": self.miss}
+        return make_options(LoadOptions, asked | (device if rpc else {"vram_budget": OFF}))
 
 
 @dataclass
@@ -123,7 +121,7 @@ def measure_anew(info: GgufInfo, case: Case, rpc: str = "") -> Measurements:
     ggml = Ggml()
     steps = steps_for(
         info, read_workload(info), ks, case.threads, resident=resident, stored=bool(rpc) or not resident,
-        devices=[ggml.device(one.handle) for one in _devices(rpc)], ggml=ggml, known=known.get,
+        devices=_devices(rpc), ggml=ggml, known=known.get,
     )  # fmt: skip
     for problem in measure(known, steps):
         print(problem, file=sys.stderr)
@@ -135,8 +133,7 @@ def foresee(
 ) -> tuple[Prediction, Prediction]:
     """The prediction without and with what earlier rounds taught."""
     options = case.options(rpc)
-    memories = [DeviceMemory.of(one) for one in _devices(rpc)]
-    fit = plan_fit(info, asked_of(info, options, devices=bool(memories)), read_memory(), memories)
+    fit = fit_model(info, asked_of(info, options), read_memory(), _devices(rpc))
     workload, disk = read_workload(info), disk_name(info.path)
     found = []
     for share in (None, lesson.big_share):
@@ -182,7 +179,7 @@ def _given(options: LoadOptions) -> dict[str, Any]:
 
 def run_replay(case: Case, info: GgufInfo, trace: Trace) -> tuple[float, int, None]:
     """The same for the model that replays a trace, in a process of its own."""
-    budget = plan_fit(info, asked_of(info, case.options()), read_memory()).ram_budget_bytes
+    budget = fit_model(info, asked_of(info, case.options()), read_memory()).ram_budget_bytes
     resident = case.budget == "100%"
     arm = Arm(
         system="engine", mode=case.mode, budget=case.budget, budget_bytes=0 if resident else budget,

@@ -1,9 +1,10 @@
 """What uploads ahead of need are worth: ``python -m mobile_gguf.bench.upload_ahead [MODEL]``.
 
 The device is llama.cpp's RPC server on loopback with one CPU thread. For each share of experts in slots and
-each miss policy two models answer one prompt in turn, round after round, one with `--prefetch on` and one
-with `off`; all experts are in host memory, so that uploads are all that prefetch does. The first round fills
-the slots and is not counted. Prints a page; ``--out FOLDER`` also writes it there, with all figures as JSON.
+each miss policy two models answer one prompt in turn, round after round, one with ``--prefetch on`` and one
+with ``off``; all experts are in host memory, so that uploads are all that prefetch does. The first round
+fills the slots and is not counted. Prints a page; ``--out FOLDER`` also writes it there, with all figures as
+JSON.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import mobile_gguf
+from mobile_gguf.api.model import backend_of
 from mobile_gguf.engine.binding import find_engine
 
 from .hardware import describe_hardware
@@ -63,7 +65,7 @@ def _run(model: mobile_gguf.Model, n_tokens: int, mode: str) -> dict[str, Any]:
     return {
         "ms_per_token": reply.timings["predicted_per_token_ms"],
         "n_tokens": len(reply.tokens),
-        "device": dataclasses.asdict(model.llama.device_counters()),
+        "device": dataclasses.asdict(backend_of(model).device_counters()),
         "receipt": reply.receipt.to_dict(),
     }
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable
+import json
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from .errors import UsageError
 from .options import Opt, declared, defaults
-from .sizes import parse_size
+from .options.bias import format_bias, parse_bias
+from .sizes import Size, parse_size, size_flag
 
 _METAVARS: dict[Any, str] = {int: "N", float: "X", Path: "FILE", parse_size: "SIZE"}
 
@@ -40,16 +42,59 @@ def given(namespace: argparse.Namespace, options: type[Any]) -> dict[str, Any]:
     return {name: getattr(namespace, name) for name in declared(options) if hasattr(namespace, name)}
 
 
+def arguments(options: Any, also: Iterable[str] = ()) -> list[str]:
+    """The command line's words that make these options of the defaults; those of ``also`` in any case.
+
+    The inverse of parsing: every option that differs from its default, as its declaration has it.
+    """
+    usual, words = defaults(type(options)), []
+    for name, opt in declared(type(options)).items():
+        texts, default = (_texts(opt, value) for value in (getattr(options, name), usual[name]))
+        if opt.is_flag:
+            words += [opt.flags[0]] if texts != default else []
+        elif texts != default or name in also:
+            for text in texts:
+                # as one word, or a value that begins with a dash would be read as a flag
+                words += [f"{opt.flags[0]}={text}"] if text.startswith("-") else [opt.flags[0], text]
+    return words
+
+
+def _texts(opt: Opt, value: Any) -> list[str]:
+    """A value as the command line has it: of repeated options one text each, none of None."""
+    if value is None:
+        return []
+    if opt.repeated and not isinstance(value, str):
+        pairs = value.items() if isinstance(value, Mapping) else value
+        return [text for one in pairs for text in _texts_of_one(opt, one)]
+    return _texts_of_one(opt, value)
+
+
+def _texts_of_one(opt: Opt, value: Any) -> list[str]:
+    if isinstance(value, Size):
+        return [size_flag(value)]
+    if opt.read is parse_bias:
+        return [format_bias(value)]
+    return [value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)]
+
+
 def parse_setting(name: str, text: str, options: type[Any]) -> tuple[str, Any]:
     """Read ``/set name value``; the name may be the option's or a flag, ``none`` and ``default`` the default.
 
     Raises UsageError for an unknown name or a value that cannot be read.
     """
+    known = option_named(name, options)
+    if known is None:
+        raise UsageError(f"unknown option {name!r}: there are {', '.join(declared(options))}")
+    return known, _parse(known, declared(options)[known], text, defaults(options)[known])
+
+
+def option_named(name: str, options: type[Any]) -> str | None:
+    """The option that ``name`` means, its own or a flag; None if there is none."""
     wanted = _plain(name)
     for known, opt in declared(options).items():
         if wanted == known or wanted in map(_plain, opt.flags):
-            return known, _parse(known, opt, text, defaults(options)[known])
-    raise UsageError(f"unknown option {name!r}: there are {', '.join(declared(options))}")
+            return known
+    return None
 
 
 def _plain(name: str) -> str:
@@ -64,16 +109,22 @@ def _parse(name: str, opt: Opt, text: str, default: Any) -> Any:
             raise UsageError(f"{name} is {text!r}: choose on or off")
         return text.lower() == "on"
     try:
-        value = opt.check(name, opt.read(text))
+        value = opt.read(text)
     except ValueError:
         raise UsageError(f"{name} is {text!r}: it must be a number") from None
-    return [value] if opt.repeated else value
+    return opt.take(name, [value] if opt.repeated else value)
+
+
+def reader(name: str, options: type[Any]) -> Callable[[str], Any]:
+    """How argparse reads one option's text, for a flag that a verb declares itself."""
+    return _reader(name, declared(options)[name])
 
 
 def _reader(name: str, opt: Opt) -> Callable[[str], Any]:
     def read(text: str) -> Any:
         try:
-            return opt.check(name, opt.read(text))
+            # what is given several times is taken as a whole, by make_options
+            return opt.read(text) if opt.repeated else opt.take(name, opt.read(text))
         except UsageError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
+from decimal import Decimal
+from typing import Final, Literal
 
-from .errors import UsageError
+from .errors import UsageError, shown
 
 KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
 
@@ -18,6 +19,9 @@ _UNITS = {
     "g": GIB, "gi": GIB, "gib": GIB, "gb": 10**9,
     "t": TIB, "ti": TIB, "tib": TIB, "tb": 10**12,
 }  # fmt: skip
+_WRITE = "write bytes, 512MiB, 2G, 40% or auto"
+_MAX_BYTES = 1 << 63
+_FEW_MEBIBYTES = 64 * MIB
 _PATTERN = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*([a-zA-Z]*|%)")
 
 
@@ -42,7 +46,7 @@ class Size:
 
 
 AUTO = Size()
-OFF = "off"
+OFF: Final = "off"
 
 
 def parse_size(value: str | int | Size) -> Size:
@@ -53,29 +57,37 @@ def parse_size(value: str | int | Size) -> Size:
     if isinstance(value, Size):
         return value
     if isinstance(value, int) and not isinstance(value, bool):
-        if value <= 0:
-            raise UsageError(f"a size must be more than 0 bytes, not {value}")
-        return Size(n_bytes=value)
-    text = value.strip() if isinstance(value, str) else ""
+        return _in_bytes(value, value)
+    if not isinstance(value, str):
+        raise UsageError(f"{shown(value)} is not a size: {_WRITE}")
+    return parse_text(value)
+
+
+def parse_text(value: str) -> Size:
+    """Read the text of a size, as ``parse_size`` does. Raises UsageError."""
+    text = value.strip()
     if text.lower() == "auto":
         return AUTO
     match = _PATTERN.fullmatch(text)
     if match is None or (match[2] != "%" and match[2].lower() not in _UNITS):
-        raise UsageError(f"{value!r} is not a size: write bytes, 512MiB, 2G, 40% or auto")
+        raise UsageError(f"{shown(value)} is not a size: {_WRITE}")
     number = float(match[1])
     if match[2] == "%":
         if not 0 < number <= 100:
-            raise UsageError(f"{value!r} is not a share: write more than 0% and at most 100%")
+            raise UsageError(f"{shown(value)} is not a share: write more than 0% and at most 100%")
         return Size(fraction=number / 100)
-    if not math.isfinite(number):
-        raise UsageError(f"{value!r} is not a size: the number is too large")
-    n_bytes = int(number * _UNITS[match[2].lower()])
-    if n_bytes <= 0:
-        raise UsageError(f"{value!r} is not a size: write at least one byte")
-    return Size(n_bytes=n_bytes)
+    return _in_bytes(number * _UNITS[match[2].lower()], value)
 
 
-def parse_size_or_off(value: str | int | Size) -> Size | str:
+def _in_bytes(number: int | float, given: str | int) -> Size:
+    if not number < _MAX_BYTES:
+        raise UsageError(f"{shown(given)} is not a size: the number is too large")
+    if number < 1:
+        raise UsageError(f"{shown(given)} is not a size: write at least one byte")
+    return Size(n_bytes=int(number))
+
+
+def parse_size_or_off(value: str | int | Size) -> Size | Literal["off"]:
     """Read a size, or ``off``, which comes back as it is; raises UsageError for anything else."""
     if isinstance(value, str) and value.strip().lower() == OFF:
         return OFF
@@ -91,3 +103,29 @@ def format_bytes(n_bytes: int | float) -> str:
         if abs(n_bytes) >= unit:
             return f"{n_bytes / unit:.{digits}f} {name}"
     return f"{int(n_bytes)} B"
+
+
+def mebibytes(n_bytes: int, *, up: bool = False) -> str:
+    """A size as a flag takes it, in whole MiB, or KiB where these are few; rounded down unless ``up``."""
+    rounded = -whole_mebibytes(-n_bytes) if up else whole_mebibytes(n_bytes)
+    unit, name = (MIB, "MiB") if n_bytes >= _FEW_MEBIBYTES else (KIB, "KiB")
+    return f"{rounded // unit}{name}"
+
+
+def whole_mebibytes(n_bytes: int) -> int:
+    """Bytes rounded down to whole MiB, or KiB where these are few."""
+    unit = MIB if abs(n_bytes) >= _FEW_MEBIBYTES else KIB
+    return n_bytes // unit * unit
+
+
+def size_flag(size: Size) -> str:
+    """A size as a flag takes it, to the byte: ``parse_size`` makes the same of it again."""
+    if size.n_bytes is not None:
+        for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
+            if size.n_bytes % unit == 0:
+                return f"{size.n_bytes // unit}{name}"
+        return str(size.n_bytes)
+    if size.fraction is None:
+        return "auto"
+    # in decimals: as a float 0.07 * 100 is a little more than 7
+    return f"{(Decimal(repr(size.fraction)) * 100).normalize():f}%"

@@ -1,4 +1,4 @@
-"""`python -m mobile_gguf.vendor`: for who changes the patches or the pin."""
+"""``python -m mobile_gguf.vendor``: for who changes the patches or the pin."""
 
 import argparse
 import sys

@@ -11,8 +11,9 @@ from typing import Any
 
 from mobile_gguf.errors import EngineBuildError
 from mobile_gguf.files import paths
+from mobile_gguf.files.lock import exclusive
 
-from . import build, lock, patchset, source
+from . import build, patchset, source
 from .install import Installed, install_wheel, installed_engine, missing_dependencies
 from .pin import load_pin
 from .progress import Progress, ReportProgress, ignore
@@ -46,7 +47,7 @@ def ensure_engine(
         root = paths.engine_cache_dir()
         waiting = Progress("waiting for another build to finish")
         try:
-            with lock.exclusive(root / "engine" / "lock", on_wait=lambda: progress(waiting)):
+            with exclusive(root / "engine" / "lock", on_wait=lambda: progress(waiting)):
                 found = _make(recipe, stock, force, jobs, progress)
         except OSError as error:
             raise build.cache_error(error, root) from error
@@ -64,7 +65,7 @@ def copy_libraries(
     """
     recipe = Recipe.create(load_pin(), options)
     ours, stock = directory / "engine", directory / "stock"
-    with lock.exclusive(paths.engine_cache_dir() / "engine" / "lock"):
+    with exclusive(paths.engine_cache_dir() / "engine" / "lock"):
         build.check_space(recipe)
         wheel = build.cached_wheel(recipe.key)
         if wheel is None:
@@ -110,7 +111,7 @@ def _make(
 def stock_lib_dir() -> Path | None:
     """Library directory of the stock build that belongs to the installed engine; None if there is none.
 
-    `LLAMA_CPP_LIB_PATH` set to it makes llama-cpp-python load the unpatched library.
+    ``LLAMA_CPP_LIB_PATH`` set to it makes llama-cpp-python load the unpatched library.
     """
     found = installed_engine()
     if found and found.manifest:
@@ -121,7 +122,7 @@ def stock_lib_dir() -> Path | None:
 def source_dir() -> Path | None:
     """The unpacked, unpatched source distribution in the cache; None if it was never fetched.
 
-    llama.cpp, with its converter, is in `vendor/llama.cpp` below it.
+    llama.cpp, with its converter, is in ``vendor/llama.cpp`` below it.
     """
     directory = source.source_path(load_pin())
     return directory if directory.is_dir() else None

@@ -8,16 +8,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mobile_gguf.api.loading import open_backend, plan_for
+from mobile_gguf.api.loading import open_backend
 from mobile_gguf.engine.binding import find_engine, needs_engine
 from mobile_gguf.engine.observe import INPUTS, NEURONS, ROUTES, Observation, ObservedRoute
 from mobile_gguf.errors import EngineError, ModelFormatError, UsageError
 from mobile_gguf.gguf.info import GgufInfo, read_gguf_info
+from mobile_gguf.memory.fit import asked_of, fit_model
+from mobile_gguf.memory.machine import read_memory
 from mobile_gguf.options import LoadOptions
-from mobile_gguf.sizes import MIB, Size, parse_size
+from mobile_gguf.progress import Progress, no_progress
+from mobile_gguf.sizes import AUTO, MIB, OFF, Size
 
 from ..gguf.experts import read_experts
-from ..gguf.file import GgufSource, Progress, ignore
+from ..gguf.file import GgufSource
 from .importance import neuron_importance
 from .statistics import Floats, Ids, RouteCounts, Statistics
 
@@ -34,11 +37,11 @@ def collect(
     model_path: Path,
     chunks: Sequence[Sequence[int]],
     *,
-    ram_budget: str | int | Size = "auto",
+    ram_budget: Size = AUTO,
     threads: int | None = None,
     neurons: bool = True,
     inputs: bool = False,
-    progress: Progress = ignore,
+    progress: Progress = no_progress,
 ) -> Statistics:
     """Run every chunk of token ids from an empty context, all experts on, and gather statistics.
 
@@ -80,18 +83,18 @@ def collect(
     return counts.statistics(importance=importance, inputs=observed if inputs else {})
 
 
-def _open(info: GgufInfo, n_ctx: int, ram_budget: str | int | Size, threads: int | None) -> MobileLlama:
+def _open(info: GgufInfo, n_ctx: int, budget: Size, threads: int | None) -> MobileLlama:
     """Load the model; under an ``auto`` budget the logits of a whole batch are counted as well."""
     batch = _batch_size(info)
     options = {"n_ctx": n_ctx, "n_batch": batch, "n_ubatch": batch, "threads": threads}
-    budget = parse_size(ram_budget)
     if budget.is_auto:
-        plan = plan_for(info, LoadOptions(**options), n_ctx)
+        fit = fit_model(info, asked_of(info, LoadOptions(vram_budget=OFF, **options)), read_memory())
+        room = fit.memory.available_bytes - fit.demand.total_bytes
         spare = 2 * batch * info.n_vocab * 4
-        kept = plan.budget_bytes or min(plan.available_bytes - plan.demand.total_bytes, info.budget_all_bytes)
-        if plan.budget_bytes or kept + plan.demand.total_bytes + spare > plan.available_bytes:
+        kept = min(room, fit.ram_budget_bytes)
+        if fit.store_bytes or kept + spare > room:
             budget = Size(n_bytes=max(kept - spare, info.budget_min_bytes))
-    return open_backend(info, LoadOptions(ram_budget=budget, vram_budget="off", **options))[0]
+    return open_backend(info, LoadOptions(ram_budget=budget, vram_budget=OFF, **options))[0]
 
 
 def _batch_size(info: GgufInfo) -> int:

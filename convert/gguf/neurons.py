@@ -45,9 +45,9 @@ class Computed:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Chosen neurons of a matrix that has a row for each; `halves` is 2 where gate and up stand in one.
+    """Chosen neurons of a matrix that has a row for each; ``halves`` is 2 where gate and up stand in one.
 
-    `places` gives int [n_places]: the neurons' places in the pieces, in the order to write. One half of the
+    ``places`` gives int [n_places]: the neurons' places in the pieces, in the order to write. One half of the
     result is held in memory.
     """
 
@@ -79,7 +79,7 @@ class Rows:
 class Columns:
     """Chosen neurons of a matrix that has a column for each, in whole blocks of its type.
 
-    `places` as for `Rows`; `block` is (neurons, bytes) of a block, a row of a piece is its blocks.
+    ``places`` as for ``Rows``; ``block`` is (neurons, bytes) of a block, a row of a piece is its blocks.
     """
 
     pieces: tuple[FileRange, ...]
@@ -113,7 +113,7 @@ def check_unchanged(pieces: Sequence[FileRange]) -> None:
 
 
 def importance_order(importance: np.ndarray, block: int) -> np.ndarray:
-    """The order of neurons, the most important first; int32 of the shape of `importance` [n_expert, n_ff].
+    """The order of neurons, the most important first; int32 of the shape of ``importance`` [n_expert, n_ff].
 
     Neurons of a block of the down matrix's type stay together: blocks go by their mean importance, of equal
     ones the first goes first.
@@ -146,7 +146,7 @@ def inverse(order: np.ndarray) -> np.ndarray:
 def _copy_rows(
     source: FileRange, row_bytes: int, rows: np.ndarray, into: np.ndarray, places: np.ndarray
 ) -> None:
-    """Copy `rows` of `source` to `places` of `into`, reading the source once in order."""
+    """Copy ``rows`` of ``source`` to ``places`` of ``into``, reading the source once in order."""
     order = np.argsort(rows, kind="stable")
     rows, places = rows[order], places[order]
     step = max(1, CHUNK // row_bytes)

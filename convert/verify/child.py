@@ -1,8 +1,8 @@
 """Transformers' side of a verification, in a process of its own: tokens, chat template and logits.
 
-`children.run_child` starts it with {"jobs": [...], "memory_bytes", "threads", "stall_seconds"}; see `run_job`
-for a job. It answers {"phase", "done"} on the way and {"result"} once for each job. Nothing is downloaded and
-no code of a checkpoint is run.
+``children.run_child`` starts it with {"jobs": [...], "memory_bytes", "threads", "stall_seconds"}; see
+``run_job`` for a job. It answers {"phase", "done"} on the way and {"result"} once for each job. Nothing is
+downloaded and no code of a checkpoint is run.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ class EngineReference:
     """A GGUF opened for verification: exact, the KV cache in float32, memory as ``auto`` finds it.
 
     A context manager. ``precise``: activations stay float32 where the file has 16-bit matrices; a stock
-    llama.cpp cannot do that (`is_precise`). One at a time in a process. Raises what ``load`` does.
+    llama.cpp cannot do that (``is_precise``). One at a time in a process. Raises what ``load`` does.
     """
 
     def __init__(self, path: Path, *, n_ctx: int, threads: int | None = None, precise: bool = False) -> None:
@@ -38,10 +38,9 @@ class EngineReference:
 
         from mobile_gguf.api.loading import open_backend
         from mobile_gguf.options import LoadOptions
+        from mobile_gguf.sizes import OFF
 
-        options = LoadOptions(
-            n_ctx=self._n_ctx, n_batch=self._n_ctx, threads=self._threads, vram_budget="off"
-        )
+        options = LoadOptions(n_ctx=self._n_ctx, n_batch=self._n_ctx, threads=self._threads, vram_budget=OFF)
         kind = llama_cpp.GGML_TYPE_F32
         self._llama, _ = open_backend(self.info, options, type_k=kind, type_v=kind)
         engine = find_engine() if self._precise else None

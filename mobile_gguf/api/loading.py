@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from mobile_gguf.device.tier import DeviceRequest, request_devices, start_tier
+from mobile_gguf.device.tier import devices_for, start_tier
 from mobile_gguf.engine.binding import Engine, find_engine, needs_engine
 from mobile_gguf.engine.device_calls import DeviceCalls
 from mobile_gguf.engine.held_interrupts import held_interrupts
@@ -14,17 +14,14 @@ from mobile_gguf.engine.prefetch import holder, set_prefetch
 from mobile_gguf.engine.rpc import clear_loss, last_loss
 from mobile_gguf.errors import BudgetError, EngineError, MobileError, ModelFormatError
 from mobile_gguf.gguf.info import GgufInfo
-from mobile_gguf.memory.budget import BudgetPlan, context_size, estimate_demand, plan_budget
-from mobile_gguf.memory.device_budget import host_share
+from mobile_gguf.memory.fit import Fit, asked_of, fit_model
 from mobile_gguf.memory.machine import read_memory
 from mobile_gguf.memory.threads import default_threads
 from mobile_gguf.options import LoadOptions
-from mobile_gguf.sizes import parse_size
+from mobile_gguf.progress import Progress
 
 if TYPE_CHECKING:
     from mobile_gguf.generate.llama import MobileLlama
-
-Progress = Callable[[str, float], None]
 
 
 def open_backend(
@@ -38,8 +35,8 @@ def open_backend(
     to llama-cpp-python's Llama. Raises BudgetError, ModelFormatError, EngineError.
     """
     engine = find_engine()
-    size = parse_size(options.ram_budget)
-    if engine is None and info.is_moe and not size.is_auto:
+    asked = asked_of(info, options)
+    if engine is None and info.is_moe and not asked.ram.is_auto:
         raise needs_engine("a --ram-budget")
     if engine is None and not info.stock:
         raise needs_engine(
@@ -49,26 +46,29 @@ def open_backend(
     if progress is not None:
         more["progress"] = progress
     notices: list[str] = []
-    n_ctx = context_size(info, options.n_ctx)
+    n_ctx = asked.n_ctx
     if n_ctx > info.n_ctx_train > 0:
         notices.append(f"a context of {n_ctx} is more than the model was trained with, {info.n_ctx_train}")
     if not info.is_moe:
-        ignored = "" if size.is_auto else "; --ram-budget has no effect"
+        ignored = "" if asked.ram.is_auto else "; --ram-budget has no effect"
         notices.append(f"{info.path.name} has no experts: it runs as an ordinary dense model{ignored}")
     elif engine is None:
         notices.append("stock llama.cpp: experts are mapped, not budgeted; run `mobile-gguf engine build`")
-    request, remarks = request_devices(info, options, n_ctx, engine)
+    devices, remarks = devices_for(options, asked, engine)
     notices += remarks
-    if request is not None and not request.is_asked:
+    memory = read_memory()
+    fit = fit_model(info, asked, memory, devices) if engine is not None else None
+    if fit is not None and fit.devices and not asked.insists:
         try:
-            llama = _open(info, options, n_ctx, engine, request, notices, more)
+            llama, remarks = _open(info, options, n_ctx, engine, fit, more)
         except (EngineError, ModelFormatError, BudgetError) as error:
             # What nobody asked for must not keep a model from running.
             notices.append(f"the model stays on the host: {error}")
-            request = None
+            fit = fit_model(info, asked, memory)
         else:
-            return llama, notices
-    return _open(info, options, n_ctx, engine, request, notices, more), notices
+            return llama, notices + remarks
+    llama, remarks = _open(info, options, n_ctx, engine, fit, more)
+    return llama, notices + remarks
 
 
 def _open(
@@ -76,26 +76,23 @@ def _open(
     options: LoadOptions,
     n_ctx: int,
     engine: Engine | None,
-    request: DeviceRequest | None,
-    notices: list[str],
+    fit: Fit | None,
     more: dict[str, Any],
-) -> MobileLlama:
-    """Load a model on the requested devices, None for the host alone; adds to ``notices``."""
-    more = more | {"devices": None if request is None else request.devices}
-    if engine is None or not info.is_moe:
-        return _construct(info, options, n_ctx, engine, use_mmap=True, **more)
+) -> tuple[MobileLlama, list[str]]:
+    """Load a model where ``fit`` puts it, None: mapped by a stock library; returns it and notices."""
+    notices = [] if fit is None else [*fit.notes, *filter(None, [fit.warning])]
+    more = more | {"devices": fit.devices if fit is not None and fit.devices else None}
+    if engine is None or fit is None or not info.is_moe:
+        return _construct(info, options, n_ctx, engine, use_mmap=True, **more), notices
     from mobile_gguf.generate.head import read_head
 
     head = read_head(info)
-    plan = plan_for(info, options, n_ctx, request)
-    if plan.warning:
-        notices.append(plan.warning)
     engine.set_load_params(
-        budget_bytes=plan.budget_bytes,
+        budget_bytes=fit.store_bytes,
         io_threads=options.io_threads,
         eviction=options.eviction,
         io=options.io,
-        on_host=request is not None,
+        on_host=bool(fit.devices),
     )
     try:
         llama = _construct(info, options, n_ctx, engine, use_mmap=False, **more)
@@ -106,29 +103,18 @@ def _open(
         notices.append(
             f"the engine cannot hold the experts of a {info.architecture} model: no budget, only mode exact"
         )
-        return llama
+        return llama, notices
     try:
         set_prefetch(engine, llama.ctx, options.prefetch)
-        if request is not None:
+        if fit.devices:
             calls = DeviceCalls(engine, llama.ctx)
-            host_bytes = plan.budget_bytes or plan.expert_bytes
             hold = holder(engine, llama.ctx, options.prefetch)
-            llama.device, remarks = start_tier(calls, info, options, request, host_bytes, hold)
+            llama.device, remarks = start_tier(calls, info, options, fit, hold)
             notices += remarks
     except BaseException:
         _discard(llama)
         raise
-    return llama
-
-
-def plan_for(
-    info: GgufInfo, options: LoadOptions, n_ctx: int, request: DeviceRequest | None = None
-) -> BudgetPlan:
-    """The host tier's expert budget for these options on this machine, now; ``request``: with devices."""
-    demand = estimate_demand(info, n_ctx=n_ctx, n_ubatch=options.n_ubatch, flash_attn=options.flash_attn)
-    if request is not None and not request.shares_host_memory:
-        demand = host_share(demand, info)
-    return plan_budget(parse_size(options.ram_budget), info, demand, read_memory())
+    return llama, notices
 
 
 def _construct(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mobile_gguf.errors import EngineError, MobileError, UsageError
@@ -12,13 +13,14 @@ from mobile_gguf.flags import add_arguments, given
 from mobile_gguf.gguf.info import GgufInfo, read_gguf_info
 from mobile_gguf.hub.resolve import resolve_model
 from mobile_gguf.memory.machine import read_memory
-from mobile_gguf.options import LoadOptions, declared, make_options
-from mobile_gguf.sizes import OFF, Size
+from mobile_gguf.options import LoadOptions, make_options
 
-from .common import Progress, narrate
+from .common import narrate
+from .progress import Progress
 
 if TYPE_CHECKING:
-    from mobile_gguf.engine.listing import Device
+    from mobile_gguf.engine.devices import Device
+    from mobile_gguf.memory.fit import Asked
     from mobile_gguf.plan.machine import Measurements
     from mobile_gguf.plan.workload import Workload
 
@@ -26,10 +28,6 @@ _DESCRIPTION = """Say what of a model fits where, which budgets and flags to use
 second to expect, before anything of it is loaded: from the GGUF's header and a measurement of this machine,
 which takes seconds, at most a minute, and is kept. What cannot fit is refused (exit code 1), with what would
 instead."""
-_PLANNED = (
-    "ram_budget", "vram_budget", "rpc", "miss", "placement", "mode", "gamma", "importance", "head_threshold",
-    "little_k", "n_ctx", "n_ubatch", "threads", "io_threads", "eviction", "flash_attn",
-)  # fmt: skip
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -41,8 +39,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         allow_abbrev=False,
     )
     parser.add_argument("model", metavar="MODEL", help="a GGUF file, a name from `mobile-gguf list`, or demo")
-    skipped = [name for name in declared(LoadOptions) if name not in _PLANNED]
-    add_arguments(parser, LoadOptions, skip=skipped)
+    add_arguments(parser, LoadOptions)
     parser.add_argument("--no-measure", action="store_true", help="use only what was measured before")
     parser.add_argument("--measure", action="store_true", help="measure again what is known")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -52,9 +49,10 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(args: argparse.Namespace) -> int:
     """Run the verb."""
     # what plans and measures is imported only now, so that every other verb starts without it
-    from mobile_gguf.plan.fit import DeviceMemory, plan_fit
+    from mobile_gguf.memory.fit import asked_of
     from mobile_gguf.plan.machine import Measurements, read_measurements
-    from mobile_gguf.plan.planner import asked_of, make_plan, plan_facts, plan_lines
+    from mobile_gguf.plan.planner import make_plan, plan_facts, plan_lines
+    from mobile_gguf.plan.refusal import plan_fit
     from mobile_gguf.plan.workload import count_weights, read_workload
 
     if args.measure and args.no_measure:
@@ -63,47 +61,40 @@ def run(args: argparse.Namespace) -> int:
     with Progress(sys.stderr) as progress:
         path = resolve_model(args.model, progress)
     info = read_gguf_info(path)
-    workload, n_weights = read_workload(info), count_weights(info)
-    found = _devices(args, options)
-    devices = [DeviceMemory.of(one) for one in found]
+    workload = read_workload(info)
+    n_bits = 8 * info.tensor_bytes / max(1, count_weights(info))
+    asked = asked_of(info, options)
+    devices, notes = _devices(options, asked)
     # what does not fit is refused before a minute is spent on measuring
-    plan_fit(info, asked_of(info, options, devices=bool(devices)), read_memory(), devices, n_weights)
+    fit = plan_fit(info, asked, read_memory(), devices, n_bits)
     known = read_measurements()
     measurements = Measurements(known.identity) if args.measure else known
-    notes: list[str] = []
     if not args.no_measure:
         try:
-            notes = _measure(info, workload, options, measurements, found)
+            notes += _measure(info, workload, options, measurements, fit.devices)
         except KeyboardInterrupt:
             narrate("interrupted; what was measured is kept")
             raise
-    plan = make_plan(
-        info, workload, measurements, options, devices=devices, n_weights=n_weights, notes=notes
-    )  # fmt: skip
+    plan = make_plan(info, workload, measurements, options, devices=devices, n_bits=n_bits, notes=notes)
     print(json.dumps(plan_facts(plan), ensure_ascii=False) if args.json else "\n".join(plan_lines(plan)))
     return 0
 
 
-def _devices(args: argparse.Namespace, options: LoadOptions) -> list[Device]:
-    """The devices to plan for; none with ``--vram-budget off``. Raises EngineError, UsageError, FitError."""
-    from mobile_gguf.device.tier import find_devices
-    from mobile_gguf.plan.fit import FitError
+def _devices(options: LoadOptions, asked: Asked) -> tuple[list[Device], list[str]]:
+    """The devices that a run would use, and notes. Raises EngineError, FitError if those asked for are not
+    there."""
+    from mobile_gguf.device.tier import devices_for
+    from mobile_gguf.engine.binding import find_engine
+    from mobile_gguf.plan.refusal import FitError
 
-    if options.vram_budget == OFF:
-        return []
-    asked = given(args, LoadOptions).get("vram_budget")
     try:
-        found = find_devices(options.rpc)
+        return devices_for(options, asked, find_engine())
     except EngineError:
-        if options.rpc or asked is not None:
+        if asked.insists:
             raise
-        return []  # without an engine nothing is measured either, and a note says so
-    if not found and isinstance(asked, Size) and not asked.is_auto:
-        raise FitError(
-            f"--vram-budget {asked}: there is no device here; build the engine for one (`mobile-gguf "
-            "engine build --backend ...`), give --rpc HOST:PORT, or plan without"
-        )
-    return found
+        return [], []  # without an engine nothing is measured either, and a note says so
+    except UsageError as error:
+        raise FitError(str(error)) from None
 
 
 def _measure(
@@ -111,7 +102,7 @@ def _measure(
     workload: Workload,
     options: LoadOptions,
     measurements: Measurements,
-    devices: list[Device],
+    devices: Sequence[Device],
 ) -> list[str]:
     """Measure what is missing; returns notes on what could not be."""
     from mobile_gguf.plan.ggml import Ggml
@@ -121,11 +112,10 @@ def _measure(
     settings = make_settings(info, options, 1.0)
     try:
         ggml = Ggml()
-        measured = [ggml.device(device.handle) for device in devices]
         ks = sorted({settings.k, settings.little_k} - {0}) or [1]
         steps = steps_for(
             info, workload, ks, settings.threads, settings.io_threads,
-            devices=measured, ggml=ggml, known=measurements.get,
+            devices=devices, ggml=ggml, known=measurements.get,
         )  # fmt: skip
     except MobileError as error:
         return [f"nothing was measured: {error}"]

@@ -18,7 +18,7 @@ from .batch import run as run_batch
 from .common import add_model_arguments, generate_options, load_model, show_answer, show_receipt
 
 if TYPE_CHECKING:
-    from mobile_gguf.plan.after import Comparison
+    from mobile_gguf.plan.known import Comparison
 
 _DESCRIPTION = """Answer a prompt by the model's chat template, or continue it with --raw. The prompt comes
 from the command line, a file (-f) or standard input (also as the word -). Without one, on a terminal, this

@@ -8,9 +8,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from mobile_gguf.engine.binding import Counters, ModelInfo
-from mobile_gguf.engine.prefetch import PrefetchCounters
-from mobile_gguf.engine.structs import DeviceCounters
+from mobile_gguf.engine.structs import Counters, DeviceCounters, ModelInfo, PrefetchCounters
 from mobile_gguf.errors import AnswerStopped
 
 from .decode import Pass, Policy
@@ -20,6 +18,9 @@ from .text import TextStream
 
 if TYPE_CHECKING:
     from mobile_gguf.device.tier import DeviceTier
+    from mobile_gguf.engine.devices import Device
+    from mobile_gguf.engine.experts import Experts
+    from mobile_gguf.gguf.info import GgufInfo
 
     from .head import Head
 
@@ -32,6 +33,7 @@ class Chunk:
 
     ``token`` is None where no token came, as when an answer is interrupted. ``finish_reason`` is set on
     the last chunk: ``stop`` (the model ended it, or a stop string), ``length`` or ``interrupted``.
+    ``prompt_evaluated`` are the prompt's tokens that had to be computed; the others were in the context.
     """
 
     text: str
@@ -41,6 +43,7 @@ class Chunk:
     tokens_per_second: float
     finish_reason: str | None
     receipt: Receipt
+    prompt_evaluated: int = 0
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,8 @@ class Backend(Protocol):
     store: ModelInfo | None  # None without an expert store
     has_engine: bool
     head: Head | None  # None for a model that was not calibrated
-    device: DeviceTier | None  # None on the host alone
+    device: DeviceTier | None  # None without slots on a device
+    devices: tuple[Device, ...]  # that the model is on; none: the host alone
 
     @property
     def can_step_back(self) -> bool: ...
@@ -91,6 +95,7 @@ class Backend(Protocol):
     @property
     def embedding_limit(self) -> int: ...
 
+    def experts(self, info: GgufInfo) -> Experts: ...
     def embed_tokens(self, tokens: list[int], pooling: str) -> Any: ...
     def generate(self, tokens: list[int], **sampling: Any) -> Generator[int, Any, None]: ...
     def tokenize(self, text: bytes, add_bos: bool = ..., special: bool = ...) -> list[int]: ...
@@ -233,6 +238,7 @@ class Answer:
             tokens_per_second=self.timings().predicted_per_second,
             finish_reason=self.finish_reason,
             receipt=self.receipt(),
+            prompt_evaluated=self._backend.prompt_evaluated,
         )
 
     def timings(self) -> Timings:

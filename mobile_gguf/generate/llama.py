@@ -20,13 +20,15 @@ from llama_cpp import Llama, LlamaGrammar, llama_cpp
 from llama_cpp.llama_chat_format import CHATML_CHAT_TEMPLATE, Jinja2ChatFormatter
 
 from mobile_gguf.device.tier import DeviceTier
-from mobile_gguf.engine.binding import Counters, Engine, ModelInfo
-from mobile_gguf.engine.listing import Device, device_array
+from mobile_gguf.engine.binding import Engine
+from mobile_gguf.engine.devices import Device, device_array
+from mobile_gguf.engine.experts import ContextExperts, Experts
 from mobile_gguf.engine.log import clear_errors, last_errors
-from mobile_gguf.engine.prefetch import PrefetchCounters, prefetch_counters
+from mobile_gguf.engine.prefetch import prefetch_counters
 from mobile_gguf.engine.rpc import context_loss
-from mobile_gguf.engine.structs import DeviceCounters
+from mobile_gguf.engine.structs import Counters, DeviceCounters, ModelInfo, PrefetchCounters
 from mobile_gguf.errors import EngineError, ExpertReadError, MobileError, UsageError
+from mobile_gguf.gguf.info import GgufInfo
 
 from .decode import ALL_EXPERTS, Pass, Policy, decode_prompt, decode_token
 from .head import Head
@@ -56,8 +58,8 @@ class MobileLlama(Llama):
         **options: Any,
     ) -> None:
         self._keep_loading = keep_loading
-        self._devices = device_array(devices or ())
-        self.has_devices = bool(devices)
+        self.devices = tuple(devices or ())
+        self._device_array = device_array(self.devices)
         self.device: DeviceTier | None = None  # set by loading, when there are slot pools
         self.engine: Engine | None = None  # while there is a store to ask it about
         self.store: ModelInfo | None = None
@@ -76,7 +78,7 @@ class MobileLlama(Llama):
         self._state_at = -1
         super().__init__(model_path, n_gpu_layers=-1 if devices else 0, **options)
         # llama.cpp does not notice that a server is gone once it has the memory.
-        if self.has_devices and (lost := context_loss(self.ctx)):
+        if self.devices and (lost := context_loss(self.ctx)):
             raise EngineError(f"{model_path} cannot be loaded: {lost}")
         self._little_rows = np.zeros(self.input_ids.shape[0], dtype=bool)
         store = engine.model_info(self.model) if engine is not None else None
@@ -92,7 +94,7 @@ class MobileLlama(Llama):
     def model_params(self, params: llama_cpp.llama_model_params) -> None:
         # Llama makes its parameters where no argument reaches these two. Without a list of devices llama.cpp
         # would take all there are, also RPC servers that another model of this process was loaded on.
-        params.devices = ctypes.cast(self._devices, ctypes.c_void_p)  # pyright: ignore
+        params.devices = ctypes.cast(self._device_array, ctypes.c_void_p)  # pyright: ignore
         if self._keep_loading is not None:
             keep_loading = self._keep_loading
             self._load_callback = llama_cpp.llama_progress_callback(lambda share, _data: keep_loading(share))
@@ -220,7 +222,7 @@ class MobileLlama(Llama):
 
     def decode_error(self, error: RuntimeError) -> MobileError:
         """A failed decode as the engine explains it."""
-        lost = context_loss(self.ctx) if self.has_devices else ""
+        lost = context_loss(self.ctx) if self.devices else ""
         if lost:
             return EngineError(lost)
         reason = self.engine.context_error(self.ctx) if self.engine is not None else ""
@@ -266,6 +268,14 @@ class MobileLlama(Llama):
         clear_memory(self)
 
     # what a Model asks besides
+
+    def experts(self, info: GgufInfo) -> Experts:
+        """A live view of the experts; close it before this."""
+        source = None
+        if self.engine is not None and self.store is not None:
+            has_device = self.device is not None
+            source = ContextExperts(self.engine, self.model, self.ctx, self.store, has_device)
+        return Experts(source, info.moe_layers, info.n_expert)
 
     @property
     def can_step_back(self) -> bool:

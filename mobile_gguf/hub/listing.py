@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mobile_gguf.errors import BudgetError
 from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.sizes import format_bytes
 
@@ -17,8 +18,8 @@ from .resolve import DEMO, demo_file, local_models
 from .variants import RemoteFile, Variant, find_variants, models_among
 
 if TYPE_CHECKING:
-    from mobile_gguf.plan.fit import Fit
-    from mobile_gguf.plan.here import Here
+    from mobile_gguf.memory.fit import Fit
+    from mobile_gguf.plan.known import Here
     from mobile_gguf.plan.prediction import Prediction
 
 MODELS, CACHE = "models", "hub"  # where a model lies: the data directory, the Hugging Face cache
@@ -63,7 +64,7 @@ class ModelEntry:
 
 
 def _fit_facts(fit: Fit | None) -> dict[str, Any]:
-    on_device = fit is not None and fit.has_device
+    on_device = fit is not None and fit.devices
     return {
         "ram_expert_share": round(fit.ram_share, 4) if fit else 0.0,
         "vram_expert_share": round(fit.vram_share, 4) if fit and on_device else None,
@@ -149,11 +150,9 @@ def _described(
 
 
 def _placed(entry: ModelEntry, info: GgufInfo, here: Here) -> ModelEntry:
-    from mobile_gguf.plan.fit import FitError
-
     try:
         fit = here.fit(info)
-    except FitError:
+    except BudgetError:
         return entry
     return replace(entry, fit=fit, speed=here.speed(info, fit) if info.is_moe else None)
 
@@ -173,16 +172,16 @@ def fit_text(entry: ModelEntry) -> str:
         return "-"
     fit = entry.fit
     if not entry.info.is_moe:
-        return "dense, in VRAM" if fit is not None and fit.has_device else "dense"
+        return "dense, in VRAM" if fit is not None and fit.devices else "dense"
     return "too big" if fit is None else shares_text(fit)
 
 
 def shares_text(fit: Fit) -> str:
     """Where the experts of a model that fits are."""
-    if fit.has_device and fit.vram_share >= 1:
+    if fit.devices and fit.vram_share >= 1:
         return "all in VRAM"
     in_ram = f"{_share(fit.ram_share)} in RAM"
-    return f"{_share(fit.vram_share)} in VRAM, {in_ram}" if fit.has_device else in_ram
+    return f"{_share(fit.vram_share)} in VRAM, {in_ram}" if fit.devices else in_ram
 
 
 def _share(share: float) -> str:

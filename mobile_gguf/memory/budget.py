@@ -1,8 +1,4 @@
-"""Pure arithmetic of the host budget: what memory is left for experts once the rest is counted.
-
-Estimates err on the high side: an ``auto`` budget must not get the process killed, and an
-expert that was not kept costs a read, not a crash.
-"""
+"""Pure arithmetic of the host budget: what memory is left for experts once the rest is counted."""
 
 from __future__ import annotations
 
@@ -12,78 +8,20 @@ from mobile_gguf.errors import BudgetError
 from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.sizes import MIB, Size, format_bytes
 
+from .demand import Demand
 from .machine import Memory
 
-CONTEXT_MULTIPLE = 256
-DEFAULT_CONTEXT = 4096
-_F16, _F32 = 2, 4
-# The engine's vocabulary: token texts, two hash maps and the merges, measured at 300-400 bytes a token.
-_VOCABULARY_BYTES = 400
 _RESERVE_MIN = 64 * MIB
 _RESERVE_SHARE = 20
-
-
-@dataclass(frozen=True)
-class Demand:
-    """Memory a model takes beside its experts, in bytes."""
-
-    dense_bytes: int
-    kv_bytes: int
-    compute_bytes: int
-
-    @property
-    def total_bytes(self) -> int:
-        return self.dense_bytes + self.kv_bytes + self.compute_bytes
+_SECTOR = 512
 
 
 @dataclass(frozen=True)
 class BudgetPlan:
-    """The expert budget to ask the engine for, and what it was derived from, in bytes."""
+    """The expert budget to ask the engine for, and why it may be more than there is."""
 
     budget_bytes: int  # 0: every expert is kept, as the engine's load parameters have it
-    expert_bytes: int
-    demand: Demand
-    available_bytes: int
     warning: str = ""
-
-
-def context_size(info: GgufInfo, asked: int | None) -> int:
-    """Tokens of context: as asked, 0 for the model's own, by default that but at most 4096."""
-    trained = info.n_ctx_train or DEFAULT_CONTEXT
-    if asked is None:
-        return min(DEFAULT_CONTEXT, trained)
-    return asked or trained
-
-
-def estimate_demand(info: GgufInfo, *, n_ctx: int, n_ubatch: int, flash_attn: bool = False) -> Demand:
-    """Dense weights, KV cache (f16) and compute buffers for a context of ``n_ctx`` tokens."""
-    n_ctx = -(-n_ctx // CONTEXT_MULTIPLE) * CONTEXT_MULTIPLE
-    return Demand(
-        dense_bytes=info.dense_bytes,
-        kv_bytes=kv_cache_bytes(info, n_ctx),
-        compute_bytes=compute_buffer_bytes(info, n_ctx, min(n_ubatch, n_ctx), flash_attn),
-    )
-
-
-def kv_cache_bytes(info: GgufInfo, n_ctx: int) -> int:
-    """Keys and values of every layer, f16; no discount for sliding windows."""
-    return n_ctx * sum(info.n_head_kv) * (info.key_length + info.value_length) * _F16
-
-
-def compute_buffer_bytes(info: GgufInfo, n_ctx: int, n_ubatch: int, flash_attn: bool) -> int:
-    """Activations of one micro-batch of ``n_ubatch`` tokens, one token's logits and the vocabulary.
-
-    Without flash attention the scores [heads, n_ctx, n_ubatch] dominate. The engine reserves room for
-    logits of every token of the batch, but what is never written is never resident.
-    """
-    heads = max(info.n_head, default=0)
-    scores = 0 if flash_attn else heads * n_ctx * n_ubatch * _F32
-    routed = max(1, info.n_expert_used)
-    outputs = (info.segments + 1) * info.n_embd  # of each expert: of its segments, and their sum
-    activations = n_ubatch * (8 * info.n_embd + routed * (3 * info.n_ff_expert + outputs)) * _F32
-    mask = n_ctx * n_ubatch * _F32
-    logits = 2 * info.n_vocab * _F32
-    return scores + activations + mask + logits + info.n_vocab * _VOCABULARY_BYTES
 
 
 def plan_budget(size: Size, info: GgufInfo, demand: Demand, memory: Memory) -> BudgetPlan:
@@ -94,13 +32,11 @@ def plan_budget(size: Size, info: GgufInfo, demand: Demand, memory: Memory) -> B
     """
     available = memory.available_bytes
     if size.is_auto:
-        budget = available - demand.total_bytes - _reserve(available)
+        budget = available - demand.total_bytes - reserve_bytes(available)
         if budget < info.budget_min_bytes:
             raise BudgetError(
                 f"not enough memory for this model: {memory.source} has {format_bytes(available)} left; "
-                f"dense weights {format_bytes(demand.dense_bytes)}, KV {format_bytes(demand.kv_bytes)}, "
-                f"buffers {format_bytes(demand.compute_bytes)}, a reserve of "
-                f"{format_bytes(_reserve(available))} and one layer's experts "
+                f"{demand}, a reserve of {format_bytes(reserve_bytes(available))} and one layer's experts "
                 f"({format_bytes(info.budget_min_bytes)}) must fit; try a smaller --ctx-size or "
                 "--ubatch-size, or set --ram-budget"
             )
@@ -109,7 +45,7 @@ def plan_budget(size: Size, info: GgufInfo, demand: Demand, memory: Memory) -> B
         if budget < info.budget_all_bytes + staging:
             budget = min(budget, info.budget_all_bytes - 1)
     else:
-        budget = _asked_bytes(size, info)
+        budget = asked_bytes(size, info)
         # Between this and budget_min_bytes it depends on the file system, and the engine decides.
         if budget < max(layer.file_bytes for layer in info.expert_layers):
             share = info.budget_min_bytes / info.expert_bytes
@@ -122,14 +58,12 @@ def plan_budget(size: Size, info: GgufInfo, demand: Demand, memory: Memory) -> B
     keeps_all = budget >= info.budget_all_bytes
     return BudgetPlan(
         budget_bytes=0 if keeps_all else budget,
-        expert_bytes=info.expert_bytes,
-        demand=demand,
-        available_bytes=available,
         warning="" if size.is_auto else _warning(size, min(budget, info.budget_all_bytes), demand, memory),
     )
 
 
-def _asked_bytes(size: Size, info: GgufInfo) -> int:
+def asked_bytes(size: Size, info: GgufInfo) -> int:
+    """The budget that bytes or a share of the experts stand for."""
     if size.n_bytes is not None:
         return size.n_bytes
     fraction = size.fraction or 0
@@ -137,12 +71,23 @@ def _asked_bytes(size: Size, info: GgufInfo) -> int:
     return info.budget_all_bytes if fraction >= 1 else int(info.expert_bytes * fraction)
 
 
+def stored_share(info: GgufInfo, budget_bytes: int) -> float:
+    """The part of all experts that the store holds in a budget: 1 where all stay.
+
+    Pieces start anywhere in a sector, and disks' sectors are smaller than what the budget allows for.
+    """
+    if budget_bytes <= 0 or budget_bytes >= info.budget_all_bytes:
+        return 1.0
+    return min(0.999, budget_bytes / sum(layer.store_bytes(_SECTOR) for layer in info.expert_layers))
+
+
 def _percent_up(share: float) -> str:
     """A share rounded up to a tenth of a percent, so that asking for what is printed works."""
     return f"{-int(-share * 1000 // 1) / 10:g}%"
 
 
-def _reserve(available: int) -> int:
+def reserve_bytes(available: int) -> int:
+    """What an ``auto`` budget leaves of the memory available."""
     return max(_RESERVE_MIN, available // _RESERVE_SHARE)
 
 

@@ -5,8 +5,7 @@
 
 from __future__ import annotations
 
-from .after import compare_run
-from .cached import predict_cached
+from .known import compare_run, predict_cached
 from .prediction import Prediction
 
 __all__ = ["Prediction", "compare_run", "predict_cached"]

@@ -11,6 +11,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mobile_gguf.options.words import DEFAULT_EVICTION
+
 from .curves import COLD, ENGINE_FACTOR, POLICY, SHARES, SPREAD, SPREAD_CALIBRATED, STEADY
 
 _EXPERTS = sorted({n_expert for n_expert, _, _ in STEADY})
@@ -33,7 +35,7 @@ def miss_rate(
     n_expert: int,
     k: float,
     *,
-    policy: str = "decay",
+    policy: str = DEFAULT_EVICTION,
     n_tokens: int = _ANSWER_TOKENS,
     hotness: Sequence[Sequence[float]] | None = None,
 ) -> MissRate:
@@ -55,7 +57,7 @@ def miss_rate(
         own = min(1.0, popular * steady / max(_popular_traces(share, n_expert, k), 1e-6))
         steady = math.sqrt(steady * min(own, uniform, 1.0)) if own > 0 else steady
         source, spread = "calibration", SPREAD_CALIBRATED
-    steady *= _interpolate(share, POLICY.get(policy, POLICY["decay"]))
+    steady *= _interpolate(share, POLICY.get(policy, POLICY[DEFAULT_EVICTION]))
     cold = _interpolate(share, COLD) * n_expert / (k * max(n_tokens, 1))
     return MissRate(min(1.0, ENGINE_FACTOR * (steady + cold)), spread, source)
 

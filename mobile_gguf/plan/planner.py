@@ -7,19 +7,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from mobile_gguf.engine.devices import Device
+from mobile_gguf.flags import arguments
+from mobile_gguf.gguf import keys
 from mobile_gguf.gguf.info import GgufInfo
-from mobile_gguf.memory.budget import context_size
+from mobile_gguf.memory.fit import Fit, asked_of
 from mobile_gguf.memory.machine import Memory, read_memory
+from mobile_gguf.memory.pools import pool_min_bytes
 from mobile_gguf.options import LoadOptions
 from mobile_gguf.options.words import BIG_LITTLE, EXACT, LITTLE
-from mobile_gguf.sizes import OFF, Size, format_bytes, parse_size, parse_size_or_off
+from mobile_gguf.sizes import AUTO, OFF, Size, format_bytes, whole_mebibytes
+from mobile_gguf.wording import name_lines
 
 from .disk import disk_name
-from .fit import Asked, DeviceMemory, Fit, mebibytes, plan_fit
+from .ggml import device_key
 from .learning import correct, lesson_name, read_lesson
 from .machine import Measurements
 from .predict import Settings, predict, predict_prefill
 from .prediction import Prediction
+from .refusal import plan_fit
 from .settings import make_settings, read_hotness
 from .workload import Workload
 
@@ -38,23 +44,12 @@ class Plan:
     command: str
     measured: str  # date, "" if nothing was
     lessons: dict[str, int]  # runs that corrected the prediction, by mode
+    n_bits: float = 0.0  # per weight of the file, 0: not known
     notes: tuple[str, ...] = ()
 
     def prediction(self, mode: str) -> Prediction | None:
         """The prediction of a mode."""
         return next((one for one in self.predictions if one.mode == mode), None)
-
-
-def asked_of(info: GgufInfo, options: LoadOptions, *, devices: bool = False) -> Asked:
-    """What the options ask to be planned; ``devices``: there are some."""
-    vram = parse_size_or_off(options.vram_budget) if devices else OFF
-    return Asked(
-        n_ctx=context_size(info, options.n_ctx),
-        n_ubatch=options.n_ubatch,
-        flash_attn=options.flash_attn,
-        ram=parse_size(options.ram_budget),
-        vram=vram if isinstance(vram, Size) else None,
-    )
 
 
 def make_plan(
@@ -63,14 +58,13 @@ def make_plan(
     measurements: Measurements,
     options: LoadOptions,
     *,
-    devices: Sequence[DeviceMemory] = (),
+    devices: Sequence[Device] = (),
     memory: Memory | None = None,
-    n_weights: int = 0,
+    n_bits: float = 0.0,
     notes: Sequence[str] = (),
 ) -> Plan:
     """Plan a model by its header, the memory there is and what was measured. Raises FitError."""
-    asked = asked_of(info, options, devices=bool(devices))
-    fit = plan_fit(info, asked, memory or read_memory(), devices, n_weights)
+    fit = plan_fit(info, asked_of(info, options), memory or read_memory(), devices, n_bits)
     modes = (EXACT, BIG_LITTLE, LITTLE) if info.is_moe and info.n_expert_used > 1 else (EXACT,)
     found: list[Prediction] = []
     lessons: dict[str, int] = {}
@@ -90,7 +84,8 @@ def make_plan(
         command=suggest(info, options, fit, found),
         measured=measurements.date() if found else "",
         lessons=lessons,
-        notes=tuple(notes),
+        n_bits=n_bits,
+        notes=(*fit.notes, *notes),
     )
 
 
@@ -120,11 +115,13 @@ def settings_of(
     info: GgufInfo, options: LoadOptions, fit: Fit, mode: str, learnt: float | None = None
 ) -> Settings:
     """What a prediction for these options and this fit is for; ``learnt`` as in ``make_settings``."""
-    settings = make_settings(info, options, fit.ram_share, n_ctx=fit.n_ctx, learnt_share=learnt, mode=mode)
+    settings = make_settings(
+        info, options, fit.ram_share, n_ctx=fit.asked.n_ctx, learnt_share=learnt, mode=mode
+    )
     if fit.devices:
         return replace(
             settings,
-            device=fit.devices[0].key,
+            device=device_key(fit.devices[0].name, fit.devices[0].description),
             vram_share=fit.vram_share,
             miss=options.miss,
             placement=options.placement,
@@ -132,43 +129,38 @@ def settings_of(
     return settings
 
 
-def suggest(
-    info: GgufInfo,
-    options: LoadOptions,
-    fit: Fit,
-    predictions: Sequence[Prediction],
-) -> str:
-    """A command line to copy: budgets, context and micro-batch as planned, the mode as asked for or worth
-    it."""
-    words = ["mobile-gguf", "run", str(info.path)]
+def suggest(info: GgufInfo, options: LoadOptions, fit: Fit, predictions: Sequence[Prediction]) -> str:
+    """A command line to copy: budgets, context and micro-batch as planned, the mode as asked for or worth it,
+    and every other option that was given."""
+    planned: dict[str, Any] = {"n_ctx": fit.asked.n_ctx, "n_ubatch": fit.asked.n_ubatch}
     if info.is_moe:
-        all_stay = fit.ram_share >= 1
-        asked = parse_size(options.ram_budget)
-        own = f"{asked}".replace(" ", "") if asked.fraction is not None else mebibytes(fit.ram_budget_bytes)
-        words += ["--ram-budget", "100%" if all_stay else own]
-    if fit.devices and info.is_moe:
-        words += ["--vram-budget", mebibytes(fit.vram_budget_bytes)]
-    elif not fit.devices and options.vram_budget == OFF:
-        words += ["--vram-budget", "off"]
-    if fit.devices and options.rpc:
-        words += ["--rpc", options.rpc]
-    words += ["-c", str(fit.n_ctx), "-ub", str(fit.n_ubatch)]
+        planned["ram_budget"] = _budget(
+            fit.asked.ram, fit.ram_share, fit.ram_budget_bytes, info.budget_min_bytes
+        )
+        if fit.vram_budget_bytes:
+            least = pool_min_bytes(info, fit.n_pools)
+            planned["vram_budget"] = _budget(
+                fit.asked.vram or AUTO, fit.vram_share, fit.vram_budget_bytes, least
+            )
+    if fit.notes and not fit.devices and not fit.asked.insists:
+        planned["vram_budget"] = OFF  # the device that was left out here could be taken there
     by_mode = {one.mode: one.predicted_tps for one in predictions}
-    mode = options.mode
-    head = "mobile.head.threshold" in info.metadata
-    if mode == EXACT and head and by_mode.get(BIG_LITTLE, 0) >= _WORTH * by_mode.get(EXACT, float("inf")):
-        mode = BIG_LITTLE
-    if mode != EXACT and info.is_moe:
-        words += ["--mode", mode]
-    for name, flag in (("threads", "-t"), ("io_threads", "--io-threads")):
-        value = getattr(options, name)
-        if value is not None:
-            words += [flag, str(value)]
-    if options.eviction != "decay":
-        words += ["--eviction", options.eviction]
-    if options.flash_attn:
-        words.append("-fa")
-    return shlex.join(words)
+    head = keys.HEAD_THRESHOLD in info.metadata
+    is_worth = by_mode.get(BIG_LITTLE, 0) >= _WORTH * by_mode.get(EXACT, float("inf"))
+    if options.mode == EXACT and head and is_worth:
+        planned["mode"] = BIG_LITTLE
+    also = ("n_ctx", "n_ubatch")
+    return shlex.join(["mobile-gguf", "run", str(info.path), *arguments(replace(options, **planned), also)])
+
+
+def _budget(asked: Size, share: float, n_bytes: int, least: int) -> Size:
+    """A budget to ask for: shares stay shares, all is all, and what is rounded is not below the smallest."""
+    if share >= 1:
+        return Size(fraction=1.0)
+    if asked.fraction is not None:
+        return asked
+    rounded = whole_mebibytes(n_bytes)
+    return Size(n_bytes=rounded if rounded >= least else n_bytes)
 
 
 def plan_facts(plan: Plan) -> dict[str, Any]:
@@ -177,9 +169,9 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
     return {
         "model": str(plan.info.path),
         "fits": True,
-        "n_ctx": fit.n_ctx,
-        "n_ubatch": fit.n_ubatch,
-        "bits_per_weight": round(fit.n_bits, 2),
+        "n_ctx": fit.asked.n_ctx,
+        "n_ubatch": fit.asked.n_ubatch,
+        "bits_per_weight": round(plan.n_bits, 2),
         "memory": {"available_bytes": fit.memory.available_bytes, "source": fit.memory.source},
         "dense_bytes": fit.demand.dense_bytes,
         "kv_bytes": fit.demand.kv_bytes,
@@ -198,7 +190,7 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _device_facts(device: DeviceMemory) -> dict[str, Any]:
+def _device_facts(device: Device) -> dict[str, Any]:
     return {"name": device.name, "free_bytes": device.free_bytes, "total_bytes": device.total_bytes}
 
 
@@ -215,7 +207,7 @@ def plan_lines(plan: Plan) -> list[str]:
     rest = fit.demand
     rows.append(("dense weights", f"{format_bytes(rest.dense_bytes)} in {where}"))
     context = f"{format_bytes(rest.kv_bytes)} KV, {format_bytes(rest.compute_bytes)} buffers in {where}"
-    rows.append(("context", f"{fit.n_ctx} tokens, micro-batches of {fit.n_ubatch}: {context}"))
+    rows.append(("context", f"{fit.asked.n_ctx} tokens, micro-batches of {fit.asked.n_ubatch}: {context}"))
     if info.is_moe:
         if fit.devices:
             rows.append(
@@ -241,6 +233,6 @@ def plan_lines(plan: Plan) -> list[str]:
         rows.append(("speed", "not measured"))
     if plan.prefill_s is not None:
         rows.append(("first prompt", f"at least {plan.prefill_s:.1f} s of reading"))
-    lines = [f"{name:<18}{value}" for name, value in rows]
+    lines = name_lines(rows, 18)
     lines += [f"note: {note}" for note in plan.notes]
     return [*lines, "", plan.command]

@@ -8,9 +8,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from mobile_gguf.gguf.info import GgufInfo
-from mobile_gguf.options.words import BIG_LITTLE, CACHE, EXACT, HOST, LAYERS, LITTLE
+from mobile_gguf.options.words import (
+    BIG_LITTLE,
+    CACHE,
+    DEFAULT_EVICTION,
+    DEFAULT_IO_THREADS,
+    EXACT,
+    HOST,
+    LAYERS,
+    LITTLE,
+)
 
-from .disk import CHUNK_BYTES, DEFAULT_IO_THREADS, read_size
+from .disk import CHUNK_BYTES, read_size
 from .machine import Measurements, Rate
 from .measure import WHOLE, device_overhead_name, overhead_name, product_name, read_name
 from .misses import MissRate, miss_rate
@@ -47,7 +56,7 @@ class Settings:
     ram_share: float = 1.0
     threads: int = 1
     io_threads: int = DEFAULT_IO_THREADS
-    eviction: str = "decay"
+    eviction: str = DEFAULT_EVICTION
     n_tokens: int = 128
     n_ctx: int = 4096
     big_share: tuple[float, float, float] = DEFAULT_BIG_SHARE

@@ -71,8 +71,9 @@ class Health(BaseModel):
 
 
 class Experts(BaseModel):
-    """The expert map: by tier a row of characters for each layer; ``states`` says what they mean.
+    """The expert map: by tier a row of characters for each of ``layers``; ``states`` says what they mean.
 
+    ``layers`` are those of the model's ``n_layer`` that have routed experts, ``dense_layers`` the others.
     ``resident`` counts by tier what is there, which the last token's hits and misses in the rows hide.
     """
 
@@ -81,6 +82,7 @@ class Experts(BaseModel):
     n_layer: int
     n_expert: int
     layers: list[int]
+    dense_layers: list[int]
     states: dict[str, str]
     tiers: dict[str, list[str]]
     resident: dict[str, int]
@@ -89,7 +91,7 @@ class Experts(BaseModel):
 
 def _card(serving: Serving) -> dict[str, Any]:
     model = serving.model
-    info, store = model.info, getattr(model.llama, "store", None)
+    info = model.info
     meta = {
         "name": info.name,
         "architecture": info.architecture,
@@ -100,11 +102,11 @@ def _card(serving: Serving) -> dict[str, Any]:
         "n_layer_moe": info.n_layer_moe if info.is_moe else 0,
         "file_bytes": info.file_bytes,
         "expert_bytes": info.expert_bytes if info.is_moe else 0,
-        "ram_budget_bytes": store.budget_bytes if store is not None else None,
+        "ram_budget_bytes": model.budget_bytes,
         "mode": model.mode,
         "little_k": model.little_k,
         "gamma": model.gamma,
-        "chats": model.llama.can_generate,
+        "chats": model.can_generate,
         "embeddings": model.pooling or serving.settings.pooling,
         "modes": ["exact", "little", "big-little"] if info.is_moe and info.n_expert_used > 1 else ["exact"],
     }
@@ -185,9 +187,9 @@ async def experts(
 
 async def _changes(serving: Serving) -> AsyncIterator[ServerSentEvent]:
     before = ""
-    with serving.experts.watching():
+    with serving.experts.following() as following:
         while not serving.closing.is_set():
-            now = json.dumps(serving.experts.snapshot(), separators=(",", ":"))
+            now = json.dumps(following.snapshot(), separators=(",", ":"))
             if now != before:
                 yield ServerSentEvent(now, sep="\n")
                 before = now

@@ -5,7 +5,8 @@
 // ordinary buffer; every context of such a model routes through one custom op per MoE layer.
 // Invariant: residency changes when bytes are read, never what is computed. The only calls that
 // change outputs are the ones that say so (fewer experts, replay).
-// Limits: one decode at a time per model; calls on a context are made by the thread that decodes.
+// Limits: one decode at a time per model; calls on a context are made by the thread that decodes, but for those that
+// say "by any thread".
 //
 // Files may hold every expert as a tensor of its own, or in S segments (mobile.segments). Calls that take or
 // return expert numbers mean the model's experts, whatever the file; the store counts segments: with S segments in
@@ -24,7 +25,7 @@
 extern "C" {
 #endif
 
-#define MOBILE_ABI_VERSION 3
+#define MOBILE_ABI_VERSION 4
 
 enum mobile_status {
     MOBILE_OK           =  0,
@@ -33,6 +34,7 @@ enum mobile_status {
     MOBILE_ERR_BUDGET   = -3, // the budget is below the smallest legal one
     MOBILE_ERR_IO       = -4, // a read failed or came back short; the text names file, layer, expert
     MOBILE_ERR_MEMORY   = -5, // the operating system refused memory
+    MOBILE_ERR_INTERNAL = -6, // a driver, or a fault of ours, threw something: the text says what
 };
 
 enum mobile_eviction {
@@ -110,7 +112,7 @@ LLAMA_API int32_t mobile_model_get_info(const struct llama_model * model, struct
 // < 0: an error, as of mobile_model_get_info
 LLAMA_API int32_t mobile_model_get_n_segments(const struct llama_model * model);
 
-// an expert in segments is as resident as its least resident segment.
+// by any thread. an expert in segments is as resident as its least resident segment.
 // state: [n_layer * n_expert] enum mobile_residency, row-major by layer; dense layers are all 0
 LLAMA_API int32_t mobile_model_get_residency(const struct llama_model * model, uint8_t * state, size_t n_state);
 
@@ -183,6 +185,22 @@ LLAMA_API const char * mobile_context_error(const struct llama_context * ctx);
 // path is replaced; mobile_trace_stop reports a failed write
 LLAMA_API int32_t mobile_trace_start(struct llama_context * ctx, const char * path);
 LLAMA_API int32_t mobile_trace_stop (struct llama_context * ctx);
+
+#define MOBILE_ROUTED_MAX 65536 // entries that are kept
+
+// one routed (token, layer, rank), by the model's numbers
+struct mobile_routed {
+    int32_t step;   // of the token: counts the tokens that ctx computed
+    int32_t layer;
+    int32_t expert;
+    int32_t missed; // 1: its bytes had to be read; 0: they were in memory, in a device's slot, or on their way
+};
+
+// records them in memory while on, from the next layer that runs on. by any thread, and so are reads
+LLAMA_API int32_t mobile_routed_watch(struct llama_context * ctx, bool on);
+// copies up to n entries from number since on (UINT64_MAX: none) and returns how many, < 0: error. next: the number to
+// go on from; n_lost: how many from since on were overwritten before they were read
+LLAMA_API int32_t mobile_routed_read (const struct llama_context * ctx, uint64_t since, struct mobile_routed * routed, int32_t n, uint64_t * next, uint64_t * n_lost);
 
 // changes outputs. expert ids come from ids: [n_steps][n_layer][k] instead of from the router, for
 // the token at position p from step p % n_steps; k must be the model's top-k. NULL ends it
@@ -284,7 +302,7 @@ LLAMA_API int32_t mobile_device_get_info(const struct llama_context * ctx, int32
 // zero before a start; mobile_reset_counters resets them
 LLAMA_API int32_t mobile_device_get_counters(const struct llama_context * ctx, struct mobile_device_counters * counters);
 
-// state: [n_layer * n_expert] enum mobile_residency in slots, row-major by layer
+// by any thread. state: [n_layer * n_expert] enum mobile_residency in slots, row-major by layer; all 0 before a start
 LLAMA_API int32_t mobile_device_get_residency(const struct llama_context * ctx, uint8_t * state, size_t n_state);
 
 //

@@ -18,6 +18,7 @@ from mobile_gguf.plan import compare_run, machine, measure, predict_cached
 from mobile_gguf.plan.machine import Measurements, Rate, read_measurements
 from mobile_gguf.plan.measure import LIMIT_S, Step, expected_seconds, steps_for
 from mobile_gguf.plan.workload import count_weights, read_workload
+from mobile_gguf.sizes import Size
 
 
 @pytest.fixture
@@ -78,7 +79,7 @@ def test_measuring_through_the_engine_predicts_every_mode_and_is_kept(command, s
     assert (code, err) == (0, "")
     assert json.loads(again)["predictions"] == found["predictions"]
     info = read_gguf_info(sample)
-    cached = predict_cached(info, LoadOptions(ram_budget="60%", threads=1))
+    cached = predict_cached(info, LoadOptions(ram_budget=Size(fraction=0.6), threads=1))
     assert cached is not None
     assert cached.predicted_tps == pytest.approx(found["predictions"][0]["predicted_tps"], rel=1e-6)
 
@@ -98,7 +99,7 @@ def test_the_command_it_suggests_is_one_that_can_be_given(command, sample):
         (["--ram-budget", "1MiB"], 0, ""),
         (["--ram-budget", "1K"], 1, "too small: the smallest legal budget for this model is"),
         (["-c", "16000000"], 1, "sample.gguf does not fit"),
-        (["--vram-budget", "1G"], 1, "--vram-budget 1.00 GiB: there is no device here"),
+        (["--vram-budget", "1G"], 1, "--vram-budget 1.00 GiB: this engine has no device here"),
         (["--vram-budget", "1Q"], 2, "is not a size"),
         (["--measure", "--no-measure"], 2, "give --measure or --no-measure, not both"),
         (["--rpc", "127.0.0.1:1"], 4, "127.0.0.1:1"),
@@ -189,16 +190,12 @@ def known_machine(monkeypatch) -> None:
                 f"cpu.{threads}.plain.{product.type_id}.x",
             ):
                 known.put(name, Rate(1e9, 0.9e9, 1.1e9))
-    from mobile_gguf.plan import after, cached
-
-    for module in (after, cached):
-        monkeypatch.setattr(module, "read_workload", lambda _info: work)
-        if hasattr(module, "disk_name"):
-            monkeypatch.setattr(module, "disk_name", lambda _path: "disk.1")
+    from mobile_gguf.plan import known as rooms
     from mobile_gguf.plan import planner
 
+    monkeypatch.setattr(rooms, "read_workload", lambda _info: work)
+    monkeypatch.setattr(rooms, "read_hotness", lambda _info: None)
     monkeypatch.setattr(planner, "disk_name", lambda _path: "disk.1")
-    monkeypatch.setattr(after, "read_hotness", lambda _info: None)
     for n_threads in (1, 4):
         known.put(f"disk.1.read.36864.{n_threads}", Rate(1e-4, 0.9e-4, 1.1e-4))
     machine.write_measurements(known)

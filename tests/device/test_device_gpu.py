@@ -33,8 +33,8 @@ N_STEPS = 64
 HIDDEN = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "GGML_VK_VISIBLE_DEVICES": ""}
 _LIST = """
 import json
-from mobile_gguf.engine.devices import ggml_devices
-print(json.dumps([[d.name, d.description] for d in ggml_devices() if d.type in ("gpu", "igpu")]))
+from mobile_gguf.engine.devices import all_devices
+print(json.dumps([[d.name, d.description] for d in all_devices() if d.type in ("gpu", "igpu")]))
 """
 
 

@@ -6,13 +6,14 @@ import pytest
 from fake_backend import MIB, FakeBackend, fake_info, scripted
 
 from mobile_gguf.device import tier as device_tier
-from mobile_gguf.device.tier import request_devices, start_tier
-from mobile_gguf.engine.listing import Device
+from mobile_gguf.device.tier import devices_for, start_tier
+from mobile_gguf.engine.devices import Device
 from mobile_gguf.engine.structs import DeviceCounters, DeviceInfo
 from mobile_gguf.errors import BudgetError, EngineError, EngineMemoryError, UsageError
 from mobile_gguf.gguf.info import ExpertLayer
-from mobile_gguf.memory.device_budget import pool_all_bytes, pool_min_bytes
+from mobile_gguf.memory.fit import Fit, asked_of, fit_model
 from mobile_gguf.memory.machine import Memory
+from mobile_gguf.memory.pools import pool_all_bytes, pool_min_bytes
 from mobile_gguf.options import LoadOptions
 from mobile_gguf.options.words import CACHE, HOST, LAYERS
 
@@ -49,8 +50,6 @@ class FakeCalls:
 @pytest.fixture
 def devices(monkeypatch):
     """The devices of this machine: ``devices(Device, ...)``; servers are recorded in ``devices.asked``."""
-
-    monkeypatch.setattr(device_tier, "read_memory", lambda: Memory(2 * GIB, 4 * GIB, "the machine"))
     return Installed(monkeypatch)
 
 
@@ -72,8 +71,16 @@ class Installed:
 GPU = Device(1, "GPU0", "a GPU", 8 * GIB, 16 * GIB)
 
 
-def request(info=MOE, engine=ENGINE, **options) -> tuple[Any, list[str]]:
-    return request_devices(info, LoadOptions(**options), 512, engine)
+HOST_MEMORY = Memory(2 * GIB, 4 * GIB, "the machine")
+
+
+def request(info=MOE, engine=ENGINE, **options) -> tuple[Fit, list[str]]:
+    """As ``load`` does it: the devices there are, and where the model goes."""
+    load = LoadOptions(n_ctx=512, **options)
+    asked = asked_of(info, load)
+    found, notices = devices_for(load, asked, engine)
+    fit = fit_model(info, asked, HOST_MEMORY, found)
+    return fit, [*notices, *fit.notes]
 
 
 # what is asked of which devices
@@ -82,15 +89,16 @@ def request(info=MOE, engine=ENGINE, **options) -> tuple[Any, list[str]]:
 def test_a_device_is_used_where_there_is_one(devices):
     devices(GPU)
     made, notices = request()
-    assert (made.devices, made.budget_bytes, made.is_asked, notices) == ((GPU,), None, False, [])
+    assert (made.devices, made.pool_bytes, made.asked.insists, notices) == ((GPU,), None, False, [])
     made, _ = request(vram_budget="64MiB", rpc="host:1")
-    assert (made.budget_bytes, made.is_asked) == (64 * MIB, True)
+    assert (made.pool_bytes, made.asked.insists) == (64 * MIB, True)
     assert devices.asked == ["", "host:1"]
 
 
 def test_without_a_device_auto_is_the_host_alone(devices):
     devices()
-    assert request() == (None, [])
+    made, notices = request()
+    assert (made.devices, notices) == ((), [])
 
 
 @pytest.mark.parametrize("options", [{"vram_budget": "64MiB"}, {"rpc": "host:1"}])
@@ -102,7 +110,8 @@ def test_without_a_device_what_was_asked_for_is_an_error(devices, options):
 
 def test_off_asks_no_device(devices):
     devices(GPU)
-    assert request(vram_budget="off") == (None, [])
+    made, notices = request(vram_budget="off")
+    assert (made.devices, notices) == ((), [])
     assert devices.asked == []
     with pytest.raises(UsageError, match="--vram-budget off"):
         request(vram_budget="off", rpc="host:1")
@@ -115,14 +124,15 @@ def test_a_stock_library_has_no_device_tier(devices, options, names):
     devices(GPU)
     with pytest.raises(EngineError, match=f"{names} needs the mobile-gguf engine"):
         request(engine=None, **options)
-    assert request(engine=None) == (None, [])
+    made, notices = request(engine=None)
+    assert (made.devices, notices) == ((), [])
 
 
 @pytest.mark.parametrize("changes", [{"vram_budget": "off"}, {"engine": None}, {}])
 def test_options_that_have_no_effect_are_told(devices, changes):
     devices()
     made, notices = request(miss="cpu", placement="layers", **changes)
-    assert made is None
+    assert made.devices == ()
     assert [notice.split(" has no effect ")[0] for notice in notices] == ["--miss", "--placement"]
 
 
@@ -131,14 +141,14 @@ def test_a_dense_model_goes_to_the_device_and_has_no_budget(devices):
     made, notices = request(DENSE)
     assert (made.devices, notices) == ((GPU,), [])
     made, notices = request(DENSE, vram_budget="1G")
-    assert (made.budget_bytes, notices) == (None, ["--vram-budget has no effect"])
+    assert (made.pool_bytes, notices) == (None, ["--vram-budget has no effect"])
 
 
 def test_a_model_that_does_not_fit_stays_on_the_host_unless_it_was_asked_for(devices):
     small = Device(1, "GPU0", "a GPU", 4 * MIB, 16 * GIB)
     devices(small)
     made, notices = request()
-    assert made is None
+    assert made.devices == ()
     assert notices[0].startswith("the model stays on the host: GPU0 (a GPU) has 4.0 MiB free")
     with pytest.raises(
         BudgetError, match=r"4\.0 MiB free.*smaller --ctx-size or --ubatch-size, or --vram-budget off"

@@ -15,19 +15,18 @@ from gguf_samples import write_sample
 from mobile_gguf.cli import main
 from mobile_gguf.device import ask
 from mobile_gguf.device.ask import ask_devices, may_have_devices
-from mobile_gguf.engine.listing import Device
-from mobile_gguf.errors import EngineError
+from mobile_gguf.engine.devices import Device
+from mobile_gguf.errors import BudgetError, EngineError
 from mobile_gguf.gguf.info import read_gguf_info
 from mobile_gguf.memory.machine import Memory
 from mobile_gguf.options import LoadOptions
-from mobile_gguf.plan import here as here_module
-from mobile_gguf.plan.fit import FitError
+from mobile_gguf.plan import known as here_module
 from mobile_gguf.plan.ggml import device_key
-from mobile_gguf.plan.here import Here
+from mobile_gguf.plan.known import Here
 from mobile_gguf.plan.machine import Rate, read_measurements, write_measurements
 from mobile_gguf.plan.planner import make_plan
 from mobile_gguf.plan.workload import read_workload
-from mobile_gguf.sizes import format_bytes
+from mobile_gguf.sizes import Size, format_bytes
 from mobile_gguf.tui.store.models import Candidate, fit_of
 
 GIB, MIB = 1 << 30, 1 << 20
@@ -119,7 +118,7 @@ def test_a_device_with_room_for_some(model, devices, listed):
     whole = Here()
     devices(GPU)
     demand = whole.fit(info).demand.total_bytes
-    free = 512 * MIB + demand + info.expert_bytes * 3 // 4
+    free = 16 * GIB // 20 + demand + info.expert_bytes * 3 // 4
     devices(Device(0, "CUDA0", "a GPU", free, 16 * GIB))
     row, entry, _ = listed()
     share = entry["fit"]["vram_expert_share"]
@@ -172,13 +171,15 @@ def test_devices_are_asked_for_once_and_only_where_they_may_be_used(model, devic
     info = read_gguf_info(model)
     devices(GPU)
     here = Here("host:1")
-    assert not here.fit(info, LoadOptions(vram_budget="off")).has_device
+    assert not here.fit(info, LoadOptions(vram_budget="off")).devices
     assert devices.asked == []
-    assert here.fit(info).has_device
-    assert here.fit(info, LoadOptions(n_ctx=32)).has_device
+    assert here.fit(info).devices
+    assert here.fit(info, LoadOptions(n_ctx=32)).devices
     assert devices.asked == ["host:1"]
-    with pytest.raises(FitError):
-        here.fit(info, LoadOptions(vram_budget="64GiB"))  # asked for: not left out
+    devices(Device(0, "CUDA0", "a GPU", 4 * MIB, 16 * GIB))
+    assert not Here().fit(info).devices
+    with pytest.raises(BudgetError):
+        Here().fit(info, LoadOptions(vram_budget=Size(n_bytes=1 << 20)))  # asked for: not left out
 
 
 # the chat's model picker
@@ -199,7 +200,9 @@ def test_the_picker_shows_the_same(model, devices):
     assert text == f"{all_bytes} of experts, all in VRAM"
     assert re.fullmatch(r"about [0-9.]+ tok/s", speed)
     assert shown(vram_budget="off")[0].endswith("all in RAM")
-    assert shown(vram_budget="64GiB")[0].startswith("does not fit: --vram-budget 64.00 GiB does not fit")
+    assert shown(vram_budget="64GiB")[0].endswith("all in VRAM")  # more than all is all
+    devices(Device(0, "CUDA0", "a GPU", 4 * MIB, 16 * GIB))
+    assert shown(vram_budget="1MiB")[0].startswith("does not fit: CUDA0 (a GPU) has 4.0 MiB free, and this")
     assert shown(ram_budget="1K")[0].startswith("does not fit: ")
     devices("the driver is broken")
     assert shown()[0].endswith("all in RAM")
@@ -280,7 +283,7 @@ def child(engine, tmp_path, monkeypatch):
 
 def test_what_the_other_process_found(child):
     found = [{"handle": 0, "name": "CUDA0", "description": "a GPU", "free_bytes": 8 * GIB,
-              "total_bytes": 16 * GIB, "is_rpc": False, "is_integrated": False}]  # fmt: skip
+              "total_bytes": 16 * GIB, "type": "gpu", "is_rpc": False}]  # fmt: skip
     child(f"echo ggml_cuda_init: found 1 device >&2; echo noise; echo '{json.dumps(found)}'")
     assert ask_devices() == [GPU]
 

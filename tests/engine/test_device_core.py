@@ -1,6 +1,6 @@
 """The device tier on a device with real buffers and real transfers: an RPC server on loopback.
 
-The oracle is the run on the CPU alone, which `test_exactness` holds against the stock build.
+The oracle is the run on the CPU alone, which ``test_exactness`` holds against the stock build.
 """
 
 from __future__ import annotations
@@ -173,6 +173,40 @@ def test_two_devices_share_the_budget(rpc: list[str]) -> None:
     assert sum(device["n_layers"] for device in devices) == tiny_models.MODELS["qwen3moe"].n_layer_moe
     for device in devices:
         assert device["pool_bytes"] <= 0.5 * device["expert_bytes"]
+
+
+def test_slots_are_watched_by_another_thread(rpc: list[str]) -> None:
+    """What is in the slots is shown to any thread, also while the tier starts and stops."""
+    start = {"op": "device_start", "budget": 0.5, "miss": AUTO, "poison": 1}
+    ops = [start, *follow(), {"op": "device_stop"}, start, *follow()]
+    outcome = succeeded_on_devices(
+        device_run("d", "qwen3moe", rpc, [{"op": "device_watch", "ops": ops}], "40%")
+    )
+    (watch,) = outcome.ops("d", "device_watch")
+    expected, _ = on_cpu("qwen3moe")
+    tokens_of = [done["tokens"] for done in watch["done"] if "tokens" in done]
+    assert len(tokens_of) >= 2
+    assert all(found == expected for found in tokens_of)
+    assert watch["n_maps"] > 2
+    assert set(watch["values"]) <= {0, 1, 2}
+
+
+@pytest.mark.parametrize("placement", [CACHE, LAYERS])
+def test_what_lies_in_slots_is_not_called_missed(placement: int, rpc: list[str], tmp_path: Path) -> None:
+    """Once the slots hold every expert: the host reads nothing, whatever it has evicted."""
+    outcome = succeeded_on_devices(device_run("d", "deepseek3", rpc, [
+        {"op": "device_start", "budget": 1.0, "placement": placement}, *follow(48), {"op": "clear"},
+        {"op": "trace_start", "path": str(tmp_path / "trace.csv")}, {"op": "watch", "on": True},
+        {"op": "reset_counters"}, {"op": "steps", "tokens": PROMPT[:16], "pos": 0},
+        {"op": "counters"}, {"op": "trace_stop"},
+        {"op": "routed", "since": 0, "n": 65536, "save": "routed"},
+    ], "min"))  # fmt: skip
+    routed = outcome.arrays["d/routed"]
+    rows = (tmp_path / "trace.csv").read_text().splitlines()[1:]
+    assert len(routed) == len(rows) > 0
+    assert any(int(row.split(",")[-1]) > 0 for row in rows)  # to the host alone they are missing
+    assert routed[:, 3].sum() == outcome.ops("d", "counters")[0]["n_misses"]
+    assert routed[:, 3].sum() < len(routed)
 
 
 def test_small_batches_use_the_cache_and_large_ones_do_not(rpc: list[str]) -> None:

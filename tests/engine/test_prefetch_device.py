@@ -25,9 +25,7 @@ from device_jobs import (
 from device_oracle import assert_as_on_cpu, expert_bytes, follow
 from engine_jobs import assert_same_bits, tokens
 
-from mobile_gguf.engine.binding import Counters
-from mobile_gguf.engine.prefetch import PrefetchCounters
-from mobile_gguf.engine.structs import DeviceCounters
+from mobile_gguf.engine.structs import Counters, DeviceCounters, PrefetchCounters
 from mobile_gguf.generate.answer import read_traffic
 
 OFF, ON, AUTO = range(3)

@@ -23,7 +23,7 @@ pytest.importorskip("huggingface_hub")
 @pytest.fixture(autouse=True)
 def no_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever this machine has."""
-    monkeypatch.setattr("mobile_gguf.plan.here.ask_devices", lambda _servers: [])
+    monkeypatch.setattr("mobile_gguf.plan.known.ask_devices", lambda _servers: [])
 
 
 # list, show

@@ -5,13 +5,8 @@ from fake_backend import MIB, fake_info
 
 from mobile_gguf.errors import BudgetError
 from mobile_gguf.gguf.info import ExpertLayer
-from mobile_gguf.memory.budget import (
-    Demand,
-    compute_buffer_bytes,
-    estimate_demand,
-    kv_cache_bytes,
-    plan_budget,
-)
+from mobile_gguf.memory.budget import plan_budget
+from mobile_gguf.memory.demand import Demand, compute_buffer_bytes, estimate_demand, kv_cache_bytes
 from mobile_gguf.memory.machine import Memory
 from mobile_gguf.sizes import parse_size
 

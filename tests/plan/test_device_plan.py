@@ -3,18 +3,15 @@
 import pytest
 from fake_backend import MIB, fake_info
 
-from mobile_gguf.engine.listing import Device
+from mobile_gguf.engine.devices import Device
 from mobile_gguf.engine.structs import DeviceInfo
 from mobile_gguf.errors import BudgetError, UsageError
 from mobile_gguf.gguf.info import ExpertLayer
-from mobile_gguf.memory.budget import Demand
-from mobile_gguf.memory.device_budget import (
-    DeviceDemand,
-    auto_budget,
-    check_budget,
-    check_fit,
-    estimate_device_demand,
-    host_share,
+from mobile_gguf.memory.demand import Demand, estimate_device_demand, host_share
+from mobile_gguf.memory.pools import (
+    asked_pool,
+    auto_pool,
+    lacking,
     pool_all_bytes,
     pool_min_bytes,
 )
@@ -24,7 +21,7 @@ GIB = 1 << 30
 # 8 used of 16 experts of 64 MiB, in 4 layers: 4 GiB
 INFO = fake_info(expert_layers=(ExpertLayer(16, (32 * MIB, 32 * MIB)),) * 4, tensor_bytes=5 * GIB)
 SLOT = 64 * MIB
-DEMAND = DeviceDemand(dense_bytes=GIB, kv_bytes=256 * MIB, compute_bytes=256 * MIB)
+DEMAND = Demand(dense_bytes=GIB, kv_bytes=256 * MIB, compute_bytes=256 * MIB)
 
 
 def device(free, total=24 * GIB, expert_bytes=4 * GIB, name="GPU0"):
@@ -53,23 +50,23 @@ def test_a_segment_has_a_slot():
 
 
 def test_asked_sizes():
-    assert check_budget(parse_size("auto"), INFO) is None
-    assert check_budget(parse_size("2GiB"), INFO) == 2 * GIB
-    assert check_budget(parse_size("50%"), INFO) == 2 * GIB
-    assert check_budget(parse_size("100%"), INFO) == check_budget(parse_size("1TiB"), INFO) == 72 * SLOT
+    assert asked_pool(parse_size("auto"), INFO) is None
+    assert asked_pool(parse_size("2GiB"), INFO) == 2 * GIB
+    assert asked_pool(parse_size("50%"), INFO) == 2 * GIB
+    assert asked_pool(parse_size("100%"), INFO) == asked_pool(parse_size("1TiB"), INFO) == 72 * SLOT
 
 
 def test_the_slots_that_stay_empty_are_within_the_budget():
     # the engine adds them to a budget of all experts' bytes
-    assert check_budget(parse_size("4GiB"), INFO) == 4 * GIB - SLOT
+    assert asked_pool(parse_size("4GiB"), INFO) == 4 * GIB - SLOT
 
 
 def test_less_than_a_tokens_experts_is_refused_and_the_named_budgets_are_legal():
     with pytest.raises(BudgetError) as caught:
-        check_budget(parse_size("1023MiB"), INFO)
+        asked_pool(parse_size("1023MiB"), INFO)
     assert str(16 * SLOT) in str(caught.value)
     assert "25%" in str(caught.value)
-    assert check_budget(parse_size("25%"), INFO) == check_budget(parse_size(16 * SLOT), INFO) == 16 * SLOT
+    assert asked_pool(parse_size("25%"), INFO) == asked_pool(parse_size(16 * SLOT), INFO) == 16 * SLOT
 
 
 def test_off_is_no_size():
@@ -80,11 +77,11 @@ def test_off_is_no_size():
 
 
 def test_a_model_that_fits_is_not_complained_about():
-    assert check_fit([listed(3 * GIB)], DEMAND, GIB) == ""
+    assert lacking([listed(3 * GIB)], DEMAND, GIB) == ""
 
 
 def test_a_model_that_does_not_fit_is_told_with_all_numbers():
-    text = check_fit([listed(2 * GIB)], DEMAND, GIB)
+    text = lacking([listed(2 * GIB)], DEMAND, GIB)
     for part in (
         "GPU0 (a GPU) has 2.00 GiB",
         "needs 2.50 GiB",
@@ -96,36 +93,36 @@ def test_a_model_that_does_not_fit_is_told_with_all_numbers():
 
 
 def test_several_devices_hold_a_model_together():
-    assert check_fit([listed(2 * GIB), listed(GIB)], DEMAND, GIB) == ""
+    assert lacking([listed(2 * GIB), listed(GIB)], DEMAND, GIB) == ""
 
 
 def test_auto_is_free_memory_less_a_reserve():
     # a twentieth of 24 GiB
     reserve = 24 * GIB // 20
-    assert auto_budget([device(3 * GIB)], INFO, DEMAND) == 3 * GIB - reserve
+    assert auto_pool([device(3 * GIB)], INFO, DEMAND) == 3 * GIB - reserve
     # 512 MiB at least
-    assert auto_budget([device(3 * GIB, 8 * GIB)], INFO, DEMAND) == 3 * GIB - 512 * MIB
+    assert auto_pool([device(3 * GIB, 8 * GIB)], INFO, DEMAND) == 3 * GIB - 512 * MIB
 
 
 def test_auto_is_never_more_than_all_experts_and_nothing_below_the_smallest():
-    assert auto_budget([device(23 * GIB)], INFO, DEMAND) == pool_all_bytes(INFO)
-    assert auto_budget([device(1500 * MIB, 8 * GIB)], INFO, DEMAND) == 0
-    assert auto_budget([], INFO, DEMAND) == 0
+    assert auto_pool([device(23 * GIB)], INFO, DEMAND) == pool_all_bytes(INFO)
+    assert auto_pool([device(1500 * MIB, 8 * GIB)], INFO, DEMAND) == 0
+    assert auto_pool([], INFO, DEMAND) == 0
 
 
 def test_a_driver_that_calls_all_memory_free_is_not_believed():
     # the model's own 1.5 GiB and a quarter stay free
-    assert auto_budget([device(6 * GIB, 6 * GIB)], INFO, DEMAND) == int(6 * GIB - 1.5 * GIB - 1.5 * GIB)
+    assert auto_pool([device(6 * GIB, 6 * GIB)], INFO, DEMAND) == int(6 * GIB - 1.5 * GIB - 1.5 * GIB)
 
 
 def test_memory_that_is_the_hosts_is_bounded_by_what_the_host_has():
-    assert auto_budget([device(20 * GIB)], INFO, DEMAND, {"GPU0": 2 * GIB}) == 2 * GIB
-    assert auto_budget([device(20 * GIB)], INFO, DEMAND, {"other": 0}) == pool_all_bytes(INFO)
+    assert auto_pool([device(20 * GIB)], INFO, DEMAND, {"GPU0": 2 * GIB}) == 2 * GIB
+    assert auto_pool([device(20 * GIB)], INFO, DEMAND, {"other": 0}) == pool_all_bytes(INFO)
 
 
 def test_of_two_devices_the_fuller_bounds_both():
     both = [device(20 * GIB, expert_bytes=2 * GIB), device(1536 * MIB, 8 * GIB, 2 * GIB, "GPU1")]
-    assert auto_budget(both, INFO, DEMAND) == 2 * GIB
+    assert auto_pool(both, INFO, DEMAND) == 2 * GIB
 
 
 def test_the_demand_of_a_device_has_logits_of_a_whole_batch():
@@ -150,7 +147,7 @@ def test_on_the_host_remain_the_embedding_and_buffers():
         ("localhost:1", {"is_rpc": True}, True),
         ("[::1]:1", {"is_rpc": True}, True),
         ("10.0.0.7:50052", {"is_rpc": True}, False),
-        ("a GPU", {"is_integrated": True}, True),
+        ("a GPU", {"type": "igpu"}, True),
         ("a GPU", {}, False),
     ],
 )

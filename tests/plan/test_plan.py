@@ -11,16 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mobile_gguf.bench.simulate import Accesses, LeastRecent, simulate
+from mobile_gguf.engine.devices import Device
 from mobile_gguf.gguf.info import ExpertLayer
-from mobile_gguf.memory.budget import estimate_demand
+from mobile_gguf.memory.demand import estimate_demand
+from mobile_gguf.memory.fit import Asked
 from mobile_gguf.memory.machine import Memory
 from mobile_gguf.plan.curves import POLICY, SHARES, STEADY
-from mobile_gguf.plan.fit import Asked, DeviceMemory, FitError, mebibytes, plan_fit
 from mobile_gguf.plan.machine import Measurements, Rate
 from mobile_gguf.plan.measure import product_name
 from mobile_gguf.plan.misses import independent_rate, miss_distribution, miss_rate, steady_rate
 from mobile_gguf.plan.predict import Settings, predict
 from mobile_gguf.plan.prediction import Prediction
+from mobile_gguf.plan.refusal import FitError, plan_fit
 from mobile_gguf.plan.speed import (
     DeviceTier,
     Pass,
@@ -31,7 +33,7 @@ from mobile_gguf.plan.speed import (
     resident_seconds,
 )
 from mobile_gguf.plan.workload import Product, Workload
-from mobile_gguf.sizes import GIB, MIB, parse_size
+from mobile_gguf.sizes import GIB, MIB, mebibytes, parse_size
 
 shares = st.floats(0, 1)
 experts = st.integers(2, 512)
@@ -289,7 +291,7 @@ INFO = fake_info(
     tensor_bytes=int(17.3e9),
     path=Path("qwen.gguf"),
 )
-WEIGHTS = 30_500_000_000
+BITS = 8 * 17.3 / 30.5
 
 
 def memory(n_bytes: float) -> Memory:
@@ -297,10 +299,9 @@ def memory(n_bytes: float) -> Memory:
 
 
 def test_what_has_room_fits_and_all_is_counted():
-    fit = plan_fit(INFO, Asked(4096, 512), memory(8 * GIB), n_weights=WEIGHTS)
+    fit = plan_fit(INFO, Asked(4096, 512), memory(8 * GIB), n_bits=BITS)
     assert 0.2 < fit.ram_share < 0.5
     assert fit.ram_budget_bytes + fit.demand.total_bytes <= 8 * GIB
-    assert fit.n_bits == pytest.approx(4.54, abs=0.01)
 
 
 def test_more_memory_holds_more():
@@ -312,14 +313,14 @@ def test_more_memory_holds_more():
 def test_a_refusal_names_a_context_that_does_fit():
     asked = Asked(32768, 512)
     with pytest.raises(FitError) as refused:
-        plan_fit(INFO, asked, memory(4.5 * GIB), n_weights=WEIGHTS)
+        plan_fit(INFO, asked, memory(4.5 * GIB), n_bits=BITS)
     text = str(refused.value)
     assert text.startswith("qwen.gguf does not fit: the machine has 4.50 GiB available; dense weights ")
     assert "\n" not in text
     words = text.split("what would fit: ")[1].split(";")[0].split()
     n_ctx = int(words[words.index("-c") + 1])
     n_ubatch = int(words[words.index("-ub") + 1]) if "-ub" in words else 512
-    assert plan_fit(INFO, Asked(n_ctx, n_ubatch), memory(4.5 * GIB)).n_ctx == n_ctx
+    assert plan_fit(INFO, Asked(n_ctx, n_ubatch), memory(4.5 * GIB)).asked.n_ctx == n_ctx
     assert refused.value.exit_code == 1
 
 
@@ -327,7 +328,7 @@ def test_a_refusal_names_bits_and_memory_where_no_context_fits():
     with pytest.raises(
         FitError, match=r"at most \d\.\d bits a weight instead of 4\.5; or \d\.\d\d GiB of free memory"
     ):
-        plan_fit(INFO, Asked(4096, 512), memory(1.5 * GIB), n_weights=WEIGHTS)
+        plan_fit(INFO, Asked(4096, 512), memory(1.5 * GIB), n_bits=BITS)
 
 
 def test_a_budget_beyond_memory_is_refused_with_one_that_is_not():
@@ -344,7 +345,7 @@ def test_a_budget_below_a_layer_is_refused():
         plan_fit(INFO, Asked(4096, 512, ram=parse_size("100MiB")), memory(8 * GIB))
 
 
-GPU = DeviceMemory("CUDA0", 8 * GIB, 8 * GIB)
+GPU = Device(0, "CUDA0", "a GPU", 8 * GIB, 8 * GIB)
 
 
 def test_slots_take_what_a_device_has_left():
@@ -354,24 +355,41 @@ def test_slots_take_what_a_device_has_left():
 
 
 @pytest.mark.parametrize(
-    ("vram", "free", "words"),
+    ("asked", "free", "words"),
     [
-        ("20G", 8, "--vram-budget 20.00 GiB does not fit: CUDA0 has 8.00 GiB free"),
-        ("1MiB", 8, "--vram-budget 1.0 MiB is too small: one token needs"),
-        ("auto", 1, "CUDA0 has 1.00 GiB free; dense weights"),
+        ({"vram": parse_size("20G")}, 8, "CUDA0 (a GPU) has 8.00 GiB free, and this model needs "),
+        ({"vram": parse_size("1MiB")}, 8, "--vram-budget 1.0 MiB is too small: the smallest legal one"),
+        ({"servers": True, "n_ctx": 32768}, 3, "CUDA0 (a GPU) has 3.00 GiB free"),
     ],
 )
-def test_a_device_budget_that_cannot_be_is_refused(vram, free, words):
-    gpu = DeviceMemory("CUDA0", free * GIB, 8 * GIB)
+def test_a_device_budget_that_cannot_be_is_refused_with_what_can(asked, free, words):
+    gpu = Device(0, "CUDA0", "a GPU", free * GIB, 9 * GIB)
+    wanted = replace(Asked(4096, 512), **asked)
     with pytest.raises(FitError) as refused:
-        plan_fit(INFO, Asked(4096, 512, vram=parse_size(vram)), memory(16 * GIB), [gpu])
-    assert str(refused.value).startswith(words)
+        plan_fit(INFO, wanted, memory(16 * GIB), [gpu])
+    text = str(refused.value)
+    assert text.startswith(words)
+    assert text.endswith(" does")
+    flag, value, *more = text.split("; ")[-1].split()[:-1]
+    if flag == "-c":
+        smaller = replace(wanted, n_ctx=int(value), n_ubatch=int(more[1]) if more else 512)
+    else:
+        smaller = replace(wanted, vram=parse_size(value))
+    assert plan_fit(INFO, smaller, memory(16 * GIB), [gpu]).devices == (gpu,)
+
+
+def test_a_device_that_nobody_asked_for_is_left_out_as_a_load_does():
+    gpu = Device(0, "CUDA0", "a GPU", GIB, 8 * GIB)
+    fit = plan_fit(INFO, Asked(4096, 512), memory(16 * GIB), [gpu])
+    assert (fit.devices, fit.vram_budget_bytes) == ((), 0)
+    assert fit.notes[0].startswith("the model stays on the host: CUDA0 (a GPU) has 1.00 GiB free")
+    assert plan_fit(INFO, Asked(4096, 512), memory(16 * GIB)).ram_budget_bytes == fit.ram_budget_bytes
 
 
 def test_a_dense_model_that_does_not_fit_is_refused_too():
     info = replace(INFO, n_expert=0, n_expert_used=0, expert_layers=())
     with pytest.raises(FitError, match="does not fit"):
-        plan_fit(info, Asked(4096, 512), memory(4 * GIB), n_weights=WEIGHTS)
+        plan_fit(info, Asked(4096, 512), memory(4 * GIB), n_bits=BITS)
     demand = estimate_demand(info, n_ctx=4096, n_ubatch=512)
     assert plan_fit(info, Asked(4096, 512), memory(demand.total_bytes)).ram_share == 1
 

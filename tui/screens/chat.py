@@ -107,12 +107,11 @@ class ChatScreen(ChatCommands):
         self.model_name = event.info.name or event.reference
         self.state = IDLE
         self.context_used = 0
-        has_store = event.facts.get("store") is not None and event.info.n_expert > 0
         each = [sum(layer.matrix_bytes) for layer in event.info.expert_layers]
-        info = event.info
-        state = ExpertState(info.n_layer, info.n_expert, event.layers, each) if has_store else None
+        experts = event.experts
+        state = ExpertState(experts.layers, experts.n_expert, each) if experts.has_store else None
         self.query_one(SidePanel).set_state(state)
-        self._read_residency()
+        self._read_places()
         self._update_title()
         for notice in event.notices:
             self.notify(notice, severity="warning", timeout=8)
@@ -179,10 +178,10 @@ class ChatScreen(ChatCommands):
 
     @on(AnswerProgressed)
     def _answer_progressed(self, event: AnswerProgressed) -> None:
-        tokens, routed = event.outbox.take()
+        tokens, asked = event.outbox.take()
         if event.outbox.answer_id != self._answer_id or self._answer is None:
             return
-        self.query_one(SidePanel).add_tokens(tokens, routed)
+        self.query_one(SidePanel).add_tokens(tokens, asked)
         last = tokens[-1].seconds if tokens else 0.0
         if last > 0 and len(self._answer.tokens) > 0:
             self._speed = 1 / last if not self._speed else 0.8 * self._speed + 0.2 / last
@@ -209,7 +208,7 @@ class ChatScreen(ChatCommands):
         panel = self.query_one(SidePanel)
         if panel.state is not None:
             panel.state.settle()
-        self._read_residency()
+        self._read_places()
         self._update_title()
 
     async def _take_back(self, view: AnswerView) -> None:

@@ -43,7 +43,7 @@ class ChatView(ChatState):
             return
         self._map_wanted = not self._map_shown
         self._update_map_shown()
-        self._read_residency()
+        self._read_places()
 
     def action_full_map(self) -> None:
         """The whole expert map."""
@@ -59,17 +59,17 @@ class ChatView(ChatState):
 
     def _tick(self) -> None:
         if self.busy and (self._map_shown or self.app.map_open):
-            self._read_residency()
+            self._read_places()
         if self.state == ANSWERING and self._answer is not None and not self._answer.tokens:
             waited = time.monotonic() - self._started
             if waited >= 1:
                 self.query_one(TitleBar).activity = f"reading the prompt {waited:.0f} s · Esc stops"
 
-    def _read_residency(self) -> None:
+    def _read_places(self) -> None:
         panel = self.query_one(SidePanel)
-        residency = self.app.engine.residency()
-        if panel.state is not None and residency is not None:
-            panel.state.set_residency(*residency)
+        places = self.app.engine.places()
+        if panel.state is not None and places is not None:
+            panel.state.set_places(places)
         panel.redraw()
 
     def _update_title(self) -> None:

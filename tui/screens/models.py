@@ -14,7 +14,7 @@ from textual.message import Message
 from textual.widgets import Footer, Input, OptionList
 from textual.widgets.option_list import Option
 
-from mobile_gguf.plan.here import Here
+from mobile_gguf.plan.known import Here
 from mobile_gguf.sizes import format_bytes
 
 from ..store.models import Candidate, Fit, candidates, fit_of

@@ -6,17 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mobile_gguf.api.loading import plan_for
 from mobile_gguf.errors import MobileError
-from mobile_gguf.gguf.info import GgufInfo, read_gguf_info
+from mobile_gguf.gguf.info import read_gguf_info
 from mobile_gguf.hub.listing import list_models, shares_text
 from mobile_gguf.hub.resolve import DEMO, local_models
-from mobile_gguf.memory.budget import context_size
 from mobile_gguf.options import LoadOptions, make_options
-from mobile_gguf.plan.fit import Fit as Placed
-from mobile_gguf.plan.fit import FitError
-from mobile_gguf.plan.here import Here
-from mobile_gguf.sizes import format_bytes, parse_size
+from mobile_gguf.plan.known import Here
+from mobile_gguf.sizes import format_bytes
 
 
 @dataclass(frozen=True)
@@ -73,24 +69,12 @@ def fit_of(candidate: Candidate, options: dict[str, Any], here: Here) -> Fit:
     experts = f"{info.n_expert} x {len(info.expert_layers)}, top-{info.n_expert_used}"
     try:
         load = make_options(LoadOptions, options)
-        placed = _placed(info, load, here)
+        placed = here.fit(info, load)
     except MobileError as error:
         return Fit(info.architecture, experts, f"does not fit: {error}")
-    if placed is None:
+    if placed.warning:
         return Fit(info.architecture, experts, "the budget is more than is free now")
     fit = f"{format_bytes(info.expert_bytes)} of experts, {shares_text(placed)}"
     predicted = here.speed(info, placed, load)
     speed = f"about {predicted.predicted_tps:.1f} tok/s" if predicted is not None else ""
     return Fit(info.architecture, experts, fit, speed)
-
-
-def _placed(info: GgufInfo, load: LoadOptions, here: Here) -> Placed | None:
-    """Where a run would put the model; None for a budget that is kept though memory lacks for it now."""
-    try:
-        return here.fit(info, load)
-    except FitError:
-        if parse_size(load.ram_budget).is_auto:
-            raise
-        # refused only where a run is: below the smallest legal budget
-        plan_for(info, load, context_size(info, load.n_ctx))
-        return None

@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from mobile_gguf.api.loading import plan_for
 from mobile_gguf.errors import BudgetError
 from mobile_gguf.gguf.info import GgufInfo
-from mobile_gguf.memory.budget import context_size, plan_budget
+from mobile_gguf.memory.budget import asked_bytes
+from mobile_gguf.memory.fit import asked_of, fit_model
 from mobile_gguf.memory.machine import Memory, read_memory
 from mobile_gguf.options import LoadOptions
-from mobile_gguf.sizes import format_bytes, parse_size
+from mobile_gguf.sizes import AUTO, OFF, Size, format_bytes
 
-_SHARES = ("25%", "50%", "75%", "100%")
+_SHARES = tuple(Size(fraction=share) for share in (0.25, 0.5, 0.75, 1.0))
 
 
 @dataclass(frozen=True)
@@ -40,34 +40,29 @@ class Tiers:
 
 def make_tiers(info: GgufInfo) -> Tiers:
     """Plan the host tier for a model with experts, with the default context, in the memory available now."""
-    options = LoadOptions()
-    context = context_size(info, None)
     memory = read_memory()
     problem, auto = "", None
     # a share never fails for want of memory, so the demand is known even if auto does not fit
-    demand = plan_for(info, LoadOptions(ram_budget="100%"), context).demand
+    whole = fit_model(
+        info, asked_of(info, LoadOptions(ram_budget=Size(fraction=1.0), vram_budget=OFF)), memory
+    )
     try:
-        plan = plan_budget(parse_size(options.ram_budget), info, demand, memory)
-        auto = _tier(info, "auto", plan.budget_bytes or info.budget_all_bytes)
+        fit = fit_model(info, asked_of(info, LoadOptions(vram_budget=OFF)), memory)
+        auto = _tier(info, AUTO, fit.ram_budget_bytes)
     except BudgetError as error:
         problem = str(error)
     shares = tuple(
         _tier(info, share, budget)
         for share in _SHARES
-        if (budget := _bytes_of(info, share)) >= info.budget_min_bytes
+        if (budget := asked_bytes(share, info)) >= info.budget_min_bytes
     )
-    return Tiers(memory, context, demand.total_bytes, auto, problem, shares)
+    return Tiers(memory, whole.asked.n_ctx, whole.demand.total_bytes, auto, problem, shares)
 
 
-def _bytes_of(info: GgufInfo, share: str) -> int:
-    fraction = parse_size(share).fraction or 0
-    return info.budget_all_bytes if fraction >= 1 else int(info.expert_bytes * fraction)
-
-
-def _tier(info: GgufInfo, budget: str, n_bytes: int) -> Tier:
+def _tier(info: GgufInfo, budget: Size, n_bytes: int) -> Tier:
     held = min(1.0, n_bytes / info.budget_all_bytes)
     n_experts = int(held * sum(layer.n_expert for layer in info.expert_layers))
-    return Tier(budget, n_bytes, n_experts, held * info.n_layer_moe)
+    return Tier(str(budget), n_bytes, n_experts, held * info.n_layer_moe)
 
 
 def tier_facts(tiers: Tiers) -> dict[str, Any]:

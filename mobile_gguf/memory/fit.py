@@ -1,0 +1,169 @@
+"""Where a model goes in the memory there is, host and devices: the one decision, for ``plan`` and ``load``.
+
+Pure arithmetic of a header, options, and the memory as it was before anything is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from mobile_gguf.engine.devices import Device
+from mobile_gguf.engine.structs import DeviceInfo
+from mobile_gguf.errors import BudgetError, UsageError
+from mobile_gguf.gguf.info import GgufInfo
+from mobile_gguf.options import LoadOptions
+from mobile_gguf.sizes import AUTO, OFF, Size
+
+from .budget import plan_budget, stored_share
+from .demand import Demand, context_size, estimate_demand, estimate_device_demand, host_share
+from .machine import Memory
+from .pools import asked_pool, auto_pool, foreseen, lacking, pool_all_bytes, pool_min_bytes
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a model is to be loaded with. ``ram`` and ``vram``: a size, a share of the experts, or auto.
+
+    ``vram`` None: no device. ``servers``: RPC servers were named as devices.
+    """
+
+    n_ctx: int
+    n_ubatch: int
+    flash_attn: bool = False
+    ram: Size = AUTO
+    vram: Size | None = AUTO
+    servers: bool = False
+
+    @property
+    def insists(self) -> bool:
+        """Whether devices were asked for, so that what cannot be done there is an error and not a notice."""
+        return self.servers or (self.vram is not None and not self.vram.is_auto)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Where everything goes, in bytes. Budgets are for routed experts; shares are parts of all of them.
+
+    ``ram_budget_bytes`` is ``GgufInfo.budget_all_bytes`` if all stay in memory, 0 of a model without experts.
+    ``vram_budget_bytes`` is what slots will have on ``devices``; ``pool_bytes`` what was asked for, None for
+    ``auto``: then the free memory is looked at again once the model is loaded. ``demand`` is what goes to the
+    devices beside slots, or to the host if there are none; ``host_demand`` what is missing in host memory.
+    ``warning``: why it may not fit after
+    all.
+    """
+
+    asked: Asked
+    demand: Demand
+    host_demand: Demand
+    memory: Memory
+    ram_budget_bytes: int = 0
+    ram_share: float = 1.0
+    devices: tuple[Device, ...] = ()
+    n_pools: int = 0  # devices that get layers with experts
+    pool_bytes: int | None = None
+    vram_budget_bytes: int = 0
+    vram_share: float = 0.0
+    shared: dict[str, int] = field(default_factory=dict)  # bounds of devices that share the host's memory
+    warning: str = ""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def store_bytes(self) -> int:
+        """The host budget as the engine takes it: 0 if every expert stays."""
+        return 0 if self.ram_share >= 1 else self.ram_budget_bytes
+
+    def auto_pool(self, devices: Sequence[DeviceInfo], info: GgufInfo) -> int:
+        """What slots may have on devices that hold the model."""
+        return auto_pool(devices, info, self.demand, self.shared)
+
+
+def asked_of(info: GgufInfo, options: LoadOptions) -> Asked:
+    """What options ask of memory. Raises UsageError for servers without the use of a device."""
+    vram = options.vram_budget
+    if vram == OFF and options.rpc:
+        raise UsageError(f"--rpc names devices, and --vram-budget {OFF} uses none: leave one of them out")
+    return Asked(
+        n_ctx=context_size(info, options.n_ctx),
+        n_ubatch=options.n_ubatch,
+        flash_attn=options.flash_attn,
+        ram=options.ram_budget,
+        vram=None if vram == OFF else vram,
+        servers=bool(options.rpc),
+    )
+
+
+def fit_model(info: GgufInfo, asked: Asked, memory: Memory, devices: Sequence[Device] = ()) -> Fit:
+    """Decide what of a model goes where.
+
+    Devices that nobody insists on are left out, with a note, where the model does not fit there. A budget
+    beyond the memory available is kept, with a warning. Raises BudgetError for what cannot be loaded.
+    """
+    if asked.vram is None or not devices:
+        return _fit_host(info, asked, memory)
+    try:
+        return _fit_devices(info, asked, memory, tuple(devices), asked.vram)
+    except BudgetError as error:
+        if asked.insists and info.is_moe:
+            raise
+        return _fit_host(info, asked, memory, f"the model stays on the host: {error}")
+
+
+def _fit_host(info: GgufInfo, asked: Asked, memory: Memory, *notes: str) -> Fit:
+    demand = _host_demand(info, asked)
+    if not info.is_moe:
+        return Fit(asked, demand, demand, memory, notes=notes)
+    plan = plan_budget(asked.ram, info, demand, memory)
+    budget = plan.budget_bytes or info.budget_all_bytes
+    return Fit(
+        asked, demand, demand, memory,
+        ram_budget_bytes=budget, ram_share=stored_share(info, budget), warning=plan.warning, notes=notes,
+    )  # fmt: skip
+
+
+def _host_demand(info: GgufInfo, asked: Asked) -> Demand:
+    return estimate_demand(info, n_ctx=asked.n_ctx, n_ubatch=asked.n_ubatch, flash_attn=asked.flash_attn)
+
+
+def _fit_devices(
+    info: GgufInfo, asked: Asked, memory: Memory, devices: tuple[Device, ...], vram: Size
+) -> Fit:
+    demand = estimate_device_demand(
+        info, n_ctx=asked.n_ctx, n_ubatch=asked.n_ubatch, flash_attn=asked.flash_attn
+    )
+    holding = foreseen(devices, info, demand)
+    n = max(1, len(holding))
+    pool = asked_pool(vram, info, n) if info.is_moe else None
+    smallest = pool_min_bytes(info, n) if info.is_moe else 0
+    problem = lacking(devices, demand, pool or smallest)
+    if problem:
+        less = pool is not None and not lacking(devices, demand, smallest)
+        remedy = "a smaller --vram-budget" if less else "a smaller --ctx-size or --ubatch-size"
+        advice = f"; try {remedy}, or --vram-budget {OFF}" if asked.insists else ""
+        raise BudgetError(f"{problem}{advice}")
+    sharing = [device.name for device in devices if device.shares_host_memory]
+    host = host_share(_host_demand(info, asked), info)
+    if not info.is_moe:
+        notes = () if vram.is_auto else ("--vram-budget has no effect",)
+        return Fit(asked, demand, host, memory, devices=devices, notes=notes)
+    taken = host
+    if sharing:
+        # What goes to the device is missing on the host.
+        taken = host + demand + Demand(0, 0, pool or 0)
+    plan = plan_budget(asked.ram, info, taken, memory)
+    budget = plan.budget_bytes or info.budget_all_bytes
+    # Half of what is left: the host's own needs grow as well, and a page too many ends a process.
+    left = max(0, memory.available_bytes - taken.total_bytes - budget) // 2
+    shared = dict.fromkeys(sharing, left)
+    slots = pool if pool is not None else auto_pool(holding, info, demand, shared)
+    return Fit(
+        asked, demand, taken, memory,
+        ram_budget_bytes=budget, ram_share=stored_share(info, budget),
+        devices=devices, n_pools=n, pool_bytes=pool, vram_budget_bytes=slots,
+        vram_share=pool_share(info, slots, n), shared=shared, warning=plan.warning,
+    )  # fmt: skip
+
+
+def pool_share(info: GgufInfo, pool_bytes: int, n_devices: int) -> float:
+    """The part of all experts that has a slot."""
+    return min(1.0, pool_bytes / max(1, pool_all_bytes(info, max(1, n_devices))))
