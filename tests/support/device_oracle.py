@@ -37,9 +37,14 @@ def assert_as_on_cpu(outcome: Any, name: str, model: str | Path, n: int = N_STEP
     """Every `follow` of a run gives the CPU's likeliest tokens, and the last one its logits."""
     expected = on_cpu(model, n)
     for result in outcome.ops(name, "follow"):
-        of_likeliest = expected[np.arange(len(expected)), result["likeliest"]]
-        assert (expected.max(axis=1) - of_likeliest <= 2 * CLOSE).mean() > SHARE_OF_CLOSE_ROWS, name
+        assert_likeliest(result["likeliest"], expected, name)
     assert_close(outcome.arrays[f"{name}/rows"], expected, name)
+
+
+def assert_likeliest(likeliest: list[int], expected: np.ndarray, label: str) -> None:
+    """The tokens that a `follow` found likeliest are so by ``expected`` [n_rows, n_vocab], or close to it."""
+    of_likeliest = expected[np.arange(len(expected)), likeliest]
+    assert (expected.max(axis=1) - of_likeliest <= 2 * CLOSE).mean() > SHARE_OF_CLOSE_ROWS, label
 
 
 def assert_close(actual: np.ndarray, expected: np.ndarray, label: str) -> None:
