@@ -203,7 +203,9 @@ class _Conversion:
         check_disk(self.plan)
         return True
 
-    def _result(self, n_bytes: int, seconds: dict[str, float], verification: object = None) -> ConvertResult:
+    def _result(
+        self, n_bytes: int, seconds: dict[str, float], verification: VerifyResult | None = None
+    ) -> ConvertResult:
         plan = self.plan
         if plan is None:
             raise UsageError("the converter ended before it had a plan")

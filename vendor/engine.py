@@ -2,6 +2,10 @@
 
 import ctypes
 import json
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +54,33 @@ def ensure_engine(
     if found is None or found.library is None:
         raise EngineBuildError("the engine was installed and is not found: run again with --force")
     return found
+
+
+def copy_libraries(
+    options: EngineOptions, directory: Path, *, narrate: Callable[[str], None]
+) -> tuple[Path, Path]:
+    """Build the patched and the stock library, copy them into ``directory``, and install neither.
+
+    Returns their folders. Raises EngineBuildError.
+    """
+    recipe = Recipe.create(load_pin(), options)
+    ours, stock = directory / "engine", directory / "stock"
+    with exclusive(paths.engine_cache_dir() / "engine" / "lock"):
+        build.check_space(recipe)
+        wheel = build.cached_wheel(recipe.key)
+        if wheel is None:
+            narrate(f"building the engine {recipe.key}")
+            wheel = build.build_wheel(recipe)
+        library = build.cached_stock(recipe.stock_key)
+        if library is None:
+            narrate(f"building the stock library {recipe.stock_key}")
+            library = build.build_stock(recipe)
+        shutil.rmtree(directory, ignore_errors=True)
+        shutil.copytree(library, stock, symlinks=True)
+        with tempfile.TemporaryDirectory() as unpacked, zipfile.ZipFile(wheel) as archive:
+            archive.extractall(unpacked)
+            shutil.copytree(Path(unpacked) / "llama_cpp" / "lib", ours)
+    return ours, stock
 
 
 def _is_ready(recipe: Recipe, found: Installed | None, stock: bool) -> bool:

@@ -248,7 +248,7 @@ class _Run:
 
     def _load(self) -> Model:
         # The context of its own stays empty; what the sequences need instead is left to them.
-        own = {"n_ctx": BLOCK, "n_batch": BLOCK, "n_ubatch": BLOCK, "threads": self.threads}
+        own: dict[str, Any] = {"n_ctx": BLOCK, "n_batch": BLOCK, "n_ubatch": BLOCK, "threads": self.threads}
         budget = self.options.ram_budget
         if budget.is_auto:
             n_seq = max(

@@ -94,7 +94,7 @@ class GgufSource:
         if tensor.type_id not in (_F32, _I32):
             raise ModelFormatError(f"tensor {name} of {self.path} is neither F32 nor I32")
         values = np.empty(tensor.n_bytes // 4, "<f4" if tensor.type_id == _F32 else "<i4")
-        raw, start = memoryview(values).cast("B"), 0
+        raw, start = values.data.cast("B"), 0
         for chunk in tensor.chunks():
             raw[start : start + len(chunk)] = chunk
             start += len(chunk)

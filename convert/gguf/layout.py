@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -218,7 +218,7 @@ def _stock_order(source: GgufSource, experts: Experts) -> list[TensorPlan]:
     if not any(stack.is_single for stack in experts.stacks):
         positions = [stack.position for stack in experts.stacks]
     if _are_positions(positions, len(stacked), n_tensors):
-        at = dict(zip(positions, stacked, strict=True))  # type: ignore[arg-type]
+        at = dict(zip(positions, stacked, strict=True))
         others = iter(rest)
         return [at[n] if n in at else next(others) for n in range(n_tensors)] + own
     last = {tensor.name.split(".")[1]: tensor.name for tensor in rest if tensor.name.startswith("blk.")}
@@ -234,7 +234,7 @@ def _stock_order(source: GgufSource, experts: Experts) -> list[TensorPlan]:
     return ordered + [tensor for tensors in by_layer.values() for tensor in tensors] + own
 
 
-def _are_positions(positions: Any, n_stacked: int, n_tensors: int) -> bool:
+def _are_positions(positions: Any, n_stacked: int, n_tensors: int) -> TypeGuard[list[int]]:
     return (
         isinstance(positions, list)
         and len(set(positions)) == n_stacked == len(positions)

@@ -40,7 +40,7 @@ class Computed:
     array: Callable[[], np.ndarray]
 
     def chunks(self) -> Iterator[memoryview]:
-        yield memoryview(np.ascontiguousarray(self.array())).cast("B")
+        yield np.ascontiguousarray(self.array()).data.cast("B")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ class Rows:
                 if wanted.size:
                     own = piece.slice(half * width * self.row_bytes, width * self.row_bytes)
                     _copy_rows(own, self.row_bytes, places[wanted] % width, rows, wanted)
-            yield memoryview(rows).cast("B")
+            yield rows.data.cast("B")
         check_unchanged(self.pieces)
 
 
@@ -102,7 +102,7 @@ class Columns:
             ranges = [piece.slice(start * row_bytes, n_rows * row_bytes) for piece in self.pieces]
             parts = [_read(part).reshape(n_rows, -1, block_bytes) for part in ranges]
             rows = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
-            yield memoryview(np.ascontiguousarray(rows[:, chosen])).cast("B")
+            yield np.ascontiguousarray(rows[:, chosen]).data.cast("B")
         check_unchanged(self.pieces)
 
 
@@ -160,5 +160,5 @@ def _copy_rows(
 
 def _read(data: FileRange) -> np.ndarray:
     raw = np.empty(data.n_bytes, np.uint8)
-    data.part.read_into(memoryview(raw), data.offset)
+    data.part.read_into(raw.data, data.offset)
     return raw

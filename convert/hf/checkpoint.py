@@ -195,7 +195,9 @@ def _architecture(folder: Path, config: dict[str, Any], known: Collection[str]) 
 
 def _layer_count(config: dict[str, Any]) -> int:
     for part in (config, *(config.get(key) for key in _TEXT_CONFIGS)):
-        for key in ("num_hidden_layers", "n_layers") if isinstance(part, dict) else ():
+        if not isinstance(part, dict):
+            continue
+        for key in ("num_hidden_layers", "n_layers"):
             value = part.get(key)
             if isinstance(value, int) and 0 < value < 10_000:
                 return value

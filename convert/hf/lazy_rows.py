@@ -176,10 +176,10 @@ class RowEvaluator:
         n_dims = max((len(value.shape) for value in arguments if hasattr(value, "shape")), default=0)
         operands = []
         for value in arguments:
-            shape = tuple(value.shape) if hasattr(value, "shape") else ()
-            if len(shape) == n_dims and shape[0] == n_rows:
+            shape: tuple[int, ...] = tuple(value.shape) if hasattr(value, "shape") else ()
+            if shape and len(shape) == n_dims and shape[0] == n_rows:
                 operands.append(self.rows(value, start, stop))
-            elif len(shape) < n_dims or shape[0] == 1:  # broadcast over the leading axis
+            elif not shape or len(shape) < n_dims or shape[0] == 1:  # broadcast over the leading axis
                 operands.append(self.whole(value))
             else:
                 return None

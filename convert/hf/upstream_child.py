@@ -159,7 +159,8 @@ def _forbid_remote_code(trusted: bool) -> None:
     """Run Python files of the checkpoint only where the user said so; the converter might without asking."""
     import transformers
 
-    for auto in (transformers.AutoTokenizer, transformers.AutoConfig):
+    classes: tuple[Any, ...] = (transformers.AutoTokenizer, transformers.AutoConfig)
+    for auto in classes:
         original = auto.from_pretrained.__func__
 
         def from_pretrained(cls: Any, *args: Any, _original: Any = original, **kwargs: Any) -> Any:

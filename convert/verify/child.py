@@ -123,7 +123,7 @@ def predicts_tokens(model_class: Any) -> bool:
 
 def dequantizing(quantization: Any) -> Any:
     """A checkpoint's quantisation, set to give plain weights; raises NotVerifiable."""
-    from transformers import FineGrainedFP8Config, Mxfp4Config
+    from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
 
     method = quantization["quant_method"] if isinstance(quantization, dict) else quantization.quant_method
     known: dict[str, Any] = {"mxfp4": Mxfp4Config, "fp8": FineGrainedFP8Config}

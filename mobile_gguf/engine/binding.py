@@ -75,6 +75,8 @@ class Engine:
             "context_error": (text, [address]),
             "trace_start": (status, [address, text]),
             "trace_stop": (status, [address]),
+            "routed_watch": (status, [address, ctypes.c_bool]),
+            "routed_read": (n, [address, ctypes.c_uint64, address, n, address, address]),
             "set_replay": (status, [address, address, n, n, n]),
             "set_precise": (status, [ctypes.c_bool]),
             "observe_start": (status, [address, n]),

@@ -12,7 +12,7 @@ from typing import Any
 
 from mobile_gguf.options.words import CACHE, HOST, LAYERS, OFF, ON
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 
 # the engine's numbers for the words of the options
 EVICTION = {"lru": 0, "moepic": 1, "decay": 2}
@@ -23,6 +23,7 @@ PREFETCH = {OFF: 0, ON: 1, "auto": 2}
 PREDICT = {"auto": 0, "router": 1, "transitions": 2}  # auto: the router where the model has a plain one
 OBSERVE = {"routes": 1, "neurons": 2, "inputs": 4}
 NOT_RESIDENT, LOADING, RESIDENT = 0, 1, 2
+ROUTED_MAX = 65536  # entries of what was routed that a context keeps
 
 # An engine of the same ABI may append fields; reading into a larger block keeps that harmless.
 _SLACK_BYTES = 1024
@@ -125,6 +126,12 @@ class CountersStruct(ctypes.Structure):
     """``struct mobile_counters``."""
 
     _fields_ = [(name, ctypes.c_uint64) for name in Counters.__dataclass_fields__]
+
+
+class RoutedStruct(ctypes.Structure):
+    """``struct mobile_routed``."""
+
+    _fields_ = [(name, ctypes.c_int32) for name in ("step", "layer", "expert", "missed")]
 
 
 # what is moved ahead of need

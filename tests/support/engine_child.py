@@ -12,6 +12,7 @@ import ctypes
 import json
 import os
 import sys
+import threading
 from typing import Any
 
 import llama_cpp.llama_cpp as lib
@@ -56,6 +57,8 @@ def bind() -> ctypes.CDLL | None:
         "mobile_context_error": (char_p, [void_p]),
         "mobile_trace_start": (int32, [void_p, char_p]),
         "mobile_trace_stop": (int32, [void_p]),
+        "mobile_routed_watch": (int32, [void_p, ctypes.c_bool]),
+        "mobile_routed_read": (int32, [void_p, ctypes.c_uint64, void_p, int32, void_p, void_p]),
         "mobile_set_replay": (int32, [void_p, int32_p, int32, int32, int32]),
     }
     for name, (restype, argtypes) in signatures.items():
@@ -227,6 +230,19 @@ class Run:
             code, logits = self.decode([out[-1]], [n + len(out) - 1], [0], [0])
         return self.finish(op, code, [logits]) | {"tokens": out}
 
+    def op_follow(self, op: dict[str, Any]) -> dict[str, Any]:
+        """Runs ``following`` one by one after ``tokens``: the logits of ``tokens``' last and of each, and the
+        likeliest token after each."""
+        n = len(op["tokens"])
+        code, logits = self.decode(op["tokens"], list(range(n)), [0] * n, [n - 1])
+        rows = [logits]
+        for i, token in enumerate(op["following"]):
+            if code != 0:
+                break
+            code, logits = self.decode([token], [n + i], [0], [0])
+            rows.append(logits)
+        return self.finish(op, code, rows) | {"likeliest": [int(row[-1].argmax()) for row in rows]}
+
     def memory(self) -> Any:
         memory = lib.llama_get_memory(self.ctx)
         assert memory is not None
@@ -306,6 +322,55 @@ class Run:
     def op_trace_stop(self, op: dict[str, Any]) -> dict[str, Any]:
         assert mobile is not None
         return {"status": mobile.mobile_trace_stop(self.ctx)}
+
+    def op_watch(self, op: dict[str, Any]) -> dict[str, Any]:
+        """Records in memory what is routed, or no longer."""
+        assert mobile is not None
+        return {"status": mobile.mobile_routed_watch(self.ctx, op["on"])}
+
+    def read_routed(self, since: int, room: np.ndarray, n: int) -> tuple[int, int, int]:
+        """What mobile_routed_read returns, the next number, and how many were lost."""
+        assert mobile is not None
+        following, lost = ctypes.c_uint64(), ctypes.c_uint64()
+        status = mobile.mobile_routed_read(
+            self.ctx, since, room.ctypes.data, n, ctypes.byref(following), ctypes.byref(lost)
+        )
+        return status, following.value, lost.value
+
+    def op_routed(self, op: dict[str, Any]) -> dict[str, Any]:
+        """Saves up to ``n`` entries from ``since`` on: int32 [entries, (step, layer, expert, missed)]."""
+        room = np.zeros((max(0, op["n"]), 4), np.int32)
+        n, following, lost = self.read_routed(op["since"], room, op["n"])
+        if "save" in op:
+            self.arrays[f"{self.spec['name']}/{op['save']}"] = room[: max(0, n)]
+        return {"status": n, "next": following, "lost": lost}
+
+    def op_routed_while(self, op: dict[str, Any]) -> dict[str, Any]:
+        """Ops while another thread reads what is routed, ``n`` entries at a time, and saves them all."""
+        stop, taken, lost = threading.Event(), [np.zeros((0, 4), np.int32)], 0
+        n_while_running = 0
+
+        def read() -> None:
+            nonlocal lost, n_while_running
+            room, since = np.zeros((op["n"], 4), np.int32), 0
+            while True:
+                ending = stop.is_set()
+                n, since, n_lost = self.read_routed(since, room, op["n"])
+                lost += n_lost
+                taken.append(room[:n].copy())
+                n_while_running += n if not ending else 0
+                if ending and n == 0:
+                    return
+
+        thread = threading.Thread(target=read)
+        thread.start()
+        try:
+            done = [getattr(self, f"op_{each['op']}")(each) for each in op["ops"]]
+        finally:
+            stop.set()
+            thread.join()
+        self.arrays[f"{self.spec['name']}/{op['save']}"] = np.concatenate(taken)
+        return {"lost": lost, "n_while_running": n_while_running, "done": done}
 
     def op_replay(self, op: dict[str, Any]) -> dict[str, Any]:
         """Sets a replay of ids [n_steps][n_layer][k]; null ends it."""

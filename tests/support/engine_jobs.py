@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,12 @@ def on_engine(*runs: dict[str, Any], **how: Any) -> engine_libs.Outcome:
 def on_stock(*runs: dict[str, Any]) -> engine_libs.Outcome:
     """Runs a job on the stock build."""
     return engine_libs.run_job(engine_libs.stock_lib(), list(runs))
+
+
+def read_trace(path: Path) -> list[dict[str, float]]:
+    """The rows of a trace, numbers by column."""
+    with path.open(newline="") as f:
+        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(f)]
 
 
 def assert_same_bits(actual: np.ndarray, expected: np.ndarray, label: str) -> None:

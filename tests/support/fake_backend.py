@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from mobile_gguf.engine.experts import Experts, ExpertSource
 from mobile_gguf.engine.structs import Counters, DeviceCounters, ModelInfo, PrefetchCounters
 from mobile_gguf.errors import UsageError
 from mobile_gguf.generate.decode import ALL_EXPERTS, Pass, Policy, decode_prompt, decode_token
@@ -131,9 +132,13 @@ class FakeBackend:
         self._device_counters = DeviceCounters()
         self.device: Any = None
         self.devices: tuple[Any, ...] = ()
+        self.expert_source: ExpertSource | None = None
         self.ctx = 1
         self.has_engine = has_engine
         self.store = ModelInfo(4 * MIB, 2 * MIB, MIB, 4 * MIB, 4, 4, 16, TOP_K, 0, 0) if has_store else None
+
+    def experts(self, info: GgufInfo) -> Experts:
+        return Experts(self.expert_source, info.moe_layers, info.n_expert)
 
     # decode.Decoder
 
