@@ -11,6 +11,7 @@ from typing import Any
 
 from mobile_gguf.errors import MobileError
 from mobile_gguf.generate.decode import default_little_k
+from mobile_gguf.gguf import keys
 from mobile_gguf.gguf.header import read_header
 from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.memory.threads import default_threads
@@ -19,9 +20,6 @@ from mobile_gguf.options.words import BIG_LITTLE, DEFAULT_IO_THREADS, EXACT
 
 from .predict import DEFAULT_BIG_SHARE, Settings
 
-HOTNESS = "mobile.hotness"
-PREFIX = "mobile.head."  # as head.py has it, which imports numpy
-_CALIBRATION = "mobile.calibration.json"
 _MAX_HOTNESS_BYTES = 1 << 24
 _F32 = 0
 
@@ -38,8 +36,8 @@ def make_settings(
 ) -> Settings:
     """What a prediction for these options is for; ``learnt_share`` is what earlier runs had of big tokens."""
     k = info.n_expert_used
-    by_head = f"{PREFIX}threshold" in info.metadata and options.importance != "confidence"
-    own = info.metadata.get(f"{PREFIX}little_k") if by_head else None
+    by_head = keys.HEAD_THRESHOLD in info.metadata and options.importance != "confidence"
+    own = info.metadata.get(keys.HEAD_LITTLE_K) if by_head else None
     little_k = options.little_k or (own if isinstance(own, int) and own > 0 else default_little_k(k))
     wanted = mode or options.mode
     return Settings(
@@ -71,7 +69,7 @@ def big_share(
         return 1.0, 1.0, 1.0
     threshold = options.head_threshold
     if by_head and threshold is None:
-        threshold = info.metadata.get(f"{PREFIX}threshold")
+        threshold = info.metadata.get(keys.HEAD_THRESHOLD)
     setting = threshold if by_head else options.gamma
     kind = "head" if by_head else "confidence"
     points = [
@@ -93,7 +91,7 @@ def _around(share: float, spread: float) -> tuple[float, float, float]:
 
 
 def _curve(info: GgufInfo) -> Sequence[dict[str, Any]]:
-    text = info.metadata.get(_CALIBRATION)
+    text = info.metadata.get(keys.CALIBRATION_JSON)
     try:
         found = json.loads(text) if isinstance(text, str) else None
     except ValueError:
@@ -117,7 +115,7 @@ def read_hotness(info: GgufInfo) -> list[list[float]] | None:
         except MobileError:
             return None
         for tensor in header.tensors:
-            if tensor.name == HOTNESS:
+            if tensor.name == keys.HOTNESS:
                 return _floats(path, header.data_start + tensor.offset, tensor.shape, tensor.type_id)
     return None
 

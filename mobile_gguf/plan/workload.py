@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from dataclasses import dataclass
 
+from mobile_gguf.gguf import keys
+from mobile_gguf.gguf.experts import expert_name
 from mobile_gguf.gguf.header import TensorInfo, read_header
 from mobile_gguf.gguf.info import GgufInfo
-
-_STACKED = re.compile(r"blk\.\d+\.ffn_(?:gate|up|down|gate_up)_exps\.weight")
-_SINGLE = re.compile(r"blk\.\d+\.ffn_(?:gate|up|down|gate_up)\.(\d+)\.weight")
 
 
 @dataclass(frozen=True)
@@ -52,14 +50,16 @@ def read_workload(info: GgufInfo) -> Workload:
     dense: Counter[tuple[int, int, int, int]] = Counter()
     experts: Counter[tuple[int, int, int, int]] = Counter()
     for tensor in tensors:
-        if len(tensor.shape) < 2 or tensor.name.startswith("mobile."):
+        if len(tensor.shape) < 2 or keys.is_ours(tensor.name):
             continue
-        if _STACKED.fullmatch(tensor.name):
+        name = expert_name(tensor.name)
+        if name is None:
+            if not _is_table(tensor.name, names):
+                dense[_key(tensor, 1)] += 1
+        elif name.number is None:
             experts[_key(tensor, tensor.shape[2] if len(tensor.shape) > 2 else 1)] += 1
-        elif match := _SINGLE.fullmatch(tensor.name):
-            experts[_key(tensor, 1)] += int(match[1]) == 0
-        elif not _is_table(tensor.name, names):
-            dense[_key(tensor, 1)] += 1
+        else:
+            experts[_key(tensor, 1)] += name.number == 0
     n_layer = max(1, info.n_layer_moe)
     return Workload(
         tuple(Product(*key[:3], count=n, n_bytes=key[3]) for key, n in sorted(dense.items())),
@@ -74,7 +74,7 @@ def count_weights(info: GgufInfo) -> int:
     n = 0
     for path in info.files:
         for tensor in read_header(path).tensors:
-            if not tensor.name.startswith("mobile."):
+            if not keys.is_ours(tensor.name):
                 n += math.prod(tensor.shape)
     return n
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from mobile_gguf.api import loading
 from mobile_gguf.device import tier as device_tier
-from mobile_gguf.engine.listing import Device
+from mobile_gguf.engine.devices import Device
 from mobile_gguf.engine.structs import DeviceInfo
 from mobile_gguf.errors import BudgetError
 from mobile_gguf.flags import add_arguments
