@@ -11,10 +11,9 @@ import threading
 import weakref
 from collections.abc import Callable, Generator, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mobile_gguf.engine.devices import Device
-from mobile_gguf.engine.experts import Experts
 from mobile_gguf.engine.structs import Counters, DeviceCounters
 from mobile_gguf.errors import ModelBusyError, UsageError
 from mobile_gguf.generate.answer import Answer, Backend, Chunk, Reply
@@ -30,6 +29,9 @@ from .embedding import Embedding, embed
 from .messages import Messages, as_messages
 from .request import make_request, prompt_tokens, token_ids
 from .stats import model_stats
+
+if TYPE_CHECKING:
+    from mobile_gguf.engine.experts import Experts
 
 logger = logging.getLogger("mobile_gguf")
 

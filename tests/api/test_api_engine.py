@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +195,47 @@ def test_budgets_from_too_small_to_the_smallest(demo_gguf):
     with mobile_gguf.load(demo_gguf, ram_budget=info.budget_min_bytes, **FAST) as model:
         receipt = model.generate("x", max_tokens=2).receipt
     assert receipt.resident_bytes_peak <= receipt.budget_bytes <= info.budget_min_bytes
+
+
+def test_the_live_map_is_read_while_a_model_decodes_and_closes(engine, demo_gguf):
+    """From two threads at once: what the receipts count is what they see, and the end is no crash."""
+    model = mobile_gguf.load(demo_gguf, ram_budget="40%", **FAST)
+    experts, stop = model.experts(), threading.Event()
+    seen: dict[int, list[Any]] = {0: [], 1: []}
+    failures: list[BaseException] = []
+    with experts.watch() as early:
+
+        def read(which: int) -> None:
+            try:
+                with experts.watch() as watch:
+                    while not stop.is_set():
+                        if (places := experts.places()) is not None:
+                            assert places.host.shape == (len(experts.layers), experts.n_expert)
+                        seen[which].append(watch.take())
+            except BaseException as failure:  # for the thread that asserts
+                failures.append(failure)
+
+        readers = [threading.Thread(target=read, args=(which,)) for which in seen]
+        for reader in readers:
+            reader.start()
+        reply = model.generate("Once", mode="exact", **GREEDY)
+        asked = early.take()
+        model.close()
+        assert experts.places() is None
+        assert not early.take()
+        stop.set()
+        for reader in readers:
+            reader.join()
+    assert not failures
+    receipt = reply.receipt
+    assert asked.n_lost == 0
+    single = (
+        asked.steps >= asked.steps[-1] - len(reply.tokens) + 2
+    )  # behind the prompt every need is one entry
+    assert set(asked.rows.tolist()) == set(range(len(experts.layers)))
+    assert 0 < asked.missed[single].sum() <= receipt.expert_misses
+    for takes in seen.values():
+        assert sum(len(take) for take in takes) > 0
 
 
 def test_headers_and_the_engine_agree(model):

@@ -4,13 +4,15 @@ import shutil
 from contextlib import contextmanager
 
 import pytest
-from fake_backend import FakeBackend, scripted
+from expert_source import ScriptedSource
+from fake_backend import FakeBackend, fake_info, scripted
 
 pytest.importorskip("fastapi", reason="pip install 'mobile-gguf[server]'")
 sync = pytest.importorskip("playwright.sync_api", reason="pip install 'mobile-gguf[dev]'")
 from server_harness import SECONDS, Gate, running, until  # noqa: E402
 
 from mobile_gguf.errors import ExpertReadError  # noqa: E402
+from mobile_gguf.gguf.info import ExpertLayer  # noqa: E402
 
 DESKTOP, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
 FIRST_WORDS = 4  # the prompt and three tokens
@@ -263,3 +265,12 @@ def test_who_asked_for_less_motion_gets_none(browser, fake_model):
         assert page.evaluate(cursor) == "none"
         page.keyboard.press("Escape")
         gate.open()
+
+
+def test_the_map_has_no_row_for_a_dense_layer_and_says_so(browser, fake_model):
+    backend = FakeBackend(scripted("hello"))
+    backend.expert_source = ScriptedSource(4, 16)
+    info = fake_info(expert_layers=(ExpertLayer(16, (1 << 15, 1 << 15)),) * 3)
+    with running(fake_model(backend, info=info)) as server, opened(browser, server) as page:
+        page.wait_for_selector("#map-size:has-text('(1 more without experts)')", state="attached")
+        assert "0 of 48 in memory" in page.text_content("#map-note")
