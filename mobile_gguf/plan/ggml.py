@@ -19,7 +19,7 @@ from mobile_gguf.engine.binding import load_library
 from mobile_gguf.errors import EngineError
 
 F32, I32 = 0, 26
-CPU, GPU, IGPU, ACCEL = 0, 1, 2, 3  # enum ggml_backend_dev_type
+CPU = 0  # of enum ggml_backend_dev_type
 _BUFFER_OFFSET = 8  # of `buffer` in struct ggml_tensor, after an enum
 _GRAPH_NODES = 4096
 _FILL = 0x11  # as a half it is a small ordinary number, as it is in quants
