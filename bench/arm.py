@@ -16,6 +16,7 @@ from typing import IO, Any
 
 from mobile_gguf.errors import EngineError
 from mobile_gguf.memory.cap import CgroupError, MemoryCgroup, create_memory_cgroup
+from mobile_gguf.options.words import DEFAULT_EVICTION, DEFAULT_IO_THREADS
 
 from .child import Job
 from .trace import Trace
@@ -36,10 +37,10 @@ class Arm:
     cap_bytes: int
     resident: bool = False  # all experts fit
     threads: int = 1
-    io_threads: int = 4
+    io_threads: int = DEFAULT_IO_THREADS
     load_mode: str = "mmap"
     repack: bool = False
-    eviction: str = "decay"
+    eviction: str = DEFAULT_EVICTION
     prefetch: str = "off"
 
     @property

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mobile_gguf.errors import EngineError, MobileError
+from mobile_gguf.options.words import DEFAULT_EVICTION, DEFAULT_IO_THREADS
 
 LOAD_MODES = {"no-mmap": 0, "mmap": 1, "direct-io": 4}  # enum llama_load_mode
 
@@ -37,8 +38,8 @@ class Job:
     threads: int = 1
     decode_k: int = 0
     budget_bytes: int = 0
-    io_threads: int = 4
-    eviction: str = "decay"
+    io_threads: int = DEFAULT_IO_THREADS
+    eviction: str = DEFAULT_EVICTION
     prefetch: str = "off"
     predictor: str = "auto"
     ids: bool = False

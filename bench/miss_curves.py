@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from mobile_gguf.options.words import DEFAULT_EVICTION, EVICTION
+
 from .simulate import POLICIES, Accesses, accesses, simulate
 from .trace import Trace, read_trace
 
@@ -21,7 +23,7 @@ SHARES = (0.04, 0.0625, 0.09, 0.125, 0.18, 0.25, 0.35, 0.5, 0.7, 0.85)
 EXPERTS = (8, 16, 32, 64, 128)
 TOP_K = (1, 2, 3, 6)
 WARM = 32  # decoded tokens after which the cache is taken to be in its steady state
-ENGINE_POLICIES = ("decay", "lru", "moepic")
+ENGINE_POLICIES = tuple(sorted(EVICTION))
 
 
 def merge_experts(asked: Accesses, n_groups: int, seed: int = 0) -> Accesses:
@@ -68,7 +70,7 @@ def main(arguments: list[str]) -> int:
     spread = []
     for n_groups in EXPERTS:
         for k in TOP_K:
-            found = [miss_rates(trace, n_groups, k, "decay") for trace in traces]
+            found = [miss_rates(trace, n_groups, k, DEFAULT_EVICTION) for trace in traces]
             needs = statistics.fmean(one[0] for one in found)
             rates = [statistics.fmean(column) for column in zip(*(one[1] for one in found), strict=True)]
             spread += [

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from mobile_gguf.errors import UsageError
+from mobile_gguf.options.words import DEFAULT_EVICTION, EXACT, LITTLE, OFF
 from mobile_gguf.sizes import GIB, MIB, format_bytes, parse_size
 
 from .arm import Arm
 from .geometry import ModelShape
 
-DEFAULT_IO_THREADS = (2, 4, 8)
+IO_THREADS = (2, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -22,17 +23,17 @@ class BenchOptions:
 
     trace: Path | None = None
     budgets: tuple[str, ...] = ("12%", "25%", "100%")
-    modes: tuple[str, ...] = ("exact", "little")
+    modes: tuple[str, ...] = (EXACT, LITTLE)
     versus: tuple[str, ...] = ("stock",)
-    evictions: tuple[str, ...] = ("decay",)
-    prefetches: tuple[str, ...] = ("off",)
+    evictions: tuple[str, ...] = (DEFAULT_EVICTION,)
+    prefetches: tuple[str, ...] = (OFF,)
     size_bytes: int = 4 * GIB
     tokens: int = 32
     repeats: int = 3
     slack_bytes: int = 700 * MIB
     arm_limit_s: float = 300.0
     threads: tuple[int, ...] = ()
-    io_threads: tuple[int, ...] = DEFAULT_IO_THREADS
+    io_threads: tuple[int, ...] = IO_THREADS
     disk_s: float = 2.0
     engine_lib: Path | None = None
     stock_lib: Path | None = None

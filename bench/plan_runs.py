@@ -14,7 +14,7 @@ from mobile_gguf.engine.listing import Device
 from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.memory.fit import asked_of, fit_model
 from mobile_gguf.memory.machine import read_memory
-from mobile_gguf.options import LoadOptions
+from mobile_gguf.options import LoadOptions, make_options
 from mobile_gguf.options.words import BIG_LITTLE
 from mobile_gguf.plan.disk import disk_name
 from mobile_gguf.plan.ggml import Ggml
@@ -24,6 +24,7 @@ from mobile_gguf.plan.planner import settings_of
 from mobile_gguf.plan.predict import predict
 from mobile_gguf.plan.speed import Prediction
 from mobile_gguf.plan.workload import read_workload
+from mobile_gguf.sizes import OFF
 
 from .arm import Arm, Runner
 from .disk import drop_page_cache
@@ -56,12 +57,9 @@ class Case:
 
     def options(self, rpc: str = "") -> LoadOptions:
         """What the model is loaded with."""
-        options = LoadOptions(
-            mode=self.mode, ram_budget=self.budget, threads=self.threads, n_ctx=N_CTX, vram_budget="off"
-        )
-        if not rpc:
-            return options
-        return replace(options, rpc=rpc, vram_budget=self.vram, placement=self.placement, miss=self.miss)
+        asked = {"mode": self.mode, "ram_budget": self.budget, "threads": self.threads, "n_ctx": N_CTX}
+        device = {"rpc": rpc, "vram_budget": self.vram, "placement": self.placement, "miss": self.miss}
+        return make_options(LoadOptions, asked | (device if rpc else {"vram_budget": OFF}))
 
 
 @dataclass

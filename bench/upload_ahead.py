@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import mobile_gguf
+from mobile_gguf.api.model import backend_of
 from mobile_gguf.engine.binding import find_engine
 
 from .hardware import describe_hardware
@@ -63,7 +64,7 @@ def _run(model: mobile_gguf.Model, n_tokens: int, mode: str) -> dict[str, Any]:
     return {
         "ms_per_token": reply.timings["predicted_per_token_ms"],
         "n_tokens": len(reply.tokens),
-        "device": dataclasses.asdict(model.llama.device_counters()),
+        "device": dataclasses.asdict(backend_of(model).device_counters()),
         "receipt": reply.receipt.to_dict(),
     }
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mobile_gguf.options import GenerateOptions, LoadOptions, declared, defaults
+from mobile_gguf.options.opt import as_written
 
 PAGE = Path(__file__).with_name("api.md")
 # (heading, module, names); the order in which a reader needs them
@@ -121,7 +122,7 @@ def _option_table(options: type[Any]) -> Iterator[str]:
     for name, opt in declared(options).items():
         choices = f" ({', '.join(opt.choices)})" if opt.choices else ""
         flags = ", ".join(f"`{flag}`" for flag in opt.flags)
-        yield f"| `{name}` | `{default[name]!r}` | {flags} | {_cell(opt.help + choices)} |"
+        yield f"| `{name}` | `{as_written(default[name])!r}` | {flags} | {_cell(opt.help + choices)} |"
 
 
 def _cell(text: str) -> str:

@@ -3,6 +3,8 @@
 A message says what is wrong, with which file or value, and what to do, in one line.
 """
 
+import reprlib
+
 
 class MobileError(Exception):
     """Base of every error a user can cause or meet; its text is meant for them."""
@@ -58,3 +60,15 @@ class QueueFullError(MobileError):
 
 class ModelBusyError(MobileError):
     """A Model was used from two threads at once, or after close()."""
+
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 80
+
+
+def shown(value: object) -> str:
+    """A value as a message may have it: short, whatever it is."""
+    try:
+        return _short.repr(value)
+    except Exception:  # of whatever has a repr of its own
+        return f"a {type(value).__name__}"

@@ -71,8 +71,7 @@ def _texts(opt: Opt, value: Any) -> list[str]:
 
 def _texts_of_one(opt: Opt, value: Any) -> list[str]:
     if opt.read in (parse_size, parse_size_or_off):
-        size = opt.read(value)
-        return [size_flag(size) if isinstance(size, Size) else size]
+        return [size_flag(value) if isinstance(value, Size) else value]
     if opt.read is parse_bias:
         return [format_bias(value)]
     return [value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)]
@@ -83,11 +82,19 @@ def parse_setting(name: str, text: str, options: type[Any]) -> tuple[str, Any]:
 
     Raises UsageError for an unknown name or a value that cannot be read.
     """
+    known = option_named(name, options)
+    if known is None:
+        raise UsageError(f"unknown option {name!r}: there are {', '.join(declared(options))}")
+    return known, _parse(known, declared(options)[known], text, defaults(options)[known])
+
+
+def option_named(name: str, options: type[Any]) -> str | None:
+    """The option that ``name`` means, its own or a flag; None if there is none."""
     wanted = _plain(name)
     for known, opt in declared(options).items():
         if wanted == known or wanted in map(_plain, opt.flags):
-            return known, _parse(known, opt, text, defaults(options)[known])
-    raise UsageError(f"unknown option {name!r}: there are {', '.join(declared(options))}")
+            return known
+    return None
 
 
 def _plain(name: str) -> str:
@@ -102,16 +109,22 @@ def _parse(name: str, opt: Opt, text: str, default: Any) -> Any:
             raise UsageError(f"{name} is {text!r}: choose on or off")
         return text.lower() == "on"
     try:
-        value = opt.check(name, opt.read(text))
+        value = opt.read(text)
     except ValueError:
         raise UsageError(f"{name} is {text!r}: it must be a number") from None
-    return [value] if opt.repeated else value
+    return opt.take(name, [value] if opt.repeated else value)
+
+
+def reader(name: str, options: type[Any]) -> Callable[[str], Any]:
+    """How argparse reads one option's text, for a flag that a verb declares itself."""
+    return _reader(name, declared(options)[name])
 
 
 def _reader(name: str, opt: Opt) -> Callable[[str], Any]:
     def read(text: str) -> Any:
         try:
-            return opt.check(name, opt.read(text))
+            # what is given several times is taken as a whole, by make_options
+            return opt.read(text) if opt.repeated else opt.take(name, opt.read(text))
         except UsageError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 from decimal import Decimal
+from typing import Final, Literal
 
-from .errors import UsageError
+from .errors import UsageError, shown
 
 KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
 
@@ -19,6 +19,8 @@ _UNITS = {
     "g": GIB, "gi": GIB, "gib": GIB, "gb": 10**9,
     "t": TIB, "ti": TIB, "tib": TIB, "tb": 10**12,
 }  # fmt: skip
+_WRITE = "write bytes, 512MiB, 2G, 40% or auto"
+_MAX_BYTES = 1 << 63
 _PATTERN = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*([a-zA-Z]*|%)")
 
 
@@ -43,7 +45,7 @@ class Size:
 
 
 AUTO = Size()
-OFF = "off"
+OFF: Final = "off"
 
 
 def parse_size(value: str | int | Size) -> Size:
@@ -54,29 +56,37 @@ def parse_size(value: str | int | Size) -> Size:
     if isinstance(value, Size):
         return value
     if isinstance(value, int) and not isinstance(value, bool):
-        if value <= 0:
-            raise UsageError(f"a size must be more than 0 bytes, not {value}")
-        return Size(n_bytes=value)
-    text = value.strip() if isinstance(value, str) else ""
+        return _in_bytes(value, value)
+    if not isinstance(value, str):
+        raise UsageError(f"{shown(value)} is not a size: {_WRITE}")
+    return parse_text(value)
+
+
+def parse_text(value: str) -> Size:
+    """Read the text of a size, as ``parse_size`` does. Raises UsageError."""
+    text = value.strip()
     if text.lower() == "auto":
         return AUTO
     match = _PATTERN.fullmatch(text)
     if match is None or (match[2] != "%" and match[2].lower() not in _UNITS):
-        raise UsageError(f"{value!r} is not a size: write bytes, 512MiB, 2G, 40% or auto")
+        raise UsageError(f"{shown(value)} is not a size: {_WRITE}")
     number = float(match[1])
     if match[2] == "%":
         if not 0 < number <= 100:
-            raise UsageError(f"{value!r} is not a share: write more than 0% and at most 100%")
+            raise UsageError(f"{shown(value)} is not a share: write more than 0% and at most 100%")
         return Size(fraction=number / 100)
-    if not math.isfinite(number):
-        raise UsageError(f"{value!r} is not a size: the number is too large")
-    n_bytes = int(number * _UNITS[match[2].lower()])
-    if n_bytes <= 0:
-        raise UsageError(f"{value!r} is not a size: write at least one byte")
-    return Size(n_bytes=n_bytes)
+    return _in_bytes(number * _UNITS[match[2].lower()], value)
 
 
-def parse_size_or_off(value: str | int | Size) -> Size | str:
+def _in_bytes(number: int | float, given: str | int) -> Size:
+    if not number < _MAX_BYTES:
+        raise UsageError(f"{shown(given)} is not a size: the number is too large")
+    if number < 1:
+        raise UsageError(f"{shown(given)} is not a size: write at least one byte")
+    return Size(n_bytes=int(number))
+
+
+def parse_size_or_off(value: str | int | Size) -> Size | Literal["off"]:
     """Read a size, or ``off``, which comes back as it is; raises UsageError for anything else."""
     if isinstance(value, str) and value.strip().lower() == OFF:
         return OFF

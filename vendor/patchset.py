@@ -9,6 +9,7 @@ from mobile_gguf.errors import EngineBuildError
 
 SERIES = "series"
 SOURCES = "src"
+_SOURCE_SUFFIXES = {".h", ".c", ".cpp", ".cmake"}
 HEADER_FIELDS = ("What", "Why", "Upstream", "Drop when")
 STOCK_FIELD = (
     "Stock"  # of a patch without which upstream does not compile or run here; says what it does then
@@ -80,9 +81,13 @@ def _read_patch(path: Path) -> Patch:
     return Patch(path, text.partition("diff --git ")[0])
 
 
-def read_sources(directory: Path) -> list[Path]:
-    """Our C and C++ files, sorted by name."""
-    return sorted(path for path in (directory / SOURCES).glob("*") if path.suffix in {".h", ".c", ".cpp"})
+def read_sources(directory: Path) -> dict[str, Path]:
+    """Our C and C++ files and the CMake files that list them, by their path below `src`, sorted."""
+    root = directory / SOURCES
+    found = {
+        path.relative_to(root).as_posix(): path for path in root.rglob("*") if path.suffix in _SOURCE_SUFFIXES
+    }
+    return dict(sorted(found.items()))
 
 
 def source_abi_version(directory: Path) -> int | None:

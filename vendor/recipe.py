@@ -118,7 +118,9 @@ class Recipe:
             pin=pin,
             options=options,
             patches=tuple((patch.name, patch.sha256) for patch in series),
-            sources=tuple((path.name, _file_digest(path)) for path in patchset.read_sources(directory)),
+            sources=tuple(
+                (name, _file_digest(path)) for name, path in patchset.read_sources(directory).items()
+            ),
             compiler=toolchain.compiler_version(environ),
             machine=tuple(sorted(toolchain.machine_id().items())),
             environment=tuple((name, environ[name]) for name in _COMPILER_VARIABLES if environ.get(name)),

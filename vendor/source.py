@@ -163,10 +163,10 @@ def _run_git(command: Sequence[str], tree: Path) -> tuple[bool, str]:
 def patch_tree(tree: Path, patches: Path) -> None:
     """Apply the series to a stock tree and copy our sources into it. Raises EngineBuildError."""
     apply_patches(tree, patchset.read_series(patches))
-    destination = tree / SOURCES_IN_TREE
-    destination.mkdir(parents=True, exist_ok=True)
-    for path in patchset.read_sources(patches):
-        shutil.copyfile(path, destination / path.name)
+    for name, path in patchset.read_sources(patches).items():
+        destination = tree / SOURCES_IN_TREE / name
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, destination)
 
 
 def apply_patches(tree: Path, patches: Iterable[patchset.Patch]) -> None:

@@ -16,7 +16,7 @@ from mobile_gguf.gguf.info import GgufInfo, read_gguf_info
 from mobile_gguf.memory.fit import asked_of, fit_model
 from mobile_gguf.memory.machine import read_memory
 from mobile_gguf.options import LoadOptions
-from mobile_gguf.sizes import MIB, OFF, Size, parse_size
+from mobile_gguf.sizes import AUTO, MIB, OFF, Size
 
 from ..gguf.experts import read_experts
 from ..gguf.file import GgufSource, Progress, ignore
@@ -36,7 +36,7 @@ def collect(
     model_path: Path,
     chunks: Sequence[Sequence[int]],
     *,
-    ram_budget: str | int | Size = "auto",
+    ram_budget: Size = AUTO,
     threads: int | None = None,
     neurons: bool = True,
     inputs: bool = False,
@@ -82,11 +82,10 @@ def collect(
     return counts.statistics(importance=importance, inputs=observed if inputs else {})
 
 
-def _open(info: GgufInfo, n_ctx: int, ram_budget: str | int | Size, threads: int | None) -> MobileLlama:
+def _open(info: GgufInfo, n_ctx: int, budget: Size, threads: int | None) -> MobileLlama:
     """Load the model; under an ``auto`` budget the logits of a whole batch are counted as well."""
     batch = _batch_size(info)
     options = {"n_ctx": n_ctx, "n_batch": batch, "n_ubatch": batch, "threads": threads}
-    budget = parse_size(ram_budget)
     if budget.is_auto:
         fit = fit_model(info, asked_of(info, LoadOptions(vram_budget=OFF, **options)), read_memory())
         room = fit.memory.available_bytes - fit.demand.total_bytes

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mobile_gguf import __version__
-from mobile_gguf.api.model import Model, load
+from mobile_gguf.api.model import Model, backend_of, load
 from mobile_gguf.engine.binding import find_engine, needs_engine
 from mobile_gguf.errors import MobileError, UsageError
 from mobile_gguf.files.paths import cache_dir
@@ -26,7 +26,7 @@ from mobile_gguf.memory.fit import asked_of, fit_model
 from mobile_gguf.memory.machine import read_memory
 from mobile_gguf.memory.threads import default_threads
 from mobile_gguf.options import LoadOptions
-from mobile_gguf.sizes import OFF, Size, parse_size
+from mobile_gguf.sizes import AUTO, OFF, Size
 
 from ..gguf.file import GgufSource, Progress, ignore, update_gguf
 from .checkpoint import Checkpoint
@@ -62,7 +62,7 @@ class CalibrateOptions:
     imatrix: Path | None = None
     kl: float | None = None
     threads: int | None = None
-    ram_budget: Any = "auto"
+    ram_budget: Size = AUTO
     curve_blocks: int = 8
     resume: bool = True
 
@@ -216,7 +216,7 @@ class _Run:
 
     def measure(self, source: GgufSource) -> None:
         with self._load() as model:
-            if not model.llama.can_step_back:
+            if not backend_of(model).can_step_back:
                 raise UsageError(
                     f"{self.info.path.name} is a {self.info.architecture} model, whose memory cannot be "
                     "rolled back: only modes exact and little work with it, and neither needs calibration"
@@ -249,7 +249,7 @@ class _Run:
     def _load(self) -> Model:
         # The context of its own stays empty; what the sequences need instead is left to them.
         own = {"n_ctx": BLOCK, "n_batch": BLOCK, "n_ubatch": BLOCK, "threads": self.threads}
-        budget = parse_size(self.options.ram_budget)
+        budget = self.options.ram_budget
         if budget.is_auto:
             n_seq = max(
                 _SIDE_BY_SIDE, len(make_settings(self.info.n_expert_used, dict.fromkeys(SHARES, 0.0)))
@@ -295,7 +295,7 @@ class _Run:
         return make_points(settings, measured)
 
     def _lockstep(self, model: Model, n_seq: int) -> Lockstep:
-        return Lockstep(model.llama, n_seq=n_seq, n_ctx=len(self.blocks[0]), threads=self.threads)
+        return Lockstep(backend_of(model), n_seq=n_seq, n_ctx=len(self.blocks[0]), threads=self.threads)
 
 
 def _write(

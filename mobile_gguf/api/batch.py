@@ -20,7 +20,6 @@ from mobile_gguf.errors import MobileError, UsageError
 from mobile_gguf.files.atomic import disk_errors
 from mobile_gguf.generate.answer import INTERRUPTED, Chunk
 from mobile_gguf.options import GenerateOptions, make_options
-from mobile_gguf.options.bias import read_bias
 
 from .messages import as_messages
 from .model import Model
@@ -253,28 +252,7 @@ def _read_item(number: int, text: str, options: Mapping[str, Any], system: str |
         raise UsageError('"messages" must be a list of {"role": ..., "content": ...}')
     merged = {**options, **given}
     make_options(GenerateOptions, merged)
-    _check_types(given)
     return BatchItem(number, text, values.get("id"), prompt, as_messages(messages), merged)
-
-
-def _check_types(given: Mapping[str, Any]) -> None:
-    """What options that are no numbers and no choices may be; the others were checked as declared."""
-    stop = given.get("stop")
-    stops = stop if isinstance(stop, list) else [stop]
-    if stop is not None and not all(isinstance(text, str) and text for text in stops):
-        raise UsageError(f"stop is {stop!r:.60}: it must be text, or a list of texts")
-    grammar, schema = given.get("grammar"), given.get("json_schema")
-    if grammar is not None and not isinstance(grammar, str):
-        raise UsageError(f"grammar is {grammar!r:.60}: it must be text")
-    if schema is not None and not isinstance(schema, (str, dict)):
-        raise UsageError(f"json_schema is {schema!r:.60}: it must be an object or text")
-    bias = given.get("logit_bias")
-    if bias is not None:
-        if not isinstance(bias, dict):
-            raise UsageError(f"logit_bias is {bias!r:.60}: it must be an object of token ids and biases")
-        read_bias(bias, 1 << 31)
-    if not isinstance(given.get("cache_prompt", True), bool):
-        raise UsageError(f"cache_prompt is {given['cache_prompt']!r:.60}: it must be true or false")
 
 
 def _parsed(text: str) -> dict[str, Any]:

@@ -16,6 +16,8 @@ from mobile_gguf.generate.receipt import Receipt
 from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.options.words import POOLINGS, RANK
 
+from .request import token_ids
+
 
 @dataclass(frozen=True)
 class Embedding:
@@ -58,7 +60,7 @@ def embed(
     if isinstance(text, str):
         tokens = backend.tokenize(text.encode(errors="replace"), add_bos=True, special=False)
     else:
-        tokens = [int(token) for token in text]
+        tokens = token_ids(text)
         for token in tokens:
             if not 0 <= token < info.n_vocab:
                 raise UsageError(f"token {token} is not in the vocabulary of {info.n_vocab}")

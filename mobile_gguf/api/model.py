@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import logging
 import os
-import random
 import threading
 import weakref
 from collections.abc import Callable, Generator, Iterable, Sequence
@@ -15,20 +14,22 @@ from pathlib import Path
 from typing import Any
 
 from mobile_gguf.engine.binding import Counters
+from mobile_gguf.engine.listing import Device
 from mobile_gguf.engine.structs import DeviceCounters
 from mobile_gguf.errors import ModelBusyError, UsageError
-from mobile_gguf.generate.answer import Answer, Backend, Chunk, Reply, Request
+from mobile_gguf.generate.answer import Answer, Backend, Chunk, Reply
 from mobile_gguf.generate.decode import Policy
 from mobile_gguf.generate.policy import choose_policy
 from mobile_gguf.gguf.info import GgufInfo, read_gguf_info
 from mobile_gguf.hub.resolve import resolve_model
 from mobile_gguf.memory.demand import context_size
 from mobile_gguf.options import POLICY_OPTIONS, GenerateOptions, LoadOptions, make_options, takes
-from mobile_gguf.options.bias import read_bias
 
 from . import loading
 from .embedding import Embedding, embed
 from .messages import Messages, as_messages
+from .request import make_request, prompt_tokens, token_ids
+from .stats import model_stats
 
 logger = logging.getLogger("mobile_gguf")
 
@@ -89,7 +90,6 @@ class Model:
             self._notify(notice)
         try:
             self._policy = self._make_policy(options)
-            backend.policy = self._policy
         except BaseException:
             backend.close()
             raise
@@ -130,11 +130,13 @@ class Model:
     def configure(self, **changes: Any) -> None:
         """Set mode, gamma, little_k, importance or head_threshold for the answers to come.
 
-        Raises UsageError or EngineError.
+        An answer that has begun goes on as it began. Raises UsageError or EngineError.
         """
+        for name in changes:
+            if name not in POLICY_OPTIONS:
+                raise UsageError(f"{name} cannot be configured: only {', '.join(POLICY_OPTIONS)} can")
         options = make_options(LoadOptions, changes, self.options)
         self._policy = self._make_policy(options)
-        self._require_open().policy = self._policy
         self.options = options
 
     def _make_policy(self, options: LoadOptions) -> Policy:
@@ -158,7 +160,7 @@ class Model:
         ModelBusyError, ExpertReadError, EngineError; a failed answer leaves the Model usable.
         """
         settings = make_options(GenerateOptions, options)
-        return self._stream(self._answer(self._prompt_tokens(prompt), settings, should_stop))
+        return self._stream(self._answer(self.prompt_tokens(prompt), settings, should_stop))
 
     @takes(GenerateOptions)
     def generate(
@@ -175,7 +177,7 @@ class Model:
         ``finish_reason`` ``interrupted``.
         """
         settings = make_options(GenerateOptions, options)
-        return self._join(self._answer(self._prompt_tokens(prompt), settings, should_stop), on_chunk)
+        return self._join(self._answer(self.prompt_tokens(prompt), settings, should_stop), on_chunk)
 
     @takes(GenerateOptions)
     def stream_chat(
@@ -198,37 +200,17 @@ class Model:
         return self._join(self._answer(self.chat_tokens(messages), settings, should_stop), on_chunk)
 
     def _answer(self, prompt: list[int], options: GenerateOptions, should_stop: ShouldStop) -> Answer:
-        backend = self._require_open()
-        if not backend.can_generate:
-            raise UsageError(
-                f"{self.path.name} makes embeddings and no text: use /v1/embeddings or Model.embed"
-            )
-        if not prompt:
-            raise UsageError("the prompt is empty")
-        room = self.n_ctx - len(prompt)
-        if room <= 0:
-            raise UsageError(
-                f"the prompt has {len(prompt)} tokens and the context only {self.n_ctx}: shorten it or load "
-                "the model with a larger --ctx-size"
-            )
-        asked = options.max_tokens
-        seed = options.seed if options.seed is not None else self.options.seed
-        stop = (options.stop,) if isinstance(options.stop, str) else tuple(options.stop or ())
-        request = Request(
-            prompt=prompt,
+        request = make_request(
+            self._require_open(),
+            self.info,
+            prompt,
+            options,
             policy=self._policy_for(options),
-            max_tokens=room if asked is None or asked < 0 else min(asked, room),
-            stop=stop,
-            seed=random.getrandbits(31) if seed is None or seed < 0 else seed,
-            sampling={
-                **options.sampling(),
-                "logit_bias": read_bias(options.logit_bias, self.info.n_vocab),
-                "grammar": backend.make_grammar(options.grammar, options.json_schema),
-            },
-            cache_prompt=options.cache_prompt,
+            n_ctx=self.n_ctx,
+            seed=self.options.seed,
             should_stop=should_stop,
         )
-        return Answer(backend, request, self.info.n_expert_used)
+        return Answer(self._require_open(), request, self.info.n_expert_used)
 
     def _policy_for(self, options: GenerateOptions) -> Policy:
         given = {name: getattr(options, name) for name in POLICY_OPTIONS}
@@ -277,14 +259,12 @@ class Model:
             running.close()
         return answer.reply()
 
-    def _prompt_tokens(self, prompt: str | Sequence[int]) -> list[int]:
-        backend = self._require_open()
-        if not isinstance(prompt, str):
-            return [int(token) for token in prompt]
-        tokens = backend.tokenize(prompt.encode(errors="replace"), add_bos=True, special=True)
-        bos = backend.token_bos()
-        # Without a prompt the model starts from its beginning-of-sequence token, if it has one.
-        return tokens or ([bos] if bos >= 0 else [])
+    def prompt_tokens(self, prompt: str | Sequence[int]) -> list[int]:
+        """The token ids that ``generate`` makes of ``prompt``: text with what the model adds to it.
+
+        Raises UsageError for what is neither text nor token ids.
+        """
+        return prompt_tokens(self._require_open(), prompt)
 
     def chat_tokens(self, messages: Messages, **values: Any) -> list[int]:
         """The prompt that ``messages`` make by the chat template, as token ids for ``stream``.
@@ -296,6 +276,11 @@ class Model:
         if self.info.chat_template is None:
             self._notify(f"{self.path.name} has no chat template: ChatML is used")
         return backend.render_chat(as_messages(messages), **values)
+
+    @property
+    def can_generate(self) -> bool:
+        """Whether the model continues texts; one that only makes embeddings does not."""
+        return self._require_open().can_generate
 
     @property
     def pooling(self) -> str | None:
@@ -320,9 +305,27 @@ class Model:
         return self._require_open().tokenize(text.encode(errors="replace"), add_bos=add_bos, special=special)
 
     def detokenize(self, tokens: Iterable[int], *, special: bool = False) -> str:
-        """Text of token ids; control tokens only if ``special``."""
-        backend = self._require_open()
-        return b"".join(backend.piece(token, special) for token in tokens).decode(errors="replace")
+        """Text of token ids; control tokens only if ``special``. Raises UsageError."""
+        return b"".join(self.piece(token, special=special) for token in token_ids(tokens)).decode(
+            errors="replace"
+        )
+
+    def piece(self, token: int, *, special: bool = False) -> bytes:
+        """A token's bytes, which need not be whole characters; none of a control token unless ``special``.
+
+        Raises UsageError for a token that is not in the vocabulary.
+        """
+        if not 0 <= token < self.info.n_vocab:
+            raise UsageError(f"token {token} is not in the vocabulary of {self.info.n_vocab}")
+        return self._require_open().piece(token, special)
+
+    def is_end(self, token: int) -> bool:
+        """Whether ``token`` ends an answer."""
+        return self._require_open().is_end(token)
+
+    def last_logits(self) -> Any:
+        """The logits [n_vocab] that the last token was sampled from, until the next one is asked for."""
+        return self._require_open().last_logits()
 
     def stats(self) -> dict[str, Any]:
         """The model's settings, its expert store and devices, all counters since it was loaded; bytes and us.
@@ -330,29 +333,25 @@ class Model:
         ``device`` is None on the host alone; ``placement`` in it has the figures of the comparison.
         ``prefetch`` counts the answer that runs or ran last.
         """
-        backend = self._require_open()
-        store = backend.store
-        device_counters = self._device_totals + backend.device_counters()
-        return {
-            "model": str(self.path),
-            "engine": "mobile" if store is not None else "stock",
-            "mode": self._policy.mode,
-            "gamma": self._policy.gamma,
-            "importance": self._policy.importance,
-            "head_threshold": self._policy.head_threshold if self._policy.uses_head else None,
-            "n_expert_used": self.info.n_expert_used,
-            "little_k": self._policy.little_k,
-            "n_ctx": self.n_ctx,
-            "store": dataclasses.asdict(store) if store is not None else None,
-            "counters": dataclasses.asdict(self._totals + backend.counters()),
-            "prefetch": backend.prefetch_counters().to_dict() if store is not None else None,
-            "device": backend.device.facts(device_counters) if backend.device is not None else None,
-        }
+        return model_stats(
+            self._require_open(),
+            self.path,
+            self._policy,
+            n_expert_used=self.info.n_expert_used,
+            n_ctx=self.n_ctx,
+            totals=self._totals,
+            device_totals=self._device_totals,
+        )
+
+    def devices(self) -> tuple[Device, ...]:
+        """The devices that the model was loaded on, with their memory at that time; none: the host alone."""
+        return self._require_open().devices
 
     @property
-    def llama(self) -> Any:
-        """The llama-cpp-python Llama underneath; its own methods decode by this Model's mode too."""
-        return self._require_open()
+    def budget_bytes(self) -> int | None:
+        """Bytes that experts may take in host memory; None where they have no store."""
+        store = self._require_open().store
+        return store.budget_bytes if store is not None else None
 
     def close(self) -> None:
         """Free the model; a stream that was left unfinished ends. Raises ModelBusyError while generating."""
@@ -389,6 +388,14 @@ class Model:
         if self._backend is None:
             raise ModelBusyError(f"this Model of {self.path.name} is closed: load it again")
         return self._backend
+
+
+def backend_of(model: Model) -> Any:
+    """The decoder under a Model, a llama-cpp-python Llama: for what converts, measures or tests.
+
+    No part of the public API: it may be used only while the Model is open and makes no answer.
+    """
+    return model._require_open()
 
 
 @atexit.register

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from mobile_gguf.errors import UsageError
+from mobile_gguf.options.words import DEFAULT_EVICTION, EVICTION, EXACT, LITTLE, OFF, PREFETCH
 from mobile_gguf.sizes import parse_size
 
-MODES = ("exact", "little")
-PREFETCHES = ("off", "on", "auto")
+# a replay follows its trace, so there is no telling which of its tokens are important
+MODES = (EXACT, LITTLE)
 VERSUS = ("stock", "stock-little", "none")
 
 _DESCRIPTION = """Measure decoding speed against stock llama.cpp. A model of random weights that follows a
@@ -42,10 +43,10 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="routing trace, .csv or .csv.gz; without one a made-up routing is used, and said so",
     )
     add("--budget", metavar="LIST", default="12%,25%,100%", help="expert budgets, as shares or sizes")
-    add("--modes", metavar="LIST", default="exact,little", help="modes of the engine")
+    add("--modes", metavar="LIST", default=",".join(MODES), help="modes of the engine")
     add("--vs", metavar="LIST", default="stock", help="stock, stock-little (half the experts) or none")
-    add("--eviction", metavar="LIST", default="decay", help="eviction policies of the engine")
-    add("--prefetch", metavar="LIST", default="off", help="off, on, auto: reading ahead, by transitions")
+    add("--eviction", metavar="LIST", default=DEFAULT_EVICTION, help="eviction policies of the engine")
+    add("--prefetch", metavar="LIST", default=OFF, help="off, on, auto: reading ahead, by transitions")
     add("--size", metavar="SIZE", default="4GiB", help="expert bytes of the model")
     add("--tokens", metavar="N", type=_positive, default=32, help="decoded tokens a run")
     add("--repeats", metavar="N", type=_positive, default=3, help="rounds over all arms")
@@ -77,8 +78,8 @@ def run(args: argparse.Namespace) -> int:
         budgets=budgets,
         modes=_choices(args.modes, "--modes", MODES),
         versus=tuple(name for name in _choices(args.vs, "--vs", VERSUS) if name != "none"),
-        evictions=_choices(args.eviction, "--eviction", _evictions()),
-        prefetches=_choices(args.prefetch, "--prefetch", PREFETCHES),
+        evictions=_choices(args.eviction, "--eviction", EVICTION),
+        prefetches=_choices(args.prefetch, "--prefetch", PREFETCH),
         size_bytes=_bytes(args.size, "--size"),
         tokens=args.tokens,
         repeats=args.repeats,
@@ -117,12 +118,6 @@ def _simulate(args: argparse.Namespace, budgets: tuple[str, ...]) -> int:
 
 def _narrate(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-def _evictions() -> tuple[str, ...]:
-    from mobile_gguf.engine.binding import EVICTION
-
-    return tuple(EVICTION)
 
 
 def _words(text: str, flag: str) -> tuple[str, ...]:

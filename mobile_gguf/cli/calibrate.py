@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import TextIO
 
 from mobile_gguf.errors import UsageError
+from mobile_gguf.flags import reader
 from mobile_gguf.hub.cache import is_in_cache
 from mobile_gguf.hub.resolve import resolve_model
+from mobile_gguf.options import LoadOptions
+from mobile_gguf.sizes import AUTO
 
 from .common import MODEL_HELP, Progress, narrate
 
@@ -51,8 +54,9 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     add("--plot", metavar="FILE", type=Path, help="draw the trade-off curves to a .png or .svg")
     add("--no-resume", action="store_true", help="start anew, whatever a stopped run left")
-    add("--ram-budget", metavar="SIZE", default="auto", help="memory for experts (default: auto)")
-    add("-t", "--threads", metavar="N", type=_positive, help="threads (default: the cores)")
+    ram, threads = reader("ram_budget", LoadOptions), reader("threads", LoadOptions)
+    add("--ram-budget", metavar="SIZE", type=ram, default=AUTO, help="memory for experts (default: auto)")
+    add("-t", "--threads", metavar="N", type=threads, help="threads (default: the cores)")
     add("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(func=run)
 

@@ -21,6 +21,7 @@ from mobile_gguf.errors import (
     MobileError,
     UsageError,
 )
+from mobile_gguf.options.words import DEFAULT_EVICTION
 
 from .structs import DeviceParamsStruct
 
@@ -204,7 +205,7 @@ class Engine:
         *,
         budget_bytes: int,
         io_threads: int | None = None,
-        eviction: str = "decay",
+        eviction: str = DEFAULT_EVICTION,
         io: str = "auto",
         on_host: bool = False,
     ) -> None:

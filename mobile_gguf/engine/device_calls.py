@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 
-from mobile_gguf.options.words import CACHE
+from mobile_gguf.options.words import CACHE, DEFAULT_EVICTION
 
 from .binding import EVICTION, Engine, choice, struct_fields, with_slack
 from .structs import (
@@ -34,7 +34,7 @@ class DeviceCalls:
         *,
         miss: str = "auto",
         placement: str = CACHE,
-        eviction: str = "decay",
+        eviction: str = DEFAULT_EVICTION,
         n_uploads: int | None = None,
         poison: bool = False,
     ) -> None:

@@ -20,6 +20,7 @@ from .text import TextStream
 
 if TYPE_CHECKING:
     from mobile_gguf.device.tier import DeviceTier
+    from mobile_gguf.engine.listing import Device
 
     from .head import Head
 
@@ -32,6 +33,7 @@ class Chunk:
 
     ``token`` is None where no token came, as when an answer is interrupted. ``finish_reason`` is set on
     the last chunk: ``stop`` (the model ended it, or a stop string), ``length`` or ``interrupted``.
+    ``prompt_evaluated`` are the prompt's tokens that had to be computed; the others were in the context.
     """
 
     text: str
@@ -41,6 +43,7 @@ class Chunk:
     tokens_per_second: float
     finish_reason: str | None
     receipt: Receipt
+    prompt_evaluated: int = 0
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,8 @@ class Backend(Protocol):
     store: ModelInfo | None  # None without an expert store
     has_engine: bool
     head: Head | None  # None for a model that was not calibrated
-    device: DeviceTier | None  # None on the host alone
+    device: DeviceTier | None  # None without slots on a device
+    devices: tuple[Device, ...]  # that the model is on; none: the host alone
 
     @property
     def can_step_back(self) -> bool: ...
@@ -233,6 +237,7 @@ class Answer:
             tokens_per_second=self.timings().predicted_per_second,
             finish_reason=self.finish_reason,
             receipt=self.receipt(),
+            prompt_evaluated=self._backend.prompt_evaluated,
         )
 
     def timings(self) -> Timings:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Protocol
 
+from mobile_gguf.options import DEFAULT_GAMMA
 from mobile_gguf.options.words import BIG_LITTLE, CONFIDENCE, EXACT, HEAD, LITTLE
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class Policy:
     """
 
     mode: str = EXACT
-    gamma: float = 0.7
+    gamma: float = DEFAULT_GAMMA
     little_k: int = 0
     importance: str = CONFIDENCE
     head_threshold: float = 0.5

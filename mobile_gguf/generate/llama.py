@@ -56,8 +56,8 @@ class MobileLlama(Llama):
         **options: Any,
     ) -> None:
         self._keep_loading = keep_loading
-        self._devices = device_array(devices or ())
-        self.has_devices = bool(devices)
+        self.devices = tuple(devices or ())
+        self._device_array = device_array(self.devices)
         self.device: DeviceTier | None = None  # set by loading, when there are slot pools
         self.engine: Engine | None = None  # while there is a store to ask it about
         self.store: ModelInfo | None = None
@@ -76,7 +76,7 @@ class MobileLlama(Llama):
         self._state_at = -1
         super().__init__(model_path, n_gpu_layers=-1 if devices else 0, **options)
         # llama.cpp does not notice that a server is gone once it has the memory.
-        if self.has_devices and (lost := context_loss(self.ctx)):
+        if self.devices and (lost := context_loss(self.ctx)):
             raise EngineError(f"{model_path} cannot be loaded: {lost}")
         self._little_rows = np.zeros(self.input_ids.shape[0], dtype=bool)
         store = engine.model_info(self.model) if engine is not None else None
@@ -92,7 +92,7 @@ class MobileLlama(Llama):
     def model_params(self, params: llama_cpp.llama_model_params) -> None:
         # Llama makes its parameters where no argument reaches these two. Without a list of devices llama.cpp
         # would take all there are, also RPC servers that another model of this process was loaded on.
-        params.devices = ctypes.cast(self._devices, ctypes.c_void_p)  # pyright: ignore
+        params.devices = ctypes.cast(self._device_array, ctypes.c_void_p)  # pyright: ignore
         if self._keep_loading is not None:
             keep_loading = self._keep_loading
             self._load_callback = llama_cpp.llama_progress_callback(lambda share, _data: keep_loading(share))
@@ -220,7 +220,7 @@ class MobileLlama(Llama):
 
     def decode_error(self, error: RuntimeError) -> MobileError:
         """A failed decode as the engine explains it."""
-        lost = context_loss(self.ctx) if self.has_devices else ""
+        lost = context_loss(self.ctx) if self.devices else ""
         if lost:
             return EngineError(lost)
         reason = self.engine.context_error(self.ctx) if self.engine is not None else ""

@@ -1,6 +1,6 @@
 """Where a model's routed experts are in its tensor table: stacked, one tensor per expert, or in segments.
 
-The engine makes the same checks (``patches/src/mobile-layout.cpp``); here they come first, and the byte
+The engine makes the same checks (``patches/src/store/mobile-layout.cpp``); here they come first, and the byte
 counts are what its expert store will take. The format: ``docs/format.md``.
 """
 

@@ -13,7 +13,7 @@ from mobile_gguf.engine.structs import DeviceInfo
 from mobile_gguf.errors import BudgetError, UsageError
 from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.options import LoadOptions
-from mobile_gguf.sizes import AUTO, OFF, Size, parse_size, parse_size_or_off
+from mobile_gguf.sizes import AUTO, OFF, Size
 
 from .budget import plan_budget, stored_share
 from .demand import Demand, context_size, estimate_demand, estimate_device_demand, host_share
@@ -80,15 +80,15 @@ class Fit:
 
 def asked_of(info: GgufInfo, options: LoadOptions) -> Asked:
     """What options ask of memory. Raises UsageError for servers without the use of a device."""
-    vram = parse_size_or_off(options.vram_budget)
-    if isinstance(vram, str) and options.rpc:
+    vram = options.vram_budget
+    if vram == OFF and options.rpc:
         raise UsageError(f"--rpc names devices, and --vram-budget {OFF} uses none: leave one of them out")
     return Asked(
         n_ctx=context_size(info, options.n_ctx),
         n_ubatch=options.n_ubatch,
         flash_attn=options.flash_attn,
-        ram=parse_size(options.ram_budget),
-        vram=vram if isinstance(vram, Size) else None,
+        ram=options.ram_budget,
+        vram=None if vram == OFF else vram,
         servers=bool(options.rpc),
     )
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from mobile_gguf.errors import UsageError
+from mobile_gguf.errors import UsageError, shown
 
-Bias = Mapping[Any, float] | Iterable[tuple[int, float]]
 LIMIT = 100.0  # OpenAI's
+_MAX_TOKEN = 10**9
 
 
 def parse_bias(text: str) -> tuple[int, float]:
@@ -26,28 +25,39 @@ def parse_bias(text: str) -> tuple[int, float]:
 def format_bias(pair: tuple[int, float]) -> str:
     """The form that ``parse_bias`` reads."""
     token, bias = pair
-    return f"{token}{float(bias):+}"
+    return f"{token}{bias:+}"
 
 
-def read_bias(given: Bias | None, n_vocab: int) -> dict[int, float]:
+def take_bias(given: Any) -> dict[int, float]:
     """Biases by token id, of a mapping (ids may be text, as in JSON) or of pairs. Raises UsageError."""
-    pairs = given.items() if isinstance(given, Mapping) else given or ()
+    if not isinstance(given, (Mapping, list, tuple)):
+        raise UsageError(f"{shown(given)} has no token ids and biases")
     biases: dict[int, float] = {}
-    for key, bias in pairs:
-        is_id = (isinstance(key, int) and not isinstance(key, bool)) or (
-            isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 10
-        )
-        if not is_id:
-            raise UsageError(f"logit_bias has {key!r}: its keys must be token ids")
-        token = int(str(key))
-        if not 0 <= token < n_vocab:
-            raise UsageError(f"logit_bias has token {token}: the vocabulary has {n_vocab}")
-        biases[token] = _checked(bias)
+    for pair in given.items() if isinstance(given, Mapping) else given:
+        if not (isinstance(pair, (list, tuple)) and len(pair) == 2):
+            raise UsageError(f"{shown(pair)} is no pair of a token id and a bias")
+        biases[_token(pair[0])] = _checked(pair[1])
     return biases
 
 
+def check_tokens(biases: Mapping[int, float], n_vocab: int) -> None:
+    """Raise UsageError for a token that is not in the vocabulary."""
+    for token in biases:
+        if token >= n_vocab:
+            raise UsageError(f"logit_bias has token {token}: the vocabulary has {n_vocab}")
+
+
+def _token(key: Any) -> int:
+    is_id = (isinstance(key, int) and not isinstance(key, bool) and 0 <= key < _MAX_TOKEN) or (
+        isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 10
+    )
+    if not is_id:
+        raise UsageError(f"it has {shown(key)}: its keys must be token ids")
+    return int(key)
+
+
 def _checked(bias: Any) -> float:
-    is_number = isinstance(bias, (int, float)) and not isinstance(bias, bool) and math.isfinite(bias)
-    if not is_number or abs(bias) > LIMIT:
-        raise UsageError(f"logit_bias has the bias {bias!r}: it must be between -100 and 100")
+    is_number = isinstance(bias, (int, float)) and not isinstance(bias, bool)
+    if not is_number or not abs(bias) <= LIMIT:  # nor NaN
+        raise UsageError(f"the bias is {shown(bias)}: it must be between -100 and 100")
     return float(bias)

@@ -6,22 +6,38 @@ chat's ``/set`` of the same declarations.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from functools import partial
+from typing import Annotated, Any, Literal
 
-from mobile_gguf.sizes import Size, parse_size, parse_size_or_off
+from mobile_gguf.sizes import AUTO, Size, parse_size, parse_size_or_off
 
-from .bias import Bias, parse_bias
-from .opt import Opt
-from .words import EVICTION, IMPORTANCE, IO, MISS, MODES, PLACEMENTS, PREFETCH
+from .bias import parse_bias, take_bias
+from .opt import Checked, Opt, take_parsed, take_schema, take_texts
+from .words import (
+    DEFAULT_EVICTION,
+    DEFAULT_IO_THREADS,
+    EVICTION,
+    IMPORTANCE,
+    IO,
+    MISS,
+    MODES,
+    PLACEMENTS,
+    PREFETCH,
+)
 
 DEFAULT_GAMMA = 0.7
+# GGML_MAX_N_THREADS of llama.cpp, which ends the process with more.
+MAX_THREADS = 512
+_MAX_TOKENS = 1 << 24
+_MAX_INT32 = (1 << 31) - 1
 # What decides which tokens run with fewer experts; may change from answer to answer.
 POLICY_OPTIONS = ("mode", "gamma", "little_k", "importance", "head_threshold")
 
 _RAM_BUDGET = Opt(
-    "--ram-budget", read=parse_size, help="memory for experts: 512MiB, 2G, 40% of them, or auto"
+    "--ram-budget",
+    read=parse_size,
+    help="memory for experts: 512MiB, 2G, 40% of them, or auto",
 )
 _MODE = Opt("--mode", choices=MODES, help="experts per token: exact all, little fewer, big-little both")
 _GAMMA = Opt("--gamma", read=float, low=0, help="big-little: run a token again below this probability")
@@ -41,23 +57,25 @@ _LITTLE_K = Opt(
     low=1,
     help="experts of a little token (default: half the top-k, or as calibrated)",
 )
+_tokens = partial(Opt, read=int, low=1, high=_MAX_TOKENS)
+_threads = partial(Opt, read=int, low=1, high=MAX_THREADS)
 _SEED = Opt("-s", "--seed", read=int, low=-1, help="random seed, -1: a new one for every answer")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoadOptions:
+class LoadOptions(Checked):
     """How a model is loaded."""
 
-    ram_budget: Annotated[str | int | Size, _RAM_BUDGET] = "auto"
+    ram_budget: Annotated[Size, _RAM_BUDGET] = AUTO
     vram_budget: Annotated[
-        str | int | Size,
+        Size | Literal["off"],
         Opt(
             "--vram-budget",
             read=parse_size_or_off,
             metavar="SIZE",
             help="device memory for experts: 3GiB, 25% of them, auto: what is free, or off: no device",
         ),
-    ] = "auto"
+    ] = AUTO
     miss: Annotated[
         str,
         Opt(
@@ -92,25 +110,31 @@ class LoadOptions:
             *("-c", "--ctx-size"),
             read=int,
             low=0,
-            high=1 << 24,
+            high=_MAX_TOKENS,
             help="context, 0: the model's (default: that, up to 4096)",
         ),
     ] = None
-    n_batch: Annotated[int, Opt("-b", "--batch-size", read=int, low=1, help="prompt tokens per call")] = 512
-    n_ubatch: Annotated[int, Opt("-ub", "--ubatch-size", read=int, low=1, help="tokens per graph")] = 512
+    n_batch: Annotated[int, _tokens("-b", "--batch-size", help="prompt tokens per call")] = 512
+    n_ubatch: Annotated[int, _tokens("-ub", "--ubatch-size", help="tokens per graph")] = 512
     threads: Annotated[
-        int | None, Opt("-t", "--threads", read=int, low=1, help="threads that generate (default: the cores)")
+        int | None, _threads("-t", "--threads", help="threads that generate (default: the cores)")
     ] = None
     threads_batch: Annotated[
-        int | None, Opt("-tb", "--threads-batch", read=int, low=1, help="... and that process prompts")
+        int | None, _threads("-tb", "--threads-batch", help="... and that process prompts")
     ] = None
     io_threads: Annotated[
         int | None,
-        Opt("--io-threads", read=int, low=1, high=64, help="threads that read experts (default: 4)"),
+        Opt(
+            "--io-threads",
+            read=int,
+            low=1,
+            high=64,
+            help=f"threads that read experts (default: {DEFAULT_IO_THREADS})",
+        ),
     ] = None
     io: Annotated[str, Opt("--io", choices=IO, help="how experts are read from the file")] = "auto"
     eviction: Annotated[str, Opt("--eviction", choices=EVICTION, help="which expert leaves memory first")] = (
-        "decay"
+        DEFAULT_EVICTION
     )
     flash_attn: Annotated[
         bool, Opt("-fa", "--flash-attn", is_flag=True, help="flash attention: smaller compute buffers")
@@ -120,7 +144,7 @@ class LoadOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateOptions:
+class GenerateOptions(Checked):
     """How one answer is generated. None means as loaded for what LoadOptions has too."""
 
     max_tokens: Annotated[
@@ -135,7 +159,9 @@ class GenerateOptions:
     temperature: Annotated[
         float, Opt("--temp", "--temperature", read=float, low=0, help="0: always the likeliest token")
     ] = 0.8
-    top_k: Annotated[int, Opt("--top-k", read=int, low=0, help="keep the k likeliest tokens, 0: all")] = 40
+    top_k: Annotated[
+        int, Opt("--top-k", read=int, low=0, high=_MAX_INT32, help="keep the k likeliest tokens, 0: all")
+    ] = 40
     top_p: Annotated[
         float, Opt("--top-p", read=float, low=0, high=1, help="keep the likeliest of this total probability")
     ] = 0.95
@@ -155,10 +181,11 @@ class GenerateOptions:
         float, Opt("--frequency-penalty", read=float, low=-100, high=100, help="... by how often, 0: off")
     ] = 0.0
     logit_bias: Annotated[
-        Bias | None,
+        dict[int, float] | None,
         Opt(
             *("-l", "--logit-bias"),
             read=parse_bias,
+            accept=take_parsed(take_bias),
             repeated=True,
             metavar="ID+BIAS",
             help="make a token likelier or, with -, rarer: 15043-100; repeatable",
@@ -166,8 +193,15 @@ class GenerateOptions:
     ] = None
     seed: Annotated[int | None, _SEED] = None
     stop: Annotated[
-        str | Sequence[str] | None,
-        Opt("--stop", "-r", "--reverse-prompt", repeated=True, help="text that ends the answer; repeatable"),
+        tuple[str, ...] | None,
+        Opt(
+            "--stop",
+            "-r",
+            "--reverse-prompt",
+            accept=take_texts,
+            repeated=True,
+            help="text that ends the answer; repeatable",
+        ),
     ] = None
     grammar: Annotated[
         str | None, Opt("--grammar", file_flags=("--grammar-file",), help="GBNF grammar the answer follows")
@@ -176,6 +210,7 @@ class GenerateOptions:
         str | dict[str, Any] | None,
         Opt(
             *("-j", "--json-schema"),
+            accept=take_schema,
             file_flags=("-jf", "--json-schema-file"),
             help="JSON schema the answer follows, {} for any JSON",
         ),

@@ -11,9 +11,13 @@ IMPORTANCE = ("auto", HEAD, CONFIDENCE)
 
 # which expert leaves memory first
 EVICTION = ("lru", "moepic", "decay")
+DEFAULT_EVICTION = "decay"
 
 # how experts are read from the file
 IO = ("auto", "direct", "buffered")
+
+# threads that read experts, as the engine has it
+DEFAULT_IO_THREADS = 4
 
 # where an expert is computed that the device lacks
 MISS = ("auto", "fetch", "cpu")

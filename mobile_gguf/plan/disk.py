@@ -16,7 +16,6 @@ from .machine import Rate
 
 SECTOR = 4096
 CHUNK_BYTES = 512 * 1024  # the store splits longer reads
-DEFAULT_IO_THREADS = 4
 _ROUNDS = 6
 
 

@@ -15,10 +15,10 @@ from mobile_gguf.engine.log import capture_log
 from mobile_gguf.errors import EngineError, MobileError
 from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.memory.machine import read_memory
-from mobile_gguf.options.words import CACHE, LAYERS
+from mobile_gguf.options.words import CACHE, DEFAULT_IO_THREADS, LAYERS
 from mobile_gguf.sizes import MIB
 
-from .disk import DEFAULT_IO_THREADS, disk_name, measure_reads, read_size
+from .disk import disk_name, measure_reads, read_size
 from .ggml import CPU, F32, Device, Ggml, Matrices
 from .machine import Measurements, Rate, write_measurements
 from .tiny import OnDevice, measure_overhead, overhead

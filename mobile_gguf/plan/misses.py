@@ -16,6 +16,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mobile_gguf.options.words import DEFAULT_EVICTION
+
 # Budget as a share of all experts; the columns of every table below.
 SHARES = (0.04, 0.0625, 0.09, 0.125, 0.18, 0.25, 0.35, 0.5, 0.7, 0.85)
 
@@ -81,7 +83,7 @@ def miss_rate(
     n_expert: int,
     k: float,
     *,
-    policy: str = "decay",
+    policy: str = DEFAULT_EVICTION,
     n_tokens: int = _ANSWER_TOKENS,
     hotness: Sequence[Sequence[float]] | None = None,
 ) -> MissRate:
@@ -103,7 +105,7 @@ def miss_rate(
         own = min(1.0, popular * steady / max(_popular_traces(share, n_expert, k), 1e-6))
         steady = math.sqrt(steady * min(own, uniform, 1.0)) if own > 0 else steady
         source, spread = "calibration", SPREAD_CALIBRATED
-    steady *= _interpolate(share, POLICY.get(policy, POLICY["decay"]))
+    steady *= _interpolate(share, POLICY.get(policy, POLICY[DEFAULT_EVICTION]))
     cold = _interpolate(share, COLD) * n_expert / (k * max(n_tokens, 1))
     return MissRate(min(1.0, ENGINE_FACTOR * (steady + cold)), spread, source)
 

@@ -15,7 +15,7 @@ from mobile_gguf.memory.machine import Memory, read_memory
 from mobile_gguf.memory.pools import pool_min_bytes
 from mobile_gguf.options import LoadOptions
 from mobile_gguf.options.words import BIG_LITTLE, EXACT, LITTLE
-from mobile_gguf.sizes import AUTO, OFF, Size, format_bytes, mebibytes, parse_size
+from mobile_gguf.sizes import AUTO, KIB, MIB, OFF, Size, format_bytes
 
 from .disk import disk_name
 from .ggml import device_key
@@ -149,14 +149,14 @@ def suggest(info: GgufInfo, options: LoadOptions, fit: Fit, predictions: Sequenc
     return shlex.join(["mobile-gguf", "run", str(info.path), *arguments(replace(options, **planned), also)])
 
 
-def _budget(asked: Size, share: float, n_bytes: int, least: int) -> str | Size:
+def _budget(asked: Size, share: float, n_bytes: int, least: int) -> Size:
     """A budget to ask for: shares stay shares, all is all, and what is rounded is not below the smallest."""
     if share >= 1:
-        return "100%"
+        return Size(fraction=1.0)
     if asked.fraction is not None:
         return asked
-    rounded = parse_size(mebibytes(n_bytes))
-    return rounded if (rounded.n_bytes or 0) >= least else Size(n_bytes=n_bytes)
+    rounded = n_bytes - n_bytes % (MIB if n_bytes >= 64 * MIB else KIB)
+    return Size(n_bytes=rounded if rounded >= least else n_bytes)
 
 
 def plan_facts(plan: Plan) -> dict[str, Any]:

@@ -8,7 +8,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from mobile_gguf.gguf.info import GgufInfo
-from mobile_gguf.options.words import BIG_LITTLE, CACHE, EXACT, HOST, LAYERS, LITTLE
+from mobile_gguf.options.words import (
+    BIG_LITTLE,
+    CACHE,
+    EXACT,
+    HOST,
+    LAYERS,
+    LITTLE,
+)
 
 from .disk import CHUNK_BYTES, read_size
 from .machine import Measurements, Rate

@@ -19,9 +19,7 @@ from mobile_gguf.gguf.header import TensorInfo, read_header
 from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.memory.threads import default_threads
 from mobile_gguf.options import LoadOptions
-from mobile_gguf.options.words import BIG_LITTLE, EXACT
-
-from .disk import DEFAULT_IO_THREADS
+from mobile_gguf.options.words import BIG_LITTLE, DEFAULT_EVICTION, DEFAULT_IO_THREADS, EXACT
 
 _STACKED = re.compile(r"blk\.\d+\.ffn_(?:gate|up|down|gate_up)_exps\.weight")
 _SINGLE = re.compile(r"blk\.\d+\.ffn_(?:gate|up|down|gate_up)\.(\d+)\.weight")
@@ -125,7 +123,7 @@ class Settings:
     ram_share: float = 1.0
     threads: int = 1
     io_threads: int = DEFAULT_IO_THREADS
-    eviction: str = "decay"
+    eviction: str = DEFAULT_EVICTION
     n_tokens: int = 128
     n_ctx: int = 4096
     big_share: tuple[float, float, float] = DEFAULT_BIG_SHARE

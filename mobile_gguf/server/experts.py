@@ -14,7 +14,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-from mobile_gguf.api.model import Model
+from mobile_gguf.api.model import Model, backend_of
 from mobile_gguf.engine.binding import RESIDENT
 from mobile_gguf.errors import MobileError
 
@@ -67,12 +67,12 @@ class ExpertMap:
         if not self._watchers:
             self._end_trace()
             return
-        engine = getattr(self._model.llama, "engine", None)
+        engine = getattr(backend_of(self._model), "engine", None)
         if engine is None:
             return
         try:
             if self._trace is None:
-                self._trace = _Trace(engine, self._model.llama.ctx)
+                self._trace = _Trace(engine, backend_of(self._model).ctx)
             asked = self._trace.take()
         except (MobileError, OSError):
             self._end_trace()
@@ -90,9 +90,9 @@ class ExpertMap:
         n_layer, n_expert = self._shape
         tiers: dict[str, list[str]] = {}
         resident: dict[str, int] = {}
-        engine = getattr(self._model.llama, "engine", None)
+        engine = getattr(backend_of(self._model), "engine", None)
         if engine is not None:
-            llama, asked = self._model.llama, self._asked
+            llama, asked = backend_of(self._model), self._asked
             in_memory = engine.residency(llama.model, n_layer, n_expert)
             tiers["host"], resident["host"] = self._rows(in_memory, asked), self._count(in_memory)
             if getattr(llama, "device", None) is not None:

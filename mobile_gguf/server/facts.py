@@ -89,7 +89,7 @@ class Experts(BaseModel):
 
 def _card(serving: Serving) -> dict[str, Any]:
     model = serving.model
-    info, store = model.info, getattr(model.llama, "store", None)
+    info = model.info
     meta = {
         "name": info.name,
         "architecture": info.architecture,
@@ -100,11 +100,11 @@ def _card(serving: Serving) -> dict[str, Any]:
         "n_layer_moe": info.n_layer_moe if info.is_moe else 0,
         "file_bytes": info.file_bytes,
         "expert_bytes": info.expert_bytes if info.is_moe else 0,
-        "ram_budget_bytes": store.budget_bytes if store is not None else None,
+        "ram_budget_bytes": model.budget_bytes,
         "mode": model.mode,
         "little_k": model.little_k,
         "gamma": model.gamma,
-        "chats": model.llama.can_generate,
+        "chats": model.can_generate,
         "embeddings": model.pooling or serving.settings.pooling,
         "modes": ["exact", "little", "big-little"] if info.is_moe and info.n_expert_used > 1 else ["exact"],
     }

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mobile_gguf.generate.answer import Backend
+from mobile_gguf.api.model import Model
 
 # What JSON has for a probability of zero; OpenAI's own number.
 _LEAST = -9999.0
@@ -25,18 +25,18 @@ class TokenLogprob:
         return self.piece.decode(errors="replace")
 
 
-def read_logprob(backend: Backend, token: int, n_top: int) -> TokenLogprob:
+def read_logprob(model: Model, token: int, n_top: int) -> TokenLogprob:
     """Log probability of ``token`` by the pass it was just sampled from, before temperature and grammar."""
     import numpy as np
 
-    logits = np.asarray(backend.last_logits(), dtype=np.float64)
+    logits = np.asarray(model.last_logits(), dtype=np.float64)
     highest = logits.max()
     logprobs = logits - highest - np.log(np.exp(logits - highest).sum())
     n = min(n_top, len(logprobs))
     best = np.argpartition(-logprobs, n - 1)[:n] if n else np.empty(0, dtype=np.int64)
     best = best[np.argsort(-logprobs[best], kind="stable")]
-    top = tuple((backend.piece(int(i), special=True), _finite(logprobs[i])) for i in best)
-    return TokenLogprob(backend.piece(token, special=True), _finite(logprobs[token]), top)
+    top = tuple((model.piece(int(i), special=True), _finite(logprobs[i])) for i in best)
+    return TokenLogprob(model.piece(token, special=True), _finite(logprobs[token]), top)
 
 
 def _finite(value: Any) -> float:

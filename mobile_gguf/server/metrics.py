@@ -65,11 +65,11 @@ class Metrics:
         for kind in ("prompt", "cached", "big", "little", "fallback"):
             self._tokens.labels(kind)
 
-    def add_answer(self, last: Chunk, n_evaluated: int) -> None:
-        """Count an answer by its last chunk; of its prompt ``n_evaluated`` tokens were computed."""
+    def add_answer(self, last: Chunk) -> None:
+        """Count an answer by its last chunk."""
         receipt = last.receipt.to_dict()
         self._tokens.labels("prompt").inc(last.prompt_tokens)
-        self._tokens.labels("cached").inc(max(0, last.prompt_tokens - n_evaluated))
+        self._tokens.labels("cached").inc(max(0, last.prompt_tokens - last.prompt_evaluated))
         for kind in ("big", "little", "fallback"):
             self._tokens.labels(kind).inc(receipt[f"tokens_{kind}"])
         self._add_traffic(receipt)

@@ -114,9 +114,7 @@ class Producer:
             if max(prompt) >= self._model.info.n_vocab > 0:
                 raise ApiError(400, f"token {max(prompt)} is not in the vocabulary", param="prompt")
             return prompt
-        backend = self._model.llama
-        tokens = self._model.tokenize(prompt, add_bos=True)
-        return tokens or [max(0, backend.token_bos())]
+        return self._model.prompt_tokens(prompt)
 
     def _options(self, request: Generation) -> dict[str, Any]:
         given = request.model_dump(exclude_none=True, include={*_OPTION_NAMES} - NOT_SAMPLING)
@@ -167,10 +165,9 @@ class Producer:
         )
 
     def _logprobs(self, chunk: Chunk, n_top: int | None) -> tuple[TokenLogprob, ...]:
-        backend = self._model.llama
-        if n_top is None or chunk.token is None or backend.is_end(chunk.token):
+        if n_top is None or chunk.token is None or self._model.is_end(chunk.token):
             return ()
-        return (read_logprob(backend, chunk.token, n_top),)
+        return (read_logprob(self._model, chunk.token, n_top),)
 
     def _chunks(
         self, job: Job[Event], prompt: list[int], options: dict[str, Any]
@@ -184,16 +181,15 @@ class Producer:
             try:
                 for chunk in chunks:
                     last = chunk
-                    self.spent.note(chunk, self._model.llama.prompt_evaluated)
+                    self.spent.note(chunk)
                     self._experts.after_token()
                     if chunk.finish_reason == INTERRUPTED:
                         raise ApiError(503, "the answer was cut: the server is shutting down", code="cut")
                     yield chunk
             finally:
                 if last is not None:
-                    evaluated = self._model.llama.prompt_evaluated
-                    self.spent.add(last, evaluated)
-                    self._metrics.add_answer(last, evaluated)
+                    self.spent.add(last)
+                    self._metrics.add_answer(last)
 
     def _with_tools(
         self,
@@ -285,8 +281,8 @@ class _Turn:
 
     def _chunks(self, changes: dict[str, Any]) -> Iterator[Chunk]:
         options = self._options | changes | ({} if self._room is None else {"max_tokens": self._room})
-        backend = self._producer._model.llama
-        if len(self.tokens) >= self._producer._model.n_ctx or self._room == 0:
+        model = self._producer._model
+        if len(self.tokens) >= model.n_ctx or self._room == 0:
             self.reason = LENGTH
             return
         with closing(self._producer._chunks(self._job, self.tokens, options)) as chunks:
@@ -295,7 +291,7 @@ class _Turn:
                 if chunk.token is not None:
                     if self._room is not None:
                         self._room -= 1
-                    if not backend.is_end(chunk.token):
+                    if not model.is_end(chunk.token):
                         self.tokens.append(chunk.token)
                 yield chunk
 

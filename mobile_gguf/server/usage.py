@@ -35,15 +35,15 @@ class Spent:
         self.completion_tokens = 0
         self._seconds = 0.0
         self._receipts: list[dict[str, Any]] = []
-        self._running: tuple[Chunk, int] | None = None
+        self._running: Chunk | None = None
 
     def add_prompt(self, n_tokens: int) -> None:
         """Count a prompt, once however many answers it gets."""
         self.prompt_tokens += n_tokens
 
-    def note(self, chunk: Chunk, n_evaluated: int) -> None:
+    def note(self, chunk: Chunk) -> None:
         """Remember how far the running answer is, until it is added."""
-        self._running = chunk, n_evaluated
+        self._running = chunk
 
     def so_far(self) -> Spent:
         """The same with the running answer counted as if this were its end."""
@@ -51,13 +51,13 @@ class Spent:
             return self
         copied = copy.copy(self)
         copied._receipts = list(self._receipts)
-        copied.add(*self._running)
+        copied.add(self._running)
         return copied
 
-    def add(self, last: Chunk, n_evaluated: int) -> None:
-        """Count an answer by its last chunk; of its prompt ``n_evaluated`` tokens were computed."""
+    def add(self, last: Chunk) -> None:
+        """Count an answer by its last chunk."""
         self._running = None
-        self.cached_tokens += max(0, last.prompt_tokens - n_evaluated)
+        self.cached_tokens += max(0, last.prompt_tokens - last.prompt_evaluated)
         self.completion_tokens += last.completion_tokens
         if last.tokens_per_second > 0:
             self._seconds += last.completion_tokens / last.tokens_per_second

@@ -5,7 +5,8 @@
 // ordinary buffer; every context of such a model routes through one custom op per MoE layer.
 // Invariant: residency changes when bytes are read, never what is computed. The only calls that
 // change outputs are the ones that say so (fewer experts, replay).
-// Limits: one decode at a time per model; calls on a context are made by the thread that decodes.
+// Limits: one decode at a time per model; calls on a context are made by the thread that decodes, but for those that
+// say "by any thread".
 //
 // Files may hold every expert as a tensor of its own, or in S segments (mobile.segments). Calls that take or
 // return expert numbers mean the model's experts, whatever the file; the store counts segments: with S segments in
@@ -33,6 +34,7 @@ enum mobile_status {
     MOBILE_ERR_BUDGET   = -3, // the budget is below the smallest legal one
     MOBILE_ERR_IO       = -4, // a read failed or came back short; the text names file, layer, expert
     MOBILE_ERR_MEMORY   = -5, // the operating system refused memory
+    MOBILE_ERR_INTERNAL = -6, // a driver, or a fault of ours, threw something: the text says what
 };
 
 enum mobile_eviction {
@@ -110,7 +112,7 @@ LLAMA_API int32_t mobile_model_get_info(const struct llama_model * model, struct
 // < 0: an error, as of mobile_model_get_info
 LLAMA_API int32_t mobile_model_get_n_segments(const struct llama_model * model);
 
-// an expert in segments is as resident as its least resident segment.
+// by any thread. an expert in segments is as resident as its least resident segment.
 // state: [n_layer * n_expert] enum mobile_residency, row-major by layer; dense layers are all 0
 LLAMA_API int32_t mobile_model_get_residency(const struct llama_model * model, uint8_t * state, size_t n_state);
 
@@ -284,7 +286,7 @@ LLAMA_API int32_t mobile_device_get_info(const struct llama_context * ctx, int32
 // zero before a start; mobile_reset_counters resets them
 LLAMA_API int32_t mobile_device_get_counters(const struct llama_context * ctx, struct mobile_device_counters * counters);
 
-// state: [n_layer * n_expert] enum mobile_residency in slots, row-major by layer
+// by any thread. state: [n_layer * n_expert] enum mobile_residency in slots, row-major by layer; all 0 before a start
 LLAMA_API int32_t mobile_device_get_residency(const struct llama_context * ctx, uint8_t * state, size_t n_state);
 
 //

@@ -14,8 +14,9 @@ import pytest
 from places import DATA, TESTS
 
 import mobile_gguf
+from mobile_gguf.api.model import backend_of
 from mobile_gguf.errors import BudgetError, ExpertReadError, ModelFormatError, UsageError
-from mobile_gguf.generate.decode import Pass
+from mobile_gguf.generate.decode import Pass, Policy
 
 EXPECTED = json.loads((DATA / "demo-expected.json").read_text())
 PROMPTS = ["Why is the sky blue?", "Write a line about the sea."]
@@ -88,7 +89,7 @@ def test_the_receipt_tells_what_was_read(model):
 
 
 def test_the_prompt_is_tokenised_as_transformers_does(any_model):
-    assert any_model.llama.render_chat(EXPECTED["prompt"]) == EXPECTED["prompt_ids"]
+    assert backend_of(any_model).render_chat(EXPECTED["prompt"]) == EXPECTED["prompt_ids"]
 
 
 def test_tokens_and_text(any_model):
@@ -120,10 +121,11 @@ def test_an_exact_answer_does_not_build_on_little_rows(any_model):
     assert reused.tokens == afresh.tokens
 
 
-def test_llama_cpp_pythons_own_calls_decode_by_the_mode(any_model):
+def test_llama_cpp_pythons_own_calls_decode_by_the_policy(any_model):
     any_model.mode = "little"
     try:
-        llama = any_model.llama
+        llama = backend_of(any_model)
+        llama.policy = Policy("little", little_k=any_model.little_k)
         done = llama.create_completion("Once upon a time", max_tokens=6, temperature=0)
         assert done["usage"]["completion_tokens"] == 6
         assert llama.last_pass is Pass.LITTLE
@@ -195,7 +197,7 @@ def test_budgets_from_too_small_to_the_smallest(demo_gguf):
 
 
 def test_headers_and_the_engine_agree(model):
-    store, info = model.llama.store, model.info
+    store, info = backend_of(model).store, model.info
     assert (store.expert_bytes, store.n_layer_moe) == (info.expert_bytes, info.n_layer_moe)
     assert store.budget_min_bytes <= info.budget_min_bytes
     assert store.budget_all_bytes <= info.budget_all_bytes

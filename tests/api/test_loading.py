@@ -5,6 +5,7 @@ from fake_backend import MIB, FakeBackend, fake_info
 
 from mobile_gguf.api import loading
 from mobile_gguf.api.loading import open_backend
+from mobile_gguf.engine.listing import Device
 from mobile_gguf.errors import BudgetError, EngineError, ModelFormatError
 from mobile_gguf.gguf.info import ExpertLayer
 from mobile_gguf.memory.demand import context_size
@@ -44,7 +45,7 @@ def opening(monkeypatch):
     constructed = []
 
     def open_it(info, engine, backend=None, **options):
-        def construct(_info, _options, n_ctx, _engine, *, use_mmap, devices):
+        def construct(_info, _options, n_ctx, _engine, *, use_mmap, devices=None):
             constructed.append((n_ctx, use_mmap))
             if isinstance(backend, BaseException):
                 raise backend
@@ -116,6 +117,28 @@ def test_a_budget_that_may_not_fit_is_a_notice(opening):
         fake_info(expert_layers=(large,) * 4, tensor_bytes=257 << 30), FakeEngine(), ram_budget="99%"
     )
     assert notices[0].startswith("--ram-budget 99% may not fit: 253.44 GiB of experts and about 1.0")
+
+
+def test_a_device_that_failed_leaves_one_notice_behind(opening, monkeypatch):
+    """The try's own notices speak of what is not there any more; those of the host are said once."""
+    device = Device(1, "GPU0", "a GPU", 8 << 30, 8 << 30)
+    monkeypatch.setattr(loading, "devices_for", lambda *_arguments: ([device], []))
+    monkeypatch.setattr(loading, "set_prefetch", lambda *_arguments: None)
+    monkeypatch.setattr(loading, "DeviceCalls", lambda *_arguments: None)
+    monkeypatch.setattr(loading, "holder", lambda *_arguments: None)
+
+    def start(*_arguments):
+        raise EngineError("the device has no memory")
+
+    monkeypatch.setattr(loading, "start_tier", start)
+    large = fake_info(expert_layers=(ExpertLayer(16, (4 << 30,)),) * 4, tensor_bytes=257 << 30)
+    _, notices = opening(large, FakeEngine(), ram_budget="99%", n_ctx=1024)
+    assert [notice.split(":")[0].split(" may")[0] for notice in notices] == [
+        "a context of 1024 is more than the model was trained with, 512",
+        "the model stays on the host",
+        "--ram-budget 99%",
+    ]
+    assert "about 1.01 GiB for the rest" in notices[2], "the host's demand, not that beside a device"
 
 
 def test_contexts():

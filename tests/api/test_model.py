@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from fake_backend import BOS, EOS, FakeBackend, fake_info, scripted
 
-from mobile_gguf.api.model import Model
+from mobile_gguf.api.model import Model, backend_of
 from mobile_gguf.engine.binding import Counters
-from mobile_gguf.errors import UsageError
+from mobile_gguf.engine.listing import Device
+from mobile_gguf.errors import ModelBusyError, UsageError
 from mobile_gguf.generate.head import Head
 
 
@@ -149,6 +150,62 @@ def test_tokenize_and_back(fake_model):
     assert model.detokenize([*"hé".encode()]) == "hé"
 
 
+def test_facts_of_tokens(fake_model):
+    backend = FakeBackend(scripted("hi"))
+    model = fake_model(backend)
+    assert (model.piece(ord("h")), model.piece(EOS), model.is_end(EOS), model.is_end(5)) == (
+        b"h", b"", True, False,
+    )  # fmt: skip
+    assert model.prompt_tokens("") == [BOS]
+    assert model.prompt_tokens([np.int32(5), 6]) == [5, 6]
+    chunks = model.stream("x")
+    first = next(chunks)
+    assert int(np.argmax(model.last_logits())) == first.token
+    chunks.close()
+
+
+@pytest.mark.parametrize("token", [-1, 258, 10**6])
+def test_a_token_outside_the_vocabulary_has_no_text(fake_model, token):
+    with pytest.raises(UsageError, match=f"token {token} is not in the vocabulary of 258"):
+        fake_model().detokenize([token])
+
+
+@pytest.mark.parametrize("prompt", [b"hi", [1.5], ["a"], 5, None, [True], [[1]]])
+def test_what_is_no_prompt(fake_model, prompt):
+    model = fake_model(FakeBackend(pooling="mean"))
+    for call in (model.generate, model.embed, model.stream):
+        with pytest.raises(UsageError, match="token id"):
+            call(prompt)
+
+
+def test_where_the_model_is(fake_model):
+    backend = FakeBackend()
+    device = Device(1, "GPU0", "a GPU", 1 << 30, 2 << 30)
+    backend.devices = (device,)
+    model = fake_model(backend, ram_budget="2MiB")
+    assert model.devices() == (device,)
+    assert (model.budget_bytes, model.can_generate) == (2 << 20, True)
+    bare = fake_model(FakeBackend(has_store=False))
+    assert (bare.devices(), bare.budget_bytes) == ((), None)
+
+
+def test_a_chunk_says_how_much_of_the_prompt_was_computed(fake_model):
+    model = fake_model(FakeBackend(scripted("ab")))
+    first = list(model.stream("123"))
+    again = list(model.stream("1234"))
+    assert {chunk.prompt_evaluated for chunk in first} == {4}
+    assert {chunk.prompt_evaluated for chunk in again} == {1}
+
+
+def test_the_engine_is_not_in_the_public_api(fake_model):
+    model = fake_model()
+    assert not hasattr(model, "llama")
+    assert backend_of(model) is model._backend
+    model.close()
+    with pytest.raises(ModelBusyError, match="closed"):
+        backend_of(model)
+
+
 # modes and receipts
 
 
@@ -221,6 +278,7 @@ def test_settings_can_be_changed_between_answers(fake_model):
     model = fake_model(backend)
     model.mode, model.gamma, model.little_k = "big-little", 0.5, 2
     assert (model.mode, model.gamma, model.little_k) == ("big-little", 0.5, 2)
+    model.generate("x", max_tokens=1)
     assert backend.policy == model._policy
     receipt = model.generate("x", max_tokens=2, mode="little", little_k=3).receipt
     assert (receipt.mode, receipt.little_k) == ("little", 3)
@@ -230,6 +288,31 @@ def test_settings_can_be_changed_between_answers(fake_model):
     with pytest.raises(UsageError, match="gamma is -1"):
         model.gamma = -1
     assert model.mode == "big-little"
+
+
+@pytest.mark.parametrize("mode", ["exact", "little", "big-little"])
+@pytest.mark.parametrize("later", [{"mode": "exact"}, {"mode": "little", "little_k": 1}, {"gamma": 1.01}])
+def test_an_answer_goes_on_as_it_began(fake_model, mode, later):
+    alone = list(fake_model(mode=mode).stream("Once", max_tokens=40))
+    model = fake_model(mode=mode)
+    chunks = []
+    for chunk in model.stream("Once", max_tokens=40):
+        chunks.append(chunk)
+        if len(chunks) == 10:
+            model.configure(**later)
+    assert [chunk.token for chunk in chunks] == [chunk.token for chunk in alone]
+    assert chunks[-1].receipt.mode == mode
+    assert vars(chunks[-1].receipt) == vars(alone[-1].receipt)
+    after = model.generate("Once", max_tokens=40, cache_prompt=False)
+    expected = fake_model(**{"mode": mode} | later).generate("Once", max_tokens=40)
+    assert (after.tokens, after.receipt.mode) == (expected.tokens, expected.receipt.mode)
+
+
+def test_configure_takes_what_it_can_change(fake_model):
+    model = fake_model()
+    for name in ("n_ctx", "ram_budget", "gama"):
+        with pytest.raises(UsageError, match=f"{name} cannot be configured: only mode, gamma, little_k"):
+            model.configure(**{name: 1})
 
 
 def test_an_exact_answer_does_not_build_on_little_rows(fake_model):

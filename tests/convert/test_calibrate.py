@@ -18,6 +18,7 @@ import tiny_models
 from places import SUPPORT
 
 import mobile_gguf
+from mobile_gguf.api.model import backend_of
 from mobile_gguf.convert.calibrate.plot import check_plot
 from mobile_gguf.convert.calibrate.run import check_model
 from mobile_gguf.convert.calibrate.store import read_statistics
@@ -204,7 +205,7 @@ def test_the_head_is_used(calibrated: Run) -> None:
         assert model.little_k == head.little_k
         assert model.stats()["importance"] == "head"
         # as decided by hand, from the states that the model really had
-        backend = model.llama
+        backend = backend_of(model)
         decided: list[tuple[float | None, Pass]] = []
         ask = backend.head_probability
 
@@ -237,7 +238,7 @@ def test_hidden_states_leave_the_logits_alone(demo_gguf: Path) -> None:
     from llama_cpp import llama_cpp
 
     with mobile_gguf.load(demo_gguf, threads=1, threads_batch=1, n_ctx=128) as model:
-        llama = model.llama
+        llama = backend_of(model)
         tokens = model.tokenize("The sea was calm that day, and nobody on the pier had seen the boat leave.")
         seen = []
         for keep in (False, True):

@@ -12,6 +12,7 @@ import pytest
 from gguf import GGUFReader
 
 from mobile_gguf import load
+from mobile_gguf.api.model import backend_of
 from mobile_gguf.demo import checkpoint
 
 N_STRINGS = 2400
@@ -130,6 +131,6 @@ CONVERSATIONS = [
 @pytest.mark.parametrize("messages", CONVERSATIONS)
 def test_chat_template(messages: list[dict[str, str]], ours: Any, theirs: Any) -> None:
     text = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    tokens = ours.llama.render_chat(messages)
+    tokens = backend_of(ours).render_chat(messages)
     assert ours.detokenize(tokens, special=True) == text
     assert tokens == theirs.encode(text, add_special_tokens=False)

@@ -166,6 +166,22 @@ def test_two_devices_share_the_budget(rpc: list[str]) -> None:
         assert device["pool_bytes"] <= 0.5 * device["expert_bytes"]
 
 
+def test_slots_are_watched_by_another_thread(rpc: list[str]) -> None:
+    """What is in the slots is shown to any thread, also while the tier starts and stops."""
+    start = {"op": "device_start", "budget": 0.5, "miss": AUTO, "poison": 1}
+    ops = [start, *greedy(), {"op": "device_stop"}, start, *greedy()]
+    outcome = succeeded_on_devices(
+        device_run("d", "qwen3moe", rpc, [{"op": "device_watch", "ops": ops}], "40%")
+    )
+    (watch,) = outcome.ops("d", "device_watch")
+    expected, _ = on_cpu("qwen3moe")
+    tokens_of = [done["tokens"] for done in watch["done"] if "tokens" in done]
+    assert len(tokens_of) >= 2
+    assert all(found == expected for found in tokens_of)
+    assert watch["n_maps"] > 2
+    assert set(watch["values"]) <= {0, 1, 2}
+
+
 def test_small_batches_use_the_cache_and_large_ones_do_not(rpc: list[str]) -> None:
     """Drafts of up to n_batch_max tokens are cached; their needs are counted once per pass."""
     model, following = "qwen3moe", tokens(60, 32)

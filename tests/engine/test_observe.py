@@ -37,6 +37,7 @@ from mobile_gguf.errors import EngineError, ModelFormatError, UsageError
 from mobile_gguf.gguf.header import read_header
 from mobile_gguf.gguf.info import read_gguf_info
 from mobile_gguf.options import LoadOptions
+from mobile_gguf.sizes import Size
 
 NAME = "qwen3moe"
 TEXT = tokens(48, 5)
@@ -67,16 +68,18 @@ def oracle(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
 @pytest.fixture(scope="module")
 def backend(engine):
     info = read_gguf_info(tiny_models.path(NAME))
-    llama, _ = open_backend(info, LoadOptions(ram_budget="40%", n_ctx=64, threads=1, threads_batch=1))
+    options = LoadOptions(ram_budget=Size(fraction=0.4), n_ctx=64, threads=1, threads_batch=1)
+    llama, _ = open_backend(info, options)
     yield llama
     llama.close()
 
 
-@pytest.mark.parametrize(("budget", "batches"), [("100%", [48]), ("40%", [48]), ("40%", [20, 20, 8])])
-def test_sums_and_routes_are_those_of_transformers(oracle, monkeypatch, budget, batches):
+@pytest.mark.parametrize(("share", "batches"), [(1.0, [48]), (0.4, [48]), (0.4, [20, 20, 8])])
+def test_sums_and_routes_are_those_of_transformers(oracle, monkeypatch, share, batches):
     """Of every weight: dense, router, experts, output; all experts or a store, one batch or several."""
     if len(batches) > 1:
         monkeypatch.setattr("mobile_gguf.convert.calibrate.collect._MAX_BATCH", batches[0])
+    budget = Size(fraction=share)
     statistics = collect(tiny_models.path(NAME), [TEXT], ram_budget=budget, threads=1, inputs=True)
     names = {name.split("/")[0] for name in oracle if name.endswith("/counts")}
     assert statistics.inputs.keys() == names
@@ -98,14 +101,14 @@ def test_sums_and_routes_are_those_of_transformers(oracle, monkeypatch, budget, 
     assert statistics.importance.keys() == set(range(n_layer))
 
 
-@pytest.mark.parametrize("budget", ["100%", "40%"])
-def test_segments_have_the_statistics_of_whole_experts(tmp_path: Path, budget: str):
+@pytest.mark.parametrize("share", [1.0, 0.4])
+def test_segments_have_the_statistics_of_whole_experts(tmp_path: Path, share: float):
     """Experts cut up by their calibrated importance: the same routing, and neurons named as before."""
     path, cut = tmp_path / "whole.gguf", tmp_path / "cut.gguf"
     whole = collect(tiny_models.path(NAME), [TEXT], threads=1)
     write_statistics(tiny_models.path(NAME), whole, out=path)
     to_mobile(path, cut, segments=4, segment_order="importance")
-    found = collect(cut, [TEXT], ram_budget=budget, threads=1)
+    found = collect(cut, [TEXT], ram_budget=Size(fraction=share), threads=1)
     np.testing.assert_array_equal(found.hotness, whole.hotness)
     np.testing.assert_allclose(found.weight, whole.weight, rtol=1e-3)
     np.testing.assert_array_equal(found.transitions.expert, whole.transitions.expert)

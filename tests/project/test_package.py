@@ -56,7 +56,9 @@ def _source_files(suffixes: set[str]) -> set[str]:
 
 def test_wheel_has_every_module_and_patch(distributions: tuple[Path, Path]):
     names = set(zipfile.ZipFile(distributions[1]).namelist())
-    wanted = _source_files({".py", ".patch", ".c", ".cpp", ".h", ".json", ".npz", ".txt", ".tcss", ".html"})
+    wanted = _source_files(
+        {".py", ".patch", ".c", ".cpp", ".h", ".cmake", ".json", ".npz", ".txt", ".tcss", ".html"}
+    )
     assert wanted - names == set()
 
 

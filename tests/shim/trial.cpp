@@ -1,5 +1,5 @@
 // mobile-trial.h for ctypes: one trial after another, fed with costs
-#include "mobile-trial.h"
+#include "route/mobile-trial.h"
 
 static mobile_trial trial;
 

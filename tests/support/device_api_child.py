@@ -18,6 +18,7 @@ import numpy as np
 from peak_memory import peak_resident_bytes
 
 import mobile_gguf
+from mobile_gguf.api.model import backend_of
 from mobile_gguf.errors import MobileError
 
 
@@ -46,16 +47,16 @@ def run_ours(spec: dict[str, Any], arrays: dict[str, np.ndarray]) -> dict[str, A
             result["watched_at_load"] = watched(spec)
             for placement in spec.get("placements", [None]):
                 if placement is not None:
-                    model.llama.device.calls.set_placement(placement)
+                    backend_of(model).device.calls.set_placement(placement)
                 if "forced" in spec:
-                    model.llama.reset()
-                    model.llama.reset_counters()
+                    backend_of(model).reset()
+                    backend_of(model).reset_counters()
                     name = spec["name"] if placement is None else f"{spec['name']}-{placement}"
-                    arrays[name] = forced_logits(model.llama, spec["prompt"], spec["forced"])
-                    counters = model.llama.device_counters()
+                    arrays[name] = forced_logits(backend_of(model), spec["prompt"], spec["forced"])
+                    counters = backend_of(model).device_counters()
                     result["device_counters"] = vars(counters)
-                    result["counters"] = vars(model.llama.counters())
-                    tier = model.llama.device
+                    result["counters"] = vars(backend_of(model).counters())
+                    tier = backend_of(model).device
                     if tier is not None:
                         rows = tier.calls.residency(model.info.n_layer, model.info.n_expert)
                         result["n_resident"] = sum(row.count(2) for row in rows)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,28 @@ class DeviceRun(engine_child.Run):
         status = mobile.mobile_device_get_residency(self.ctx, pointer, state.size)
         self.arrays[f"{self.spec['name']}/{op['save']}"] = state
         return {"status": status, "n_resident": int((state > 0).sum())}
+
+    def op_device_watch(self, op: dict[str, Any]) -> dict[str, Any]:
+        """Ops while another thread reads the slots' residency; n_maps: different ones that it saw."""
+        assert mobile is not None
+        info = self.result["info"]
+        stop, maps, statuses = threading.Event(), set[bytes](), set[int]()
+
+        def watch() -> None:
+            state = (ctypes.c_uint8 * (info["n_layer"] * info["n_expert"]))()
+            while not stop.is_set():
+                statuses.add(mobile.mobile_device_get_residency(self.ctx, state, len(state)))
+                maps.add(bytes(state))
+
+        thread = threading.Thread(target=watch)
+        thread.start()
+        try:
+            done = [getattr(self, f"op_{each['op']}")(each) for each in op["ops"]]
+        finally:
+            stop.set()
+            thread.join()
+        values = sorted({value for seen in maps for value in seen})
+        return {"status": min(statuses), "n_maps": len(maps), "values": values, "done": done}
 
 
 if __name__ == "__main__":

@@ -128,6 +128,7 @@ class FakeBackend:
         self._counters = Counters()
         self._device_counters = DeviceCounters()
         self.device: Any = None
+        self.devices: tuple[Any, ...] = ()
         self.ctx = 1
         self.has_engine = has_engine
         self.store = ModelInfo(4 * MIB, 2 * MIB, MIB, 4 * MIB, 4, 4, 16, TOP_K, 0, 0) if has_store else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import sqlite3
 import sys
@@ -121,8 +122,62 @@ def test_settings_are_read_checked_and_saved(tmp_path):
     assert str(again.load_options()["ram_budget"]) == "40%"
     again.set("temperature", "default")
     assert again.text("temperature") == "0.8"
-    path.write_text('{"options": {"temperature": "hot"}}')
-    assert "were not all read" in Settings(path).problem
+
+
+def test_a_bad_setting_costs_only_itself(tmp_path):
+    path = tmp_path / "chat.json"
+    options = {
+        "temperature": "hot", "top_k": "7", "flash_attn": True, "stop": ["a"], "colour": "red",
+        "mode": "little", "ram_budget": "40%", "threads": 10_000, "min_p": 0.5,
+    }  # fmt: skip
+    path.write_text(json.dumps({"options": options, "extra": {"theme": "nord"}, "later": [1]}))
+    settings = Settings(path)
+    assert settings.answer_options() == {"top_k": 7, "mode": "little", "min_p": 0.5}
+    assert {name: str(value) for name, value in settings.load_options().items()} == {"ram_budget": "40%"}
+    assert settings.extra == {"theme": "nord"}
+    bad = ("temperature", "flash_attn", "stop", "colour", "threads")
+    assert "\n" not in settings.problem
+    assert all(name in settings.problem for name in bad)
+    # what is saved keeps them as they are, but for the one that is set anew
+    settings.set("threads", "2")
+    saved = json.loads(path.read_text())
+    kept = {name: options[name] for name in bad if name != "threads"}
+    assert saved["options"] == kept | {
+        "top_k": "7", "mode": "little", "ram_budget": "40%", "min_p": "0.5", "threads": "2",
+    }  # fmt: skip
+    assert (saved["extra"], saved["later"]) == ({"theme": "nord"}, [1])
+    again = Settings(path)
+    assert again.load_options()["threads"] == 2
+    assert "threads" not in again.problem
+
+
+def test_extra_that_is_none_leaves_the_options(tmp_path):
+    path = tmp_path / "chat.json"
+    path.write_text('{"options": {"top_k": "7"}, "extra": 5}')
+    settings = Settings(path)
+    assert settings.answer_options() == {"top_k": 7}
+    assert "extra is 5" in settings.problem
+    settings.save()
+    assert json.loads(path.read_text())["extra"] == 5
+    settings.extra["theme"] = "nord"
+    settings.save()
+    assert json.loads(path.read_text()) == {"options": {"top_k": "7"}, "extra": {"theme": "nord"}}
+
+
+NO_SETTINGS = [b'{"options": {"top_k": "7"', b"[1]", b'{"options": 5}', b"\xff", b"[" * 10**5]
+
+
+@pytest.mark.parametrize("content", NO_SETTINGS, ids=range(len(NO_SETTINGS)))
+def test_a_file_that_is_no_settings_is_moved_aside(tmp_path, content):
+    path = tmp_path / "chat.json"
+    path.write_bytes(content)
+    settings = Settings(path)
+    assert settings.problem.startswith(f"{path} cannot be read: ")
+    assert path.read_bytes() == content, "reading changes nothing"
+    settings.set("top_k", "9")
+    assert (tmp_path / "chat.json.unread").read_bytes() == content
+    assert Settings(path).answer_options() == {"top_k": 9}
+    assert Settings(path).problem == ""
 
 
 def test_every_command_has_a_method():

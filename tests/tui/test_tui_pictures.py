@@ -19,6 +19,7 @@ from textual.notifications import Notification
 from textual.widgets import Input, TextArea
 from tui_app import Loader, chat, until
 
+from mobile_gguf.api.model import backend_of
 from mobile_gguf.engine.binding import RESIDENT
 from mobile_gguf.errors import ExpertReadError
 from mobile_gguf.tui.engine.expert_state import Routed
@@ -107,7 +108,7 @@ async def models(app, pilot):
 
 
 async def failed(app, pilot):
-    backend = app.engine._model.llama
+    backend = backend_of(app.engine._model)
     backend.errors[backend.n_evaluations] = ExpertReadError("fake.gguf: layer 3, expert 5: short read")
     app.chat.prompt.put("Why?")
     await pilot.press("enter")

@@ -61,7 +61,9 @@ class ExpertWatch:
     """
 
     def __init__(self, model: Model) -> None:
-        llama = model.llama
+        from mobile_gguf.api.model import backend_of
+
+        llama = backend_of(model)
         self._engine: Any = getattr(llama, "engine", None)
         self._llama = llama
         self._shape = (model.info.n_layer, model.info.n_expert)

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mobile_gguf.errors import UsageError
+from mobile_gguf.errors import MobileError, UsageError, shown
 from mobile_gguf.files.atomic import complete_or_absent
-from mobile_gguf.flags import parse_setting
+from mobile_gguf.flags import option_named, parse_setting
 from mobile_gguf.options import POLICY_OPTIONS, GenerateOptions, LoadOptions, Opt, declared, defaults
 from mobile_gguf.sizes import Size
 
@@ -34,13 +34,18 @@ def load_settings() -> dict[str, Opt]:
 class Settings:
     """Values of all settings: the command line's, else what was saved, else the defaults.
 
-    ``path`` None saves nothing. ``theme``, ``model`` and the like are kept beside the options.
+    ``path`` None saves nothing. ``theme``, ``model`` and the like are kept beside the options. An entry that
+    cannot be read costs only itself: ``problem`` says which, and it stays in the file until it is set anew;
+    a file that is no settings at all is moved aside before another takes its place.
     """
 
     def __init__(self, path: Path | None = None, given: dict[str, Any] | None = None) -> None:
         self.path = path
         self._given = dict(given or {})
         self._saved: dict[str, str] = {}
+        self._unread: dict[str, Any] = {}  # options that could not be read, as the file has them
+        self._others: dict[str, Any] = {}  # what else the file has
+        self._moves_aside = False
         self.extra: dict[str, Any] = {}
         self.problem = ""
         if path is not None:
@@ -49,15 +54,40 @@ class Settings:
     def _read(self, path: Path) -> None:
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
-            options, extra = data.get("options", {}), data.get("extra", {})
-            self.extra = dict(extra)
-            for name, text in options.items():
-                self._parse(name, str(text))
-                self._saved[name] = str(text)
+            if not isinstance(data, dict) or not isinstance(data.get("options", {}), dict):
+                raise ValueError("it holds no settings")
         except FileNotFoundError:
             return
-        except (OSError, ValueError, AttributeError, TypeError, UsageError) as error:
-            self.problem = f"settings in {path} were not all read: {error}"
+        except (OSError, ValueError, RecursionError) as error:
+            self.problem = f"{path} cannot be read: {error}; new settings move it to {_aside(path).name}"
+            self._moves_aside = True
+            return
+        self._others = {name: value for name, value in data.items() if name not in ("options", "extra")}
+        errors = []
+        if isinstance(extra := data.get("extra", {}), dict):
+            self.extra = extra
+        else:
+            self._others["extra"] = extra
+            errors.append(f"extra is {shown(extra)}: it must be an object")
+        for name, value in data.get("options", {}).items():
+            try:
+                known, text = self._checked(name, value)
+                self._saved[known] = text
+            except UsageError as error:
+                self._unread[name] = value
+                errors.append(str(error))
+        if errors:
+            self.problem = f"not read of {path}, and left in it: {'; '.join(errors)}"
+
+    def _checked(self, name: str, value: Any) -> tuple[str, str]:
+        """An option's name and text as they are saved; raises UsageError if it cannot be read."""
+        if isinstance(value, (dict, list)):
+            raise UsageError(f"{name} is {shown(value)}: it must be text")
+        found = _setting_named(name)
+        if found is None:
+            raise UsageError(f"{name} is no setting")
+        self._parse(found, str(value))
+        return found, str(value)
 
     def _parse(self, name: str, text: str) -> tuple[str, Any]:
         if name in answer_settings():
@@ -69,16 +99,13 @@ class Settings:
 
         Raises UsageError for an unknown name or a value it cannot have, MobileError if it cannot be saved.
         """
-        known = {**answer_settings(), **load_settings()}
-        plain = name.lstrip("-").replace("-", "_")
-        names = (key for key, opt in known.items() if plain in (key, *(_plain(flag) for flag in opt.flags)))
-        found = next(names, None)
+        found = _setting_named(name)
         if found is None:
+            known = {**answer_settings(), **load_settings()}
             raise UsageError(f"unknown option {name!r}: there are {', '.join(known)}")
-        _, value = self._parse(found, text)
-        if isinstance(value, float) and value != value:
-            raise UsageError(f"{found} is {text!r}: it must be a number")
+        self._parse(found, text)
         self._given.pop(found, None)
+        self._unread.pop(found, None)
         if text.lower() in ("none", "default"):
             self._saved.pop(found, None)
         else:
@@ -90,9 +117,23 @@ class Settings:
         """Write the file. Raises MobileError when the disk refuses."""
         if self.path is None:
             return
-        text = json.dumps({"options": self._saved, "extra": self.extra}, indent=2, ensure_ascii=False)
+        if self._moves_aside:
+            self._move_aside(self.path)
+        data = {**self._others, "options": {**self._unread, **self._saved}}
+        if self.extra or "extra" not in data:
+            data["extra"] = self.extra
+        text = json.dumps(data, indent=2, ensure_ascii=False)
         with complete_or_absent(self.path) as partial:
             partial.write_text(text + "\n", encoding="utf-8")
+
+    def _move_aside(self, path: Path) -> None:
+        try:
+            path.replace(_aside(path))
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise MobileError(f"{path} cannot be moved aside, and nothing is saved: {error}") from None
+        self._moves_aside = False
 
     def value(self, name: str) -> Any:
         """The value in effect; None where the model decides."""
@@ -126,8 +167,13 @@ class Settings:
         return {name: self.value(name) for name in load_settings() if not self.is_default(name)}
 
 
-def _plain(flag: str) -> str:
-    return flag.lstrip("-").replace("-", "_")
+def _setting_named(name: str) -> str | None:
+    found = option_named(name, GenerateOptions) or option_named(name, LoadOptions)
+    return found if found in {**answer_settings(), **load_settings()} else None
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f"{path.name}.unread")
 
 
 def _as_text(value: Any) -> str:

@@ -11,9 +11,9 @@ from mobile_gguf.memory.budget import asked_bytes
 from mobile_gguf.memory.fit import asked_of, fit_model
 from mobile_gguf.memory.machine import Memory, read_memory
 from mobile_gguf.options import LoadOptions
-from mobile_gguf.sizes import OFF, format_bytes, parse_size
+from mobile_gguf.sizes import AUTO, OFF, Size, format_bytes
 
-_SHARES = ("25%", "50%", "75%", "100%")
+_SHARES = (0.25, 0.5, 0.75, 1.0)
 
 
 @dataclass(frozen=True)
@@ -43,24 +43,26 @@ def make_tiers(info: GgufInfo) -> Tiers:
     memory = read_memory()
     problem, auto = "", None
     # a share never fails for want of memory, so the demand is known even if auto does not fit
-    whole = fit_model(info, asked_of(info, LoadOptions(ram_budget="100%", vram_budget=OFF)), memory)
+    whole = fit_model(
+        info, asked_of(info, LoadOptions(ram_budget=Size(fraction=1.0), vram_budget=OFF)), memory
+    )
     try:
         fit = fit_model(info, asked_of(info, LoadOptions(vram_budget=OFF)), memory)
-        auto = _tier(info, "auto", fit.ram_budget_bytes)
+        auto = _tier(info, AUTO, fit.ram_budget_bytes)
     except BudgetError as error:
         problem = str(error)
     shares = tuple(
-        _tier(info, share, budget)
+        _tier(info, Size(fraction=share), budget)
         for share in _SHARES
-        if (budget := asked_bytes(parse_size(share), info)) >= info.budget_min_bytes
+        if (budget := asked_bytes(Size(fraction=share), info)) >= info.budget_min_bytes
     )
     return Tiers(memory, whole.asked.n_ctx, whole.demand.total_bytes, auto, problem, shares)
 
 
-def _tier(info: GgufInfo, budget: str, n_bytes: int) -> Tier:
+def _tier(info: GgufInfo, budget: Size, n_bytes: int) -> Tier:
     held = min(1.0, n_bytes / info.budget_all_bytes)
     n_experts = int(held * sum(layer.n_expert for layer in info.expert_layers))
-    return Tier(budget, n_bytes, n_experts, held * info.n_layer_moe)
+    return Tier(str(budget), n_bytes, n_experts, held * info.n_layer_moe)
 
 
 def tier_facts(tiers: Tiers) -> dict[str, Any]:

@@ -1,0 +1,75 @@
+"""What a caller asks for, made into a Request that decides an answer."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+
+from mobile_gguf.errors import UsageError, shown
+from mobile_gguf.generate.answer import Backend, Request
+from mobile_gguf.generate.decode import Policy
+from mobile_gguf.gguf.info import GgufInfo
+from mobile_gguf.options import GenerateOptions
+from mobile_gguf.options.bias import check_tokens
+
+
+def make_request(
+    backend: Backend,
+    info: GgufInfo,
+    prompt: list[int],
+    options: GenerateOptions,
+    *,
+    policy: Policy,
+    n_ctx: int,
+    seed: int | None,
+    should_stop: Callable[[], bool] | None,
+) -> Request:
+    """The Request of ``options``; ``seed`` is used where they have none. Raises UsageError."""
+    if not backend.can_generate:
+        raise UsageError(f"{info.path.name} makes embeddings and no text: use /v1/embeddings or Model.embed")
+    if not prompt:
+        raise UsageError("the prompt is empty")
+    room = n_ctx - len(prompt)
+    if room <= 0:
+        raise UsageError(
+            f"the prompt has {len(prompt)} tokens and the context only {n_ctx}: shorten it or load "
+            "the model with a larger --ctx-size"
+        )
+    asked = options.max_tokens
+    seed = options.seed if options.seed is not None else seed
+    check_tokens(options.logit_bias or {}, info.n_vocab)
+    return Request(
+        prompt=prompt,
+        policy=policy,
+        max_tokens=room if asked is None or asked < 0 else min(asked, room),
+        stop=options.stop or (),
+        seed=random.getrandbits(31) if seed is None or seed < 0 else seed,
+        sampling={
+            **options.sampling(),
+            "logit_bias": options.logit_bias or {},
+            "grammar": backend.make_grammar(options.grammar, options.json_schema),
+        },
+        cache_prompt=options.cache_prompt,
+        should_stop=should_stop,
+    )
+
+
+def prompt_tokens(backend: Backend, prompt: str | Sequence[int]) -> list[int]:
+    """The tokens of a prompt: of text with what the model adds, token ids as they are. Raises UsageError."""
+    if not isinstance(prompt, str):
+        return token_ids(prompt)
+    tokens = backend.tokenize(prompt.encode(errors="replace"), add_bos=True, special=True)
+    bos = backend.token_bos()
+    # Without a prompt the model starts from its beginning-of-sequence token, if it has one.
+    return tokens or ([bos] if bos >= 0 else [])
+
+
+def token_ids(tokens: Sequence[int]) -> list[int]:
+    """A list of token ids. Raises UsageError for what is none, bytes among them."""
+    if isinstance(tokens, (bytes, bytearray)) or not hasattr(tokens, "__iter__"):
+        raise UsageError(f"{shown(tokens)} is neither text nor token ids")
+    ids = list(tokens)
+    for token in ids:
+        if not hasattr(token, "__index__") or isinstance(token, bool):
+            raise UsageError(f"{shown(token)} is no token id")
+    return [int(token) for token in ids]

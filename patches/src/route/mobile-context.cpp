@@ -1,0 +1,107 @@
+#include "route/mobile-context.h"
+
+#include "mobile-error.h"
+#include "route/mobile-hooks.h"
+#include "store/mobile-load.h"
+
+#include "llama-batch.h"
+#include "llama-model.h"
+
+#include <algorithm>
+
+mobile_context::mobile_context(const llama_model & model, std::shared_ptr<mobile_store> s) :
+    store(std::move(s)),
+    n_layer((int32_t) model.hparams.n_layer()),
+    n_expert_used((int32_t) model.hparams.n_expert_used()),
+    rules(n_layer, n_expert_used),
+    usage(*store),
+    // layers behind n_layer (next-token prediction) route as well
+    routes(std::max(n_layer, store->end_of_layers())),
+    predictor(model, store),
+    slot_map(n_layer, store->n_parts_max, store->n_segments) {
+    for (size_t il = 0; il < routes.size(); ++il) {
+        routes[il].ctx = this;
+        routes[il].il  = mobile_model_layer(il);
+    }
+}
+
+std::shared_ptr<mobile_context> mobile_context_new(const llama_model & model) {
+    std::shared_ptr<mobile_store> store = mobile_store_of(model);
+    return store ? std::make_shared<mobile_context>(model, std::move(store)) : nullptr;
+}
+
+static void begin(mobile_context & ctx, const llama_ubatch & ubatch) {
+    mobile_pass & pass = ctx.pass;
+    const size_t n_tokens = ubatch.n_tokens;
+
+    ctx.rules.begin_pass(ubatch, pass.k);
+    pass.pos.assign(n_tokens, 0);
+    pass.outputs.clear();
+    pass.mapped = true;
+    for (size_t i = 0; i < n_tokens; ++i) {
+        if (ubatch.pos) {
+            pass.pos[i] = ubatch.pos[i];
+        }
+        if (ubatch.output && ubatch.output[i]) {
+            pass.outputs.push_back((int32_t) i);
+        }
+    }
+    ctx.usage.add_tokens(n_tokens, std::count_if(pass.k.begin(), pass.k.end(), [&](int32_t k) { return ctx.rules.is_little(k); }));
+    ctx.trace.begin_pass(n_tokens);
+    ctx.store->begin_pass();
+    ctx.predictor.begin_pass((int64_t) n_tokens, pass.k[0], mobile_route_takes_hints(ctx));
+}
+
+void mobile_ubatch_begin(mobile_context * ctx, const llama_ubatch & ubatch) {
+    if (!ctx) {
+        return;
+    }
+    try {
+        ctx->error.clear();
+        begin(*ctx, ubatch);
+    } catch (...) {
+        mobile_fail_caught();
+        ctx->error = mobile_last_error();
+    }
+}
+
+// false: ctx.error says why
+static bool end(mobile_context & ctx) {
+    const size_t n_tokens = ctx.pass.n_tokens();
+    if (ctx.slots) {
+        ctx.slots->admit(); // of the last layer
+        ctx.slots->end_pass();
+    }
+    ctx.pass.time += (double) n_tokens;
+    ctx.trace.end_pass(n_tokens);
+
+    const bool is_read = ctx.store->end_pass();
+    ctx.predictor.end_pass(is_read && ctx.error.empty());
+    if (!ctx.error.empty()) {
+        return false;
+    }
+    if (!is_read) {
+        ctx.error = "expert read failed: " + ctx.store->error();
+        return false;
+    }
+    if (!ctx.pass.mapped && (!ctx.pass.is_uniform() || ctx.rules.is_replay())) {
+        ctx.error = "this model computes a part of the batch in some layer: per-token expert counts cannot be told apart";
+        return false;
+    }
+    return true;
+}
+
+enum ggml_status mobile_ubatch_end(mobile_context * ctx, enum ggml_status status) {
+    if (!ctx) {
+        return status;
+    }
+    bool ok = false;
+    try {
+        ok = end(*ctx);
+    } catch (...) {
+        mobile_fail_caught();
+        ctx->error = mobile_last_error();
+    }
+    ctx->rules.end_pass(ok);
+    return ok ? status : GGML_STATUS_FAILED;
+}

@@ -1,0 +1,45 @@
+// mobile-context.h - what a llama_context has of ours: one member for each job, and the thread that each belongs to.
+//
+// All of it belongs to the thread that decodes, but for slot_map, which any thread may read. The C API is called by that
+// thread as well (mobile.h), so nothing here is locked; store and predictor have threads and locks of their own.
+
+#pragma once
+
+#include "device/mobile-slot-map.h"
+#include "device/mobile-slots.h"
+#include "route/mobile-graph.h"
+#include "route/mobile-pass.h"
+#include "route/mobile-predict.h"
+#include "route/mobile-route.h"
+#include "route/mobile-rules.h"
+#include "route/mobile-trace.h"
+#include "route/mobile-usage.h"
+#include "store/mobile-store.h"
+
+#include <memory>
+#include <string>
+#include <vector>
+
+struct llama_model;
+
+struct mobile_context {
+    mobile_context(const llama_model & model, std::shared_ptr<mobile_store> store);
+
+    const std::shared_ptr<mobile_store> store;
+    const int32_t n_layer;       // of the model
+    const int32_t n_expert_used; // top-k
+
+    mobile_rules rules;  // what changes outputs
+    mobile_trace trace;
+    mobile_usage usage;  // counters
+    mobile_graph graph;
+    mobile_pass  pass;   // the running ubatch
+    std::string  error;  // what made the last one fail; "" if it did not
+
+    std::vector<mobile_route> routes; // [mobile_model_layer] and those behind the model's own; the op's user data
+    mobile_routing            routing; // of the running layer
+
+    mobile_predictor              predictor;
+    mobile_slot_map               slot_map;
+    std::unique_ptr<mobile_slots> slots; // the device tier; NULL: none
+};

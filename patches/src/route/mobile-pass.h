@@ -1,0 +1,37 @@
+// mobile-pass.h - the tokens of the running ubatch, as the route op of each layer sees them.
+
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+struct mobile_pass {
+    std::vector<int32_t> k;       // [n_tokens] experts per token; 0: all
+    std::vector<int32_t> pos;     // [n_tokens]
+    std::vector<int32_t> outputs; // tokens with an output, ascending: what the last layer keeps
+    double time   = 0.0;          // of its first token, in tokens since the context began
+    bool   mapped = true;         // every layer's tokens could be told apart
+
+    size_t n_tokens() const { return k.size(); }
+
+    // which token a layer's column is: the last layer computes only tokens with an output
+    int32_t token_of(int64_t column, int64_t n_columns) {
+        if (n_columns == (int64_t) k.size()) {
+            return (int32_t) column;
+        }
+        if (n_columns == (int64_t) outputs.size()) {
+            return outputs[column];
+        }
+        mapped = false;
+        return 0;
+    }
+
+    bool is_uniform() const {
+        for (int32_t value : k) {
+            if (value != k[0]) {
+                return false;
+            }
+        }
+        return true;
+    }
+};

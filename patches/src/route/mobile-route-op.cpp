@@ -1,0 +1,313 @@
+// mobile-route-op.cpp - the route op itself: what it does when a layer runs.
+
+#include "route/mobile-context.h"
+
+#include "mobile-error.h"
+
+#include "ggml-backend.h"
+#include "ggml.h"
+
+#include <algorithm>
+#include <cstring>
+
+// a batch of more tokens than this passes through the cache: only its last tokens count as uses, the
+// others' experts go first
+static constexpr int64_t LASTING_TOKENS = 8;
+
+// the op's tensors by position; the third, the experts' input, is read by predictions, and is there so that the
+// scheduler has copied it to the host before the hot chain runs. its result holds ids [K, S] of all tokens, behind them
+// weights [K] of all tokens and, with a hot chain, slots [K, S] of all tokens. segment by segment, since mul_mat_id takes
+// input row i % K for id i where there is one row per expert
+static const ggml_tensor * src_ids    (const ggml_tensor * dst) { return dst->src[0]; }
+static const ggml_tensor * src_weights(const ggml_tensor * dst) { return dst->src[1]; }
+static const ggml_tensor * src_cur    (const ggml_tensor * dst) { return dst->src[2]; } // NULL: nothing reads it
+static bool                has_hot    (const ggml_tensor * dst) { return dst->src[3] != nullptr; }
+
+static int64_t n_used_of    (const ggml_tensor * dst) { return src_ids(dst)->ne[0]; }
+static int64_t n_segments_of(const ggml_tensor * dst) { return (dst->ne[0]/n_used_of(dst) - 1)/(has_hot(dst) ? 2 : 1); }
+static int64_t n_ids_of     (const ggml_tensor * dst) { return n_used_of(dst)*n_segments_of(dst); }
+
+static int32_t id_at(const ggml_tensor * t, int64_t rank, int64_t token) {
+    return *(const int32_t *) ((const char *) t->data + rank*t->nb[0] + token*t->nb[1]);
+}
+
+static float weight_at(const ggml_tensor * t, int64_t rank, int64_t token) {
+    return *(const float *) ((const char *) t->data + rank*t->nb[1] + token*t->nb[2]);
+}
+
+// of one token; until expand_segments() the first K are the model's ids
+static int32_t * routed_ids    (const ggml_tensor * dst, int64_t token) { return (int32_t *) dst->data + token*n_ids_of(dst); }
+static float   * routed_weights(const ggml_tensor * dst, int64_t token) { return (float *) dst->data + dst->ne[1]*n_ids_of(dst) + token*n_used_of(dst); }
+static int32_t * routed_slots  (const ggml_tensor * dst, int64_t token) { return routed_ids(dst, dst->ne[1]) + dst->ne[1]*n_used_of(dst) + token*n_ids_of(dst); }
+
+//
+// ids
+//
+
+// marks all but the k heaviest of a token's ids as skipped
+static void mask_token(const mobile_route & route, const ggml_tensor * dst, int64_t token, int32_t k) {
+    const int64_t n_used = n_used_of(dst);
+    int32_t * ids = routed_ids(dst, token);
+    if (route.ranked) {
+        std::fill(ids + k, ids + n_used, -1);
+        return;
+    }
+    std::vector<int64_t> order(n_used);
+    for (int64_t i = 0; i < n_used; ++i) {
+        order[i] = i;
+    }
+    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
+        return weight_at(src_weights(dst), a, token) > weight_at(src_weights(dst), b, token);
+    });
+    for (int64_t i = k; i < n_used; ++i) {
+        ids[order[i]] = -1;
+    }
+}
+
+// what the layer needs of the store: distinct parts, ascending, so that reads run forward in the file
+static void collect_needs(mobile_context & ctx, const ggml_tensor * dst, int32_t n_parts) {
+    mobile_routing & r = ctx.routing;
+    const int64_t n_ids    = n_ids_of(dst);
+    const int64_t n_tokens = dst->ne[1];
+
+    r.need_of.assign(n_parts, {});
+    for (int64_t t = 0; t < n_tokens; ++t) {
+        const int32_t * ids = routed_ids(dst, t);
+        for (int64_t i = 0; i < n_ids; ++i) {
+            if (ids[i] >= 0 && ids[i] < n_parts) {
+                mobile_need & need = r.need_of[ids[i]];
+                need.part    = mobile_part(ids[i]);
+                need.time    = ctx.pass.time + (double) t;
+                need.lasting = t >= n_tokens - LASTING_TOKENS;
+                need.n_tokens++;
+            }
+        }
+    }
+    r.needs.clear();
+    for (const mobile_need & need : r.need_of) {
+        if (need.n_tokens > 0) {
+            r.needs.push_back(need);
+        }
+    }
+}
+
+// the id of a rank before anything is skipped
+static int32_t model_id(const mobile_context & ctx, const mobile_route & route, const ggml_tensor * dst, int64_t rank, int64_t t, int32_t token) {
+    const int32_t id = ctx.rules.replayed_id(route.il, ctx.pass.pos[token], rank);
+    return id < 0 ? id_at(src_ids(dst), rank, t) : id;
+}
+
+static void route_ids(const mobile_context & ctx, mobile_route & route, const ggml_tensor * dst, int64_t t, int32_t token) {
+    const int64_t n_used = n_used_of(dst);
+    int32_t * ids = routed_ids(dst, t);
+
+    for (int64_t rank = 0; rank < n_used; ++rank) {
+        ids[rank] = model_id(ctx, route, dst, rank, t, token);
+    }
+    const int32_t k = ctx.pass.k[token];
+    if (k > 0 && k < n_used) {
+        if (dst->ne[1] == 1 && route.ranked) {
+            route.masked.assign(ids + k, ids + n_used);
+        }
+        mask_token(route, dst, t, k);
+    }
+}
+
+static void route_weights(const mobile_route & route, const ggml_tensor * dst, int64_t t) {
+    const int64_t n_used = n_used_of(dst);
+    const int32_t * ids  = routed_ids(dst, t);
+    float * weights      = routed_weights(dst, t);
+
+    float sum_all  = 0.0f;
+    float sum_kept = 0.0f;
+    for (int64_t rank = 0; rank < n_used; ++rank) {
+        const float w = weight_at(src_weights(dst), rank, t);
+        weights[rank] = ids[rank] >= 0 ? w : 0.0f;
+        sum_all  += w;
+        sum_kept += weights[rank];
+    }
+    // the kept experts take over the sum that the model gives its top-k
+    if (route.renormalise && sum_kept != sum_all && sum_kept != 0.0f) {
+        for (int64_t rank = 0; rank < n_used; ++rank) {
+            weights[rank] *= sum_all/sum_kept;
+        }
+    }
+}
+
+static void trace_layer(mobile_context & ctx, const mobile_route & route, mobile_store_layer layer, const ggml_tensor * dst) {
+    for (int64_t t = 0; t < dst->ne[1]; ++t) {
+        const int32_t token = ctx.pass.token_of(t, dst->ne[1]);
+        for (int64_t rank = 0; rank < n_used_of(dst); ++rank) {
+            const int32_t id = routed_ids(dst, t)[rank];
+            if (id >= 0) {
+                const uint64_t bytes = layer.is_none() ? 0 : ctx.store->missing_of_model(layer, id);
+                ctx.trace.add(route.il, token, rank, id, routed_weights(dst, t)[rank], !layer.is_none(), bytes);
+            }
+        }
+    }
+}
+
+// from the model's experts to their parts; the weight is that of each
+static void expand_segments(const mobile_store & store, const ggml_tensor * dst, int64_t t) {
+    const int64_t n_used     = n_used_of(dst);
+    const int64_t n_segments = n_segments_of(dst);
+    int32_t * ids = routed_ids(dst, t);
+    for (int64_t i = n_used*n_segments - 1; i >= 0 && n_segments > 1; --i) {
+        const int32_t id = ids[i % n_used];
+        ids[i] = id < 0 ? -1 : store.part_of(id, (int32_t) (i/n_used)).n;
+    }
+}
+
+// on a device an expert that is skipped is computed, and weighs nothing
+static void keep_ids(const mobile_context & ctx, const mobile_route & route, const ggml_tensor * dst, int64_t t, int32_t token) {
+    const int64_t n_used = n_used_of(dst);
+    int32_t * ids = routed_ids(dst, t);
+    for (int64_t rank = 0; rank < n_used; ++rank) {
+        if (ids[rank] < 0) {
+            ids[rank] = model_id(ctx, route, dst, rank, t, token);
+        }
+    }
+}
+
+// what is in slots goes to the hot chain, the rest stays in the cold one
+static void split_ids(const mobile_context & ctx, const ggml_tensor * dst, int64_t t) {
+    int32_t * ids   = routed_ids  (dst, t);
+    int32_t * slots = routed_slots(dst, t);
+    for (int64_t i = 0; i < n_ids_of(dst); ++i) {
+        const int32_t slot = ids[i] < 0 ? -1 : ctx.routing.slot_of[ids[i]];
+        slots[i] = slot < 0 ? (int32_t) i : slot; // slot i is zero
+        ids  [i] = slot < 0 ? ids[i] : -1;
+    }
+}
+
+// what runs, before devices take their part
+static void keep_routed(mobile_context & ctx, const ggml_tensor * dst) {
+    const int64_t n_used = n_used_of(dst);
+    ctx.routing.routed.resize(n_used*dst->ne[1]);
+    for (int64_t t = 0; t < dst->ne[1]; ++t) {
+        std::copy_n(routed_ids(dst, t), n_used, &ctx.routing.routed[t*n_used]);
+    }
+}
+
+// hints for the layer that comes next
+static void predict_next(mobile_context & ctx, const mobile_route & route, mobile_store_layer layer, const ggml_tensor * dst) {
+    const mobile_store_layer next(layer.n + 1);
+    std::vector<uint8_t> & on_device = ctx.routing.on_device;
+    on_device.clear();
+    if (ctx.slots && next.n < (int32_t) ctx.store->layers.size()) {
+        on_device.resize(ctx.store->layers[next.n].n_parts);
+        for (size_t e = 0; e < on_device.size(); ++e) {
+            on_device[e] = ctx.slots->is_there(ctx.store->model_layer(next), mobile_part(e));
+        }
+    }
+    const ggml_tensor * cur = route.routes_cur ? src_cur(dst) : nullptr;
+    ctx.predictor.add_layer(layer, ctx.routing.routed, dst->ne[1], cur ? (const float *) cur->data : nullptr, cur ? cur->ne[0] : 0,
+        cur ? cur->nb[2]/sizeof(float) : 0, on_device, ctx.pass.time);
+}
+
+static void run(mobile_route & route, ggml_tensor * dst) {
+    mobile_context & ctx   = *route.ctx;
+    mobile_store   & store = *ctx.store;
+    mobile_routing & r     = ctx.routing;
+
+    const int64_t            n_tokens = dst->ne[1];
+    const mobile_store_layer layer    = store.layer_of(route.il);
+
+    route.masked.clear();
+    for (int64_t t = 0; t < n_tokens; ++t) {
+        route_ids(ctx, route, dst, t, ctx.pass.token_of(t, n_tokens));
+        route_weights(route, dst, t);
+    }
+    if (ctx.trace.is_on()) {
+        trace_layer(ctx, route, layer, dst); // before the request changes what is resident
+    }
+    keep_routed(ctx, dst);
+    for (int64_t t = 0; t < n_tokens; ++t) {
+        if (route.keep && !has_hot(dst)) {
+            keep_ids(ctx, route, dst, t, ctx.pass.token_of(t, n_tokens));
+        }
+        expand_segments(store, dst, t);
+    }
+    if (ctx.slots) {
+        ctx.slots->admit();
+    }
+    if (layer.is_none()) {
+        return;
+    }
+    const int32_t n_parts = store.layers[layer.n].n_parts;
+    collect_needs(ctx, dst, n_parts);
+    if (ctx.slots && ctx.slots->whole_layer(route.il)) {
+        ctx.slots->add_whole_hits(r.needs.size());
+        return;
+    }
+    if (!has_hot(dst)) {
+        store.request(layer, r.needs);
+    } else {
+        ctx.slots->assign(route.il, r.needs, r.slot_of, r.missing);
+        store.request(layer, r.missing);
+        ctx.slots->fetch(r.slot_of);
+        for (int64_t t = 0; t < n_tokens; ++t) {
+            split_ids(ctx, dst, t);
+        }
+        route.n_cold   = (int32_t) std::count_if(r.missing.begin(), r.missing.end(), [&](const mobile_need & need) { return r.slot_of[need.part.n] < 0; });
+        route.start_us = ggml_time_us();
+    }
+    predict_next(ctx, route, layer, dst);
+    if (has_hot(dst)) {
+        mobile_route_ahead(ctx);
+    }
+
+    // a batch that needs nearly all of this layer needs nearly all of the next one
+    if (n_tokens > LASTING_TOKENS && 10*r.needs.size() >= 9*(size_t) n_parts && layer.n + 1 < (int32_t) store.layers.size()) {
+        store.read_ahead(mobile_store_layer(layer.n + 1));
+    }
+}
+
+// nothing is computed where it can be helped: the pass fails
+static void skip_all(const mobile_route & route, const ggml_tensor * dst) {
+    for (int64_t t = 0; t < dst->ne[1]; ++t) {
+        std::fill_n(routed_weights(dst, t), n_used_of(dst), 0.0f);
+        for (int64_t i = 0; i < n_ids_of(dst); ++i) {
+            routed_ids(dst, t)[i] = route.keep && !has_hot(dst) ? (int32_t) i : -1;
+            if (has_hot(dst)) {
+                routed_slots(dst, t)[i] = (int32_t) i; // slot i is zero
+            }
+        }
+    }
+}
+
+void mobile_route_run(ggml_tensor * dst, int ith, int nth, void * userdata) {
+    GGML_UNUSED(nth);
+    if (ith != 0) {
+        return;
+    }
+    mobile_route & route = *(mobile_route *) userdata;
+    try {
+        run(route, dst);
+    } catch (...) { // the frames around this one are C
+        mobile_fail_caught();
+        route.ctx->error = mobile_last_error();
+        skip_all(route, dst);
+    }
+}
+
+void mobile_route_end_cold(ggml_tensor * dst, int ith, int nth, void * userdata) {
+    GGML_UNUSED(nth);
+    if (ith != 0) {
+        return;
+    }
+    mobile_route & route = *(mobile_route *) userdata;
+    memcpy(dst->data, dst->src[0]->data, ggml_nbytes(dst));
+    if (!route.ctx->slots) {
+        return;
+    }
+    try {
+        if (route.n_cold > 0) {
+            route.ctx->slots->add_cpu_time(route.n_cold, ggml_time_us() - route.start_us);
+        }
+        mobile_route_ahead(*route.ctx); // by now the next layer's experts have been guessed
+    } catch (...) {
+        mobile_fail_caught();
+        route.ctx->error = mobile_last_error();
+    }
+}

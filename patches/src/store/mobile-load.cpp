@@ -1,0 +1,382 @@
+#include "store/mobile-load.h"
+
+#include "ggml/ggml-expert.h"
+#include "mobile-error.h"
+#include "store/mobile-tag.h"
+
+#include "llama-model-loader.h"
+#include "llama-model.h"
+
+#include "ggml-backend-impl.h"
+#include "ggml-backend.h"
+
+#include <algorithm>
+#include <cstring>
+#include <deque>
+#include <memory>
+#include <regex>
+#include <vector>
+
+// merged gate_up, gate, up and down of the routed experts; not biases, scales or shared experts
+static const char * EXPERT_PATTERN = "^blk\\.[0-9]+\\.ffn_(gate_up|up|gate|down)_exps\\.weight$";
+
+// what else has a row per expert, and is used where the experts are
+static const char * EXPERT_SMALL_PATTERN = "^blk\\.[0-9]+\\.ffn_(gate_up|up|gate|down)_exps\\.(bias|scale)$";
+
+// what a tensor in our buffer knows; its address stands in the tensor's tag
+struct mobile_tensor {
+    mobile_store *     store = nullptr;
+    mobile_store_layer layer;
+    int32_t            piece = -1;
+};
+
+struct mobile_buffer_context {
+    std::unique_ptr<mobile_store> store;
+    std::deque<mobile_tensor>     tensors;
+    void * base = nullptr;
+    size_t size = 0;
+};
+
+// of the load that runs on this thread
+struct mobile_loading {
+    bool                                          pending = false;
+    bool                                          mark    = false; // all experts in ordinary buffers
+    mobile_load_params                            params  = {};
+    std::vector<llama_model_tensor_buft_override> overrides;
+};
+
+static thread_local mobile_loading g_loading;
+
+void mobile_load_set_pending(const mobile_load_params * params) {
+    g_loading.pending = params != nullptr;
+    if (params) {
+        g_loading.params = *params;
+    }
+}
+
+//
+// buffer type
+//
+
+static mobile_store & store_of(const ggml_tensor * tensor) {
+    return *((mobile_buffer_context *) tensor->buffer->context)->store;
+}
+
+// NULL: the tag is gone, and passes fail
+static const mobile_tensor * tensor_record(const ggml_tensor * tensor) {
+    const auto * record = (const mobile_tensor *) mobile_tag_address(tensor, MOBILE_TAG_STORED);
+    if (!record) {
+        store_of(tensor).fail_for_good(std::string(tensor->name) + ": its op_params were written to, which hold where its experts are");
+    }
+    return record;
+}
+
+static void set_tag(ggml_tensor * tensor, enum mobile_tag_kind kind, const void * address) {
+    if (!mobile_tag_set(tensor, kind, address)) {
+        mobile_throw(MOBILE_ERR_INTERNAL, std::string(tensor->name) + ": ggml uses a weight's op_params, where this engine keeps a tag of its own");
+    }
+}
+
+static void buffer_free(ggml_backend_buffer_t buffer) {
+    auto * ctx = (mobile_buffer_context *) buffer->context;
+    mobile_unmap(ctx->base, ctx->size);
+    delete ctx;
+}
+
+static void * buffer_get_base(ggml_backend_buffer_t buffer) {
+    return ((mobile_buffer_context *) buffer->context)->base;
+}
+
+// copies what lies in the file, through the store: for whoever reads a weight as a tensor
+static void buffer_get_tensor(ggml_backend_buffer_t buffer, const ggml_tensor * tensor, void * data, size_t offset, size_t size) {
+    GGML_UNUSED(buffer);
+    const mobile_tensor * record = tensor_record(tensor);
+    if (!record) {
+        memset(data, 0, size);
+        return;
+    }
+    while (size > 0) {
+        const size_t skip = offset%tensor->nb[2];
+        const size_t n    = std::min(size, tensor->nb[2] - skip);
+        mobile_need need;
+        need.part    = mobile_part(offset/tensor->nb[2]);
+        need.lasting = false;
+        record->store->request(record->layer, { need });
+        memcpy(data, record->store->resolve(record->layer, record->piece, need.part, true) + skip, n);
+        record->store->end_pass();
+        data    = (char *) data + n;
+        offset += n;
+        size   -= n;
+    }
+}
+
+static void buffer_set_tensor(ggml_backend_buffer_t buffer, ggml_tensor * tensor, const void * data, size_t offset, size_t size) {
+    GGML_UNUSED(buffer);
+    GGML_UNUSED(data);
+    GGML_UNUSED(offset);
+    GGML_UNUSED(size);
+    store_of(tensor).fail_for_good(std::string(tensor->name) + ": somebody wrote to it, and experts in the store are read-only");
+}
+
+static void buffer_clear(ggml_backend_buffer_t buffer, uint8_t value) {
+    GGML_UNUSED(buffer);
+    GGML_UNUSED(value);
+}
+
+static const char * buft_get_name(ggml_backend_buffer_type_t buft) {
+    GGML_UNUSED(buft);
+    return "experts";
+}
+
+static ggml_backend_buffer_t buft_alloc_buffer(ggml_backend_buffer_type_t buft, size_t size) {
+    auto ctx = std::make_unique<mobile_buffer_context>();
+    ctx->store = std::make_unique<mobile_store>(g_loading.params);
+    ctx->size  = std::max(size, mobile_page_size());
+    ctx->base  = mobile_reserve(ctx->size);
+    if (!ctx->base) {
+        return nullptr;
+    }
+    ggml_backend_buffer_i iface = {};
+    iface.free_buffer = buffer_free;
+    iface.get_base    = buffer_get_base;
+    iface.set_tensor  = buffer_set_tensor;
+    iface.get_tensor  = buffer_get_tensor;
+    iface.clear       = buffer_clear;
+    return ggml_backend_buffer_init(buft, iface, ctx.release(), size);
+}
+
+static size_t buft_get_alignment(ggml_backend_buffer_type_t buft) {
+    GGML_UNUSED(buft);
+    return 64;
+}
+
+static bool buft_is_host(ggml_backend_buffer_type_t buft) {
+    GGML_UNUSED(buft);
+    return true; // the CPU backend computes on it
+}
+
+static const char * resolve_expert(const ggml_tensor * w, int64_t expert, const char * stock, bool wait);
+static void         settle_expert (const ggml_tensor * w);
+static bool         owns_expert   (const ggml_tensor * w);
+
+static ggml_backend_buffer_type_t mobile_buffer_type() {
+    static ggml_backend_buffer_type buft = [] {
+        ggml_backend_buffer_type b = {};
+        b.iface.get_name      = buft_get_name;
+        b.iface.alloc_buffer  = buft_alloc_buffer;
+        b.iface.get_alignment = buft_get_alignment;
+        b.iface.is_host       = buft_is_host;
+        b.device              = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+        static const ggml_expert_resolver resolver = { resolve_expert, settle_expert, owns_expert };
+        ggml_expert_set_resolver(&resolver);
+        return b;
+    }();
+    return &buft;
+}
+
+// host memory for experts that devices are filled from: as the file has them, never repacked, in memory that a
+// device reads fast where there is such
+static ggml_backend_buffer_type_t host_buffer_type() {
+    for (size_t i = 0; i < ggml_backend_dev_count(); ++i) {
+        ggml_backend_dev_t dev = ggml_backend_dev_get(i);
+        if (ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_GPU && ggml_backend_dev_host_buffer_type(dev)) {
+            return ggml_backend_dev_host_buffer_type(dev);
+        }
+    }
+    // a copy, since the loader takes the CPU's own type to mean "any that the CPU can use"
+    static ggml_backend_buffer_type plain = *ggml_backend_cpu_buffer_type();
+    return &plain;
+}
+
+static const char * resolve_expert(const ggml_tensor * w, int64_t expert, const char * stock, bool wait) {
+    if (!w->buffer || ggml_backend_buffer_get_type(w->buffer) != mobile_buffer_type()) {
+        return stock;
+    }
+    const mobile_tensor * record = tensor_record(w);
+    if (!record) {
+        return store_of(w).resolve_failed();
+    }
+    return record->store->resolve(record->layer, record->piece, mobile_part(expert), wait);
+}
+
+static void settle_expert(const ggml_tensor * w) {
+    if (w->buffer && ggml_backend_buffer_get_type(w->buffer) == mobile_buffer_type()) {
+        store_of(w).settle();
+    }
+}
+
+static bool owns_expert(const ggml_tensor * w) {
+    return w->buffer && ggml_backend_buffer_get_type(w->buffer) == mobile_buffer_type();
+}
+
+//
+// loading
+//
+
+const llama_model_tensor_buft_override * mobile_load_begin(const llama_model_tensor_buft_override * overrides) {
+    g_loading.mark = false;
+    mobile_fail(MOBILE_OK, "");
+    if (!g_loading.pending) {
+        return overrides;
+    }
+    g_loading.pending = false;
+    g_loading.mark = g_loading.params.budget_bytes == 0;
+    if (g_loading.mark && !g_loading.params.on_host) {
+        return overrides;
+    }
+
+    // the user's own overrides come first
+    g_loading.overrides.clear();
+    for (const auto * o = overrides; o && o->pattern; ++o) {
+        g_loading.overrides.push_back(*o);
+    }
+    g_loading.overrides.push_back({ EXPERT_PATTERN, g_loading.mark ? host_buffer_type() : mobile_buffer_type() });
+    g_loading.overrides.push_back({ EXPERT_SMALL_PATTERN, ggml_backend_cpu_buffer_type() });
+    g_loading.overrides.push_back({ nullptr, nullptr });
+    return g_loading.overrides.data();
+}
+
+// the order in which build_moe_ffn uses a layer's tensors
+static int piece_order(const char * name) {
+    static const char * order[] = { "ffn_gate_up_exps", "ffn_up_exps", "ffn_gate_exps", "ffn_down_exps" };
+    for (int i = 0; i < 4; ++i) {
+        if (strstr(name, order[i])) {
+            return i;
+        }
+    }
+    return 4;
+}
+
+static mobile_model_layer layer_number(const char * name) {
+    int il = -1;
+    sscanf(name, "blk.%d.", &il);
+    return mobile_model_layer(il);
+}
+
+// by layer, then in the order of use
+static std::vector<ggml_tensor *> sorted_by_use(std::vector<ggml_tensor *> tensors) {
+    std::stable_sort(tensors.begin(), tensors.end(), [](const ggml_tensor * a, const ggml_tensor * b) {
+        const mobile_model_layer la = layer_number(a->name);
+        const mobile_model_layer lb = layer_number(b->name);
+        return la != lb ? la < lb : piece_order(a->name) < piece_order(b->name);
+    });
+    return tensors;
+}
+
+// whether this load puts experts into a store
+static bool has_store(const llama_model_loader & ml) {
+    for (const auto * o = ml.tensor_buft_overrides; o && o->pattern; ++o) {
+        if (o->buft == mobile_buffer_type()) {
+            return true;
+        }
+    }
+    return false;
+}
+
+// where a tensor's experts lie; file: index into the loader's files
+static std::vector<mobile_range> ranges_of(const llama_model_loader & ml, const ggml_tensor * t) {
+    if (const mobile_parts * parts = mobile_layout_find(ml, t->name)) {
+        return parts->ranges;
+    }
+    const auto & weight = ml.require_weight(t->name);
+    std::vector<mobile_range> ranges(t->ne[2]);
+    for (int64_t e = 0; e < t->ne[2]; ++e) {
+        ranges[e] = { weight.idx, weight.offs + e*t->nb[2], t->nb[2] };
+    }
+    return ranges;
+}
+
+bool mobile_load_tensors(llama_model_loader & ml, ggml_context * ctx, llama_progress_callback progress, void * progress_data) {
+    const std::regex pattern(EXPERT_PATTERN);
+    std::vector<ggml_tensor *> tensors;
+    for (ggml_tensor * t = ggml_get_first_tensor(ctx); t; t = ggml_get_next_tensor(ctx, t)) {
+        if (g_loading.mark && std::regex_search(t->name, pattern)) {
+            set_tag(t, MOBILE_TAG_ROUTED, nullptr);
+        }
+        if (t->buffer && ggml_backend_buffer_get_type(t->buffer) == mobile_buffer_type()) {
+            tensors.push_back(t);
+        }
+    }
+    if (tensors.empty()) {
+        return false;
+    }
+    if (ml.use_mmap) {
+        mobile_throw(MOBILE_ERR_ARGUMENT, "an expert budget needs a load without mmap (use_mmap = false)");
+    }
+    tensors = sorted_by_use(std::move(tensors));
+
+    auto * buffer = (mobile_buffer_context *) tensors[0]->buffer->context;
+    mobile_store & store = *buffer->store;
+
+    store.n_segments = ml.mobile ? ml.mobile->n_segments : 1;
+
+    std::string err;
+    std::vector<int> file_of(ml.files.size(), -1);
+    for (ggml_tensor * t : tensors) {
+        if (store.n_segments > 1 && !mobile_layout_find(ml, t->name)) {
+            mobile_throw(MOBILE_ERR_ARGUMENT, std::string(t->name) + ": some experts are in segments and these are not");
+        }
+        mobile_layout_split(ml, t);
+        std::vector<mobile_range> ranges = ranges_of(ml, t);
+        for (mobile_range & range : ranges) {
+            int & file = file_of.at(range.file);
+            if (file < 0) {
+                file = store.add_file(ml.files[range.file]->file_id(), err);
+                if (file < 0) {
+                    mobile_throw(MOBILE_ERR_IO, err);
+                }
+            }
+            range.file = (uint16_t) file;
+        }
+        if (!store.add_piece(layer_number(t->name), t->name, std::move(ranges), err)) {
+            mobile_throw(MOBILE_ERR_IO, err);
+        }
+        const mobile_store_layer layer = store.layer_of(layer_number(t->name));
+        buffer->tensors.push_back({ &store, layer, store.layers[layer.n].n_pieces - 1 });
+        set_tag(t, MOBILE_TAG_STORED, &buffer->tensors.back());
+        ml.size_done += ggml_nbytes(t);
+    }
+
+    const float done = (float) (ml.size_done - store.expert_bytes)/(float) ml.size_data;
+    const float part = (float) store.expert_bytes/(float) ml.size_data;
+    const int32_t status = store.start([&](float f) { return !progress || progress(done + f*part, progress_data); }, err);
+    if (status != MOBILE_OK) {
+        mobile_throw((enum mobile_status) status, err);
+    }
+    if (progress && ml.size_done >= ml.size_data) {
+        progress(1.0f, progress_data);
+    }
+    return true;
+}
+
+bool mobile_load_tensor(llama_model_loader & ml, ggml_tensor * tensor) {
+    if (mobile_layout_find(ml, tensor->name) && ml.mobile->n_segments > 1 && has_store(ml)) {
+        mobile_throw(MOBILE_ERR_ARGUMENT, std::string(tensor->name) + ": a tensor override keeps it from the expert store, where the other segments go");
+    }
+    return mobile_layout_load(ml, tensor);
+}
+
+std::shared_ptr<mobile_store> mobile_store_of(const llama_model & model) {
+    std::vector<ggml_tensor *> marked;
+    for (const auto & [name, tensor] : model.tensors_by_name) {
+        if (tensor->buffer && ggml_backend_buffer_get_type(tensor->buffer) == mobile_buffer_type()) {
+            return { std::shared_ptr<void>(), ((mobile_buffer_context *) tensor->buffer->context)->store.get() };
+        }
+        if (mobile_tag_is(tensor, MOBILE_TAG_ROUTED)) {
+            marked.push_back(tensor);
+        }
+    }
+    if (marked.empty()) {
+        return nullptr;
+    }
+    auto store = std::make_shared<mobile_store>(mobile_store_default_params());
+    std::string err;
+    for (const ggml_tensor * t : sorted_by_use(std::move(marked))) {
+        const std::vector<mobile_range> sizes(t->ne[2], { 0, 0, t->nb[2] });
+        if (!store->add_piece(layer_number(t->name), t->name, sizes, err)) {
+            return nullptr; // no layout that a store could hold: the model runs without the route op
+        }
+    }
+    store->start_plain();
+    return store;
+}

@@ -1,0 +1,132 @@
+// mobile-store-hints.cpp - reads ahead of need that may turn out wrong.
+//
+// Mechanism: a hint names an expert that a layer will probably need. It costs nothing until an I/O thread has
+// no other read to do; only then does it take a slot and become a read. What a layer needs is known when it
+// asks, so its hints are dropped then: those that became reads are used, or kept as the staler expert they were.
+// Invariants: a hint evicts nothing that the running token has used; a read of a hint that fails is no error;
+// experts read by hints are used, wasted (gone without a use) or still there unused.
+
+#include "store/mobile-store.h"
+
+#include <algorithm>
+
+// hints become reads only while at most so many reads of misses are under way
+static constexpr uint32_t HINT_DEMAND_MAX = 0;
+
+uint64_t mobile_store::sequence() const {
+    return n_requests.load(std::memory_order_relaxed);
+}
+
+int32_t mobile_store::hint(mobile_store_layer layer, const std::vector<mobile_part> & parts, double now, uint64_t seq) {
+    const mobile_layer & l = layers[layer.n];
+
+    locked lock(mutex);
+    if (all_resident || (seq != 0 && seq != sequence())) {
+        return 0;
+    }
+    std::vector<hinted> fresh;
+    for (mobile_part part : parts) {
+        if (part.n >= 0 && part.n < l.n_parts && experts[id_of(layer, part)].state == MOBILE_NOT_RESIDENT) {
+            fresh.push_back({ id_of(layer, part), now });
+        }
+    }
+    // those for the layer that comes next before those for a whole pass
+    hints.insert(seq != 0 ? hints.begin() : hints.end(), fresh.begin(), fresh.end());
+    lock.unlock();
+    wake_io(fresh.size());
+    return (int32_t) fresh.size();
+}
+
+// makes a read of the first hint that can be one; false: there is none
+bool mobile_store::begin_hint(locked & lock) {
+    if (n_demand_running > HINT_DEMAND_MAX) {
+        return false;
+    }
+    while (!hints.empty()) {
+        const hinted h = hints.front();
+        hints.pop_front();
+
+        mobile_expert & x = experts[h.expert];
+        int32_t slot = -1;
+        if (x.state != MOBILE_NOT_RESIDENT) {
+            continue;
+        }
+        if (!take_slot(lock, x.layer, SLOT_PREFETCH, h.now, slot)) {
+            hints.clear();
+            return false;
+        }
+        x.hinted    = true;
+        x.own_use   = x.last_use;
+        x.own_key   = x.key;
+        x.last_use  = h.now;
+        x.key       = mobile_policy_key((enum mobile_eviction) params.eviction, std::max<uint64_t>(x.n_uses, 1), h.now);
+        begin_load(h.expert, slot, true);
+        hinted_reads.push_back(h.expert);
+        count.n_prefetched++;
+        ahead_count.n_queued++;
+        queue_reads({ h.expert }, ahead);
+        wake_io(1);
+        return true;
+    }
+    return false;
+}
+
+// a need of x, which a hint has read
+void mobile_store::use_hint(mobile_expert & x) {
+    uint32_t n_pieces = 0;
+    for (int p = 0; p < layers[x.layer.n].n_pieces; ++p) {
+        n_pieces += n_chunks(range_of((uint32_t) (&x - experts.get()), p));
+    }
+    ahead_count.n_used++;
+    ahead_count.bytes_early += expert_bytes_of(layers[x.layer.n])*(n_pieces - x.n_pending)/n_pieces;
+    x.hinted = false;
+}
+
+// x leaves its slot, or its read has failed
+void mobile_store::waste_hint(mobile_expert & x) {
+    if (x.hinted) {
+        ahead_count.n_wasted++;
+        ahead_count.bytes_wasted += expert_bytes_of(layers[x.layer.n]);
+        x.hinted = false;
+    }
+}
+
+// the needs of a layer are known and pinned: its hints have served
+void mobile_store::settle_hints(mobile_store_layer layer) {
+    n_requests.fetch_add(1, std::memory_order_relaxed);
+    hints.erase(std::remove_if(hints.begin(), hints.end(), [&](const hinted & h) {
+        return experts[h.expert].layer == layer;
+    }), hints.end());
+
+    auto others = std::stable_partition(hinted_reads.begin(), hinted_reads.end(), [&](uint32_t expert) {
+        return experts[expert].layer != layer;
+    });
+    for (auto it = others; it != hinted_reads.end(); ++it) {
+        mobile_expert & x = experts[*it];
+        if (x.hinted && !x.pinned) {
+            // a wrong one is worth no more than before
+            const bool was_listed = x.listed;
+            unlist(*it);
+            x.last_use = x.own_use;
+            x.key      = x.own_key;
+            if (was_listed) {
+                list(*it);
+            }
+        }
+    }
+    hinted_reads.erase(others, hinted_reads.end());
+}
+
+// the pass is over
+void mobile_store::drop_hints() {
+    n_requests.fetch_add(1, std::memory_order_relaxed);
+    hints.clear();
+    hinted_reads.clear();
+}
+
+mobile_ahead_counters mobile_store::counters_ahead() {
+    locked lock(mutex);
+    mobile_ahead_counters c = ahead_count;
+    c.stall_us = count.stall_us;
+    return c;
+}

@@ -1,0 +1,245 @@
+// mobile-store-pass.cpp - what a computation asks of the store while it runs.
+
+#include "store/mobile-store.h"
+
+#include "ggml.h"
+
+#include <algorithm>
+
+// keys of transient experts lie below every other, the newest lowest: a long batch passes through few
+// slots, and its first layers stay for the next batch
+static constexpr double TRANSIENT_KEY = -1e15;
+
+void mobile_store::begin_pass() {
+    locked lock(mutex);
+    error_text = error_for_good;
+}
+
+void mobile_store::fail_for_good(const std::string & text) {
+    locked lock(mutex);
+    if (error_for_good.empty()) {
+        error_for_good = text;
+        error_text     = text;
+    }
+}
+
+void mobile_store::unpin_all() {
+    for (uint32_t expert : pinned) {
+        mobile_expert & x = experts[expert];
+        x.pinned = false;
+        if (x.state == MOBILE_RESIDENT) {
+            if (x.failed) {
+                release_slot(x);
+            } else {
+                list(expert);
+            }
+        }
+    }
+    pinned.clear();
+}
+
+bool mobile_store::end_pass() {
+    locked lock(mutex);
+    unpin_all();
+    drop_hints();
+    cv_done.notify_all();
+    return error_text.empty();
+}
+
+// gives x a new key; it is not listed
+void mobile_store::use(mobile_expert & x, const mobile_need & need) {
+    const bool transient = need.lasting ? false : x.transient || x.state == MOBILE_NOT_RESIDENT;
+
+    n_transient += (int) transient - (int) x.transient;
+    x.transient  = transient;
+    if (need.lasting) {
+        x.n_uses  += need.n_tokens;
+        x.last_use = need.time;
+        x.key      = mobile_policy_key((enum mobile_eviction) params.eviction, x.n_uses, x.last_use);
+    } else if (transient) {
+        x.key = TRANSIENT_KEY - (double) ++transient_seq;
+    }
+}
+
+void mobile_store::request(mobile_store_layer layer, const std::vector<mobile_need> & needs) {
+    const mobile_layer & l = layers[layer.n];
+
+    locked lock(mutex);
+    count.bytes_routed += needs.size()*(expert_bytes_of(l));
+    if (plain || (all_resident && experts[l.first].state == MOBILE_RESIDENT)) {
+        count.n_hits += needs.size();
+        return;
+    }
+    unpin_all();
+
+    std::vector<uint32_t> misses;
+    std::vector<uint32_t> on_their_way;
+    for (const auto & need : needs) {
+        const uint32_t expert = id_of(layer, need.part);
+        mobile_expert & x = experts[expert];
+        unlist(expert);
+        use(x, need);
+        x.pinned = true;
+        pinned.push_back(expert);
+        if (x.state == MOBILE_NOT_RESIDENT) {
+            count.n_misses++;
+            misses.push_back(expert);
+            continue;
+        }
+        count.n_hits++;
+        if (x.prefetched) {
+            count.n_prefetch_hits++;
+            x.prefetched = false;
+        }
+        if (x.hinted) {
+            use_hint(x);
+        }
+        if (x.state == MOBILE_LOADING) {
+            on_their_way.push_back(expert);
+        }
+    }
+    promote(on_their_way);
+    settle_hints(layer);
+    std::vector<uint32_t> loads;
+    for (uint32_t expert : misses) {
+        int32_t slot = -1;
+        // the budget holds a layer, and only this one is pinned
+        if (!take_slot(lock, layer, SLOT_DEMAND, 0.0, slot)) {
+            no_slot(expert);
+            continue;
+        }
+        begin_load(expert, slot, false);
+        loads.push_back(expert);
+    }
+    queue_reads(loads, demand);
+    lock.unlock();
+    wake_io(loads.size());
+}
+
+void mobile_store::read_ahead(mobile_store_layer layer) {
+    const mobile_layer & l = layers[layer.n];
+
+    locked lock(mutex);
+    if (all_resident) {
+        return;
+    }
+    std::vector<uint32_t> loads;
+    for (int e = 0; e < l.n_parts; ++e) {
+        mobile_expert & x = experts[l.first + e];
+        int32_t slot = -1;
+        if (x.state != MOBILE_NOT_RESIDENT) {
+            continue;
+        }
+        if (!take_slot(lock, layer, SLOT_AHEAD, 0.0, slot)) {
+            break;
+        }
+        mobile_need need;
+        need.lasting = false;
+        use(x, need);
+        begin_load(l.first + e, slot, true);
+        loads.push_back(l.first + e);
+    }
+    count.n_prefetched += loads.size();
+    queue_reads(loads, ahead);
+    lock.unlock();
+    wake_io(loads.size());
+}
+
+bool mobile_store::hold(mobile_store_layer layer, mobile_part part) {
+    if (plain) {
+        return true;
+    }
+    const uint32_t id = id_of(layer, part);
+
+    locked lock(mutex);
+    if (experts[id].state != MOBILE_RESIDENT || experts[id].failed) {
+        return false;
+    }
+    unlist(id);
+    return true;
+}
+
+void mobile_store::let_go(mobile_store_layer layer, mobile_part part) {
+    if (plain) {
+        return;
+    }
+    const uint32_t id = id_of(layer, part);
+
+    locked lock(mutex);
+    if (!experts[id].pinned) {
+        list(id);
+    }
+}
+
+// the experts that are in use leave no slot for this one: its pieces read as zeros, and the pass fails
+void mobile_store::no_slot(uint32_t expert) {
+    mobile_expert & x = experts[expert];
+    if (error_text.empty()) {
+        error_text = "layer " + std::to_string(model_layer(x.layer).n) + ": more experts are needed at once than the budget holds";
+    }
+    for (auto & s : x.piece_state) {
+        s.store(MOBILE_PIECE_FAILED, std::memory_order_release);
+    }
+}
+
+const char * mobile_store::resolve(mobile_store_layer layer, int32_t piece, mobile_part part, bool wait) {
+    const mobile_layer & l = layers[layer.n];
+    const uint32_t id = id_of(layer, part);
+    mobile_expert & x = experts[id];
+
+    auto address = [&]() {
+        const mobile_range & r = range_of(id, piece);
+        return x.data + classes[l.cls].piece_offset[piece] + r.offset % files[r.file].align;
+    };
+
+    uint32_t state = x.piece_state[piece].load(std::memory_order_acquire);
+    if (state == MOBILE_PIECE_READY) {
+        return address();
+    }
+    if (!wait) {
+        return nullptr;
+    }
+
+    locked lock(mutex);
+    if (n_waiting++ == 0) {
+        stall_start = ggml_time_us();
+    }
+    if (x.state == MOBILE_NOT_RESIDENT && !x.pinned) {
+        // not requested by the route op: a graph of somebody else's. load it as a need of this layer
+        int32_t slot = -1;
+        if (take_slot(lock, layer, SLOT_DEMAND, 0.0, slot)) {
+            x.pinned = true;
+            pinned.push_back(id);
+            count.n_misses++;
+            begin_load(id, slot, false);
+            queue_reads({ id }, demand);
+            wake_io(1);
+        } else {
+            no_slot(id);
+        }
+    }
+    while ((state = x.piece_state[piece].load(std::memory_order_acquire)) < MOBILE_PIECE_READY) {
+        if (!run_one(lock, true)) {
+            cv_done.wait(lock);
+        }
+    }
+    if (--n_waiting == 0) {
+        count.stall_us += ggml_time_us() - stall_start;
+        cv_done.notify_all();
+    }
+    if (state == MOBILE_PIECE_READY) {
+        return address();
+    }
+    if (error_text.empty()) {
+        // it was read ahead, and failed before this pass asked for it
+        error_text = describe(id, piece) + ": a read ahead of need failed";
+    }
+    return zeros;
+}
+
+void mobile_store::settle() {
+    if (n_waiting.load(std::memory_order_relaxed) > 0) {
+        locked lock(mutex);
+        cv_done.wait(lock, [&] { return n_waiting.load(std::memory_order_relaxed) == 0; });
+    }
+}

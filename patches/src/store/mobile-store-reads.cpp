@@ -1,0 +1,159 @@
+// mobile-store-reads.cpp - the read queues, and the threads that serve them.
+
+#include "store/mobile-store.h"
+
+#include <algorithm>
+#include <cstring>
+
+// reads are split so that one large piece keeps several I/O threads busy
+static constexpr uint64_t CHUNK_BYTES = 512*1024;
+
+uint32_t mobile_store::n_chunks(const mobile_range & range) const {
+    const uint64_t head = range.offset % files[range.file].align;
+    return (uint32_t) ((head + range.size + CHUNK_BYTES - 1)/CHUNK_BYTES);
+}
+
+void mobile_store::begin_load(uint32_t expert, int32_t slot, bool ahead) {
+    mobile_expert & x = experts[expert];
+    const mobile_layer & l = layers[x.layer.n];
+    const mobile_slot_class & c = classes[l.cls];
+
+    x.slot      = slot;
+    x.data      = c.arena + (uint64_t) slot*c.slot_bytes;
+    x.state     = MOBILE_LOADING;
+    x.failed    = false;
+    x.ahead     = ahead;
+    x.prefetched = ahead;
+    x.n_pending = 0;
+    for (int p = 0; p < l.n_pieces; ++p) {
+        x.piece_pending[p] = n_chunks(range_of(expert, p));
+        x.n_pending += x.piece_pending[p];
+        x.piece_state[p].store(MOBILE_PIECE_LOADING, std::memory_order_release);
+    }
+    n_in_flight++;
+}
+
+void mobile_store::queue_reads(const std::vector<uint32_t> & loads, std::deque<item> & queue) {
+    if (loads.empty()) {
+        return;
+    }
+    // piece by piece: the computation of a layer's first tensor starts while the others are on their way
+    for (uint16_t p = 0; p < MOBILE_MAX_PIECES; ++p) {
+        for (uint32_t expert : loads) {
+            if (p < layers[experts[expert].layer.n].n_pieces) {
+                for (uint32_t chunk = 0; chunk < experts[expert].piece_pending[p]; ++chunk) {
+                    queue.push_back({ expert, p, chunk });
+                }
+            }
+        }
+    }
+}
+
+// moves queued reads of these experts from read-ahead to demand
+void mobile_store::promote(const std::vector<uint32_t> & wanted) {
+    if (wanted.empty() || ahead.empty()) {
+        return;
+    }
+    const std::set<uint32_t> set(wanted.begin(), wanted.end());
+    auto moved = std::stable_partition(ahead.begin(), ahead.end(), [&](const item & it) { return set.count(it.expert) == 0; });
+    demand.insert(demand.end(), moved, ahead.end());
+    ahead.erase(moved, ahead.end());
+}
+
+// takes one read from the queues and does it without the lock; false: there is none
+bool mobile_store::run_one(locked & lock, bool demand_only) {
+    std::deque<item> & queue = !demand.empty() ? demand : ahead;
+    if (demand_only && demand.empty()) {
+        return false;
+    }
+    if (queue.empty() && !begin_hint(lock)) {
+        return false;
+    }
+    const bool demanded = !demand.empty();
+    const item it = queue.front();
+    queue.pop_front();
+    n_demand_running += demanded;
+
+    const mobile_expert & x = experts[it.expert];
+    const mobile_range  & r = range_of(it.expert, it.piece);
+    const mobile_file   & f = files[r.file];
+
+    const uint64_t offset = r.offset - r.offset % f.align + it.chunk*CHUNK_BYTES;
+    const uint64_t size   = std::min(CHUNK_BYTES, r.offset + r.size - offset);
+    char * dst = x.data + classes[layers[x.layer.n].cls].piece_offset[it.piece] + it.chunk*CHUNK_BYTES;
+
+    lock.unlock();
+    uint64_t  n_read = 0;
+    const int status = mobile_file_read(f, offset, size, dst, n_read);
+    lock.lock();
+
+    n_demand_running -= demanded;
+    ahead_count.bytes_demanded += demanded ? n_read : 0;
+    if (demanded && !hints.empty()) {
+        wake_io(1);
+    }
+    finish(it, status, n_read, size, offset);
+    return true;
+}
+
+std::string mobile_store::describe(uint32_t expert, int piece) const {
+    const mobile_layer & l = layers[experts[expert].layer.n];
+    const mobile_part part(expert - l.first);
+    return files[range_of(expert, piece).file].name + ": layer " + std::to_string(l.il.n) + ", expert " + std::to_string(expert_of(part)) +
+        (n_segments > 1 ? ", segment " + std::to_string(part.n % n_segments) : "") + " (" + l.piece_name[piece] + ")";
+}
+
+void mobile_store::finish(const item & it, int status, uint64_t n_read, uint64_t n_wanted, uint64_t offset) {
+    mobile_expert & x = experts[it.expert];
+    const mobile_file & f = files[range_of(it.expert, it.piece).file];
+
+    const uint64_t bytes = f.direct ? mobile_round_up(n_read, f.align) : n_read;
+    count.bytes_read += bytes;
+    if (!x.ahead) {
+        count.bytes_read_demand += bytes;
+    }
+
+    const bool ok = status == 0 && n_read == n_wanted;
+    if (!ok) {
+        x.failed = true;
+        // a failed read ahead is no error: it is tried again when the expert is needed
+        if (x.pinned && error_text.empty()) {
+            error_text = describe(it.expert, it.piece) + ": " +
+                (status != 0 ? std::string(strerror(status)) : "only " + std::to_string(n_read) + " of " + std::to_string(n_wanted) + " bytes") +
+                " at offset " + std::to_string(offset) +
+                (status != 0 ? "" : "; the file has become shorter since it was loaded");
+        }
+    }
+    x.n_pending--;
+    if (--x.piece_pending[it.piece] == 0) {
+        x.piece_state[it.piece].store(x.failed ? MOBILE_PIECE_FAILED : MOBILE_PIECE_READY, std::memory_order_release);
+    }
+    if (x.n_pending == 0) {
+        n_in_flight--;
+        x.state = MOBILE_RESIDENT;
+        if (!x.pinned) {
+            if (x.failed) {
+                release_slot(x);
+            } else {
+                list(it.expert);
+            }
+        }
+    }
+    cv_done.notify_all();
+}
+
+// without the lock, so that the woken threads need not wait for it
+void mobile_store::wake_io(size_t n_loads) {
+    if (n_loads > 0) {
+        cv_work.notify_all();
+    }
+}
+
+void mobile_store::io_main() {
+    locked lock(mutex);
+    while (!stop) {
+        if (!run_one(lock, false)) {
+            cv_work.wait(lock);
+        }
+    }
+}

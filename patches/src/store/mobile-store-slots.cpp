@@ -1,0 +1,135 @@
+// mobile-store-slots.cpp - which slot an expert gets, and who has to go for it.
+
+#include "store/mobile-store.h"
+
+#include <algorithm>
+
+// how many experts of a layer are tried for one that may go
+static constexpr int VICTIM_SCAN = 8;
+
+// how much staler, in tokens, an expert must be for its slot to change shape
+static constexpr double RESHAPE_TOKENS = 64.0;
+
+void mobile_store::list(uint32_t expert) {
+    mobile_expert & x = experts[expert];
+    if (!x.listed && !all_resident) {
+        evictable[x.layer.n].insert({ x.key, expert });
+        x.listed = true;
+    }
+}
+
+void mobile_store::unlist(uint32_t expert) {
+    mobile_expert & x = experts[expert];
+    if (x.listed) {
+        evictable[x.layer.n].erase({ x.key, expert });
+        x.listed = false;
+    }
+}
+
+void mobile_store::release_slot(mobile_expert & x) {
+    for (auto & s : x.piece_state) {
+        s.store(MOBILE_PIECE_ABSENT, std::memory_order_relaxed);
+    }
+    classes[layers[x.layer.n].cls].free.push_back(x.slot);
+    waste_hint(x);
+    n_transient -= x.transient;
+    x.state      = MOBILE_NOT_RESIDENT;
+    x.slot       = -1;
+    x.data       = nullptr;
+    x.transient  = false;
+    x.prefetched = false;
+    x.failed     = false;
+}
+
+void mobile_store::evict(uint32_t expert) {
+    unlist(expert);
+    release_slot(experts[expert]);
+    count.n_evictions++;
+}
+
+bool mobile_store::may_go(const mobile_expert & x, mobile_store_layer layer, slot_use use, double now) const {
+    switch (use) {
+        case SLOT_DEMAND:
+            return true;
+        case SLOT_AHEAD:
+            // not what is being read ahead itself, and of what single tokens use up to two layers' worth
+            return x.layer != layer &&
+                (x.transient || (n_transient < 2*(uint64_t) n_parts_max && budget_bytes >= 4*budget_min_bytes));
+        case SLOT_PREFETCH:
+            return x.last_use < now;
+    }
+    return false;
+}
+
+// the expert to evict for a slot of a layer; -1: none that may go
+int64_t mobile_store::find_victim(mobile_store_layer layer, slot_use use, double now) const {
+    const auto   eviction = (enum mobile_eviction) params.eviction;
+    const double step     = mobile_policy_step(eviction);
+
+    // the smallest key among slots of the right shape, and among the others
+    int64_t best     [2] = { -1, -1 };
+    double  best_key [2] = { 0.0, 0.0 };
+    for (int32_t l = 0; l < (int32_t) layers.size(); ++l) {
+        const int other = layers[l].cls != layers[layer.n].cls;
+        int n = 0;
+        for (auto it = evictable[l].begin(); it != evictable[l].end() && n < VICTIM_SCAN; ++it, ++n) {
+            const mobile_expert & x = experts[it->second];
+            if (may_go(x, layer, use, now)) {
+                const double key = it->first + (l > layer.n && !x.transient ? mobile_policy_unvisited(eviction) : 0.0);
+                if (best[other] < 0 || key < best_key[other]) {
+                    best    [other] = it->second;
+                    best_key[other] = key;
+                }
+                break;
+            }
+        }
+    }
+    // changing a slot's shape means fresh pages: only for an expert that is clearly staler
+    const bool reshape = best[0] < 0 || (best[1] >= 0 && best_key[1] + RESHAPE_TOKENS*step < best_key[0]);
+    return reshape ? best[1] : best[0];
+}
+
+bool mobile_store::take_slot(locked & lock, mobile_store_layer layer, slot_use use, double now, int32_t & slot) {
+    mobile_slot_class & c = classes[layers[layer.n].cls];
+    for (;;) {
+        if (!c.free.empty()) {
+            slot = c.free.back();
+            c.free.pop_back();
+            return true;
+        }
+        if (committed + c.slot_bytes <= budget_bytes && (!c.spare.empty() || c.n_fresh < c.n_slots)) {
+            if (!c.spare.empty()) {
+                slot = c.spare.back();
+                c.spare.pop_back();
+            } else {
+                slot = (int32_t) c.n_fresh++;
+            }
+            committed += c.slot_bytes;
+            count.resident_bytes_peak = std::max(count.resident_bytes_peak, committed);
+            return true;
+        }
+        // a free slot of another shape: its pages become budget
+        auto other = std::find_if(classes.begin(), classes.end(), [](const mobile_slot_class & o) { return !o.free.empty(); });
+        if (other != classes.end()) {
+            const int32_t s = other->free.back();
+            other->free.pop_back();
+            other->spare.push_back(s);
+            mobile_discard(other->arena + (uint64_t) s*other->slot_bytes, other->slot_bytes);
+            committed -= other->slot_bytes;
+            continue;
+        }
+        const int64_t victim = find_victim(layer, use, now);
+        if (victim >= 0) {
+            evict((uint32_t) victim);
+            continue;
+        }
+        if (use != SLOT_DEMAND) {
+            return false;
+        }
+        if (n_in_flight == 0) {
+            return false;
+        }
+        // what is being read ahead can be evicted once it has arrived
+        cv_done.wait(lock);
+    }
+}

@@ -1,0 +1,102 @@
+"""What is thrown or goes wrong inside the engine becomes an error with a text, never the end of the process.
+
+Faults are planted by preloaded shims: allocations that throw, and a ggml that uses the bytes where the engine
+keeps its tags. Each runs in a process of its own, which goes on and decodes after it.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import engine_libs
+import pytest
+from engine_jobs import FOLLOWING, GOOD_MODEL, PROMPT, assert_good, good, run, succeeded
+from places import SHIM, SUPPORT
+
+MEMORY, INTERNAL = -5, -6  # enum mobile_status
+CHILD = SUPPORT / "error_child.py"
+THROW_OPS = [{"op": "throw", "what": what} for what in ("bad_alloc", "logic_error", "int")]
+
+
+def preload(tmp_path: Path, source: str, *includes: Path) -> dict[str, str]:
+    """The environment of a process with a compiled shim."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("the shim needs Linux")
+    compiler = shutil.which("c++" if source.endswith(".cpp") else "cc")
+    if compiler is None:
+        pytest.skip("no compiler for the shim")
+    out = tmp_path / "shim.so"
+    options = ["-O1", "-Wall", "-Werror", "-shared", "-fPIC", *(f"-I{folder}" for folder in includes)]
+    subprocess.run([compiler, *options, "-o", out, SHIM / source, "-ldl"], check=True)
+    return {"LD_PRELOAD": str(out)}
+
+
+def on_errors(*runs: dict[str, Any], **environment: str) -> engine_libs.Outcome:
+    return engine_libs.run_job(engine_libs.engine_lib(), list(runs), child=CHILD, environment=environment)
+
+
+def test_nothing_is_thrown_across_the_c_api(tmp_path: Path) -> None:
+    outcome = on_errors(
+        run("throws", GOOD_MODEL, [*THROW_OPS, *good("after")]), **preload(tmp_path, "throwing_new.cpp")
+    )
+    expected = {
+        "bad_alloc": (MEMORY, "out of memory"),
+        "logic_error": (INTERNAL, "planted"),
+        "int": (INTERNAL, "something was thrown that says nothing"),
+    }
+    for op, (what, answer) in zip(outcome.ops("throws", "throw"), expected.items(), strict=True):
+        for name, (n_thrown, status, text) in op["said"].items():
+            assert n_thrown == 1, f"{name} was to throw and did not"
+            assert (status, text) == answer, f"{name}, {what}"
+    assert_good(outcome, "throws", "after")
+
+
+def op_params(tmp_path: Path, planted: str) -> dict[str, str]:
+    include = engine_libs.source_tree() / "ggml" / "include"
+    return {**preload(tmp_path, "op_params.c", include), "PLANTED": planted}
+
+
+def test_custom_ops_that_ggml_lays_out_anew_are_noticed(tmp_path: Path) -> None:
+    result = on_errors(run("custom", GOOD_MODEL, []), **op_params(tmp_path, "custom")).runs["custom"]
+    assert result["loaded"]
+    assert not result["context"]
+    assert "ggml keeps a custom op's function elsewhere" in result["log"]
+
+
+@pytest.mark.parametrize("budget", ["min", 0])
+def test_weights_whose_op_params_ggml_uses_are_refused(budget: int | str, tmp_path: Path) -> None:
+    outcome = on_errors(run("weight", GOOD_MODEL, [], budget), **op_params(tmp_path, "weight"))
+    result = outcome.runs["weight"]
+    assert not result["loaded"]
+    assert "_exps.weight: ggml uses a weight's op_params" in result["load_error"]
+
+
+def test_tag_that_was_overwritten_fails_passes(tmp_path: Path) -> None:
+    before = {"op": "decode", "tokens": PROMPT, "outputs": [len(PROMPT) - 1]}
+    after = {"op": "decode", "tokens": FOLLOWING, "pos": len(PROMPT), "outputs": [0]}
+    outcome = on_errors(
+        run("tag", GOOD_MODEL, [before, {"op": "scribble"}, after, after]), **op_params(tmp_path, "none")
+    )
+    first, *others = outcome.ops("tag", "decode")
+    assert first["rc"] == 0
+    for op in others:
+        assert op["rc"] != 0
+        assert "its op_params were written to, which hold where its experts are" in op["error"]
+
+
+def test_barriers_poll_less_only_while_a_store_reads() -> None:
+    polls = [{"op": "polls"}]
+    outcome = succeeded(
+        on_errors(
+            run("before", GOOD_MODEL, polls, 0),
+            run("reads", GOOD_MODEL, polls, "min"),
+            run("after", GOOD_MODEL, polls, 0),
+        )
+    )
+    before, reads, after = (outcome.ops(name, "polls")[0]["polls"] for name in ("before", "reads", "after"))
+    assert reads < before
+    assert after == before
