@@ -11,7 +11,7 @@ from typing import Any
 from .errors import UsageError
 from .options import Opt, declared, defaults
 from .options.bias import format_bias, parse_bias
-from .sizes import Size, parse_size, parse_size_or_off, size_flag
+from .sizes import Size, parse_size, size_flag
 
 _METAVARS: dict[Any, str] = {int: "N", float: "X", Path: "FILE", parse_size: "SIZE"}
 
@@ -70,8 +70,8 @@ def _texts(opt: Opt, value: Any) -> list[str]:
 
 
 def _texts_of_one(opt: Opt, value: Any) -> list[str]:
-    if opt.read in (parse_size, parse_size_or_off):
-        return [size_flag(value) if isinstance(value, Size) else value]
+    if isinstance(value, Size):
+        return [size_flag(value)]
     if opt.read is parse_bias:
         return [format_bias(value)]
     return [value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)]

@@ -21,6 +21,7 @@ _UNITS = {
 }  # fmt: skip
 _WRITE = "write bytes, 512MiB, 2G, 40% or auto"
 _MAX_BYTES = 1 << 63
+_FEW_MEBIBYTES = 64 * MIB
 _PATTERN = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*([a-zA-Z]*|%)")
 
 
@@ -106,8 +107,15 @@ def format_bytes(n_bytes: int | float) -> str:
 
 def mebibytes(n_bytes: int, *, up: bool = False) -> str:
     """A size as a flag takes it, in whole MiB, or KiB where these are few; rounded down unless ``up``."""
-    unit, name = (MIB, "MiB") if n_bytes >= 64 * MIB else (KIB, "KiB")
-    return f"{-(-n_bytes // unit) if up else n_bytes // unit}{name}"
+    rounded = -whole_mebibytes(-n_bytes) if up else whole_mebibytes(n_bytes)
+    unit, name = (MIB, "MiB") if n_bytes >= _FEW_MEBIBYTES else (KIB, "KiB")
+    return f"{rounded // unit}{name}"
+
+
+def whole_mebibytes(n_bytes: int) -> int:
+    """Bytes rounded down to whole MiB, or KiB where these are few."""
+    unit = MIB if abs(n_bytes) >= _FEW_MEBIBYTES else KIB
+    return n_bytes // unit * unit
 
 
 def size_flag(size: Size) -> str:

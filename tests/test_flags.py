@@ -38,7 +38,7 @@ def values(opt, default):
         high = 1e6 if opt.high is None else opt.high
         one = st.integers(int(low), int(high)) if opt.read is int else st.floats(low, high)
     else:
-        one = words
+        one = words.filter(bool) if opt.repeated else words
     one = st.lists(one, min_size=1, max_size=3) if opt.repeated else one
     return one if default is None or opt.repeated else st.one_of(st.just(default), one)
 

@@ -25,7 +25,7 @@ def parse_bias(text: str) -> tuple[int, float]:
 def format_bias(pair: tuple[int, float]) -> str:
     """The form that ``parse_bias`` reads."""
     token, bias = pair
-    return f"{token}{bias:+}"
+    return f"{token}{float(bias):+}"
 
 
 def take_bias(given: Any) -> dict[int, float]:

@@ -15,7 +15,7 @@ from mobile_gguf.memory.machine import Memory, read_memory
 from mobile_gguf.memory.pools import pool_min_bytes
 from mobile_gguf.options import LoadOptions
 from mobile_gguf.options.words import BIG_LITTLE, EXACT, LITTLE
-from mobile_gguf.sizes import AUTO, KIB, MIB, OFF, Size, format_bytes
+from mobile_gguf.sizes import AUTO, OFF, Size, format_bytes, whole_mebibytes
 
 from .disk import disk_name
 from .ggml import device_key
@@ -155,7 +155,7 @@ def _budget(asked: Size, share: float, n_bytes: int, least: int) -> Size:
         return Size(fraction=1.0)
     if asked.fraction is not None:
         return asked
-    rounded = n_bytes - n_bytes % (MIB if n_bytes >= 64 * MIB else KIB)
+    rounded = whole_mebibytes(n_bytes)
     return Size(n_bytes=rounded if rounded >= least else n_bytes)
 
 

@@ -121,7 +121,7 @@ def test_a_budget_that_may_not_fit_is_a_notice(opening):
 
 def test_a_device_that_failed_leaves_one_notice_behind(opening, monkeypatch):
     """The try's own notices speak of what is not there any more; those of the host are said once."""
-    device = Device(1, "GPU0", "a GPU", 8 << 30, 8 << 30)
+    device = Device(1, "GPU0", "a GPU", 40 << 30, 80 << 30)
     monkeypatch.setattr(loading, "devices_for", lambda *_arguments: ([device], []))
     monkeypatch.setattr(loading, "set_prefetch", lambda *_arguments: None)
     monkeypatch.setattr(loading, "DeviceCalls", lambda *_arguments: None)

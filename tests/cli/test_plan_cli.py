@@ -18,6 +18,7 @@ from mobile_gguf.plan import compare_run, machine, measure, predict_cached
 from mobile_gguf.plan.machine import Measurements, Rate, read_measurements
 from mobile_gguf.plan.measure import LIMIT_S, Step, expected_seconds, steps_for
 from mobile_gguf.plan.workload import count_weights, read_workload
+from mobile_gguf.sizes import Size
 
 
 @pytest.fixture
@@ -78,7 +79,7 @@ def test_measuring_through_the_engine_predicts_every_mode_and_is_kept(command, s
     assert (code, err) == (0, "")
     assert json.loads(again)["predictions"] == found["predictions"]
     info = read_gguf_info(sample)
-    cached = predict_cached(info, LoadOptions(ram_budget="60%", threads=1))
+    cached = predict_cached(info, LoadOptions(ram_budget=Size(fraction=0.6), threads=1))
     assert cached is not None
     assert cached.predicted_tps == pytest.approx(found["predictions"][0]["predicted_tps"], rel=1e-6)
 

@@ -26,7 +26,7 @@ from mobile_gguf.plan.known import Here
 from mobile_gguf.plan.machine import Rate, read_measurements, write_measurements
 from mobile_gguf.plan.planner import make_plan
 from mobile_gguf.plan.workload import read_workload
-from mobile_gguf.sizes import format_bytes
+from mobile_gguf.sizes import Size, format_bytes
 from mobile_gguf.tui.store.models import Candidate, fit_of
 
 GIB, MIB = 1 << 30, 1 << 20
@@ -179,7 +179,7 @@ def test_devices_are_asked_for_once_and_only_where_they_may_be_used(model, devic
     devices(Device(0, "CUDA0", "a GPU", 4 * MIB, 16 * GIB))
     assert not Here().fit(info).devices
     with pytest.raises(BudgetError):
-        Here().fit(info, LoadOptions(vram_budget="1MiB"))  # asked for: not left out
+        Here().fit(info, LoadOptions(vram_budget=Size(n_bytes=1 << 20)))  # asked for: not left out
 
 
 # the chat's model picker

@@ -27,7 +27,7 @@ from mobile_gguf.memory.pools import pool_all_bytes
 from mobile_gguf.options import LoadOptions, make_options
 from mobile_gguf.plan.planner import suggest
 from mobile_gguf.plan.refusal import FitError, plan_fit
-from mobile_gguf.sizes import AUTO, GIB, MIB, OFF, Size, parse_size, parse_size_or_off
+from mobile_gguf.sizes import GIB, MIB, Size
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,8 @@ def a_machine(pick, info):
 def some_options(pick):
     budgets = ["auto"] * 6 + ["100%", "50%", "20%", "2GiB", "1MiB"]
     return LoadOptions(
-        ram_budget=parse_size(pick.choice(budgets)),
-        vram_budget=parse_size_or_off(pick.choice([*budgets, "off"])),
+        ram_budget=pick.choice(budgets),
+        vram_budget=pick.choice([*budgets, "off"]),
         n_ctx=pick.choice([None, None, pick.randint(1, 65536)]),
         n_ubatch=pick.choice([32, 512]),
         flash_attn=pick.random() < 0.5,
@@ -113,8 +113,8 @@ def a_case(seed):
     pick = random.Random(seed)
     info = a_model(pick)
     machine, load = a_machine(pick, info), some_options(pick)
-    if not machine.devices and load.vram_budget != OFF:
-        load = replace(load, vram_budget=AUTO)  # a budget without a device is refused before any memory
+    if not machine.devices and load.vram_budget != "off":
+        load = replace(load, vram_budget="auto")  # a budget without a device is refused before any memory
     return machine, info, load
 
 

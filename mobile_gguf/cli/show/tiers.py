@@ -13,7 +13,7 @@ from mobile_gguf.memory.machine import Memory, read_memory
 from mobile_gguf.options import LoadOptions
 from mobile_gguf.sizes import AUTO, OFF, Size, format_bytes
 
-_SHARES = (0.25, 0.5, 0.75, 1.0)
+_SHARES = tuple(Size(fraction=share) for share in (0.25, 0.5, 0.75, 1.0))
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ def make_tiers(info: GgufInfo) -> Tiers:
     except BudgetError as error:
         problem = str(error)
     shares = tuple(
-        _tier(info, Size(fraction=share), budget)
+        _tier(info, share, budget)
         for share in _SHARES
-        if (budget := asked_bytes(Size(fraction=share), info)) >= info.budget_min_bytes
+        if (budget := asked_bytes(share, info)) >= info.budget_min_bytes
     )
     return Tiers(memory, whole.asked.n_ctx, whole.demand.total_bytes, auto, problem, shares)
 
