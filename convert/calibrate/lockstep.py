@@ -17,7 +17,6 @@ from mobile_gguf.errors import EngineError
 from mobile_gguf.generate.llama import MobileLlama
 
 Floats = npt.NDArray[np.float32]
-Index = npt.NDArray[np.intp]
 
 
 class Lockstep:
