@@ -6,10 +6,10 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := run
-.PHONY: run test lint docs fuzz bench engine stock clean help
+.PHONY: run test quick test-portable lint docs fuzz bench engine stock clean help
 
 help: ## what there is
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -47,20 +47,26 @@ run: $(VENV)/.tui engine ## chat with the demo model; without a terminal, answer
 stock: $(VENV)/.package ## build unpatched llama.cpp beside the engine, for comparison
 	@$(BIN)/mobile-gguf engine build --stock
 
+# PYTEST: more options, such as PYTEST="-k rpc"
 test: $(VENV)/.dev stock ## run all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --durations=25 $(PYTEST)
 
-# pyright knows no package-dir mapping: it gets the package as it is installed
-TYPES := build/types
-lint: $(VENV)/.dev ## ruff and pyright
+quick: $(VENV)/.dev ## run the tests that need no engine, converter, browser or GPU
+	$(BIN)/python -m pytest -q -m "not (engine or convert or browser or gpu)" $(PYTEST)
+
+# a processor of 2009: whatever is expected of this one must hold there, too
+PORTABLE := -DGGML_NATIVE=OFF -DGGML_AVX=OFF -DGGML_AVX2=OFF -DGGML_BMI2=OFF -DGGML_FMA=OFF -DGGML_F16C=OFF
+PORTABLE_TESTS := tests/engine tests/device tests/generate tests/api
+test-portable: $(VENV)/.dev ## run the engine's tests with kernels without AVX
+	CMAKE_ARGS="$(PORTABLE)" $(BIN)/python -m mobile_gguf.vendor libraries build/portable
+	MOBILE_GGUF_ENGINE_LIB=$(CURDIR)/build/portable/engine LLAMA_CPP_LIB_PATH=$(CURDIR)/build/portable/engine \
+		MOBILE_GGUF_STOCK_LIB=$(CURDIR)/build/portable/stock \
+		$(BIN)/python -m pytest -m "engine and not gpu" --durations=25 $(PORTABLE_TESTS) $(PYTEST)
+
+lint: $(VENV)/.dev ## ruff, pyright and the import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	@rm -rf $(TYPES) && mkdir -p $(TYPES)/mobile_gguf
-	@ln -s $(CURDIR)/mobile_gguf/* $(TYPES)/mobile_gguf/
-	@for d in vendor convert tui bench patches; do ln -s $(CURDIR)/$$d $(TYPES)/mobile_gguf/; done
-	@ln -s $(CURDIR)/tests $(TYPES)/tests
-	@echo '{"include":["mobile_gguf","tests"],"typeCheckingMode":"standard","extraPaths":["tests/support"]}' > $(TYPES)/pyrightconfig.json
-	$(BIN)/pyright --pythonpath $(CURDIR)/$(BIN)/python -p $(TYPES)
+	$(BIN)/python tests/support/lint_tree.py build/types
 
 docs: $(VENV)/.dev ## write docs/api.md from the docstrings
 	$(BIN)/python docs/make_api.py

@@ -59,7 +59,7 @@ def run_benchmark(options: BenchOptions, narrate: Narrate) -> Report:
         },
         model={**asdict(shape), "expert_bytes": shape.expert_bytes, "summary": describe_model(shape)},
         capped=capped,
-        options={name: _plain(value) for name, value in asdict(options).items()},
+        options={name: _for_json(value) for name, value in asdict(options).items()},
         notes=notes,
     )  # fmt: skip
     if options.trace is None:
@@ -192,5 +192,5 @@ def _say(result: ArmRun) -> str:
     return f"< {rate:.2f} tokens/s (stopped)" if result.limit_s is not None else f"{rate:.2f} tokens/s"
 
 
-def _plain(value: Any) -> Any:
+def _for_json(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value

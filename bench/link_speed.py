@@ -1,9 +1,9 @@
 """Misses of the device tier by bandwidth of its link: ``python -m mobile_gguf.bench.link_speed [MODEL]``.
 
 The device is llama.cpp's RPC server on loopback with one CPU thread, behind a proxy that limits the link. For
-each bandwidth the host alone and the slot cache with `--miss cpu`, `fetch` and `auto` answer one prompt in
-turn, round after round; the first round fills the slots and is not counted. Prints a page; ``--out FOLDER``
-also writes it there, with all figures as JSON.
+each bandwidth the host alone and the slot cache with ``--miss cpu``, ``fetch`` and ``auto`` answer one prompt
+in turn, round after round; the first round fills the slots and is not counted. Prints a page;
+``--out FOLDER`` also writes it there, with all figures as JSON.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mobile_gguf.device.tier import find_devices
-from mobile_gguf.engine.listing import Device
+from mobile_gguf.engine.devices import Device
 from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.memory.fit import asked_of, fit_model
 from mobile_gguf.memory.machine import read_memory
@@ -120,7 +120,7 @@ def measure_anew(info: GgufInfo, case: Case, rpc: str = "") -> Measurements:
     ggml = Ggml()
     steps = steps_for(
         info, read_workload(info), ks, case.threads, resident=resident, stored=bool(rpc) or not resident,
-        devices=[ggml.device(one.handle) for one in _devices(rpc)], ggml=ggml, known=known.get,
+        devices=_devices(rpc), ggml=ggml, known=known.get,
     )  # fmt: skip
     for problem in measure(known, steps):
         print(problem, file=sys.stderr)

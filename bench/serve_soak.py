@@ -1,12 +1,12 @@
 """A long run of many impatient clients against one server: nothing leaks, nothing is lost.
 
-``python -m mobile_gguf.bench.serve_soak MODEL --minutes 10`` starts `mobile-gguf serve` and lets
+``python -m mobile_gguf.bench.serve_soak MODEL --minutes 10`` starts ``mobile-gguf serve`` and lets
 ``--clients`` threads ask it, streamed and whole, some of them hanging up in the middle. At the end every
 request that was waited for must have had its answer or a 429, answers must have been computed in the order
 their requests came in, the model must be free, and the server's memory and file descriptors must be what
 they were after the first tenth. With ``--embeddings`` a part of the requests are for embeddings. Prints one
 JSON object, and writes it and a page with ``--out``; exit code 1 if something is wrong. Unknown flags go to
-`mobile-gguf serve`.
+``mobile-gguf serve``.
 """
 
 from __future__ import annotations

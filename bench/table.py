@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mobile_gguf.sizes import MIB
+from mobile_gguf.wording import markdown_table
 
 from .arm import Arm, ArmRun
 
@@ -138,22 +139,8 @@ HEADINGS = (
 def format_table(rows: Sequence[Row]) -> str:
     """A Markdown table, aligned to be read as it is; counts are per token, ``stall`` and ``CPU`` are
     shares of the time (CPU of one processor)."""
-    cells = [list(HEADINGS), *(_cells(row) for row in rows)]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(HEADINGS))]
-    left = (0, len(HEADINGS) - 1)
-
-    def aligned(line: list[str]) -> str:
-        padded = (
-            cell.ljust(width) if column in left else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        return "| " + " | ".join(padded) + " |"
-
-    rules = [
-        "-" * width if column in left else "-" * (width - 1) + ":" for column, width in enumerate(widths)
-    ]
-    lines = [aligned(cells[0]), "| " + " | ".join(rules) + " |", *(aligned(line) for line in cells[1:])]
-    return "\n".join(lines)
+    cells = [HEADINGS, *(_cells(row) for row in rows)]
+    return "\n".join(markdown_table(cells, left=(0, len(HEADINGS) - 1)))
 
 
 def _cells(row: Row) -> list[str]:

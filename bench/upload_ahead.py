@@ -1,9 +1,10 @@
 """What uploads ahead of need are worth: ``python -m mobile_gguf.bench.upload_ahead [MODEL]``.
 
 The device is llama.cpp's RPC server on loopback with one CPU thread. For each share of experts in slots and
-each miss policy two models answer one prompt in turn, round after round, one with `--prefetch on` and one
-with `off`; all experts are in host memory, so that uploads are all that prefetch does. The first round fills
-the slots and is not counted. Prints a page; ``--out FOLDER`` also writes it there, with all figures as JSON.
+each miss policy two models answer one prompt in turn, round after round, one with ``--prefetch on`` and one
+with ``off``; all experts are in host memory, so that uploads are all that prefetch does. The first round
+fills the slots and is not counted. Prints a page; ``--out FOLDER`` also writes it there, with all figures as
+JSON.
 """
 
 from __future__ import annotations

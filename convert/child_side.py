@@ -1,6 +1,6 @@
 """What a child process of the conversion does before its work: a clean stdout, and an end with its parent.
 
-The parent (`children`) writes one line of JSON to stdin and keeps stdin open for as long as it lives; the
+The parent (``children``) writes one line of JSON to stdin and keeps stdin open for as long as it lives; the
 child answers with one JSON object per line on what was its stdout.
 """
 
@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 
 class ChildChannel:
-    """The two pipes of a child. `job` is what the parent asked for."""
+    """The two pipes of a child. ``job`` is what the parent asked for."""
 
     def __init__(self) -> None:
         # whatever the libraries print must not get between the answers

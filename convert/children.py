@@ -22,7 +22,7 @@ OnEvent = Callable[[dict[str, Any]], bool]
 
 
 class ChildError(MobileError):
-    """A step's process said what went wrong, or died; `errno` is the system's number if it was its error."""
+    """A step's process said what went wrong, or died; ``errno`` is the system's number if it was one."""
 
     def __init__(self, text: str, errno: int | None = None) -> None:
         super().__init__(text)
@@ -32,10 +32,10 @@ class ChildError(MobileError):
 def run_child(
     module: str, job: Mapping[str, Any], *, what: str, environment: Mapping[str, str], on_event: OnEvent
 ) -> None:
-    """Run `python -m module` on `job` until it ends.
+    """Run ``python -m module`` on ``job`` until it ends.
 
-    on_event is called with each object that the child sends; the child goes on after `wait_for_go` when
-    it returns true. `what` names the step in errors. Interrupted, or when on_event raises, it is ended.
+    on_event is called with each object that the child sends; the child goes on after ``wait_for_go`` when
+    it returns true. ``what`` names the step in errors. Interrupted, or when on_event raises, it is ended.
     Raises ChildError with the child's own words, or with the last line it wrote when it died.
     """
     with tempfile.TemporaryFile(mode="w+", encoding="utf-8", errors="replace") as log:
@@ -102,6 +102,6 @@ def _last_line(lines: list[str]) -> str:
 
 
 def child_environment(*first_on_path: str) -> dict[str, str]:
-    """Our environment with `first_on_path` leading PYTHONPATH."""
+    """Our environment with ``first_on_path`` leading PYTHONPATH."""
     path = [*first_on_path, os.environ.get("PYTHONPATH", "")]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path)), "PYTHONUNBUFFERED": "1"}

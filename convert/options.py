@@ -115,7 +115,7 @@ class ConvertResult:
 
     def as_json(self) -> dict[str, Any]:
         """For ``--json``."""
-        shown = asdict(self) | {"path": str(self.path)}
+        shown: dict[str, Any] = asdict(self) | {"path": str(self.path)}
         details = shown.pop("details") or {}
         del shown["rows"], shown["exit_code"]
         return shown | details

@@ -1,6 +1,6 @@
 """A Hugging Face checkpoint to the final GGUF: check, plan, convert, quantise, lay out, verify, name.
 
-Every step works in a hidden folder beside the output (`workdir`); the output's name appears last, when the
+Every step works in a hidden folder beside the output (``workdir``); the output's name appears last, when the
 file is whole.
 """
 
@@ -18,12 +18,12 @@ from pathlib import Path
 from mobile_gguf.errors import MobileError, UsageError
 from mobile_gguf.files.atomic import disk_errors
 from mobile_gguf.memory.threads import default_threads
+from mobile_gguf.progress import Progress, no_progress
 
 from .gguf.file import update_gguf
 from .gguf.layout import to_mobile
 from .hf import hub, upstream
 from .hf.checkpoint import Checkpoint, read_checkpoint
-from .meter import Progress, ignore
 from .options import ConvertOptions, ConvertResult
 from .plan import ConversionPlan, check_disk, converter_type, default_output, make_plan, resolve_outtype
 from .quantize.run import QuantizeRequest, check_imatrix_fits, quantize, request_from
@@ -39,11 +39,11 @@ def convert_checkpoint(
     out: Path | None = None,
     options: ConvertOptions = DEFAULTS,
     *,
-    progress: Progress = ignore,
+    progress: Progress = no_progress,
 ) -> ConvertResult:
-    """Convert the checkpoint `source`, a folder or `hf:org/repo`, to one GGUF of ours (or a stacked one).
+    """Convert the checkpoint ``source``, a folder or ``hf:org/repo``, to one GGUF of ours (or a stacked one).
 
-    out: by default beside the folder, or in the working directory for the Hub, see `default_output`.
+    out: by default beside the folder, or in the working directory for the Hub, see ``default_output``.
     Raises MobileError and its kin, one line each; then nothing is left behind. A verification that fails
     raises nothing: the result says so.
     """
@@ -129,7 +129,7 @@ class _Conversion:
         options = self.options
         if not options.stacked:
             began = time.monotonic()
-            laid_out = work / "mobile.gguf"
+            laid_out = work / "laid-out.gguf"
             to_mobile(
                 result, laid_out, segments=options.segments, segment_order=options.segment_order,
                 progress=_renamed(self.progress, f"converting {result.name}", "laying out the experts"),
@@ -184,7 +184,7 @@ class _Conversion:
             check_imatrix_fits(self.request.imatrix, names)
         if self.request.is_needed:
             self.progress("planning the quantisation", 0.0)
-            report = quantize(stacked.header, self.out, self.request, progress=ignore, dry_run=True)
+            report = quantize(stacked.header, self.out, self.request, progress=no_progress, dry_run=True)
             if report.needs_imatrix and self.request.imatrix is None:
                 raise UsageError(
                     f"{self.request.outtype} needs an importance matrix for this model: give --imatrix FILE"
@@ -203,7 +203,9 @@ class _Conversion:
         check_disk(self.plan)
         return True
 
-    def _result(self, n_bytes: int, seconds: dict[str, float], verification: object = None) -> ConvertResult:
+    def _result(
+        self, n_bytes: int, seconds: dict[str, float], verification: VerifyResult | None = None
+    ) -> ConvertResult:
         plan = self.plan
         if plan is None:
             raise UsageError("the converter ended before it had a plan")

@@ -28,8 +28,8 @@ _SOURCE_TYPES = {"BF16": "bf16", "F16": "f16", "F32": "f32", "F64": "f32"}
 class ConversionPlan:
     """Bytes of one conversion.
 
-    `stacked_bytes` is the converter's output (an intermediate where it is quantised), `quantised_bytes` what
-    the quantiser makes of it (0: nothing), `peak_bytes` the size of all files that exist at once.
+    ``stacked_bytes`` is the converter's output (an intermediate where it is quantised), ``quantised_bytes``
+    what the quantiser makes of it (0: nothing), ``peak_bytes`` the size of all files that exist at once.
     """
 
     checkpoint: Checkpoint
@@ -63,7 +63,7 @@ class ConversionPlan:
         return tuple(rows)
 
     def as_json(self) -> dict[str, Any]:
-        """More about the plan for `--json`."""
+        """More about the plan for ``--json``."""
         return {
             "architecture": self.checkpoint.architecture,
             "n_expert": self.checkpoint.n_expert,
@@ -77,7 +77,7 @@ class ConversionPlan:
 
 
 def resolve_outtype(outtype: str, checkpoint: Checkpoint) -> str:
-    """`auto` as the 16-bit type nearest to the weights': as the converter chooses, float16 for float32."""
+    """``auto`` as the 16-bit type nearest to the weights': as the converter chooses, float16 for float32."""
     if outtype != "auto":
         return outtype
     named = _config_dtype(checkpoint)
@@ -114,7 +114,7 @@ def make_plan(
     """The plan, from the converter's header and the quantiser's dry run.
 
     Raises ModelFormatError where the quantiser would have to quantise what is quantised already, and what
-    `layout.plan_mobile` raises for experts that cannot be laid out as asked.
+    ``layout.plan_mobile`` raises for experts that cannot be laid out as asked.
     """
     if quantised is not None and quantised.requantized:
         raise ModelFormatError(
@@ -170,7 +170,7 @@ def check_disk(plan: ConversionPlan) -> None:
 
 
 def default_output(source_name: str, folder: Path, outtype: str, *, stacked: bool) -> Path:
-    """`NAME-OUTTYPE.mobile.gguf` in `folder`; `NAME-OUTTYPE.gguf` for a stacked file."""
+    """``NAME-OUTTYPE.mobile.gguf`` in ``folder``; ``NAME-OUTTYPE.gguf`` for a stacked file."""
     return folder / f"{source_name}-{outtype}{'' if stacked else '.mobile'}.gguf"
 
 

@@ -9,20 +9,20 @@ from pathlib import Path
 
 from mobile_gguf.errors import MobileError
 from mobile_gguf.files.atomic import disk_errors
-from mobile_gguf.vendor import lock
+from mobile_gguf.files.lock import exclusive
 
 
 def work_path(out: Path) -> Path:
-    """Where the intermediates of `out` stand."""
+    """Where the intermediates of ``out`` stand."""
     return out.with_name(f".{out.name}.work")
 
 
 @contextmanager
 def work_directory(out: Path) -> Iterator[Path]:
-    """Give an empty folder on the disk of `out`; it is removed in every case but that of a killed process.
+    """Give an empty folder on the disk of ``out``; it is removed in every case but that of a killed process.
 
     What a killed one left is removed by the next for the same output. Raises MobileError if another process
-    is converting to `out` now, or if the disk refuses.
+    is converting to ``out`` now, or if the disk refuses.
     """
     folder = work_path(out)
 
@@ -31,7 +31,7 @@ def work_directory(out: Path) -> Iterator[Path]:
 
     with disk_errors(out, remedy=", or write to another disk with -o"):
         out.parent.mkdir(parents=True, exist_ok=True)
-        with lock.exclusive(folder / "lock", on_wait=refuse):
+        with exclusive(folder / "lock", on_wait=refuse):
             try:
                 for path in folder.iterdir():
                     if path.name != "lock":

@@ -21,6 +21,8 @@ from mobile_gguf.api.model import Model
 from mobile_gguf.files.paths import cache_dir, data_dir, engine_cache_dir
 from mobile_gguf.options import LoadOptions
 
+pytest_plugins = ["run_rules"]
+
 # The user's own directories, looked up before any test is given others: the engine and the demo model
 # are built there once and cost minutes.
 REAL_ENGINE_CACHE = engine_cache_dir()

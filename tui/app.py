@@ -16,7 +16,6 @@ from mobile_gguf.errors import MobileError
 
 from .commands.jobs import FAILED, Job, JobEnded, JobHeard, Jobs
 from .commands.slash import COMMANDS
-from .engine.expert_watch import ExpertWatch, Watch
 from .engine.thread import EngineThread
 from .screens.chat import ChatScreen
 from .screens.map import MapScreen
@@ -66,7 +65,6 @@ class ChatApp(App[int]):
         store_path: Path | None = None,
         system: str = "",
         loader: Callable[..., Model] = load,
-        make_watch: Callable[[Model], Watch] = ExpertWatch,
         job_program: list[str] | None = None,
     ) -> None:
         super().__init__()
@@ -77,7 +75,7 @@ class ChatApp(App[int]):
         self._problems = [self.settings.problem] if self.settings.problem else []
         self.store = self._open_store(store_path)
         self.chat = ChatScreen()
-        self.engine = EngineThread(self.chat.post_message, loader=loader, make_watch=make_watch)
+        self.engine = EngineThread(self.chat.post_message, loader=loader)
         self.jobs = Jobs(self.post_message, job_program)
         self._asked_to_quit = False
 

@@ -1,4 +1,4 @@
-"""`python -m mobile_gguf.vendor`: for who changes the patches or the pin."""
+"""``python -m mobile_gguf.vendor``: for who changes the patches or the pin."""
 
 import argparse
 import sys
@@ -7,8 +7,9 @@ from pathlib import Path
 
 from mobile_gguf.errors import MobileError
 
-from . import patchset, source, worktree
+from . import engine, patchset, source, worktree
 from .pin import load_pin
+from .recipe import EngineOptions
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -16,7 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m mobile_gguf.vendor", description="Edit the patches, or move them to another pin."
     )
-    commands = parser.add_subparsers(metavar="{tree,export,source}", required=True)
+    commands = parser.add_subparsers(metavar="{tree,export,source,libraries}", required=True)
     tree = commands.add_parser("tree", help="unpack the pin into DIR as a git tree, one commit per patch")
     tree.add_argument("directory", metavar="DIR", type=Path)
     tree.add_argument(
@@ -28,6 +29,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     export.set_defaults(func=_export)
     stock = commands.add_parser("source", help="print the directory of the unpacked, unpatched source")
     stock.set_defaults(func=_source)
+    libraries = commands.add_parser(
+        "libraries",
+        help="build both libraries with $CMAKE_ARGS into DIR/engine and DIR/stock; install nothing",
+    )
+    libraries.add_argument("directory", metavar="DIR", type=Path)
+    libraries.set_defaults(func=_libraries)
     args = parser.parse_args(arguments)
     try:
         return args.func(args)
@@ -67,6 +74,12 @@ def _export(args: argparse.Namespace) -> int:
 
 def _source(args: argparse.Namespace) -> int:
     print(source.unpacked_source(load_pin(), narrate=_narrate))
+    return 0
+
+
+def _libraries(args: argparse.Namespace) -> int:
+    for folder in engine.copy_libraries(EngineOptions.create(), args.directory, narrate=_narrate):
+        print(folder)
     return 0
 
 

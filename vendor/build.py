@@ -1,4 +1,4 @@
-"""Building: the patched wheel with `pip wheel`, the stock library with cmake, both into the cache."""
+"""Building: the patched wheel with ``pip wheel``, the stock library with cmake, both into the cache."""
 
 import errno
 import json
@@ -119,10 +119,10 @@ def build_stock(
 ) -> Path:
     """Build llama.cpp with the same options and none of our hooks, and return its library directory.
 
-    Patches that are fixes (`Patch.is_fix`) go in as well.
+    Patches that are fixes (``Patch.is_fix``) go in as well.
 
     Raises:
-        EngineBuildError: as for `build_wheel`.
+        EngineBuildError: as for ``build_wheel``.
     """
     tools = _check_tools(recipe)
     log = _new_log(f"stock-{recipe.stock_key}")
@@ -273,7 +273,7 @@ def _cache_errors(directory: Path) -> Iterator[None]:
 
 
 def cache_error(error: OSError, directory: Path) -> EngineBuildError:
-    """The line for an operating system error below `directory`."""
+    """The line for an operating system error below ``directory``."""
     if error.errno in {errno.ENOSPC, errno.EDQUOT}:
         return EngineBuildError(failures.disk_full(directory))
     where = error.filename or directory

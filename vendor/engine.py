@@ -2,13 +2,18 @@
 
 import ctypes
 import json
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from mobile_gguf.errors import EngineBuildError
 from mobile_gguf.files import paths
+from mobile_gguf.files.lock import exclusive
 
-from . import build, lock, patchset, source
+from . import build, patchset, source
 from .install import Installed, install_wheel, installed_engine, missing_dependencies
 from .pin import load_pin
 from .progress import Progress, ReportProgress, ignore
@@ -42,13 +47,40 @@ def ensure_engine(
         root = paths.engine_cache_dir()
         waiting = Progress("waiting for another build to finish")
         try:
-            with lock.exclusive(root / "engine" / "lock", on_wait=lambda: progress(waiting)):
+            with exclusive(root / "engine" / "lock", on_wait=lambda: progress(waiting)):
                 found = _make(recipe, stock, force, jobs, progress)
         except OSError as error:
             raise build.cache_error(error, root) from error
     if found is None or found.library is None:
         raise EngineBuildError("the engine was installed and is not found: run again with --force")
     return found
+
+
+def copy_libraries(
+    options: EngineOptions, directory: Path, *, narrate: Callable[[str], None]
+) -> tuple[Path, Path]:
+    """Build the patched and the stock library, copy them into ``directory``, and install neither.
+
+    Returns their folders. Raises EngineBuildError.
+    """
+    recipe = Recipe.create(load_pin(), options)
+    ours, stock = directory / "engine", directory / "stock"
+    with exclusive(paths.engine_cache_dir() / "engine" / "lock"):
+        build.check_space(recipe)
+        wheel = build.cached_wheel(recipe.key)
+        if wheel is None:
+            narrate(f"building the engine {recipe.key}")
+            wheel = build.build_wheel(recipe)
+        library = build.cached_stock(recipe.stock_key)
+        if library is None:
+            narrate(f"building the stock library {recipe.stock_key}")
+            library = build.build_stock(recipe)
+        shutil.rmtree(directory, ignore_errors=True)
+        shutil.copytree(library, stock, symlinks=True)
+        with tempfile.TemporaryDirectory() as unpacked, zipfile.ZipFile(wheel) as archive:
+            archive.extractall(unpacked)
+            shutil.copytree(Path(unpacked) / "llama_cpp" / "lib", ours)
+    return ours, stock
 
 
 def _is_ready(recipe: Recipe, found: Installed | None, stock: bool) -> bool:
@@ -79,7 +111,7 @@ def _make(
 def stock_lib_dir() -> Path | None:
     """Library directory of the stock build that belongs to the installed engine; None if there is none.
 
-    `LLAMA_CPP_LIB_PATH` set to it makes llama-cpp-python load the unpatched library.
+    ``LLAMA_CPP_LIB_PATH`` set to it makes llama-cpp-python load the unpatched library.
     """
     found = installed_engine()
     if found and found.manifest:
@@ -90,7 +122,7 @@ def stock_lib_dir() -> Path | None:
 def source_dir() -> Path | None:
     """The unpacked, unpatched source distribution in the cache; None if it was never fetched.
 
-    llama.cpp, with its converter, is in `vendor/llama.cpp` below it.
+    llama.cpp, with its converter, is in ``vendor/llama.cpp`` below it.
     """
     directory = source.source_path(load_pin())
     return directory if directory.is_dir() else None

@@ -1,4 +1,4 @@
-"""The patch set: `patches/series`, the hook patches it lists, and our sources in `patches/src`."""
+"""The patch set: ``patches/series``, the hook patches it lists, and our sources in ``patches/src``."""
 
 import hashlib
 import re
@@ -17,7 +17,7 @@ STOCK_FIELD = (
 
 
 def patches_dir() -> Path:
-    """The directory of the patch set: package data of `mobile_gguf.patches`."""
+    """The directory of the patch set: package data of ``mobile_gguf.patches``."""
     import mobile_gguf.patches
 
     return Path(mobile_gguf.patches.__path__[0])
@@ -41,7 +41,7 @@ class Patch:
 
     @property
     def fields(self) -> dict[str, str]:
-        """`What: ...` paragraphs of the header, by name; a paragraph ends at the next one."""
+        """``What: ...`` paragraphs of the header, by name; a paragraph ends at the next one."""
         names = "|".join(re.escape(name) for name in (*HEADER_FIELDS, STOCK_FIELD))
         pattern = rf"^({names}):(.*?)(?=^(?:{names}):|\Z)"
         found = re.findall(pattern, self.header, flags=re.MULTILINE | re.DOTALL)
@@ -61,7 +61,7 @@ def read_series(directory: Path) -> list[Patch]:
     """The patches in the order in which they apply.
 
     Raises:
-        EngineBuildError: `series` or a patch that it lists is missing.
+        EngineBuildError: ``series`` or a patch that it lists is missing.
     """
     series = directory / SERIES
     try:
@@ -82,7 +82,7 @@ def _read_patch(path: Path) -> Patch:
 
 
 def read_sources(directory: Path) -> dict[str, Path]:
-    """Our C and C++ files and the CMake files that list them, by their path below `src`, sorted."""
+    """Our C and C++ files and the CMake files that list them, by their path below ``src``, sorted."""
     root = directory / SOURCES
     found = {
         path.relative_to(root).as_posix(): path for path in root.rglob("*") if path.suffix in _SOURCE_SUFFIXES
@@ -91,7 +91,7 @@ def read_sources(directory: Path) -> dict[str, Path]:
 
 
 def source_abi_version(directory: Path) -> int | None:
-    """`MOBILE_ABI_VERSION` of `src/mobile.h`, None if there is no such file."""
+    """``MOBILE_ABI_VERSION`` of ``src/mobile.h``, None if there is no such file."""
     header = directory / SOURCES / "mobile.h"
     if not header.is_file():
         return None

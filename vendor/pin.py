@@ -21,7 +21,7 @@ class Pin:
 
     @property
     def engine_version(self) -> str:
-        """Version of the patched wheel; it satisfies `==version`, whatever the local label."""
+        """Version of the patched wheel; it satisfies ``==version``, whatever the local label."""
         return f"{self.version}+{self.local}"
 
     @property
@@ -31,5 +31,5 @@ class Pin:
 
 
 def load_pin(path: Path = PIN_FILE) -> Pin:
-    """The pin recorded in `pin.json`."""
+    """The pin recorded in ``pin.json``."""
     return Pin(**json.loads(path.read_text(encoding="utf-8")))

@@ -20,7 +20,7 @@ def run(
 ) -> tuple[int, list[str]]:
     """Run a command and return its exit status and the last lines of its output.
 
-    stdout and stderr are merged, appended to `log` and given to `on_line` without the line end.
+    stdout and stderr are merged, appended to ``log`` and given to ``on_line`` without the line end.
     Interrupted, the command and all that it started are ended before the exception goes on.
     """
     lines: list[str] = []

@@ -34,7 +34,7 @@ def ignore(progress: Progress) -> None:
 
 
 def parse_line(line: str) -> Progress | None:
-    """The progress that a line of ninja (`[n/m]`) or make (`[ p%]`) tells, None for any other line."""
+    """The progress that a line of ninja (``[n/m]``) or make (``[ p%]``) tells, None for any other line."""
     if match := _NINJA.match(line):
         done, total = int(match[1]), int(match[2])
         if total > 0 and done <= total:

@@ -54,7 +54,7 @@ class EngineOptions:
         cuda_architectures: str | None = None,
         environ: Mapping[str, str] = os.environ,
     ) -> "EngineOptions":
-        """Options from a command line and the environment (`CMAKE_ARGS`)."""
+        """Options from a command line and the environment (``CMAKE_ARGS``)."""
         extra = shlex.split(environ.get("CMAKE_ARGS", ""))
         if cuda_architectures:
             extra.append(f"-DCMAKE_CUDA_ARCHITECTURES={cuda_architectures}")
@@ -111,7 +111,7 @@ class Recipe:
         patches: Path | None = None,
         environ: Mapping[str, str] = os.environ,
     ) -> "Recipe":
-        """The recipe for this machine, from the patch set in `patches` (default: the package's own)."""
+        """The recipe for this machine, from the patch set in ``patches`` (default: the package's own)."""
         directory = patches or patchset.patches_dir()
         series = patchset.read_series(directory)
         return cls(
@@ -160,7 +160,7 @@ class Recipe:
         }
 
     def manifest(self) -> dict[str, Any]:
-        """The recipe as JSON: `engine.json` in the cache and `_mobile_engine.json` in the wheel."""
+        """The recipe as JSON: ``engine.json`` in the cache and ``_mobile_engine.json`` in the wheel."""
         return {
             "key": self.key,
             "stock_key": self.stock_key,

@@ -96,7 +96,7 @@ def source_path(pin: Pin) -> Path:
 
 
 def unpacked_source(pin: Pin, *, narrate: Narrate = lambda text: None) -> Path:
-    """The stock source tree in the cache; never change it. llama.cpp is in `vendor/llama.cpp`."""
+    """The stock source tree in the cache; never change it. llama.cpp is in ``vendor/llama.cpp``."""
     target = source_path(pin)
     if not target.exists():
         sdist = fetch_sdist(pin, narrate=narrate)
@@ -129,9 +129,9 @@ def copy_source(source: Path, directory: Path) -> None:
 
 
 def git_environment(directory: Path, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Environment in which git sees `directory` and neither the user's settings nor a repository around it.
+    """Environment in which git sees ``directory`` and neither the user's settings nor a repository around it.
 
-    Inside a repository `git apply` would silently skip every file outside the current directory.
+    Inside a repository ``git apply`` would silently skip every file outside the current directory.
     """
     clean = {name: value for name, value in environ.items() if not name.startswith("GIT_")}
     return {
@@ -144,7 +144,7 @@ def git_environment(directory: Path, environ: Mapping[str, str] = os.environ) ->
 
 
 def apply_patch(tree: Path, patch: patchset.Patch, *, arguments: Sequence[str] = ()) -> tuple[bool, str]:
-    """`git apply` one patch to a tree: all of it without fuzz, or nothing. Returns (applied, git's words)."""
+    """``git apply`` one patch to a tree: all without fuzz, or nothing. Returns (applied, git's words)."""
     git = shutil.which("git")
     if git is None:
         raise EngineBuildError("git was not found (it applies the patches): install git")
@@ -194,10 +194,10 @@ def does_not_apply(patch: patchset.Patch, said: str) -> str:
 
 
 def sync_tree(fresh: Path, tree: Path) -> list[Path]:
-    """Make `tree` hold what `fresh` holds and return the changed files, relative.
+    """Make ``tree`` hold what ``fresh`` holds and return the changed files, relative.
 
     Files that are equal are left alone with their times, changed ones get the time of now: a build in
-    `tree` then compiles what changed and nothing else. `fresh` may lose files to `tree`.
+    ``tree`` then compiles what changed and nothing else. ``fresh`` may lose files to ``tree``.
     """
     changed: list[Path] = []
     wanted: set[Path] = set()

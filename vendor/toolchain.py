@@ -40,7 +40,7 @@ class Toolchain:
 
 
 def search_path(environ: Mapping[str, str] = os.environ) -> str:
-    """PATH with this Python's script directory behind it, where `pip install cmake ninja` puts them."""
+    """PATH with this Python's script directory behind it, where ``pip install cmake ninja`` puts them."""
     return os.pathsep.join([environ.get("PATH", ""), sysconfig.get_path("scripts")])
 
 
@@ -67,7 +67,7 @@ def find_toolchain(environ: Mapping[str, str] = os.environ) -> Toolchain:
 
 
 def find_compilers(environ: Mapping[str, str] = os.environ) -> tuple[str, str]:
-    """The C and C++ compiler that CMake will take: `CC` and `CXX` first; "" for one that is missing."""
+    """The C and C++ compiler that CMake will take: ``CC`` and ``CXX`` first; "" for one that is missing."""
     path = search_path(environ)
 
     def find(variable: str, names: tuple[str, ...]) -> str:
@@ -129,7 +129,7 @@ def cuda_compiler(environ: Mapping[str, str] = os.environ) -> str:
 def find_cublas(environ: Mapping[str, str] = os.environ) -> tuple[Path | None, Path | None]:
     """(cuBLAS of the CUDA toolkit or the system, cuBLAS of pip's package in this environment); Linux only.
 
-    A toolkit may come without it; then the wheel `nvidia-cublas` of the same major version serves, whose
+    A toolkit may come without it; then the wheel ``nvidia-cublas`` of the same major version serves, whose
     library has no name that CMake would find.
     """
     nvcc = cuda_compiler(environ)
@@ -221,7 +221,7 @@ def _instruction_sets(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 
 
 def parse_instruction_sets(cpuinfo: str) -> str:
-    """Instruction sets of the first processor of a `/proc/cpuinfo`, sorted."""
+    """Instruction sets of the first processor of a ``/proc/cpuinfo``, sorted."""
     x86 = re.search(r"^flags\s*:\s*(.*)$", cpuinfo, re.MULTILINE)
     if x86:
         return " ".join(sorted(flag for flag in x86[1].split() if _X86_ISA.match(flag)))

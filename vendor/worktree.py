@@ -1,7 +1,7 @@
 """Editing the patches: the patched source as a git tree with one commit per patch, and back to files.
 
-`make_tree` is how the patches are changed (edit, then amend or fix up the commit) and how they are moved to
-another pin (it stops at the first patch that does not apply). `patches/src` is linked into the tree, so our
+``make_tree`` is how the patches are changed (edit, then amend or fix up the commit) and how they are moved to
+another pin (it stops at the first patch that does not apply). ``patches/src`` is linked into the tree, so our
 own sources are edited in place and are in no commit.
 """
 
@@ -32,7 +32,7 @@ _IDENTITY = (
 
 @dataclass(frozen=True)
 class TreeState:
-    """Where `make_tree` or `continue_tree` got to."""
+    """Where ``make_tree`` or ``continue_tree`` got to."""
 
     applied: list[str]
     rejected: str | None = None  # name of the patch that did not apply
@@ -67,7 +67,7 @@ def continue_tree(directory: Path, patches: Path) -> TreeState:
     """Commit the patch that was placed by hand and apply the ones behind it.
 
     Raises:
-        EngineBuildError: the directory is not such a tree, or `*.rej` files are still there.
+        EngineBuildError: the directory is not such a tree, or ``*.rej`` files are still there.
     """
     _check_tree(directory)
     series = patchset.read_series(patches)
@@ -88,7 +88,7 @@ def continue_tree(directory: Path, patches: Path) -> TreeState:
 
 
 def export_patches(directory: Path, patches: Path) -> list[str]:
-    """Write the commits of a tree to `patches/` as a new series and return the file names.
+    """Write the commits of a tree to ``patches/`` as a new series and return the file names.
 
     Raises:
         EngineBuildError: the tree has changes that are in no commit, or a patch is waiting to be placed.

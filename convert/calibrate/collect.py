@@ -16,10 +16,11 @@ from mobile_gguf.gguf.info import GgufInfo, read_gguf_info
 from mobile_gguf.memory.fit import asked_of, fit_model
 from mobile_gguf.memory.machine import read_memory
 from mobile_gguf.options import LoadOptions
+from mobile_gguf.progress import Progress, no_progress
 from mobile_gguf.sizes import AUTO, MIB, OFF, Size
 
 from ..gguf.experts import read_experts
-from ..gguf.file import GgufSource, Progress, ignore
+from ..gguf.file import GgufSource
 from .importance import neuron_importance
 from .statistics import Floats, Ids, RouteCounts, Statistics
 
@@ -40,7 +41,7 @@ def collect(
     threads: int | None = None,
     neurons: bool = True,
     inputs: bool = False,
-    progress: Progress = ignore,
+    progress: Progress = no_progress,
 ) -> Statistics:
     """Run every chunk of token ids from an empty context, all experts on, and gather statistics.
 

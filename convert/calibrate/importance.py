@@ -14,16 +14,18 @@ import numpy.typing as npt
 
 from mobile_gguf.engine.observe import InputSums
 from mobile_gguf.errors import ModelFormatError
+from mobile_gguf.gguf.experts import DOWN
+from mobile_gguf.progress import Progress, no_progress
 
 from ..gguf.data import FileRange
 from ..gguf.experts import Stack, read_experts, stored_order
-from ..gguf.file import GgufSource, Progress, ignore
+from ..gguf.file import GgufSource
 
 Floats = npt.NDArray[np.float32]
 
 
 def neuron_importance(
-    source: GgufSource, inputs: Mapping[str, InputSums], progress: Progress = ignore
+    source: GgufSource, inputs: Mapping[str, InputSums], progress: Progress = no_progress
 ) -> dict[int, Floats]:
     """Importance of every routed expert's neurons by layer, [n_expert, n_ff]; 0 where nothing was seen.
 
@@ -32,7 +34,7 @@ def neuron_importance(
     Raises ModelFormatError if a tensor's type cannot be read or does not fit what was observed.
     """
     found: dict[int, Floats] = {}
-    stacks = [stack for stack in read_experts(source).stacks if stack.kind == "down"]
+    stacks = [stack for stack in read_experts(source).stacks if stack.kind == DOWN]
     for number, stack in enumerate(stacks):
         sums = inputs.get(stack.stacked_name)
         if sums is None:

@@ -7,14 +7,16 @@ than twenty runs. What a sequence computes depends on its own rows only.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from mobile_gguf.engine.log import clear_errors, last_errors
 from mobile_gguf.errors import EngineError
-from mobile_gguf.generate.llama import MobileLlama
+
+if TYPE_CHECKING:  # it needs the engine, and what is measured here can be computed with without one
+    from mobile_gguf.generate.llama import MobileLlama
 
 Floats = npt.NDArray[np.float32]
 
@@ -39,10 +41,11 @@ class Lockstep:
         params.n_threads = params.n_threads_batch = threads
         params.embeddings, params.pooling_type = True, llama_cpp.LLAMA_POOLING_TYPE_NONE
         clear_errors()
-        self.ctx = llama_cpp.llama_init_from_model(llama.model, params)
-        if not self.ctx:
+        ctx = llama_cpp.llama_init_from_model(llama.model, params)
+        if not ctx:
             raise EngineError(f"no context for {n_seq} sequences of {n_ctx} tokens: {last_errors()}")
-        self._memory = llama_cpp.llama_get_memory(self.ctx)
+        self.ctx: int = ctx
+        self._memory = llama_cpp.llama_get_memory(ctx)
         self._batch = llama_cpp.llama_batch_init(n_seq, 0, 1)
 
     def clear(self) -> None:
@@ -82,7 +85,7 @@ class Lockstep:
         if self.ctx:
             self._api.llama_batch_free(self._batch)
             self._api.llama_free(self.ctx)
-            self.ctx = None
+            self.ctx = 0
 
     def __enter__(self) -> Lockstep:
         return self

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mobile_gguf.options.words import CONFIDENCE, HEAD
+from mobile_gguf.wording import markdown_table
 
 from .curves import BIG, LITTLE, Point, bytes_at_kl
 from .run import Calibration
@@ -56,9 +57,7 @@ def table(points: list[Point]) -> list[str]:
         )
         for point in sorted(points, key=_order)
     ]
-    widths = [max(map(len, column)) for column in zip(_COLUMNS, *rows, strict=True)]
-    rule = "|" + "|".join("-" * (width + 1) + (":" if i else "-") for i, width in enumerate(widths)) + "|"
-    return [_row(_COLUMNS, widths), rule, *(_row(row, widths) for row in rows)]
+    return markdown_table([_COLUMNS, *rows])
 
 
 def comparison(points: list[Point]) -> list[str]:
@@ -103,8 +102,3 @@ def _share(point: Point, big: Point) -> str:
 
 def _percent(ratio: float) -> str:
     return f"{100 * (ratio - 1):+.1f}%"
-
-
-def _row(cells: tuple[str, ...], widths: list[int]) -> str:
-    first, *others = zip(cells, widths, strict=True)
-    return f"| {first[0]:<{first[1]}} | " + " | ".join(f"{cell:>{width}}" for cell, width in others) + " |"

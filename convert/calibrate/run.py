@@ -19,16 +19,17 @@ from mobile_gguf.engine.binding import find_engine, needs_engine
 from mobile_gguf.errors import MobileError, UsageError
 from mobile_gguf.files.paths import cache_dir
 from mobile_gguf.generate.decode import default_little_k
-from mobile_gguf.generate.head import PREFIX as HEAD_PREFIX
-from mobile_gguf.generate.head import TOKEN_BIAS, WEIGHT, Head
+from mobile_gguf.generate.head import Head
+from mobile_gguf.gguf import keys
 from mobile_gguf.gguf.info import GgufInfo, read_gguf_info
 from mobile_gguf.memory.fit import asked_of, fit_model
 from mobile_gguf.memory.machine import read_memory
 from mobile_gguf.memory.threads import default_threads
 from mobile_gguf.options import LoadOptions
+from mobile_gguf.progress import Progress, no_progress
 from mobile_gguf.sizes import AUTO, OFF, Size
 
-from ..gguf.file import GgufSource, Progress, ignore, update_gguf
+from ..gguf.file import GgufSource, update_gguf
 from .checkpoint import Checkpoint
 from .collect import collect
 from .curves import Point, choose_default, make_points, make_settings, measure_block
@@ -40,7 +41,6 @@ from .statistics import Statistics
 from .store import PREFIXES, statistics_metadata, statistics_tensors
 from .text import BLOCK, Text, cut_blocks, held_out, read_text
 
-CALIBRATION_PREFIX = "mobile.calibration."
 DEFAULT_TOKENS = 16384
 # Blocks whose passes are computed side by side.
 _SIDE_BY_SIDE = 8
@@ -110,7 +110,7 @@ class Calibration:
         }
 
 
-def calibrate(path: Path, options: CalibrateOptions, progress: Progress = ignore) -> Calibration:
+def calibrate(path: Path, options: CalibrateOptions, progress: Progress = no_progress) -> Calibration:
     """Calibrate the model at ``path`` and write the results into its file, or into a copy at ``options.out``.
 
     A run that was stopped goes on where it was. The file is complete or as it was. Raises UsageError (a model
@@ -121,7 +121,7 @@ def calibrate(path: Path, options: CalibrateOptions, progress: Progress = ignore
     if options.imatrix is not None:
         check_imatrix_target(options.imatrix, [*info.files, *([options.out] if options.out else [])])
     text = read_text(options.text)
-    replaced = any(name.startswith(CALIBRATION_PREFIX) for name in info.metadata)
+    replaced = any(name.startswith(keys.CALIBRATION) for name in info.metadata)
     checkpoint = Checkpoint(cache_dir() / "calibrate", _key(info, text, options))
     if not options.resume:
         checkpoint.clear()
@@ -248,7 +248,7 @@ class _Run:
 
     def _load(self) -> Model:
         # The context of its own stays empty; what the sequences need instead is left to them.
-        own = {"n_ctx": BLOCK, "n_batch": BLOCK, "n_ubatch": BLOCK, "threads": self.threads}
+        own: dict[str, Any] = {"n_ctx": BLOCK, "n_batch": BLOCK, "n_ubatch": BLOCK, "threads": self.threads}
         budget = self.options.ram_budget
         if budget.is_auto:
             n_seq = max(
@@ -305,20 +305,21 @@ def _write(
     update_gguf(
         path,
         set={
-            HEAD_PREFIX + "bias": head.bias,
-            HEAD_PREFIX + "threshold": head.threshold,
-            HEAD_PREFIX + "thresholds": json.dumps(result.stored()["head"]["thresholds"]),
-            HEAD_PREFIX + "little_k": head.little_k,
-            HEAD_PREFIX + "kl": head.kl,
-            HEAD_PREFIX + "auc": head.auc,
-            CALIBRATION_PREFIX + "text": result.text.name,
-            CALIBRATION_PREFIX + "text_sha256": result.text.sha256,
-            CALIBRATION_PREFIX + "n_tokens": result.n_tokens,
-            CALIBRATION_PREFIX + "json": json.dumps(result.stored()),
+            keys.HEAD_BIAS: head.bias,
+            keys.HEAD_THRESHOLD: head.threshold,
+            keys.HEAD_THRESHOLDS: json.dumps(result.stored()["head"]["thresholds"]),
+            keys.HEAD_LITTLE_K: head.little_k,
+            keys.HEAD_KL: head.kl,
+            keys.HEAD_AUC: head.auc,
+            keys.CALIBRATION_TEXT: result.text.name,
+            keys.CALIBRATION_TEXT_SHA256: result.text.sha256,
+            keys.CALIBRATION_N_TOKENS: result.n_tokens,
+            keys.CALIBRATION_JSON: json.dumps(result.stored()),
         }
         | statistics_metadata(statistics),
-        drop=(HEAD_PREFIX, CALIBRATION_PREFIX, *PREFIXES),
-        add_tensors={WEIGHT: head.weight, TOKEN_BIAS: head.token_bias} | statistics_tensors(statistics),
+        drop=(keys.HEAD, keys.CALIBRATION, *PREFIXES),
+        add_tensors={keys.HEAD_WEIGHT: head.weight, keys.HEAD_TOKEN_BIAS: head.token_bias}
+        | statistics_tensors(statistics),
         out=out,
         progress=progress,
     )

@@ -68,9 +68,10 @@ def collect_samples(
     for position in range(length):
         keep = kept_big[:, position]
         column = tokens[:, position]
-        first, _ = lockstep.run(column, sequences, position, np.where(keep, little_k, 0).tolist())
+        ids = column.tolist()
+        first, _ = lockstep.run(ids, sequences, position, np.where(keep, little_k, 0).tolist())
         lockstep.step_back(sequences, position)
-        second, left = lockstep.run(column, sequences, position, np.where(keep, 0, little_k).tolist())
+        second, left = lockstep.run(ids, sequences, position, np.where(keep, 0, little_k).tolist())
         if position >= N_PROMPT and state is not None:
             big = log_softmax(np.where(keep[:, None], second, first))
             little = log_softmax(np.where(keep[:, None], first, second))

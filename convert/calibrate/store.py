@@ -12,21 +12,19 @@ import numpy as np
 import numpy.typing as npt
 
 from mobile_gguf.errors import ModelFormatError, UsageError
+from mobile_gguf.gguf import keys
 from mobile_gguf.gguf.info import GgufInfo, read_gguf_info
+from mobile_gguf.progress import Progress, no_progress
 
 from ..gguf.experts import read_experts
-from ..gguf.file import GgufSource, Progress, ignore, update_gguf
+from ..gguf.file import GgufSource, update_gguf
 from .buddies import NO_EXPERT, Ranked
 from .statistics import MAX_NEXT, Floats, Statistics
 
-N_TOKENS = "mobile.statistics.n_tokens"
-HOTNESS = "mobile.hotness"
-WEIGHT = "mobile.router_weight"
-BUDDIES = "mobile.buddies"
-TRANSITIONS = "mobile.transitions"
-IMPORTANCE = "mobile.importance."
 # All that one calibration replaces of another.
-PREFIXES = ("mobile.statistics.", HOTNESS, WEIGHT, BUDDIES + ".", TRANSITIONS + ".", IMPORTANCE)
+PREFIXES = (
+    keys.STATISTICS, keys.HOTNESS, keys.ROUTER_WEIGHT, keys.BUDDIES, keys.TRANSITIONS, keys.IMPORTANCE
+)  # fmt: skip
 
 # Room for rounding in sums and shares that should be at most 1 (or top-k).
 _SLACK = 1e-4
@@ -34,23 +32,26 @@ _SLACK = 1e-4
 
 def statistics_tensors(statistics: Statistics) -> dict[str, npt.NDArray[np.generic]]:
     """The tensors that hold ``statistics``, by name; numpy's order of dimensions."""
-    tensors: dict[str, npt.NDArray[np.generic]] = {HOTNESS: statistics.hotness, WEIGHT: statistics.weight}
-    for name, ranked in ((BUDDIES, statistics.buddies), (TRANSITIONS, statistics.transitions)):
+    tensors: dict[str, npt.NDArray[np.generic]] = {
+        keys.HOTNESS: statistics.hotness,
+        keys.ROUTER_WEIGHT: statistics.weight,
+    }
+    for name, ranked in ((keys.BUDDIES, statistics.buddies), (keys.TRANSITIONS, statistics.transitions)):
         if ranked.expert.size:
-            tensors[f"{name}.expert"] = ranked.expert
-            tensors[f"{name}.share"] = ranked.share
+            tensors[f"{name}{keys.RANKED_EXPERT}"] = ranked.expert
+            tensors[f"{name}{keys.RANKED_SHARE}"] = ranked.share
     for layer, values in statistics.importance.items():
-        tensors[f"{IMPORTANCE}{layer}"] = values
+        tensors[f"{keys.IMPORTANCE}{layer}"] = values
     return tensors
 
 
 def statistics_metadata(statistics: Statistics) -> dict[str, int]:
     """The metadata that goes with them."""
-    return {N_TOKENS: statistics.n_tokens}
+    return {keys.STATISTICS_N_TOKENS: statistics.n_tokens}
 
 
 def write_statistics(
-    path: Path, statistics: Statistics, *, out: Path | None = None, progress: Progress = ignore
+    path: Path, statistics: Statistics, *, out: Path | None = None, progress: Progress = no_progress
 ) -> None:
     """Put ``statistics`` into the GGUF at ``path``, or into a copy at ``out``, replacing older ones.
 
@@ -80,7 +81,7 @@ def read_statistics(path: Path, *, importance: bool = True) -> Statistics | None
     """
     info = read_gguf_info(path)
     with GgufSource.open(path) as source:
-        if source.tensor(HOTNESS) is None:
+        if source.tensor(keys.HOTNESS) is None:
             return None
         return _Reader(info, source).read(importance)
 
@@ -97,18 +98,18 @@ class _Reader:
 
     def read(self, importance: bool) -> Statistics:
         n_layer, n_expert = len(self.layers), self.info.n_expert
-        n_tokens = self.source.metadata.get(N_TOKENS)
+        n_tokens = self.source.metadata.get(keys.STATISTICS_N_TOKENS)
         if isinstance(n_tokens, bool) or not isinstance(n_tokens, int) or n_tokens < 1:
-            self.fail(f"metadata {N_TOKENS} is {n_tokens!r:.60}")
+            self.fail(f"metadata {keys.STATISTICS_N_TOKENS} is {n_tokens!r:.60}")
         return Statistics(
             n_tokens=n_tokens,
             n_expert=n_expert,
             n_expert_used=self.info.n_expert_used,
             layers=self.layers,
-            hotness=self.floats(HOTNESS, (n_layer, n_expert), high=1 + _SLACK),
-            weight=self.floats(WEIGHT, (n_layer, n_expert)),
-            buddies=self.ranked(BUDDIES, n_layer),
-            transitions=self.ranked(TRANSITIONS, n_layer - 1),
+            hotness=self.floats(keys.HOTNESS, (n_layer, n_expert), high=1 + _SLACK),
+            weight=self.floats(keys.ROUTER_WEIGHT, (n_layer, n_expert)),
+            buddies=self.ranked(keys.BUDDIES, n_layer),
+            transitions=self.ranked(keys.TRANSITIONS, n_layer - 1),
             importance=self.importance() if importance else {},
         )
 
@@ -128,23 +129,23 @@ class _Reader:
         if n_layer < 1:
             shape = (0, n_expert, min(n_expert, MAX_NEXT))
             return Ranked(np.zeros(shape, np.int32), np.zeros(shape, np.float32))
-        tensor = self.source.tensor(f"{name}.expert")
+        tensor = self.source.tensor(f"{name}{keys.RANKED_EXPERT}")
         n_rank = tensor.shape[0] if tensor is not None else 0
         if not 1 <= n_rank <= n_expert:
-            self.fail(f"tensor {name}.expert is missing or has the wrong shape")
+            self.fail(f"tensor {name}{keys.RANKED_EXPERT} is missing or has the wrong shape")
         shape = (n_layer, n_expert, n_rank)
-        expert = self.array(f"{name}.expert", np.dtype(np.int32), shape)
-        share = self.floats(f"{name}.share", shape, high=1 + _SLACK)
+        expert = self.array(f"{name}{keys.RANKED_EXPERT}", np.dtype(np.int32), shape)
+        share = self.floats(f"{name}{keys.RANKED_SHARE}", shape, high=1 + _SLACK)
         if expert.min() < NO_EXPERT or expert.max() >= n_expert:
-            self.fail(f"tensor {name}.expert names an expert that is not there")
+            self.fail(f"tensor {name}{keys.RANKED_EXPERT} names an expert that is not there")
         if (np.diff(share, axis=-1) > 0).any():
-            self.fail(f"tensor {name}.share does not descend")
+            self.fail(f"tensor {name}{keys.RANKED_SHARE} does not descend")
         return Ranked(expert, share)
 
     def importance(self) -> dict[int, Floats]:
         found = {}
         for layer in self.layers:
-            tensor = self.source.tensor(f"{IMPORTANCE}{layer}")
+            tensor = self.source.tensor(f"{keys.IMPORTANCE}{layer}")
             if tensor is not None:
                 found[layer] = self.floats(tensor.name, (self.info.n_expert, tensor.shape[0]))
         return found

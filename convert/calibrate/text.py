@@ -33,7 +33,7 @@ class Text:
 def read_text(files: Sequence[Path]) -> Text:
     """The texts of ``files`` (UTF-8), the built-in one if there are none. Raises UsageError."""
     if not files:
-        folder = resources.files(__package__).joinpath("texts")
+        folder = resources.files(__name__.rpartition(".")[0]).joinpath("texts")
         found = sorted(
             (item for item in folder.iterdir() if item.name.endswith(".txt")), key=lambda f: f.name
         )

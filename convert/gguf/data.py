@@ -66,14 +66,14 @@ class Part:
         self._file.close()
 
     def is_same_file(self, path: Path) -> bool:
-        """Whether `path` leads to this file, by whatever name."""
+        """Whether ``path`` leads to this file, by whatever name."""
         try:
             return os.path.samestat(os.fstat(self._file.fileno()), os.stat(path))
         except OSError:
             return False
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
-        """Fill `buffer` from `offset`; raises ModelFormatError if the file does not give all of it."""
+        """Fill ``buffer`` from ``offset``; raises ModelFormatError if the file does not give all of it."""
         done = 0
         with read_errors(self.path):
             self._file.seek(offset)
@@ -96,14 +96,14 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class FileRange:
-    """`n_bytes` bytes of a file from `offset`."""
+    """``n_bytes`` bytes of a file from ``offset``."""
 
     part: Part
     offset: int
     n_bytes: int
 
     def slice(self, offset: int, n_bytes: int) -> FileRange:
-        """`n_bytes` bytes of this range from `offset`."""
+        """``n_bytes`` bytes of this range from ``offset``."""
         if offset < 0 or n_bytes < 0 or offset + n_bytes > self.n_bytes:
             raise ValueError(f"{offset} + {n_bytes} lies outside a range of {self.n_bytes} bytes")
         return FileRange(self.part, self.offset + offset, n_bytes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,21 +10,14 @@ from typing import Any, NoReturn
 import numpy as np
 
 from mobile_gguf.errors import ModelFormatError
-from mobile_gguf.gguf.experts import MAX_EXPERTS, OWN_PREFIX
+from mobile_gguf.gguf import keys
+from mobile_gguf.gguf.experts import DOWN, GATE, GATE_UP, MATRICES, MAX_EXPERTS, UP, ExpertName, sort_tensors
 from mobile_gguf.gguf.header import type_block
 from mobile_gguf.gguf.info import MAX_LAYERS
 
 from .data import FileRange, TensorPlan
 from .file import GgufSource
 
-LAYOUT_KEY, SEGMENTS_KEY = "mobile.layout", "mobile.segments"
-SEGMENT_ORDER_TENSOR = "mobile.segments.order."  # and the layer
-
-# an expert's matrices in the order in which they stand in a file
-KINDS = ("gate_up", "up", "gate", "down")
-_STACKED = re.compile(r"blk\.(0|[1-9]\d{0,4})\.ffn_(gate_up|up|gate|down)_exps\.weight")
-_SINGLE = re.compile(r"blk\.(0|[1-9]\d{0,4})\.ffn_(gate_up|up|gate|down)\.(0|[1-9]\d{0,5})\.weight")
-_BESIDE = re.compile(r"blk\.\d+\.ffn_(gate_up|up|gate|down)_exps\.(?!weight$).+")
 _I32 = 26
 
 
@@ -33,9 +25,9 @@ _I32 = 26
 class Stack:
     """One matrix of all experts of a layer.
 
-    `pieces` [n_piece] are the bytes of each expert, or of each segment; `shape` is one's, in ggml order;
-    `segments` of them make an expert. `position` is where its first tensor stands among the model's
-    (ours left out), `is_single` whether each piece is a tensor.
+    ``pieces`` [n_piece] are the bytes of each expert, or of each segment; ``shape`` is one's, in ggml order;
+    ``segments`` of them make an expert. ``position`` is where its first tensor stands among the model's
+    (ours left out), ``is_single`` whether each piece is a tensor.
     """
 
     layer: int
@@ -62,30 +54,31 @@ class Stack:
     @property
     def width(self) -> int:
         """Neurons of a piece."""
-        if self.kind == "down":
+        if self.kind == DOWN:
             return self.shape[0]
-        return self.shape[1] // (2 if self.kind == "gate_up" else 1)
+        return self.shape[1] // (2 if self.kind == GATE_UP else 1)
 
     @property
     def stacked_name(self) -> str:
-        return f"blk.{self.layer}.ffn_{self.kind}_exps.weight"
+        return str(ExpertName(self.layer, self.kind))
 
     def single_name(self, number: int) -> str:
-        return f"blk.{self.layer}.ffn_{self.kind}.{number}.weight"
+        return str(ExpertName(self.layer, self.kind, number))
 
     def logical_shape(self, segments: int) -> tuple[int, int]:
-        """The shape of an expert's matrix when it is cut into `segments`."""
+        """The shape of an expert's matrix when it is cut into ``segments``."""
         n_in, n_out = self.shape
-        if self.kind == "down":
+        if self.kind == DOWN:
             return n_in * self.segments // segments, n_out
         return n_in, n_out * self.segments // segments
 
 
 @dataclass(frozen=True)
 class Experts:
-    """All routed experts of a file, layers ascending and in a layer in the order of `KINDS`; and the rest.
+    """All routed experts of a file, layers ascending and in a layer in the order of ``MATRICES``; and the
+    rest.
 
-    `beside` are the names of biases and scales that stand once per expert.
+    ``beside`` are the names of biases and scales that stand once per expert.
     """
 
     stacks: tuple[Stack, ...]
@@ -106,41 +99,28 @@ def read_experts(source: GgufSource) -> Experts:
     Raises ModelFormatError when experts are missing, or do not fit together or the metadata.
     """
     segments = _segments(source)
-    singles: dict[tuple[int, str], dict[int, tuple[int, TensorPlan]]] = {}
-    stacked: dict[tuple[int, str], tuple[int, TensorPlan]] = {}
-    others, beside = [], []
-    position = 0
-    for tensor in source.tensors:
-        if match := _STACKED.fullmatch(tensor.name):
-            stacked[int(match[1]), match[2]] = position, tensor
-        elif match := _SINGLE.fullmatch(tensor.name):
-            singles.setdefault((int(match[1]), match[2]), {})[int(match[3])] = position, tensor
-        else:
-            others.append(tensor)
-            if tensor.name.startswith(OWN_PREFIX):
-                continue
-            if _BESIDE.fullmatch(tensor.name):
-                beside.append(tensor.name)
-        position += 1
-    if both := stacked.keys() & singles.keys():
+    found = sort_tensors(source.tensors)
+    if both := found.stacked.keys() & found.singles.keys():
         _fail(source.path, f"layer {min(both)[0]} has its experts both stacked and one by one")
-    stacks = [_of_stacked(source.path, key, *found) for key, found in stacked.items()]
-    stacks += [_of_singles(source.path, key, found, segments) for key, found in singles.items()]
-    stacks.sort(key=lambda stack: (stack.layer, KINDS.index(stack.kind)))
-    experts = Experts(tuple(stacks), tuple(others), tuple(beside), segments)
+    of_model = (tensor.name for tensor in source.tensors if not keys.is_ours(tensor.name))
+    position = {name: n for n, name in enumerate(of_model)}
+    stacks = [_of_stacked(source.path, key, tensor, position) for key, tensor in found.stacked.items()]
+    stacks += [_of_singles(source.path, key, ones, segments, position) for key, ones in found.singles.items()]
+    stacks.sort(key=lambda stack: (stack.layer, MATRICES.index(stack.kind)))
+    experts = Experts(tuple(stacks), tuple(found.others), found.beside, segments)
     for layer, own in experts.layers():
         _check_layer(source, layer, own)
     return experts
 
 
 def _segments(source: GgufSource) -> int:
-    segments = source.metadata.get(SEGMENTS_KEY, 1)
+    segments = source.metadata.get(keys.SEGMENTS, 1)
     if not isinstance(segments, int) or isinstance(segments, bool) or not 1 <= segments <= MAX_EXPERTS:
-        _fail(source.path, f"metadata {SEGMENTS_KEY} is {segments!r:.60}")
+        _fail(source.path, f"metadata {keys.SEGMENTS} is {segments!r:.60}")
     return segments
 
 
-def _of_stacked(path: Path, key: tuple[int, str], position: int, tensor: TensorPlan) -> Stack:
+def _of_stacked(path: Path, key: tuple[int, str], tensor: TensorPlan, position: dict[str, int]) -> Stack:
     layer, kind = key
     n_in, n_out, n_expert = (*tensor.shape, 1, 1)[:3]
     if (len(tensor.shape) > 3 and tensor.shape[3] != 1) or layer >= MAX_LAYERS or n_expert > MAX_EXPERTS:
@@ -148,11 +128,11 @@ def _of_stacked(path: Path, key: tuple[int, str], position: int, tensor: TensorP
     size = _expert_bytes(path, tensor, (n_in, n_out))
     data = _file_range(tensor)
     pieces = tuple(data.slice(i * size, size) for i in range(n_expert))
-    return Stack(layer, kind, tensor.type_id, (n_in, n_out), pieces, 1, position, False)
+    return Stack(layer, kind, tensor.type_id, (n_in, n_out), pieces, 1, position[tensor.name], False)
 
 
 def _of_singles(
-    path: Path, key: tuple[int, str], found: dict[int, tuple[int, TensorPlan]], segments: int
+    path: Path, key: tuple[int, str], found: dict[int, TensorPlan], segments: int, position: dict[str, int]
 ) -> Stack:
     layer, kind = key
     what = f"the {kind} matrices of layer {layer}"
@@ -161,14 +141,14 @@ def _of_singles(
         _fail(path, f"{what} lack expert {missing}")
     if layer >= MAX_LAYERS or len(found) > MAX_EXPERTS or len(found) % segments:
         _fail(path, f"{what} are {len(found)}, which cannot be with {segments} segments")
-    position, first = found[0]
-    for _, tensor in found.values():
+    first = found[0]
+    for tensor in found.values():
         if (tensor.type_id, tensor.shape) != (first.type_id, first.shape) or len(tensor.shape) > 2:
             _fail(path, f"{what} differ in type or shape: {first.name} and {tensor.name}")
     n_in, n_out = (*first.shape, 1)[:2]
     _expert_bytes(path, first, (n_in, n_out))
-    pieces = tuple(_file_range(found[number][1]) for number in range(len(found)))
-    return Stack(layer, kind, first.type_id, (n_in, n_out), pieces, segments, position, True)
+    pieces = tuple(_file_range(found[number]) for number in range(len(found)))
+    return Stack(layer, kind, first.type_id, (n_in, n_out), pieces, segments, position[first.name], True)
 
 
 def _expert_bytes(path: Path, tensor: TensorPlan, shape: tuple[int, int]) -> int:
@@ -180,7 +160,7 @@ def _expert_bytes(path: Path, tensor: TensorPlan, shape: tuple[int, int]) -> int
 
 def _check_layer(source: GgufSource, layer: int, stacks: list[Stack]) -> None:
     kinds = [stack.kind for stack in stacks]
-    if kinds not in (["gate_up", "down"], ["up", "gate", "down"], ["up", "down"]):
+    if kinds not in ([GATE_UP, DOWN], [UP, GATE, DOWN], [UP, DOWN]):
         _fail(
             source.path,
             f"the experts of layer {layer} have the matrices {', '.join(kinds)}: some are missing",
@@ -205,7 +185,7 @@ def stored_order(source: GgufSource, down: Stack) -> np.ndarray | None:
 
     None: the neurons stand as in the stacked file. Raises ModelFormatError if an expert's is no permutation.
     """
-    name = f"{SEGMENT_ORDER_TENSOR}{down.layer}"
+    name = f"{keys.SEGMENT_ORDER_TENSOR}{down.layer}"
     tensor = source.tensor(name)
     if tensor is None or down.segments == 1:
         return None

@@ -10,7 +10,7 @@ import math
 import os
 import stat
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,25 +18,20 @@ import numpy as np
 
 from mobile_gguf.errors import ModelFormatError, UsageError
 from mobile_gguf.files.atomic import replacing_file
-from mobile_gguf.gguf.experts import FORMAT_VERSION, OWN_PREFIX
+from mobile_gguf.gguf import keys
+from mobile_gguf.gguf.experts import FORMAT_VERSION
 from mobile_gguf.gguf.header import DEFAULT_ALIGNMENT, MAGIC
 from mobile_gguf.gguf.info import other_parts
+from mobile_gguf.progress import Progress, no_progress
 from mobile_gguf.sizes import format_bytes
 
 from .data import FileRange, Kv, Part, TensorPlan
 
-Progress = Callable[[str, float], None]
-
 _FILE_VERSION = 3
 _ALIGNMENT_KEY = "general.alignment"
-_VERSION_KEY = "mobile.version"
 _SPLIT_PREFIX = "split."
 _F32, _I32 = 0, 26
 _SECONDS_BETWEEN_REPORTS = 0.1
-
-
-def ignore(_phase: str, _done: float) -> None:
-    """Stands in for a progress callback that nobody gave."""
 
 
 class GgufSource:
@@ -99,14 +94,14 @@ class GgufSource:
         if tensor.type_id not in (_F32, _I32):
             raise ModelFormatError(f"tensor {name} of {self.path} is neither F32 nor I32")
         values = np.empty(tensor.n_bytes // 4, "<f4" if tensor.type_id == _F32 else "<i4")
-        raw, start = memoryview(values).cast("B"), 0
+        raw, start = values.data.cast("B"), 0
         for chunk in tensor.chunks():
             raw[start : start + len(chunk)] = chunk
             start += len(chunk)
         return values.reshape(tuple(reversed(tensor.shape)))
 
     def check_target(self, path: Path) -> None:
-        """Raise UsageError if `path` is one of the files that are read."""
+        """Raise UsageError if ``path`` is one of the files that are read."""
         if any(part.is_same_file(path) for part in self.parts):
             raise UsageError(f"{path} is the file that is read: give another output")
 
@@ -141,17 +136,17 @@ class GgufSource:
 
 def check_version(path: Path, metadata: Mapping[str, Any]) -> None:
     """Raise ModelFormatError if the file was made by a mobile-gguf with a newer format than this one's."""
-    version = metadata.get(_VERSION_KEY, FORMAT_VERSION)
+    version = metadata.get(keys.VERSION, FORMAT_VERSION)
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise ModelFormatError(f"{path} cannot be used: metadata {_VERSION_KEY} is {version!r:.60}")
+        raise ModelFormatError(f"{path} cannot be used: metadata {keys.VERSION} is {version!r:.60}")
     if version > FORMAT_VERSION:
         raise ModelFormatError(
-            f"{path} has {_VERSION_KEY} {version}, this program knows {FORMAT_VERSION}: update mobile-gguf"
+            f"{path} has {keys.VERSION} {version}, this program knows {FORMAT_VERSION}: update mobile-gguf"
         )
 
 
 def gguf_bytes(kv: Iterable[Kv], tensors: Iterable[TensorPlan], alignment: int) -> int:
-    """The size of the file that `write_gguf` would write."""
+    """The size of the file that ``write_gguf`` would write."""
     return _Layout(kv, tensors, alignment).file_bytes
 
 
@@ -160,14 +155,14 @@ def write_gguf(
     kv: Iterable[Kv],
     tensors: Iterable[TensorPlan],
     alignment: int = 0,
-    progress: Progress = ignore,
+    progress: Progress = no_progress,
     what: str = "",
 ) -> int:
     """Write a GGUF, complete or not at all; returns its size in bytes.
 
-    `alignment` is the value of ``general.alignment``; 0 leaves the key out, which means 32. `progress` gets
-    `what`, the tensor's number, bytes and the time left, and the share done. Raises MobileError when the disk
-    is full or refuses, and what reading the tensors raises.
+    ``alignment`` is the value of ``general.alignment``; 0 leaves the key out, which means 32. ``progress``
+    gets ``what``, the tensor's number, bytes and the time left, and the share done. Raises MobileError when
+    the disk is full or refuses, and what reading the tensors raises.
     """
     path = Path(path)
     layout = _Layout(kv, tensors, alignment)
@@ -197,14 +192,14 @@ def update_gguf(
     drop: Sequence[str] = (),
     add_tensors: Mapping[str, np.ndarray] | None = None,
     out: Path | None = None,
-    progress: Progress = ignore,
+    progress: Progress = no_progress,
 ) -> Path:
     """Rewrite a GGUF with other metadata and more tensors; returns the file's path.
 
-    `drop` are prefixes of the metadata keys and tensors to leave out; then `set` (see `Kv.of`) and
-    `add_tensors` (see `TensorPlan.of`) replace what has their name or are added. Without `out` the file
+    ``drop`` are prefixes of the metadata keys and tensors to leave out; then ``set`` (see ``Kv.of``) and
+    ``add_tensors`` (see ``TensorPlan.of``) replace what has their name or are added. Without ``out`` the file
     itself is replaced, when the new one is complete. ``mobile.version`` is added where it is missing.
-    Raises UsageError for a split file without `out`, and what `GgufSource.open` and `write_gguf` raise.
+    Raises UsageError for a split file without ``out``, and what ``GgufSource.open`` and ``write_gguf`` raise.
     """
     path = Path(path)
     with GgufSource.open(path) as source:
@@ -219,8 +214,8 @@ def update_gguf(
         added = {name: TensorPlan.of(name, array) for name, array in (add_tensors or {}).items()}
         tensors |= {name: tensor for name, tensor in added.items() if name in tensors}
         extra = [tensor for name, tensor in added.items() if name not in tensors]
-        if _VERSION_KEY not in metadata and any(name.startswith(OWN_PREFIX) for name in (*metadata, *added)):
-            metadata[_VERSION_KEY] = Kv.of(_VERSION_KEY, FORMAT_VERSION)
+        if keys.VERSION not in metadata and any(keys.is_ours(name) for name in (*metadata, *added)):
+            metadata[keys.VERSION] = Kv.of(keys.VERSION, FORMAT_VERSION)
         ordered = _before_experts(list(tensors.values()), extra)
         target = path if out is None else Path(out)
         mode = stat.S_IMODE(os.stat(path).st_mode)

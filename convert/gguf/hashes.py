@@ -6,10 +6,11 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from mobile_gguf.gguf.experts import OWN_PREFIX
+from mobile_gguf.gguf import keys
+from mobile_gguf.progress import Progress, no_progress
 
 from .experts import read_experts
-from .file import GgufSource, Progress, ignore
+from .file import GgufSource
 from .layout import stacked_tensors
 
 
@@ -22,14 +23,15 @@ class TensorHash:
     sha256: str
 
 
-def tensor_hashes(path: Path, progress: Progress = ignore) -> dict[str, TensorHash]:
+def tensor_hashes(path: Path, progress: Progress = no_progress) -> dict[str, TensorHash]:
     """Hash every tensor of a model, by the names of the stacked layout; ``mobile.*`` tensors are left out.
 
-    Trailing dimensions of 1 are left out of shapes. Raises what `GgufSource.open` and `read_experts` raise.
+    Trailing dimensions of 1 are left out of shapes. Raises what ``GgufSource.open`` and ``read_experts``
+    raise.
     """
     with GgufSource.open(path) as source:
         experts = read_experts(source)
-        own = [tensor for tensor in experts.others if not tensor.name.startswith(OWN_PREFIX)]
+        own = [tensor for tensor in experts.others if not keys.is_ours(tensor.name)]
         tensors = [*own, *stacked_tensors(source, experts)]
         total, done = max(1, sum(tensor.n_bytes for tensor in tensors)), 0
         hashes = {}
@@ -46,7 +48,7 @@ def tensor_hashes(path: Path, progress: Progress = ignore) -> dict[str, TensorHa
         return hashes
 
 
-def differences(one: Path, other: Path, progress: Progress = ignore) -> list[str]:
+def differences(one: Path, other: Path, progress: Progress = no_progress) -> list[str]:
     """The tensors that differ between two models, each with how; empty if the weights are the same."""
     ours, theirs = tensor_hashes(one, progress), tensor_hashes(other, progress)
     found = []

@@ -9,27 +9,25 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
 from mobile_gguf.errors import ModelFormatError, UsageError
 from mobile_gguf.files.atomic import free_bytes
-from mobile_gguf.gguf.experts import FORMAT_VERSION, OWN_PREFIX, PER_EXPERT
+from mobile_gguf.gguf import keys
+from mobile_gguf.gguf.experts import FORMAT_VERSION, PER_EXPERT
+from mobile_gguf.progress import Progress, no_progress
 
 from ..options import SEGMENT_ORDERS, ConvertResult
 from .data import Kv, TensorPlan
-from .experts import LAYOUT_KEY, SEGMENT_ORDER_TENSOR, SEGMENTS_KEY, Experts, read_experts
-from .file import GgufSource, Progress, gguf_bytes, ignore, write_gguf
+from .experts import Experts, read_experts
+from .file import GgufSource, gguf_bytes, write_gguf
 from .segments import Neurons, check_segments, joined
 
 ALIGNMENT = 4096
 
-_VERSION_KEY = "mobile.version"
-_ORDER_KEY = "mobile.segments.order"
-_SOURCE_ALIGNMENT_KEY = "mobile.source.alignment"
-_SOURCE_POSITIONS_KEY = "mobile.source.positions"
-_ABOUT_LAYOUT = (LAYOUT_KEY, SEGMENTS_KEY, "mobile.source.")
+_ABOUT_LAYOUT = (keys.LAYOUT, keys.SEGMENTS, keys.SOURCE)
 _MAX_ALIGNMENT = 1 << 20
 _MAX_TENSORS = 1 << 20  # what a reader of ours accepts
 
@@ -57,13 +55,13 @@ def to_mobile(
     segment_order: str = "importance",
     force: bool = False,
     dry_run: bool = False,
-    progress: Progress = ignore,
+    progress: Progress = no_progress,
 ) -> ConvertResult:
-    """Write a GGUF in the per-expert layout, every expert cut into `segments`.
+    """Write a GGUF in the per-expert layout, every expert cut into ``segments``.
 
     The source may be stacked, split, or per-expert with other segments. Raises UsageError when it is in that
-    layout already, when it cannot be cut so, or when `out` exists and `force` is not given; ModelFormatError
-    for a dense or damaged model; MobileError when the disk is too small or refuses.
+    layout already, when it cannot be cut so, or when ``out`` exists and ``force`` is not given;
+    ModelFormatError for a dense or damaged model; MobileError when the disk is too small or refuses.
     """
     with GgufSource.open(source) as opened:
         plan = plan_mobile(opened, segments, segment_order)
@@ -77,12 +75,12 @@ def to_stacked(
     keep_mobile: bool = False,
     force: bool = False,
     dry_run: bool = False,
-    progress: Progress = ignore,
+    progress: Progress = no_progress,
 ) -> ConvertResult:
     """Write a GGUF as a stock file: experts stacked, ``mobile.*`` left out, alignment and order as they were.
 
-    `keep_mobile` keeps calibration and verification, which the patched engine can load. Raises as
-    `to_mobile` does.
+    ``keep_mobile`` keeps calibration and verification, which the patched engine can load. Raises as
+    ``to_mobile`` does.
     """
     with GgufSource.open(source) as opened:
         plan = plan_stacked(opened, keep_mobile=keep_mobile)
@@ -90,14 +88,14 @@ def to_stacked(
 
 
 def plan_mobile(source: GgufSource, segments: int = 1, segment_order: str = "importance") -> FilePlan:
-    """Plan the per-expert file that `to_mobile` writes; raises as it does."""
+    """Plan the per-expert file that ``to_mobile`` writes; raises as it does."""
     if segment_order not in SEGMENT_ORDERS:
         raise UsageError(f"segment order is {segment_order!r}: choose {' or '.join(SEGMENT_ORDERS)}")
     experts = read_experts(source)
     _check_new_layout(source, experts, segments, segment_order)
     by_importance = segments > 1 and segment_order == "importance"
     neurons = Neurons(source, experts, by_importance=by_importance)
-    tensors = [tensor for tensor in experts.others if not tensor.name.startswith(SEGMENT_ORDER_TENSOR)]
+    tensors = [tensor for tensor in experts.others if not tensor.name.startswith(keys.SEGMENT_ORDER_TENSOR)]
     if by_importance:
         tensors += neurons.order_tensors()
     for _, stacks in experts.layers():
@@ -116,21 +114,21 @@ def plan_mobile(source: GgufSource, segments: int = 1, segment_order: str = "imp
 
 
 def plan_stacked(source: GgufSource, *, keep_mobile: bool = False) -> FilePlan:
-    """Plan the stacked file that `to_stacked` writes; raises as it does."""
+    """Plan the stacked file that ``to_stacked`` writes; raises as it does."""
     experts = read_experts(source)
     names = (*source.metadata, *(tensor.name for tensor in source.tensors))
     is_per_expert = any(stack.is_single for stack in experts.stacks)
-    has_more = not keep_mobile and any(name.startswith(OWN_PREFIX) for name in names)
+    has_more = not keep_mobile and any(keys.is_ours(name) for name in names)
     if not is_per_expert and not has_more and len(source.parts) == 1:
         raise UsageError(f"{source.path} is a stacked file already: there is nothing to do")
-    dropped = _ABOUT_LAYOUT if keep_mobile else (OWN_PREFIX,)
+    dropped = _ABOUT_LAYOUT if keep_mobile else (keys.PREFIX,)
     kv = tuple(kv for kv in source.kv if not kv.name.startswith(dropped))
     tensors = tuple(t for t in _stock_order(source, experts) if not t.name.startswith(dropped))
     return FilePlan("stacked", 1, kv, tensors, _source_alignment(source))
 
 
 def stacked_tensors(source: GgufSource, experts: Experts) -> list[TensorPlan]:
-    """The tensors of all experts as a stacked file has them, whatever the layout of `source`."""
+    """The tensors of all experts as a stacked file has them, whatever the layout of ``source``."""
     neurons = Neurons(source, experts)
     return [
         TensorPlan(
@@ -172,8 +170,8 @@ def _write(
 def _check_new_layout(source: GgufSource, experts: Experts, segments: int, segment_order: str) -> None:
     if not experts.stacks:
         raise ModelFormatError(f"{source.path} is a dense model: it has no experts to lay out")
-    order = source.metadata.get(_ORDER_KEY)
-    is_so = source.metadata.get(LAYOUT_KEY) == PER_EXPERT and experts.segments == segments
+    order = source.metadata.get(keys.SEGMENT_ORDER)
+    is_so = source.metadata.get(keys.LAYOUT) == PER_EXPERT and experts.segments == segments
     if is_so and (segments == 1 or order == segment_order):
         cut = "" if segments == 1 else f" with {segments} segments in {order} order"
         raise UsageError(f"{source.path} has the per-expert layout{cut} already: there is nothing to do")
@@ -183,15 +181,15 @@ def _check_new_layout(source: GgufSource, experts: Experts, segments: int, segme
 def _mobile_metadata(
     source: GgufSource, experts: Experts, segments: int, segment_order: str
 ) -> tuple[Kv, ...]:
-    written: dict[str, Any] = {_VERSION_KEY: FORMAT_VERSION, LAYOUT_KEY: PER_EXPERT}
-    if source.metadata.get(LAYOUT_KEY) != PER_EXPERT:  # else these are there, and about the stacked file
-        written[_SOURCE_ALIGNMENT_KEY] = source.alignment
+    written: dict[str, Any] = {keys.VERSION: FORMAT_VERSION, keys.LAYOUT: PER_EXPERT}
+    if source.metadata.get(keys.LAYOUT) != PER_EXPERT:  # else these are there, and about the stacked file
+        written[keys.SOURCE_ALIGNMENT] = source.alignment
         if not any(stack.is_single for stack in experts.stacks):
             positions = [stack.position for stack in experts.stacks]
-            written[_SOURCE_POSITIONS_KEY] = np.array(positions, np.uint32)
+            written[keys.SOURCE_POSITIONS] = np.array(positions, np.uint32)
     if segments > 1:
-        written |= {SEGMENTS_KEY: segments, _ORDER_KEY: segment_order}
-    entries = {kv.name: kv for kv in source.kv if kv.name not in (SEGMENTS_KEY, _ORDER_KEY)}
+        written |= {keys.SEGMENTS: segments, keys.SEGMENT_ORDER: segment_order}
+    entries = {kv.name: kv for kv in source.kv if kv.name not in (keys.SEGMENTS, keys.SEGMENT_ORDER)}
     return _with(entries, written)
 
 
@@ -201,11 +199,11 @@ def _with(entries: Mapping[str, Kv], written: Mapping[str, Any]) -> tuple[Kv, ..
 
 def _source_alignment(source: GgufSource) -> int:
     """What ``general.alignment`` the stacked file had, 0: none."""
-    alignment = source.metadata.get(_SOURCE_ALIGNMENT_KEY, source.alignment)
+    alignment = source.metadata.get(keys.SOURCE_ALIGNMENT, source.alignment)
     is_power = isinstance(alignment, int) and alignment >= 0 and not alignment & (alignment - 1)
     if isinstance(alignment, bool) or not is_power or alignment > _MAX_ALIGNMENT:
         raise ModelFormatError(
-            f"{source.path} cannot be used: metadata {_SOURCE_ALIGNMENT_KEY} is {alignment!r:.60}"
+            f"{source.path} cannot be used: metadata {keys.SOURCE_ALIGNMENT} is {alignment!r:.60}"
         )
     return alignment
 
@@ -213,14 +211,14 @@ def _source_alignment(source: GgufSource) -> int:
 def _stock_order(source: GgufSource, experts: Experts) -> list[TensorPlan]:
     """All tensors, the stacked ones where they stood in the stock file, or behind the rest of their layer."""
     stacked = stacked_tensors(source, experts)
-    own = [tensor for tensor in experts.others if tensor.name.startswith(OWN_PREFIX)]
-    rest = [tensor for tensor in experts.others if not tensor.name.startswith(OWN_PREFIX)]
-    positions = source.metadata.get(_SOURCE_POSITIONS_KEY)
+    own = [tensor for tensor in experts.others if keys.is_ours(tensor.name)]
+    rest = [tensor for tensor in experts.others if not keys.is_ours(tensor.name)]
+    positions = source.metadata.get(keys.SOURCE_POSITIONS)
     n_tensors = len(stacked) + len(rest)
     if not any(stack.is_single for stack in experts.stacks):
         positions = [stack.position for stack in experts.stacks]
     if _are_positions(positions, len(stacked), n_tensors):
-        at = dict(zip(positions, stacked, strict=True))  # type: ignore[arg-type]
+        at = dict(zip(positions, stacked, strict=True))
         others = iter(rest)
         return [at[n] if n in at else next(others) for n in range(n_tensors)] + own
     last = {tensor.name.split(".")[1]: tensor.name for tensor in rest if tensor.name.startswith("blk.")}
@@ -236,7 +234,7 @@ def _stock_order(source: GgufSource, experts: Experts) -> list[TensorPlan]:
     return ordered + [tensor for tensors in by_layer.values() for tensor in tensors] + own
 
 
-def _are_positions(positions: Any, n_stacked: int, n_tensors: int) -> bool:
+def _are_positions(positions: Any, n_stacked: int, n_tensors: int) -> TypeGuard[list[int]]:
     return (
         isinstance(positions, list)
         and len(set(positions)) == n_stacked == len(positions)

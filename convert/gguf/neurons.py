@@ -40,14 +40,14 @@ class Computed:
     array: Callable[[], np.ndarray]
 
     def chunks(self) -> Iterator[memoryview]:
-        yield memoryview(np.ascontiguousarray(self.array())).cast("B")
+        yield np.ascontiguousarray(self.array()).data.cast("B")
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Chosen neurons of a matrix that has a row for each; `halves` is 2 where gate and up stand in one.
+    """Chosen neurons of a matrix that has a row for each; ``halves`` is 2 where gate and up stand in one.
 
-    `places` gives int [n_places]: the neurons' places in the pieces, in the order to write. One half of the
+    ``places`` gives int [n_places]: the neurons' places in the pieces, in the order to write. One half of the
     result is held in memory.
     """
 
@@ -71,7 +71,7 @@ class Rows:
                 if wanted.size:
                     own = piece.slice(half * width * self.row_bytes, width * self.row_bytes)
                     _copy_rows(own, self.row_bytes, places[wanted] % width, rows, wanted)
-            yield memoryview(rows).cast("B")
+            yield rows.data.cast("B")
         check_unchanged(self.pieces)
 
 
@@ -79,7 +79,7 @@ class Rows:
 class Columns:
     """Chosen neurons of a matrix that has a column for each, in whole blocks of its type.
 
-    `places` as for `Rows`; `block` is (neurons, bytes) of a block, a row of a piece is its blocks.
+    ``places`` as for ``Rows``; ``block`` is (neurons, bytes) of a block, a row of a piece is its blocks.
     """
 
     pieces: tuple[FileRange, ...]
@@ -102,7 +102,7 @@ class Columns:
             ranges = [piece.slice(start * row_bytes, n_rows * row_bytes) for piece in self.pieces]
             parts = [_read(part).reshape(n_rows, -1, block_bytes) for part in ranges]
             rows = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
-            yield memoryview(np.ascontiguousarray(rows[:, chosen])).cast("B")
+            yield np.ascontiguousarray(rows[:, chosen]).data.cast("B")
         check_unchanged(self.pieces)
 
 
@@ -113,7 +113,7 @@ def check_unchanged(pieces: Sequence[FileRange]) -> None:
 
 
 def importance_order(importance: np.ndarray, block: int) -> np.ndarray:
-    """The order of neurons, the most important first; int32 of the shape of `importance` [n_expert, n_ff].
+    """The order of neurons, the most important first; int32 of the shape of ``importance`` [n_expert, n_ff].
 
     Neurons of a block of the down matrix's type stay together: blocks go by their mean importance, of equal
     ones the first goes first.
@@ -146,7 +146,7 @@ def inverse(order: np.ndarray) -> np.ndarray:
 def _copy_rows(
     source: FileRange, row_bytes: int, rows: np.ndarray, into: np.ndarray, places: np.ndarray
 ) -> None:
-    """Copy `rows` of `source` to `places` of `into`, reading the source once in order."""
+    """Copy ``rows`` of ``source`` to ``places`` of ``into``, reading the source once in order."""
     order = np.argsort(rows, kind="stable")
     rows, places = rows[order], places[order]
     step = max(1, CHUNK // row_bytes)
@@ -160,5 +160,5 @@ def _copy_rows(
 
 def _read(data: FileRange) -> np.ndarray:
     raw = np.empty(data.n_bytes, np.uint8)
-    data.part.read_into(memoryview(raw), data.offset)
+    data.part.read_into(raw.data, data.offset)
     return raw

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from mobile_gguf.errors import ModelFormatError, UsageError
-from mobile_gguf.gguf.experts import MAX_EXPERTS
+from mobile_gguf.gguf import keys
+from mobile_gguf.gguf.experts import DOWN, GATE_UP, MAX_EXPERTS
 
 from ..options import MAX_SEGMENTS
 from .data import Data, FileRange, TensorPlan
-from .experts import SEGMENT_ORDER_TENSOR, Experts, Stack, stored_order
+from .experts import Experts, Stack, stored_order
 from .file import GgufSource
 from .neurons import (
     Columns,
@@ -26,9 +27,6 @@ from .neurons import (
     legal_segments,
 )
 
-IMPORTANCE_TENSOR = (
-    "mobile.importance."  # and the layer: F32 [n_expert, n_ff], neurons as in the stacked file
-)
 _I32 = 26
 
 
@@ -49,7 +47,7 @@ def check_segments(source: GgufSource, experts: Experts, segments: int) -> None:
             " leave --segments out"
         )
     widths = [
-        (stack.width * stack.segments, stack.block[0]) for stack in experts.stacks if stack.kind == "down"
+        (stack.width * stack.segments, stack.block[0]) for stack in experts.stacks if stack.kind == DOWN
     ]
     legal = legal_segments(widths, MAX_SEGMENTS)
     if segments not in legal:
@@ -62,16 +60,16 @@ def check_segments(source: GgufSource, experts: Experts, segments: int) -> None:
 
 
 class Neurons:
-    """Where each layer's neurons stand in `source`, and where they are to stand.
+    """Where each layer's neurons stand in ``source``, and where they are to stand.
 
-    `by_importance`: the most important of an expert first; otherwise as in the stacked file. Arrays are int32
-    [n_expert, n_ff]; only the last layer's are kept. Raises UsageError if the file has no importance,
+    ``by_importance``: the most important of an expert first; otherwise as in the stacked file. Arrays are
+    int32 [n_expert, n_ff]; only the last layer's are kept. Raises UsageError if the file has no importance,
     ModelFormatError if what it says about neurons is wrong.
     """
 
     def __init__(self, source: GgufSource, experts: Experts, *, by_importance: bool = False) -> None:
         self._source = source
-        self._downs = {stack.layer: stack for stack in experts.stacks if stack.kind == "down"}
+        self._downs = {stack.layer: stack for stack in experts.stacks if stack.kind == DOWN}
         self._by_importance = by_importance
         self._places = functools.lru_cache(maxsize=1)(self._make_places)
         self.order = functools.lru_cache(maxsize=1)(self._make_order)
@@ -79,8 +77,8 @@ class Neurons:
             places = self._places(layer)
             if places is not None and not are_whole_blocks(places, down.block[0]):
                 raise ModelFormatError(
-                    f"{source.path} cannot be used: tensor {SEGMENT_ORDER_TENSOR}{layer} cuts through blocks"
-                    f" of {down.block[0]} neurons"
+                    f"{source.path} cannot be used: tensor {keys.SEGMENT_ORDER_TENSOR}{layer} cuts through"
+                    f" blocks of {down.block[0]} neurons"
                 )
 
     def order_tensors(self) -> Iterator[TensorPlan]:
@@ -89,12 +87,13 @@ class Neurons:
             n_ff = down.width * down.segments
             array = functools.partial(self._stored, layer)
             data = Computed(4 * n_ff * down.n_expert, array)
-            yield TensorPlan(f"{SEGMENT_ORDER_TENSOR}{layer}", (n_ff, down.n_expert), _I32, data)
+            yield TensorPlan(f"{keys.SEGMENT_ORDER_TENSOR}{layer}", (n_ff, down.n_expert), _I32, data)
 
     def pieces(self, stack: Stack, segments: int) -> Iterator[Data]:
-        """The bytes of one matrix of every expert of a layer, each cut into `segments`."""
+        """The bytes of one matrix of every expert of a layer, each cut into ``segments``."""
         moved = self._by_importance or (
-            self._source.tensor(f"{SEGMENT_ORDER_TENSOR}{stack.layer}") is not None and stack.segments > 1
+            self._source.tensor(f"{keys.SEGMENT_ORDER_TENSOR}{stack.layer}") is not None
+            and stack.segments > 1
         )
         if stack.segments == segments and not moved:
             yield from stack.pieces
@@ -110,7 +109,7 @@ class Neurons:
         if not self._by_importance:
             return None
         down = self._downs[layer]
-        name, path = f"{IMPORTANCE_TENSOR}{layer}", self._source.path
+        name, path = f"{keys.IMPORTANCE}{layer}", self._source.path
         tensor = self._source.tensor(name)
         if tensor is None:
             raise UsageError(
@@ -182,8 +181,8 @@ def joined(pieces: Iterable[Data]) -> Data:
 
 def _moved(stack: Stack, own: tuple[FileRange, ...], n_places: int, places: _Span) -> Data:
     n_in, n_out = stack.shape
-    if stack.kind == "down":
+    if stack.kind == DOWN:
         return Columns(own, n_out, stack.block, n_places, places)
     elements, block_bytes = stack.block
-    halves = 2 if stack.kind == "gate_up" else 1
+    halves = 2 if stack.kind == GATE_UP else 1
     return Rows(own, n_in // elements * block_bytes, n_places, places, halves)

@@ -36,8 +36,9 @@ _PART_OF = re.compile(r"^(.*)-(\d{5})-of-(\d{5})(\.\w+)$")
 class Checkpoint:
     """A checkpoint that looks complete.
 
-    `tensors` is empty for `.bin` shards, whose names only torch can read. `n_bytes` is the weights' size on
-    disk; `dtype` is the one that most bytes of matrices have ("BF16", "F32", ...), "" for `.bin` shards.
+    ``tensors`` is empty for ``.bin`` shards, whose names only torch can read. ``n_bytes`` is the weights'
+    size on disk; ``dtype`` is the one that most bytes of matrices have ("BF16", "F32", ...), "" for ``.bin``
+    shards.
     """
 
     folder: Path
@@ -51,7 +52,7 @@ class Checkpoint:
 
 
 def read_checkpoint(folder: Path, known_architectures: Collection[str]) -> Checkpoint:
-    """Check the checkpoint in `folder`; known_architectures are the converter's.
+    """Check the checkpoint in ``folder``; known_architectures are the converter's.
 
     Raises ModelNotFoundError (nothing there) or ModelFormatError, one line that says what is wrong.
     """
@@ -194,7 +195,9 @@ def _architecture(folder: Path, config: dict[str, Any], known: Collection[str]) 
 
 def _layer_count(config: dict[str, Any]) -> int:
     for part in (config, *(config.get(key) for key in _TEXT_CONFIGS)):
-        for key in ("num_hidden_layers", "n_layers") if isinstance(part, dict) else ():
+        if not isinstance(part, dict):
+            continue
+        for key in ("num_hidden_layers", "n_layers"):
             value = part.get(key)
             if isinstance(value, int) and 0 < value < 10_000:
                 return value

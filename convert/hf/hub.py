@@ -1,4 +1,4 @@
-"""Checkpoints from the Hugging Face Hub: `hf:org/repo`, into the Hugging Face cache."""
+"""Checkpoints from the Hugging Face Hub: ``hf:org/repo``, into the Hugging Face cache."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from mobile_gguf.hub.download import fetch_files
 from mobile_gguf.hub.explain import HubError, is_offline, offline_error
 from mobile_gguf.hub.reference import Reference, is_reference, parse_reference
 from mobile_gguf.hub.variants import RemoteFile
-
-from ..meter import Progress
+from mobile_gguf.progress import Progress
 
 _SAFETENSORS, _BIN = "model*.safetensors", "pytorch_model*.bin"
 _SMALL_FILES = ("*.json", "README.md", "*.txt", "tokenizer.model", "*.tiktoken", "*.jinja")
@@ -33,7 +32,7 @@ def repository_name(reference: str) -> str:
 
 
 def fetch_checkpoint(reference: str, *, with_code: bool, progress: Progress) -> Path:
-    """Download what a conversion needs of `hf:org/repo[@revision]` and return its folder in the cache.
+    """Download what a conversion needs of ``hf:org/repo[@revision]`` and return its folder in the cache.
 
     What is in the cache already is not downloaded again, and a broken download goes on where it stopped.
     HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE mean what they mean to huggingface_hub. with_code: also

@@ -1,12 +1,12 @@
 """Some rows of a lazy tensor of the pinned converter, without computing the rest of it.
 
-The converter describes each output tensor as a graph (its `gguf.LazyBase`: a function and its arguments);
+The converter describes each output tensor as a graph (its ``gguf.LazyBase``: a function and its arguments);
 evaluated as it stands, stacking the experts of a layer holds several copies of all of them. Here the slice
 goes down the graph instead: through operations that treat every row of the leading axis alike (element-wise
 ones, slices and transposes of the other axes, quantisation of rows), to the experts of a stack and to the
 bytes of a file. Anything else is evaluated whole, as upstream does: the result is always the same.
 
-Runs where the pinned converter and its `gguf` lead the path (`upstream_child`); imports torch.
+Runs where the pinned converter and its ``gguf`` lead the path (``upstream_child``); imports torch.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class RowEvaluator:
 
     read_rows: reads rows of a tensor in a file. independent: further function names that treat rows alike.
     checked: sees rows of leaves that lie in memory already, and returns them.
-    `n_whole` counts the nodes that had to be evaluated whole.
+    ``n_whole`` counts the nodes that had to be evaluated whole.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class RowEvaluator:
         self._whole: dict[int, Any] = {}
 
     def rows(self, node: Any, start: int, stop: int) -> Any:
-        """Rows `start` to `stop` of a lazy tensor with at least one axis, as a plain tensor or array."""
+        """Rows ``start`` to ``stop`` of a lazy tensor with at least one axis, as a plain tensor or array."""
         if not _is_lazy(node):
             return node[start:stop]
         if node._data is not None:
@@ -174,10 +174,10 @@ class RowEvaluator:
         n_dims = max((len(value.shape) for value in arguments if hasattr(value, "shape")), default=0)
         operands = []
         for value in arguments:
-            shape = tuple(value.shape) if hasattr(value, "shape") else ()
-            if len(shape) == n_dims and shape[0] == n_rows:
+            shape: tuple[int, ...] = tuple(value.shape) if hasattr(value, "shape") else ()
+            if shape and len(shape) == n_dims and shape[0] == n_rows:
                 operands.append(self.rows(value, start, stop))
-            elif len(shape) < n_dims or shape[0] == 1:  # broadcast over the leading axis
+            elif not shape or len(shape) < n_dims or shape[0] == 1:  # broadcast over the leading axis
                 operands.append(self.whole(value))
             else:
                 return None
@@ -283,7 +283,7 @@ def _keeps_rows(name: str, arguments: list[Any], keywords: dict[str, Any], n_dim
 
 
 def _first_row(name: str, arguments: list[Any], source: Any) -> int | None:
-    """Where `tensor[a:b, ...]` begins; None for any other operation or index."""
+    """Where ``tensor[a:b, ...]`` begins; None for any other operation or index."""
     if name != "__getitem__" or not _is_lazy(source) or len(arguments) != 2:
         return None
     index = arguments[1]

@@ -27,7 +27,7 @@ _MAX_DIMS = 8
 
 @dataclass(frozen=True)
 class SourceTensor:
-    """A tensor of a checkpoint: bytes `offset` to `offset + n_bytes` of `path`."""
+    """A tensor of a checkpoint: bytes ``offset`` to ``offset + n_bytes`` of ``path``."""
 
     name: str
     dtype: str

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from mobile_gguf.errors import MobileError, UsageError
+from mobile_gguf.progress import Progress, no_progress
 from mobile_gguf.vendor.pin import load_pin
 from mobile_gguf.vendor.source import LLAMA_CPP, unpacked_source
 
 from ..children import ChildError, child_environment, run_child
-from ..meter import Meter, Progress, ignore
+from ..meter import Meter
 
 MODULE = "mobile_gguf.convert.hf.upstream_child"
 _NEEDED = ("torch", "transformers", "safetensors")
@@ -24,7 +25,7 @@ _NEEDED = ("torch", "transformers", "safetensors")
 
 @dataclass(frozen=True)
 class StackedPlan:
-    """What the converter is about to write; `header` is the file, whole but for the tensors' data."""
+    """What the converter is about to write; ``header`` is the file, whole but for the tensors' data."""
 
     header: Path
     n_tensors: int
@@ -33,7 +34,7 @@ class StackedPlan:
 
 @dataclass(frozen=True)
 class StackedReport:
-    """What it wrote. `whole` names the tensors that could not be converted row by row (they cost memory)."""
+    """What it wrote. ``whole`` names the tensors that could not go row by row (they cost memory)."""
 
     n_bytes: int
     seconds: float
@@ -53,7 +54,7 @@ def require_packages() -> None:
         )
 
 
-def converter_dir(progress: Progress = ignore) -> Path:
+def converter_dir(progress: Progress = no_progress) -> Path:
     """The pinned llama.cpp, stock, fetched if it is not in the cache. Raises EngineBuildError."""
     return unpacked_source(load_pin(), narrate=lambda text: progress(text, 0.0)) / LLAMA_CPP
 
@@ -90,9 +91,10 @@ def write_stacked(
     pre_tokenizer: str | None = None,
     trust_remote_code: bool = False,
     on_plan: Callable[[StackedPlan], bool] = lambda plan: True,
-    progress: Progress = ignore,
+    progress: Progress = no_progress,
 ) -> StackedReport | None:
-    """Convert the checkpoint in `folder` to the stacked GGUF `out`, of the type f32, f16, bf16, q8_0 or auto.
+    """Convert the checkpoint in ``folder`` to the stacked GGUF ``out``, of the type f32, f16, bf16, q8_0 or
+    auto.
 
     on_plan is called when all but the data is known; None is returned if it says no.
     Raises MobileError with the converter's reason, NaN weights and a full disk among them.

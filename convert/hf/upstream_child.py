@@ -1,10 +1,10 @@
 """The pinned llama.cpp's own converter, as a process: a checkpoint's folder in, one stacked GGUF out.
 
-Run as `python -m mobile_gguf.convert.hf.upstream_child` by `upstream`, with llama.cpp and its gguf-py
+Run as ``python -m mobile_gguf.convert.hf.upstream_child`` by ``upstream``, with llama.cpp and its gguf-py
 leading PYTHONPATH. All knowledge of architectures is the converter's. Ours is how the tensors are written:
-row by row (`lazy_rows`), checked for values that are not finite, with progress; and what is known before the
-first of them: the header is written first, the file is stretched to its final size, and the parent looks at
-it (what it costs, what quantising it will need) before it says "go".
+row by row (``lazy_rows``), checked for values that are not finite, with progress; and what is known before
+the first of them: the header is written first, the file is stretched to its final size, and the parent looks
+at it (what it costs, what quantising it will need) before it says "go".
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def _adapt(conversion: Any, model_class: Any, architecture: str, pre_tokenizer: 
 
 
 def _map_old_shards(channel: ChildChannel, work: Path) -> None:
-    """Let the converter map `.bin` shards of torch's old format too: they are rewritten in the present one.
+    """Let the converter map ``.bin`` shards of torch's old format too: they are rewritten in the present one.
 
     The old format cannot be mapped, so one such shard at a time is in memory, and all of them on the disk.
     """
@@ -159,7 +159,8 @@ def _forbid_remote_code(trusted: bool) -> None:
     """Run Python files of the checkpoint only where the user said so; the converter might without asking."""
     import transformers
 
-    for auto in (transformers.AutoTokenizer, transformers.AutoConfig):
+    classes: tuple[Any, ...] = (transformers.AutoTokenizer, transformers.AutoConfig)
+    for auto in classes:
         original = auto.from_pretrained.__func__
 
         def from_pretrained(cls: Any, *args: Any, _original: Any = original, **kwargs: Any) -> Any:

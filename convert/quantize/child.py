@@ -1,6 +1,6 @@
 """libllama's own quantiser, as a process: a stacked GGUF in, a quantised one out.
 
-Run as `python -m mobile_gguf.convert.quantize.child` by `quantize`.
+Run as ``python -m mobile_gguf.convert.quantize.child`` by ``quantize``.
 """
 
 from __future__ import annotations

@@ -20,7 +20,6 @@ _NEED_IMATRIX = frozenset({"iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_
 _FTYPES_NEED_IMATRIX = _NEED_IMATRIX | {"iq2_m", "q2_k_s"}
 _NOT_WEIGHTS = re.compile(r"i\d+|f64|q8_1|q8_k|nvfp4")
 
-EXPERTS_PATTERN = r"\.ffn_(up|gate|down|gate_up)_exps\.weight$"
 ATTENTION_PATTERN = r"^blk\.\d+\.attn_.*\.weight$"
 
 
@@ -57,7 +56,7 @@ def read_outtype(text: str) -> str:
 
 
 def read_tensor_type(text: str, what: str) -> int:
-    """The number of a tensor type; `what` names the option. Raises UsageError."""
+    """The number of a tensor type; ``what`` names the option. Raises UsageError."""
     name = text.lower()
     if name in tensor_types():
         return tensor_types()[name]

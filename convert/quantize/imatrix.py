@@ -1,6 +1,6 @@
 """Importance matrices: how much each input of a matrix matters, measured by llama.cpp's llama-imatrix.
 
-Two file formats: a GGUF with `NAME.in_sum2` and `NAME.counts` for each matrix, and the older binary one.
+Two file formats: a GGUF with ``NAME.in_sum2`` and ``NAME.counts`` for each matrix, and the older binary one.
 Both are read as llama-quantize reads them (its tools/quantize, common/imatrix-loader), with every length
 checked against the file first.
 """

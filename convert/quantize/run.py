@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from mobile_gguf.errors import MobileError, ModelFormatError, UsageError
+from mobile_gguf.gguf.experts import STACKED_PATTERN
 from mobile_gguf.gguf.header import read_header
+from mobile_gguf.progress import Progress
 
 from ..children import ChildError, child_environment, run_child
-from ..meter import Meter, Progress
+from ..meter import Meter
 from ..options import ConvertOptions
 from . import ftypes
 from .imatrix import read_imatrix
@@ -26,7 +28,7 @@ MAX_BUFFER = 128 << 20
 class QuantizeRequest:
     """What the quantiser is to do.
 
-    outtype: a name from `ftypes.ftypes()`. types: (regular expression, tensor type), the first that matches
+    outtype: a name from ``ftypes.ftypes()``. types: (regular expression, tensor type), the first that matches
     counts. imatrix: a file or None.
     """
 
@@ -47,7 +49,7 @@ class QuantizeRequest:
 class QuantizeReport:
     """What the quantiser did, or in a dry run would do: bytes are rounded as it logs them.
 
-    `types` are the tensors' types in the result, by name; `warnings` are its own.
+    ``types`` are the tensors' types in the result, by name; ``warnings`` are its own.
     """
 
     n_tensors: int = 0
@@ -69,7 +71,7 @@ def request_from(options: ConvertOptions, threads: int) -> QuantizeRequest:
         for pattern, name in options.tensor_types
     ]
     if options.experts:
-        types.append((ftypes.EXPERTS_PATTERN, ftypes.read_tensor_type(options.experts, "--experts")))
+        types.append((STACKED_PATTERN, ftypes.read_tensor_type(options.experts, "--experts")))
     if options.attention:
         types.append((ftypes.ATTENTION_PATTERN, ftypes.read_tensor_type(options.attention, "--attention")))
     if options.imatrix is not None:
@@ -98,7 +100,7 @@ def check_imatrix_fits(imatrix: Path, names: set[str]) -> None:
 def quantize(
     source: Path, out: Path, request: QuantizeRequest, *, progress: Progress, dry_run: bool = False
 ) -> QuantizeReport:
-    """Quantise `source` into `out` (in a dry run only say what would come of it).
+    """Quantise ``source`` into ``out`` (in a dry run only say what would come of it).
 
     Raises MobileError: the quantiser's own reason, a full disk, or an output that is not whole.
     """

@@ -2,29 +2,29 @@
 
 Transformers runs in a child process in float32, on weights rounded as the GGUF stores them, teacher-forced.
 The engine runs the same tokens twice, as one prompt and token by token. Files of F32, F16 and BF16
-must agree to `Thresholds.relative_error` with the same likeliest token. A quantised file is held against
+must agree to ``Thresholds.relative_error`` with the same likeliest token. A quantised file is held against
 its own 16-bit file by KL divergence, and that one against Transformers; without it, against Transformers.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from mobile_gguf.errors import UsageError
+from mobile_gguf.gguf import keys
 from mobile_gguf.gguf.header import read_header
 from mobile_gguf.memory.threads import default_threads
+from mobile_gguf.progress import Progress
 
 from .judge import Judge
 from .reference import Question, ask_transformers, can_verify
-from .result import KEY_PREFIX, NOT_VERIFIED, VerifyResult
+from .result import NOT_VERIFIED, VerifyResult
 from .subject import Subject, read_subject
 
 __all__ = ["MAX_TOKENS", "Pair", "can_verify", "mark", "verify", "verify_each"]
-
-Progress = Callable[[str, float], None]
 
 MAX_TOKENS = 24
 STALL_SECONDS = 1800.0
@@ -76,7 +76,7 @@ def verify_each(
     stall_seconds: float = STALL_SECONDS,
     progress: Progress = lambda phase, done: None,
 ) -> list[VerifyResult]:
-    """`verify` for several files, with one start of Transformers."""
+    """``verify`` for several files, with one start of Transformers."""
     files = [_read(pair) for pair in pairs]
     ids = [[int(token) for token in each] for each in tokens] if tokens is not None else None
     n_threads = threads or default_threads()[0]
@@ -118,10 +118,10 @@ def _read(pair: Pair) -> tuple[Subject, Subject | None]:
 def mark(gguf: Path, result: VerifyResult, progress: Progress = lambda phase, done: None) -> None:
     """Write the verdict into the file's metadata, in place of an older one; the tensors stay as they are.
 
-    A file that was not verified only loses an older verdict. Raises what `update_gguf` raises.
+    A file that was not verified only loses an older verdict. Raises what ``update_gguf`` raises.
     """
     from ..gguf.file import update_gguf
 
     values = result.metadata()
-    if values or any(name.startswith(KEY_PREFIX) for name in read_header(gguf).metadata):
-        update_gguf(gguf, set=values, drop=[KEY_PREFIX], progress=progress)
+    if values or any(name.startswith(keys.VERIFY) for name in read_header(gguf).metadata):
+        update_gguf(gguf, set=values, drop=[keys.VERIFY], progress=progress)

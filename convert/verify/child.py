@@ -1,8 +1,8 @@
 """Transformers' side of a verification, in a process of its own: tokens, chat template and logits.
 
-`children.run_child` starts it with {"jobs": [...], "memory_bytes", "threads", "stall_seconds"}; see `run_job`
-for a job. It answers {"phase", "done"} on the way and {"result"} once for each job. Nothing is downloaded and
-no code of a checkpoint is run.
+``children.run_child`` starts it with {"jobs": [...], "memory_bytes", "threads", "stall_seconds"}; see
+``run_job`` for a job. It answers {"phase", "done"} on the way and {"result"} once for each job. Nothing is
+downloaded and no code of a checkpoint is run.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def predicts_tokens(model_class: Any) -> bool:
 
 def dequantizing(quantization: Any) -> Any:
     """A checkpoint's quantisation, set to give plain weights; raises NotVerifiable."""
-    from transformers import FineGrainedFP8Config, Mxfp4Config
+    from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
 
     method = quantization["quant_method"] if isinstance(quantization, dict) else quantization.quant_method
     known: dict[str, Any] = {"mxfp4": Mxfp4Config, "fp8": FineGrainedFP8Config}

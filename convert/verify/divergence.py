@@ -42,7 +42,7 @@ def same_top(logits: Logits, reference: Logits) -> npt.NDArray[np.bool_]:
 def tied_top(logits: Logits, reference: Logits, tolerance: float) -> npt.NDArray[np.bool_]:
     """Whether the reference holds both likeliest tokens for equal within ``tolerance``, per step.
 
-    The tolerance is a share of the reference's largest magnitude, as in `largest_error`: two
+    The tolerance is a share of the reference's largest magnitude, as in ``largest_error``: two
     computations that differ by so much may put either token first.
     """
     import numpy as np

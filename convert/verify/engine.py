@@ -22,7 +22,7 @@ class EngineReference:
     """A GGUF opened for verification: exact, the KV cache in float32, memory as ``auto`` finds it.
 
     A context manager. ``precise``: activations stay float32 where the file has 16-bit matrices; a stock
-    llama.cpp cannot do that (`is_precise`). One at a time in a process. Raises what ``load`` does.
+    llama.cpp cannot do that (``is_precise``). One at a time in a process. Raises what ``load`` does.
     """
 
     def __init__(self, path: Path, *, n_ctx: int, threads: int | None = None, precise: bool = False) -> None:
@@ -40,8 +40,7 @@ class EngineReference:
         from mobile_gguf.options import LoadOptions
         from mobile_gguf.sizes import OFF
 
-        size = {"n_ctx": self._n_ctx, "n_batch": self._n_ctx}
-        options = LoadOptions(**size, threads=self._threads, vram_budget=OFF)
+        options = LoadOptions(n_ctx=self._n_ctx, n_batch=self._n_ctx, threads=self._threads, vram_budget=OFF)
         kind = llama_cpp.GGML_TYPE_F32
         self._llama, _ = open_backend(self.info, options, type_k=kind, type_v=kind)
         engine = find_engine() if self._precise else None
@@ -104,7 +103,9 @@ class EngineReference:
                 f"token {outside[0]}"
             )
         if position == 0:
-            llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(llama.ctx), True)
+            memory = llama_cpp.llama_get_memory(llama.ctx)
+            if memory:
+                llama_cpp.llama_memory_clear(memory, True)
         batch = llama_cpp.llama_batch_init(n_tokens, 0, 1)
         try:
             batch.n_tokens = n_tokens

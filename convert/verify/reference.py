@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mobile_gguf.errors import MobileError
 from mobile_gguf.memory.machine import read_memory
+from mobile_gguf.progress import Progress
 from mobile_gguf.sizes import GIB, format_bytes
 
 from ..children import ChildError, child_environment, run_child
@@ -19,8 +20,6 @@ from .subject import Subject
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
-
-Progress = Callable[[str, float], None]
 
 CHILD_MODULE = "mobile_gguf.convert.verify.child"
 # What torch and Transformers take before any weight is there, and the logits and buffers.

@@ -6,15 +6,15 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-PASSED, FAILED, NOT_VERIFIED = "passed", "failed", "not verified"
+from mobile_gguf.gguf import keys
+from mobile_gguf.wording import columns
 
-STATUS_KEY, JSON_KEY = "mobile.verify.status", "mobile.verify.json"
-KEY_PREFIX = "mobile.verify."
+PASSED, FAILED, NOT_VERIFIED = "passed", "failed", "not verified"
 
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Beyond which a file fails. Errors are relative (`divergence.relative_error`), KL in nats per token.
+    """Beyond which a file fails. Errors are relative (``divergence.relative_error``), KL in nats per token.
 
     ``near_tie`` is a lead of a chosen expert over the next one, as a share of the best score, at which
     float32 summation order may choose either; ``flip_error`` and ``flip_share`` bound what that excuses.
@@ -81,7 +81,7 @@ class VerifyResult:
 
     def as_dict(self) -> dict[str, Any]:
         """The result for JSON; a number that is none stands as text."""
-        return _plain(self._as_dict())
+        return _without_infinities(self._as_dict())
 
     def _as_dict(self) -> dict[str, Any]:
         return {
@@ -102,7 +102,7 @@ class VerifyResult:
         """What a GGUF says about its verification; nothing if there was none."""
         if self.status == NOT_VERIFIED:
             return {}
-        return {STATUS_KEY: self.status, JSON_KEY: self.to_json()}
+        return {keys.VERIFY_STATUS: self.status, keys.VERIFY_JSON: self.to_json()}
 
     def summary(self) -> str:
         """The verdict in one line."""
@@ -114,21 +114,17 @@ class VerifyResult:
         """Rows, notes and the verdict for people."""
         lines = []
         if self.rows:
-            cells = [_HEADINGS, *(row.cells() for row in self.rows)]
-            widths = [max(len(line[i]) for line in cells) for i in range(len(_HEADINGS))]
-            for line in cells:
-                padded = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-                lines.append("  ".join(padded).rstrip())
+            lines += columns([_HEADINGS, *(row.cells() for row in self.rows)])
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join([*lines, f"verification {self.summary()}"])
 
 
-def _plain(value: Any) -> Any:
+def _without_infinities(value: Any) -> Any:
     """``value`` with numbers that JSON has no word for as text."""
     if isinstance(value, dict):
-        return {name: _plain(each) for name, each in value.items()}
+        return {name: _without_infinities(each) for name, each in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
+        return [_without_infinities(each) for each in value]
     if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
         return str(value)
     return value

@@ -2,7 +2,7 @@
 
 So what is left between Transformers and the engine is the order of summation, and a wrong tensor cannot hide
 behind rounding. A mode that sees every torch function also notes what the routers chose. Imports torch: for
-`child`.
+``child``.
 """
 
 from __future__ import annotations

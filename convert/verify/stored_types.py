@@ -1,6 +1,6 @@
 """Which GGUF type each parameter of a Transformers model was stored with.
 
-Transformers and GGUF name and merge tensors differently. What the `gguf` package's own name table knows
+Transformers and GGUF name and merge tensors differently. What the ``gguf`` package's own name table knows
 is looked up there; for the rest (merged experts, architectures newer than the table) the part of the model
 that the name belongs to decides.
 """
@@ -11,10 +11,11 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 
+from mobile_gguf.gguf.experts import expert_name
+
 _LAYER = re.compile(r"\.(\d+)\.")
 _ROUTED = re.compile(r"(?<!shared_)experts?\b")
 _ROUTER = re.compile(r"\brouter\b|\.gate\.(weight|wg)")
-_EXPERT_TENSOR = re.compile(r"blk\.(\d+)\.ffn_(?:gate_up|gate|up|down)(?:_exps|\.\d+)\.weight")
 
 
 def stored_types(
@@ -58,7 +59,8 @@ def _name_table(architecture: str, n_layer: int) -> Callable[[str], str | None]:
 
 def _expert_types(tensors: Mapping[str, str]) -> dict[int, str]:
     """The type of each layer's routed experts."""
-    return {int(match[1]): kind for name, kind in tensors.items() if (match := _EXPERT_TENSOR.match(name))}
+    names = ((expert_name(name), kind) for name, kind in tensors.items())
+    return {name.layer: kind for name, kind in names if name is not None}
 
 
 def _is_matrix(name: str) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mobile_gguf.gguf import keys
 from mobile_gguf.gguf.header import TensorInfo, read_header
 from mobile_gguf.gguf.info import GgufInfo, read_gguf_info
 
@@ -38,10 +39,7 @@ def read_subject(path: Path) -> Subject:
     """Read the headers of a model; raises ModelNotFoundError, ModelFormatError."""
     info = read_gguf_info(path)
     tensors = [
-        tensor
-        for part in info.files
-        for tensor in read_header(part).tensors
-        if not tensor.name.startswith("mobile.")
+        tensor for part in info.files for tensor in read_header(part).tensors if not keys.is_ours(tensor.name)
     ]
     matrices = [tensor for tensor in tensors if sum(n > 1 for n in tensor.shape) > 1] or tensors
     return Subject(

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 
 from mobile_gguf.errors import MobileError, UsageError
 from mobile_gguf.files.atomic import disk_errors
+from mobile_gguf.files.lock import try_lock
 from mobile_gguf.generate.answer import INTERRUPTED, Chunk
 from mobile_gguf.options import GenerateOptions, make_options
 
@@ -92,7 +93,8 @@ class OutputFile:
             flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
             self._file: BinaryIO = os.fdopen(os.open(path, flags, 0o666), "r+b", buffering=0)
             try:
-                _lock(self._file, path)
+                if not try_lock(self._file.fileno()):
+                    raise MobileError(f"cannot write {path}: another process is writing it now")
                 if overwrite:
                     self._file.truncate(0)
                 self._file.truncate(self._kept(keys))
@@ -291,16 +293,3 @@ def _encoded(answer: dict[str, Any]) -> bytes:
         return json.dumps(answer, ensure_ascii=False).encode() + b"\n"
     except UnicodeEncodeError:
         return json.dumps(answer).encode() + b"\n"
-
-
-def _lock(file: BinaryIO, path: Path) -> None:
-    if os.name == "nt":
-        return
-    import fcntl
-
-    try:
-        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise MobileError(f"cannot write {path}: another process is writing it now") from None
-    except OSError:  # a file system without locks
-        return

@@ -18,11 +18,10 @@ from mobile_gguf.memory.fit import Fit, asked_of, fit_model
 from mobile_gguf.memory.machine import read_memory
 from mobile_gguf.memory.threads import default_threads
 from mobile_gguf.options import LoadOptions
+from mobile_gguf.progress import Progress
 
 if TYPE_CHECKING:
     from mobile_gguf.generate.llama import MobileLlama
-
-Progress = Callable[[str, float], None]
 
 
 def open_backend(

@@ -13,9 +13,9 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mobile_gguf.engine.binding import Counters
-from mobile_gguf.engine.listing import Device
-from mobile_gguf.engine.structs import DeviceCounters
+from mobile_gguf.engine.devices import Device
+from mobile_gguf.engine.experts import Experts
+from mobile_gguf.engine.structs import Counters, DeviceCounters
 from mobile_gguf.errors import ModelBusyError, UsageError
 from mobile_gguf.generate.answer import Answer, Backend, Chunk, Reply
 from mobile_gguf.generate.decode import Policy
@@ -90,6 +90,9 @@ class Model:
             self._notify(notice)
         try:
             self._policy = self._make_policy(options)
+            self._experts = backend.experts(info)
+            # A view may be kept for longer than its model, and must not read what is freed.
+            weakref.finalize(self, self._experts.close)
         except BaseException:
             backend.close()
             raise
@@ -347,6 +350,10 @@ class Model:
         """The devices that the model was loaded on, with their memory at that time; none: the host alone."""
         return self._require_open().devices
 
+    def experts(self) -> Experts:
+        """The live view of the experts: where each is, and what was just asked for. For any thread."""
+        return self._experts
+
     @property
     def budget_bytes(self) -> int | None:
         """Bytes that experts may take in host memory; None where they have no store."""
@@ -370,6 +377,7 @@ class Model:
             raise ModelBusyError("this Model is generating: wait before closing it")
         try:
             self._backend = None
+            self._experts.close()
             backend.close()
         finally:
             self._lock.release()

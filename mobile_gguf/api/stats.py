@@ -6,8 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from mobile_gguf.engine.binding import Counters
-from mobile_gguf.engine.structs import DeviceCounters
+from mobile_gguf.engine.structs import Counters, DeviceCounters
 from mobile_gguf.generate.answer import Backend
 from mobile_gguf.generate.decode import Policy
 

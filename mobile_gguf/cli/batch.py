@@ -19,10 +19,11 @@ from mobile_gguf.api.batch import (
 )
 from mobile_gguf.errors import UsageError
 from mobile_gguf.flags import given
-from mobile_gguf.hub.meter import format_duration
 from mobile_gguf.options import POLICY_OPTIONS, GenerateOptions, LoadOptions, make_options
+from mobile_gguf.wording import format_duration
 
-from .common import Progress, generate_options, load_model, narrate
+from .common import generate_options, load_model, narrate
+from .progress import Progress
 
 _SHOWN = 20
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from pathlib import Path
-from typing import TextIO
 
 from mobile_gguf.errors import UsageError
 from mobile_gguf.flags import reader
@@ -16,7 +14,8 @@ from mobile_gguf.hub.resolve import resolve_model
 from mobile_gguf.options import LoadOptions
 from mobile_gguf.sizes import AUTO
 
-from .common import MODEL_HELP, Progress, narrate
+from .common import MODEL_HELP, narrate
+from .progress import TimedProgress
 
 _DESCRIPTION = """Run a model over text with all and with fewer experts, fit the importance head that mode
 big-little uses, measure what each setting costs and saves, count which experts are used, and write it all
@@ -103,29 +102,6 @@ def run(args: argparse.Namespace) -> int:
     print(json.dumps(result.to_dict()) if args.json else "\n".join(lines(result)), flush=True)
     narrate(f"wrote {result.path}")
     return 0
-
-
-class TimedProgress(Progress):
-    """Progress with the time left, where the phase does not say; a phase is the words before a colon."""
-
-    def __init__(self, stream: TextIO) -> None:
-        super().__init__(stream)
-        self._name = ""
-        self._started = (0.0, 0.0)
-
-    def __call__(self, phase: str, done: float) -> None:
-        name, now = phase.split(":")[0], time.monotonic()
-        if name != self._name:
-            self._name, self._started = name, (now, done)
-        elapsed, share = now - self._started[0], done - self._started[1]
-        if share > 0 and elapsed > 1 and "ETA" not in phase:
-            phase += f", ETA {_duration(elapsed * (1 - done) / share)}"
-        super().__call__(phase if self._terminal else name, done)
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}:{rest:02}"
 
 
 def _positive(text: str) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import sys
 from collections.abc import Generator
 from dataclasses import replace
@@ -14,6 +13,8 @@ from mobile_gguf.api.model import Model, load
 from mobile_gguf.flags import add_arguments, given
 from mobile_gguf.generate.answer import INTERRUPTED, Chunk
 from mobile_gguf.options import GenerateOptions, LoadOptions, declared
+
+from .progress import Progress
 
 MODEL_HELP = "a GGUF file, a name from `mobile-gguf list`, hf:org/repo[:quant], or demo"
 
@@ -75,43 +76,3 @@ def narrate(text: str) -> None:
     """Write a line to stderr, dim on a terminal that can."""
     dim = sys.stderr.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
     print(f"\033[2m{text}\033[0m" if dim else text, file=sys.stderr, flush=True)
-
-
-class Progress:
-    """A callback that shows a phase and its share done: one line that is rewritten on a terminal.
-
-    Elsewhere a line for each phase, and for a phase with details (after a colon) one for each tenth of it.
-    """
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-        self._terminal = stream.isatty()
-        self._written = ("", 0)
-        self._width = 0
-
-    def __call__(self, phase: str, done: float) -> None:
-        done = min(max(done, 0.0), 1.0)
-        self.show(f"{phase} {done:4.0%}")
-        name, colon, _ = phase.partition(": ")
-        step = (name, int(done * 10) if colon else 0)
-        # Reading a model is over soon, and what comes of it says enough.
-        if not self._terminal and step != self._written and name != "loading":
-            self._stream.write(phase + "\n")
-            self._stream.flush()
-        self._written = step
-
-    def show(self, line: str) -> None:
-        """Rewrite the line; nothing without a terminal."""
-        if self._terminal:
-            line = line[: shutil.get_terminal_size().columns - 1]
-            self._stream.write("\r" + line.ljust(self._width))
-            self._stream.flush()
-            self._width = len(line)
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        if self._width:
-            self._stream.write("\r" + " " * self._width + "\r")
-            self._stream.flush()

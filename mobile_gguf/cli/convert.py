@@ -16,8 +16,9 @@ from mobile_gguf.hub.cache import is_in_cache
 from mobile_gguf.hub.reference import is_reference, parse_reference
 from mobile_gguf.hub.resolve import resolve_model
 from mobile_gguf.sizes import format_bytes
+from mobile_gguf.wording import name_lines
 
-from .common import Progress
+from .progress import Progress
 
 if TYPE_CHECKING:
     from mobile_gguf.convert.options import ConvertOptions, ConvertResult
@@ -89,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(result.as_json(), ensure_ascii=False))
     else:
         for name, value in rows(result):
-            print(f"{name}\n{value}" if "\n" in value else f"{name:<24}{value}")
+            print(f"{name}\n{value}" if "\n" in value else name_lines([(name, value)], 24)[0])
     return result.exit_code
 
 

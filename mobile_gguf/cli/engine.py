@@ -1,20 +1,16 @@
-"""`mobile-gguf engine`: build the patched llama.cpp, and say what is pinned, built and installed."""
+"""``mobile-gguf engine``: build the patched llama.cpp, and say what is pinned, built and installed."""
 
 import argparse
 import json
 import sys
-import time
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any
+
+from mobile_gguf.wording import name_lines
 
 from . import rpc_server
-
-if TYPE_CHECKING:
-    from mobile_gguf.vendor import Progress
+from .progress import BuildProgress
 
 BACKENDS = ("cpu", "cuda", "vulkan", "hip", "metal")
-
-# without a terminal a line is written at each tenth, so that a CI log shows life and stays short
-_SPARSE_STEPS = 10
 
 
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -55,7 +51,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run `engine build` or `engine info`."""
+    """Run ``engine build`` or ``engine info``."""
     return _build(args) if args.engine_verb == "build" else _info(args)
 
 
@@ -75,7 +71,7 @@ def _build(args: argparse.Namespace) -> int:
     options = None
     if chosen:
         options = vendor.EngineOptions.create(args.backend or (), cuda_architectures=args.cuda_architectures)
-    with ProgressDisplay(sys.stderr) as display:
+    with BuildProgress(sys.stderr) as display:
         found = vendor.ensure_engine(
             options, stock=args.stock, force=args.force, jobs=args.jobs, progress=display.update
         )
@@ -95,20 +91,20 @@ def _info(args: argparse.Namespace) -> int:
 
 def _devices() -> dict[str, Any]:
     # Asked of the installed library; what keeps it from loading is no reason not to show the rest.
-    from mobile_gguf.engine.devices import ggml_devices
+    from mobile_gguf.engine.devices import all_devices
     from mobile_gguf.engine.log import capture_log
     from mobile_gguf.errors import EngineError
 
     try:
         capture_log()
-        devices = ggml_devices()
+        devices = all_devices()
     except EngineError:
         return {"devices": []}
     return {"devices": [device.to_dict() for device in devices]}
 
 
 def format_info(info: dict[str, Any]) -> str:
-    """The answer of `vendor.engine_info` for people."""
+    """The answer of ``vendor.engine_info`` for people."""
     pin, installed = info["pin"], info["installed"]
     if installed is None:
         state = "none: run `mobile-gguf engine build`"
@@ -137,64 +133,9 @@ def format_info(info: dict[str, Any]) -> str:
         ("cached", f"{entry['key']} ({', '.join(entry['backends'])}), built {entry['built']}")
         for entry in info["cached"]
     ]
-    return "\n".join(f"{name:<10} {text}" for name, text in rows)
+    return "\n".join(name_lines(rows, 11))
 
 
 def _device_line(device: dict[str, Any]) -> str:
     free, total = device["memory_free"] / 2**30, device["memory_total"] / 2**30
     return f"{device['name']} ({device['type']}): {device['description']}, {free:.1f} of {total:.1f} GiB free"
-
-
-class ProgressDisplay:
-    """Build progress on a stream: one line rewritten in place on a terminal, a few lines elsewhere."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-        self._is_terminal = stream.isatty()
-        self._started = time.monotonic()
-        self._last = ""  # stage and step of the last line
-        self._width = 0
-
-    def __enter__(self) -> "ProgressDisplay":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._clear()
-
-    def update(self, progress: "Progress") -> None:
-        """Show a step of the build."""
-        if progress.is_note:
-            self._clear()
-            self._stream.write(progress.stage + "\n")
-            self._stream.flush()
-            return
-        fraction = progress.fraction
-        if self._is_terminal:
-            self._rewrite(self._text(progress))
-            return
-        step = progress.stage if fraction is None else f"{progress.stage} {int(fraction * _SPARSE_STEPS)}"
-        if step != self._last:
-            self._stream.write(self._text(progress) + "\n")
-            self._stream.flush()
-        self._last = step
-
-    def _text(self, progress: "Progress") -> str:
-        seconds = int(time.monotonic() - self._started)
-        clock = f"[{seconds // 60}:{seconds % 60:02}]"
-        if not progress.total:
-            return f"{clock} {progress.stage}"
-        return f"{clock} {progress.stage} {progress.done}/{progress.total} {progress.detail}".rstrip()
-
-    def _clear(self) -> None:
-        if self._width:
-            self._stream.write("\r" + " " * self._width + "\r")
-            self._stream.flush()
-        self._width = 0
-
-    def _rewrite(self, text: str) -> None:
-        import shutil
-
-        text = text[: shutil.get_terminal_size().columns - 1]
-        self._stream.write("\r" + text.ljust(self._width))
-        self._stream.flush()
-        self._width = len(text)

@@ -10,6 +10,7 @@ from mobile_gguf.files.paths import models_dir
 from mobile_gguf.hub.cache import cache_root
 from mobile_gguf.hub.listing import CACHE, ModelEntry, fit_text, list_models, size_text
 from mobile_gguf.sizes import format_bytes
+from mobile_gguf.wording import columns, plain
 
 from .common import narrate
 
@@ -49,26 +50,14 @@ def run(args: argparse.Namespace) -> int:
 
 def lines(models: list[ModelEntry], *, paths: bool = False) -> list[str]:
     """A table; what cannot be run has its reason in place of the numbers."""
-    table = [_HEADS, *(_cells(entry, paths) for entry in models)]
-    widths = [max(len(row[column]) for row in table if len(row) > column) for column in range(len(_HEADS))]
-    # a reason is as long as it is
-    widths[2] = max(len(row[2]) for row in table if len(row) == len(_HEADS))
-    shown = []
-    for row in table:
-        cells = [row[0].ljust(widths[0]), row[1].rjust(widths[1])]
-        if len(row) == len(_HEADS):
-            cells += [row[2].rjust(widths[2]), row[3].ljust(widths[3]), row[4].rjust(widths[4]), row[5]]
-        else:
-            cells += row[2:]
-        shown.append("  ".join(cells).rstrip())
-    return shown
+    return columns([_HEADS, *(_cells(entry, paths) for entry in models)], right=(1, 2, 4))
 
 
 def _cells(entry: ModelEntry, paths: bool) -> tuple[str, ...]:
-    name = _plain(entry.name)
+    name = plain(entry.name)
     place = _short(entry.path) if paths and entry.path is not None else ""
     if entry.info is None:
-        reason = _plain(entry.problem) + (f" ({place})" if place else "")
+        reason = plain(entry.problem) + (f" ({place})" if place else "")
         return name, size_text(entry), reason
     layout = "" if entry.info.layout == "stacked" or not entry.info.is_moe else f", {entry.info.layout}"
     where = ("HF cache" if entry.where == CACHE else "models") + layout
@@ -83,11 +72,6 @@ def _speed(entry: ModelEntry) -> str:
 def _short(path: Path) -> str:
     """A path with the home directory as ~."""
     try:
-        return _plain(f"~/{path.relative_to(Path.home())}")
+        return plain(f"~/{path.relative_to(Path.home())}")
     except (ValueError, RuntimeError):
-        return _plain(str(path))
-
-
-def _plain(text: str) -> str:
-    """A file's name or a message without what a terminal would obey."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
+        return plain(str(path))

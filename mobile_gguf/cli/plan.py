@@ -15,10 +15,11 @@ from mobile_gguf.hub.resolve import resolve_model
 from mobile_gguf.memory.machine import read_memory
 from mobile_gguf.options import LoadOptions, make_options
 
-from .common import Progress, narrate
+from .common import narrate
+from .progress import Progress
 
 if TYPE_CHECKING:
-    from mobile_gguf.engine.listing import Device
+    from mobile_gguf.engine.devices import Device
     from mobile_gguf.memory.fit import Asked
     from mobile_gguf.plan.machine import Measurements
     from mobile_gguf.plan.workload import Workload
@@ -111,11 +112,10 @@ def _measure(
     settings = make_settings(info, options, 1.0)
     try:
         ggml = Ggml()
-        measured = [ggml.device(device.handle) for device in devices]
         ks = sorted({settings.k, settings.little_k} - {0}) or [1]
         steps = steps_for(
             info, workload, ks, settings.threads, settings.io_threads,
-            devices=measured, ggml=ggml, known=measurements.get,
+            devices=devices, ggml=ggml, known=measurements.get,
         )  # fmt: skip
     except MobileError as error:
         return [f"nothing was measured: {error}"]

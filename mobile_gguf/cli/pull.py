@@ -8,13 +8,14 @@ import sys
 
 from mobile_gguf.errors import MobileError
 from mobile_gguf.gguf.info import GgufInfo, read_gguf_info
-from mobile_gguf.hub.meter import format_duration
 from mobile_gguf.hub.pull import Pulled, pull
 from mobile_gguf.hub.reference import parse_reference
 from mobile_gguf.hub.resolve import DEMO
 from mobile_gguf.sizes import format_bytes
+from mobile_gguf.wording import format_duration
 
-from .common import Progress, narrate
+from .common import narrate
+from .progress import Progress
 
 _DESCRIPTION = """\
 Fetch a GGUF from the Hugging Face Hub into the Hugging Face cache, or only

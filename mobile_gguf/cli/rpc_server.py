@@ -1,4 +1,4 @@
-"""`mobile-gguf engine rpc-server`: offer this machine's devices to others, by llama.cpp's own server."""
+"""``mobile-gguf engine rpc-server``: offer this machine's devices to others, by llama.cpp's own server."""
 
 import argparse
 import os
@@ -16,7 +16,7 @@ only."""
 
 
 def register(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add the verb below `engine`."""
+    """Add the verb below ``engine``."""
     parser = verbs.add_parser(
         "rpc-server", help="offer this machine's devices to other machines", description=_DESCRIPTION
     )
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
         signal.signal(number, _stop)
     server.start()
     for device in devices:
-        free, total = device.memory_free / 2**30, device.memory_total / 2**30
+        free, total = device.free_bytes / 2**30, device.total_bytes / 2**30
         narrate(f"{device.name}: {device.description}, {free:.1f} of {total:.1f} GiB free")
     print(f"listening on {endpoint}", file=answer, flush=True)
     server.wait()

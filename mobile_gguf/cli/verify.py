@@ -11,7 +11,8 @@ from mobile_gguf.gguf.info import read_gguf_info
 from mobile_gguf.hub.cache import is_in_cache
 from mobile_gguf.hub.resolve import resolve_model
 
-from .common import MODEL_HELP, Progress, narrate
+from .common import MODEL_HELP, narrate
+from .progress import Progress
 
 _DESCRIPTION = """\
 Compare a GGUF's logits and tokens with those of the Hugging Face checkpoint

@@ -4,11 +4,11 @@ import hashlib
 from pathlib import Path
 
 from mobile_gguf.files.atomic import complete_or_absent, disk_errors
+from mobile_gguf.files.lock import exclusive
 from mobile_gguf.files.paths import models_dir
-from mobile_gguf.vendor import lock
+from mobile_gguf.progress import Progress, no_progress, scaled
 
 from . import source
-from .progress import Progress, ignore, scaled
 
 # counts what the code alone decides (types, metadata): a new number is a new file
 BUILD_VERSION = 1
@@ -23,7 +23,7 @@ def demo_path() -> Path:
 
 def ensure_demo(*, progress: Progress | None = None) -> Path:
     """Return the demo's GGUF, building it if it is not there; see the package for the contract."""
-    report = progress or ignore
+    report = progress or no_progress
     path = demo_path()
     if path.exists():
         return path
@@ -31,15 +31,15 @@ def ensure_demo(*, progress: Progress | None = None) -> Path:
     def on_wait() -> None:
         report("waiting for another process that builds the demo model", 0.0)
 
-    with disk_errors(path), lock.exclusive(path.with_name("build.lock"), on_wait=on_wait):
+    with disk_errors(path), exclusive(path.with_name("build.lock"), on_wait=on_wait):
         if not path.exists():
             _write(path, float32=False, report=report)
     return path
 
 
 def write_f32_gguf(path: Path, *, progress: Progress | None = None) -> None:
-    """Write the demo with every tensor in F32 to `path`; see the package for the contract."""
-    _write(path, float32=True, report=progress or ignore)
+    """Write the demo with every tensor in F32 to ``path``; see the package for the contract."""
+    _write(path, float32=True, report=progress or no_progress)
 
 
 def _write(path: Path, *, float32: bool, report: Progress) -> None:

@@ -10,9 +10,9 @@ from gguf import GGUFReader, TokenType
 
 from mobile_gguf.errors import MobileError
 from mobile_gguf.files.atomic import complete_or_absent, disk_errors
+from mobile_gguf.progress import Progress, no_progress, scaled
 
 from . import recipe
-from .progress import Progress, ignore, scaled
 from .source import RECIPE, ensure_source
 
 _MODEL_MODULES = {
@@ -39,14 +39,14 @@ _LAYER_MODULES = {
 
 
 def write_hf_checkpoint(directory: Path, *, progress: Progress | None = None) -> None:
-    """Write config, safetensors and tokenizer files into `directory`; see the package for the contract."""
+    """Write config, safetensors and tokenizer files into ``directory``; see the package for the contract."""
     try:
         from safetensors.numpy import save_file
     except ModuleNotFoundError as error:
         raise MobileError(
             "writing a Hugging Face checkpoint needs safetensors: pip install 'mobile-gguf[convert]'"
         ) from error
-    report = progress or ignore
+    report = progress or no_progress
     source = GGUFReader(ensure_source(progress=scaled(report, 0.0, 0.5)))
     facts = {name: field.contents() for name, field in source.fields.items()}
     report("grouping neurons into experts", 0.5)

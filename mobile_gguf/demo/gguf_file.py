@@ -1,11 +1,12 @@
-"""The demo model as a `qwen2moe` GGUF, with the names and keys llama.cpp's own converter gives."""
+"""The demo model as a ``qwen2moe`` GGUF, with the names and keys llama.cpp's own converter gives."""
 
 from pathlib import Path
 
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, LlamaFileType, quantize
 
+from mobile_gguf.progress import Progress
+
 from . import recipe
-from .progress import Progress
 from .recipe import Weight
 
 NAME = "SmolLM2-135M-Instruct cut into experts (mobile-gguf demo)"
@@ -21,10 +22,10 @@ _EXPERT_MATRICES = tuple(
 
 
 def write_gguf(dense: Path, recipe_file: Path, path: Path, *, float32: bool, progress: Progress) -> None:
-    """Write the Mixture of Experts made from the GGUF `dense` to `path`.
+    """Write the Mixture of Experts made from the GGUF ``dense`` to ``path``.
 
-    Experts, shared and routed, are Q8_0; attention and embedding keep the blocks they have in `dense`;
-    routers, norms, biases and the shared expert's gate are F32. With `float32` everything is F32.
+    Experts, shared and routed, are Q8_0; attention and embedding keep the blocks they have in ``dense``;
+    routers, norms, biases and the shared expert's gate are F32. With ``float32`` everything is F32.
     """
     source = GGUFReader(dense)
     writer = GGUFWriter(path, "qwen2moe")

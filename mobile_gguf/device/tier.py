@@ -9,7 +9,7 @@ from typing import Any
 
 from mobile_gguf.engine.binding import Engine, load_library, needs_engine
 from mobile_gguf.engine.device_calls import DeviceCalls
-from mobile_gguf.engine.listing import Device, list_devices
+from mobile_gguf.engine.devices import Device, list_devices
 from mobile_gguf.engine.rpc import connect_servers
 from mobile_gguf.engine.structs import DeviceCounters, DeviceInfo
 from mobile_gguf.errors import BudgetError, EngineMemoryError, UsageError

@@ -8,8 +8,7 @@ build it. The structs below mirror the header field by field; ``ABI_VERSION`` gu
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +22,21 @@ from mobile_gguf.errors import (
 )
 from mobile_gguf.options.words import DEFAULT_EVICTION
 
-from .structs import DeviceParamsStruct
+from .structs import (
+    ABI_VERSION,
+    EVICTION,
+    IO,
+    Counters,
+    CountersStruct,
+    DeviceParamsStruct,
+    LoadParamsStruct,
+    ModelInfo,
+    ModelInfoStruct,
+    struct_fields,
+    with_slack,
+)
 
-ABI_VERSION = 3
 BUILD_HINT = "run `mobile-gguf engine build`"
-
-EVICTION = {"lru": 0, "moepic": 1, "decay": 2}
-IO = {"auto": 0, "direct": 1, "buffered": 2}
-NOT_RESIDENT, LOADING, RESIDENT = 0, 1, 2
 
 _STATUS_ERRORS: dict[int, type[MobileError]] = {
     -1: UsageError,
@@ -38,105 +44,6 @@ _STATUS_ERRORS: dict[int, type[MobileError]] = {
     -4: ExpertReadError,
     -5: EngineMemoryError,
 }
-# An engine of the same ABI may append fields; reading into a larger block keeps that harmless.
-_SLACK_BYTES = 1024
-
-
-class LoadParamsStruct(ctypes.Structure):
-    """``struct mobile_load_params``."""
-
-    _fields_ = [
-        ("budget_bytes", ctypes.c_uint64),
-        ("n_io_threads", ctypes.c_int32),
-        ("eviction", ctypes.c_int32),
-        ("io", ctypes.c_int32),
-        ("on_host", ctypes.c_int32),
-    ]
-
-
-class ModelInfoStruct(ctypes.Structure):
-    """``struct mobile_model_info``."""
-
-    _fields_ = [
-        ("expert_bytes", ctypes.c_uint64),
-        ("budget_bytes", ctypes.c_uint64),
-        ("budget_min_bytes", ctypes.c_uint64),
-        ("budget_all_bytes", ctypes.c_uint64),
-        ("n_layer", ctypes.c_int32),
-        ("n_layer_moe", ctypes.c_int32),
-        ("n_expert", ctypes.c_int32),
-        ("n_expert_used", ctypes.c_int32),
-        ("direct_io", ctypes.c_int32),
-        ("eviction", ctypes.c_int32),
-    ]
-
-
-class CountersStruct(ctypes.Structure):
-    """``struct mobile_counters``."""
-
-    _fields_ = [
-        (name, ctypes.c_uint64)
-        for name in (
-            "n_tokens",
-            "n_tokens_little",
-            "n_hits",
-            "n_misses",
-            "n_evictions",
-            "n_prefetched",
-            "n_prefetch_hits",
-            "bytes_read",
-            "bytes_read_demand",
-            "bytes_routed",
-            "stall_us",
-            "resident_bytes",
-            "resident_bytes_peak",
-        )
-    ]
-
-
-@dataclass(frozen=True)
-class ModelInfo:
-    """A loaded model's expert store; bytes."""
-
-    expert_bytes: int
-    budget_bytes: int
-    budget_min_bytes: int
-    budget_all_bytes: int
-    n_layer: int
-    n_layer_moe: int
-    n_expert: int
-    n_expert_used: int
-    direct_io: int
-    eviction: int
-
-
-@dataclass(frozen=True)
-class Counters:
-    """What the store did since the last reset; ``resident_bytes`` is the present state.
-
-    Bytes, microseconds and counts, as in mobile.h.
-    """
-
-    n_tokens: int = 0
-    n_tokens_little: int = 0
-    n_hits: int = 0
-    n_misses: int = 0
-    n_evictions: int = 0
-    n_prefetched: int = 0
-    n_prefetch_hits: int = 0
-    bytes_read: int = 0
-    bytes_read_demand: int = 0
-    bytes_routed: int = 0
-    stall_us: int = 0
-    resident_bytes: int = 0
-    resident_bytes_peak: int = 0
-
-    def __add__(self, later: Counters) -> Counters:
-        """Both periods together; ``later`` has the present state."""
-        sums = {name: getattr(self, name) + getattr(later, name) for name in self.__dataclass_fields__}
-        sums["resident_bytes"] = later.resident_bytes
-        sums["resident_bytes_peak"] = max(self.resident_bytes_peak, later.resident_bytes_peak)
-        return Counters(**sums)
 
 
 class Engine:
@@ -168,6 +75,8 @@ class Engine:
             "context_error": (text, [address]),
             "trace_start": (status, [address, text]),
             "trace_stop": (status, [address]),
+            "routed_watch": (status, [address, ctypes.c_bool]),
+            "routed_read": (n, [address, ctypes.c_uint64, address, n, address, address]),
             "set_replay": (status, [address, address, n, n, n]),
             "set_precise": (status, [ctypes.c_bool]),
             "observe_start": (status, [address, n]),
@@ -347,20 +256,18 @@ def load_library() -> tuple[Any, str]:
     return library, str(getattr(library, "_name", "the engine library"))
 
 
+def bind_function(library: Any, name: str, result: Any, arguments: list[Any]) -> Callable[..., Any]:
+    """A function of the library with its types; raises EngineError if there is none of that name."""
+    function = getattr(library, name, None)
+    if function is None:
+        raise EngineError(f"this engine has no {name}: run `mobile-gguf engine build --force`")
+    function.restype, function.argtypes = result, arguments
+    return function
+
+
 def needs_engine(feature: str) -> EngineError:
     """The error for a feature that a stock llama-cpp-python does not have."""
     return EngineError(f"{feature} needs the mobile-gguf engine, and this is a stock llama.cpp: {BUILD_HINT}")
-
-
-def with_slack(struct: type[ctypes.Structure]) -> Any:
-    """An empty struct that an engine of the same ABI may write more fields behind."""
-    block = ctypes.create_string_buffer(ctypes.sizeof(struct) + _SLACK_BYTES)
-    return struct.from_buffer(block)
-
-
-def struct_fields(struct: ctypes.Structure) -> dict[str, int]:
-    """A struct's integer fields by name."""
-    return {field[0]: int(getattr(struct, field[0])) for field in struct._fields_}
 
 
 def _text(value: bytes | None) -> str:

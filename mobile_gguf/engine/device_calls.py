@@ -6,8 +6,9 @@ import ctypes
 
 from mobile_gguf.options.words import CACHE, DEFAULT_EVICTION
 
-from .binding import EVICTION, Engine, choice, struct_fields, with_slack
+from .binding import Engine, choice
 from .structs import (
+    EVICTION,
     MISS,
     PLACEMENT,
     DeviceCounters,
@@ -15,6 +16,8 @@ from .structs import (
     DeviceInfo,
     DeviceInfoStruct,
     DeviceParamsStruct,
+    struct_fields,
+    with_slack,
 )
 
 
@@ -76,10 +79,7 @@ class DeviceCalls:
     def _info(self, i: int) -> DeviceInfo:
         info = with_slack(DeviceInfoStruct)
         self._engine.checked("device_get_info", "asking a device", self._ctx, i, ctypes.byref(info))
-        fields = {name: getattr(info, name) for name in DeviceInfo.__dataclass_fields__}
-        for name in ("name", "description"):
-            fields[name] = fields[name].decode("utf-8", errors="replace")
-        return DeviceInfo(**fields)
+        return DeviceInfo(**struct_fields(info))
 
     def counters(self) -> DeviceCounters:
         """What the tier did since the engine's counters were last reset."""

@@ -1,69 +1,142 @@
-"""Every device that ggml lists: what `engine info` shows and what an RPC server can offer."""
+"""The devices that ggml offers, and how much memory their drivers say is free.
+
+ggml's own registry through llama-cpp-python's library: backends are compiled in, RPC servers are devices once
+they have been added (``rpc.py``).
+"""
 
 from __future__ import annotations
 
 import ctypes
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from .binding import load_library
 
 # enum ggml_backend_dev_type
-_TYPES = ("cpu", "gpu", "igpu", "accel", "meta")
+TYPES = (CPU, GPU, IGPU, ACCEL, META) = ("cpu", "gpu", "igpu", "accel", "meta")
+
+_ADDRESS, _SIZE, _TEXT = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p
+SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "ggml_backend_dev_count": (_SIZE, ()),
+    "ggml_backend_dev_get": (_ADDRESS, (_SIZE,)),
+    "ggml_backend_dev_type": (ctypes.c_int, (_ADDRESS,)),
+    "ggml_backend_dev_name": (_TEXT, (_ADDRESS,)),
+    "ggml_backend_dev_description": (_TEXT, (_ADDRESS,)),
+    "ggml_backend_dev_memory": (None, (_ADDRESS, ctypes.POINTER(_SIZE), ctypes.POINTER(_SIZE))),
+    "ggml_backend_dev_backend_reg": (_ADDRESS, (_ADDRESS,)),
+    "ggml_backend_reg_name": (_TEXT, (_ADDRESS,)),
+}
 
 
 @dataclass(frozen=True)
-class GgmlDevice:
-    """One device; bytes by its driver, now. ``handle`` is its ``ggml_backend_dev_t``."""
+class Device:
+    """A device of ggml; bytes by its driver when it was listed. ``handle`` is its ``ggml_backend_dev_t``.
+
+    Once a model is loaded, ``structs.DeviceInfo`` says what the engine keeps on one.
+    """
 
     handle: int
     name: str
     description: str
-    type: str  # cpu, gpu, igpu (memory shared with the host), accel or meta
-    memory_free: int
-    memory_total: int
+    free_bytes: int
+    total_bytes: int
+    type: str = GPU  # one of TYPES
+    is_rpc: bool = False
+
+    @property
+    def says_free(self) -> bool:
+        """Whether its driver knows what is free: a CPU behind an RPC server reports all of its memory."""
+        return self.free_bytes < self.total_bytes
+
+    @property
+    def shares_host_memory(self) -> bool:
+        """Whether what it takes is missing in this machine's memory: integrated GPUs, servers on loopback."""
+        host = self.description.rpartition(":")[0].strip("[]")
+        on_loopback = host in ("localhost", "::1") or host.startswith("127.")
+        return self.type == IGPU or (self.is_rpc and on_loopback)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: everything but the handle."""
-        return {name: value for name, value in asdict(self).items() if name != "handle"}
+        """For JSON: what ``engine info`` shows."""
+        return {
+            "name": self.name,
+            "description": self.description,
+            "type": self.type,
+            "memory_free": self.free_bytes,
+            "memory_total": self.total_bytes,
+        }
 
 
-def ggml_devices() -> list[GgmlDevice]:
-    """The devices of the backends that are built in, in ggml's order; none without ggml's registry.
+def all_devices(types: Iterable[str] = TYPES) -> list[Device]:
+    """Every device of the given types, in ggml's order; none without ggml's registry.
 
     Raises EngineError if llama-cpp-python is missing or does not load.
     """
-    library, _path = load_library()
-    if not hasattr(library, "ggml_backend_dev_count"):
+    ggml = _bind(load_library()[0])
+    if ggml is None:
         return []
-    address, text, size = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t
-    count = ggml_function(library, "ggml_backend_dev_count", size, [])
-    get = ggml_function(library, "ggml_backend_dev_get", address, [size])
-    name = ggml_function(library, "ggml_backend_dev_name", text, [address])
-    description = ggml_function(library, "ggml_backend_dev_description", text, [address])
-    kind = ggml_function(library, "ggml_backend_dev_type", ctypes.c_int, [address])
-    pointer = ctypes.POINTER(size)
-    memory = ggml_function(library, "ggml_backend_dev_memory", None, [address, pointer, pointer])
-    devices = []
-    for handle in (get(index) for index in range(count())):
-        free, total = size(), size()
-        memory(handle, ctypes.byref(free), ctypes.byref(total))
-        number = kind(handle)
-        devices.append(
-            GgmlDevice(
-                handle=handle,
-                name=name(handle).decode(errors="replace"),
-                description=description(handle).decode(errors="replace").strip(),
-                type=_TYPES[number] if number < len(_TYPES) else str(number),
-                memory_free=free.value,
-                memory_total=total.value,
-            )
-        )
-    return devices
+    return [_device(ggml, handle) for handle in _handles(ggml) if _type(ggml, handle) in types]
 
 
-def ggml_function(library: Any, name: str, result: Any, arguments: list[Any]) -> Any:
-    """A function of ggml with its types; AttributeError if the library has none of that name."""
-    function = getattr(library, name)
-    function.restype, function.argtypes = result, arguments
-    return function
+def list_devices(library: Any, servers: Iterable[int] = ()) -> list[Device]:
+    """The devices to use, in llama.cpp's order: RPC servers, GPUs, without those integrated ones.
+
+    ``library`` is llama-cpp-python's; a build without ggml's registry has no devices. ``servers`` are handles
+    of RPC servers; others that this process once added are not asked, for they may be gone.
+    """
+    ggml = _bind(library)
+    if ggml is None:
+        return []
+    handles = [*servers, *(handle for handle in _handles(ggml) if not _is_rpc(ggml, handle))]
+    found = [_device(ggml, handle) for handle in handles if _type(ggml, handle) in (GPU, IGPU)]
+    local = [device for device in found if not device.is_rpc]
+    discrete = [device for device in local if device.type == GPU]
+    return [*(device for device in found if device.is_rpc), *(discrete or local)]
+
+
+def device_array(devices: Iterable[Device]) -> Any:
+    """``llama_model_params.devices``: the handles and a null; none: the host alone. Keep it while loading."""
+    handles = [device.handle for device in devices]
+    return (ctypes.c_void_p * (len(handles) + 1))(*handles, None)
+
+
+def _handles(ggml: Any) -> list[int]:
+    return [ggml.ggml_backend_dev_get(i) for i in range(ggml.ggml_backend_dev_count())]
+
+
+def _type(ggml: Any, handle: int) -> str:
+    number = ggml.ggml_backend_dev_type(handle)
+    return TYPES[number] if 0 <= number < len(TYPES) else str(number)
+
+
+def _is_rpc(ggml: Any, handle: int) -> bool:
+    # The registry of an added server is named "RPC[host:port]".
+    name = ggml.ggml_backend_reg_name(ggml.ggml_backend_dev_backend_reg(handle))
+    return _decode(name).startswith("RPC")
+
+
+def _device(ggml: Any, handle: int) -> Device:
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    ggml.ggml_backend_dev_memory(handle, ctypes.byref(free), ctypes.byref(total))
+    return Device(
+        handle=handle,
+        name=_decode(ggml.ggml_backend_dev_name(handle)),
+        description=_decode(ggml.ggml_backend_dev_description(handle)).strip(),
+        free_bytes=free.value,
+        total_bytes=total.value,
+        type=_type(ggml, handle),
+        is_rpc=_is_rpc(ggml, handle),
+    )
+
+
+def _bind(library: Any) -> Any:
+    for name, (result, arguments) in SIGNATURES.items():
+        function = getattr(library, name, None)
+        if function is None:
+            return None
+        function.restype, function.argtypes = result, arguments
+    return library
+
+
+def _decode(value: bytes | None) -> str:
+    return (value or b"").decode("utf-8", errors="replace")

@@ -13,34 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from .binding import Engine
+from .structs import OBSERVE, ObservedInputStruct, ObservedRouteStruct
 
-ROUTES, NEURONS, INPUTS = 1, 2, 4
-
-
-class ObservedInputStruct(ctypes.Structure):
-    """``struct mobile_observed_input``."""
-
-    _fields_ = [
-        ("name", ctypes.c_char_p),
-        ("n_row", ctypes.c_int64),
-        ("n_mat", ctypes.c_int64),
-        ("n_count", ctypes.c_int64),
-        ("sum2", ctypes.POINTER(ctypes.c_float)),
-        ("counts", ctypes.POINTER(ctypes.c_int64)),
-    ]
-
-
-class ObservedRouteStruct(ctypes.Structure):
-    """``struct mobile_observed_route``."""
-
-    _fields_ = [
-        ("layer", ctypes.c_int32),
-        ("n_used", ctypes.c_int32),
-        ("n_tokens", ctypes.c_int32),
-        ("reserved", ctypes.c_int32),
-        ("ids", ctypes.POINTER(ctypes.c_int32)),
-        ("weights", ctypes.POINTER(ctypes.c_float)),
-    ]
+ROUTES, NEURONS, INPUTS = OBSERVE["routes"], OBSERVE["neurons"], OBSERVE["inputs"]
 
 
 @dataclass(frozen=True)

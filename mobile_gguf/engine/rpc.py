@@ -11,13 +11,13 @@ import os
 import re
 import socket
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mobile_gguf.errors import EngineError, UsageError
 
-from .binding import load_library, needs_engine
+from .binding import bind_function, load_library, needs_engine
 
 DEFAULT_PORT = 50052
 PROTOCOL = (7, 0)  # RPC_PROTO_MAJOR_VERSION, RPC_PROTO_MINOR_VERSION of the pinned ggml-rpc.h
@@ -176,9 +176,9 @@ def _check_timeout() -> None:
 
 def _add_server(library: Any, endpoint: Endpoint) -> Sequence[int]:
     address, size = ctypes.c_void_p, ctypes.c_size_t
-    add = _function(library, "ggml_backend_rpc_add_server", address, [ctypes.c_char_p])
-    count = _function(library, "ggml_backend_reg_dev_count", size, [address])
-    get = _function(library, "ggml_backend_reg_dev_get", address, [address, size])
+    add = bind_function(library, "ggml_backend_rpc_add_server", address, [ctypes.c_char_p])
+    count = bind_function(library, "ggml_backend_reg_dev_count", size, [address])
+    get = bind_function(library, "ggml_backend_reg_dev_get", address, [address, size])
     registry = add(str(endpoint).encode())
     if not registry:
         raise EngineError(f"--rpc {endpoint}: {last_loss() or 'ggml could not connect'}")
@@ -193,7 +193,7 @@ def context_loss(ctx: int) -> str:
     library, _path = load_library()
     if not hasattr(library, "mobile_rpc_error"):
         return ""
-    text = _function(library, "mobile_rpc_error", ctypes.c_char_p, [ctypes.c_void_p])(ctx)
+    text = bind_function(library, "mobile_rpc_error", ctypes.c_char_p, [ctypes.c_void_p])(ctx)
     return _with_advice(text)
 
 
@@ -202,25 +202,17 @@ def last_loss() -> str:
     library, _path = load_library()
     if not hasattr(library, "mobile_rpc_last_loss"):
         return ""
-    return _with_advice(_function(library, "mobile_rpc_last_loss", ctypes.c_char_p, [])())
+    return _with_advice(bind_function(library, "mobile_rpc_last_loss", ctypes.c_char_p, [])())
 
 
 def clear_loss() -> None:
     """Forget earlier losses, before a load."""
     library, _path = load_library()
     if hasattr(library, "mobile_rpc_clear_loss"):
-        _function(library, "mobile_rpc_clear_loss", None, [])()
+        bind_function(library, "mobile_rpc_clear_loss", None, [])()
 
 
 def _with_advice(text: bytes | None) -> str:
     if not text:
         return ""
     return f"{text.decode('utf-8', errors='replace')}; start it again and load the model again"
-
-
-def _function(library: Any, name: str, result: Any, arguments: list[Any]) -> Callable[..., Any]:
-    function = getattr(library, name, None)
-    if function is None:
-        raise EngineError(f"this engine has no {name}: run `mobile-gguf engine build --force`")
-    function.restype, function.argtypes = result, arguments
-    return function

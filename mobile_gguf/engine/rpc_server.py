@@ -9,24 +9,23 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from mobile_gguf.errors import EngineError, UsageError
 
-from .binding import BUILD_HINT, load_library
-from .devices import GgmlDevice, ggml_devices, ggml_function
+from .binding import BUILD_HINT, bind_function, load_library
+from .devices import ACCEL, CPU, Device, all_devices
 from .rpc import Endpoint, probe_server
 
 _POLL_SECONDS = 0.05
 _START_SECONDS = 60.0  # making the backends of some devices takes a while
 
 
-def choose_devices(names: Sequence[str]) -> list[GgmlDevice]:
+def choose_devices(names: Sequence[str]) -> list[Device]:
     """The devices to offer: the named ones; without names every GPU, or else the CPU, as llama.cpp does.
 
     Raises UsageError for a name that is not there or is named twice.
     """
-    devices = {device.name: device for device in ggml_devices()}
+    devices = {device.name: device for device in all_devices()}
     for index, name in enumerate(names):
         if name not in devices:
             raise UsageError(
@@ -35,8 +34,8 @@ def choose_devices(names: Sequence[str]) -> list[GgmlDevice]:
         if name in names[:index]:
             raise UsageError(f"--device {name} is named twice")
     chosen = [devices[name] for name in names]
-    chosen = chosen or [device for device in devices.values() if device.type not in ("cpu", "accel")]
-    chosen = chosen or [device for device in devices.values() if device.type == "cpu"]
+    chosen = chosen or [device for device in devices.values() if device.type not in (CPU, ACCEL)]
+    chosen = chosen or [device for device in devices.values() if device.type == CPU]
     if not chosen:
         raise EngineError(f"this engine has no device to offer: {BUILD_HINT}")
     return chosen
@@ -74,14 +73,14 @@ class RpcServer:
     """llama.cpp's server, in a thread of its own that nothing but the end of the process ends."""
 
     def __init__(
-        self, endpoint: Endpoint, devices: Sequence[GgmlDevice], *, threads: int, cache: Path | None = None
+        self, endpoint: Endpoint, devices: Sequence[Device], *, threads: int, cache: Path | None = None
     ) -> None:
         self.endpoint = endpoint
         library, _path = load_library()
         arguments = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_void_p]
         try:
-            self._serve: Any = ggml_function(library, "ggml_backend_rpc_start_server", None, arguments)
-        except AttributeError:
+            self._serve = bind_function(library, "ggml_backend_rpc_start_server", None, arguments)
+        except EngineError:
             raise EngineError(f"this engine is built without RPC: {BUILD_HINT}") from None
         self._handles = (ctypes.c_void_p * len(devices))(*(device.handle for device in devices))
         self._threads = threads

@@ -1,17 +1,228 @@
-"""The device tier's part of ``patches/src/mobile.h``: structs, numbers by name, and dataclasses of them.
+"""The C API of ``patches/src/mobile.h`` as data: its structs, its numbers by name, and dataclasses of them.
 
-``binding.ABI_VERSION`` guards the layouts.
+Everything mirrors the header field by field, which ``tests/engine/test_structs.py`` holds; ``ABI_VERSION`` is
+that of the header a library must have been built from.
 """
 
 from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
+from typing import Any
 
-from mobile_gguf.options.words import CACHE, HOST, LAYERS
+from mobile_gguf.options.words import CACHE, HOST, LAYERS, OFF, ON
 
+ABI_VERSION = 4
+
+# the engine's numbers for the words of the options
+EVICTION = {"lru": 0, "moepic": 1, "decay": 2}
+IO = {"auto": 0, "direct": 1, "buffered": 2}
 MISS = {"auto": 0, "fetch": 1, "cpu": 2}
 PLACEMENT = {HOST: 0, CACHE: 1, LAYERS: 2}
+PREFETCH = {OFF: 0, ON: 1, "auto": 2}
+PREDICT = {"auto": 0, "router": 1, "transitions": 2}  # auto: the router where the model has a plain one
+OBSERVE = {"routes": 1, "neurons": 2, "inputs": 4}
+NOT_RESIDENT, LOADING, RESIDENT = 0, 1, 2
+ROUTED_MAX = 65536  # entries of what was routed that a context keeps
+
+# An engine of the same ABI may append fields; reading into a larger block keeps that harmless.
+_SLACK_BYTES = 1024
+
+
+def with_slack(struct: type[ctypes.Structure]) -> Any:
+    """An empty struct that an engine of the same ABI may write more fields behind."""
+    block = ctypes.create_string_buffer(ctypes.sizeof(struct) + _SLACK_BYTES)
+    return struct.from_buffer(block)
+
+
+def struct_fields(struct: ctypes.Structure) -> dict[str, Any]:
+    """A struct's fields by name: numbers, and texts for arrays of characters."""
+    values = {field[0]: getattr(struct, field[0]) for field in struct._fields_}
+    return {name: _text(value) if isinstance(value, bytes) else value for name, value in values.items()}
+
+
+def _text(value: bytes) -> str:
+    return value.decode("utf-8", errors="replace")
+
+
+# the expert store
+
+
+class LoadParamsStruct(ctypes.Structure):
+    """``struct mobile_load_params``."""
+
+    _fields_ = [
+        ("budget_bytes", ctypes.c_uint64),
+        ("n_io_threads", ctypes.c_int32),
+        ("eviction", ctypes.c_int32),
+        ("io", ctypes.c_int32),
+        ("on_host", ctypes.c_int32),
+    ]
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """A loaded model's expert store; bytes."""
+
+    expert_bytes: int
+    budget_bytes: int
+    budget_min_bytes: int
+    budget_all_bytes: int
+    n_layer: int
+    n_layer_moe: int
+    n_expert: int
+    n_expert_used: int
+    direct_io: int
+    eviction: int
+
+
+class ModelInfoStruct(ctypes.Structure):
+    """``struct mobile_model_info``."""
+
+    _fields_ = [
+        ("expert_bytes", ctypes.c_uint64),
+        ("budget_bytes", ctypes.c_uint64),
+        ("budget_min_bytes", ctypes.c_uint64),
+        ("budget_all_bytes", ctypes.c_uint64),
+        ("n_layer", ctypes.c_int32),
+        ("n_layer_moe", ctypes.c_int32),
+        ("n_expert", ctypes.c_int32),
+        ("n_expert_used", ctypes.c_int32),
+        ("direct_io", ctypes.c_int32),
+        ("eviction", ctypes.c_int32),
+    ]
+
+
+@dataclass(frozen=True)
+class Counters:
+    """What the store did since the last reset; ``resident_bytes`` is the present state.
+
+    Bytes, microseconds and counts, as in mobile.h.
+    """
+
+    n_tokens: int = 0
+    n_tokens_little: int = 0
+    n_hits: int = 0
+    n_misses: int = 0
+    n_evictions: int = 0
+    n_prefetched: int = 0
+    n_prefetch_hits: int = 0
+    bytes_read: int = 0
+    bytes_read_demand: int = 0
+    bytes_routed: int = 0
+    stall_us: int = 0
+    resident_bytes: int = 0
+    resident_bytes_peak: int = 0
+
+    def __add__(self, later: Counters) -> Counters:
+        """Both periods together; ``later`` has the present state."""
+        sums = {name: getattr(self, name) + getattr(later, name) for name in self.__dataclass_fields__}
+        sums["resident_bytes"] = later.resident_bytes
+        sums["resident_bytes_peak"] = max(self.resident_bytes_peak, later.resident_bytes_peak)
+        return Counters(**sums)
+
+
+class CountersStruct(ctypes.Structure):
+    """``struct mobile_counters``."""
+
+    _fields_ = [(name, ctypes.c_uint64) for name in Counters.__dataclass_fields__]
+
+
+class RoutedStruct(ctypes.Structure):
+    """``struct mobile_routed``."""
+
+    _fields_ = [(name, ctypes.c_int32) for name in ("step", "layer", "expert", "missed")]
+
+
+# what is moved ahead of need
+
+_PREFETCH_COUNTS = (
+    "n_predicted",
+    "n_right",
+    "n_queued",
+    "n_used",
+    "n_wasted",
+    "n_unused",
+    "bytes_early",
+    "bytes_wasted",
+    "saved_us",
+    "n_passes",
+    "n_passes_on",
+)
+_PREFETCH_STATES = (
+    "mode",
+    "by_router",
+    "next_on",
+    "masked_on",
+    "next_permille",
+    "masked_permille",
+    "device_next_on",
+    "device_masked_on",
+    "device_next_permille",
+    "device_masked_permille",
+)
+
+
+@dataclass(frozen=True)
+class PrefetchCounters:
+    """What was read ahead since the last reset of the counters, and what is in use now.
+
+    Counts, bytes and microseconds as in mobile.h: ``n_queued`` experts were read, of which ``n_used`` were
+    needed before they left memory, ``n_wasted`` left it unused; ``n_unused`` are there still. ``saved_us``
+    is an estimate: the bytes that had arrived when they were needed, times the stall that a byte read on
+    demand cost. ``next_permille`` is the time of a pass with predictions over one without, as measured
+    last; 0: not yet. ``device_...``: the same for uploads, which ``DeviceCounters`` counts.
+    """
+
+    n_predicted: int = 0
+    n_right: int = 0
+    n_queued: int = 0
+    n_used: int = 0
+    n_wasted: int = 0
+    n_unused: int = 0
+    bytes_early: int = 0
+    bytes_wasted: int = 0
+    saved_us: int = 0
+    n_passes: int = 0
+    n_passes_on: int = 0
+    mode: int = 0
+    by_router: int = 0
+    next_on: int = 0
+    masked_on: int = 0
+    next_permille: int = 0
+    masked_permille: int = 0
+    device_next_on: int = 0
+    device_masked_on: int = 0
+    device_next_permille: int = 0
+    device_masked_permille: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """For ``Model.stats()``: ratios are None until they were measured."""
+        return {
+            "mode": {number: name for name, number in PREFETCH.items()}[self.mode],
+            "predictor": "router" if self.by_router else "transitions",
+            "next_layer_on": bool(self.next_on),
+            "little_pass_on": bool(self.masked_on),
+            "next_layer_time_ratio": self.next_permille / 1000 or None,
+            "little_pass_time_ratio": self.masked_permille / 1000 or None,
+            "next_layer_uploads_on": bool(self.device_next_on),
+            "little_pass_uploads_on": bool(self.device_masked_on),
+            "next_layer_uploads_time_ratio": self.device_next_permille / 1000 or None,
+            "little_pass_uploads_time_ratio": self.device_masked_permille / 1000 or None,
+            **{name: getattr(self, name) for name in _PREFETCH_COUNTS},
+        }
+
+
+class PrefetchCountersStruct(ctypes.Structure):
+    """``struct mobile_prefetch_counters``."""
+
+    _fields_ = [
+        *((name, ctypes.c_uint64) for name in _PREFETCH_COUNTS),
+        *((name, ctypes.c_int32) for name in _PREFETCH_STATES),
+    ]
+
+
+# the device tier
 
 
 class DeviceParamsStruct(ctypes.Structure):
@@ -27,6 +238,30 @@ class DeviceParamsStruct(ctypes.Structure):
         ("poison", ctypes.c_int32),
         ("reserved", ctypes.c_int32 * 2),
     ]
+
+
+@dataclass(frozen=True)
+class DeviceInfo:
+    """A device of a started tier, which holds layers with routed experts: its slot pool, and its memory now.
+
+    Bytes; free and total by its driver. ``devices.Device`` is another thing: what ggml lists before a load.
+    ``pool_bytes`` is what the slots take, ``expert_bytes`` what all experts of its ``n_layers`` would.
+    ``upload_us`` is the measured time of an expert's upload that is waited for, ``stall_us`` how long one in
+    the background holds up the computation; 0 before the slots are made.
+    """
+
+    name: str
+    description: str
+    free_bytes: int
+    total_bytes: int
+    pool_bytes: int
+    expert_bytes: int
+    n_layers: int
+    n_slots: int
+    is_gpu: int
+    is_async: int
+    upload_us: float = 0.0
+    stall_us: float = 0.0
 
 
 class DeviceInfoStruct(ctypes.Structure):
@@ -46,61 +281,6 @@ class DeviceInfoStruct(ctypes.Structure):
         ("upload_us", ctypes.c_double),
         ("stall_us", ctypes.c_double),
     ]
-
-
-class DeviceCountersStruct(ctypes.Structure):
-    """``struct mobile_device_counters``."""
-
-    _fields_ = [
-        (name, ctypes.c_uint64)
-        for name in (
-            "n_hits",
-            "n_misses",
-            "n_fetched",
-            "n_cpu",
-            "n_admitted",
-            "n_evictions",
-            "n_wasted",
-            "bytes_uploaded",
-            "bytes_uploaded_background",
-            "bytes_wasted",
-            "upload_us",
-            "cpu_us",
-            "resident_bytes",
-            "resident_bytes_peak",
-            "n_ahead",
-            "n_ahead_used",
-            "n_ahead_wasted",
-            "n_ahead_unused",
-            "n_ahead_dropped",
-            "bytes_uploaded_ahead",
-            "bytes_ahead_wasted",
-            "ahead_saved_us",
-        )
-    ]
-
-
-@dataclass(frozen=True)
-class DeviceInfo:
-    """A device that holds layers with routed experts; bytes, free and total by its driver now.
-
-    ``pool_bytes`` is what the slots take, ``expert_bytes`` what all experts of its ``n_layers`` would.
-    ``upload_us`` is the measured time of an expert's upload that is waited for, ``stall_us`` how long one in
-    the background holds up the computation; 0 before the slots are made.
-    """
-
-    name: str
-    description: str
-    free_bytes: int
-    total_bytes: int
-    pool_bytes: int
-    expert_bytes: int
-    n_layers: int
-    n_slots: int
-    is_gpu: int
-    is_async: int
-    upload_us: float = 0.0
-    stall_us: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -141,3 +321,38 @@ class DeviceCounters:
         sums["n_ahead_unused"] = later.n_ahead_unused
         sums["resident_bytes_peak"] = max(self.resident_bytes_peak, later.resident_bytes_peak)
         return DeviceCounters(**sums)
+
+
+class DeviceCountersStruct(ctypes.Structure):
+    """``struct mobile_device_counters``."""
+
+    _fields_ = [(name, ctypes.c_uint64) for name in DeviceCounters.__dataclass_fields__]
+
+
+# what is observed: pointers into the engine, copied by observe.py
+
+
+class ObservedInputStruct(ctypes.Structure):
+    """``struct mobile_observed_input``."""
+
+    _fields_ = [
+        ("name", ctypes.c_char_p),
+        ("n_row", ctypes.c_int64),
+        ("n_mat", ctypes.c_int64),
+        ("n_count", ctypes.c_int64),
+        ("sum2", ctypes.POINTER(ctypes.c_float)),
+        ("counts", ctypes.POINTER(ctypes.c_int64)),
+    ]
+
+
+class ObservedRouteStruct(ctypes.Structure):
+    """``struct mobile_observed_route``."""
+
+    _fields_ = [
+        ("layer", ctypes.c_int32),
+        ("n_used", ctypes.c_int32),
+        ("n_tokens", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
+        ("ids", ctypes.POINTER(ctypes.c_int32)),
+        ("weights", ctypes.POINTER(ctypes.c_float)),
+    ]

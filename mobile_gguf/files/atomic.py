@@ -11,13 +11,16 @@ from typing import BinaryIO
 from mobile_gguf.errors import MobileError
 from mobile_gguf.sizes import format_bytes
 
+from .lock import is_still, try_lock
+
 _DATA_REMEDY = ", or set XDG_DATA_HOME and XDG_CACHE_HOME to another disk"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
 def complete_or_absent(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`; it becomes `path` if the block ends well and is removed if not.
+    """Give a temporary path beside ``path``; it becomes ``path`` if the block ends well and is removed if
+    not.
 
     The temporary name is fixed, so that what a killed process left behind is overwritten by the next one:
     two writers of one path need a lock. Raises MobileError when the disk refuses.
@@ -34,10 +37,11 @@ def complete_or_absent(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing_file(path: Path, n_bytes: int) -> Iterator[BinaryIO]:
-    """Give an empty file to write, unbuffered; it becomes `path` if the block ends well, else it is removed.
+    """Give an empty file to write, unbuffered; it becomes ``path`` if the block ends well, else it is
+    removed.
 
-    Until then it stands beside `path` as `partial_path(path)`, locked: what a killed process left there is
-    overwritten, and a second writer is refused. The data is on the disk before the name is. `n_bytes` is
+    Until then it stands beside ``path`` as ``partial_path(path)``, locked: what a killed process left there
+    is overwritten, and a second writer is refused. The data is on the disk before the name is. ``n_bytes`` is
     what will be written. Raises MobileError when there is less space than that, or when the disk refuses.
     """
     partial = partial_path(path)
@@ -67,7 +71,7 @@ def partial_path(path: Path) -> Path:
 
 
 def check_space(path: Path, n_bytes: int) -> None:
-    """Raise MobileError if a new file `path` of `n_bytes` bytes does not fit on its disk."""
+    """Raise MobileError if a new file ``path`` of ``n_bytes`` bytes does not fit on its disk."""
     free = free_bytes(path)
     if n_bytes > free:
         raise MobileError(
@@ -77,14 +81,14 @@ def check_space(path: Path, n_bytes: int) -> None:
 
 
 def free_bytes(path: Path) -> int:
-    """What this user may still write beside `path`, in bytes."""
+    """What this user may still write beside ``path``, in bytes."""
     with disk_errors(path, remedy=""):
         return shutil.disk_usage(path.parent).free
 
 
 @contextmanager
 def disk_errors(path: Path, remedy: str = _DATA_REMEDY) -> Iterator[None]:
-    """Turn an OSError of the block into a MobileError that names `path` and says what to do."""
+    """Turn an OSError of the block into a MobileError that names ``path`` and says what to do."""
     try:
         yield
     except OSError as error:
@@ -103,42 +107,22 @@ def _open_locked(partial: Path, path: Path) -> int:
     while True:
         descriptor = os.open(partial, flags, 0o666)
         try:
-            if not _lock(descriptor):
+            if not try_lock(descriptor):
                 raise MobileError(f"cannot write {path}: another process is writing it now")
-            try:
-                if os.path.samestat(os.fstat(descriptor), os.stat(partial)):
-                    return descriptor
-            except FileNotFoundError:
-                pass  # its writer has just given it its name: what was opened is not ours to write
+            # else its writer has just given it its name: what was opened is not ours to write
+            if is_still(descriptor, partial):
+                return descriptor
         except BaseException:
             os.close(descriptor)
             raise
         os.close(descriptor)
 
 
-if os.name == "nt":
-
-    def _lock(descriptor: int) -> bool:
-        return True  # an open file cannot be replaced there
-
-    def _sync_directory(directory: Path) -> None:
-        pass
-
-else:
-    import fcntl
-
-    def _lock(descriptor: int) -> bool:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        except OSError as error:
-            return error.errno in (errno.ENOLCK, errno.ENOTSUP)  # a file system without locks
-        return True
-
-    def _sync_directory(directory: Path) -> None:
-        descriptor = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def _sync_directory(directory: Path) -> None:
+    if os.name == "nt":
+        return  # a directory cannot be opened there
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -14,17 +14,17 @@ def _xdg(variable: str, *fallback: str) -> Path:
 
 
 def cache_dir() -> Path:
-    """What can be made again: `$XDG_CACHE_HOME/mobile-gguf`, by default `~/.cache/mobile-gguf`."""
+    """What can be made again: ``$XDG_CACHE_HOME/mobile-gguf``, by default ``~/.cache/mobile-gguf``."""
     return _xdg("XDG_CACHE_HOME", ".cache")
 
 
 def data_dir() -> Path:
-    """What the user would miss: `$XDG_DATA_HOME/mobile-gguf`, by default `~/.local/share/mobile-gguf`."""
+    """What the user would miss: ``$XDG_DATA_HOME/mobile-gguf``, by default ``~/.local/share/mobile-gguf``."""
     return _xdg("XDG_DATA_HOME", ".local", "share")
 
 
 def config_dir() -> Path:
-    """Settings: `$XDG_CONFIG_HOME/mobile-gguf`, by default `~/.config/mobile-gguf`."""
+    """Settings: ``$XDG_CONFIG_HOME/mobile-gguf``, by default ``~/.config/mobile-gguf``."""
     return _xdg("XDG_CONFIG_HOME", ".config")
 
 
@@ -34,7 +34,7 @@ def models_dir() -> Path:
 
 
 def engine_cache_dir() -> Path:
-    """Engine source, builds and wheels: `$MOBILE_GGUF_ENGINE_CACHE`, by default `cache_dir()`.
+    """Engine source, builds and wheels: ``$MOBILE_GGUF_ENGINE_CACHE``, by default ``cache_dir()``.
 
     The variable keeps builds, which cost minutes, apart from a cache that is thrown away (tests, CI).
     """

@@ -8,9 +8,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from mobile_gguf.engine.binding import Counters, ModelInfo
-from mobile_gguf.engine.prefetch import PrefetchCounters
-from mobile_gguf.engine.structs import DeviceCounters
+from mobile_gguf.engine.structs import Counters, DeviceCounters, ModelInfo, PrefetchCounters
 from mobile_gguf.errors import AnswerStopped
 
 from .decode import Pass, Policy
@@ -20,7 +18,9 @@ from .text import TextStream
 
 if TYPE_CHECKING:
     from mobile_gguf.device.tier import DeviceTier
-    from mobile_gguf.engine.listing import Device
+    from mobile_gguf.engine.devices import Device
+    from mobile_gguf.engine.experts import Experts
+    from mobile_gguf.gguf.info import GgufInfo
 
     from .head import Head
 
@@ -95,6 +95,7 @@ class Backend(Protocol):
     @property
     def embedding_limit(self) -> int: ...
 
+    def experts(self, info: GgufInfo) -> Experts: ...
     def embed_tokens(self, tokens: list[int], pooling: str) -> Any: ...
     def generate(self, tokens: list[int], **sampling: Any) -> Generator[int, Any, None]: ...
     def tokenize(self, text: bytes, add_bos: bool = ..., special: bool = ...) -> list[int]: ...

@@ -17,11 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from mobile_gguf.errors import ModelFormatError
+from mobile_gguf.gguf import keys
 from mobile_gguf.gguf.header import GgufHeader, read_header
 from mobile_gguf.gguf.info import GgufInfo
 
-WEIGHT, TOKEN_BIAS = "mobile.head.weight", "mobile.head.token_bias"
-PREFIX = "mobile.head."
 _F32 = 0
 
 
@@ -56,7 +55,7 @@ def sigmoid(score: float) -> float:
 
 def has_head(info: GgufInfo) -> bool:
     """Whether the file says that it has one."""
-    return f"{PREFIX}threshold" in info.metadata
+    return keys.HEAD_THRESHOLD in info.metadata
 
 
 def read_head(info: GgufInfo) -> Head | None:
@@ -65,13 +64,13 @@ def read_head(info: GgufInfo) -> Head | None:
         return None
     facts = _Facts(info)
     return Head(
-        weight=_vector(info, WEIGHT, info.n_embd),
-        token_bias=_vector(info, TOKEN_BIAS, info.n_vocab),
-        bias=facts.number("bias", -math.inf, math.inf),
-        threshold=facts.number("threshold", 0, 1),
-        little_k=int(facts.number("little_k", 1, max(1, info.n_expert_used))),
-        kl=facts.number("kl", 0, math.inf),
-        auc=facts.number("auc", 0, 1),
+        weight=_vector(info, keys.HEAD_WEIGHT, info.n_embd),
+        token_bias=_vector(info, keys.HEAD_TOKEN_BIAS, info.n_vocab),
+        bias=facts.number(keys.HEAD_BIAS, -math.inf, math.inf),
+        threshold=facts.number(keys.HEAD_THRESHOLD, 0, 1),
+        little_k=int(facts.number(keys.HEAD_LITTLE_K, 1, max(1, info.n_expert_used))),
+        kl=facts.number(keys.HEAD_KL, 0, math.inf),
+        auc=facts.number(keys.HEAD_AUC, 0, 1),
     )
 
 
@@ -79,11 +78,11 @@ class _Facts:
     def __init__(self, info: GgufInfo) -> None:
         self.info = info
 
-    def number(self, name: str, low: float, high: float) -> float:
-        value: Any = self.info.metadata.get(PREFIX + name)
+    def number(self, key: str, low: float, high: float) -> float:
+        value: Any = self.info.metadata.get(key)
         good = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not good or not math.isfinite(value) or not low <= value <= high:
-            raise _damaged(self.info.path, f"{PREFIX}{name} is {value!r:.60}")
+            raise _damaged(self.info.path, f"{key} is {value!r:.60}")
         return float(value)
 
 

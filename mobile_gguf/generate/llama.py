@@ -20,13 +20,15 @@ from llama_cpp import Llama, LlamaGrammar, llama_cpp
 from llama_cpp.llama_chat_format import CHATML_CHAT_TEMPLATE, Jinja2ChatFormatter
 
 from mobile_gguf.device.tier import DeviceTier
-from mobile_gguf.engine.binding import Counters, Engine, ModelInfo
-from mobile_gguf.engine.listing import Device, device_array
+from mobile_gguf.engine.binding import Engine
+from mobile_gguf.engine.devices import Device, device_array
+from mobile_gguf.engine.experts import ContextExperts, Experts
 from mobile_gguf.engine.log import clear_errors, last_errors
-from mobile_gguf.engine.prefetch import PrefetchCounters, prefetch_counters
+from mobile_gguf.engine.prefetch import prefetch_counters
 from mobile_gguf.engine.rpc import context_loss
-from mobile_gguf.engine.structs import DeviceCounters
+from mobile_gguf.engine.structs import Counters, DeviceCounters, ModelInfo, PrefetchCounters
 from mobile_gguf.errors import EngineError, ExpertReadError, MobileError, UsageError
+from mobile_gguf.gguf.info import GgufInfo
 
 from .decode import ALL_EXPERTS, Pass, Policy, decode_prompt, decode_token
 from .head import Head
@@ -266,6 +268,14 @@ class MobileLlama(Llama):
         clear_memory(self)
 
     # what a Model asks besides
+
+    def experts(self, info: GgufInfo) -> Experts:
+        """A live view of the experts; close it before this."""
+        source = None
+        if self.engine is not None and self.store is not None:
+            has_device = self.device is not None
+            source = ContextExperts(self.engine, self.model, self.ctx, self.store, has_device)
+        return Experts(source, info.moe_layers, info.n_expert)
 
     @property
     def can_step_back(self) -> bool:

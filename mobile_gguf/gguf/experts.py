@@ -8,24 +8,97 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Generic, NoReturn, Protocol, TypeVar
 
 from mobile_gguf.errors import ModelFormatError
 
+from . import keys
 from .header import TensorInfo
 
 FORMAT_VERSION = 1  # of mobile.* metadata; a newer one is refused
 STACKED, PER_EXPERT = "stacked", "per-expert"  # layouts
-OWN_PREFIX = "mobile."  # names of tensors that are ours and no part of the model
 # The coarsest alignment at which the expert store reads; finer ones need a little less memory.
 STORE_ALIGNMENT = 4096
 MAX_EXPERTS = 1 << 12  # GGML_EXPERT_MAX: what one tensor of the engine holds, segments counted
 
-_ALL = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down|gate_up)_exps\.weight")
-_ONE = re.compile(r"blk\.(0|[1-9]\d{0,5})\.ffn_(gate|up|down|gate_up)\.(0|[1-9]\d{0,5})\.weight")
-_EXTRA = re.compile(r"blk\.\d+\.ffn_\w+_exps\.(?!weight$)")
+# an expert's matrices in the order in which they stand in a file; gate_up: gate and up rows in one
+GATE_UP, UP, GATE, DOWN = MATRICES = ("gate_up", "up", "gate", "down")
+# numbers as they are printed; the engine's reader has the same limits
+_LAYER, _MATRIX, _NUMBER = r"blk\.(0|[1-9]\d{0,5})", f"ffn_({'|'.join(MATRICES)})", r"(0|[1-9]\d{0,5})"
+_STACKED = re.compile(rf"{_LAYER}\.{_MATRIX}_exps\.weight")
+_SINGLE = re.compile(rf"{_LAYER}\.{_MATRIX}\.{_NUMBER}\.weight")
+_BESIDE = re.compile(r"blk\.\d+\.ffn_\w+_exps\.(?!weight$).+")
+STACKED_PATTERN = rf"\.{_MATRIX}_exps\.weight$"  # for llama.cpp's quantiser, which searches
+
+
+@dataclass(frozen=True)
+class ExpertName:
+    """What the name of a tensor of routed experts says; ``number`` None: all of a layer are in it.
+
+    With segments ``number`` counts these: it is the expert's times how many there are, and the segment's.
+    """
+
+    layer: int
+    matrix: str  # one of MATRICES
+    number: int | None = None
+
+    def __str__(self) -> str:
+        which = "_exps" if self.number is None else f".{self.number}"
+        return f"blk.{self.layer}.ffn_{self.matrix}{which}.weight"
+
+
+def expert_name(tensor: str) -> ExpertName | None:
+    """The tensor's name as one of routed experts' weights; None if it is another tensor."""
+    if match := _SINGLE.fullmatch(tensor):
+        return ExpertName(int(match[1]), match[2], int(match[3]))
+    if match := _STACKED.fullmatch(tensor):
+        return ExpertName(int(match[1]), match[2])
+    return None
+
+
+def is_beside_experts(tensor: str) -> bool:
+    """Whether it holds the stacked experts' biases or scales."""
+    return _BESIDE.fullmatch(tensor) is not None
+
+
+class Named(Protocol):
+    """A tensor, as far as its name goes."""
+
+    @property
+    def name(self) -> str: ...
+
+
+AnyTensor = TypeVar("AnyTensor", bound=Named)
+
+
+@dataclass
+class SortedTensors(Generic[AnyTensor]):
+    """A model's tensors: routed experts by layer and matrix, singles by number as well, and the rest."""
+
+    stacked: dict[tuple[int, str], AnyTensor] = field(default_factory=dict)
+    singles: dict[tuple[int, str], dict[int, AnyTensor]] = field(default_factory=dict)
+    others: list[AnyTensor] = field(default_factory=list)
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """Names of the biases and scales that stand once per expert."""
+        return tuple(tensor.name for tensor in self.others if is_beside_experts(tensor.name))
+
+
+def sort_tensors(tensors: Iterable[AnyTensor]) -> SortedTensors[AnyTensor]:
+    """Find the routed experts among a model's tensors, by their names."""
+    found: SortedTensors[AnyTensor] = SortedTensors()
+    for tensor in tensors:
+        name = expert_name(tensor.name)
+        if name is None:
+            found.others.append(tensor)
+        elif name.number is None:
+            found.stacked[name.layer, name.matrix] = tensor
+        else:
+            found.singles.setdefault((name.layer, name.matrix), {})[name.number] = tensor
+    return found
 
 
 @dataclass(frozen=True)
@@ -57,6 +130,7 @@ class ExpertTable:
     layout: str
     n_segments: int
     layers: tuple[ExpertLayer, ...]
+    numbers: tuple[int, ...]  # of these layers in the model
 
 
 def read_experts(
@@ -79,15 +153,10 @@ class _Reading:
 
     def read(self, tensors: list[TensorInfo]) -> ExpertTable:
         n_segments = self.check_format()
-        ones: dict[tuple[int, str], dict[int, TensorInfo]] = {}
-        stacked: dict[tuple[int, str], TensorInfo] = {}
-        for tensor in tensors:
-            if match := _ONE.fullmatch(tensor.name):
-                ones.setdefault((int(match[1]), match[2]), {})[int(match[3])] = tensor
-            elif match := _ALL.fullmatch(tensor.name):
-                stacked[int(match[1]), match[2]] = tensor
+        found = sort_tensors(tensors)
+        ones, stacked = found.singles, found.stacked
         if n_segments > 1:
-            self.check_segments(tensors, bool(ones))
+            self.check_segments(found.beside, bool(ones))
         # matrices of a layer, each as (number of experts, bytes of one)
         layers: dict[int, list[tuple[int, int]]] = {}
         for (layer, matrix), tensor in stacked.items():
@@ -107,6 +176,7 @@ class _Reading:
                 ExpertLayer(max(n for n, _ in matrices), tuple(size for _, size in matrices), n_segments)
                 for _, matrices in sorted(layers.items())
             ),
+            tuple(sorted(layers)),
         )
 
     def fail(self, reason: str) -> NoReturn:
@@ -120,25 +190,24 @@ class _Reading:
 
     def check_format(self) -> int:
         """Version and layout; returns the number of segments."""
-        version = self.number("mobile.version", FORMAT_VERSION)
+        version = self.number(keys.VERSION, FORMAT_VERSION)
         if version > FORMAT_VERSION:
-            self.fail(f"mobile.version {version} is newer than {FORMAT_VERSION}; update mobile-gguf")
-        layout = self.metadata.get("mobile.layout", PER_EXPERT)
+            self.fail(f"{keys.VERSION} {version} is newer than {FORMAT_VERSION}; update mobile-gguf")
+        layout = self.metadata.get(keys.LAYOUT, PER_EXPERT)
         if layout != PER_EXPERT:
             self.fail(
-                f"mobile.layout is {layout!r:.60}, which this version does not know; update mobile-gguf"
+                f"{keys.LAYOUT} is {layout!r:.60}, which this version does not know; update mobile-gguf"
             )
-        n_segments = self.number("mobile.segments", 1)
+        n_segments = self.number(keys.SEGMENTS, 1)
         if not 1 <= n_segments <= MAX_EXPERTS:
-            self.fail(f"metadata mobile.segments is {n_segments}")
+            self.fail(f"metadata {keys.SEGMENTS} is {n_segments}")
         return n_segments
 
-    def check_segments(self, tensors: list[TensorInfo], per_expert: bool) -> None:
+    def check_segments(self, beside: tuple[str, ...], per_expert: bool) -> None:
         if not per_expert:
-            self.fail("it has segments (mobile.segments) but no experts of their own")
-        extra = next((tensor.name for tensor in tensors if _EXTRA.match(tensor.name)), None)
-        if extra is not None:
-            self.fail(f"{extra}: experts with biases or scales cannot be in segments")
+            self.fail(f"it has segments ({keys.SEGMENTS}) but no experts of their own")
+        if beside:
+            self.fail(f"{beside[0]}: experts with biases or scales cannot be in segments")
 
     def check_parts(self, layer: int, matrix: str, parts: dict[int, TensorInfo], n_segments: int) -> int:
         """How many parts (experts times segments) a matrix has, all there and alike."""

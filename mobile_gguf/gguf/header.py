@@ -84,7 +84,7 @@ def read_header(path: Path) -> GgufHeader:
 
 
 def open_gguf(path: Path) -> BinaryIO:
-    """Open a file for reading; raises as `read_header` does. A pipe, which would wait, is refused."""
+    """Open a file for reading; raises as ``read_header`` does. A pipe, which would wait, is refused."""
     with read_errors(path):
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise ModelFormatError(f"{path} is not a regular file, so not a GGUF file")

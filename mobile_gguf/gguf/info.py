@@ -15,7 +15,8 @@ from typing import Any
 
 from mobile_gguf.errors import ModelFormatError, ModelNotFoundError
 
-from .experts import OWN_PREFIX, STACKED, ExpertLayer, read_experts
+from . import keys
+from .experts import STACKED, ExpertLayer, read_experts
 from .header import GgufHeader, TensorInfo, read_header
 
 MAX_LAYERS = 1 << 12
@@ -54,6 +55,7 @@ class GgufInfo:
     segments: int = 1  # tensors that each expert's matrix is cut into
     embedding_bytes: int = 0  # of the token embedding, which stays on the host with all layers on devices
     stock: bool = True  # stock llama.cpp can load it: stacked, and no tensor named mobile.*
+    moe_layers: tuple[int, ...] = ()  # which of the model's layers expert_layers are; the others are dense
     metadata: dict[str, Any] = field(repr=False, compare=False, default_factory=dict)
 
     @property
@@ -115,7 +117,7 @@ def make_gguf_info(headers: Sequence[GgufHeader]) -> GgufInfo:
     n_expert = facts.integer("expert_count")
     template = metadata.get("tokenizer.chat_template")
     experts = read_experts(path, metadata, tensors, n_layer, n_expert)
-    of_model = [tensor for tensor in tensors if not tensor.name.startswith(OWN_PREFIX)]
+    of_model = [tensor for tensor in tensors if not keys.is_ours(tensor.name)]
     return GgufInfo(
         path=path,
         files=tuple(header.path for header in headers),
@@ -136,6 +138,7 @@ def make_gguf_info(headers: Sequence[GgufHeader]) -> GgufInfo:
         n_expert_used=facts.integer("expert_used_count") if n_expert else 0,
         n_ff_expert=facts.integer("expert_feed_forward_length", n_ff),
         expert_layers=experts.layers,
+        moe_layers=experts.numbers,
         tensor_bytes=sum(tensor.n_bytes for tensor in of_model),
         chat_template=template if isinstance(template, str) and template else None,
         layout=experts.layout,

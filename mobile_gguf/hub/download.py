@@ -12,17 +12,18 @@ import os
 import re
 import shutil
 from collections.abc import Iterable
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from mobile_gguf.errors import MobileError
+from mobile_gguf.files.lock import exclusive
+from mobile_gguf.progress import Progress
 from mobile_gguf.sizes import GIB, MIB, format_bytes
 
 from .cache import PARTIAL_SUFFIX, cache_root, repository_folder, write_ref
 from .client import ATTEMPTS, Repository, open_range, pause_before_retry
 from .explain import HubError, cache_disk_errors, explained, is_worth_a_retry
-from .meter import Meter, Progress
+from .meter import Meter
 from .variants import RemoteFile
 
 # Content delivery networks refuse answers above 50 GB, ranges of such a file they send.
@@ -103,32 +104,19 @@ def _fetch(repository: Repository, file: RemoteFile, folder: Path, pointer: Path
         meter.skip(file.n_bytes)
         return
     blob = folder / "blobs" / file.etag
-    with _locked(folder, file, meter):
+    # the lock that huggingface_hub uses for this file
+    lock = folder.parent / ".locks" / folder.name / f"{file.etag}.lock"
+
+    def on_wait() -> None:
+        meter.say(f"waiting for another process that downloads {file.path}")
+
+    with exclusive(lock, on_wait=on_wait):
         if _is_there(blob, file):
             meter.skip(file.n_bytes)
         elif not _is_there(pointer, file):  # another process may have been first
             _fetch_blob(repository, file, blob, meter)
         if not _is_there(pointer, file):
             _link(blob, pointer)
-
-
-@contextmanager
-def _locked(folder: Path, file: RemoteFile, meter: Meter) -> Any:
-    """The lock that huggingface_hub uses for this file."""
-    from filelock import FileLock, Timeout
-
-    path = folder.parent / ".locks" / folder.name / f"{file.etag}.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        meter.say(f"waiting for another process that downloads {file.path}")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _fetch_blob(repository: Repository, file: RemoteFile, blob: Path, meter: Meter) -> None:

@@ -16,8 +16,8 @@ from mobile_gguf.gguf.experts import ExpertLayer
 from mobile_gguf.gguf.info import GgufInfo, read_gguf_info
 
 # of the remembered form: a new number forgets what was remembered
-_VERSION = 1
-_TUPLES = ("n_head", "n_head_kv")
+_VERSION = 2
+_TUPLES = ("n_head", "n_head_kv", "moe_layers")
 
 
 class FactsCache:

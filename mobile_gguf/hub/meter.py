@@ -4,31 +4,17 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
 
+from mobile_gguf.progress import Progress
 from mobile_gguf.sizes import format_bytes
+from mobile_gguf.wording import format_duration
 
-Progress = Callable[[str, float], None]
 _WINDOW_S = 5.0
 _PAUSE_S = 0.1
 
 
-def no_progress(_phase: str, _done: float) -> None:
-    """For who does not want to know."""
-
-
-def format_duration(seconds: float) -> str:
-    """``9 s``, ``3:05``, ``2:07:30``."""
-    whole = max(0, round(seconds))
-    if whole < 60:
-        return f"{whole} s"
-    minutes, rest = divmod(whole, 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
 class Meter:
-    """Counts the bytes of one transfer of `total` bytes and tells `progress` of them ten times a second."""
+    """Counts the bytes of a transfer of ``total`` bytes, tells ``progress`` of them ten times a second."""
 
     def __init__(self, name: str, total: int, progress: Progress) -> None:
         self.name = name

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from mobile_gguf.errors import ModelNotFoundError
+from mobile_gguf.progress import Progress, no_progress
 
 from .cache import Snapshot, find_snapshot
 from .client import Repository, no_model, read_repository
 from .download import fetch_files
 from .explain import is_offline, offline_error
-from .meter import Progress, no_progress
 from .reference import Reference
 from .variants import Variant, choose, find_variants, models_among
 
@@ -109,7 +109,7 @@ def find_pulled(reference: Reference) -> Path | None:
 
 
 def resolve_hub(reference: Reference, progress: Progress | None = None) -> Path:
-    """The file that a reference means, pulled now if it was not before. Raises as `pull` does."""
+    """The file that a reference means, pulled now if it was not before. Raises as ``pull`` does."""
     found = find_pulled(reference)
     if found is not None:
         return found

@@ -10,11 +10,11 @@ from typing import BinaryIO, cast
 from mobile_gguf.errors import ModelFormatError
 from mobile_gguf.gguf.header import read_open_header
 from mobile_gguf.gguf.info import GgufInfo, make_gguf_info
+from mobile_gguf.progress import Progress
 from mobile_gguf.sizes import MIB, format_bytes
 
 from .client import Repository, open_range, retrying
 from .explain import explained
-from .meter import Progress
 from .pull import find_remote
 from .reference import Reference
 from .variants import RemoteFile
@@ -25,7 +25,7 @@ _MOST = 256 * MIB
 
 
 def read_remote_info(reference: Reference, progress: Progress) -> tuple[Reference, GgufInfo]:
-    """What `gguf_info.read_gguf_info` says, of a model that was not pulled; and its exact reference.
+    """What ``gguf_info.read_gguf_info`` says, of a model that was not pulled; and its exact reference.
 
     ``path`` and ``files`` are names on the Hub. Raises as ``pull`` does, and ModelFormatError.
     """

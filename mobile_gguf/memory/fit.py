@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from mobile_gguf.engine.listing import Device
+from mobile_gguf.engine.devices import Device
 from mobile_gguf.engine.structs import DeviceInfo
 from mobile_gguf.errors import BudgetError, UsageError
 from mobile_gguf.gguf.info import GgufInfo

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from mobile_gguf.engine.listing import Device
+from mobile_gguf.engine.devices import Device
 from mobile_gguf.engine.structs import DeviceInfo
 from mobile_gguf.errors import BudgetError
 from mobile_gguf.gguf.info import GgufInfo

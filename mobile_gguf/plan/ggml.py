@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from mobile_gguf.engine.binding import load_library
+from mobile_gguf.engine.devices import CPU, SIGNATURES, Device
 from mobile_gguf.errors import EngineError
 
 F32, I32 = 0, 26
-CPU = 0  # of enum ggml_backend_dev_type
 _BUFFER_OFFSET = 8  # of `buffer` in struct ggml_tensor, after an enum
 _GRAPH_NODES = 4096
 _FILL = 0x11  # as a half it is a small ordinary number, as it is in quants
@@ -33,6 +33,7 @@ class _InitParams(ctypes.Structure):
 
 
 _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    **SIGNATURES,
     "ggml_init": (_A, (_InitParams,)),
     "ggml_free": (None, (_A,)),
     "ggml_nbytes": (_N, (_A,)),
@@ -54,14 +55,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ggml_backend_graph_compute": (ctypes.c_int, (_A, _A)),
     "ggml_backend_synchronize": (None, (_A,)),
     "ggml_backend_free": (None, (_A,)),
-    "ggml_backend_dev_count": (_N, ()),
-    "ggml_backend_dev_get": (_A, (_N,)),
     "ggml_backend_dev_init": (_A, (_A, _T)),
-    "ggml_backend_dev_name": (_T, (_A,)),
-    "ggml_backend_dev_description": (_T, (_A,)),
-    "ggml_backend_dev_memory": (None, (_A, _A, _A)),
-    "ggml_backend_dev_type": (ctypes.c_int, (_A,)),
-    "ggml_backend_dev_backend_reg": (_A, (_A,)),
     "ggml_backend_dev_supports_op": (ctypes.c_bool, (_A, _A)),
     "ggml_backend_reg_get_proc_address": (_A, (_A, _T)),
 }
@@ -69,24 +63,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
 
 def device_key(name: str, description: str) -> str:
     """What a device's measurements are called; RPC servers differ in the description alone."""
-    return f"device.{name}:{description}".replace(" ", "_")
-
-
-@dataclass(frozen=True)
-class Device:
-    """A ggml device; memory in bytes, by the driver, now."""
-
-    handle: int
-    name: str
-    description: str
-    kind: int
-    free_bytes: int
-    total_bytes: int
-
-    @property
-    def key(self) -> str:
-        """What its measurements are called."""
-        return device_key(self.name, self.description)
+    return f"device.{name}:{description.strip()}".replace(" ", "_")
 
 
 @dataclass(frozen=True)
@@ -133,23 +110,6 @@ class Ggml:
         """Call ``ggml_NAME``."""
         return self._functions[f"ggml_{name}"](*arguments)
 
-    # devices
-
-    def devices(self) -> list[Device]:
-        """Every device that the library knows, the CPU included."""
-        n = self.call("backend_dev_count")
-        return [self.device(self.call("backend_dev_get", i)) for i in range(n)]
-
-    def device(self, handle: int) -> Device:
-        """A device by its ``ggml_backend_dev_t``."""
-        free, total = _N(), _N()
-        self.call("backend_dev_memory", handle, ctypes.byref(free), ctypes.byref(total))
-        name, text = (self.call(f"backend_dev_{what}", handle) or b"" for what in ("name", "description"))
-        kind = self.call("backend_dev_type", handle)
-        return Device(handle, name.decode(), text.decode(errors="replace"), kind, free.value, total.value)
-
-    # timing
-
     @contextlib.contextmanager
     def backend(self, device: Device, threads: int = 0) -> Iterator[int]:
         """A backend on a device; ``threads`` for the CPU."""
@@ -157,7 +117,7 @@ class Ggml:
         if not handle:
             raise EngineError(f"the device {device.name} ({device.description}) cannot be used")
         try:
-            if threads and device.kind == CPU:
+            if threads and device.type == CPU:
                 reg = self.call("backend_dev_backend_reg", device.handle)
                 address = self.call("backend_reg_get_proc_address", reg, b"ggml_backend_set_n_threads")
                 if address:
@@ -234,7 +194,7 @@ class Ggml:
                 if self.call("backend_graph_compute", backend, graph) != 0:
                     raise EngineError(f"the device {device.name} failed to multiply matrices")
                 self.call("backend_synchronize", backend)
-                if device.kind != CPU:
+                if device.type != CPU:
                     # an RPC server answers to nothing but this: without it only the sending was timed
                     self.call("backend_tensor_get", products[-1], ctypes.addressof(one), 0, 4)
                 times.append(time.perf_counter() - started)

@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from mobile_gguf.device.ask import ask_devices
-from mobile_gguf.engine.listing import Device
+from mobile_gguf.engine.devices import Device
 from mobile_gguf.errors import EngineError, MobileError
 from mobile_gguf.generate.receipt import Receipt
 from mobile_gguf.gguf.info import GgufInfo

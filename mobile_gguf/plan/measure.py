@@ -11,15 +11,17 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from mobile_gguf.engine.devices import CPU, Device, all_devices
 from mobile_gguf.engine.log import capture_log
 from mobile_gguf.errors import EngineError, MobileError
 from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.memory.machine import read_memory
 from mobile_gguf.options.words import CACHE, DEFAULT_IO_THREADS, LAYERS
+from mobile_gguf.progress import Progress
 from mobile_gguf.sizes import MIB
 
 from .disk import disk_name, measure_reads, read_size
-from .ggml import CPU, F32, Device, Ggml, Matrices
+from .ggml import F32, Ggml, Matrices, device_key
 from .machine import Measurements, Rate, write_measurements
 from .tiny import OnDevice, measure_overhead, overhead
 from .workload import Product, Workload
@@ -33,8 +35,6 @@ _SMALL_COPY, _LARGE_COPY = 4096, 4 * MIB
 _MAIN_PRODUCTS = 8  # shapes that make up most dense bytes
 WHOLE = "whole"
 _WAYS = {CACHE: (CACHE, 0.5), LAYERS: (LAYERS, 0.5), WHOLE: (LAYERS, 1.0)}  # placement, share of slots
-
-Progress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def steps_for(
     the disk. ``known``: what was measured, also by steps before; a device's link decides how much is sent.
     """
     ggml = ggml or Ggml()
-    cpu = next((device for device in ggml.devices() if device.kind == CPU), None)
+    cpu = next(iter(all_devices([CPU])), None)
     if cpu is None:
         raise EngineError("cannot measure: the engine has no CPU device")
     found: list[Step] = []
@@ -141,7 +141,7 @@ def steps_for(
 def _device_steps(
     ggml: Ggml, device: Device, workload: Workload, n_expert: int, ks: Sequence[int], known: Known
 ) -> Iterator[Step]:
-    prefix = device.key
+    prefix = device_key(device.name, device.description)
 
     def link(check: Callable[[], None]) -> dict[str, Rate]:
         return _link(ggml, device, prefix, check)
@@ -173,9 +173,10 @@ def _device_overhead_steps(device: Device, n_expert: int, ks: Sequence[int], thr
     """What a layer costs beside its bytes on the way that a run takes."""
     if n_expert < 2:
         return
+    key = device_key(device.name, device.description)
     for way, (placement, share) in _WAYS.items():
         for k in ks:
-            name = device_overhead_name(device.key, way, n_expert, k, threads)
+            name = device_overhead_name(key, way, n_expert, k, threads)
             on_device = OnDevice(device, placement, share)
 
             def run(

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mobile_gguf.engine.listing import Device
+from mobile_gguf.engine.devices import Device
 from mobile_gguf.flags import arguments
+from mobile_gguf.gguf import keys
 from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.memory.fit import Fit, asked_of
 from mobile_gguf.memory.machine import Memory, read_memory
@@ -16,6 +17,7 @@ from mobile_gguf.memory.pools import pool_min_bytes
 from mobile_gguf.options import LoadOptions
 from mobile_gguf.options.words import BIG_LITTLE, EXACT, LITTLE
 from mobile_gguf.sizes import AUTO, OFF, Size, format_bytes, whole_mebibytes
+from mobile_gguf.wording import name_lines
 
 from .disk import disk_name
 from .ggml import device_key
@@ -141,7 +143,7 @@ def suggest(info: GgufInfo, options: LoadOptions, fit: Fit, predictions: Sequenc
     if fit.notes and not fit.devices and not fit.asked.insists:
         planned["vram_budget"] = OFF  # the device that was left out here could be taken there
     by_mode = {one.mode: one.predicted_tps for one in predictions}
-    head = "mobile.head.threshold" in info.metadata
+    head = keys.HEAD_THRESHOLD in info.metadata
     is_worth = by_mode.get(BIG_LITTLE, 0) >= _WORTH * by_mode.get(EXACT, float("inf"))
     if options.mode == EXACT and head and is_worth:
         planned["mode"] = BIG_LITTLE
@@ -229,6 +231,6 @@ def plan_lines(plan: Plan) -> list[str]:
         rows.append(("speed", "not measured"))
     if plan.prefill_s is not None:
         rows.append(("first prompt", f"at least {plan.prefill_s:.1f} s of reading"))
-    lines = [f"{name:<18}{value}" for name, value in rows]
+    lines = name_lines(rows, 18)
     lines += [f"note: {note}" for note in plan.notes]
     return [*lines, "", plan.command]

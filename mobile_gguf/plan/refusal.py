@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from mobile_gguf.engine.listing import Device
+from mobile_gguf.engine.devices import Device
 from mobile_gguf.errors import BudgetError, MobileError
 from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.memory.budget import reserve_bytes

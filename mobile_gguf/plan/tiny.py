@@ -119,7 +119,7 @@ def _decode(
     from llama_cpp import llama_cpp
 
     from mobile_gguf.engine.binding import find_engine
-    from mobile_gguf.engine.listing import device_array
+    from mobile_gguf.engine.devices import device_array
 
     capture_log()
     llama_cpp.llama_backend_init()

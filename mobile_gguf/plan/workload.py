@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import struct
 from collections import Counter
 from collections.abc import Sequence
@@ -15,17 +14,14 @@ from typing import Any
 
 from mobile_gguf.errors import MobileError
 from mobile_gguf.generate.decode import default_little_k
+from mobile_gguf.gguf import keys
+from mobile_gguf.gguf.experts import expert_name
 from mobile_gguf.gguf.header import TensorInfo, read_header
 from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.memory.threads import default_threads
 from mobile_gguf.options import LoadOptions
 from mobile_gguf.options.words import BIG_LITTLE, DEFAULT_EVICTION, DEFAULT_IO_THREADS, EXACT
 
-_STACKED = re.compile(r"blk\.\d+\.ffn_(?:gate|up|down|gate_up)_exps\.weight")
-_SINGLE = re.compile(r"blk\.\d+\.ffn_(?:gate|up|down|gate_up)\.(\d+)\.weight")
-HOTNESS = "mobile.hotness"
-PREFIX = "mobile.head."  # as head.py has it, which imports numpy
-_CALIBRATION = "mobile.calibration.json"
 _MAX_HOTNESS_BYTES = 1 << 24
 _F32 = 0
 
@@ -70,14 +66,16 @@ def read_workload(info: GgufInfo) -> Workload:
     dense: Counter[tuple[int, int, int, int]] = Counter()
     experts: Counter[tuple[int, int, int, int]] = Counter()
     for tensor in tensors:
-        if len(tensor.shape) < 2 or tensor.name.startswith("mobile."):
+        if len(tensor.shape) < 2 or keys.is_ours(tensor.name):
             continue
-        if _STACKED.fullmatch(tensor.name):
+        name = expert_name(tensor.name)
+        if name is None:
+            if not _is_table(tensor.name, names):
+                dense[_key(tensor, 1)] += 1
+        elif name.number is None:
             experts[_key(tensor, tensor.shape[2] if len(tensor.shape) > 2 else 1)] += 1
-        elif match := _SINGLE.fullmatch(tensor.name):
-            experts[_key(tensor, 1)] += int(match[1]) == 0
-        elif not _is_table(tensor.name, names):
-            dense[_key(tensor, 1)] += 1
+        else:
+            experts[_key(tensor, 1)] += name.number == 0
     n_layer = max(1, info.n_layer_moe)
     return Workload(
         tuple(Product(*key[:3], count=n, n_bytes=key[3]) for key, n in sorted(dense.items())),
@@ -92,7 +90,7 @@ def count_weights(info: GgufInfo) -> int:
     n = 0
     for path in info.files:
         for tensor in read_header(path).tensors:
-            if not tensor.name.startswith("mobile."):
+            if not keys.is_ours(tensor.name):
                 n += math.prod(tensor.shape)
     return n
 
@@ -146,8 +144,8 @@ def make_settings(
 ) -> Settings:
     """What a prediction for these options is for; ``learnt_share`` is what earlier runs had of big tokens."""
     k = info.n_expert_used
-    by_head = f"{PREFIX}threshold" in info.metadata and options.importance != "confidence"
-    own = info.metadata.get(f"{PREFIX}little_k") if by_head else None
+    by_head = keys.HEAD_THRESHOLD in info.metadata and options.importance != "confidence"
+    own = info.metadata.get(keys.HEAD_LITTLE_K) if by_head else None
     little_k = options.little_k or (own if isinstance(own, int) and own > 0 else default_little_k(k))
     wanted = mode or options.mode
     return Settings(
@@ -179,7 +177,7 @@ def big_share(
         return 1.0, 1.0, 1.0
     threshold = options.head_threshold
     if by_head and threshold is None:
-        threshold = info.metadata.get(f"{PREFIX}threshold")
+        threshold = info.metadata.get(keys.HEAD_THRESHOLD)
     setting = threshold if by_head else options.gamma
     kind = "head" if by_head else "confidence"
     points = [
@@ -201,7 +199,7 @@ def _around(share: float, spread: float) -> tuple[float, float, float]:
 
 
 def _curve(info: GgufInfo) -> Sequence[dict[str, Any]]:
-    text = info.metadata.get(_CALIBRATION)
+    text = info.metadata.get(keys.CALIBRATION_JSON)
     try:
         found = json.loads(text) if isinstance(text, str) else None
     except ValueError:
@@ -225,7 +223,7 @@ def read_hotness(info: GgufInfo) -> list[list[float]] | None:
         except MobileError:
             return None
         for tensor in header.tensors:
-            if tensor.name == HOTNESS:
+            if tensor.name == keys.HOTNESS:
                 return _floats(path, header.data_start + tensor.offset, tensor.shape, tensor.type_id)
     return None
 

@@ -71,8 +71,9 @@ class Health(BaseModel):
 
 
 class Experts(BaseModel):
-    """The expert map: by tier a row of characters for each layer; ``states`` says what they mean.
+    """The expert map: by tier a row of characters for each of ``layers``; ``states`` says what they mean.
 
+    ``layers`` are those of the model's ``n_layer`` that have routed experts, ``dense_layers`` the others.
     ``resident`` counts by tier what is there, which the last token's hits and misses in the rows hide.
     """
 
@@ -81,6 +82,7 @@ class Experts(BaseModel):
     n_layer: int
     n_expert: int
     layers: list[int]
+    dense_layers: list[int]
     states: dict[str, str]
     tiers: dict[str, list[str]]
     resident: dict[str, int]
@@ -185,9 +187,9 @@ async def experts(
 
 async def _changes(serving: Serving) -> AsyncIterator[ServerSentEvent]:
     before = ""
-    with serving.experts.watching():
+    with serving.experts.following() as following:
         while not serving.closing.is_set():
-            now = json.dumps(serving.experts.snapshot(), separators=(",", ":"))
+            now = json.dumps(following.snapshot(), separators=(",", ":"))
             if now != before:
                 yield ServerSentEvent(now, sep="\n")
                 before = now

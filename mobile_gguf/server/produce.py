@@ -177,12 +177,12 @@ class Producer:
 
     def _counted(self, chunks: Any) -> Generator[Chunk, None, None]:
         last: Chunk | None = None
-        with closing(chunks), self._experts.watched():
+        with closing(chunks), self._experts.answering():
             try:
                 for chunk in chunks:
                     last = chunk
                     self.spent.note(chunk)
-                    self._experts.after_token()
+                    self._experts.add_token()
                     if chunk.finish_reason == INTERRUPTED:
                         raise ApiError(503, "the answer was cut: the server is shutting down", code="cut")
                     yield chunk

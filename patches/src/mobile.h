@@ -25,7 +25,7 @@
 extern "C" {
 #endif
 
-#define MOBILE_ABI_VERSION 3
+#define MOBILE_ABI_VERSION 4
 
 enum mobile_status {
     MOBILE_OK           =  0,
@@ -185,6 +185,22 @@ LLAMA_API const char * mobile_context_error(const struct llama_context * ctx);
 // path is replaced; mobile_trace_stop reports a failed write
 LLAMA_API int32_t mobile_trace_start(struct llama_context * ctx, const char * path);
 LLAMA_API int32_t mobile_trace_stop (struct llama_context * ctx);
+
+#define MOBILE_ROUTED_MAX 65536 // entries that are kept
+
+// one routed (token, layer, rank), by the model's numbers
+struct mobile_routed {
+    int32_t step;   // of the token: counts the tokens that ctx computed
+    int32_t layer;
+    int32_t expert;
+    int32_t missed; // 1: its bytes had to be read; 0: they were in memory, in a device's slot, or on their way
+};
+
+// records them in memory while on, from the next layer that runs on. by any thread, and so are reads
+LLAMA_API int32_t mobile_routed_watch(struct llama_context * ctx, bool on);
+// copies up to n entries from number since on (UINT64_MAX: none) and returns how many, < 0: error. next: the number to
+// go on from; n_lost: how many from since on were overwritten before they were read
+LLAMA_API int32_t mobile_routed_read (const struct llama_context * ctx, uint64_t since, struct mobile_routed * routed, int32_t n, uint64_t * next, uint64_t * n_lost);
 
 // changes outputs. expert ids come from ids: [n_steps][n_layer][k] instead of from the router, for
 // the token at position p from step p % n_steps; k must be the model's top-k. NULL ends it

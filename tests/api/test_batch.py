@@ -1,4 +1,4 @@
-"""`run --batch` over the scripted engine: order, bad lines, going on after every way of being stopped."""
+"""``run --batch`` over the scripted engine: order, bad lines, going on after every way of being stopped."""
 
 from __future__ import annotations
 

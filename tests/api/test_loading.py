@@ -5,7 +5,7 @@ from fake_backend import MIB, FakeBackend, fake_info
 
 from mobile_gguf.api import loading
 from mobile_gguf.api.loading import open_backend
-from mobile_gguf.engine.listing import Device
+from mobile_gguf.engine.devices import Device
 from mobile_gguf.errors import BudgetError, EngineError, ModelFormatError
 from mobile_gguf.gguf.info import ExpertLayer
 from mobile_gguf.memory.demand import context_size

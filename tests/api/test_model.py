@@ -1,16 +1,19 @@
 """The Python API over the scripted engine: answers, receipts, modes."""
 
+import gc
 import json
 
 import numpy as np
 import pytest
+from expert_source import ScriptedSource
 from fake_backend import BOS, EOS, FakeBackend, fake_info, scripted
 
 from mobile_gguf.api.model import Model, backend_of
-from mobile_gguf.engine.binding import Counters
-from mobile_gguf.engine.listing import Device
+from mobile_gguf.engine.devices import Device
+from mobile_gguf.engine.structs import Counters
 from mobile_gguf.errors import ModelBusyError, UsageError
 from mobile_gguf.generate.head import Head
+from mobile_gguf.options import LoadOptions
 
 
 def texts(chunks):
@@ -389,3 +392,14 @@ def test_a_memory_that_cannot_be_rolled_back_will_do_for_the_head(fake_model):
     assert fake_model(backend, mode="big-little").mode == "big-little"
     with pytest.raises(UsageError, match="cannot be rolled back"):
         fake_model(backend, mode="big-little", importance="confidence")
+
+
+def test_a_view_of_the_experts_ends_with_its_model():
+    backend = FakeBackend(scripted("a"))
+    backend.expert_source = ScriptedSource(4, 16)
+    model = Model(backend, fake_info(), LoadOptions())  # type: ignore[arg-type]
+    experts = model.experts()
+    assert experts.places() is not None
+    del model
+    gc.collect()
+    assert experts.places() is None

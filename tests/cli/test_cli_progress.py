@@ -2,7 +2,7 @@
 
 import io
 
-from mobile_gguf.cli.common import Progress
+from mobile_gguf.cli.progress import Progress
 
 
 class Terminal(io.StringIO):

@@ -1,4 +1,4 @@
-"""`mobile-gguf engine`: progress, transcripts and exit codes, and the directories it uses."""
+"""``mobile-gguf engine``: progress, transcripts and exit codes, and the directories it uses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from mobile_gguf.cli.engine import ProgressDisplay, format_info
+from mobile_gguf.cli.engine import format_info
+from mobile_gguf.cli.progress import BuildProgress
 from mobile_gguf.files import paths
 from mobile_gguf.vendor.pin import Pin, load_pin
 from mobile_gguf.vendor.progress import Progress, parse_line
@@ -60,7 +61,7 @@ def steps(count: int) -> list[Progress]:
 
 def test_display_without_a_terminal_is_sparse() -> None:
     out = io.StringIO()
-    with ProgressDisplay(out) as display:
+    with BuildProgress(out) as display:
         for step in steps(80):
             display.update(step)
     lines = out.getvalue().splitlines()
@@ -72,7 +73,7 @@ def test_display_without_a_terminal_is_sparse() -> None:
 
 def test_display_on_a_terminal_is_one_line_that_goes_away() -> None:
     out = Terminal()
-    with ProgressDisplay(out) as display:
+    with BuildProgress(out) as display:
         for step in steps(5):
             display.update(step)
         display.update(Progress("a.cpp:1:1: error: x", is_note=True))

@@ -56,7 +56,7 @@ def a_known_machine(monkeypatch):
 
 @pytest.fixture
 def show(capsys, monkeypatch):
-    """Runs `show` with arguments; returns the exit code, stdout without the file's folder, and stderr."""
+    """Runs ``show`` with arguments; returns the exit code, stdout without the file's folder, and stderr."""
     monkeypatch.setenv("NO_COLOR", "1")
 
     def run(path: Path, *arguments: str) -> tuple[int, str, str]:

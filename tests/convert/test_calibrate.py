@@ -1,4 +1,4 @@
-"""`mobile-gguf calibrate` through the real engine: transcript, resume, what is stored and used, refusals."""
+"""``mobile-gguf calibrate`` by the real engine: transcript, resume, what is stored and used, refusals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`mobile-gguf convert`: whole transcripts, exit codes, JSON; nothing written where nothing may be."""
+"""``mobile-gguf convert``: whole transcripts, exit codes, JSON; nothing written where nothing may be."""
 
 import json
 import os
@@ -13,7 +13,7 @@ import pytest
 from gguf_samples import write_sample
 
 from mobile_gguf.cli import main
-from mobile_gguf.cli.common import Progress
+from mobile_gguf.cli.progress import Progress
 from mobile_gguf.convert.options import ConvertOptions, ConvertResult
 from mobile_gguf.errors import MobileError
 from mobile_gguf.files import atomic

@@ -23,7 +23,7 @@ from mobile_gguf.convert.quantize import run as quantize
 from mobile_gguf.convert.quantize.run import QuantizeRequest
 from mobile_gguf.convert.workdir import work_directory, work_path
 from mobile_gguf.errors import MobileError, UsageError
-from mobile_gguf.vendor import lock
+from mobile_gguf.files.lock import exclusive
 
 
 def write_wide_checkpoint(folder: Path, like: Path) -> int:
@@ -136,7 +136,7 @@ def test_too_small_a_disk_is_found_first(
 def test_two_conversions_to_one_file(checkpoints: Checkpoints, tmp_path: Path) -> None:
     out = tmp_path / "x.gguf"
     folder = work_path(out)
-    with lock.exclusive(folder / "lock"), pytest.raises(MobileError, match="another process"):
+    with exclusive(folder / "lock"), pytest.raises(MobileError, match="another process"):
         convert_checkpoint(checkpoints["bf16"], out, STACKED)
     assert folder.exists()
 

@@ -1,6 +1,6 @@
 """Stacked to per-expert and back: every byte where docs/format.md says, and the stock file again at the end.
 
-The `gguf` package reads both sides.
+The ``gguf`` package reads both sides.
 """
 
 import os

@@ -1,6 +1,6 @@
 """Experts cut into segments: the same weights in another order, which add up to the expert and go back whole.
 
-The `gguf` package reads both sides.
+The ``gguf`` package reads both sides.
 """
 
 import gguf

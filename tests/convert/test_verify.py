@@ -17,14 +17,13 @@ from mobile_gguf.convert.verify import reference
 from mobile_gguf.convert.verify.check import Pair, mark, verify, verify_each
 from mobile_gguf.convert.verify.result import (
     FAILED,
-    JSON_KEY,
     NOT_VERIFIED,
     PASSED,
-    STATUS_KEY,
     VerifyResult,
 )
 from mobile_gguf.errors import UsageError
 from mobile_gguf.gguf.header import read_header
+from mobile_gguf.gguf.keys import VERIFY_JSON, VERIFY_STATUS
 
 MODEL = "qwen3moe"
 
@@ -109,7 +108,7 @@ def test_what_is_wrong_is_found(name: str, changed: dict[str, tuple[Path, Verify
     assert result.status == (FAILED if expected else PASSED), result.table()
     assert any(expected in reason for reason in result.reasons) or not expected
     # what is written into the file is JSON by the book, NaN or not
-    stored = json.loads(result.metadata()[JSON_KEY], parse_constant=lambda word: pytest.fail(word))
+    stored = json.loads(result.metadata()[VERIFY_JSON], parse_constant=lambda word: pytest.fail(word))
     assert stored["status"] == result.status
     assert len(stored["rows"]) == 16
 
@@ -118,16 +117,16 @@ def test_the_file_is_marked_and_otherwise_kept(changed: dict[str, tuple[Path, Ve
     path, result = changed["two experts swapped"]
     before = {each.name: bytes(each.data) for each in gguf.GGUFReader(path).tensors}
     mark(path, result)
-    assert read_header(path).metadata[STATUS_KEY] == FAILED
+    assert read_header(path).metadata[VERIFY_STATUS] == FAILED
     after = {each.name: bytes(each.data) for each in gguf.GGUFReader(path).tensors}
     assert after == before
     # a later verdict takes its place, and none takes it away
     mark(path, changed["none"][1])
     metadata = read_header(path).metadata
-    assert metadata[STATUS_KEY] == PASSED
-    assert json.loads(metadata[JSON_KEY])["worst"]["relative error against Transformers"] < 1e-5
+    assert metadata[VERIFY_STATUS] == PASSED
+    assert json.loads(metadata[VERIFY_JSON])["worst"]["relative error against Transformers"] < 1e-5
     mark(path, VerifyResult(NOT_VERIFIED, ("no reference",)))
-    assert not {STATUS_KEY, JSON_KEY} & read_header(path).metadata.keys()
+    assert not {VERIFY_STATUS, VERIFY_JSON} & read_header(path).metadata.keys()
 
 
 class TestCommand:
@@ -142,7 +141,7 @@ class TestCommand:
         assert out.splitlines()[-1].startswith("verification failed: ")
         assert sum("Transformers" in line for line in out.splitlines()) == 16
         assert path.exists()
-        assert read_header(path).metadata[STATUS_KEY] == FAILED
+        assert read_header(path).metadata[VERIFY_STATUS] == FAILED
 
     def test_a_family_that_transformers_does_not_know(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -99,7 +99,7 @@ class TestPhiMoE:
 
 
 def test_nemotron_h_but_for_the_smallest_time_step(tmp_path: Path) -> None:
-    """Transformers keeps the recurrence's time steps above `time_step_min`, llama.cpp has no such limit."""
+    """Transformers keeps the recurrence's time steps above ``time_step_min``, llama.cpp has no such limit."""
     path, checkpoint = _paths("nemotron-h")
     shutil.copytree(checkpoint, tmp_path / "checkpoint")
     config = tmp_path / "checkpoint" / "config.json"

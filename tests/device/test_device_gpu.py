@@ -24,6 +24,8 @@ import tiny_models
 from device_jobs import AUTO, CACHE, CPU, FETCH, LAYERS, device_run, on_devices
 from engine_jobs import on_engine, run, succeeded, tokens
 
+pytestmark = pytest.mark.gpu
+
 # float32, biases, quantised
 MODELS = ["qwen3moe", "gpt-oss", "qwen3moe-q4_k"]
 PROMPT = tokens(40, 31)  # more than fit the cache's batches: its experts go through the host
@@ -31,8 +33,8 @@ N_STEPS = 64
 HIDDEN = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "GGML_VK_VISIBLE_DEVICES": ""}
 _LIST = """
 import json
-from mobile_gguf.engine.devices import ggml_devices
-print(json.dumps([[d.name, d.description] for d in ggml_devices() if d.type in ("gpu", "igpu")]))
+from mobile_gguf.engine.devices import all_devices
+print(json.dumps([[d.name, d.description] for d in all_devices() if d.type in ("gpu", "igpu")]))
 """
 
 
@@ -187,7 +189,7 @@ def test_whole_layers_begin_where_a_tensor_may(tmp_path: Path) -> None:
 def test_a_pool_that_kernels_do_not_reach_is_divided() -> None:
     """200 MB of experts in tensors of at most 24 MiB, as a driver with small buffers would have it."""
     if not gpu()[0].startswith("Vulkan"):
-        pytest.skip("only ggml's Vulkan backend has a variable that limits buffers")
+        pytest.skip("no GPU of ggml's Vulkan backend, which alone has a variable that limits buffers")
     start = {"op": "device_start", "budget": 1.0, "miss": FETCH}
     ops = [start, *greedy(8), {"op": "device_info"}]
     job = device_run("d", "bulky", [], ops, n_ctx=128, n_ubatch=64)

@@ -7,7 +7,7 @@ from fake_backend import MIB, FakeBackend, fake_info, scripted
 
 from mobile_gguf.device import tier as device_tier
 from mobile_gguf.device.tier import devices_for, start_tier
-from mobile_gguf.engine.listing import Device
+from mobile_gguf.engine.devices import Device
 from mobile_gguf.engine.structs import DeviceCounters, DeviceInfo
 from mobile_gguf.errors import BudgetError, EngineError, EngineMemoryError, UsageError
 from mobile_gguf.gguf.info import ExpertLayer

@@ -15,7 +15,7 @@ from gguf_samples import write_sample
 from mobile_gguf.cli import main
 from mobile_gguf.device import ask
 from mobile_gguf.device.ask import ask_devices, may_have_devices
-from mobile_gguf.engine.listing import Device
+from mobile_gguf.engine.devices import Device
 from mobile_gguf.errors import BudgetError, EngineError
 from mobile_gguf.gguf.info import read_gguf_info
 from mobile_gguf.memory.machine import Memory
@@ -283,7 +283,7 @@ def child(engine, tmp_path, monkeypatch):
 
 def test_what_the_other_process_found(child):
     found = [{"handle": 0, "name": "CUDA0", "description": "a GPU", "free_bytes": 8 * GIB,
-              "total_bytes": 16 * GIB, "is_rpc": False, "is_integrated": False}]  # fmt: skip
+              "total_bytes": 16 * GIB, "type": "gpu", "is_rpc": False}]  # fmt: skip
     child(f"echo ggml_cuda_init: found 1 device >&2; echo noise; echo '{json.dumps(found)}'")
     assert ask_devices() == [GPU]
 

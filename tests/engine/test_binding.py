@@ -1,49 +1,16 @@
 """The binding mirrors mobile.h, and an engine that does not fit is refused."""
 
-import ctypes
 import re
 import sys
 import types
 
 import pytest
-from engine_header import HEADER, constant, fake_library
+from engine_header import HEADER, fake_library
 
-from mobile_gguf.engine import binding
-from mobile_gguf.engine.binding import Counters, Engine, find_engine
+from mobile_gguf.engine import structs
+from mobile_gguf.engine.binding import Engine, find_engine
+from mobile_gguf.engine.structs import Counters
 from mobile_gguf.errors import BudgetError, EngineError, ExpertReadError, UsageError
-
-C_TYPES = {"uint64_t": ctypes.c_uint64, "int32_t": ctypes.c_int32}
-
-
-def fields_of(struct: str) -> list[tuple[str, type]]:
-    body = re.search(rf"struct {struct} \{{(.*?)\}};", HEADER, re.DOTALL)
-    assert body is not None
-    return [(name, C_TYPES[kind]) for kind, name in re.findall(r"^\s*(\w+)\s+(\w+);", body[1], re.MULTILINE)]
-
-
-@pytest.mark.parametrize(
-    ("struct", "mirror"),
-    [
-        ("mobile_load_params", binding.LoadParamsStruct),
-        ("mobile_model_info", binding.ModelInfoStruct),
-        ("mobile_counters", binding.CountersStruct),
-    ],
-)
-def test_structs_are_the_headers(struct, mirror):
-    assert list(mirror._fields_) == fields_of(struct)
-
-
-def test_constants_are_the_headers():
-    assert constant("MOBILE_ABI_VERSION") == binding.ABI_VERSION
-    assert {f"MOBILE_EVICTION_{n.upper()}": v for n, v in binding.EVICTION.items()} == {
-        name: constant(name) for name in re.findall(r"MOBILE_EVICTION_\w+", HEADER)
-    }
-    assert {n: constant(f"MOBILE_IO_{n.upper()}") for n in binding.IO} == binding.IO
-    assert (constant("MOBILE_NOT_RESIDENT"), constant("MOBILE_LOADING"), constant("MOBILE_RESIDENT")) == (
-        binding.NOT_RESIDENT,
-        binding.LOADING,
-        binding.RESIDENT,
-    )
 
 
 @pytest.fixture
@@ -79,9 +46,9 @@ def test_our_library_has_one(installed):
 
 
 def test_another_abi_is_refused(installed):
-    installed(fake_library(abi_version=binding.ABI_VERSION + 1))
+    installed(fake_library(abi_version=structs.ABI_VERSION + 1))
     with pytest.raises(
-        EngineError, match=rf"libfake.so has ABI version {binding.ABI_VERSION + 1}.*engine build --force"
+        EngineError, match=rf"libfake.so has ABI version {structs.ABI_VERSION + 1}.*engine build --force"
     ):
         find_engine()
 
@@ -105,7 +72,7 @@ def test_load_params_are_passed_as_asked():
     seen = []
     library.mobile_load_set_params.answer = lambda params: seen.append(bytes(params._obj)) or 0
     Engine(library).set_load_params(budget_bytes=1 << 33, io_threads=3, eviction="moepic", io="direct")
-    params = binding.LoadParamsStruct.from_buffer_copy(seen[0])
+    params = structs.LoadParamsStruct.from_buffer_copy(seen[0])
     assert (params.budget_bytes, params.n_io_threads, params.eviction, params.io) == (1 << 33, 3, 1, 1)
 
 
@@ -139,7 +106,7 @@ def test_a_status_without_a_text_still_says_something():
 
 def test_counters_are_read_field_by_field():
     def fill(_ctx, pointer):
-        for i, field in enumerate(binding.CountersStruct._fields_):
+        for i, field in enumerate(structs.CountersStruct._fields_):
             setattr(pointer._obj, field[0], i)
         return 0
 

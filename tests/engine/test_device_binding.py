@@ -1,57 +1,15 @@
 """The device tier's binding mirrors mobile.h, and its calls pass on what they are given."""
 
-import ctypes
-import re
 import types
 
 import pytest
-from engine_header import HEADER, constant, fake_library
+from engine_header import fake_library
 
 from mobile_gguf.engine import structs
 from mobile_gguf.engine.binding import Engine
 from mobile_gguf.engine.device_calls import DeviceCalls
-from mobile_gguf.engine.listing import device_array, list_devices
+from mobile_gguf.engine.devices import device_array, list_devices
 from mobile_gguf.errors import BudgetError, EngineMemoryError, UsageError
-
-C_TYPES = {
-    "uint64_t": ctypes.c_uint64,
-    "int32_t": ctypes.c_int32,
-    "double": ctypes.c_double,
-    "char": ctypes.c_char,
-}
-
-
-def fields_of(struct):
-    body = re.search(rf"struct {struct} \{{(.*?)\}};", HEADER, re.DOTALL)
-    assert body is not None
-    found = re.findall(r"^\s*(\w+)\s+(\w+)(?:\[(\d+)\])?;", body[1], re.MULTILINE)
-    return [(name, C_TYPES[kind] * int(n) if n else C_TYPES[kind]) for kind, name, n in found]
-
-
-@pytest.mark.parametrize(
-    ("struct", "mirror"),
-    [
-        ("mobile_device_params", structs.DeviceParamsStruct),
-        ("mobile_device_info", structs.DeviceInfoStruct),
-        ("mobile_device_counters", structs.DeviceCountersStruct),
-    ],
-)
-def test_structs_are_the_headers(struct, mirror):
-    assert list(mirror._fields_) == fields_of(struct)
-
-
-@pytest.mark.parametrize(("prefix", "numbers"), [("MISS", structs.MISS), ("PLACEMENT", structs.PLACEMENT)])
-def test_choices_are_the_headers(prefix, numbers):
-    names = re.findall(rf"MOBILE_{prefix}_(\w+)\s*=", HEADER)
-    assert {name.lower(): constant(f"MOBILE_{prefix}_{name}") for name in names} == numbers
-
-
-def test_dataclasses_have_the_structs_fields():
-    for mirror, plain in (
-        (structs.DeviceInfoStruct, structs.DeviceInfo),
-        (structs.DeviceCountersStruct, structs.DeviceCounters),
-    ):
-        assert [field[0] for field in mirror._fields_] == list(plain.__dataclass_fields__)
 
 
 def calls(**answers):

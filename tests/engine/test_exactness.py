@@ -1,6 +1,6 @@
 """With every policy off, the patched build computes what the stock build computes, bit for bit.
 
-The oracle is the unpatched library of the same pin; weight repacking is off in both (`use_extra_bufts`).
+The oracle is the unpatched library of the same pin; weight repacking is off in both (``use_extra_bufts``).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def generation(
 def assert_run_equals(
     patched: engine_libs.Outcome, name: str, stock: dict[str, np.ndarray], reference: str
 ) -> None:
-    """Every array that `reference` saved in `stock` has its equal in the run `name` of `patched`."""
+    """Every array that ``reference`` saved in ``stock`` has its equal in the run ``name`` of ``patched``."""
     saved = [array.removeprefix(f"{reference}/") for array in stock if array.startswith(f"{reference}/")]
     assert saved
     for array in saved:
@@ -62,7 +62,7 @@ def assert_run_equals(
 
 @cache
 def stock_logits(model: str) -> dict[str, np.ndarray]:
-    """The stock build's logits of `generation`, with one thread ("t1/...") and maybe with two ("t2/...")."""
+    """The stock build's logits of ``generation``, by one thread ("t1/..."), maybe by two ("t2/...")."""
     runs = [generation("t1", model, None)]
     if model in TWO_THREADS:
         runs.append(generation("t2", model, None, threads=2))

@@ -1,6 +1,6 @@
 """The engine on files with one tensor per expert: what it computes from a stacked file, bit for bit.
 
-The per-expert files are written here with the `gguf` package (`layout_files`), not by our converter.
+The per-expert files are written here with the ``gguf`` package (``layout_files``), not by our converter.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def generate() -> list[dict[str, Any]]:
 
 @cache
 def stock(model: str, **settings: Any) -> dict[str, np.ndarray]:
-    """The stock build's logits of `generate` on the stacked file, by name."""
+    """The stock build's logits of ``generate`` on the stacked file, by name."""
     arrays = succeeded(on_stock(run("r", model, generate(), None, **settings))).arrays
     return {name.removeprefix("r/"): array for name, array in arrays.items()}
 
@@ -129,7 +129,7 @@ def test_repacked_experts_equal_stacked(model: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("model", "n_segments"), [("mixtral", 1), ("granitemoe-swa", 2), ("gemma4", 1)])
 def test_what_convert_writes(model: str, n_segments: int, tmp_path: Path) -> None:
-    """Our converter's files are those of `layout_files`, as far as the engine can tell."""
+    """Our converter's files are those of ``layout_files``, as far as the engine can tell."""
     source, path = tiny_models.path(model), tmp_path / "convert.gguf"
     to_mobile(source, path, segments=n_segments, segment_order="natural")
     expected = layout_files.write_per_expert(source, tmp_path / "test.gguf", n_segments)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import csv
-import ctypes
 import json
-import re
 import subprocess
 import sys
 from dataclasses import asdict
@@ -17,7 +15,7 @@ import numpy as np
 import pytest
 import tiny_models
 from engine_jobs import tokens
-from places import C_SOURCES, SUPPORT
+from places import SUPPORT
 
 from mobile_gguf.api.loading import open_backend
 from mobile_gguf.convert.calibrate.collect import collect
@@ -30,8 +28,6 @@ from mobile_gguf.engine.observe import (
     NEURONS,
     ROUTES,
     Observation,
-    ObservedInputStruct,
-    ObservedRouteStruct,
 )
 from mobile_gguf.errors import EngineError, ModelFormatError, UsageError
 from mobile_gguf.gguf.header import read_header
@@ -189,23 +185,6 @@ def test_observed_routes_are_those_of_the_trace(backend, engine, tmp_path: Path)
     ]
     assert [row[:2] for row in observed] == [row[:2] for row in rows]
     np.testing.assert_allclose([row[2] for row in observed], [row[2] for row in rows], rtol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("struct", "mirror"),
-    [("mobile_observed_input", ObservedInputStruct), ("mobile_observed_route", ObservedRouteStruct)],
-)
-def test_structs_are_the_headers(struct, mirror):
-    header = (C_SOURCES / "mobile.h").read_text()
-    body = header[header.index(f"struct {struct} {{") :].split("};")[0]
-    c_types = {
-        "int32_t": ctypes.c_int32, "int64_t": ctypes.c_int64, "const char *": ctypes.c_char_p,
-        "const float *": ctypes.POINTER(ctypes.c_float), "const int32_t *": ctypes.POINTER(ctypes.c_int32),
-        "const int64_t *": ctypes.POINTER(ctypes.c_int64),
-    }  # fmt: skip
-    fields = re.findall(r"^    ((?:const )?\w+)(\s+\*)?\s+(\w+);", body, re.MULTILINE)
-    found = [(name, c_types[kind + (" *" if star else "")]) for kind, star, name in fields]
-    assert found == list(mirror._fields_)
 
 
 def test_a_context_is_observed_once(backend, engine):

@@ -22,12 +22,10 @@ from device_jobs import (
     rpc_servers,
     succeeded_on_devices,
 )
-from device_oracle import assert_as_on_cpu, expert_bytes, greedy
+from device_oracle import assert_as_on_cpu, expert_bytes, follow
 from engine_jobs import assert_same_bits, tokens
 
-from mobile_gguf.engine.binding import Counters
-from mobile_gguf.engine.prefetch import PrefetchCounters
-from mobile_gguf.engine.structs import DeviceCounters
+from mobile_gguf.engine.structs import Counters, DeviceCounters, PrefetchCounters
 from mobile_gguf.generate.answer import read_traffic
 
 OFF, ON, AUTO = range(3)
@@ -81,13 +79,16 @@ def test_uploads_ahead_change_no_results(model: str, rpc: list[str]) -> None:
     """Every miss policy, two and three tiers, by router and by transitions; the oracle is the CPU alone."""
     runs = [
         device_run(f"{miss} {host} {predictor}", model, rpc, [
-            start(miss), prefetch(ON, predictor), *greedy(), *counted(),
+            start(miss), prefetch(ON, predictor), *follow(), *counted(),
         ], host)
         for miss in (FETCH, CPU, MISS_AUTO) for host in (0, "40%") for predictor in (0, BY_TRANSITIONS)
     ]  # fmt: skip
     outcome = succeeded_on_devices(*runs)
     for run in runs:
         assert_as_on_cpu(outcome, run["name"], model)
+        if run["name"].startswith(str(FETCH)):  # all on the device: its own bits, whenever experts come
+            ours, first = (outcome.arrays[f"{name}/rows"] for name in (run["name"], runs[0]["name"]))
+            assert_same_bits(ours, first, run["name"])
         device = assert_adds_up(outcome, run["name"], model)
         assert device["n_ahead"] > 0, run["name"]
         assert device["n_ahead_used"] > 0, run["name"]
@@ -128,7 +129,7 @@ def test_nothing_without_a_place_or_a_reason(rpc: list[str]) -> None:
         "a token's slots": [start(FETCH, 2 * tiny_models.MODELS[MODEL].top_k / 64), prefetch(ON)],
     }  # fmt: skip
     outcome = succeeded_on_devices(
-        *(device_run(name, MODEL, rpc, [*ops, *greedy(16), *counted()]) for name, ops in runs.items())
+        *(device_run(name, MODEL, rpc, [*ops, *follow(16), *counted()]) for name, ops in runs.items())
     )
     for name in runs:
         device = outcome.ops(name, "device_counters")[0]

@@ -1,4 +1,4 @@
-"""The controller of `--prefetch auto` (route/mobile-trial.h of patches/src), fed with costs of passes."""
+"""The controller of ``--prefetch auto`` (route/mobile-trial.h of patches/src), fed with costs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`--rpc` and `engine rpc-server` over the real engine: layers split, and servers lost at any moment."""
+"""``--rpc`` and ``engine rpc-server`` over the real engine: layers split, and servers lost at any moment."""
 
 from __future__ import annotations
 

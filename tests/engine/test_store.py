@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -12,7 +11,7 @@ import gguf
 import numpy as np
 import pytest
 import tiny_models
-from engine_jobs import assert_same_bits, on_engine, run, succeeded, tokens
+from engine_jobs import assert_same_bits, on_engine, read_trace, run, succeeded, tokens
 
 RESIDENT = 2  # enum mobile_residency
 PROMPT = tokens(20, 21)
@@ -22,11 +21,6 @@ MODELS = ["mixtral", "deepseek3", "qwen3moe-q4_k", "granitemoe-swa", "mixtral-sp
 
 def start(save: str = "prompt") -> list[dict[str, Any]]:
     return [{"op": "clear"}, {"op": "decode", "tokens": PROMPT, "save": save}]
-
-
-def read_trace(path: Path) -> list[dict[str, float]]:
-    with path.open(newline="") as f:
-        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(f)]
 
 
 def expert_tensors(model: str) -> dict[int, list[Any]]:

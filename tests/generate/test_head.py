@@ -28,8 +28,9 @@ from mobile_gguf.convert.gguf.data import Kv, TensorPlan
 from mobile_gguf.convert.gguf.file import GgufSource, write_gguf
 from mobile_gguf.engine.observe import ObservedRoute
 from mobile_gguf.errors import MobileError, ModelFormatError, UsageError
-from mobile_gguf.generate.head import TOKEN_BIAS, WEIGHT, Head, read_head, sigmoid
+from mobile_gguf.generate.head import Head, read_head, sigmoid
 from mobile_gguf.gguf.info import GgufInfo
+from mobile_gguf.gguf.keys import HEAD_TOKEN_BIAS, HEAD_WEIGHT
 
 N_EMBD, N_VOCAB = 8, 40
 
@@ -136,8 +137,8 @@ def write_head(path: Path, **changes: object) -> GgufInfo:
         name: value for name, value in changes.items() if not isinstance(value, np.ndarray)
     }
     tensors = {
-        WEIGHT: np.arange(64, dtype=np.float32),
-        TOKEN_BIAS: np.zeros(258, np.float32),
+        HEAD_WEIGHT: np.arange(64, dtype=np.float32),
+        HEAD_TOKEN_BIAS: np.zeros(258, np.float32),
     } | {name: value for name, value in changes.items() if isinstance(value, np.ndarray) or value is None}
     kept = [TensorPlan.of(name, array) for name, array in tensors.items() if array is not None]
     write_gguf(path, [Kv.of(name, value) for name, value in metadata.items() if value is not None], kept, 32)
@@ -159,10 +160,10 @@ def test_a_head_is_read_back(tmp_path: Path) -> None:
         ({"mobile.head.threshold": "high"}, "mobile.head.threshold is 'high'"),
         ({"mobile.head.bias": math.inf}, "mobile.head.bias is inf"),
         ({"mobile.head.little_k": 99}, "mobile.head.little_k is 99"),
-        ({WEIGHT: np.zeros(63, np.float32)}, "mobile.head.weight has the shape"),
-        ({WEIGHT: np.zeros(64, np.int32)}, "mobile.head.weight has the shape"),
-        ({WEIGHT: np.full(64, np.nan, np.float32)}, "mobile.head.weight holds what is not a number"),
-        ({TOKEN_BIAS: None}, "mobile.head.token_bias is missing"),
+        ({HEAD_WEIGHT: np.zeros(63, np.float32)}, "mobile.head.weight has the shape"),
+        ({HEAD_WEIGHT: np.zeros(64, np.int32)}, "mobile.head.weight has the shape"),
+        ({HEAD_WEIGHT: np.full(64, np.nan, np.float32)}, "mobile.head.weight holds what is not a number"),
+        ({HEAD_TOKEN_BIAS: None}, "mobile.head.token_bias is missing"),
     ],
 )
 def test_a_damaged_head_is_refused(tmp_path: Path, changes: dict[str, object], reason: str) -> None:

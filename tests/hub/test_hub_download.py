@@ -15,7 +15,8 @@ from hub_stub import LARGE, HubStub, blob, partial
 from mobile_gguf.errors import MobileError
 from mobile_gguf.hub import HubError, find_pulled, parse_reference, pull
 from mobile_gguf.hub.download import DamagedError
-from mobile_gguf.hub.meter import Meter, format_duration
+from mobile_gguf.hub.meter import Meter
+from mobile_gguf.wording import format_duration
 
 pytest.importorskip("huggingface_hub")
 Command = Callable[..., tuple[int, str, str]]

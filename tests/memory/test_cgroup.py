@@ -32,7 +32,7 @@ Tree = Callable[..., Path]
 
 
 class FakeOs:
-    """`os` for memory_cap, on an ordinary directory: a new group gets the kernel's files, and loses them
+    """``os`` for memory_cap, on an ordinary directory: a new group gets the kernel's files, and loses them
     with its directory. ``refusing`` directories take no groups, ``busy`` groups cannot be removed."""
 
     def __init__(self, version: int) -> None:

@@ -85,7 +85,7 @@ def exported(sources: Mapping[str, str]) -> list[str]:
 
 
 def unguarded_exports(sources: Mapping[str, str]) -> list[str]:
-    """Exported functions that are not defined as `return mobile_guard...`, and can throw across the C API."""
+    """Exports that are not defined as ``return mobile_guard...``, and can throw across the C API."""
     code = "".join(text for name, text in sources.items() if name.endswith(".cpp"))
     found = []
     for function in exported(sources):

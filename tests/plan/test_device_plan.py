@@ -3,7 +3,7 @@
 import pytest
 from fake_backend import MIB, fake_info
 
-from mobile_gguf.engine.listing import Device
+from mobile_gguf.engine.devices import Device
 from mobile_gguf.engine.structs import DeviceInfo
 from mobile_gguf.errors import BudgetError, UsageError
 from mobile_gguf.gguf.info import ExpertLayer
@@ -147,7 +147,7 @@ def test_on_the_host_remain_the_embedding_and_buffers():
         ("localhost:1", {"is_rpc": True}, True),
         ("[::1]:1", {"is_rpc": True}, True),
         ("10.0.0.7:50052", {"is_rpc": True}, False),
-        ("a GPU", {"is_integrated": True}, True),
+        ("a GPU", {"type": "igpu"}, True),
         ("a GPU", {}, False),
     ],
 )

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mobile_gguf.bench.simulate import Accesses, LeastRecent, simulate
-from mobile_gguf.engine.listing import Device
+from mobile_gguf.engine.devices import Device
 from mobile_gguf.gguf.info import ExpertLayer
 from mobile_gguf.memory.demand import estimate_demand
 from mobile_gguf.memory.fit import Asked

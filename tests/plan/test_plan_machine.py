@@ -8,8 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mobile_gguf.generate import head
-from mobile_gguf.plan import workload
 from mobile_gguf.plan.machine import (
     Lesson,
     Measurements,
@@ -115,7 +113,3 @@ def test_a_damaged_lesson_is_none(lesson, own_directories):
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps({"m": lesson}))
     assert read_lesson(known, "m") == Lesson()
-
-
-def test_a_head_is_known_by_its_own_prefix():
-    assert workload.PREFIX == head.PREFIX

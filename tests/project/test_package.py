@@ -9,16 +9,8 @@ from pathlib import Path
 
 import pytest
 import tiny_models
+from lint_tree import package_folders
 from places import ROOT
-
-PACKAGES = {
-    "mobile_gguf": ROOT / "mobile_gguf",
-    "mobile_gguf/convert": ROOT / "convert",
-    "mobile_gguf/tui": ROOT / "tui",
-    "mobile_gguf/vendor": ROOT / "vendor",
-    "mobile_gguf/patches": ROOT / "patches",
-    "mobile_gguf/bench": ROOT / "bench",
-}
 
 
 def _run(*command: object, cwd: Path | None = None) -> str:
@@ -47,19 +39,20 @@ def distributions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]
 
 def _source_files(suffixes: set[str]) -> set[str]:
     found = set()
-    for package, folder in PACKAGES.items():
+    for package, folder in package_folders().items():
         for path in folder.rglob("*"):
             if path.is_file() and path.suffix in suffixes and "results" not in path.parts:
-                found.add(f"{package}/{path.relative_to(folder).as_posix()}")
+                found.add(f"{package.replace('.', '/')}/{path.relative_to(folder).as_posix()}")
     return found
 
 
 def test_wheel_has_every_module_and_patch(distributions: tuple[Path, Path]):
     names = set(zipfile.ZipFile(distributions[1]).namelist())
     wanted = _source_files(
-        {".py", ".patch", ".c", ".cpp", ".h", ".cmake", ".json", ".npz", ".txt", ".tcss", ".html"}
+        {".py", ".typed", ".patch", ".c", ".cpp", ".h", ".cmake", ".json", ".npz", ".txt", ".tcss", ".html"}
     )
     assert wanted - names == set()
+    assert "mobile_gguf/py.typed" in names
 
 
 def test_sdist_can_be_built_from(distributions: tuple[Path, Path]):

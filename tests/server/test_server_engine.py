@@ -32,7 +32,7 @@ TOOL = {"type": "function", "function": {"name": "note_person", "parameters": PE
 
 
 class Command:
-    """`mobile-gguf serve` in a process of its own."""
+    """``mobile-gguf serve`` in a process of its own."""
 
     def __init__(self, model: Path, *flags: str, **environment: str) -> None:
         command = [sys.executable, "-m", "mobile_gguf", "serve", str(model), "--port", "0", "-t", "1", *flags]

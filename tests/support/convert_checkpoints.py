@@ -36,7 +36,7 @@ class Checkpoints:
 
 
 def make(folder: Path) -> Checkpoints:
-    """All forms in `folder`; skips where torch is missing."""
+    """All forms in ``folder``; skips where torch is missing."""
     for package in ("torch", "transformers", "sentencepiece"):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed: pip install 'mobile-gguf[convert]'")

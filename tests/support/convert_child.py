@@ -1,7 +1,7 @@
 """Runs one conversion as a program, and ends itself where a test says so.
 
 arguments: source, output, options as JSON, and maybe ACTION:PHASE. When a progress text begins with PHASE,
-`int` is Ctrl-C, `kill` is kill -9; before that the ids of this process's children are printed.
+``int`` is Ctrl-C, ``kill`` is kill -9; before that the ids of this process's children are printed.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ class Channel:
 
 
 def make_checkpoint(name: str, folder: Path) -> None:
-    """The tiny checkpoint `name`, under the architecture's name that the converter knows."""
+    """The tiny checkpoint ``name``, under the architecture's name that the converter knows."""
     model = tiny_models.MODELS[name]
     tiny_build.make_checkpoint(asdict(model), folder)
     if model.architecture:

@@ -1,4 +1,4 @@
-"""`engine_child` with devices: runs whose layers are on RPC servers, and ops of the device tier.
+"""``engine_child`` with devices: runs whose layers are on RPC servers, and ops of the device tier.
 
 A run's settings may have "rpc" (endpoints that become devices; its layers go there) and "on_host".
 """
@@ -16,40 +16,7 @@ import engine_child
 import numpy as np
 from engine_child import fields, mobile
 
-
-class DeviceParams(ctypes.Structure):
-    """struct mobile_device_params"""
-
-    _fields_ = [
-        ("budget_bytes", ctypes.c_uint64),
-        *((name, ctypes.c_int32) for name in
-          ("miss", "placement", "eviction", "n_batch_max", "n_uploads", "poison")),
-        ("reserved", ctypes.c_int32 * 2),
-    ]  # fmt: skip
-
-
-class DeviceInfo(ctypes.Structure):
-    """struct mobile_device_info"""
-
-    _fields_ = [
-        ("name", ctypes.c_char * 64),
-        ("description", ctypes.c_char * 128),
-        *((name, ctypes.c_uint64) for name in ("free_bytes", "total_bytes", "pool_bytes", "expert_bytes")),
-        *((name, ctypes.c_int32) for name in ("n_layers", "n_slots", "is_gpu", "is_async")),
-        *((name, ctypes.c_double) for name in ("upload_us", "stall_us")),
-    ]  # fmt: skip
-
-
-class DeviceCounters(ctypes.Structure):
-    """struct mobile_device_counters"""
-
-    _fields_ = [
-        (name, ctypes.c_uint64) for name in
-        ("n_hits", "n_misses", "n_fetched", "n_cpu", "n_admitted", "n_evictions", "n_wasted",
-         "bytes_uploaded", "bytes_uploaded_background", "bytes_wasted", "upload_us", "cpu_us",
-         "resident_bytes", "resident_bytes_peak", "n_ahead", "n_ahead_used", "n_ahead_wasted",
-         "n_ahead_unused", "n_ahead_dropped", "bytes_uploaded_ahead", "bytes_ahead_wasted", "ahead_saved_us")
-    ]  # fmt: skip
+from mobile_gguf.engine.structs import DeviceCountersStruct, DeviceInfoStruct, DeviceParamsStruct
 
 
 def bind() -> None:
@@ -57,14 +24,14 @@ def bind() -> None:
         return
     void_p, int32 = ctypes.c_void_p, ctypes.c_int32
     signatures: dict[str, tuple[Any, list[Any]]] = {
-        "default_params": (DeviceParams, []),
-        "start": (int32, [void_p, ctypes.POINTER(DeviceParams)]),
+        "default_params": (DeviceParamsStruct, []),
+        "start": (int32, [void_p, ctypes.POINTER(DeviceParamsStruct)]),
         "stop": (int32, [void_p]),
         "set_placement": (int32, [void_p, int32]),
         "set_miss": (int32, [void_p, int32]),
         "count": (int32, [void_p]),
-        "get_info": (int32, [void_p, int32, ctypes.POINTER(DeviceInfo)]),
-        "get_counters": (int32, [void_p, ctypes.POINTER(DeviceCounters)]),
+        "get_info": (int32, [void_p, int32, ctypes.POINTER(DeviceInfoStruct)]),
+        "get_counters": (int32, [void_p, ctypes.POINTER(DeviceCountersStruct)]),
         "get_residency": (int32, [void_p, ctypes.POINTER(ctypes.c_uint8), ctypes.c_size_t]),
     }
     for name, (restype, argtypes) in signatures.items():
@@ -92,7 +59,7 @@ _servers: list[str] = []
 
 
 class DeviceRun(engine_child.Run):
-    """A run on devices; the ops `device_*` are mobile.h's calls."""
+    """A run on devices; the ops ``device_*`` are mobile.h's calls."""
 
     def load(self, budget: int | None) -> bool:
         for endpoint in self.spec.get("rpc", []):
@@ -107,9 +74,9 @@ class DeviceRun(engine_child.Run):
         assert mobile is not None
         found = []
         for i in range(max(0, mobile.mobile_device_count(self.ctx))):
-            info = DeviceInfo()
+            info = DeviceInfoStruct()
             assert mobile.mobile_device_get_info(self.ctx, i, ctypes.byref(info)) == 0
-            values = {name: getattr(info, name) for name, *_ in DeviceInfo._fields_}
+            values = {name: getattr(info, name) for name, *_ in DeviceInfoStruct._fields_}
             found.append(
                 {key: value.decode() if isinstance(value, bytes) else value for key, value in values.items()}
             )
@@ -149,7 +116,7 @@ class DeviceRun(engine_child.Run):
 
     def op_device_counters(self, op: dict[str, Any]) -> dict[str, Any]:
         assert mobile is not None
-        counters = DeviceCounters()
+        counters = DeviceCountersStruct()
         status = mobile.mobile_device_get_counters(self.ctx, ctypes.byref(counters))
         return {"status": status, **fields(counters)}
 

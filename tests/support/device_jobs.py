@@ -74,7 +74,7 @@ def device_run(
 
 
 def on_devices(*runs: dict[str, Any], lib: Path | None = None, **how: Any) -> engine_libs.Outcome:
-    """Runs a job of `device_child`."""
+    """Runs a job of ``device_child``."""
     return engine_libs.run_job(lib or engine_libs.engine_lib(), list(runs), child=CHILD, **how)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import gguf
@@ -11,27 +12,47 @@ import tiny_models
 from engine_jobs import on_engine, run, succeeded, tokens
 
 PROMPT = tokens(40, 31)  # more than fit the cache's batches
-
-
 N_STEPS = 64
+FOLLOWING = tokens(N_STEPS, 32)
+
+# The order of sums differs from place to place, and kernels from processor to processor: a rounding apart at
+# first, which quantised activations and the float16 cache magnify, and which now and then makes a router
+# choose another expert of two that score alike. A wrong expert is further off, in every row that follows
+# (test_the_oracle_sees_wrong_experts).
+CLOSE, SHARE_OF_CLOSE_ROWS = 0.1, 0.9
 
 
-def greedy(n: int = N_STEPS) -> list[dict[str, Any]]:
-    return [{"op": "clear"}, {"op": "greedy", "tokens": PROMPT, "n": n, "save": "last"}]
+def follow(n: int = N_STEPS) -> list[dict[str, Any]]:
+    """Runs a prompt and then the same tokens on every processor: a greedy choice hangs on the last bit."""
+    return [{"op": "clear"}, {"op": "follow", "tokens": PROMPT, "following": FOLLOWING[:n], "save": "rows"}]
 
 
 @cache
-def on_cpu(model: str, n: int = N_STEPS) -> tuple[list[int], np.ndarray]:
-    """Greedy tokens and the last logits of the CPU alone."""
-    outcome = succeeded(on_engine(run("cpu", model, greedy(n), 0)))
-    return outcome.ops("cpu", "greedy")[0]["tokens"], outcome.arrays["cpu/last"]
+def on_cpu(model: str | Path, n: int = N_STEPS) -> np.ndarray:
+    """The logits of the CPU alone, [n + 1, n_vocab]."""
+    return succeeded(on_engine(run("cpu", model, follow(n), 0))).arrays["cpu/rows"]
 
 
-def assert_as_on_cpu(outcome: Any, name: str, model: str) -> None:
-    expected, logits = on_cpu(model)
-    for result in outcome.ops(name, "greedy"):
-        assert result["tokens"] == expected, name
-    np.testing.assert_allclose(outcome.arrays[f"{name}/last"], logits, atol=0.01, err_msg=name)
+def assert_as_on_cpu(outcome: Any, name: str, model: str | Path, n: int = N_STEPS) -> None:
+    """Every `follow` of a run gives the CPU's likeliest tokens, and the last one its logits."""
+    expected = on_cpu(model, n)
+    for result in outcome.ops(name, "follow"):
+        assert_likeliest(result["likeliest"], expected, name)
+    assert_close(outcome.arrays[f"{name}/rows"], expected, name)
+
+
+def assert_likeliest(likeliest: list[int], expected: np.ndarray, label: str) -> None:
+    """The tokens that a `follow` found likeliest are so by ``expected`` [n_rows, n_vocab], or close to it."""
+    of_likeliest = expected[np.arange(len(expected)), likeliest]
+    assert (expected.max(axis=1) - of_likeliest <= 2 * CLOSE).mean() > SHARE_OF_CLOSE_ROWS, label
+
+
+def assert_close(actual: np.ndarray, expected: np.ndarray, label: str) -> None:
+    """Fails unless logits [n, n_vocab] are finite, and close in nearly every row."""
+    assert actual.shape == expected.shape, label
+    assert np.isfinite(actual).all(), label
+    furthest = np.abs(actual - expected).max(axis=1)
+    assert (furthest <= CLOSE).mean() > SHARE_OF_CLOSE_ROWS, f"{label}: apart by {np.round(furthest, 3)}"
 
 
 def expert_bytes(model: str) -> tuple[int, int]:

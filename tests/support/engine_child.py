@@ -1,9 +1,9 @@
 """Runs llama.cpp jobs in a process of its own, so that tests can hold two builds against each other.
 
 The library is the one in $LLAMA_CPP_LIB_PATH. stdin: one line with a job, {"out": npz path, "runs": [...]};
-a run is one model load, one context and a list of ops (the `op_` methods of `Run`, by name). stdout: one JSON
-line per `pause` op, answered by one line on stdin, and last {"runs": [...]}. Arrays that ops save are in the
-npz as "run/name". A load or a call that fails is a result, not an exception.
+a run is one model load, one context and a list of ops (the ``op_`` methods of ``Run``, by name). stdout: one
+JSON line per ``pause`` op, answered by one line on stdin, and last {"runs": [...]}. Arrays that ops save are
+in the npz as "run/name". A load or a call that fails is a result, not an exception.
 """
 
 from __future__ import annotations
@@ -12,47 +12,19 @@ import ctypes
 import json
 import os
 import sys
+import threading
 from typing import Any
 
 import llama_cpp.llama_cpp as lib
 import numpy as np
 from peak_memory import peak_resident_bytes
 
-from mobile_gguf.engine.prefetch import PrefetchCountersStruct
-
-
-class LoadParams(ctypes.Structure):
-    """struct mobile_load_params"""
-
-    _fields_ = [
-        ("budget_bytes", ctypes.c_uint64),
-        ("n_io_threads", ctypes.c_int32),
-        ("eviction", ctypes.c_int32),
-        ("io", ctypes.c_int32),
-        ("on_host", ctypes.c_int32),
-    ]
-
-
-class ModelInfo(ctypes.Structure):
-    """struct mobile_model_info"""
-
-    _fields_ = [
-        *((name, ctypes.c_uint64) for name in
-          ("expert_bytes", "budget_bytes", "budget_min_bytes", "budget_all_bytes")),
-        *((name, ctypes.c_int32) for name in
-          ("n_layer", "n_layer_moe", "n_expert", "n_expert_used", "direct_io", "eviction")),
-    ]  # fmt: skip
-
-
-class Counters(ctypes.Structure):
-    """struct mobile_counters"""
-
-    _fields_ = [
-        (name, ctypes.c_uint64) for name in
-        ("n_tokens", "n_tokens_little", "n_hits", "n_misses", "n_evictions",
-         "n_prefetched", "n_prefetch_hits", "bytes_read", "bytes_read_demand", "bytes_routed",
-         "stall_us", "resident_bytes", "resident_bytes_peak")
-    ]  # fmt: skip
+from mobile_gguf.engine.structs import (
+    CountersStruct,
+    LoadParamsStruct,
+    ModelInfoStruct,
+    PrefetchCountersStruct,
+)
 
 
 def fields(struct: ctypes.Structure) -> dict[str, int]:
@@ -69,9 +41,9 @@ def bind() -> ctypes.CDLL | None:
     signatures: dict[str, tuple[Any, list[Any]]] = {
         "mobile_abi_version": (int32, []),
         "mobile_last_error": (char_p, []),
-        "mobile_load_default_params": (LoadParams, []),
-        "mobile_load_set_params": (int32, [ctypes.POINTER(LoadParams)]),
-        "mobile_model_get_info": (int32, [void_p, ctypes.POINTER(ModelInfo)]),
+        "mobile_load_default_params": (LoadParamsStruct, []),
+        "mobile_load_set_params": (int32, [ctypes.POINTER(LoadParamsStruct)]),
+        "mobile_model_get_info": (int32, [void_p, ctypes.POINTER(ModelInfoStruct)]),
         "mobile_model_get_n_segments": (int32, [void_p]),
         "mobile_model_get_residency": (int32, [void_p, ctypes.POINTER(ctypes.c_uint8), ctypes.c_size_t]),
         "mobile_set_n_expert_used": (int32, [void_p, int32]),
@@ -80,11 +52,13 @@ def bind() -> ctypes.CDLL | None:
         "mobile_set_prefetch": (int32, [void_p, int32]),
         "mobile_set_predictor": (int32, [void_p, int32]),
         "mobile_get_prefetch_counters": (int32, [void_p, ctypes.POINTER(PrefetchCountersStruct)]),
-        "mobile_get_counters": (int32, [void_p, ctypes.POINTER(Counters)]),
+        "mobile_get_counters": (int32, [void_p, ctypes.POINTER(CountersStruct)]),
         "mobile_reset_counters": (int32, [void_p]),
         "mobile_context_error": (char_p, [void_p]),
         "mobile_trace_start": (int32, [void_p, char_p]),
         "mobile_trace_stop": (int32, [void_p]),
+        "mobile_routed_watch": (int32, [void_p, ctypes.c_bool]),
+        "mobile_routed_read": (int32, [void_p, ctypes.c_uint64, void_p, int32, void_p, void_p]),
         "mobile_set_replay": (int32, [void_p, int32_p, int32, int32, int32]),
     }
     for name, (restype, argtypes) in signatures.items():
@@ -108,7 +82,7 @@ def set_fault(model: str, fault: dict[str, Any]) -> int:
 
 
 class Run:
-    """One model and one context; `ops` records what each op returned."""
+    """One model and one context; ``ops`` records what each op returned."""
 
     def __init__(self, spec: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
         self.spec = spec
@@ -143,7 +117,7 @@ class Run:
             self.result["load_error"] = mobile.mobile_last_error().decode()
         self.result["log"] = "".join(log_lines)[-4000:]
         if self.model and mobile is not None:
-            info = ModelInfo()
+            info = ModelInfoStruct()
             self.result["info_status"] = mobile.mobile_model_get_info(self.model, ctypes.byref(info))
             self.result["info"] = fields(info) if self.result["info_status"] == 0 else None
         return bool(self.model)
@@ -247,7 +221,7 @@ class Run:
         return self.finish(op, code, rows)
 
     def op_greedy(self, op: dict[str, Any]) -> dict[str, Any]:
-        """Generates n tokens after `tokens`, the likeliest each time; returns them."""
+        """Generates n tokens after ``tokens``, the likeliest each time; returns them."""
         n = len(op["tokens"])
         code, logits = self.decode(op["tokens"], list(range(n)), [0] * n, [n - 1])
         out: list[int] = []
@@ -255,6 +229,19 @@ class Run:
             out.append(int(logits[-1].argmax()))
             code, logits = self.decode([out[-1]], [n + len(out) - 1], [0], [0])
         return self.finish(op, code, [logits]) | {"tokens": out}
+
+    def op_follow(self, op: dict[str, Any]) -> dict[str, Any]:
+        """Runs `following` one by one after `tokens`: the logits of `tokens`' last and of each, and the
+        likeliest token after each."""
+        n = len(op["tokens"])
+        code, logits = self.decode(op["tokens"], list(range(n)), [0] * n, [n - 1])
+        rows = [logits]
+        for i, token in enumerate(op["following"]):
+            if code != 0:
+                break
+            code, logits = self.decode([token], [n + i], [0], [0])
+            rows.append(logits)
+        return self.finish(op, code, rows) | {"likeliest": [int(row[-1].argmax()) for row in rows]}
 
     def memory(self) -> Any:
         memory = lib.llama_get_memory(self.ctx)
@@ -297,7 +284,7 @@ class Run:
 
     def op_counters(self, op: dict[str, Any]) -> dict[str, Any]:
         assert mobile is not None
-        counters = Counters()
+        counters = CountersStruct()
         return {"status": mobile.mobile_get_counters(self.ctx, ctypes.byref(counters)), **fields(counters)}
 
     def op_reset_counters(self, op: dict[str, Any]) -> dict[str, Any]:
@@ -335,6 +322,55 @@ class Run:
     def op_trace_stop(self, op: dict[str, Any]) -> dict[str, Any]:
         assert mobile is not None
         return {"status": mobile.mobile_trace_stop(self.ctx)}
+
+    def op_watch(self, op: dict[str, Any]) -> dict[str, Any]:
+        """Records in memory what is routed, or no longer."""
+        assert mobile is not None
+        return {"status": mobile.mobile_routed_watch(self.ctx, op["on"])}
+
+    def read_routed(self, since: int, room: np.ndarray, n: int) -> tuple[int, int, int]:
+        """What mobile_routed_read returns, the next number, and how many were lost."""
+        assert mobile is not None
+        following, lost = ctypes.c_uint64(), ctypes.c_uint64()
+        status = mobile.mobile_routed_read(
+            self.ctx, since, room.ctypes.data, n, ctypes.byref(following), ctypes.byref(lost)
+        )
+        return status, following.value, lost.value
+
+    def op_routed(self, op: dict[str, Any]) -> dict[str, Any]:
+        """Saves entries from number `since` on, up to `n`: int32 [entries, (step, layer, expert, missed)]."""
+        room = np.zeros((max(0, op["n"]), 4), np.int32)
+        n, following, lost = self.read_routed(op["since"], room, op["n"])
+        if "save" in op:
+            self.arrays[f"{self.spec['name']}/{op['save']}"] = room[: max(0, n)]
+        return {"status": n, "next": following, "lost": lost}
+
+    def op_routed_while(self, op: dict[str, Any]) -> dict[str, Any]:
+        """Ops while another thread reads what is routed, `n` entries at a time, and saves them all."""
+        stop, taken, lost = threading.Event(), [np.zeros((0, 4), np.int32)], 0
+        n_while_running = 0
+
+        def read() -> None:
+            nonlocal lost, n_while_running
+            room, since = np.zeros((op["n"], 4), np.int32), 0
+            while True:
+                ending = stop.is_set()
+                n, since, n_lost = self.read_routed(since, room, op["n"])
+                lost += n_lost
+                taken.append(room[:n].copy())
+                n_while_running += n if not ending else 0
+                if ending and n == 0:
+                    return
+
+        thread = threading.Thread(target=read)
+        thread.start()
+        try:
+            done = [getattr(self, f"op_{each['op']}")(each) for each in op["ops"]]
+        finally:
+            stop.set()
+            thread.join()
+        self.arrays[f"{self.spec['name']}/{op['save']}"] = np.concatenate(taken)
+        return {"lost": lost, "n_while_running": n_while_running, "done": done}
 
     def op_replay(self, op: dict[str, Any]) -> dict[str, Any]:
         """Sets a replay of ids [n_steps][n_layer][k]; null ends it."""

@@ -1,7 +1,8 @@
-"""Jobs for `engine_child`: runs on tiny models, and what their results must look like."""
+"""Jobs for ``engine_child``: runs on tiny models, and what their results must look like."""
 
 from __future__ import annotations
 
+import csv
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,10 @@ def run(
     mobile: dict[str, int] | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
-    """A run of `engine_child` on a file, or on the tiny model of that name.
+    """A run of ``engine_child`` on a file, or on the tiny model of that name.
 
     budget: bytes, "40%", "min", 0 for all, or None for a load without load parameters.
-    mobile: other load parameters. settings: of the model and context, see `engine_child`.
+    mobile: other load parameters. settings: of the model and context, see ``engine_child``.
     """
     path = model if isinstance(model, Path) else tiny_models.path(model)
     load = None if budget is None else {"budget": budget, **(mobile or {})}
@@ -37,7 +38,7 @@ def run(
 
 
 def succeeded(outcome: engine_libs.Outcome) -> engine_libs.Outcome:
-    """Returns `outcome`, in which every load, decode and call must have succeeded."""
+    """Returns ``outcome``, in which every load, decode and call must have succeeded."""
     for name, result in outcome.runs.items():
         assert result["loaded"], f"{name} did not load: {result['load_error']} {result['log'][-500:]}"
         for op in result["ops"]:
@@ -47,13 +48,19 @@ def succeeded(outcome: engine_libs.Outcome) -> engine_libs.Outcome:
 
 
 def on_engine(*runs: dict[str, Any], **how: Any) -> engine_libs.Outcome:
-    """Runs a job on the patched build; how: see `engine_libs.run_job`."""
+    """Runs a job on the patched build; how: see ``engine_libs.run_job``."""
     return engine_libs.run_job(engine_libs.engine_lib(), list(runs), **how)
 
 
 def on_stock(*runs: dict[str, Any]) -> engine_libs.Outcome:
     """Runs a job on the stock build."""
     return engine_libs.run_job(engine_libs.stock_lib(), list(runs))
+
+
+def read_trace(path: Path) -> list[dict[str, float]]:
+    """The rows of a trace, numbers by column."""
+    with path.open(newline="") as f:
+        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(f)]
 
 
 def assert_same_bits(actual: np.ndarray, expected: np.ndarray, label: str) -> None:
@@ -78,7 +85,7 @@ FOLLOWING = tokens(12, 12)
 
 
 def good(name: str) -> list[dict[str, Any]]:
-    """Ops that compute a prompt and some tokens from nothing; see `assert_good`."""
+    """Ops that compute a prompt and some tokens from nothing; see ``assert_good``."""
     return [
         {"op": "clear"},
         {"op": "decode", "tokens": PROMPT, "save": f"{name}-prompt"},
@@ -88,12 +95,12 @@ def good(name: str) -> list[dict[str, Any]]:
 
 @cache
 def good_logits() -> dict[str, np.ndarray]:
-    """What the stock build computes for `good`: "prompt" and "steps"."""
+    """What the stock build computes for ``good``: "prompt" and "steps"."""
     arrays = succeeded(on_stock(run("r", GOOD_MODEL, good("good"), None))).arrays
     return {part: arrays[f"r/good-{part}"] for part in ("prompt", "steps")}
 
 
 def assert_good(outcome: engine_libs.Outcome, run_name: str, name: str = "good") -> None:
-    """Fails unless the ops of `good(name)` gave the stock build's logits."""
+    """Fails unless the ops of ``good(name)`` gave the stock build's logits."""
     for part, expected in good_logits().items():
         assert_same_bits(outcome.arrays[f"{run_name}/{name}-{part}"], expected, f"{run_name}, {name} {part}")

@@ -1,4 +1,4 @@
-"""Finds the two builds of the library and the pinned source, and runs `engine_child` on either build.
+"""Finds the two builds of the library and the pinned source, and runs ``engine_child`` on either build.
 
 For development $MOBILE_GGUF_ENGINE_LIB, $MOBILE_GGUF_STOCK_LIB (folders with libllama) and
 $MOBILE_GGUF_SOURCE (the unpacked sdist) name them; otherwise they are the installed ones. What is missing
@@ -51,7 +51,7 @@ def _missing(what: str, how: str) -> NoReturn:
 
 
 def _is_patched(folder: Path) -> bool:
-    """Whether the libllama in `folder` is ours; looks for the symbol's name, so as not to load it here."""
+    """Whether the libllama in ``folder`` is ours; looks for the symbol's name, so as not to load it here."""
     for name in ("libllama.so", "libllama.dylib"):
         path = folder / name
         if path.exists():
@@ -109,9 +109,9 @@ def run_job(
     environment: dict[str, str] | None = None,
     child: Path = CHILD,
 ) -> Outcome:
-    """Runs `runs` (see `engine_child`) on the build in `lib`.
+    """Runs ``runs`` (see ``engine_child``) on the build in ``lib``.
 
-    on_pause: what to do at each `pause` op, by its name. prefix: a command that starts the child (e.g. one
+    on_pause: what to do at each ``pause`` op, by its name. prefix: a command that starts the child (e.g. one
     that puts itself under a memory limit first). child: the program. Raises ChildDiedError if the process did
     not finish the job.
     """

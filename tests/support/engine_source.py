@@ -58,7 +58,7 @@ diff --git a/vendor/llama.cpp/src/graph.cpp b/vendor/llama.cpp/src/graph.cpp
 
 
 def write_sdist(directory: Path) -> Pin:
-    """Write the tiny source distribution into the cache below `directory` and return its pin."""
+    """Write the tiny source distribution into the cache below ``directory`` and return its pin."""
     path = directory / "sdist" / "tiny-1.2.3.tar.gz"
     path.parent.mkdir(parents=True)
     with tarfile.open(path, "w:gz") as archive:
@@ -72,7 +72,7 @@ def write_sdist(directory: Path) -> Pin:
 
 
 def write_patches(directory: Path, **patches: str) -> Path:
-    """Write a patch set: the given patches (`_0001_name=text`), in order, and one source."""
+    """Write a patch set: the given patches (``_0001_name=text``), in order, and one source."""
     named = patches or {"_0001_version": VERSION_PATCH, "_0002_hook": HOOK_PATCH}
     files = {f"{name[1:].replace('_', '-')}.patch": text for name, text in named.items()}
     (directory / "src").mkdir(parents=True)

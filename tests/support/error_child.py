@@ -1,4 +1,4 @@
-"""`engine_child` for what must become an error: exceptions under the C API, and tags that are gone."""
+"""``engine_child`` for what must become an error: exceptions under the C API, and tags that are gone."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class ErrorRun(engine_child.Run):
         }
 
     def op_throw(self, op: dict[str, Any]) -> dict[str, Any]:
-        """What each call returns and says while allocations throw `what`."""
+        """What each call returns and says while allocations throw ``what``."""
         assert mobile is not None
         arm = ctypes.CDLL(None).throwing_new_arm
         said = {}

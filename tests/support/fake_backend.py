@@ -14,9 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from mobile_gguf.engine.binding import Counters, ModelInfo
-from mobile_gguf.engine.prefetch import PrefetchCounters
-from mobile_gguf.engine.structs import DeviceCounters
+from mobile_gguf.engine.experts import Experts, ExpertSource
+from mobile_gguf.engine.structs import Counters, DeviceCounters, ModelInfo, PrefetchCounters
 from mobile_gguf.errors import UsageError
 from mobile_gguf.generate.decode import ALL_EXPERTS, Pass, Policy, decode_prompt, decode_token
 from mobile_gguf.generate.head import Head
@@ -53,7 +52,11 @@ def fake_info(**changes: Any) -> GgufInfo:
         "tensor_bytes": 5 * MIB,
         "chat_template": "{{ messages }}",
     }
-    return GgufInfo(**(facts | changes))
+    facts |= changes
+    facts.setdefault(
+        "moe_layers", tuple(range(facts["n_layer"] - len(facts["expert_layers"]), facts["n_layer"]))
+    )
+    return GgufInfo(**facts)
 
 
 def hashed_logits(rows: Sequence[Row]) -> np.ndarray:
@@ -129,9 +132,13 @@ class FakeBackend:
         self._device_counters = DeviceCounters()
         self.device: Any = None
         self.devices: tuple[Any, ...] = ()
+        self.expert_source: ExpertSource | None = None
         self.ctx = 1
         self.has_engine = has_engine
         self.store = ModelInfo(4 * MIB, 2 * MIB, MIB, 4 * MIB, 4, 4, 16, TOP_K, 0, 0) if has_store else None
+
+    def experts(self, info: GgufInfo) -> Experts:
+        return Experts(self.expert_source, info.moe_layers, info.n_expert)
 
     # decode.Decoder
 

@@ -1,6 +1,6 @@
-"""Builds checkpoints of tiny models with their GGUF files in several types, for `test_verify_families`.
+"""Builds checkpoints of tiny models with their GGUF files in several types, for ``test_verify_families``.
 
-Run as a script in the environment of `tiny_build`. stdin: {"entries": [{"spec", "folder", "outtypes"}]}.
+Run as a script in the environment of ``tiny_build``. stdin: {"entries": [{"spec", "folder", "outtypes"}]}.
 A folder gets checkpoint/ and model-<outtype>.gguf, and appears whole or not at all.
 """
 
@@ -19,7 +19,7 @@ import torch
 
 
 def build(spec: dict[str, Any], folder: Path, outtypes: list[str]) -> None:
-    """Makes `folder` for one model."""
+    """Makes ``folder`` for one model."""
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         result = Path(scratch) / "result"
         tiny_build.make_checkpoint(spec, result / "checkpoint")

@@ -1,7 +1,7 @@
 """Coverage-guided fuzzing (atheris) of what others' files pass through first, as long as is asked for.
 
-`python tests/support/fuzz.py TARGET CORPUS [libFuzzer options]`. The targets, `fuzz_target.TARGETS`, are GGUF
-headers with conversion plans, and safetensors headers. Sample files are put into an empty corpus. Only
+``python tests/support/fuzz.py TARGET CORPUS [libFuzzer options]``. The targets, ``fuzz_target.TARGETS``, are
+GGUF headers with conversion plans, and safetensors headers. Sample files are put into an empty corpus. Only
 MobileError may come out, within 20 s and 2 GiB of address space beyond what the program itself needs.
 """
 

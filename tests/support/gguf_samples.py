@@ -28,7 +28,7 @@ def write_sample(
     n_tokens: int = 5000,
     split_max_tensors: int = 0,
 ) -> Path:
-    """A stacked MoE of random weights, layer 0 with its experts first; `skip` leaves that tensor out."""
+    """A stacked MoE of random weights, layer 0 with its experts first; ``skip`` leaves that tensor out."""
     rng = np.random.default_rng(3)
     type_ = gguf.GGMLQuantizationType[kind]
     writer = gguf.GGUFWriter(path, architecture, split_max_tensors=split_max_tensors)
@@ -77,7 +77,7 @@ def write_sample(
 
 
 def contents(path: Path, ours: bool = False) -> dict[str, Any]:
-    """A file's metadata as the gguf package reads it, with the values' types; `ours`: mobile.* too."""
+    """A file's metadata as the gguf package reads it, with the values' types; ``ours``: mobile.* too."""
     return {
         key: (field.types, field.contents())
         for key, field in gguf.GGUFReader(path).fields.items()

@@ -30,15 +30,16 @@ def etag_of(name: str, data: bytes) -> str:
 
 
 class HubStub(ThreadingHTTPServer):
-    """Serves `repositories`: name -> file name -> content. org/gated, org/private, org/broken answer errors.
+    """Serves ``repositories``: name -> file name -> content. org/gated, org/private, org/broken answer
+    errors.
 
     Files that LFS would store are behind a redirect to another origin, as a CDN is. What a test may set:
-    `breaks_off`: of this file only `break_after` bytes are sent (default: half), `breaks` times (once);
-    `damaged`: these files are sent with another content; `ranges_ignored`; `refusals`: (status, headers) that
-    the next requests get, whatever they ask for; `commit` of all repositories;
-    `holds_at`: after so many bytes in all nothing is sent until it is None again.
-    Kept: `requests` (paths), `ranges` ("NAME:FIRST"), `tokens` (Authorization headers of the Hub itself) and
-    `cdn_tokens` (of the other origin).
+    ``breaks_off``: of this file only ``break_after`` bytes are sent (default: half), ``breaks`` times (once);
+    ``damaged``: these files are sent with another content; ``ranges_ignored``; ``refusals``: (status,
+    headers) that the next requests get, whatever they ask for; ``commit`` of all repositories;
+    ``holds_at``: after so many bytes in all nothing is sent until it is None again.
+    Kept: ``requests`` (paths), ``ranges`` ("NAME:FIRST"), ``tokens`` (Authorization headers of the Hub
+    itself) and ``cdn_tokens`` (of the other origin).
     """
 
     daemon_threads = True

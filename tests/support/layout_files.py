@@ -1,4 +1,4 @@
-"""Per-expert GGUFs made from stacked ones with the `gguf` package, an oracle for the engine's reading."""
+"""Per-expert GGUFs made from stacked ones with the ``gguf`` package, an oracle for the engine's reading."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def rewrite(
     alignment: int = 4096,
     **writer_options: Any,
 ) -> Path:
-    """Writes `source` (all its parts) with changed tensors and metadata; returns the (first) file."""
+    """Writes ``source`` (all its parts) with changed tensors and metadata; returns the (first) file."""
     readers = [gguf.GGUFReader(part) for part in parts(source)]
     tensors = [(t.name, t.data, t.tensor_type) for reader in readers for t in reader.tensors]
     architecture = readers[0].fields["general.architecture"].contents()
@@ -108,7 +108,7 @@ def mobile_keys(n_segments: int = 1, version: int = 1) -> dict[str, tuple[Any, g
 def write_per_expert(
     source: Path, out: Path, n_segments: int = 1, seed: int | None = None, **how: Any
 ) -> Path:
-    """`source` in the per-expert layout, with one calibration tensor that is no part of the model."""
+    """``source`` in the per-expert layout, with one calibration tensor that is no part of the model."""
 
     def change(tensors: list[Tensor]) -> list[Tensor]:
         hotness = ("mobile.hotness", np.ones((3, 5), np.float32), gguf.GGMLQuantizationType.F32)

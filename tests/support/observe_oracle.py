@@ -1,9 +1,9 @@
 """Runs a tiny Qwen3-MoE in Transformers and sums the squares of every weight's input, expert by expert.
 
 Run as a script, because torch does not belong into the pytest process. stdin: {"spec", "tokens", "out"},
-`spec` as in `tiny_models.TinyModel`. The npz at `out` holds "NAME" [n_mat, n_row] and "NAME/counts" [n_mat]
-by the weight's name in the GGUF, "ids/L" and "weights/L" [n_tokens, k], and "norms/L" [n_expert, n_ff], the
-squared norms of the down projections' columns.
+``spec`` as in ``tiny_models.TinyModel``. The npz at ``out`` holds "NAME" [n_mat, n_row] and "NAME/counts"
+[n_mat] by the weight's name in the GGUF, "ids/L" and "weights/L" [n_tokens, k], and "norms/L" [n_expert,
+n_ff], the squared norms of the down projections' columns.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`child` with PhiMoE as llama.cpp has it: another router, and another norm."""
+"""``child`` with PhiMoE as llama.cpp has it: another router, and another norm."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mobile_gguf.convert.verify import child
 def top_of_softmax(
     scores: torch.Tensor, jitter_eps: float, training: bool, top_k: int = 2
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """In place of `sparsemixer`: the top-k of one softmax, made to sum to one; [n_tokens, top_k] each."""
+    """In place of ``sparsemixer``: the top-k of one softmax, made to sum to one; [n_tokens, top_k] each."""
     weights, experts = torch.topk(scores.softmax(-1), top_k, dim=-1)
     return weights / weights.sum(-1, keepdim=True), experts
 

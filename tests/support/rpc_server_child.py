@@ -15,7 +15,7 @@ import llama_cpp.llama_cpp as lib
 
 
 def limit_memory(extra: int) -> None:
-    """Limits the address space to what is mapped now and `extra` bytes."""
+    """Limits the address space to what is mapped now and ``extra`` bytes."""
     import resource
 
     pages = int(Path("/proc/self/statm").read_text().split()[0])

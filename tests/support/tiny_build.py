@@ -1,8 +1,8 @@
 """Makes one set of tiny random MoE checkpoints, converts them to GGUF and records reference logits.
 
-Run as a script by `tiny_models`, one process for all the models that are missing: it imports torch,
+Run as a script by ``tiny_models``, one process for all the models that are missing: it imports torch,
 Transformers and the converter of the pinned llama.cpp, none of which belongs into the pytest process.
-stdin: one JSON object, see `main`. The converter and its `gguf` must lead PYTHONPATH.
+stdin: one JSON object, see ``main``. The converter and its ``gguf`` must lead PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def reference_tokens(vocab_size: int) -> np.ndarray:
 
 
 def write_tokenizer(folder: Path, vocab_size: int) -> None:
-    """Writes a byte-level BPE of `vocab_size` tokens: bytes, merges of two letters, three special tokens."""
+    """Writes a byte-level BPE of ``vocab_size`` tokens: bytes, merges of two letters, three special ones."""
     tokens = sorted(pre_tokenizers.ByteLevel.alphabet())
     letters = itertools.product("etaoinsh", "etaoinsh")
     merges = list(itertools.islice(letters, vocab_size - len(tokens) - 3))
@@ -104,7 +104,7 @@ def pack_experts_mxfp4(folder: Path, seed: int) -> None:
 
 
 def make_checkpoint(spec: dict[str, Any], folder: Path) -> torch.nn.Module:
-    """Saves the model of `spec` as a Hugging Face checkpoint in `folder` and returns it."""
+    """Saves the model of ``spec`` as a Hugging Face checkpoint in ``folder`` and returns it."""
     config = getattr(transformers, spec["config_class"])(**spec["config"])
     config._attn_implementation = "eager"
     model = getattr(transformers, spec["model_class"])(config).float().eval()
@@ -117,7 +117,7 @@ def make_checkpoint(spec: dict[str, Any], folder: Path) -> torch.nn.Module:
 
 
 def convert(spec: dict[str, Any], folder: Path, out: Path) -> None:
-    """Converts the checkpoint in `folder` with the pinned converter's own classes."""
+    """Converts the checkpoint in ``folder`` with the pinned converter's own classes."""
     import conversion  # type: ignore[import-not-found]
     import gguf
 
@@ -161,7 +161,7 @@ def convert(spec: dict[str, Any], folder: Path, out: Path) -> None:
 
 
 def quantize(source: Path, out: Path, ftype: str) -> None:
-    """Quantises a GGUF with libllama; `ftype` is the tail of a LLAMA_FTYPE_MOSTLY_ name."""
+    """Quantises a GGUF with libllama; ``ftype`` is the tail of a LLAMA_FTYPE_MOSTLY_ name."""
     import llama_cpp
 
     params = llama_cpp.llama_model_quantize_default_params()
@@ -172,7 +172,7 @@ def quantize(source: Path, out: Path, ftype: str) -> None:
 
 
 def reference_logits(spec: dict[str, Any], model: torch.nn.Module) -> dict[str, np.ndarray]:
-    """Transformers' logits, float32 [n_tokens, n_vocab], with each of `spec["reference_k"]` experts."""
+    """Transformers' logits, float32 [n_tokens, n_vocab], with each of ``spec["reference_k"]`` experts."""
     tokens = reference_tokens(spec["config"]["vocab_size"])
     logits = {"tokens": tokens}
     for k in spec["reference_k"]:
@@ -188,7 +188,7 @@ def reference_logits(spec: dict[str, Any], model: torch.nn.Module) -> dict[str, 
 
 
 def build(spec: dict[str, Any], target: Path) -> None:
-    """Makes the folder `target`: model.gguf (or its parts) and maybe reference.npz (tokens, k<K> logits)."""
+    """Makes the folder ``target``: model.gguf (or its parts), maybe reference.npz (tokens, k<K> logits)."""
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         checkpoint, result = Path(scratch) / "checkpoint", Path(scratch) / "result"
         result.mkdir()

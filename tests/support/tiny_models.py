@@ -1,6 +1,6 @@
 """Tiny random MoE models of many architectures: what they look like, and a cache of their GGUF files.
 
-`path(name)` builds everything that is missing in one worker process (`tiny_build`) and keeps it under
+``path(name)`` builds everything that is missing in one worker process (``tiny_build``) and keeps it under
 $MOBILE_GGUF_TEST_CACHE, or beside the engine's builds, under a key over all that decides the result.
 """
 
@@ -230,7 +230,7 @@ def _gguf(model: TinyModel) -> Path | None:
 
 
 def _build(models: list[TinyModel]) -> str:
-    """Builds `models` in one process and returns its narration; what failed says so in an .error file."""
+    """Builds ``models`` in one process and returns its narration; what failed says so in an .error file."""
     CACHE.mkdir(parents=True, exist_ok=True)
     source = engine_libs.source_tree()
     entries = []

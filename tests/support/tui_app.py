@@ -10,44 +10,33 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import numpy as np
+from expert_source import ScriptedSource
 from fake_backend import FakeBackend, fake_info, scripted
 from textual.pilot import Pilot
 
 from mobile_gguf.api.model import Model
-from mobile_gguf.engine.binding import LOADING, RESIDENT
+from mobile_gguf.engine.structs import LOADING, RESIDENT
 from mobile_gguf.options import LoadOptions, make_options
 from mobile_gguf.tui.app import ChatApp
-from mobile_gguf.tui.engine.expert_state import Routed
 from mobile_gguf.tui.store.settings import Settings
 
 ANSWER = "It **scatters**.\n\n```python\nprint('blue')\n```\n\nYes."
 
 
-class ScriptedWatch:
-    """A watch that tells the same of every token: two hits and a miss."""
+class RoutingSource(ScriptedSource):
+    """Every look at it while watched finds the same asked for: two hits and a miss."""
 
-    def __init__(self, model: Model) -> None:
-        self.shape = (model.info.n_layer, model.info.n_expert)
-        self.running = False
-        self.device: Any = None
+    def __init__(self) -> None:
+        info = fake_info()
+        super().__init__(info.n_layer, info.n_expert, size=1 << 20)
+        self.host_codes[:, :4] = RESIDENT
+        self.host_codes[3, 9] = LOADING
 
-    def start(self) -> None:
-        self.running = True
-
-    def take(self) -> list[Routed]:
-        if not self.running:
-            return []
-        return [Routed(0, 1, True), Routed(1, 2, True), Routed(2, 3, False)]
-
-    def residency(self) -> Any:
-        host = np.zeros(self.shape, dtype=np.uint8)
-        host[:, :4] = RESIDENT
-        host[3, 9] = LOADING
-        return host, self.device
-
-    def stop(self) -> None:
-        self.running = False
+    def read(self, since: int, room: Any) -> tuple[int, int, int]:
+        if len(room):
+            step = len(self.entries)
+            self.add((step, 0, 1, False), (step, 1, 2, False), (step, 2, 3, True))
+        return super().read(since, room)
 
 
 class Loader:
@@ -71,6 +60,7 @@ class Loader:
             raise self.errors[reference]
         backend = self.backends.setdefault(reference, FakeBackend(scripted(ANSWER)))
         backend.closed = False
+        backend.expert_source = RoutingSource()
         return Model(backend, fake_info(), make_options(LoadOptions, options))  # type: ignore[arg-type]
 
 
@@ -91,7 +81,6 @@ async def chat(
         settings=Settings(tmp_path / "chat.json", given),
         store_path=tmp_path / "conversations.db",
         loader=loader or Loader(),
-        make_watch=ScriptedWatch,
         **more,
     )
 

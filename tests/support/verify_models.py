@@ -1,6 +1,6 @@
 """Checkpoints of the tiny models with their GGUF files, for the tests of verification.
 
-Built in one process by `family_build` and kept beside the other tiny models, under a key over all that
+Built in one process by ``family_build`` and kept beside the other tiny models, under a key over all that
 decides the result.
 """
 

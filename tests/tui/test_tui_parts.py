@@ -10,13 +10,15 @@ import threading
 
 import numpy as np
 import pytest
+from expert_source import asked
 
-from mobile_gguf.engine.binding import LOADING, RESIDENT
+from mobile_gguf.engine.experts import Places
+from mobile_gguf.engine.structs import LOADING, RESIDENT
 from mobile_gguf.errors import UsageError
 from mobile_gguf.tui.commands.jobs import CANCELLED, DONE, FAILED, JobEnded, JobHeard, Jobs
 from mobile_gguf.tui.commands.slash import COMMANDS, complete
 from mobile_gguf.tui.commands.values import setting_values
-from mobile_gguf.tui.engine.expert_state import Cell, ExpertState, Routed, aggregate, spans
+from mobile_gguf.tui.engine.expert_state import Cell, ExpertState, aggregate, spans
 from mobile_gguf.tui.engine.outbox import Token
 from mobile_gguf.tui.store.conversations import ConversationStore, StoreError, Turn
 from mobile_gguf.tui.store.settings import Settings
@@ -24,25 +26,25 @@ from mobile_gguf.tui.widgets.gauge import sparkline
 
 
 def test_cells_say_where_experts_are_and_what_they_did():
-    state = ExpertState(2, 4, expert_bytes=[10, 1000])
+    state = ExpertState([1, 2], 4, [10, 1000])
     host = np.array([[RESIDENT, RESIDENT, 0, LOADING], [RESIDENT, 0, 0, 0]], dtype=np.uint8)
     device = np.array([[0, RESIDENT, 0, 0], [0, 0, 0, RESIDENT]], dtype=np.uint8)
-    state.set_residency(host, device)
+    state.set_places(Places(host, device))
     assert state.cells().tolist() == [
         [Cell.HOST, Cell.DEVICE, Cell.ABSENT, Cell.LOADING],
         [Cell.HOST, Cell.ABSENT, Cell.ABSENT, Cell.DEVICE],
     ]
-    state.next_token([Routed(0, 0, True), Routed(0, 1, True), Routed(1, 1, False), Routed(7, 9, True)])
+    state.next_token(asked((0, 0, False), (0, 1, False), (1, 1, True), n_lost=7))
     assert state.cells().tolist() == [
         [Cell.HIT, Cell.DEVICE_HIT, Cell.ABSENT, Cell.LOADING],
         [Cell.HOST, Cell.MISS, Cell.ABSENT, Cell.DEVICE],
     ]
-    state.next_token([])
+    state.next_token(asked())
     assert state.cells()[0, 0] == Cell.OLD_HIT
     assert state.cells()[1, 1] == Cell.OLD_MISS
     state.settle()
     assert state.cells()[0, 0] == Cell.HOST
-    assert (state.hits[0, 0], state.misses[1, 1]) == (1, 1)
+    assert (state.hits[0, 0], state.misses[1, 1], state.n_lost) == (1, 1, 7)
     assert state.counts() == {"device": 2, "host": 3, "loading": 1, "bytes": 1020}
 
 

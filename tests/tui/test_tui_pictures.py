@@ -12,6 +12,7 @@ import re
 
 import numpy as np
 import pytest
+from expert_source import asked
 from fake_backend import FakeBackend, scripted
 from places import DATA
 from textual.content import Content
@@ -20,9 +21,8 @@ from textual.widgets import Input, TextArea
 from tui_app import Loader, chat, until
 
 from mobile_gguf.api.model import backend_of
-from mobile_gguf.engine.binding import RESIDENT
+from mobile_gguf.engine.structs import RESIDENT
 from mobile_gguf.errors import ExpertReadError
-from mobile_gguf.tui.engine.expert_state import Routed
 from mobile_gguf.tui.screens import conversations
 from mobile_gguf.tui.screens import models as picker
 from mobile_gguf.tui.store.models import Candidate, Fit
@@ -70,9 +70,9 @@ async def with_device(app, pilot):
     panel = app.chat.query_one("#experts", SidePanel)
     device = np.zeros_like(panel.state.host)
     device[1, 2:9] = RESIDENT
-    panel.state.set_residency(panel.state.host, device)
-    panel.state.next_token([Routed(1, 3, True), Routed(0, 0, True), Routed(2, 12, False)])
-    app.engine._watch.device = device
+    app.engine._model._backend.expert_source.device_codes = device
+    panel.state.set_places(app.engine.places())
+    panel.state.next_token(asked((1, 3, False), (0, 0, False), (2, 12, True)))
     panel.redraw()
 
 

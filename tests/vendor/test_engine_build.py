@@ -18,7 +18,8 @@ import pytest
 from engine_source import write_patches, write_sdist
 
 from mobile_gguf.errors import EngineBuildError
-from mobile_gguf.vendor import build, engine, failures, install, lock, source, toolchain
+from mobile_gguf.files.lock import exclusive
+from mobile_gguf.vendor import build, engine, failures, install, source, toolchain
 from mobile_gguf.vendor.pin import load_pin
 from mobile_gguf.vendor.progress import Progress
 from mobile_gguf.vendor.recipe import EngineOptions, Recipe
@@ -170,7 +171,7 @@ def test_pip_checks_the_hash_before_it_runs_the_source(cache: Path, monkeypatch:
 
 @pytest.fixture
 def packed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Path]]:
-    """Replaces pip and the compiler: `packed(name)` makes builds write a wheel of that name."""
+    """Replaces pip and the compiler: ``packed(name)`` makes builds write a wheel of that name."""
 
     def install_fake(name: str, before: Callable[[], None] = lambda: None) -> list[Path]:
         trees: list[Path] = []
@@ -377,7 +378,7 @@ def test_second_build_waits_and_then_finds_the_first(fake_engine: FakeEngine, ca
 
     done: list[install.Installed] = []
     second = threading.Thread(target=lambda: done.append(engine.ensure_engine(progress=progress)))
-    with lock.exclusive(cache / "engine" / "lock"):
+    with exclusive(cache / "engine" / "lock"):
         second.start()
         assert waits.wait(300)
         recipe = Recipe.create(load_pin(), EngineOptions())

@@ -6,19 +6,17 @@ import contextlib
 import json
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from textual.containers import VerticalScroll
-from textual.screen import Screen
 
 from mobile_gguf.errors import MobileError, UsageError
 
 from ..clipboard import copy
+from ..screens.chat_view import ChatView
 from ..screens.confirm import Confirm
 from ..screens.conversations import Conversations
 from ..screens.help import Help
 from ..screens.jobs import JobsScreen
-from ..screens.map import MapScreen
 from ..screens.models import ModelPicker
 from ..screens.settings import SettingsScreen
 from ..screens.text import TextScreen
@@ -27,18 +25,11 @@ from ..store.settings import load_settings
 from ..widgets.turn_view import AnswerView
 from .slash import find
 
-if TYPE_CHECKING:
-    from ..screens.chat import ChatScreen
 
-    Base = ChatScreen
-else:
-    Base = object
-
-
-class ChatCommands:
+class ChatCommands(ChatView):
     """Commands: each is a method ``command_NAME`` that takes the rest of the line."""
 
-    async def obey(self: Base, line: str) -> None:
+    async def obey(self, line: str) -> None:
         """Obey a line that begins with a slash; errors become messages."""
         name, _, rest = line.partition(" ")
         command = find(name)
@@ -56,13 +47,13 @@ class ChatCommands:
 
     # screens
 
-    def command_help(self: Base, _rest: str) -> None:
+    def command_help(self, _rest: str) -> None:
         self.app.push_screen(Help())
 
-    def action_help(self: Base) -> None:
+    def action_help(self) -> None:
         self.command_help("")
 
-    def action_pick_model(self: Base) -> None:
+    def action_pick_model(self) -> None:
         """Pick a model from a list."""
 
         def chosen(reference: str | None) -> None:
@@ -71,31 +62,38 @@ class ChatCommands:
 
         self.app.push_screen(ModelPicker(self.reference if self.facts else ""), chosen)
 
-    def command_model(self: Base, rest: str) -> None:
+    def command_model(self, rest: str) -> None:
         if rest:
             self.load_model(rest)
         else:
             self.action_pick_model()
 
-    def command_reload(self: Base, _rest: str) -> None:
+    def command_reload(self, _rest: str) -> None:
         if not self.reference:
             raise UsageError("no model is loaded: /model picks one")
         self.load_model(self.reference)
 
-    def action_find(self: Base) -> None:
+    def action_find(self) -> None:
         """Find and open saved conversations."""
         self.command_search("")
 
-    def command_search(self: Base, rest: str) -> None:
+    def command_search(self, rest: str) -> None:
         async def chosen(conversation: int | None) -> None:
-            if self.session.id is not None and not _exists(self, self.session.id):
+            if self.session.id is not None and not self._is_saved(self.session.id):
                 await self.command_new("")  # it was deleted over there
             if conversation is not None:
                 await self.open_conversation(conversation)
 
         self.app.push_screen(Conversations(self.app.store, rest), chosen)
 
-    async def open_conversation(self: Base, conversation: int) -> None:
+    def _is_saved(self, conversation: int) -> bool:
+        try:
+            self.app.store.open(conversation)
+        except StoreError:
+            return False
+        return True
+
+    async def open_conversation(self, conversation: int) -> None:
         """Continue a saved conversation."""
         if self.busy:
             self.notify("the model is at work; Esc ends that", severity="warning")
@@ -106,7 +104,7 @@ class ChatCommands:
             self.notify(str(error), severity="error")
         await self.show_session()
 
-    def action_settings(self: Base) -> None:
+    def action_settings(self) -> None:
         """All options on a screen."""
 
         def closed(reload: bool | None) -> None:
@@ -116,27 +114,23 @@ class ChatCommands:
 
         self.app.push_screen(SettingsScreen(self.app.settings, has_model=bool(self.facts)), closed)
 
-    def command_settings(self: Base, _rest: str) -> None:
+    def command_settings(self, _rest: str) -> None:
         self.action_settings()
 
-    def action_jobs(self: Base) -> None:
+    def action_jobs(self) -> None:
         """Background jobs."""
         self.app.push_screen(JobsScreen(self.app.jobs))
 
-    def command_jobs(self: Base, _rest: str) -> None:
+    def command_jobs(self, _rest: str) -> None:
         self.action_jobs()
-
-    def action_full_map(self: Base) -> None:
-        """The whole expert map."""
-        self.app.push_screen(MapScreen(), lambda _result: self._update_map_shown())
 
     # the conversation
 
-    async def action_new(self: Base) -> None:
+    async def action_new(self) -> None:
         """Begin another conversation."""
         await self.command_new("")
 
-    async def command_new(self: Base, _rest: str) -> None:
+    async def command_new(self, _rest: str) -> None:
         if self.busy:
             self.notify("the model is at work; Esc ends that", severity="warning")
             return
@@ -145,13 +139,13 @@ class ChatCommands:
         await self.show_session()
         self.prompt.focus()
 
-    def command_rename(self: Base, rest: str) -> None:
+    def command_rename(self, rest: str) -> None:
         if not rest:
             raise UsageError("/rename needs a title")
         self.session.rename(rest)
         self.notify(f"renamed to {self.session.title}")
 
-    def command_delete(self: Base, _rest: str) -> None:
+    def command_delete(self, _rest: str) -> None:
         if self.session.id is None:
             raise UsageError("this conversation is not saved: /new begins another")
 
@@ -164,7 +158,7 @@ class ChatCommands:
 
         self.app.push_screen(Confirm(f"Delete “{self.session.title}”?"), answered)
 
-    def command_export(self: Base, rest: str) -> None:
+    def command_export(self, rest: str) -> None:
         if not self.session.turns:
             raise UsageError("there is nothing to export yet")
         path = _export_path(rest, self.session.title)
@@ -173,33 +167,33 @@ class ChatCommands:
         path.write_text(self.session.markdown(), encoding="utf-8")
         self.notify(f"written to {path}")
 
-    def command_system(self: Base, rest: str) -> None:
+    def command_system(self, rest: str) -> None:
         if rest:
             self.session.set_system("" if rest.lower() == "none" else rest)
         self.notify(f"system message: {self.session.system or 'none'}", timeout=8)
 
-    def action_edit_last(self: Base) -> None:
+    def action_edit_last(self) -> None:
         """Edit the last question."""
         position = self.session.last_question()
         if position is not None:
             self.edit(position)
 
-    def command_edit(self: Base, _rest: str) -> None:
+    def command_edit(self, _rest: str) -> None:
         self.action_edit_last()
 
-    async def action_regenerate(self: Base) -> None:
+    async def action_regenerate(self) -> None:
         """Answer the last question again."""
         position = self.session.last_question()
         if position is not None:
             await self.regenerate(position + 1)
 
-    async def command_regenerate(self: Base, _rest: str) -> None:
+    async def command_regenerate(self, _rest: str) -> None:
         await self.action_regenerate()
 
-    def command_stop(self: Base, _rest: str) -> None:
+    def command_stop(self, _rest: str) -> None:
         self.action_stop()
 
-    def command_copy(self: Base, rest: str) -> None:
+    def command_copy(self, rest: str) -> None:
         answers = list(self.query(AnswerView))
         if not answers:
             raise UsageError("there is no answer to copy yet")
@@ -213,7 +207,7 @@ class ChatCommands:
 
     # options and facts
 
-    def command_set(self: Base, rest: str) -> None:
+    def command_set(self, rest: str) -> None:
         name, _, value = rest.partition(" ")
         if not name:
             self.action_settings()
@@ -228,18 +222,18 @@ class ChatCommands:
         self.notify(f"{found} = {settings.text(found) or 'default'}{later}")
         self._update_title()
 
-    def command_stats(self: Base, _rest: str) -> None:
+    def command_stats(self, _rest: str) -> None:
         if not self.facts:
             raise UsageError("no model is loaded: /model picks one")
         self.app.push_screen(TextScreen("What the model did so far", json.dumps(self.facts, indent=2)))
 
-    def command_map(self: Base, _rest: str) -> None:
+    def command_map(self, _rest: str) -> None:
         self.action_toggle_map()
 
-    def command_tokens(self: Base, _rest: str) -> None:
+    def command_tokens(self, _rest: str) -> None:
         self.action_toggle_tokens()
 
-    def command_theme(self: Base, rest: str) -> None:
+    def command_theme(self, rest: str) -> None:
         if not rest:
             self.app.search_themes()
         elif rest in self.app.available_themes:
@@ -249,16 +243,16 @@ class ChatCommands:
 
     # jobs and the end
 
-    def command_pull(self: Base, rest: str) -> None:
+    def command_pull(self, rest: str) -> None:
         self._start_job("pull", rest)
 
-    def command_convert(self: Base, rest: str) -> None:
+    def command_convert(self, rest: str) -> None:
         self._start_job("convert", rest)
 
-    def command_calibrate(self: Base, rest: str) -> None:
+    def command_calibrate(self, rest: str) -> None:
         self._start_job("calibrate", rest)
 
-    def _start_job(self: Base, verb: str, rest: str) -> None:
+    def _start_job(self, verb: str, rest: str) -> None:
         try:
             words = shlex.split(rest)
         except ValueError as error:
@@ -269,24 +263,16 @@ class ChatCommands:
         self.notify(f"{job.title} runs in the background; F8 shows it")
         self._update_title()
 
-    async def command_quit(self: Base, _rest: str) -> None:
+    async def command_quit(self, _rest: str) -> None:
         await self.app.action_quit()
 
-    def action_page(self: Base, direction: int) -> None:
+    def action_page(self, direction: int) -> None:
         """Scroll the transcript by a page."""
         transcript = self.query_one("#transcript", VerticalScroll)
         if direction < 0:
             transcript.scroll_page_up(animate=False)
         else:
             transcript.scroll_page_down(animate=False)
-
-
-def _exists(screen: Screen[None], conversation: int) -> bool:
-    try:
-        screen.app.store.open(conversation)  # type: ignore[attr-defined]
-    except StoreError:
-        return False
-    return True
 
 
 def _export_path(given: str, title: str) -> Path:

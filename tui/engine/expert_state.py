@@ -1,19 +1,19 @@
 """What the expert map shows: where every expert is and what was just asked of it.
 
-Pure arithmetic over arrays [n_layer, n_expert], so that it can be tested without a terminal.
+Pure arithmetic over arrays [layers, n_expert], so that it can be tested without a terminal.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from enum import IntEnum
 
 import numpy as np
 import numpy.typing as npt
 
-from mobile_gguf.engine.binding import LOADING as STORE_LOADING
-from mobile_gguf.engine.binding import RESIDENT
+from mobile_gguf.engine.experts import Asked, Places
+from mobile_gguf.engine.structs import LOADING as STORE_LOADING
+from mobile_gguf.engine.structs import RESIDENT
 
 # For how many tokens a hit or a miss stays visible; the first of them is the brightest.
 GLOW_TOKENS = 4
@@ -36,59 +36,46 @@ class Cell(IntEnum):
 _FIRST_EVENT = Cell.OLD_HIT
 
 
-@dataclass(frozen=True)
-class Routed:
-    """One expert that a token was routed to; ``hit`` if its bytes were in memory."""
-
-    layer: int
-    expert: int
-    hit: bool
-
-
 class ExpertState:
     """The last known residency of all experts, and the events of the last tokens."""
 
-    def __init__(
-        self,
-        n_layer: int,
-        n_expert: int,
-        layers: Sequence[int] | None = None,
-        expert_bytes: Sequence[int] = (),
-    ) -> None:
-        """``layers`` are those with experts, all by default; ``expert_bytes`` is what one of each takes."""
-        shape = (n_layer, n_expert)
+    def __init__(self, layers: Sequence[int], n_expert: int, expert_bytes: Sequence[int] = ()) -> None:
+        """``layers`` are numbers of those with experts, a row each; ``expert_bytes`` of one in each."""
+        shape = (len(layers), n_expert)
         self.expert_bytes = list(expert_bytes)
-        self.layers = list(range(n_layer)) if layers is None else list(layers)
+        self.layers = list(layers)
         self.host: npt.NDArray[np.uint8] = np.zeros(shape, dtype=np.uint8)
         self.device: npt.NDArray[np.uint8] | None = None
         self.hits: npt.NDArray[np.int64] = np.zeros(shape, dtype=np.int64)
         self.misses: npt.NDArray[np.int64] = np.zeros(shape, dtype=np.int64)
+        self.n_lost = 0  # uses that were not counted
         self.token = 0
         self._hit_at = np.full(shape, -GLOW_TOKENS, dtype=np.int64)
         self._miss_at = np.full(shape, -GLOW_TOKENS, dtype=np.int64)
 
-    def set_residency(self, host: npt.NDArray[np.uint8], device: npt.NDArray[np.uint8] | None = None) -> None:
-        """Take a new picture of where the experts are, as the engine's residency codes."""
-        self.host = host
-        self.device = device
+    def set_places(self, places: Places) -> None:
+        """Take a new picture of where the experts are."""
+        self.host = places.host
+        self.device = places.device
 
-    def next_token(self, routed: Iterable[Routed]) -> None:
+    def next_token(self, asked: Asked) -> None:
         """Count the experts of one more token."""
         self.token += 1
-        n_layer, n_expert = self.host.shape
-        for item in routed:
-            if not (0 <= item.layer < n_layer and 0 <= item.expert < n_expert):
-                continue
-            at, counts = (self._hit_at, self.hits) if item.hit else (self._miss_at, self.misses)
-            at[item.layer, item.expert] = self.token
-            counts[item.layer, item.expert] += 1
+        self.n_lost += asked.n_lost
+        for at, counts, which in (
+            (self._hit_at, self.hits, ~asked.missed),
+            (self._miss_at, self.misses, asked.missed),
+        ):
+            where = asked.rows[which], asked.experts[which]
+            at[where] = self.token
+            np.add.at(counts, where, 1)
 
     def settle(self) -> None:
         """Let the glow of all events end, as when an answer is over."""
         self.token += GLOW_TOKENS
 
     def cells(self) -> npt.NDArray[np.uint8]:
-        """A Cell for each expert, [n_layer, n_expert]."""
+        """A Cell for each expert, [layers, n_expert]."""
         cells = np.where(self.host == RESIDENT, Cell.HOST, Cell.ABSENT).astype(np.uint8)
         on_device = self.device == RESIDENT if self.device is not None else np.zeros_like(cells, dtype=bool)
         cells[on_device] = Cell.DEVICE
@@ -103,16 +90,11 @@ class ExpertState:
         cells[miss_age == 0] = Cell.MISS
         return cells
 
-    def visible(self) -> npt.NDArray[np.uint8]:
-        """``cells`` of the layers that have experts."""
-        return self.cells()[self.layers]
-
     def counts(self) -> dict[str, int]:
         """How many experts are on the device, on the host, and being loaded; bytes of those on the host."""
-        host, device = self.host[self.layers], self.device
-        on_device = int((device[self.layers] == RESIDENT).sum()) if device is not None else 0
-        loading = int((host == STORE_LOADING).sum())
-        by_layer = (host == RESIDENT).sum(axis=1).tolist()
+        on_device = int((self.device == RESIDENT).sum()) if self.device is not None else 0
+        loading = int((self.host == STORE_LOADING).sum())
+        by_layer = (self.host == RESIDENT).sum(axis=1).tolist()
         n_bytes = sum(n * each for n, each in zip(by_layer, self.expert_bytes, strict=False))
         return {"device": on_device, "host": sum(by_layer), "loading": loading, "bytes": n_bytes}
 

@@ -12,6 +12,7 @@ from mobile_gguf.generate.receipt import Receipt
 from .outbox import Outbox
 
 if TYPE_CHECKING:
+    from mobile_gguf.engine.experts import Experts
     from mobile_gguf.gguf.info import GgufInfo
 
 
@@ -31,7 +32,7 @@ class ModelLoaded(Message):
     info: GgufInfo
     facts: dict[str, Any]
     notices: list[str]
-    layers: list[int]  # those with routed experts
+    experts: Experts
 
 
 @dataclass

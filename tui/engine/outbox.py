@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass, field
 
-from .expert_state import Routed
+from mobile_gguf.engine.experts import Asked
 
 
 @dataclass(frozen=True)
@@ -24,21 +24,21 @@ class Outbox:
 
     answer_id: int
     _tokens: list[Token] = field(default_factory=list)
-    _routed: list[list[Routed]] = field(default_factory=list)
+    _asked: list[Asked | None] = field(default_factory=list)
     _announced: bool = False
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def put(self, token: Token, routed: list[Routed]) -> bool:
+    def put(self, token: Token, asked: Asked | None) -> bool:
         """Add a token; True if the screen must be told, False if a message is on its way already."""
         with self._lock:
             self._tokens.append(token)
-            self._routed.append(routed)
+            self._asked.append(asked)
             announced, self._announced = self._announced, True
             return not announced
 
-    def take(self) -> tuple[list[Token], list[list[Routed]]]:
-        """Everything since the last call: tokens, and for each the experts that were routed meanwhile."""
+    def take(self) -> tuple[list[Token], list[Asked | None]]:
+        """Everything since the last call: tokens, and for each the experts that were asked for meanwhile."""
         with self._lock:
-            taken = self._tokens, self._routed
-            self._tokens, self._routed, self._announced = [], [], False
+            taken = self._tokens, self._asked
+            self._tokens, self._asked, self._announced = [], [], False
             return taken

@@ -16,12 +16,12 @@ from typing import Any
 from textual.message import Message
 
 from mobile_gguf.api.model import Model, load
-from mobile_gguf.errors import MobileError
+from mobile_gguf.engine.experts import Asked, Experts, Places, Watch
+from mobile_gguf.errors import EngineMemoryError, MobileError
 from mobile_gguf.generate.answer import INTERRUPTED, Chunk
 from mobile_gguf.generate.decode import Pass
 from mobile_gguf.generate.receipt import Receipt
 
-from .expert_watch import ExpertWatch, Residency, Watch, moe_layers
 from .messages import AnswerEnded, AnswerProgressed, LoadFailed, LoadProgressed, ModelLoaded
 from .outbox import Outbox, Token
 
@@ -41,17 +41,14 @@ class EngineThread(threading.Thread):
         post: Callable[[Message], Any],
         *,
         loader: Callable[..., Model] = load,
-        make_watch: Callable[[Model], Watch] = ExpertWatch,
     ) -> None:
         super().__init__(name="mobile-gguf-engine", daemon=True)
         self._post_message = post
         self._loader = loader
-        self._make_watch = make_watch
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._stopping = threading.Event()
-        self._lifetime = threading.Lock()
         self._model: Model | None = None
-        self._watch: Watch | None = None
+        self._experts: Experts | None = None
         # Set by the screen: whether to record what each token is routed to.
         self.watching = False
 
@@ -71,14 +68,10 @@ class EngineThread(threading.Thread):
         """End the running answer or load as soon as the engine asks."""
         self._stopping.set()
 
-    def residency(self) -> Residency | None:
+    def places(self) -> Places | None:
         """Where the experts are now; None without a model, or while one is being opened or closed."""
-        if not self._lifetime.acquire(blocking=False):
-            return None
-        try:
-            return self._watch.residency() if self._watch is not None else None
-        finally:
-            self._lifetime.release()
+        experts = self._experts
+        return experts.places() if experts is not None else None
 
     def shut_down(self, timeout: float) -> bool:
         """End the thread and close the model; False if that takes longer than ``timeout`` seconds."""
@@ -102,10 +95,9 @@ class EngineThread(threading.Thread):
             self._post_message(message)
 
     def _close(self) -> None:
-        with self._lifetime:
-            model, self._model, self._watch = self._model, None, None
-            if model is not None:
-                model.close()
+        model, self._model, self._experts = self._model, None, None
+        if model is not None:
+            model.close()
 
     def _load(self, reference: str, options: dict[str, Any]) -> None:
         told = 0.0
@@ -123,7 +115,6 @@ class EngineThread(threading.Thread):
             if self._stopping.is_set():
                 raise Cancelled
             model = self._loader(reference, progress=progress, **options)
-            watch = self._make_watch(model)
         except Cancelled:
             self._post(LoadFailed(reference, "loading was cancelled", cancelled=True))
         except MobileError as error:
@@ -131,26 +122,21 @@ class EngineThread(threading.Thread):
         except Exception as error:  # whatever it is, the screen must live to show it
             self._post(LoadFailed(reference, _unexpected(error)))
         else:
-            with self._lifetime:
-                self._model, self._watch = model, watch
-            layers = moe_layers(model.info)
-            self._post(ModelLoaded(reference, model.info, model.stats(), list(model.notices), layers))
+            self._model, self._experts = model, (experts := model.experts())
+            self._post(ModelLoaded(reference, model.info, model.stats(), list(model.notices), experts))
 
     def _generate(self, answer_id: int, messages: list[dict[str, Any]], options: dict[str, Any]) -> None:
-        model, watch = self._model, self._watch
+        model = self._model
         last: Chunk | None = None
         error = ""
         try:
-            if model is None or watch is None:
+            if model is None:
                 raise MobileError("no model is loaded")
-            last = self._stream(model, watch, Outbox(answer_id), messages, options)
+            last = self._stream(model, Outbox(answer_id), messages, options)
         except MobileError as failure:
             error = str(failure)
         except Exception as failure:
             error = _unexpected(failure)
-        finally:
-            if watch is not None:
-                watch.stop()
         reason = (last.finish_reason if last is not None else None) or INTERRUPTED
         self._post(
             AnswerEnded(
@@ -167,7 +153,6 @@ class EngineThread(threading.Thread):
     def _stream(
         self,
         model: Model,
-        watch: Watch,
         outbox: Outbox,
         messages: list[dict[str, Any]],
         options: dict[str, Any],
@@ -175,19 +160,38 @@ class EngineThread(threading.Thread):
         last: Chunk | None = None
         before, started = Receipt(), time.perf_counter()
         answer = model.stream_chat(messages, should_stop=self._stopping.is_set, **options)
-        with contextlib.closing(answer) as chunks:
+        with contextlib.closing(answer) as chunks, contextlib.closing(Follower(model.experts())) as follower:
             for chunk in chunks:
                 now = time.perf_counter()
                 token = _token(chunk, before, now - started)
                 before, started, last = chunk.receipt, now, chunk
-                routed = watch.take()
-                if self.watching:
-                    watch.start()
-                else:
-                    watch.stop()
-                if outbox.put(token, routed):
+                if outbox.put(token, follower.take(self.watching)):
                     self._post(AnswerProgressed(outbox))
         return last
+
+
+class Follower:
+    """Takes what tokens ask for while somebody looks: an answer must not fail because of its picture."""
+
+    def __init__(self, experts: Experts) -> None:
+        self._experts = experts
+        self._watch: Watch | None = None
+
+    def take(self, watching: bool) -> Asked | None:
+        """What was asked for since the last call; None if nobody looked."""
+        asked = self._watch.take() if self._watch is not None else None
+        if not watching:
+            self.close()
+        elif self._watch is None:
+            with contextlib.suppress(EngineMemoryError):
+                self._watch = self._experts.watch()
+        return asked
+
+    def close(self) -> None:
+        """Nobody looks any more."""
+        watch, self._watch = self._watch, None
+        if watch is not None:
+            watch.close()
 
 
 def _token(chunk: Chunk, before: Receipt, seconds: float) -> Token:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import ClassVar
 
 from textual import on
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical, VerticalScroll
-from textual.screen import Screen
 from textual.widgets import Footer, Static
 
 from mobile_gguf.generate.receipt import Receipt
@@ -25,10 +24,8 @@ from ..widgets.prompt import Prompt
 from ..widgets.side_panel import SidePanel
 from ..widgets.title_bar import TitleBar
 from ..widgets.turn_view import AnswerView, QuestionView
-from .chat_view import ANSWERING, IDLE, LOADING, ChatView
-
-if TYPE_CHECKING:
-    from ..app import ChatApp
+from .chat_state import ANSWERING, IDLE, LOADING
+from .dialog import NARROW_OR_WIDE
 
 _WELCOME = (
     """Type a question and press Enter. Ctrl-O picks a model, F1 shows all keys, / lists the commands."""
@@ -37,7 +34,7 @@ _WELCOME = (
 _MAP_SECONDS = 0.15
 
 
-class ChatScreen(ChatCommands, ChatView, Screen[None]):
+class ChatScreen(ChatCommands):
     """The main screen. Engine and jobs post messages here; handlers own all state."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -61,25 +58,10 @@ class ChatScreen(ChatCommands, ChatView, Screen[None]):
             "pagedown", "page(1)", "Down", id="chat.page_down", tooltip="Scroll on", show=False, priority=True
         ),
     ]
-    HORIZONTAL_BREAKPOINTS: ClassVar = [(0, "-narrow"), (100, "-wide")]
-
-    app: ChatApp
+    HORIZONTAL_BREAKPOINTS = NARROW_OR_WIDE
 
     def __init__(self) -> None:
         super().__init__()
-        self.state = IDLE
-        self.reference = ""
-        self.model_name = ""
-        self.facts: dict[str, Any] = {}
-        self.context_used = 0
-        self.coloured = False
-        self._answer: AnswerView | None = None
-        self._answer_id = 0
-        self._started = 0.0
-        self._speed = 0.0
-        self._map_wanted: bool | None = None  # None: by the width
-        self._editing: int | None = None
-        self._pending = ""  # asked while the model was loading
         self._completion_values = completion_values(self)
 
     def compose(self) -> ComposeResult:
@@ -104,15 +86,6 @@ class ChatScreen(ChatCommands, ChatView, Screen[None]):
         self._update_map_shown()
         self.set_interval(_MAP_SECONDS, self._tick)
 
-    @property
-    def prompt(self) -> Prompt:
-        return self.query_one(Prompt)
-
-    @property
-    def busy(self) -> bool:
-        """Whether the engine is at work."""
-        return self.state != IDLE
-
     # loading
 
     def load_model(self, reference: str) -> None:
@@ -134,12 +107,11 @@ class ChatScreen(ChatCommands, ChatView, Screen[None]):
         self.model_name = event.info.name or event.reference
         self.state = IDLE
         self.context_used = 0
-        has_store = event.facts.get("store") is not None and event.info.n_expert > 0
         each = [sum(layer.matrix_bytes) for layer in event.info.expert_layers]
-        info = event.info
-        state = ExpertState(info.n_layer, info.n_expert, event.layers, each) if has_store else None
+        experts = event.experts
+        state = ExpertState(experts.layers, experts.n_expert, each) if experts.has_store else None
         self.query_one(SidePanel).set_state(state)
-        self._read_residency()
+        self._read_places()
         self._update_title()
         for notice in event.notices:
             self.notify(notice, severity="warning", timeout=8)
@@ -206,10 +178,10 @@ class ChatScreen(ChatCommands, ChatView, Screen[None]):
 
     @on(AnswerProgressed)
     def _answer_progressed(self, event: AnswerProgressed) -> None:
-        tokens, routed = event.outbox.take()
+        tokens, asked = event.outbox.take()
         if event.outbox.answer_id != self._answer_id or self._answer is None:
             return
-        self.query_one(SidePanel).add_tokens(tokens, routed)
+        self.query_one(SidePanel).add_tokens(tokens, asked)
         last = tokens[-1].seconds if tokens else 0.0
         if last > 0 and len(self._answer.tokens) > 0:
             self._speed = 1 / last if not self._speed else 0.8 * self._speed + 0.2 / last
@@ -236,7 +208,7 @@ class ChatScreen(ChatCommands, ChatView, Screen[None]):
         panel = self.query_one(SidePanel)
         if panel.state is not None:
             panel.state.settle()
-        self._read_residency()
+        self._read_places()
         self._update_title()
 
     async def _take_back(self, view: AnswerView) -> None:

@@ -3,55 +3,53 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..widgets.side_panel import SidePanel
 from ..widgets.title_bar import TitleBar
 from ..widgets.turn_view import AnswerView
+from .chat_state import ANSWERING, ChatState
+from .map import MapScreen
 
-if TYPE_CHECKING:
-    from .chat import ChatScreen
-
-    Base = ChatScreen
-else:
-    Base = object
-
-IDLE, LOADING, ANSWERING = "idle", "loading", "answering"
 _WIDE = 100  # columns from which on the map stands beside the chat
 # A lower window has no room for a map above the chat: it would push out the prompt.
 _LEAST_LINES = 20
 
 
-class ChatView:
+class ChatView(ChatState):
     """Draws what the chat screen knows; owns nothing."""
 
     @property
-    def _map_shown(self: Base) -> bool:
+    def _map_shown(self) -> bool:
         return bool(self.query_one(SidePanel).display)
 
-    def on_resize(self: Base) -> None:
+    def on_resize(self) -> None:
         self.call_after_refresh(self._update_map_shown)
 
-    def _update_map_shown(self: Base) -> None:
+    def _update_map_shown(self) -> None:
         wide = self.size.width >= _WIDE
         wanted = wide if self._map_wanted is None else self._map_wanted
         self.query_one(SidePanel).display = wanted and self._has_room_for_map
         self.app.engine.watching = self._map_shown or self.app.map_open
 
     @property
-    def _has_room_for_map(self: Base) -> bool:
+    def _has_room_for_map(self) -> bool:
         return self.size.width >= _WIDE or self.size.height >= _LEAST_LINES
 
-    def action_toggle_map(self: Base) -> None:
+    def action_toggle_map(self) -> None:
         """Show or hide the expert map; on the whole screen where there is no room for both."""
         if not self._has_room_for_map:
             self.action_full_map()
             return
         self._map_wanted = not self._map_shown
         self._update_map_shown()
-        self._read_residency()
+        self._read_places()
 
-    def action_toggle_tokens(self: Base) -> None:
+    def action_full_map(self) -> None:
+        """The whole expert map."""
+        self.app.push_screen(MapScreen(), lambda _result: self._update_map_shown())
+
+    def action_toggle_tokens(self) -> None:
         """Show tokens coloured by their pass, or Markdown."""
         self.coloured = not self.coloured
         for view in self.query(AnswerView):
@@ -59,22 +57,22 @@ class ChatView:
         if self.coloured:
             self.notify("big plain, little dim, fallback underlined; Ctrl-T back to Markdown", timeout=4)
 
-    def _tick(self: Base) -> None:
+    def _tick(self) -> None:
         if self.busy and (self._map_shown or self.app.map_open):
-            self._read_residency()
+            self._read_places()
         if self.state == ANSWERING and self._answer is not None and not self._answer.tokens:
             waited = time.monotonic() - self._started
             if waited >= 1:
                 self.query_one(TitleBar).activity = f"reading the prompt {waited:.0f} s · Esc stops"
 
-    def _read_residency(self: Base) -> None:
+    def _read_places(self) -> None:
         panel = self.query_one(SidePanel)
-        residency = self.app.engine.residency()
-        if panel.state is not None and residency is not None:
-            panel.state.set_residency(*residency)
+        places = self.app.engine.places()
+        if panel.state is not None and places is not None:
+            panel.state.set_places(places)
         panel.redraw()
 
-    def _update_title(self: Base) -> None:
+    def _update_title(self) -> None:
         title = self.query_one(TitleBar)
         if not self.busy:
             title.activity = ""

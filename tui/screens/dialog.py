@@ -9,11 +9,14 @@ from textual.screen import ModalScreen
 
 Result = TypeVar("Result")
 
+# A screen's class, by the columns from which on it has it.
+NARROW_OR_WIDE: list[tuple[int, str]] | None = [(0, "-narrow"), (100, "-wide")]
+
 
 class Dialog(ModalScreen[Result], Generic[Result]):
     """Base of the modal screens."""
 
-    HORIZONTAL_BREAKPOINTS: ClassVar = [(0, "-narrow"), (100, "-wide")]
+    HORIZONTAL_BREAKPOINTS = NARROW_OR_WIDE
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape", "close", "Close", id="dialog.close", tooltip="Close this window")
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any, ClassVar
+from typing import Any
 
 from textual import events
 from textual.app import ComposeResult
@@ -46,6 +46,9 @@ class CopyLine(Static):
         copy(self.app, self._fence.code.rstrip("\n"), "code block")
 
 
+_BLOCKS = Markdown.BLOCKS | {"fence": CopyFence, "code_block": CopyFence}
+
+
 class AnswerMarkdown(Markdown):
     """An answer's text, which may come in pieces.
 
@@ -53,7 +56,7 @@ class AnswerMarkdown(Markdown):
     the other is through parses from the wrong line.
     """
 
-    BLOCKS: ClassVar = {**Markdown.BLOCKS, "fence": CopyFence, "code_block": CopyFence}
+    BLOCKS = _BLOCKS
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)

@@ -97,7 +97,7 @@ class ExpertMap(Widget):
             return Strip([Segment(text[: size[0]].ljust(size[0]), self._style("expert-map--label"))])
         if self._cells is None or self._drawn_size != size:
             room = size[0] - self._label_width()
-            self._cells = aggregate(state.visible(), size[1] - 1, room)
+            self._cells = aggregate(state.cells(), size[1] - 1, room)
             self._drawn_size = size
         columns, rows, width, label = self._layout_cells()
         if y == 0:
@@ -141,12 +141,12 @@ class ExpertMap(Widget):
             return None
         band, experts = rows[row], columns[column]
         layers = state.layers[band.start : band.stop]
-        hits = int(sum(state.hits[layer, expert] for layer in layers for expert in experts))
-        misses = int(sum(state.misses[layer, expert] for layer in layers for expert in experts))
-        seen = state.visible()[band.start : band.stop, experts.start : experts.stop]
-        value = aggregate(seen, 1, 1)[0, 0]
+        here = slice(band.start, band.stop), slice(experts.start, experts.stop)
+        hits, misses = int(state.hits[here].sum()), int(state.misses[here].sum())
+        value = aggregate(state.cells()[here], 1, 1)[0, 0]
+        lost = f"; {state.n_lost} uses in the model were not seen" if state.n_lost else ""
         where = f"layer {_span(layers)}, expert {_span(experts)}"
-        return f"{where}: {NAMES[Cell(int(value))]}; {hits} hits, {misses} misses"
+        return f"{where}: {NAMES[Cell(int(value))]}; {hits} hits, {misses} misses{lost}"
 
 
 def _span(numbers: list[int] | range) -> str:

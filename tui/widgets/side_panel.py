@@ -9,9 +9,10 @@ from textual.containers import Vertical
 from textual.content import Content
 from textual.widgets import Static
 
+from mobile_gguf.engine.experts import Asked
 from mobile_gguf.sizes import format_bytes
 
-from ..engine.expert_state import ExpertState, Routed
+from ..engine.expert_state import ExpertState
 from ..engine.outbox import Token
 from .expert_map import DEVICE_LEGEND, GLYPHS, LEGEND, NAMES, STYLES, ExpertMap
 from .gauge import Gauge
@@ -58,10 +59,10 @@ class SidePanel(Vertical):
             gauge.clear()
         self.redraw()
 
-    def add_tokens(self, tokens: Sequence[Token], routed: Sequence[list[Routed]]) -> None:
-        """Take in tokens and what they were routed to."""
+    def add_tokens(self, tokens: Sequence[Token], asked: Sequence[Asked | None]) -> None:
+        """Take in tokens and what they asked for."""
         if self.state is not None:
-            for item in routed:
+            for item in asked:
                 if item:
                     self.state.next_token(item)
         timed = [token for token in tokens if token.kind]
@@ -78,7 +79,7 @@ class SidePanel(Vertical):
         if self.state is None:
             return Content("experts: no store")
         counts = self.state.counts()
-        total = len(self.state.layers) * self.state.host.shape[1]
+        total = self.state.host.size
         if self.state.device is None:
             parts = [f"{counts['host']} of {total} in RAM"]
         else:

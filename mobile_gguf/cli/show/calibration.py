@@ -12,11 +12,11 @@ import numpy as np
 from mobile_gguf.convert.calibrate.buddies import list_lengths
 from mobile_gguf.convert.calibrate.statistics import Statistics
 from mobile_gguf.errors import ModelFormatError
+from mobile_gguf.gguf import keys
 from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.sizes import format_bytes
+from mobile_gguf.wording import columns
 
-CALIBRATION_JSON = "mobile.calibration.json"
-VERIFY_STATUS, VERIFY_JSON = "mobile.verify.status", "mobile.verify.json"
 ALPHAS = (0.5, 0.9)
 
 _COLUMNS = ("setting", "little-k", "mean KL", "same top", "perplexity", "big tokens", "bytes/token")
@@ -41,13 +41,15 @@ def read_json(info: GgufInfo, key: str) -> dict[str, Any] | None:
 
 def calibration_facts(info: GgufInfo) -> dict[str, Any] | None:
     """The stored calibration, checked; None without one. Raises ModelFormatError."""
-    found = read_json(info, CALIBRATION_JSON)
+    found = read_json(info, keys.CALIBRATION_JSON)
     if found is None:
         return None
     head, default, curves = found.get("head"), found.get("default"), found.get("curves")
     good = isinstance(head, dict) and isinstance(default, dict) and isinstance(curves, list)
     if not good or not all(map(_is_point, [default, *curves])):  # type: ignore[list-item]
-        raise ModelFormatError(f"{info.path}: metadata {CALIBRATION_JSON} is damaged; calibrate it again")
+        raise ModelFormatError(
+            f"{info.path}: metadata {keys.CALIBRATION_JSON} is damaged; calibrate it again"
+        )
     return found
 
 
@@ -65,10 +67,10 @@ def _is_number(value: Any) -> bool:
 
 def verification_row(info: GgufInfo) -> tuple[str, str]:
     """Whether the file was compared with its checkpoint, and how that went."""
-    status = info.metadata.get(VERIFY_STATUS)
+    status = info.metadata.get(keys.VERIFY_STATUS)
     if not isinstance(status, str):
         return "verified", "never"
-    found = read_json(info, VERIFY_JSON) or {}
+    found = read_json(info, keys.VERIFY_JSON) or {}
     reasons, worst = found.get("reasons"), found.get("worst")
     if isinstance(reasons, list) and reasons:
         return "verified", f"{status}: {'; '.join(map(str, reasons))}"
@@ -123,12 +125,7 @@ def price_lines(calibration: Mapping[str, Any]) -> list[str]:
                 format_bytes(point["expert_bytes"]),
             )
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        f"  {first:<{widths[0]}}  "
-        + "  ".join(f"{c:>{w}}" for c, w in zip(others, widths[1:], strict=True)).rstrip()
-        for first, *others in rows
-    ]
+    return [f"  {line}" for line in columns(rows, right=range(1, len(_COLUMNS)))]
 
 
 def _place(point: Mapping[str, Any]) -> tuple[bool, float, int, str, float]:

@@ -6,12 +6,12 @@ from typing import Any
 
 from mobile_gguf.convert.calibrate.statistics import Statistics
 from mobile_gguf.generate.decode import default_little_k
+from mobile_gguf.gguf import keys
 from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.sizes import format_bytes
+from mobile_gguf.wording import name_lines, plain
 
 from .calibration import (
-    VERIFY_JSON,
-    VERIFY_STATUS,
     calibration_facts,
     calibration_rows,
     price_lines,
@@ -48,7 +48,7 @@ def facts(info: GgufInfo) -> dict[str, Any]:
         "budget_all_bytes": info.budget_all_bytes,
         "layout": info.layout,
         "segments": info.segments,
-        "segment_order": info.metadata.get("mobile.segments.order"),
+        "segment_order": info.metadata.get(keys.SEGMENT_ORDER),
         "alignment": info.metadata.get("general.alignment"),
         "has_chat_template": info.chat_template is not None,
         "tiers": tier_facts(make_tiers(info)) if info.is_moe else None,
@@ -58,7 +58,10 @@ def facts(info: GgufInfo) -> dict[str, Any]:
 def calibrated_facts(info: GgufInfo, statistics: Statistics | None) -> dict[str, Any]:
     """What verification and calibration left in the file, for JSON; None where they did not run."""
     return {
-        "verification": {"status": info.metadata.get(VERIFY_STATUS), "result": read_json(info, VERIFY_JSON)},
+        "verification": {
+            "status": info.metadata.get(keys.VERIFY_STATUS),
+            "result": read_json(info, keys.VERIFY_JSON),
+        },
         "calibration": calibration_facts(info),
         "statistics": None if statistics is None else statistics_facts(statistics),
     }
@@ -77,7 +80,7 @@ def lines(info: GgufInfo, statistics: Statistics | None, *, fancy: bool = False)
             shown.append(("calibration", "none; run mobile-gguf calibrate"))
         if statistics is not None:
             shown += statistics_rows(statistics)
-    found = [f"{name:<24}{plain(value)}" for name, value in shown]
+    found = name_lines([(name, plain(value)) for name, value in shown], 24)
     if calibration is not None:
         found += ["", "price of each setting (* the default of big-little)"]
         found += map(plain, price_lines(calibration))
@@ -85,11 +88,6 @@ def lines(info: GgufInfo, statistics: Statistics | None, *, fancy: bool = False)
         found += ["", f"hotness: layers x experts, over {statistics.n_tokens} tokens"]
         found += heat_map(statistics.hotness, statistics.layers, fancy=fancy)
     return found
-
-
-def plain(text: str) -> str:
-    """Text from a file without what a terminal would obey."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def rows(info: GgufInfo) -> list[tuple[str, str]]:
@@ -127,7 +125,7 @@ def layout(info: GgufInfo) -> str:
     """How the experts lie in the file."""
     words = [info.layout]
     if info.segments > 1:
-        order = info.metadata.get("mobile.segments.order", "natural")
+        order = info.metadata.get(keys.SEGMENT_ORDER, "natural")
         words.append(f"{info.segments} segments each (neurons by {order} order)")
     alignment = info.metadata.get("general.alignment")
     if alignment is not None:

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 
+from mobile_gguf.gguf import keys
 from mobile_gguf.gguf.info import read_gguf_info
 from mobile_gguf.hub.explain import is_offline
 from mobile_gguf.hub.pull import find_pulled
@@ -13,7 +14,8 @@ from mobile_gguf.hub.reference import is_reference, parse_reference
 from mobile_gguf.hub.remote import read_remote_info
 from mobile_gguf.hub.resolve import resolve_model
 
-from ..common import MODEL_HELP, Progress, narrate
+from ..common import MODEL_HELP, narrate
+from ..progress import Progress
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -33,7 +35,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(args: argparse.Namespace) -> int:
     """Run the verb."""
     # what reads arrays is imported only now, so that every other verb starts without numpy
-    from mobile_gguf.convert.calibrate.store import N_TOKENS, read_statistics
+    from mobile_gguf.convert.calibrate.store import read_statistics
 
     from . import heatmap
     from .report import calibrated_facts, facts, lines
@@ -46,7 +48,9 @@ def run(args: argparse.Namespace) -> int:
         else:
             info = read_gguf_info(resolve_model(args.model, progress))
     # of a model on the Hub only the header is read, and the statistics are tensors
-    statistics = read_statistics(info.path) if N_TOKENS in info.metadata and remote is None else None
+    statistics = (
+        read_statistics(info.path) if keys.STATISTICS_N_TOKENS in info.metadata and remote is None else None
+    )
     if args.json:
         found = facts(info) | calibrated_facts(info, statistics) | {"pulled": remote is None}
         print(json.dumps(found, ensure_ascii=False))

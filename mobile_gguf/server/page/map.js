@@ -66,7 +66,8 @@ function draw() {
       pen.fillRect(left, top, Math.round((x + 1) * width) - left - gap, Math.round((y + 1) * height) - top - gap);
     }
   });
-  $("map-size").textContent = `${rows.length} layers × ${map.n_expert}`;
+  const dense = map.dense_layers.length;
+  $("map-size").textContent = `${rows.length} layers × ${map.n_expert}${dense ? ` (${dense} more without experts)` : ""}`;
   const all = rows.length * map.n_expert;
   const size = meta.expert_bytes ?? 0;
   const { host: resident, device } = map.resident;

@@ -175,6 +175,21 @@ int32_t mobile_trace_stop(struct llama_context * ctx) {
     });
 }
 
+int32_t mobile_routed_watch(struct llama_context * ctx, bool on) {
+    return mobile_guard([&] {
+        mobile_context_of(ctx).ring.watch(on);
+        return MOBILE_OK;
+    });
+}
+
+int32_t mobile_routed_read(const struct llama_context * ctx, uint64_t since, struct mobile_routed * routed, int32_t n, uint64_t * next, uint64_t * n_lost) {
+    return mobile_guard([&] {
+        const mobile_context & m = mobile_context_of(ctx);
+        mobile_require(n >= 0 && (routed || n == 0) && next && n_lost, "reading needs room for n entries, and for two numbers");
+        return (int32_t) m.ring.read(since, routed, (size_t) n, *next, *n_lost);
+    });
+}
+
 int32_t mobile_set_replay(struct llama_context * ctx, const int32_t * ids, int32_t n_steps, int32_t n_layer, int32_t k) {
     return mobile_guard([&] {
         mobile_context & m = mobile_context_of(ctx);

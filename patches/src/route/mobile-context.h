@@ -1,7 +1,8 @@
 // mobile-context.h - what a llama_context has of ours: one member for each job, and the thread that each belongs to.
 //
-// All of it belongs to the thread that decodes, but for slot_map, which any thread may read. The C API is called by that
-// thread as well (mobile.h), so nothing here is locked; store and predictor have threads and locks of their own.
+// All of it belongs to the thread that decodes, but for slot_map and ring, which any thread may read. The C API is called
+// by that thread as well (mobile.h), so nothing else here is locked; store and predictor have threads and locks of their
+// own.
 
 #pragma once
 
@@ -10,6 +11,7 @@
 #include "route/mobile-graph.h"
 #include "route/mobile-pass.h"
 #include "route/mobile-predict.h"
+#include "route/mobile-ring.h"
 #include "route/mobile-route.h"
 #include "route/mobile-rules.h"
 #include "route/mobile-trace.h"
@@ -31,6 +33,7 @@ struct mobile_context {
 
     mobile_rules rules;  // what changes outputs
     mobile_trace trace;
+    mobile_ring  ring;
     mobile_usage usage;  // counters
     mobile_graph graph;
     mobile_pass  pass;   // the running ubatch

@@ -21,7 +21,7 @@
 
 static bool has_policy(const mobile_context & ctx) {
     // ids of segments come from the route op
-    return ctx.store->n_segments > 1 || ctx.rules.any() || ctx.trace.is_on();
+    return ctx.store->n_segments > 1 || ctx.rules.any() || ctx.trace.is_on() || ctx.ring.is_watched();
 }
 
 bool mobile_graph_holds(mobile_context * ctx) {

@@ -134,17 +134,39 @@ static void route_weights(const mobile_route & route, const ggml_tensor * dst, i
     }
 }
 
-static void trace_layer(mobile_context & ctx, const mobile_route & route, mobile_store_layer layer, const ggml_tensor * dst) {
+// whether the layer needs nothing of an expert from the host
+static bool in_slots(const mobile_context & ctx, const mobile_route & route, const ggml_tensor * dst, int32_t expert) {
+    if (!ctx.slots || !(has_hot(dst) || ctx.slots->whole_layer(route.il))) {
+        return false;
+    }
+    for (int32_t s = 0; s < ctx.store->n_segments; ++s) {
+        if (!ctx.slots->is_there(route.il, ctx.store->part_of(expert, s))) {
+            return false;
+        }
+    }
+    return true;
+}
+
+// what the layer asks for, to the trace and to those who watch
+static void record_layer(mobile_context & ctx, const mobile_route & route, mobile_store_layer layer, const ggml_tensor * dst) {
+    std::vector<mobile_routed> & watched = ctx.routing.watched;
+    watched.clear();
     for (int64_t t = 0; t < dst->ne[1]; ++t) {
         const int32_t token = ctx.pass.token_of(t, dst->ne[1]);
         for (int64_t rank = 0; rank < n_used_of(dst); ++rank) {
             const int32_t id = routed_ids(dst, t)[rank];
-            if (id >= 0) {
-                const uint64_t bytes = layer.is_none() ? 0 : ctx.store->missing_of_model(layer, id);
+            if (id < 0) {
+                continue;
+            }
+            const uint64_t bytes = layer.is_none() ? 0 : ctx.store->missing_of_model(layer, id);
+            if (ctx.trace.is_on()) {
                 ctx.trace.add(route.il, token, rank, id, routed_weights(dst, t)[rank], !layer.is_none(), bytes);
             }
+            const bool missed = bytes > 0 && !in_slots(ctx, route, dst, id);
+            watched.push_back({ (int32_t) ctx.pass.time + token, route.il.n, id, missed });
         }
     }
+    ctx.ring.add(watched);
 }
 
 // from the model's experts to their parts; the weight is that of each
@@ -218,8 +240,8 @@ static void run(mobile_route & route, ggml_tensor * dst) {
         route_ids(ctx, route, dst, t, ctx.pass.token_of(t, n_tokens));
         route_weights(route, dst, t);
     }
-    if (ctx.trace.is_on()) {
-        trace_layer(ctx, route, layer, dst); // before the request changes what is resident
+    if (ctx.trace.is_on() || ctx.ring.is_watched()) {
+        record_layer(ctx, route, layer, dst); // before the request changes what is resident
     }
     keep_routed(ctx, dst);
     for (int64_t t = 0; t < n_tokens; ++t) {

@@ -16,6 +16,7 @@
 
 #include "device/mobile-experts.h"
 #include "mobile-ids.h"
+#include "mobile.h"
 #include "store/mobile-store.h"
 
 #include <cstdint>
@@ -48,6 +49,7 @@ struct mobile_routing {
     std::vector<int32_t>     slot_of;   // [mobile_part] in the device's pool, -1: none
     std::vector<int32_t>     routed;    // [n_tokens][K] the model's experts, -1: skipped
     std::vector<uint8_t>     on_device; // [mobile_part] of the next layer: in a slot
+    std::vector<mobile_routed> watched; // the layer's entries of the ring
 };
 
 // the op, and the end of a cold chain, which passes its sum on; userdata: a mobile_route. an exception in them makes

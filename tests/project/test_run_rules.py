@@ -1,0 +1,105 @@
+"""The rules of a test run see what they are there for: each is broken in a run of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from places import ROOT, SUPPORT
+
+SKIPS = """
+import pytest
+
+def test_skipped():
+    pytest.skip("{reason}")
+"""
+SKIPPED_MODULE = """
+import pytest
+
+pytest.importorskip("no_such_module_anywhere")
+"""
+LEFT = """
+import subprocess, sys
+
+def test_starts(tmp_path):
+    {start}
+"""
+SLEEPS = "[sys.executable, '-c', 'import time; time.sleep(600)']"
+
+
+def pytest_run(folder: Path, source: str, *options: str) -> tuple[int, str]:
+    """Exit code and output of a run of a file with this source."""
+    (folder / "test_planted.py").write_text(source, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-c", os.devnull, f"--rootdir={folder}", "-p", "run_rules",
+         "-p", "no:cacheprovider", *options, str(folder)],
+        cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300,
+        env={**os.environ, "PYTHONPATH": str(SUPPORT)},
+    )  # fmt: skip
+    return done.returncode, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        (SKIPS.format(reason="there is no tmux"), "there is no tmux"),
+        (SKIPS.format(reason="no GPUs' worth of patience"), "patience"),
+        (SKIPPED_MODULE, "no_such_module_anywhere"),
+    ],
+)
+def test_a_skip_fails_where_nothing_may_be_missing(source: str, said: str, tmp_path: Path) -> None:
+    code, output = pytest_run(tmp_path, source, "--strict-skips")
+    assert code != 0
+    assert f"skipped for want of something else than a GPU: Skipped: {said}" in output or said in output
+    assert pytest_run(tmp_path, source)[0] in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
+
+
+def test_a_skip_for_want_of_a_gpu_is_one(tmp_path: Path) -> None:
+    code, output = pytest_run(tmp_path, SKIPS.format(reason="no GPU here"), "--strict-skips")
+    assert (code, "1 skipped" in output) == (0, True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are read from /proc")
+@pytest.mark.parametrize(
+    "start",
+    [
+        f"subprocess.Popen({SLEEPS})",
+        # a server that its parent left alone
+        f"subprocess.run([sys.executable, '-c', \"import subprocess, sys; subprocess.Popen({SLEEPS}, "
+        'stdout=subprocess.DEVNULL, start_new_session=True)"])',
+    ],
+    ids=["child", "grandchild"],
+)
+def test_a_process_left_behind_fails_the_run(start: str, tmp_path: Path) -> None:
+    code, output = pytest_run(tmp_path, LEFT.format(start=start))
+    assert code == pytest.ExitCode.TESTS_FAILED
+    assert "1 passed" in output
+    assert "processes left behind" in output
+    assert "import time; time.sleep(600)" in output
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are read from /proc")
+def test_a_process_that_nobody_waits_for_fails_the_run(tmp_path: Path) -> None:
+    start = "sys.zombie = subprocess.Popen([sys.executable, '-c', ''])"
+    code, output = pytest_run(tmp_path, LEFT.format(start=start))
+    assert code == pytest.ExitCode.TESTS_FAILED
+    assert "nobody waited for it" in output
+
+
+def test_a_run_that_cleans_up_passes(tmp_path: Path) -> None:
+    assert pytest_run(tmp_path, LEFT.format(start="subprocess.run([sys.executable, '-c', ''])"))[0] == 0
+
+
+def test_quick_needs_no_engine() -> None:
+    """The marks find the tests that need the engine, a browser or a GPU, and leave the others."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider",
+         "-m", "engine or browser or gpu", "tests/engine", "tests/server", "tests/device"],
+        cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    for name in ("test_exactness.py", "test_server_page.py", "test_device_gpu.py", "test_server_engine.py"):
+        assert name in done.stdout
+    assert "test_server.py" not in done.stdout

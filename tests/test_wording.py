@@ -1,0 +1,47 @@
+"""How things are written for people."""
+
+import pytest
+
+from mobile_gguf.wording import columns, format_duration, markdown_table, name_lines, plain
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (-3, "0 s"), (0.4, "0 s"), (59.4, "59 s"), (59.6, "1:00"), (61, "1:01"), (3599.7, "1:00:00"),
+        (7650, "2:07:30"),
+    ],
+)  # fmt: skip
+def test_durations(seconds, text):
+    assert format_duration(seconds) == text
+
+
+def test_what_a_terminal_would_obey_is_not_shown():
+    assert plain("naïve \x1b[31mred\r\n") == "naïve ?[31mred??"
+
+
+def test_values_stand_below_each_other():
+    assert name_lines([("a", "1"), ("long", "2")], 6) == ["a     1", "long  2"]
+
+
+def test_columns_are_as_wide_as_their_cells():
+    rows = [("NAME", "SIZE", "FIT"), ("a", "12 MiB", "all"), ("b", "1 KiB", "")]
+    assert columns(rows, right=(1,)) == ["NAME    SIZE  FIT", "a     12 MiB  all", "b      1 KiB"]
+    assert columns([]) == []
+
+
+def test_a_reason_in_place_of_cells_widens_no_column():
+    rows = [("NAME", "SIZE", "FIT"), ("bad", "cannot be read: it is no model"), ("good", "2 B", "all")]
+    assert columns(rows, right=(1,)) == [
+        "NAME  SIZE  FIT", "bad   cannot be read: it is no model", "good   2 B  all"
+    ]  # fmt: skip
+
+
+def test_a_markdown_table_can_be_read_as_it_is():
+    rows = [("arm", "tokens/s", "notes"), ("lru", "1.5", "-"), ("moepic", "12", "fast")]
+    assert markdown_table(rows, left=(0, 2)) == [
+        "| arm    | tokens/s | notes |",
+        "|--------|---------:|-------|",
+        "| lru    |      1.5 | -     |",
+        "| moepic |       12 | fast  |",
+    ]
