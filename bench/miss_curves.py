@@ -1,4 +1,4 @@
-"""The tables of ``mobile_gguf/plan/curves.py``, from recorded routing: what a budget misses.
+"""The tables of ``mobile_gguf/plan/misses.py``, from recorded routing: what a budget misses.
 
     python -m mobile_gguf.bench.miss_curves qwen.route.csv.gz gemma.route.csv.gz
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from mobile_gguf.gguf.info import read_gguf_info
 from mobile_gguf.hub.resolve import resolve_model
-from mobile_gguf.plan.learning import improved
+from mobile_gguf.plan.machine import improved
 
 from .hardware import describe_hardware
 from .plan_runs import DEVICE_CASES, HOST_CASES, Case, Result, foresee, mean, measure_anew, run, server_of

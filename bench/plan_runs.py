@@ -18,12 +18,11 @@ from mobile_gguf.options import LoadOptions, make_options
 from mobile_gguf.options.words import BIG_LITTLE
 from mobile_gguf.plan.disk import disk_name
 from mobile_gguf.plan.ggml import Ggml
-from mobile_gguf.plan.learning import Lesson, correct
-from mobile_gguf.plan.machine import Measurements, identify_machine
+from mobile_gguf.plan.machine import Lesson, Measurements, correct, identify_machine
 from mobile_gguf.plan.measure import measure, steps_for
 from mobile_gguf.plan.planner import settings_of
 from mobile_gguf.plan.predict import predict
-from mobile_gguf.plan.prediction import Prediction
+from mobile_gguf.plan.speed import Prediction
 from mobile_gguf.plan.workload import read_workload
 from mobile_gguf.sizes import OFF
 

@@ -174,11 +174,6 @@ def default_output(source_name: str, folder: Path, outtype: str, *, stacked: boo
     return folder / f"{source_name}-{outtype}{'' if stacked else '.mobile'}.gguf"
 
 
-def is_float(outtype: str) -> bool:
-    """True for the types that are compared with Transformers directly."""
-    return outtype in ftypes.FLOAT_TYPES
-
-
 def _existing(folder: Path) -> Path:
     while not folder.is_dir():
         folder = folder.parent

@@ -12,7 +12,7 @@ from mobile_gguf.options import GenerateOptions, LoadOptions, declared, defaults
 from mobile_gguf.options.bias import parse_bias
 from mobile_gguf.sizes import AUTO, OFF, Size, parse_size, parse_size_or_off, size_flag
 
-words = st.text(st.characters(blacklist_categories=("Cs",)), max_size=12)
+words = st.text(st.characters(blacklist_categories=("Cs",)), min_size=1, max_size=12)
 sizes = st.one_of(
     st.just(AUTO),
     st.integers(1, 1 << 50).map(lambda n: Size(n_bytes=n)),
@@ -82,9 +82,11 @@ def test_defaults_need_no_words_and_every_other_value_does(kind):
 
 
 def test_values_of_the_api_are_written_too():
-    options = GenerateOptions(
-        stop="-x", logit_bias={15: -100}, json_schema={"type": "string"}, cache_prompt=False, seed=-1
-    )
+    asked = {
+        "stop": "-x", "logit_bias": {15: -100}, "json_schema": {"type": "string"}, "cache_prompt": False,
+        "seed": -1,
+    }  # fmt: skip
+    options = make_options(GenerateOptions, asked)
     assert arguments(options) == [
         "-l", "15-100.0", "-s=-1", "--stop=-x", "-j", '{"type": "string"}', "--no-cache-prompt",
     ]  # fmt: skip

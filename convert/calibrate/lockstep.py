@@ -19,7 +19,6 @@ if TYPE_CHECKING:  # it needs the engine, and what is measured here can be compu
     from mobile_gguf.generate.llama import MobileLlama
 
 Floats = npt.NDArray[np.float32]
-Index = npt.NDArray[np.intp]
 
 
 class Lockstep:

@@ -37,8 +37,6 @@ _ELEMENTWISE = frozenset(
         *("sigmoid", "tanh", "__neg__", "__pos__", "__abs__", "__invert__"),
     }
 )
-_ARITHMETIC = ("add", "sub", "mul", "div", "truediv", "floordiv", "pow", "mod")
-_BITS = ("and", "or", "xor", "lshift", "rshift")
 _BINARY = frozenset(
     f"{under}{prefix}{name}{under}"
     for name in [

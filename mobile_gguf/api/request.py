@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from mobile_gguf.errors import UsageError, shown
 from mobile_gguf.generate.answer import Backend, Request
@@ -64,7 +64,7 @@ def prompt_tokens(backend: Backend, prompt: str | Sequence[int]) -> list[int]:
     return tokens or ([bos] if bos >= 0 else [])
 
 
-def token_ids(tokens: Sequence[int]) -> list[int]:
+def token_ids(tokens: Iterable[int]) -> list[int]:
     """A list of token ids. Raises UsageError for what is none, bytes among them."""
     if isinstance(tokens, (bytes, bytearray)) or not hasattr(tokens, "__iter__"):
         raise UsageError(f"{shown(tokens)} is neither text nor token ids")

@@ -107,7 +107,7 @@ def _measure(
     """Measure what is missing; returns notes on what could not be."""
     from mobile_gguf.plan.ggml import Ggml
     from mobile_gguf.plan.measure import expected_seconds, measure, steps_for
-    from mobile_gguf.plan.settings import make_settings
+    from mobile_gguf.plan.workload import make_settings
 
     settings = make_settings(info, options, 1.0)
     try:

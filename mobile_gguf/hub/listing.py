@@ -20,7 +20,7 @@ from .variants import RemoteFile, Variant, find_variants, models_among
 if TYPE_CHECKING:
     from mobile_gguf.memory.fit import Fit
     from mobile_gguf.plan.known import Here
-    from mobile_gguf.plan.prediction import Prediction
+    from mobile_gguf.plan.speed import Prediction
 
 MODELS, CACHE = "models", "hub"  # where a model lies: the data directory, the Hugging Face cache
 

@@ -46,12 +46,6 @@ class MemoryCgroup:
         """Move a process in; what it allocates from now on counts here. Raises CgroupError."""
         _write(self.directory / "cgroup.procs", str(pid))
 
-    def usage_bytes(self) -> int | None:
-        """Bytes charged now; None if the kernel does not say."""
-        return read_number(
-            self.directory / ("memory.usage_in_bytes" if self.version == 1 else "memory.current")
-        )
-
     def peak_bytes(self) -> int | None:
         """The most bytes ever charged; None on kernels that do not keep it (version 2 before 5.19)."""
         return read_number(
@@ -62,12 +56,6 @@ class MemoryCgroup:
         """How many processes the kernel killed here for want of memory (0 if it does not say)."""
         name = "memory.oom_control" if self.version == 1 else "memory.events"
         return _pairs(self.directory / name).get("oom_kill", 0)
-
-    def limit_hits(self) -> int:
-        """How often an allocation met the limit and had to reclaim first."""
-        if self.version == 1:
-            return read_number(self.directory / "memory.failcnt") or 0
-        return _pairs(self.directory / "memory.events").get("max", 0)
 
     def remove(self) -> None:
         """Remove the group; its processes must have ended. Raises CgroupError if it stays busy.

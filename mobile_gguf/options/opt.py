@@ -73,12 +73,12 @@ class Opt:
         return self.accept(name, value)
 
     def _take_number(self, name: str, value: Any) -> int | float:
-        is_whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        is_whole = _is_a(numbers.Integral, value)
         if self.read is int and not is_whole:
             raise UsageError(f"{name} is {shown(value)}: it must be a whole number")
         if is_whole and abs(int(value)) > _MAX_INT:
             raise UsageError(f"{name} is a number of {int(value).bit_length()} bits: it is too large")
-        if not (is_whole or (isinstance(value, numbers.Real) and not isinstance(value, bool))):
+        if not _is_a(numbers.Real, value):
             raise UsageError(f"{name} is {shown(value)}: it must be a number")
         number = int(value) if self.read is int else float(value)
         if not math.isfinite(number):
@@ -88,6 +88,10 @@ class Opt:
         if self.high is not None and number > self.high:
             raise UsageError(f"{name} is {number}: it must be at most {self.high:.10g}")
         return number
+
+
+def _is_a(kind: type[Any], value: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def take_text(name: str, value: Any) -> str:

@@ -6,6 +6,6 @@
 from __future__ import annotations
 
 from .known import compare_run, predict_cached
-from .prediction import Prediction
+from .speed import Prediction
 
 __all__ = ["Prediction", "compare_run", "predict_cached"]

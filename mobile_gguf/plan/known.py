@@ -23,12 +23,18 @@ from mobile_gguf.options import LoadOptions
 from mobile_gguf.options.words import BIG_LITTLE
 from mobile_gguf.sizes import OFF
 
-from .learning import MIN_TOKENS, correct, learn, lesson_name, read_lesson
-from .machine import Measurements, read_measurements
+from .machine import (
+    MIN_TOKENS,
+    Measurements,
+    correct,
+    learn,
+    lesson_name,
+    read_lesson,
+    read_measurements,
+)
 from .planner import predict_fit
-from .prediction import Prediction
-from .settings import read_hotness
-from .workload import read_workload
+from .speed import Prediction
+from .workload import read_hotness, read_workload
 
 
 class Here:

@@ -21,13 +21,11 @@ from mobile_gguf.wording import name_lines
 
 from .disk import disk_name
 from .ggml import device_key
-from .learning import correct, lesson_name, read_lesson
-from .machine import Measurements
-from .predict import Settings, predict, predict_prefill
-from .prediction import Prediction
+from .machine import Measurements, correct, lesson_name, read_lesson
+from .predict import predict, predict_prefill
 from .refusal import plan_fit
-from .settings import make_settings, read_hotness
-from .workload import Workload
+from .speed import Prediction
+from .workload import Settings, Workload, make_settings, read_hotness
 
 # A lossy mode is suggested only where it is this much faster.
 _WORTH = 1.2

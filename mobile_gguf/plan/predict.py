@@ -11,8 +11,6 @@ from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.options.words import (
     BIG_LITTLE,
     CACHE,
-    DEFAULT_EVICTION,
-    DEFAULT_IO_THREADS,
     EXACT,
     HOST,
     LAYERS,
@@ -23,17 +21,17 @@ from .disk import CHUNK_BYTES, read_size
 from .machine import Measurements, Rate
 from .measure import WHOLE, device_overhead_name, overhead_name, product_name, read_name
 from .misses import MissRate, miss_rate
-from .prediction import Prediction
 from .speed import (
     DeviceTier,
     Pass,
+    Prediction,
     Reads,
     device_layer_seconds,
     mixed_seconds,
     pass_seconds,
     resident_seconds,
 )
-from .workload import Product, Workload
+from .workload import Product, Settings, Workload
 
 # Beside the engine: sampling from so many candidates, and a step of Python; on one EPYC core.
 _SAMPLE_S, _STEP_S = 8e-9, 150e-6
@@ -42,29 +40,6 @@ _MODEL_ERROR = 0.10
 _GUESS_ERROR = 0.35  # where a matrix of this shape was not measured
 _DEVICE_ERROR = 0.4  # on loopback; docs/plan.md
 _DEPTH = 192  # tokens in the context, on average over an answer
-DEFAULT_BIG_SHARE = (0.2, 0.5, 0.9)  # low, expected, high: without calibration nobody knows
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a prediction is for. Shares are of all experts; ``big_share`` (low, expected, high) are the
-    tokens of big-little that all experts are used for, ``by_head`` whether the head finds them."""
-
-    mode: str = EXACT
-    k: int = 0
-    little_k: int = 0
-    ram_share: float = 1.0
-    threads: int = 1
-    io_threads: int = DEFAULT_IO_THREADS
-    eviction: str = DEFAULT_EVICTION
-    n_tokens: int = 128
-    n_ctx: int = 4096
-    big_share: tuple[float, float, float] = DEFAULT_BIG_SHARE
-    by_head: bool = False
-    device: str = ""  # what its measurements are called; empty: none
-    vram_share: float = 0.0
-    miss: str = "auto"
-    placement: str = "auto"
 
 
 class _Unknown(Exception):
@@ -114,29 +89,19 @@ def predict_prefill(
     return n_all * (1 - settings.ram_share) * reads.n_reads * reads.together_s / reads.n_threads
 
 
+@dataclass(frozen=True)
 class _Case:
     """One corner of the error band: ``which`` quartile of what was measured, ``sign`` of the misses'
     spread."""
 
-    def __init__(
-        self,
-        info: GgufInfo,
-        workload: Workload,
-        measurements: Measurements,
-        settings: Settings,
-        disk: str,
-        hotness: Sequence[Sequence[float]] | None,
-        which: str,
-        sign: int,
-    ) -> None:
-        self.info = info
-        self.workload = workload
-        self.measurements = measurements
-        self.settings = settings
-        self.disk = disk
-        self.hotness = hotness
-        self.which = which
-        self.sign = sign
+    info: GgufInfo
+    workload: Workload
+    measurements: Measurements
+    settings: Settings
+    disk: str
+    hotness: Sequence[Sequence[float]] | None
+    which: str
+    sign: int
 
     def seconds(self) -> float:
         """Per token."""
@@ -250,7 +215,7 @@ class _Case:
         host = self.host_pass(k, resident=False)
         misses = miss_rate(s.vram_share, self.info.n_expert, k, policy=s.eviction, n_tokens=s.n_tokens)
         rate = min(1.0, misses.rate * (1 + self.sign * misses.spread))
-        tier = DeviceTier(expert, upload, 0.0, s.vram_share)
+        tier = DeviceTier(expert, upload)
         cached = device_layer_seconds(tier, host, rate, s.miss)
         if host_rate > 0 and rate > 0:
             # what the device holds the host need not: its misses are those of both tiers together

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 from .misses import miss_distribution
 
@@ -12,6 +13,21 @@ _BEFORE_LAST = 2 / 3
 # Of a layer with a miss: taking slots, waking readers, and being woken. Chosen to fit runs of the demo
 # model, not measured by itself.
 WAKE_S = 60e-6
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Decoding speed foreseen for one model with given settings, in tokens per second; the actual one is
+    expected in [low, high]."""
+
+    mode: str
+    predicted_tps: float
+    low: float
+    high: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields by name, for JSON."""
+        return dataclasses.asdict(self)
 
 
 @dataclass(frozen=True)
@@ -85,14 +101,10 @@ def mixed_seconds(little_s: float, big_s: float, again_s: float, big_share: floa
 
 @dataclass(frozen=True)
 class DeviceTier:
-    """What a device does for a token: seconds of one layer's experts there, of one expert's upload, and of
-    what a layer costs beside them (copies of activations, launches); ``slots_share`` of all experts have a
-    slot."""
+    """What a device does for a token: seconds of one layer's experts there, and of one expert's upload."""
 
     expert_s: float
     upload_s: float
-    layer_s: float
-    slots_share: float
 
 
 def device_layer_seconds(device: DeviceTier, host: Pass, rate: float, miss: str) -> float:
@@ -107,16 +119,11 @@ def device_layer_seconds(device: DeviceTier, host: Pass, rate: float, miss: str)
     fetch = misses * device.upload_s + device.expert_s
     cpu = max(hot, cold)
     if miss == "fetch":
-        return device.layer_s + fetch
+        return fetch
     if miss == "cpu" or misses <= 0:
-        return device.layer_s + cpu
+        return cpu
     per_expert_up = device.upload_s + device.expert_s / max(1, host.k)
     per_expert_cpu = host.expert_s / max(1, host.k)
     share = per_expert_cpu / max(1e-12, per_expert_up + per_expert_cpu)
     split = max(hot + share * misses * per_expert_up, (1 - share) * misses * per_expert_cpu)
-    return device.layer_s + min(fetch, cpu, split)
-
-
-def weighted(values: Sequence[tuple[float, float]]) -> float:
-    """Sum of count times value."""
-    return sum(count * value for count, value in values)
+    return min(fetch, cpu, split)

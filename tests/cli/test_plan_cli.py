@@ -93,6 +93,28 @@ def test_the_command_it_suggests_is_one_that_can_be_given(command, sample):
     assert (args.n_ctx, args.n_ubatch, args.threads) == (32, 512, 2)
 
 
+GIVEN = [
+    "--mode", "big-little", "--gamma", "0.5", "--importance", "confidence", "--head-threshold", "0.25",
+    "--little-k", "1", "--miss", "cpu", "--placement", "cache", "--prefetch", "off", "--io", "direct",
+    "--eviction", "lru", "-b", "64", "-tb", "2", "--io-threads", "3", "-fa", "-s", "7",
+]  # fmt: skip
+
+
+def test_the_command_it_suggests_has_every_option_that_was_given(command, sample):
+    from mobile_gguf.cli import make_parser, parse
+    from mobile_gguf.flags import given
+    from mobile_gguf.options import defaults
+
+    _, out, _ = command("plan", sample, "--no-measure", *GIVEN)
+    words = shlex.split(out.splitlines()[-1])
+    options = given(parse(make_parser(), [*words[1:], "hi"]), LoadOptions)
+    asked = given(parse(make_parser(), ["run", str(sample), *GIVEN, "hi"]), LoadOptions)
+    assert {name: options[name] for name in asked} == asked
+    # what it adds of its own, and nothing that is as usual
+    assert set(options) - set(asked) == {"ram_budget", "n_ctx", "n_ubatch"}
+    assert all(value != defaults(LoadOptions)[name] for name, value in asked.items())
+
+
 @pytest.mark.parametrize(
     ("argv", "code", "words"),
     [
@@ -103,6 +125,7 @@ def test_the_command_it_suggests_is_one_that_can_be_given(command, sample):
         (["--vram-budget", "1Q"], 2, "is not a size"),
         (["--measure", "--no-measure"], 2, "give --measure or --no-measure, not both"),
         (["--rpc", "127.0.0.1:1"], 4, "127.0.0.1:1"),
+        (["--rpc", "127.0.0.1:1", "--vram-budget", "off"], 2, "--vram-budget off uses none"),
     ],
 )
 def test_refusals_are_one_line(command, sample, argv, code, words, monkeypatch):

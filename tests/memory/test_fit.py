@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from mobile_gguf.api import loading
 from mobile_gguf.device import tier as device_tier
-from mobile_gguf.engine.devices import Device
+from mobile_gguf.engine.devices import GPU, IGPU, Device
 from mobile_gguf.engine.structs import DeviceInfo
 from mobile_gguf.errors import BudgetError
 from mobile_gguf.flags import add_arguments
@@ -87,7 +87,7 @@ def a_machine(pick, info):
                 free_bytes=int(total * pick.uniform(0.3, 0.99)) if pick.random() < 0.7 else total,
                 total_bytes=total,
                 is_rpc=kind in ("loopback", "remote"),
-                is_integrated=kind == "integrated",
+                type=IGPU if kind == "integrated" else GPU,
             )
         )
     total, limit = some(), pick.choice([None, some()])
@@ -284,7 +284,7 @@ def test_all_of_the_experts_is_every_expert_in_a_slot():
 
 
 def test_what_a_device_takes_of_shared_memory_is_missing_on_the_host():
-    device = Device(1, "GPU0", "a GPU", 30 * GIB, 40 * GIB, is_integrated=True)
+    device = Device(1, "GPU0", "a GPU", 30 * GIB, 40 * GIB, type=IGPU)
     memory = Memory(6 * GIB, 64 * GIB, "the machine")
 
     def fit(**load):

@@ -104,13 +104,12 @@ def _said_again(names: set[str], folders: tuple[Path, ...]) -> set[str]:
     }
 
 
-NAMES = {"gamma", "default_gamma", "eviction", "policy", "io_threads", "default_io_threads", "head_threshold"}
+NAMES = {"gamma", "default_gamma", "eviction", "policy", "io_threads", "default_io_threads"}
 
 
 def test_nobody_has_a_default_of_his_own() -> None:
     folders = tuple(ROOT / name for name in ("mobile_gguf", "convert", "tui", "bench"))
-    # the importance head's threshold without a calibration is half: probabilities, not an option
-    assert _said_again(NAMES, folders) <= {"decode.py: head_threshold = 0.5"}
+    assert _said_again(NAMES, folders) == set()
 
 
 def test_a_default_of_ones_own_is_found(tmp_path: Path) -> None:

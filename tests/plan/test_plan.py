@@ -16,23 +16,30 @@ from mobile_gguf.gguf.info import ExpertLayer
 from mobile_gguf.memory.demand import estimate_demand
 from mobile_gguf.memory.fit import Asked
 from mobile_gguf.memory.machine import Memory
-from mobile_gguf.plan.curves import POLICY, SHARES, STEADY
 from mobile_gguf.plan.machine import Measurements, Rate
 from mobile_gguf.plan.measure import product_name
-from mobile_gguf.plan.misses import independent_rate, miss_distribution, miss_rate, steady_rate
-from mobile_gguf.plan.predict import Settings, predict
-from mobile_gguf.plan.prediction import Prediction
+from mobile_gguf.plan.misses import (
+    POLICY,
+    SHARES,
+    STEADY,
+    independent_rate,
+    miss_distribution,
+    miss_rate,
+    steady_rate,
+)
+from mobile_gguf.plan.predict import predict
 from mobile_gguf.plan.refusal import FitError, plan_fit
 from mobile_gguf.plan.speed import (
     DeviceTier,
     Pass,
+    Prediction,
     Reads,
     device_layer_seconds,
     mixed_seconds,
     pass_seconds,
     resident_seconds,
 )
-from mobile_gguf.plan.workload import Product, Workload
+from mobile_gguf.plan.workload import Product, Settings, Workload
 from mobile_gguf.sizes import GIB, MIB, mebibytes, parse_size
 
 shares = st.floats(0, 1)
@@ -128,7 +135,7 @@ def test_big_little_lies_between_its_passes():
 
 @given(shares, st.floats(1e-6, 1e-2), st.floats(1e-6, 1e-2))
 def test_the_better_side_is_taken_for_misses(rate, upload, on_device):
-    tier = DeviceTier(expert_s=on_device, upload_s=upload, layer_s=1e-5, slots_share=0.25)
+    tier = DeviceTier(expert_s=on_device, upload_s=upload)
     auto, fetch, cpu = (device_layer_seconds(tier, ONE, rate, miss) for miss in ("auto", "fetch", "cpu"))
     assert auto <= min(fetch, cpu) + 1e-12
 

@@ -8,17 +8,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mobile_gguf.generate import head
-from mobile_gguf.plan import settings
-from mobile_gguf.plan.learning import Lesson, correct, improved, learn, read_lesson
 from mobile_gguf.plan.machine import (
+    Lesson,
     Measurements,
     Rate,
+    correct,
+    improved,
+    learn,
     measurements_path,
+    read_lesson,
     read_measurements,
     write_measurements,
 )
-from mobile_gguf.plan.prediction import Prediction
+from mobile_gguf.plan.speed import Prediction
 
 
 def test_measurements_are_kept_merged_and_read_back():
@@ -111,7 +113,3 @@ def test_a_damaged_lesson_is_none(lesson, own_directories):
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps({"m": lesson}))
     assert read_lesson(known, "m") == Lesson()
-
-
-def test_a_head_is_known_by_its_own_prefix():
-    assert settings.PREFIX == head.PREFIX

@@ -1,4 +1,4 @@
-"""`make lint` sees every file: an error planted in any package is found, as is an import that goes up."""
+"""``make lint`` sees every file: an error planted in any package is found, as is an import that goes up."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PACKAGES = lint_tree.package_folders()
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All packages and tests, as `make lint` checks them."""
+    """All packages and tests, as ``make lint`` checks them."""
     found = tmp_path_factory.mktemp("lint") / "tree"
     lint_tree.make_tree(found)
     return found

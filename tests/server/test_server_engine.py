@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -50,6 +51,20 @@ class Command:
         self.process.send_signal(number)
         _, error = self.process.communicate(timeout=SECONDS)
         return self.process.returncode, error
+
+
+@pytest.fixture
+def serve():
+    """Starts servers; whatever becomes of the test, none is left."""
+    with contextlib.ExitStack() as stack:
+
+        def start(*arguments: Any, **environment: str) -> Command:
+            served = Command(*arguments, **environment)
+            stack.callback(served.process.communicate)
+            stack.callback(served.process.kill)
+            return served
+
+        yield start
 
 
 @pytest.fixture(scope="module")
@@ -147,10 +162,8 @@ def test_leaving_while_a_long_prompt_is_computed_frees_the_model(command):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_a_signal_cuts_a_running_stream_cleanly(demo_gguf, command, number, code):
-    served = Command(
-        demo_gguf, "--ram-budget", "40%", "--grace", "0.1", "-c", "1024", MOBILE_GGUF_API_KEY="k"
-    )
+def test_a_signal_cuts_a_running_stream_cleanly(demo_gguf, command, serve, number, code):
+    served = serve(demo_gguf, "--ram-budget", "40%", "--grace", "0.1", "-c", "1024", MOBILE_GGUF_API_KEY="k")
     stream = served.client("k").chat.completions.create(
         model=demo_gguf.stem, messages=USER, stream=True, extra_body=ENDLESS
     )
@@ -163,8 +176,8 @@ def test_a_signal_cuts_a_running_stream_cleanly(demo_gguf, command, number, code
     assert "Traceback" not in error
 
 
-def test_a_second_ctrl_c_cuts_without_a_traceback(demo_gguf, command):
-    served = Command(demo_gguf, "--ram-budget", "40%", "--grace", "200", "-c", "1024")
+def test_a_second_ctrl_c_cuts_without_a_traceback(demo_gguf, command, serve):
+    served = serve(demo_gguf, "--ram-budget", "40%", "--grace", "200", "-c", "1024")
     stream = served.client().chat.completions.create(
         model=demo_gguf.stem, messages=USER, stream=True, extra_body=ENDLESS
     )
@@ -290,8 +303,8 @@ def without_end(route):
     route.continue_(post_data=json.dumps(route.request.post_data_json | ENDLESS))
 
 
-def test_the_page_when_the_server_is_killed(demo_gguf, command):
-    served = Command(demo_gguf, "--ram-budget", "40%", "-c", "1024")
+def test_the_page_when_the_server_is_killed(demo_gguf, command, serve):
+    served = serve(demo_gguf, "--ram-budget", "40%", "-c", "1024")
     with browser_page(served.url) as page:
         page.goto(served.url)
         page.wait_for_selector("#mode option:nth-child(3)", state="attached")

@@ -132,14 +132,15 @@ class DeviceRun(engine_child.Run):
 
     def op_device_watch(self, op: dict[str, Any]) -> dict[str, Any]:
         """Ops while another thread reads the slots' residency; n_maps: different ones that it saw."""
-        assert mobile is not None
+        library = mobile
+        assert library is not None
         info = self.result["info"]
         stop, maps, statuses = threading.Event(), set[bytes](), set[int]()
 
         def watch() -> None:
             state = (ctypes.c_uint8 * (info["n_layer"] * info["n_expert"]))()
             while not stop.is_set():
-                statuses.add(mobile.mobile_device_get_residency(self.ctx, state, len(state)))
+                statuses.add(library.mobile_device_get_residency(self.ctx, state, len(state)))
                 maps.add(bytes(state))
 
         thread = threading.Thread(target=watch)

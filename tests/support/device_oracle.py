@@ -34,7 +34,7 @@ def on_cpu(model: str | Path, n: int = N_STEPS) -> np.ndarray:
 
 
 def assert_as_on_cpu(outcome: Any, name: str, model: str | Path, n: int = N_STEPS) -> None:
-    """Every `follow` of a run gives the CPU's likeliest tokens, and the last one its logits."""
+    """Every ``follow`` of a run gives the CPU's likeliest tokens, and the last one its logits."""
     expected = on_cpu(model, n)
     for result in outcome.ops(name, "follow"):
         assert_likeliest(result["likeliest"], expected, name)
@@ -42,7 +42,7 @@ def assert_as_on_cpu(outcome: Any, name: str, model: str | Path, n: int = N_STEP
 
 
 def assert_likeliest(likeliest: list[int], expected: np.ndarray, label: str) -> None:
-    """The tokens that a `follow` found likeliest are so by ``expected`` [n_rows, n_vocab], or close to it."""
+    """The tokens that a ``follow`` found likeliest are so by ``expected`` [n_rows, n_vocab], or nearly."""
     of_likeliest = expected[np.arange(len(expected)), likeliest]
     assert (expected.max(axis=1) - of_likeliest <= 2 * CLOSE).mean() > SHARE_OF_CLOSE_ROWS, label
 

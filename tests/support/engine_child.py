@@ -231,7 +231,7 @@ class Run:
         return self.finish(op, code, [logits]) | {"tokens": out}
 
     def op_follow(self, op: dict[str, Any]) -> dict[str, Any]:
-        """Runs `following` one by one after `tokens`: the logits of `tokens`' last and of each, and the
+        """Runs ``following`` one by one after ``tokens``: the logits of ``tokens``' last and of each, and the
         likeliest token after each."""
         n = len(op["tokens"])
         code, logits = self.decode(op["tokens"], list(range(n)), [0] * n, [n - 1])
@@ -338,7 +338,7 @@ class Run:
         return status, following.value, lost.value
 
     def op_routed(self, op: dict[str, Any]) -> dict[str, Any]:
-        """Saves entries from number `since` on, up to `n`: int32 [entries, (step, layer, expert, missed)]."""
+        """Saves up to ``n`` entries from ``since`` on: int32 [entries, (step, layer, expert, missed)]."""
         room = np.zeros((max(0, op["n"]), 4), np.int32)
         n, following, lost = self.read_routed(op["since"], room, op["n"])
         if "save" in op:
@@ -346,7 +346,7 @@ class Run:
         return {"status": n, "next": following, "lost": lost}
 
     def op_routed_while(self, op: dict[str, Any]) -> dict[str, Any]:
-        """Ops while another thread reads what is routed, `n` entries at a time, and saves them all."""
+        """Ops while another thread reads what is routed, ``n`` entries at a time, and saves them all."""
         stop, taken, lost = threading.Event(), [np.zeros((0, 4), np.int32)], 0
         n_while_running = 0
 

@@ -3,6 +3,7 @@
 import ctypes
 import re
 import types
+from typing import Any
 
 from places import C_SOURCES
 
@@ -34,7 +35,7 @@ def header_enums(header: str = HEADER) -> dict[str, dict[str, int]]:
     return found
 
 
-def _fields(body: str) -> list[tuple[str, type]]:
+def _fields(body: str) -> list[tuple[str, Any]]:
     fields = []
     for line in re.sub(r"//.*", "", body).split(";"):
         if not line.strip():
@@ -42,7 +43,7 @@ def _fields(body: str) -> list[tuple[str, type]]:
         match = re.fullmatch(r"\s*(?:const\s+)?(\w+)\s*(\*?)\s*(\w+)(?:\[(\d+)\])?\s*", line)
         assert match is not None, f"a field that the parser does not know: {line.strip()}"
         kind, star, name, n = match.groups()
-        ctype = _POINTERS[kind] if star else C_TYPES[kind]
+        ctype: Any = _POINTERS[kind] if star else C_TYPES[kind]
         fields.append((name, ctype * int(n) if n else ctype))
     return fields
 

@@ -20,20 +20,21 @@ class ErrorRun(engine_child.Run):
 
     def _calls(self) -> dict[str, Any]:
         """Calls of mobile.h that ask for memory."""
-        assert mobile is not None
-        mobile.mobile_observe_start.argtypes = [ctypes.c_void_p, ctypes.c_int32]
+        library = mobile
+        assert library is not None
+        library.mobile_observe_start.argtypes = [ctypes.c_void_p, ctypes.c_int32]
         many = 10_000
         k = (ctypes.c_int32 * many)()
         ids = (ctypes.c_int32 * (2 * self.result["info"]["n_layer"] * self.result["info"]["n_expert_used"]))()
         layers, used = self.result["info"]["n_layer"], self.result["info"]["n_expert_used"]
         path = f"/nowhere/{'x' * 40}"  # in no directory: never made, and too long for a small string
         return {
-            "set_batch_n_expert_used": lambda: mobile.mobile_set_batch_n_expert_used(self.ctx, k, many),
-            "set_replay": lambda: mobile.mobile_set_replay(self.ctx, ids, 2, layers, used),
-            "trace_start": lambda: mobile.mobile_trace_start(self.ctx, path.encode()),
-            "device_count": lambda: mobile.mobile_device_count(self.ctx),
-            "observe_start": lambda: mobile.mobile_observe_start(self.ctx, 1),
-            "set_n_expert_used": lambda: mobile.mobile_set_n_expert_used(self.ctx, -1),
+            "set_batch_n_expert_used": lambda: library.mobile_set_batch_n_expert_used(self.ctx, k, many),
+            "set_replay": lambda: library.mobile_set_replay(self.ctx, ids, 2, layers, used),
+            "trace_start": lambda: library.mobile_trace_start(self.ctx, path.encode()),
+            "device_count": lambda: library.mobile_device_count(self.ctx),
+            "observe_start": lambda: library.mobile_observe_start(self.ctx, 1),
+            "set_n_expert_used": lambda: library.mobile_set_n_expert_used(self.ctx, -1),
         }
 
     def op_throw(self, op: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Types and imports of the package as it is installed, in a real tree: what `make lint` runs.
+"""Types and imports of the package as it is installed, in a real tree: what ``make lint`` runs.
 
 Neither pyright nor import-linter knows setuptools' ``package-dir``, and pyright follows no links. Which
 folder is which package is read from pyproject.toml. ``python lint_tree.py TREE`` writes and checks the tree.
