@@ -66,11 +66,3 @@ def list_lengths(buddies: Ranked, alpha: float) -> npt.NDArray[np.int32]:
     before = np.cumsum(buddies.share, axis=-1, dtype=np.float64) - buddies.share
     needed = (before < alpha - 1e-6) & (buddies.expert != NO_EXPERT)
     return needed.sum(-1).astype(np.int32)
-
-
-def buddy_list(buddies: Ranked, row: int, expert: int, alpha: float) -> list[tuple[int, float]]:
-    """One expert's buddies and their q, best first, up to cumulative mass ``alpha``; ``row`` as in layers."""
-    length = int(list_lengths(Ranked(buddies.expert[row, expert], buddies.share[row, expert]), alpha))
-    return [
-        (int(buddies.expert[row, expert, i]), float(buddies.share[row, expert, i])) for i in range(length)
-    ]

@@ -1,4 +1,4 @@
-"""Statistics in a GGUF: which tensors and keys hold them (docs/format-calibration.md), written and read.
+"""Statistics in a GGUF: which tensors and keys hold them (docs/format-calibration.md), made and read.
 
 A file is untrusted: what is read back is checked against the model's geometry, value by value.
 """
@@ -11,13 +11,12 @@ from typing import NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from mobile_gguf.errors import ModelFormatError, UsageError
+from mobile_gguf.errors import ModelFormatError
 from mobile_gguf.gguf import keys
 from mobile_gguf.gguf.info import GgufInfo, read_gguf_info
-from mobile_gguf.progress import Progress, no_progress
 
 from ..gguf.experts import read_experts
-from ..gguf.file import GgufSource, update_gguf
+from ..gguf.file import GgufSource
 from .buddies import NO_EXPERT, Ranked
 from .statistics import MAX_NEXT, Floats, Statistics
 
@@ -48,29 +47,6 @@ def statistics_tensors(statistics: Statistics) -> dict[str, npt.NDArray[np.gener
 def statistics_metadata(statistics: Statistics) -> dict[str, int]:
     """The metadata that goes with them."""
     return {keys.STATISTICS_N_TOKENS: statistics.n_tokens}
-
-
-def write_statistics(
-    path: Path, statistics: Statistics, *, out: Path | None = None, progress: Progress = no_progress
-) -> None:
-    """Put ``statistics`` into the GGUF at ``path``, or into a copy at ``out``, replacing older ones.
-
-    The file is complete or as it was. Raises UsageError if they are another model's, and what update_gguf
-    raises.
-    """
-    with GgufSource.open(path) as source:
-        layers = _layers(source)
-    n_expert = read_gguf_info(path).n_expert
-    if statistics.layers != layers or statistics.n_expert != n_expert:
-        raise UsageError(f"these statistics are not of {path}: its experts are others")
-    update_gguf(
-        path,
-        set=statistics_metadata(statistics),
-        drop=PREFIXES,
-        add_tensors=statistics_tensors(statistics),
-        out=out,
-        progress=progress,
-    )
 
 
 def read_statistics(path: Path, *, importance: bool = True) -> Statistics | None:

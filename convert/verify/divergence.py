@@ -25,15 +25,6 @@ def relative_error(logits: Logits, reference: Logits) -> Steps:
     return difference / np.maximum(np.linalg.norm(wanted, axis=-1), np.finfo(np.float64).tiny)
 
 
-def largest_error(logits: Logits, reference: Logits) -> Steps:
-    """The largest single difference over the largest magnitude of the reference, per step."""
-    import numpy as np
-
-    wanted = np.asarray(reference, np.float64)
-    difference = np.abs(np.asarray(logits, np.float64) - wanted).max(axis=-1)
-    return difference / np.maximum(np.abs(wanted).max(axis=-1), np.finfo(np.float64).tiny)
-
-
 def same_top(logits: Logits, reference: Logits) -> npt.NDArray[np.bool_]:
     """Whether the likeliest token is the same one, per step."""
     return logits.argmax(axis=-1) == reference.argmax(axis=-1)
@@ -42,8 +33,8 @@ def same_top(logits: Logits, reference: Logits) -> npt.NDArray[np.bool_]:
 def tied_top(logits: Logits, reference: Logits, tolerance: float) -> npt.NDArray[np.bool_]:
     """Whether the reference holds both likeliest tokens for equal within ``tolerance``, per step.
 
-    The tolerance is a share of the reference's largest magnitude, as in ``largest_error``: two
-    computations that differ by so much may put either token first.
+    The tolerance is a share of the reference's largest magnitude: two computations whose logits differ by
+    so much may put either token first.
     """
     import numpy as np
 

@@ -44,11 +44,6 @@ class Rules:
         """Steps after a switch to ``arm`` that are not measured."""
         return self.warmup_cache if arm == CACHE else self.warmup_others
 
-    @property
-    def steps_max(self) -> int:
-        """The most steps that one contest takes."""
-        return self.rounds * sum(self.block + self.warmup(arm) for arm in ARMS)
-
 
 @dataclass(frozen=True)
 class Figures:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from mobile_gguf.errors import (
@@ -178,22 +177,6 @@ class Engine:
     def reset_counters(self, ctx: int) -> None:
         """Start counting anew; the peak starts from what is resident."""
         self._check(self._call("reset_counters", ctx), "resetting counters")
-
-    def trace_start(self, ctx: int, path: Path) -> None:
-        """Record every routed expert to a CSV file at ``path``, which is replaced."""
-        self._check(self._call("trace_start", ctx, str(path).encode()), f"starting the trace {path}")
-
-    def trace_stop(self, ctx: int) -> None:
-        """End the trace; raises if it could not be written."""
-        self._check(self._call("trace_stop", ctx), "writing the trace")
-
-    def set_replay(self, ctx: int, ids: Any, n_steps: int, n_layer: int, k: int) -> None:
-        """Route by ``ids`` [n_steps, n_layer, k] (a contiguous int32 array) instead of by the router.
-
-        None ends it. Keep ``ids`` alive while it is set.
-        """
-        pointer = None if ids is None else ids.ctypes.data
-        self._check(self._call("set_replay", ctx, pointer, n_steps, n_layer, k), "setting the replay")
 
     def set_precise(self, on: bool) -> None:
         """Multiply F16 and BF16 matrices by float32 activations, in every model of this process."""

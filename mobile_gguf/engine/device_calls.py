@@ -66,11 +66,6 @@ class DeviceCalls:
         number = choice("placement", PLACEMENT, placement)
         self._engine.checked("device_set_placement", f"placing experts by {placement}", self._ctx, number)
 
-    def set_miss(self, miss: str) -> None:
-        """From the next decode on treat misses as MISS says."""
-        number = choice("miss", MISS, miss)
-        self._engine.checked("device_set_miss", f"setting miss {miss}", self._ctx, number)
-
     def devices(self) -> list[DeviceInfo]:
         """The devices that hold layers with routed experts; empty where all are on the host."""
         n = self._engine.checked("device_count", "counting devices", self._ctx)

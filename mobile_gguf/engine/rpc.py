@@ -25,7 +25,6 @@ MAX_SERVERS = 16  # GGML_RPC_MAX_SERVERS
 CONNECT_SECONDS = 10.0
 # How long a server may be silent while an answer waits for it; 0: for ever.
 TIMEOUT_VARIABLE = "MOBILE_GGUF_RPC_TIMEOUT"
-TIMEOUT_SECONDS = 300.0
 
 _HELLO, _DEVICE_COUNT, _DEVICE_MEMORY = 14, 15, 11  # enum rpc_cmd
 _CAPABILITIES = bytes(24)  # RPC_CONN_CAPS_SIZE: no RDMA

@@ -54,9 +54,7 @@ def is_still(descriptor: int, path: Path) -> bool:
 def _acquire(path: Path, on_wait: Callable[[], None]) -> int:
     waits = False
     while True:
-        descriptor = os.open(
-            path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0), 0o644
-        )
+        descriptor = os.open(path, _FLAGS, 0o644)
         try:
             while not _try_lock(descriptor):
                 if not waits:

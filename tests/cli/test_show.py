@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 from places import DATA
-from statistics_files import GOOD, model_file, routing
+from statistics_files import GOOD, model_file, routing, write_statistics
 
 from mobile_gguf.cli import main
 from mobile_gguf.cli.show.heatmap import ASCII, COLOURS, STEPS, UNICODE, WIDTH, heat_map, is_fancy, step_of
 from mobile_gguf.convert.calibrate.statistics import RouteCounts
-from mobile_gguf.convert.calibrate.store import write_statistics
 from mobile_gguf.convert.gguf.file import update_gguf
 from mobile_gguf.memory.machine import Memory
 

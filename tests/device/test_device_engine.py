@@ -15,6 +15,7 @@ import engine_libs
 import numpy as np
 import pytest
 import tiny_models
+from contest_bound import most_steps
 from device_server import Server, rpc_server, run_child
 from engine_jobs import tokens
 from memory_caps import capped, inside
@@ -191,7 +192,7 @@ def test_a_device_that_refuses_the_pool():
 
 
 def test_placement_is_decided_on_the_users_tokens_and_remembered(server):
-    job = spec("r", server, n=Rules().steps_max + 2, placement="auto", ram_budget="100%")
+    job = spec("r", server, n=most_steps(Rules()) + 2, placement="auto", ram_budget="100%")
     first, second = one(job), one(job | {"n": 8})
     facts = first["stats"]["device"]["placement"]
     assert facts["decided"]

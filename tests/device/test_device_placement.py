@@ -4,6 +4,7 @@ import json
 import random
 
 import pytest
+from contest_bound import most_steps
 from fake_backend import fake_info
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,6 +17,7 @@ from mobile_gguf.errors import EngineError
 from mobile_gguf.options.words import CACHE, HOST, LAYERS
 
 RULES = Rules()
+MOST_STEPS = most_steps(RULES)
 
 
 def hold(contest, times, steps=10_000):
@@ -125,7 +127,7 @@ def test_beyond_noise_the_faster_placement_is_kept(ratio, noise, faster, first, 
     ran = hold(contest, times)
     assert contest.decided
     assert contest.arm == faster
-    assert len(ran) <= RULES.steps_max
+    assert len(ran) <= MOST_STEPS
 
 
 @settings(max_examples=50, deadline=None)
@@ -133,7 +135,7 @@ def test_beyond_noise_the_faster_placement_is_kept(ratio, noise, faster, first, 
 def test_whatever_the_times_a_contest_ends_and_keeps_the_smaller_median(times, first):
     source = iter(times)
     contest = Contest(first=first)
-    assert len(hold(contest, lambda _arm, _since: next(source))) <= RULES.steps_max
+    assert len(hold(contest, lambda _arm, _since: next(source))) <= MOST_STEPS
     winner, loser = contest.figures.of(contest.arm), contest.figures.next_best(contest.arm)
     assert winner is not None
     assert loser is not None
@@ -188,7 +190,7 @@ def test_the_winner_is_in_force_remembered_and_told(caplog):
     switch = Switch()
     controller = PlacementController(switch, lambda mode: f"k-{mode}")
     with caplog.at_level("INFO", "mobile_gguf.device"):
-        drive(controller, {CACHE: 0.02, LAYERS: 0.01, HOST: 0.04}, RULES.steps_max)
+        drive(controller, {CACHE: 0.02, LAYERS: 0.01, HOST: 0.04}, MOST_STEPS)
     assert switch.calls[-1] == controller.current == LAYERS
     assert controller.facts() == {
         "chosen": LAYERS, "cache_tps": 50.0, "layers_tps": 100.0, "host_tps": 25.0,
@@ -208,8 +210,8 @@ def test_the_winner_is_in_force_remembered_and_told(caplog):
 
 def test_every_mode_has_a_winner_of_its_own():
     controller = PlacementController(Switch(), lambda _mode: "")
-    drive(controller, {CACHE: 1, LAYERS: 2, HOST: 3}, RULES.steps_max, "little")
-    drive(controller, {CACHE: 2, LAYERS: 1, HOST: 3}, RULES.steps_max, "exact")
+    drive(controller, {CACHE: 1, LAYERS: 2, HOST: 3}, MOST_STEPS, "little")
+    drive(controller, {CACHE: 2, LAYERS: 1, HOST: 3}, MOST_STEPS, "exact")
     assert controller.current == LAYERS
     controller.before_step("little")
     assert controller.current == CACHE
@@ -228,7 +230,7 @@ def test_a_placement_that_fails_leaves_the_other_in_force(caplog):
         raise EngineError(f"no {placement}")
 
     controller = PlacementController(refuse, lambda _mode: "")
-    drive(controller, {CACHE: 1}, RULES.steps_max)
+    drive(controller, {CACHE: 1}, MOST_STEPS)
     assert controller.facts()["chosen"] == CACHE
     assert caplog.messages == ["placement layers is not possible, cache stays: no layers"]
 
@@ -260,7 +262,7 @@ class Machine:
         return {CACHE: 1.0, LAYERS: 0.9, HOST: 5.0}[self.placement] * (1.3 if is_trial else 1.0)
 
 
-def decide_on(machine, hold, n=RULES.steps_max):
+def decide_on(machine, hold, n=MOST_STEPS):
     controller = PlacementController(machine.switch, lambda _mode: "", hold=hold)
     for _ in range(n):
         controller.before_step("exact")
@@ -283,7 +285,7 @@ def test_reading_ahead_waits_until_the_contest_is_over():
 def test_a_contest_held_again_takes_its_turn_again():
     holds = []
     controller = PlacementController(Switch(), lambda _mode: "", hold=holds.append)
-    drive(controller, {CACHE: 1.0, LAYERS: 1.5, HOST: 3.0}, RULES.steps_max + RULES.rest)
+    drive(controller, {CACHE: 1.0, LAYERS: 1.5, HOST: 3.0}, MOST_STEPS + RULES.rest)
     assert holds == [True, False]
     drive(controller, {CACHE: 2.0, LAYERS: 1.5, HOST: 3.0}, RULES.watch + 1)
     assert holds == [True, False, True]

@@ -37,7 +37,7 @@ def test_a_failed_start_raises_with_the_engines_text(status, error):
 def test_unknown_choices_are_usage_errors():
     made, _ = calls()
     with pytest.raises(UsageError, match="auto, fetch or cpu"):
-        made.set_miss("fly")
+        made.start(1, miss="fly")
     with pytest.raises(UsageError, match="host, cache or layers"):
         made.set_placement("disk")
 

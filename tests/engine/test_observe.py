@@ -16,11 +16,12 @@ import pytest
 import tiny_models
 from engine_jobs import tokens
 from places import SUPPORT
+from statistics_files import write_statistics
 
 from mobile_gguf.api.loading import open_backend
 from mobile_gguf.convert.calibrate.collect import collect
 from mobile_gguf.convert.calibrate.imatrix_file import write_imatrix
-from mobile_gguf.convert.calibrate.store import read_statistics, write_statistics
+from mobile_gguf.convert.calibrate.store import read_statistics
 from mobile_gguf.convert.gguf.layout import to_mobile
 from mobile_gguf.engine.binding import find_engine
 from mobile_gguf.engine.observe import (
@@ -171,11 +172,11 @@ def test_skipped_experts_are_not_counted(backend, engine):
 def test_observed_routes_are_those_of_the_trace(backend, engine, tmp_path: Path):
     """The engine's own record, written where the experts are asked for: same ids, same weights."""
     trace = tmp_path / "trace.csv"
-    engine.trace_start(backend.ctx, trace)
+    engine.checked("trace_start", "starting the trace", backend.ctx, str(trace).encode())
     with Observation(engine, backend.ctx, ROUTES) as observation:
         decode(backend, TEXT)
         routes = observation.take_routes()
-    engine.trace_stop(backend.ctx)
+    engine.checked("trace_stop", "writing the trace", backend.ctx)
     with open(trace, newline="") as file:
         rows = [(int(r["layer"]), int(r["expert"]), float(r["weight"])) for r in csv.DictReader(file)]
     observed = [

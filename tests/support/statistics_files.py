@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from mobile_gguf.convert.calibrate.statistics import RouteCounts, Statistics
+from mobile_gguf.convert.calibrate.store import PREFIXES, statistics_metadata, statistics_tensors
+from mobile_gguf.convert.gguf.file import update_gguf
 
 
 def routing(seed: int, n_layer: int, n_tokens: int, n_expert: int, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -56,6 +58,17 @@ def statistics_for(n_layer: int = 2, n_expert: int = 6) -> Statistics:
     rng = np.random.default_rng(2)
     importance = {layer: rng.random((n_expert, 32), np.float32) for layer in counts.layers}
     return counts.statistics(importance=importance)
+
+
+def write_statistics(path: Path, statistics: Statistics, *, out: Path | None = None) -> None:
+    """Puts statistics into the GGUF at ``path``, or into a copy at ``out``, as a calibration does."""
+    update_gguf(
+        path,
+        set=statistics_metadata(statistics),
+        drop=PREFIXES,
+        add_tensors=statistics_tensors(statistics),
+        out=out,
+    )
 
 
 GOOD = statistics_for()
