@@ -90,14 +90,14 @@ def parse_setting(name: str, text: str, options: type[Any]) -> tuple[str, Any]:
 
 def option_named(name: str, options: type[Any]) -> str | None:
     """The option that ``name`` means, its own or a flag; None if there is none."""
-    wanted = _plain(name)
+    wanted = _as_name(name)
     for known, opt in declared(options).items():
-        if wanted == known or wanted in map(_plain, opt.flags):
+        if wanted == known or wanted in map(_as_name, opt.flags):
             return known
     return None
 
 
-def _plain(name: str) -> str:
+def _as_name(name: str) -> str:
     return name.lstrip("-").replace("-", "_")
 
 

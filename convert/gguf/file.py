@@ -6,10 +6,8 @@ depend on the file. Format: https://github.com/ggml-org/ggml/blob/master/docs/gg
 
 from __future__ import annotations
 
-import math
 import os
 import stat
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,15 +21,14 @@ from mobile_gguf.gguf.experts import FORMAT_VERSION
 from mobile_gguf.gguf.header import DEFAULT_ALIGNMENT, MAGIC
 from mobile_gguf.gguf.info import other_parts
 from mobile_gguf.progress import Progress, no_progress
-from mobile_gguf.sizes import format_bytes
 
+from ..meter import Meter
 from .data import FileRange, Kv, Part, TensorPlan
 
 _FILE_VERSION = 3
 _ALIGNMENT_KEY = "general.alignment"
 _SPLIT_PREFIX = "split."
 _F32, _I32 = 0, 26
-_SECONDS_BETWEEN_REPORTS = 0.1
 
 
 class GgufSource:
@@ -168,7 +165,7 @@ def write_gguf(
     layout = _Layout(kv, tensors, alignment)
     with replacing_file(path, layout.file_bytes) as file:
         file.truncate(layout.file_bytes)  # what is skipped over reads as zeros
-        report = _Report(progress, what or f"writing {path.name}", layout)
+        meter = Meter(progress, what or f"writing {path.name}", layout.n_bytes)
         for piece in layout.header():
             _write(file, piece)
         position = layout.data_start
@@ -178,11 +175,11 @@ def write_gguf(
             for chunk in tensor.chunks():
                 _write(file, chunk)
                 written += len(chunk)
-                report(number, position - layout.data_start + written)
+                meter.update(number, len(layout.tensors), position - layout.data_start + written)
             if written != tensor.n_bytes:
                 raise ModelFormatError(f"tensor {tensor.name} gave {written} bytes of {tensor.n_bytes}")
             position += _padded(written, layout.alignment)
-        progress(f"{report.what}: waiting for the disk", 1.0)
+        progress(f"{meter.phase}: waiting for the disk", 1.0)
     return layout.file_bytes
 
 
@@ -268,30 +265,6 @@ class _Layout:
         for entry in self.kv:
             yield from entry.data.chunks()
         yield self.table
-
-
-class _Report:
-    """Says how far the writing is, a few times a second."""
-
-    def __init__(self, progress: Progress, what: str, layout: _Layout) -> None:
-        self.what = what
-        self._progress = progress
-        self._n_tensors = len(layout.tensors)
-        self._n_bytes = max(1, layout.n_bytes)
-        self._started = self._next = time.monotonic()
-
-    def __call__(self, number: int, done: int) -> None:
-        now = time.monotonic()
-        if now < self._next and done < self._n_bytes:
-            return
-        self._next = now + _SECONDS_BETWEEN_REPORTS
-        share = min(1.0, done / self._n_bytes)
-        left = math.ceil((now - self._started) * (1 - share) / share) if share else 0
-        self._progress(
-            f"{self.what}: tensor {number}/{self._n_tensors}, {format_bytes(done)} of"
-            f" {format_bytes(self._n_bytes)}, ETA {left // 60}:{left % 60:02}",
-            share,
-        )
 
 
 def _without_split(entries: Mapping[str, Any]) -> dict[str, Any]:

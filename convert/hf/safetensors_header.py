@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from mobile_gguf.errors import ModelFormatError
+from mobile_gguf.wording import plain
 
 # the types that the pinned converter reads, and their bytes
 DTYPE_BYTES = {
@@ -116,7 +117,7 @@ def _are_sizes(value: Any) -> TypeGuard[list[int]]:
 
 def _short(value: Any) -> str:
     text = value if isinstance(value, str) else repr(value)
-    text = "".join(c if c.isprintable() else "?" for c in text[:200])
+    text = plain(text[:200])
     return text if len(text) <= 80 else text[:77] + "..."
 
 

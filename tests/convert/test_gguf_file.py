@@ -1,7 +1,9 @@
 """Raw GGUF editing: nothing is lost, the output is whole or absent, hostile files are refused."""
 
 import errno
+import itertools
 import os
+import re
 import resource
 import signal
 import struct
@@ -13,10 +15,12 @@ import numpy as np
 import pytest
 from gguf_samples import contents, in_child, tensors, write_sample
 
+from mobile_gguf.convert import meter
 from mobile_gguf.convert.gguf.data import Kv, TensorPlan
 from mobile_gguf.convert.gguf.file import GgufSource, update_gguf, write_gguf
 from mobile_gguf.errors import MobileError, ModelFormatError, ModelNotFoundError, UsageError
 from mobile_gguf.files import atomic
+from mobile_gguf.wording import format_duration
 
 
 @pytest.fixture(scope="module")
@@ -289,6 +293,7 @@ import os, signal, sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from mobile_gguf.convert.gguf.file import GgufSource, write_gguf
+from mobile_gguf.convert import meter
 from mobile_gguf.convert.gguf.data import Data
 
 source, out, limit = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
@@ -396,10 +401,15 @@ def test_a_directory_that_cannot_be_written(tmp_path, sample):
         copy(sample, tmp_path / "none" / "o.gguf")
 
 
-def test_progress_says_tensor_bytes_and_time_left(tmp_path, sample):
+def test_progress_says_tensor_bytes_and_time_left(tmp_path, sample, monkeypatch):
+    seconds = itertools.count(0, 60)  # a minute between one look at the clock and the next
+    monkeypatch.setattr(meter, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
     said = []
     copy(sample, tmp_path / "o.gguf", progress=lambda phase, done: said.append((phase, done)), what="copying")
     assert said[0][0].startswith("copying: tensor 1/11, ")
     assert " KiB of " in said[0][0]
-    assert "ETA 0:0" in said[0][0]
+    for place, (phase, done) in enumerate(said[:-2], 1):
+        assert phase.endswith(f", ETA {format_duration(60 * place * (1 - done) / done)}"), (phase, done)
+    assert re.search(r", ETA \d+:\d\d$", said[0][0])
+    assert said[-1][0] == "copying: waiting for the disk"
     assert said[-1][1] == 1.0
