@@ -22,6 +22,7 @@ from ..screens.settings import SettingsScreen
 from ..screens.text import TextScreen
 from ..store.conversations import StoreError
 from ..store.settings import load_settings
+from ..widgets.prompt import Prompt
 from ..widgets.turn_view import AnswerView
 from .slash import find
 
@@ -48,7 +49,7 @@ class ChatCommands(ChatView):
     # screens
 
     def command_help(self, _rest: str) -> None:
-        self.app.push_screen(Help())
+        self.app.push_screen(Help([*Prompt.BINDINGS, *self.BINDINGS, *self.app.BINDINGS]))
 
     def action_help(self) -> None:
         self.command_help("")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Iterable
 
 from textual.app import ComposeResult
-from textual.binding import Binding
+from textual.binding import Binding, BindingType
 from textual.containers import Vertical, VerticalScroll
 from textual.content import Content
 from textual.widgets import Footer, Static
@@ -43,27 +44,26 @@ _MORE = {
 class Help(Dialog[None]):
     """Lists every key and every command."""
 
+    def __init__(self, bindings: Iterable[BindingType]) -> None:
+        super().__init__()
+        self._shown = bindings
+
     def compose(self) -> ComposeResult:
         with Vertical(classes="dialog") as box:
             box.border_title = "Help"
             box.border_subtitle = "Esc closes, Up and Down scroll"
             with VerticalScroll():
-                for heading, rows in help_sections().items():
+                for heading, rows in help_sections(self._shown).items():
                     yield Static(Content(heading), classes="heading")
                     yield Static(_table(rows))
         yield Footer(show_command_palette=False)
 
 
-def help_sections() -> dict[str, list[tuple[str, str]]]:
+def help_sections(bindings: Iterable[BindingType]) -> dict[str, list[tuple[str, str]]]:
     """Keys and commands, each with what it does, by heading."""
-    from ..app import ChatApp
-    from ..widgets.prompt import Prompt
-    from .chat import ChatScreen
-
     keys = [
         (shown_keys(item.key), item.tooltip[:1].lower() + item.tooltip[1:])
-        for source in (Prompt, ChatScreen, ChatApp)
-        for item in source.BINDINGS
+        for item in bindings
         if isinstance(item, Binding) and item.tooltip
     ]
     commands = [(f"{item.name} {item.argument}".rstrip(), item.help) for item in COMMANDS]
