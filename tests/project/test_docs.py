@@ -56,7 +56,7 @@ def walks() -> dict[str, list[str]]:
 
 
 def room_of(path: str) -> str:
-    """The room of a file: a folder of patches/src, of the package or of the repository, or the file itself."""
+    """The room of a file: a folder of patches/src, of the package or of the repository, or the file."""
     parts = path.split("/")
     return "/".join(parts[: {"patches": 3, "mobile_gguf": 2}.get(parts[0], 1)])
 
