@@ -49,10 +49,10 @@ stock: $(VENV)/.package ## build unpatched llama.cpp beside the engine, for comp
 
 # PYTEST: more options, such as PYTEST="-k rpc"
 test: $(VENV)/.dev stock ## run all tests
-	$(BIN)/python -m pytest --durations=25 $(PYTEST)
+	$(BIN)/python -m pytest $(PYTEST)
 
-quick: $(VENV)/.dev ## run the tests that need no engine, converter, browser or GPU
-	$(BIN)/python -m pytest -q -m "not (engine or convert or browser or gpu)" $(PYTEST)
+quick: $(VENV)/.dev ## run the tests that need no engine, converter, browser or GPU, and no patience
+	$(BIN)/python -m pytest -q -m "not (engine or convert or browser or gpu or slow)" --durations=5 $(PYTEST)
 
 # a processor of 2009: whatever is expected of this one must hold there, too
 PORTABLE := -DGGML_NATIVE=OFF -DGGML_AVX=OFF -DGGML_AVX2=OFF -DGGML_BMI2=OFF -DGGML_FMA=OFF -DGGML_F16C=OFF
@@ -61,7 +61,7 @@ test-portable: $(VENV)/.dev ## run the engine's tests with kernels without AVX
 	CMAKE_ARGS="$(PORTABLE)" $(BIN)/python -m mobile_gguf.vendor libraries build/portable
 	MOBILE_GGUF_ENGINE_LIB=$(CURDIR)/build/portable/engine LLAMA_CPP_LIB_PATH=$(CURDIR)/build/portable/engine \
 		MOBILE_GGUF_STOCK_LIB=$(CURDIR)/build/portable/stock \
-		$(BIN)/python -m pytest -m "engine and not gpu" --durations=25 $(PORTABLE_TESTS) $(PYTEST)
+		$(BIN)/python -m pytest -m "engine and not gpu" $(PORTABLE_TESTS) $(PYTEST)
 
 lint: $(VENV)/.dev ## ruff, pyright and the import contracts
 	$(BIN)/ruff check .

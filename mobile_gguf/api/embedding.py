@@ -13,10 +13,9 @@ from typing import Any
 from mobile_gguf.errors import UsageError
 from mobile_gguf.generate.answer import Backend, read_traffic
 from mobile_gguf.generate.receipt import Receipt
+from mobile_gguf.generate.request import token_ids
 from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.options.words import POOLINGS, RANK
-
-from .request import token_ids
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from mobile_gguf.errors import ModelBusyError, UsageError
 from mobile_gguf.generate.answer import Answer, Backend, Chunk, Reply
 from mobile_gguf.generate.decode import Policy
 from mobile_gguf.generate.policy import choose_policy
+from mobile_gguf.generate.request import make_request, prompt_tokens, token_ids
 from mobile_gguf.gguf.info import GgufInfo, read_gguf_info
 from mobile_gguf.hub.resolve import resolve_model
 from mobile_gguf.memory.demand import context_size
@@ -27,7 +28,6 @@ from mobile_gguf.options import POLICY_OPTIONS, GenerateOptions, LoadOptions, ma
 from . import loading
 from .embedding import Embedding, embed
 from .messages import Messages, as_messages
-from .request import make_request, prompt_tokens, token_ids
 from .stats import model_stats
 
 if TYPE_CHECKING:

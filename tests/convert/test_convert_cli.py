@@ -208,11 +208,12 @@ def test_an_error_while_writing_leaves_nothing(convert, sample, monkeypatch):
 def test_ctrl_c_leaves_nothing(sample, tmp_path):
     # the first write waits until the signal comes
     script = (
-        "import sys, time; from mobile_gguf import cli; from mobile_gguf.convert.gguf import file\n"
-        "real = file._write\n"
-        "def slow(target, data):\n"
-        "    real(target, data); print('writing', flush=True); time.sleep(600)\n"
-        "file._write = slow\n"
+        "import sys, time; from mobile_gguf import cli\n"
+        "from mobile_gguf.convert.gguf import file as gguf_file\n"
+        "real = gguf_file._write\n"
+        "def slow(file, data):\n"
+        "    real(file, data); print('writing', flush=True); time.sleep(600)\n"
+        "gguf_file._write = slow\n"
         "sys.exit(cli.main(['convert', 'model.gguf']))\n"
     )
     child = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, stdout=subprocess.PIPE, text=True)

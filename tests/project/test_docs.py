@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import re
 from pathlib import Path
 
@@ -42,12 +43,42 @@ def test_what_a_page_names_is_there(page: Path) -> None:
     assert [link for link in LINK.findall(text) if not (page.parent / link).exists()] == []
 
 
-def test_architecture_walks_name_their_hops() -> None:
+def walks() -> dict[str, list[str]]:
+    """The paths of each walk of docs/architecture.md, in order: of its numbered steps."""
     text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
-    walks = re.split(r"^## ", text, flags=re.MULTILINE)
-    hops = {walk.splitlines()[0]: len(HOP.findall(walk)) for walk in walks if walk.startswith("Life of")}
-    assert len(hops) == 5
-    assert min(hops.values()) >= 4, hops
+    found = {}
+    for walk in re.split(r"^## ", text, flags=re.MULTILINE):
+        title, _, body = walk.partition("\n")
+        if title.startswith("Life of"):
+            steps = re.findall(r"^\d+\. .*?(?=^\d+\. |\n\n|\Z)", body, re.MULTILINE | re.DOTALL)
+            found[title] = [path for step in steps for path, _name in HOP.findall(step)]
+    return found
+
+
+def room_of(path: str) -> str:
+    """The room of a file: a folder of patches/src, of the package or of the repository, or the file."""
+    parts = path.split("/")
+    return "/".join(parts[: {"patches": 3, "mobile_gguf": 2}.get(parts[0], 1)])
+
+
+def entered_twice(paths: list[str]) -> list[str]:
+    """Rooms that a walk comes back to."""
+    rooms = [room for room, _of in itertools.groupby(map(room_of, paths))]
+    return sorted({room for room in rooms if rooms.count(room) > 1})
+
+
+def test_walks_name_their_hops_and_enter_no_room_twice() -> None:
+    found = walks()
+    assert len(found) == 7
+    assert all(len(paths) >= 4 for paths in found.values()), found
+    assert {title: twice for title, paths in found.items() if (twice := entered_twice(paths))} == {}
+
+
+def test_a_room_that_is_entered_twice_is_found() -> None:
+    paths = ["tui/app.py", "tui/screens/chat.py", "mobile_gguf/api/model.py", "mobile_gguf/api/aio.py"]
+    assert entered_twice(paths) == []
+    assert entered_twice([*paths, "tui/app.py"]) == ["tui"]
+    assert entered_twice(["patches/src/store/a.cpp", "patches/src/route/b.cpp"]) == []
 
 
 def test_a_hop_that_is_gone_is_found(tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from places import ROOT, SUPPORT
 
+pytestmark = pytest.mark.slow
+
 SKIPS = """
 import pytest
 

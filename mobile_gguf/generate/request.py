@@ -6,11 +6,12 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 
 from mobile_gguf.errors import UsageError, shown
-from mobile_gguf.generate.answer import Backend, Request
-from mobile_gguf.generate.decode import Policy
 from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.options import GenerateOptions
 from mobile_gguf.options.bias import check_tokens
+
+from .answer import Backend, Request
+from .decode import Policy
 
 
 def make_request(
