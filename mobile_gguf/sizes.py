@@ -75,7 +75,8 @@ def parse_text(value: str) -> Size:
     if match[2] == "%":
         if not 0 < number <= 100:
             raise UsageError(f"{shown(value)} is not a share: write more than 0% and at most 100%")
-        return Size(fraction=number / 100)
+        # in decimals, as size_flag: 0.65 / 100 is a little more than 0.0065
+        return Size(fraction=float(Decimal(match[1]) / 100))
     return _in_bytes(number * _UNITS[match[2].lower()], value)
 
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mobile_gguf.errors import UsageError
-from mobile_gguf.sizes import AUTO, Size, format_bytes, parse_size
+from mobile_gguf.sizes import AUTO, Size, format_bytes, parse_size, size_flag
 
 
 @pytest.mark.parametrize(
@@ -100,3 +100,10 @@ def test_format(n_bytes, text):
 
 def test_sizes_print_as_people_write_them():
     assert [str(parse_size(text)) for text in ("auto", "40%", "512MiB")] == ["auto", "40%", "512.0 MiB"]
+
+
+def test_a_share_is_read_again_as_it_was():
+    """All shares to a hundredth of a percent; 0.65 / 100 as floats is more than 0.0065."""
+    for hundredths in range(1, 10_001):
+        share = parse_size(f"{hundredths / 100}%")
+        assert parse_size(size_flag(share)) == share
