@@ -36,7 +36,7 @@ _MARKED_BY = {
     "device": {"device_jobs", "device_oracle", "device_server"},
     "convert": {"checkpoints", "convert_checkpoints", "convert_runs", "verify_models"},
     "browser": {"browser"},
-    "slow": {"tui_app", "fuzz_target", "lint_tree"},
+    "slow": {"engine_source", "fuzz_target", "lint_tree", "server_harness", "tui_app"},
 }  # fmt: skip
 _MARKED_FOLDERS = {"device", "convert"}
 
