@@ -17,7 +17,7 @@ from mobile_gguf.errors import UsageError
 from mobile_gguf.gguf import keys
 from mobile_gguf.gguf.header import read_header
 from mobile_gguf.memory.threads import default_threads
-from mobile_gguf.progress import Progress
+from mobile_gguf.progress import Progress, no_progress
 
 from .judge import Judge
 from .reference import Question, ask_transformers, can_verify
@@ -51,7 +51,7 @@ def verify(
     max_tokens: int = MAX_TOKENS,
     threads: int | None = None,
     stall_seconds: float = STALL_SECONDS,
-    progress: Progress = lambda phase, done: None,
+    progress: Progress = no_progress,
 ) -> VerifyResult:
     """Compare ``gguf`` with the Hugging Face ``checkpoint`` folder that it was made from; changes no file.
 
@@ -74,7 +74,7 @@ def verify_each(
     max_tokens: int = MAX_TOKENS,
     threads: int | None = None,
     stall_seconds: float = STALL_SECONDS,
-    progress: Progress = lambda phase, done: None,
+    progress: Progress = no_progress,
 ) -> list[VerifyResult]:
     """``verify`` for several files, with one start of Transformers."""
     files = [_read(pair) for pair in pairs]
@@ -115,7 +115,7 @@ def _read(pair: Pair) -> tuple[Subject, Subject | None]:
     return subject, exact
 
 
-def mark(gguf: Path, result: VerifyResult, progress: Progress = lambda phase, done: None) -> None:
+def mark(gguf: Path, result: VerifyResult, progress: Progress = no_progress) -> None:
     """Write the verdict into the file's metadata, in place of an older one; the tensors stay as they are.
 
     A file that was not verified only loses an older verdict. Raises what ``update_gguf`` raises.

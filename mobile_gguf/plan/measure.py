@@ -17,7 +17,7 @@ from mobile_gguf.errors import EngineError, MobileError
 from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.memory.machine import read_memory
 from mobile_gguf.options.words import CACHE, DEFAULT_IO_THREADS, LAYERS
-from mobile_gguf.progress import Progress
+from mobile_gguf.progress import Progress, no_progress
 from mobile_gguf.sizes import MIB
 
 from .disk import disk_name, measure_reads, read_size
@@ -199,7 +199,7 @@ def device_overhead_name(prefix: str, way: str, n_expert: int, k: int, threads: 
 def measure(
     measurements: Measurements,
     steps: Sequence[Step],
-    progress: Progress = lambda phase, done: None,
+    progress: Progress = no_progress,
     limit_s: float = LIMIT_S,
 ) -> list[str]:
     """Make those of ``steps`` that ``measurements`` has not got, and keep them, whatever happens.
