@@ -110,8 +110,9 @@ def test_a_run_that_cleans_up_passes(workers: tuple[str, ...], tmp_path: Path) -
 def test_quick_needs_no_engine() -> None:
     """The marks find the tests that need the engine, a browser or a GPU, and leave the others."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "-p", "no:schemathesis",
-         "-m", "engine or browser or gpu", "tests/engine", "tests/server", "tests/device"],
+        [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider",
+         "-p", "no:schemathesis", "-m", "engine or browser or gpu",
+         "tests/engine", "tests/server", "tests/device"],
         cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     for name in ("test_exactness.py", "test_server_page.py", "test_device_gpu.py", "test_server_engine.py"):
