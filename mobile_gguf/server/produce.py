@@ -34,7 +34,10 @@ from .tools import (
 from .usage import Spent
 
 TOOL_CALLS = "tool_calls"
-_TEMPLATE_NAMES = {"messages", "tools", "trim", "max_tokens", "add_generation_prompt", "bos_token", "eos_token", "functions"}
+_TEMPLATE_NAMES = {
+    *("messages", "tools", "functions", "add_generation_prompt", "bos_token", "eos_token"),
+    *("trim", "max_tokens"),
+}
 
 
 @dataclass(frozen=True)

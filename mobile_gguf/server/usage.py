@@ -9,7 +9,14 @@ from typing import Any
 from mobile_gguf.generate.answer import Chunk
 
 # Of several answers the largest counts; of everything else that is a number, the sum.
-_LARGEST = {"n_expert_used", "little_k", "budget_bytes", "vram_budget_bytes", "resident_bytes_peak", "turns_left_out"}
+_LARGEST = {
+    "n_expert_used",
+    "little_k",
+    "budget_bytes",
+    "vram_budget_bytes",
+    "resident_bytes_peak",
+    "turns_left_out",
+}
 
 
 def sum_receipts(receipts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
