@@ -186,23 +186,32 @@ class Model:
 
     @takes(GenerateOptions)
     def stream_chat(
-        self, messages: Messages, *, should_stop: ShouldStop = None, **options: Any
+        self, messages: Messages, *, special: bool = False, should_stop: ShouldStop = None, **options: Any
     ) -> Generator[Chunk, None, None]:
         """Answer ``messages`` by the model's chat template, yielding a Chunk per token.
 
         ``messages`` are dicts with ``role`` and ``content``, oldest first; a string is one of the user's.
-        What earlier answers have in common with them is not computed again. Raises as ``stream`` does.
+        Control tokens in them are text, unless ``special`` is true. What earlier answers have in common with
+        them is not computed again. Raises as ``stream`` does.
         """
         settings = make_options(GenerateOptions, options)
-        return self._stream(self._answer(self.chat_tokens(messages), settings, should_stop))
+        prompt = self.chat_tokens(messages, special=special)
+        return self._stream(self._answer(prompt, settings, should_stop))
 
     @takes(GenerateOptions)
     def chat(
-        self, messages: Messages, *, on_chunk: OnChunk = None, should_stop: ShouldStop = None, **options: Any
+        self,
+        messages: Messages,
+        *,
+        special: bool = False,
+        on_chunk: OnChunk = None,
+        should_stop: ShouldStop = None,
+        **options: Any,
     ) -> Reply:
-        """Answer ``messages`` by the model's chat template and return the whole Reply, as ``generate``."""
+        """Answer ``messages``, as ``stream_chat``, and return the whole Reply, as ``generate``."""
         settings = make_options(GenerateOptions, options)
-        return self._join(self._answer(self.chat_tokens(messages), settings, should_stop), on_chunk)
+        prompt = self.chat_tokens(messages, special=special)
+        return self._join(self._answer(prompt, settings, should_stop), on_chunk)
 
     def _answer(self, prompt: list[int], options: GenerateOptions, should_stop: ShouldStop) -> Answer:
         request = make_request(
@@ -267,20 +276,22 @@ class Model:
     def prompt_tokens(self, prompt: str | Sequence[int]) -> list[int]:
         """The token ids that ``generate`` makes of ``prompt``: text with what the model adds to it.
 
-        Raises UsageError for what is neither text nor token ids.
+        Control tokens that the text names are read as such. Raises UsageError for what is neither text nor
+        token ids, PromptTooLongError for a text that cannot fit into the context.
         """
-        return prompt_tokens(self._require_open(), prompt)
+        return prompt_tokens(self._require_open(), prompt, self.n_ctx)
 
-    def chat_tokens(self, messages: Messages, **values: Any) -> list[int]:
+    def chat_tokens(self, messages: Messages, *, special: bool = False, **values: Any) -> list[int]:
         """The prompt that ``messages`` make by the chat template, as token ids for ``stream``.
 
         ``values``, such as ``tools`` in OpenAI's form, are what the template may use besides the messages.
-        Raises UsageError if it refuses them.
+        What is written in them is text: ``<|im_end|>`` ends no turn, unless ``special`` is true.
+        Raises UsageError if the template refuses them, PromptTooLongError if they cannot fit into the context.
         """
         backend = self._require_open()
         if self.info.chat_template is None:
             self._notify(f"{self.path.name} has no chat template: ChatML is used")
-        return backend.render_chat(as_messages(messages), **values)
+        return backend.render_chat(as_messages(messages), special=special, **values)
 
     @property
     def can_generate(self) -> bool:
