@@ -286,7 +286,7 @@ class Model:
 
         ``values``, such as ``tools`` in OpenAI's form, are what the template may use besides the messages.
         What is written in them is text: ``<|im_end|>`` ends no turn, unless ``special`` is true.
-        Raises UsageError if the template refuses them, PromptTooLongError if they cannot fit into the context.
+        Raises UsageError if the template refuses them, PromptTooLongError if they cannot fit.
         """
         backend = self._require_open()
         if self.info.chat_template is None:

@@ -15,8 +15,8 @@ from .vocabulary import Vocabulary
 _SHORT, _LEAST_LIMIT = 1 << 14, 1 << 20
 # Names that a template is given beside what its caller has for it.
 OWN_NAMES = frozenset(
-    ("messages", "tools", "functions", "function_call", "tool_choice", "add_generation_prompt")
-    + ("bos_token", "eos_token", "raise_exception", "strftime_now")
+    {"messages", "tools", "functions", "function_call", "tool_choice", "add_generation_prompt", "special"}
+    | {"bos_token", "eos_token", "raise_exception", "strftime_now"}
 )
 
 

@@ -2,14 +2,15 @@
 
 A template writes a model's control tokens, such as ``<|im_end|>``, as text, and the whole prompt is made into
 tokens in one go. So where somebody else's text holds one, its first character is given to the template as
-a character that nobody else uses (``hide``). Whatever the template does with it (trims, upper-cases, quotes it
-as JSON), no control token can come of it. When the prompt is made into tokens (``split``), the characters are
-put back, in pieces that are read without control tokens. A prompt in which nothing had to be hidden is read
-in one piece.
+a character that nobody else uses (``hide``). Whatever the template does with it (trims, upper-cases, quotes
+it as JSON), no control token can come of it. When the prompt is made into tokens (``split``), the characters
+are put back, in pieces that are read without control tokens. A prompt in which nothing had to be hidden is
+read in one piece.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -144,7 +145,7 @@ class ControlTexts:
     def apart(self, text: str) -> list[str]:
         """A plain text cut behind the first character of each control text in it."""
         cuts = [0, *(begin + 1 for begin, _ in self._written(text)), len(text)]
-        return [text[begin:end] for begin, end in zip(cuts, cuts[1:], strict=False) if begin < end]
+        return [text[begin:end] for begin, end in itertools.pairwise(cuts) if begin < end]
 
     def _written(self, prompt: str) -> Iterator[tuple[int, str]]:
         """The control texts of a prompt, with where each begins."""
@@ -169,9 +170,11 @@ def _escaped(character: str) -> str:
 
 def _is_looked_for(text: str, template: str) -> bool:
     """Whether a template does something about ``text`` in what it is given."""
-    quoted = rf"(['\"]){re.escape(text)}\1"
-    asked = rf"{quoted}\s+in\b|\.(?:split|rsplit|partition|startswith|endswith|find)\(\s*{quoted.replace('1', '2')}"
-    return text in template and re.search(asked, template) is not None
+    if text not in template:
+        return False
+    quoted = "|".join(re.escape(mark + text + mark) for mark in "'\"")
+    methods = "split|rsplit|partition|startswith|endswith|find"
+    return re.search(rf"(?:{quoted})\s+in\b|\.(?:{methods})\(\s*(?:{quoted})", template) is not None
 
 
 def _changed(value: Any, change: Callable[[str, bool], str], is_own: bool = False) -> Any:

@@ -125,9 +125,7 @@ class MobileLlama(Llama):
     @metadata.setter
     def metadata(self, metadata: dict[str, str]) -> None:
         self._template = metadata.get(_TEMPLATES) or None
-        self._metadata = {
-            name: value for name, value in metadata.items() if not name.startswith(_TEMPLATES)
-        }
+        self._metadata = {name: value for name, value in metadata.items() if not name.startswith(_TEMPLATES)}
 
     def close(self) -> None:
         """Free the model, and end the process that renders its template."""

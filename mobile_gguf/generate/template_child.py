@@ -1,9 +1,10 @@
-"""Renders chat templates in a process of its own, which may be stopped: a template is a program out of a file.
+"""Renders chat templates in a process that may be stopped: a template is a program out of a file.
 
 Run by ``templates.py``; imports nothing of this package, so that it starts quickly. On standard input come
-lines of JSON (``Order``), each is answered by one. Jinja's sandbox keeps a template from the process; the
-limits that the kernel holds for the process keep it from the machine: loops, recursion and texts that grow
-end the child at worst. The names that templates may use are those of Transformers.
+lines of JSON, an ``Order`` and the names that its template may use, which are answered by one line. Jinja's
+sandbox keeps a template from the process; the limits that the kernel holds for the process keep it from the
+machine: loops, recursion and texts that grow end the child at worst. The names that templates may use are
+those of Transformers.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ import jinja2.sandbox
 
 # What an order may be answered with beside a text.
 REFUSED, FAILED, TOO_LONG = "refused", "failed", "too long"
+ENDS = "ends"  # and that the process ends with it
 
 
 class Order(TypedDict):
-    """One rendering: at most ``max_characters``, ``cpu_seconds``, and ``memory_bytes`` beside what is used."""
+    """A rendering: at most ``max_characters``, ``cpu_seconds``, and ``memory_bytes`` more than are used."""
 
     template: str
-    names: dict[str, Any]
     max_characters: int
     cpu_seconds: int
     memory_bytes: int
@@ -135,19 +136,20 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for whoever asks
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     templates = Templates()
-    for line in sys.stdin.buffer:
+    while line := sys.stdin.buffer.readline():
         order: Order = json.loads(line)
-        del line
-        full = False
+        names = json.loads(sys.stdin.buffer.readline())
+        encoded = b""
         try:
             _limit(order["cpu_seconds"], order["memory_bytes"])
-            answer = templates.render(order["template"], order["names"], order["max_characters"])
+            answer = templates.render(order["template"], names, order["max_characters"])
             encoded = json.dumps(answer).encode()
         except MemoryError:
-            full = True
+            pass  # what was taken is given back behind this
         _unlimited()
+        full = not encoded
         if full:
-            encoded = json.dumps({FAILED: "it needs too much memory"}).encode()
+            encoded = json.dumps({FAILED: "it needs too much memory", ENDS: ""}).encode()
         sys.stdout.buffer.write(encoded + b"\n")
         sys.stdout.buffer.flush()
         if full:  # what it took is not all given back: the next order has a new process

@@ -55,20 +55,17 @@ class Renderer:
         PromptTooLongError if the text would be longer, EngineError if there can be no process.
         """
         try:
-            encoded_names = json.dumps(dict(names), default=_plain)
+            encoded = json.dumps(dict(names), default=_plain)
         except (TypeError, ValueError, RecursionError) as error:
             raise UsageError(f"the messages cannot be given to a chat template: {error}") from None
         order = template_child.Order(
             template=template,
-            names={},
             max_characters=max_characters,
             cpu_seconds=CPU_SECONDS,
-            memory_bytes=MEMORY_BYTES + _MEMORY_FACTOR * (len(encoded_names) + len(template)),
+            memory_bytes=MEMORY_BYTES + _MEMORY_FACTOR * (len(encoded) + len(template)),
         )
-        # the names are in JSON already: they may be large
-        line = json.dumps(order)[:-1].replace('"names": {}', '"names": ' + encoded_names, 1) + "}\n"
         with self._lock:
-            answer = self._ask(line.encode())
+            answer = self._ask(json.dumps(order).encode(), encoded.encode())
         if template_child.TOO_LONG in answer:
             raise PromptTooLongError(
                 "the messages make a longer prompt than the context holds: shorten them, or load the model "
@@ -86,13 +83,17 @@ class Renderer:
         with self._lock:
             self._end()
 
-    def _ask(self, line: bytes) -> dict[str, Any]:
+    def _ask(self, *lines: bytes) -> dict[str, Any]:
         child = self._running()
         assert child.stdin is not None
         try:
-            child.stdin.write(line)
+            for line in lines:
+                child.stdin.write(line + b"\n")
             child.stdin.flush()
-            return json.loads(_read_line(child))
+            answer = json.loads(_read_line(child))
+            if template_child.ENDS in answer:
+                self._end()
+            return answer
         except _EndedError as ended:
             return {template_child.FAILED: str(ended)}
         except OSError:  # it ended before it had read all

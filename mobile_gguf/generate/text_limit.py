@@ -1,7 +1,7 @@
-"""How many tokens a text has at least, by its bytes alone: what cannot fit is refused before it costs anything.
+"""How many tokens a text has at least, by its bytes alone: what cannot fit is refused before it costs.
 
 Making tokens of a text takes some 70 bytes of memory for each of its own, and a word of megabytes takes
-minutes. A vocabulary tells without: no token holds more than so many bytes, nor more than so many of one kind.
+minutes. A vocabulary tells without: no token holds more than so many bytes, nor more than so many of a kind.
 """
 
 from __future__ import annotations

@@ -78,6 +78,6 @@ class Vocabulary:
         least = self.limit.least_tokens(text)
         if least > n_tokens:
             raise PromptTooLongError(
-                f"the text has at least {least} tokens, and there is room for {n_tokens}: shorten it, or load "
-                "the model with a larger --ctx-size"
+                f"the text has at least {least} tokens, and there is room for {n_tokens}: shorten it, or "
+                "load the model with a larger --ctx-size"
             )
