@@ -18,7 +18,7 @@ from mobile_gguf import __version__
 
 from .completions import ERRORS
 from .failures import ApiError
-from .serving import Serving
+from .serving import STUCK, Serving
 
 _MAP_SECONDS = 0.2
 PAGE = {  # the page's files by path; they need no key
@@ -146,6 +146,8 @@ async def health(request: Request) -> dict[str, Any]:
     serving: Serving = request.app.state.serving
     if serving.closing.is_set():
         raise ApiError(503, "the server is shutting down", code="shutting_down")
+    if serving.worker.is_stuck:
+        raise ApiError(503, STUCK, code="stuck")
     return {
         "status": "ok",
         "model": serving.settings.names[0],
