@@ -18,7 +18,15 @@ from mobile_gguf.files.paths import data_dir
 from mobile_gguf.flags import given, parse_setting
 from mobile_gguf.options import GenerateOptions, LoadOptions, declared, defaults
 
-from .common import add_model_arguments, generate_options, load_model, narrate, show_answer, show_receipt
+from .common import (
+    MORE_CONTEXT,
+    add_model_arguments,
+    generate_options,
+    load_model,
+    narrate,
+    show_answer,
+    show_receipt,
+)
 
 PROMPT = ">>> "
 # These belong to the model, which refuses at once what it cannot do.
@@ -128,7 +136,11 @@ class Repl:
         if not line:
             return
         if not line.startswith("/"):
-            show_receipt(show_answer(self.conversation.ask(self.model, line, **self.options), sys.stdout))
+            last = show_answer(
+                lambda told: self.conversation.ask(self.model, line, on_prompt=told, **self.options),
+                sys.stdout,
+            )
+            show_receipt(last, way_out=f"/clear begins again, {MORE_CONTEXT}")
             return
         name, _, rest = line.partition(" ")
         command = self._commands.get(name)

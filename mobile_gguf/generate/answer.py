@@ -79,6 +79,7 @@ class Backend(Protocol):
     prompt_evaluated: int
     prompt_done: float
     should_stop: Callable[[], bool] | None  # asked while a prompt is computed
+    on_prompt: Callable[[int, int], object] | None  # told how many of its tokens are done, of how many
 
     store: ModelInfo | None  # None without an expert store
     has_engine: bool
@@ -129,12 +130,16 @@ class Request:
     sampling: dict[str, Any]
     cache_prompt: bool = True
     should_stop: Callable[[], bool] | None = None
+    on_prompt: Callable[[int, int], object] | None = None
+    turns_left_out: int = 0
+    fills_context: bool = False  # max_tokens is what the context has room for, and not what was asked for
 
 
 def generate_steps(backend: Backend, request: Request) -> Generator[tuple[int, Pass], None, None]:
     """The bottom layer: sampled tokens, each with the pass its logits came from, without an end."""
     backend.policy = request.policy
     backend.should_stop = request.should_stop
+    backend.on_prompt = request.on_prompt
     backend.set_seed(request.seed)
     if not request.cache_prompt:
         backend.forget()
@@ -265,6 +270,8 @@ class Answer:
             tokens_little=self._passes[Pass.LITTLE],
             tokens_fallback=self._passes[Pass.FALLBACK],
             budget_bytes=self._budget_bytes,
+            turns_left_out=self._request.turns_left_out,
+            context_full=self.finish_reason == LENGTH and self._request.fills_context,
             **read_traffic(self._backend, self._counters, self._device_counters, self._ahead),
         )
 

@@ -71,6 +71,7 @@ class MobileLlama(Llama):
         self.prompt_evaluated = 0
         self.prompt_done = 0.0
         self.should_stop: Callable[[], bool] | None = None
+        self.on_prompt: Callable[[int, int], object] | None = None
         self._prompt_pending = False
         self._experts = ALL_EXPERTS
         self.head: Head | None = None
@@ -218,12 +219,24 @@ class MobileLlama(Llama):
         self._state_at = -1
         try:
             with self._interruptible() if len(tokens) > 1 else contextlib.nullcontext():
-                super().eval(tokens)
+                self._eval_in_pieces(tokens)
         except RuntimeError as error:
             raise self.decode_error(error) from None
         self._little_rows[start : self.n_tokens] = self._experts != ALL_EXPERTS
         if self._keeps_state:
             self._state_at = self.n_tokens
+
+    def _eval_in_pieces(self, tokens: list[int]) -> None:
+        """Llama.eval, which decodes ``n_batch`` tokens at a time; of a prompt each time is told."""
+        tell = self.on_prompt if self._prompt_pending else None
+        if tell is None:
+            super().eval(tokens)
+            return
+        tell(0, len(tokens))
+        for start in range(0, len(tokens), self.n_batch):
+            piece = tokens[start : start + self.n_batch]
+            super().eval(piece)
+            tell(start + len(piece), len(tokens))
 
     def _interruptible(self) -> contextlib.AbstractContextManager[None]:
         return stopping_on_request(self.ctx, self.should_stop)

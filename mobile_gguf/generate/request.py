@@ -24,6 +24,8 @@ def make_request(
     n_ctx: int,
     seed: int | None,
     should_stop: Callable[[], bool] | None,
+    on_prompt: Callable[[int, int], object] | None = None,
+    turns_left_out: int = 0,
 ) -> Request:
     """The Request of ``options``; ``seed`` is used where they have none. Raises UsageError."""
     if not backend.can_generate:
@@ -33,8 +35,8 @@ def make_request(
     room = n_ctx - len(prompt)
     if room <= 0:
         raise PromptTooLongError(
-            f"the prompt has {len(prompt)} tokens and the context only {n_ctx}: shorten it or load "
-            "the model with a larger --ctx-size"
+            f"the prompt has {len(prompt)} tokens and the context only {n_ctx}: shorten it, or load the model "
+            "with a larger n_ctx (-c; /set n_ctx and /reload in the chat)"
         )
     asked = options.max_tokens
     seed = options.seed if options.seed is not None else seed
@@ -43,6 +45,8 @@ def make_request(
         prompt=prompt,
         policy=policy,
         max_tokens=room if asked is None or asked < 0 else min(asked, room),
+        fills_context=asked is None or asked < 0 or asked > room,
+        turns_left_out=turns_left_out,
         stop=options.stop or (),
         seed=random.getrandbits(31) if seed is None or seed < 0 else seed,
         sampling={
@@ -52,6 +56,7 @@ def make_request(
         },
         cache_prompt=options.cache_prompt,
         should_stop=should_stop,
+        on_prompt=on_prompt,
     )
 
 

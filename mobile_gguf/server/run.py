@@ -23,7 +23,6 @@ from .app import create_app
 from .serving import CUT_SECONDS, Serving
 from .settings import ServerSettings
 
-
 # Beyond the grace and the time for a cut: for connections to end by themselves.
 _CLOSE_SECONDS = 3.0
 _STOPPED_BY_FORCE = 4
@@ -65,7 +64,9 @@ def serve(
 
 def _end_by_force() -> None:
     """End the process while the engine computes: nothing can be freed under it."""
-    print("mobile-gguf: the model could not be stopped: the server ends without it", file=sys.stderr, flush=True)
+    print(
+        "mobile-gguf: the model could not be stopped: the server ends without it", file=sys.stderr, flush=True
+    )
     with contextlib.suppress(Exception):
         sys.stdout.flush()
     os._exit(_STOPPED_BY_FORCE)

@@ -113,6 +113,7 @@ class FakeBackend:
         self.prompt_evaluated = 0
         self.prompt_done = 0.0
         self.should_stop: Callable[[], bool] | None = None
+        self.on_prompt: Callable[[int, int], object] | None = None
         self.can_step_back = can_step_back
         self.pooling = pooling
         self.can_generate = can_generate
@@ -196,8 +197,12 @@ class FakeBackend:
         del self.rows[common:]
         self._n_prompt = len(tokens)
         prompt = tokens[common:]
+        if self.on_prompt is not None:
+            self.on_prompt(0, len(prompt))
         self.last_pass = decode_prompt(self, prompt)
         self.prompt_evaluated += len(prompt)
+        if self.on_prompt is not None:
+            self.on_prompt(len(prompt), len(prompt))
         self.prompt_done = time.perf_counter()
         while True:
             logits = np.array(self.last_logits(), dtype=float)

@@ -45,6 +45,15 @@ class LoadFailed(Message):
 
 
 @dataclass
+class PromptProgressed(Message):
+    """So many tokens of the prompt are computed, of so many."""
+
+    answer_id: int
+    done: int
+    total: int
+
+
+@dataclass
 class AnswerProgressed(Message):
     """Tokens wait in ``outbox``; one message announces as many as there are when it is handled."""
 

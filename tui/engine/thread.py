@@ -15,6 +15,7 @@ from typing import Any
 
 from textual.message import Message
 
+from mobile_gguf.api.context import of_a_chat
 from mobile_gguf.api.model import Model, load
 from mobile_gguf.engine.experts import Asked, Experts, Places, Watch
 from mobile_gguf.errors import EngineMemoryError, MobileError
@@ -22,7 +23,7 @@ from mobile_gguf.generate.answer import INTERRUPTED, Chunk
 from mobile_gguf.generate.decode import Pass
 from mobile_gguf.generate.receipt import Receipt
 
-from .messages import AnswerEnded, AnswerProgressed, LoadFailed, LoadProgressed, ModelLoaded
+from .messages import AnswerEnded, AnswerProgressed, LoadFailed, LoadProgressed, ModelLoaded, PromptProgressed
 from .outbox import Outbox, Token
 
 # Progress of a load is worth a message this often.
@@ -159,7 +160,12 @@ class EngineThread(threading.Thread):
     ) -> Chunk | None:
         last: Chunk | None = None
         before, started = Receipt(), time.perf_counter()
-        answer = model.stream_chat(messages, should_stop=self._stopping.is_set, **options)
+        answer = model.stream_chat(
+            messages,
+            should_stop=self._stopping.is_set,
+            on_prompt=lambda done, total: self._post(PromptProgressed(outbox.answer_id, done, total)),
+            **of_a_chat(options),
+        )
         with contextlib.closing(answer) as chunks, contextlib.closing(Follower(model.experts())) as follower:
             for chunk in chunks:
                 now = time.perf_counter()

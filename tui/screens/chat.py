@@ -11,13 +11,20 @@ from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.widgets import Footer, Static
 
-from mobile_gguf.generate.receipt import Receipt
+from mobile_gguf.generate.answer import INTERRUPTED, LENGTH
 
 from ..commands.chat import ChatCommands
 from ..commands.slash import complete, find
 from ..commands.values import completion_values
 from ..engine.expert_state import ExpertState
-from ..engine.messages import AnswerEnded, AnswerProgressed, LoadFailed, LoadProgressed, ModelLoaded
+from ..engine.messages import (
+    AnswerEnded,
+    AnswerProgressed,
+    LoadFailed,
+    LoadProgressed,
+    ModelLoaded,
+    PromptProgressed,
+)
 from ..store.session import Session
 from ..widgets.completion_list import CompletionList
 from ..widgets.prompt import Prompt
@@ -169,12 +176,19 @@ class ChatScreen(ChatCommands):
     async def _generate(self) -> None:
         self.state, self._started, self._speed = ANSWERING, time.monotonic(), 0.0
         self._answer_id += 1
+        self._prompt_done = ""
         self._answer = AnswerView(len(self.session.turns), coloured=self.coloured)
         await self._add_view(self._answer)
         self.query_one("#transcript", VerticalScroll).anchor()
-        self.query_one(TitleBar).activity = "reading the prompt · Esc stops"
+        self._say_prompt()
         self.app.engine.watching = self._map_shown
         self.app.engine.generate(self._answer_id, self.session.messages, self.app.settings.answer_options())
+
+    @on(PromptProgressed)
+    def _prompt_progressed(self, event: PromptProgressed) -> None:
+        if event.answer_id == self._answer_id:
+            self._prompt_done = f"{event.done} of {event.total} tokens"
+            self._say_prompt()
 
     @on(AnswerProgressed)
     def _answer_progressed(self, event: AnswerProgressed) -> None:
@@ -195,7 +209,7 @@ class ChatScreen(ChatCommands):
             return
         self._answer, self.state = None, IDLE
         await view.end_stream()
-        receipt = _receipt_line(event.receipt, event.tokens_per_second, event.finish_reason)
+        receipt = _receipt_line(event)
         if event.error and not view.text:
             # What was not answered can be asked again: it goes back into the prompt.
             await self._take_back(view)
@@ -331,8 +345,13 @@ class ChatScreen(ChatCommands):
         self.prompt.completing = False
 
 
-def _receipt_line(receipt: Receipt | None, tokens_per_second: float, reason: str) -> str:
+def _receipt_line(event: AnswerEnded) -> str:
+    receipt, reason = event.receipt, event.finish_reason
     if receipt is None:
-        return "stopped before the first token" if reason == "interrupted" else ""
-    ends = {"interrupted": " | stopped", "length": " | cut at the length limit"}
-    return receipt.summary(tokens_per_second) + ends.get(reason, "")
+        return "stopped before the first token" if reason == INTERRUPTED else ""
+    ends = {INTERRUPTED: " | stopped", LENGTH: " | cut at max_tokens"}
+    end = ends.get(reason, "")
+    if receipt.context_full:
+        n_ctx = event.prompt_tokens + event.completion_tokens
+        end = f" | cut: the context of {n_ctx} is full; /set n_ctx {2 * n_ctx} and /reload, or /new"
+    return receipt.summary(event.tokens_per_second) + end

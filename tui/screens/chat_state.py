@@ -33,6 +33,7 @@ class ChatState(Screen[None]):
         self._answer: AnswerView | None = None
         self._answer_id = 0
         self._started = 0.0
+        self._prompt_done = ""  # how far the prompt is, in words
         self._speed = 0.0
         self._map_wanted: bool | None = None  # None: by the width
         self._editing: int | None = None
