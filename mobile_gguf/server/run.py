@@ -20,6 +20,7 @@ from mobile_gguf.api.model import Model
 from mobile_gguf.errors import MobileError
 
 from .app import create_app
+from .connections import protocol_of
 from .serving import CUT_SECONDS, Serving
 from .settings import ServerSettings
 
@@ -89,6 +90,7 @@ def make_server(
         timeout_graceful_shutdown=math.ceil(settings.grace + CUT_SECONDS + _CLOSE_SECONDS),
         server_header=False,
         ws="none",
+        http=protocol_of(settings),
         lifespan="on",
     )
     return Server(config, ready, stopping, settings.grace)
