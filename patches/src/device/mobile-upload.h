@@ -29,9 +29,9 @@ struct mobile_upload_part {
 };
 
 struct mobile_upload {
-    int32_t     layer = -1; // index into the layers of who queued it
-    mobile_part part;
-    int32_t     block = -1;
+    mobile_slots_layer layer; // of who queued it
+    mobile_part        part;
+    int32_t            block = -1;
     std::vector<mobile_upload_part> parts;
 };
 

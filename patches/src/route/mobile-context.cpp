@@ -16,12 +16,12 @@ mobile_context::mobile_context(const llama_model & model, std::shared_ptr<mobile
     rules(n_layer, n_expert_used),
     usage(*store),
     // layers behind n_layer (next-token prediction) route as well
-    routes(std::max(n_layer, store->end_of_layers())),
+    routes(std::max(n_layer, store->end_of_layers().n)),
     predictor(model, store),
     slot_map(n_layer, store->n_parts_max, store->n_segments) {
-    for (size_t il = 0; il < routes.size(); ++il) {
+    for (mobile_model_layer il(0); routes.has(il); ++il) {
         routes[il].ctx = this;
-        routes[il].il  = mobile_model_layer(il);
+        routes[il].il  = il;
     }
 }
 

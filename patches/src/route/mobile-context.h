@@ -39,8 +39,8 @@ struct mobile_context {
     mobile_pass  pass;   // the running ubatch
     std::string  error;  // what made the last one fail; "" if it did not
 
-    std::vector<mobile_route> routes; // [mobile_model_layer] and those behind the model's own; the op's user data
-    mobile_routing            routing; // of the running layer
+    mobile_by<mobile_model_layer, mobile_route> routes; // with those behind the model's own; the op's user data
+    mobile_routing routing; // of the running layer
 
     mobile_predictor              predictor;
     mobile_slot_map               slot_map;

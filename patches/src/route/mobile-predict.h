@@ -56,10 +56,10 @@ public:
     void end_pass  (bool ok);
 
     // a layer of the store, whose needs it has been told. routed: [n_tokens][n_used], the model's experts, -1: skipped.
-    // cur: n_embd values of each token, NULL: the router has another input; stride in elements. on_device: [mobile_part] of
-    // the next layer, those that need no host memory; empty: none
+    // cur: n_embd values of each token, NULL: the router has another input; stride in elements. on_device: of the next
+    // layer, those that need no host memory; empty: none
     void add_layer(mobile_store_layer layer, const std::vector<int32_t> & routed, int64_t n_tokens, const float * cur, int64_t n_embd,
-        size_t cur_stride, const std::vector<uint8_t> & on_device, double now);
+        size_t cur_stride, const mobile_by<mobile_part, uint8_t> & on_device, double now);
 
     // guesses for the device tier since the last call, of this pass
     std::vector<mobile_guess> take();
@@ -93,7 +93,7 @@ private:
         bool     to_tier[MOBILE_AHEAD_TIERS] = {};
         std::vector<float>   cur; // [n_tokens][n_embd]
         std::vector<int32_t> ids; // [n_tokens][n_used] of the layer before
-        std::vector<uint8_t> on_device;
+        mobile_by<mobile_part, uint8_t> on_device;
     };
 
     void set_tiers(bool device);
@@ -109,7 +109,7 @@ private:
 
     const llama_model &           model;
     std::shared_ptr<mobile_store> store;
-    std::vector<router>           routers;  // [mobile_store_layer]
+    mobile_by<mobile_store_layer, router> routers;
     bool    routers_loaded = false;
     int64_t n_embd_router  = 0;
     int32_t gating         = 0;             // enum llama_expert_gating_func_type
@@ -136,17 +136,17 @@ private:
     double       usual[N_TOKENS_MAX][2][2] = {}; // us of a pass of the kind, a running mean. [n_tokens - 1][little][rerun]
 
     // transitions, guarded by mutex: tokens routed to j in a layer after i in the one before, and to i
-    std::vector<std::vector<uint16_t>> following; // [mobile_store_layer][n_expert_before * n_expert]; empty: nothing counted
-    std::vector<std::vector<float>>    uses;      // [mobile_store_layer][n_expert]
-    float                              n_counted = 0.0f;
+    mobile_by<mobile_store_layer, std::vector<uint16_t>> following; // [n_expert_before * n_expert]; empty: nothing counted
+    mobile_by<mobile_store_layer, std::vector<float>>    uses;      // [n_expert]
+    float                                                n_counted = 0.0f;
 
     mutable std::mutex      mutex;
     std::condition_variable cv;
     task                    pending;
     bool                    stop = false;
     std::thread             thread;
-    std::vector<std::vector<int32_t>> guessed; // [mobile_store_layer] of this pass, guarded by mutex
-    std::vector<mobile_guess>         taken;   // what take() returns next, guarded by mutex
+    mobile_by<mobile_store_layer, std::vector<int32_t>> guessed; // of this pass, guarded by mutex
+    std::vector<mobile_guess>                           taken;   // what take() returns next, guarded by mutex
 
     // counters, of this context since the last reset
     uint64_t n_predicted = 0;

@@ -24,14 +24,14 @@ void mobile_store::fail_for_good(const std::string & text) {
 }
 
 void mobile_store::unpin_all() {
-    for (uint32_t expert : pinned) {
-        mobile_expert & x = experts[expert];
+    for (mobile_store_part part : pinned) {
+        mobile_expert & x = experts[part];
         x.pinned = false;
         if (x.state == MOBILE_RESIDENT) {
             if (x.failed) {
                 release_slot(x);
             } else {
-                list(expert);
+                list(part);
             }
         }
     }
@@ -62,7 +62,7 @@ void mobile_store::use(mobile_expert & x, const mobile_need & need) {
 }
 
 void mobile_store::request(mobile_store_layer layer, const std::vector<mobile_need> & needs) {
-    const mobile_layer & l = layers[layer.n];
+    const mobile_layer & l = layers[layer];
 
     locked lock(mutex);
     count.bytes_routed += needs.size()*(expert_bytes_of(l));
@@ -72,18 +72,18 @@ void mobile_store::request(mobile_store_layer layer, const std::vector<mobile_ne
     }
     unpin_all();
 
-    std::vector<uint32_t> misses;
-    std::vector<uint32_t> on_their_way;
+    std::vector<mobile_store_part> misses;
+    std::vector<mobile_store_part> on_their_way;
     for (const auto & need : needs) {
-        const uint32_t expert = id_of(layer, need.part);
-        mobile_expert & x = experts[expert];
-        unlist(expert);
+        const mobile_store_part part = store_part_of(layer, need.part);
+        mobile_expert & x = experts[part];
+        unlist(part);
         use(x, need);
         x.pinned = true;
-        pinned.push_back(expert);
+        pinned.push_back(part);
         if (x.state == MOBILE_NOT_RESIDENT) {
             count.n_misses++;
-            misses.push_back(expert);
+            misses.push_back(part);
             continue;
         }
         count.n_hits++;
@@ -92,24 +92,24 @@ void mobile_store::request(mobile_store_layer layer, const std::vector<mobile_ne
             x.prefetched = false;
         }
         if (x.hinted) {
-            use_hint(x);
+            use_hint(part);
         }
         if (x.state == MOBILE_LOADING) {
-            on_their_way.push_back(expert);
+            on_their_way.push_back(part);
         }
     }
     promote(on_their_way);
     settle_hints(layer);
-    std::vector<uint32_t> loads;
-    for (uint32_t expert : misses) {
+    std::vector<mobile_store_part> loads;
+    for (mobile_store_part part : misses) {
         int32_t slot = -1;
         // the budget holds a layer, and only this one is pinned
         if (!take_slot(lock, layer, SLOT_DEMAND, 0.0, slot)) {
-            no_slot(expert);
+            no_slot(part);
             continue;
         }
-        begin_load(expert, slot, false);
-        loads.push_back(expert);
+        begin_load(part, slot, false);
+        loads.push_back(part);
     }
     queue_reads(loads, demand);
     lock.unlock();
@@ -117,15 +117,15 @@ void mobile_store::request(mobile_store_layer layer, const std::vector<mobile_ne
 }
 
 void mobile_store::read_ahead(mobile_store_layer layer) {
-    const mobile_layer & l = layers[layer.n];
+    const mobile_layer & l = layers[layer];
 
     locked lock(mutex);
     if (all_resident) {
         return;
     }
-    std::vector<uint32_t> loads;
-    for (int e = 0; e < l.n_parts; ++e) {
-        mobile_expert & x = experts[l.first + e];
+    std::vector<mobile_store_part> loads;
+    for (mobile_store_part part = l.first; part < l.first + l.n_parts; ++part) {
+        mobile_expert & x = experts[part];
         int32_t slot = -1;
         if (x.state != MOBILE_NOT_RESIDENT) {
             continue;
@@ -136,8 +136,8 @@ void mobile_store::read_ahead(mobile_store_layer layer) {
         mobile_need need;
         need.lasting = false;
         use(x, need);
-        begin_load(l.first + e, slot, true);
-        loads.push_back(l.first + e);
+        begin_load(part, slot, true);
+        loads.push_back(part);
     }
     count.n_prefetched += loads.size();
     queue_reads(loads, ahead);
@@ -149,7 +149,7 @@ bool mobile_store::hold(mobile_store_layer layer, mobile_part part) {
     if (plain) {
         return true;
     }
-    const uint32_t id = id_of(layer, part);
+    const mobile_store_part id = store_part_of(layer, part);
 
     locked lock(mutex);
     if (experts[id].state != MOBILE_RESIDENT || experts[id].failed) {
@@ -163,7 +163,7 @@ void mobile_store::let_go(mobile_store_layer layer, mobile_part part) {
     if (plain) {
         return;
     }
-    const uint32_t id = id_of(layer, part);
+    const mobile_store_part id = store_part_of(layer, part);
 
     locked lock(mutex);
     if (!experts[id].pinned) {
@@ -172,8 +172,8 @@ void mobile_store::let_go(mobile_store_layer layer, mobile_part part) {
 }
 
 // the experts that are in use leave no slot for this one: its pieces read as zeros, and the pass fails
-void mobile_store::no_slot(uint32_t expert) {
-    mobile_expert & x = experts[expert];
+void mobile_store::no_slot(mobile_store_part part) {
+    mobile_expert & x = experts[part];
     if (error_text.empty()) {
         error_text = "layer " + std::to_string(model_layer(x.layer).n) + ": more experts are needed at once than the budget holds";
     }
@@ -183,8 +183,8 @@ void mobile_store::no_slot(uint32_t expert) {
 }
 
 const char * mobile_store::resolve(mobile_store_layer layer, int32_t piece, mobile_part part, bool wait) {
-    const mobile_layer & l = layers[layer.n];
-    const uint32_t id = id_of(layer, part);
+    const mobile_layer & l = layers[layer];
+    const mobile_store_part id = store_part_of(layer, part);
     mobile_expert & x = experts[id];
 
     auto address = [&]() {

@@ -13,9 +13,9 @@ uint32_t mobile_store::n_chunks(const mobile_range & range) const {
     return (uint32_t) ((head + range.size + CHUNK_BYTES - 1)/CHUNK_BYTES);
 }
 
-void mobile_store::begin_load(uint32_t expert, int32_t slot, bool ahead) {
-    mobile_expert & x = experts[expert];
-    const mobile_layer & l = layers[x.layer.n];
+void mobile_store::begin_load(mobile_store_part part, int32_t slot, bool ahead) {
+    mobile_expert & x = experts[part];
+    const mobile_layer & l = layers[x.layer];
     const mobile_slot_class & c = classes[l.cls];
 
     x.slot      = slot;
@@ -26,23 +26,23 @@ void mobile_store::begin_load(uint32_t expert, int32_t slot, bool ahead) {
     x.prefetched = ahead;
     x.n_pending = 0;
     for (int p = 0; p < l.n_pieces; ++p) {
-        x.piece_pending[p] = n_chunks(range_of(expert, p));
+        x.piece_pending[p] = n_chunks(range_of(part, p));
         x.n_pending += x.piece_pending[p];
         x.piece_state[p].store(MOBILE_PIECE_LOADING, std::memory_order_release);
     }
     n_in_flight++;
 }
 
-void mobile_store::queue_reads(const std::vector<uint32_t> & loads, std::deque<item> & queue) {
+void mobile_store::queue_reads(const std::vector<mobile_store_part> & loads, std::deque<item> & queue) {
     if (loads.empty()) {
         return;
     }
     // piece by piece: the computation of a layer's first tensor starts while the others are on their way
     for (uint16_t p = 0; p < MOBILE_MAX_PIECES; ++p) {
-        for (uint32_t expert : loads) {
-            if (p < layers[experts[expert].layer.n].n_pieces) {
-                for (uint32_t chunk = 0; chunk < experts[expert].piece_pending[p]; ++chunk) {
-                    queue.push_back({ expert, p, chunk });
+        for (mobile_store_part part : loads) {
+            if (p < layers[layer_of_part(part)].n_pieces) {
+                for (uint32_t chunk = 0; chunk < experts[part].piece_pending[p]; ++chunk) {
+                    queue.push_back({ part, p, chunk });
                 }
             }
         }
@@ -50,12 +50,12 @@ void mobile_store::queue_reads(const std::vector<uint32_t> & loads, std::deque<i
 }
 
 // moves queued reads of these experts from read-ahead to demand
-void mobile_store::promote(const std::vector<uint32_t> & wanted) {
+void mobile_store::promote(const std::vector<mobile_store_part> & wanted) {
     if (wanted.empty() || ahead.empty()) {
         return;
     }
-    const std::set<uint32_t> set(wanted.begin(), wanted.end());
-    auto moved = std::stable_partition(ahead.begin(), ahead.end(), [&](const item & it) { return set.count(it.expert) == 0; });
+    const std::set<mobile_store_part> set(wanted.begin(), wanted.end());
+    auto moved = std::stable_partition(ahead.begin(), ahead.end(), [&](const item & it) { return set.count(it.part) == 0; });
     demand.insert(demand.end(), moved, ahead.end());
     ahead.erase(moved, ahead.end());
 }
@@ -74,13 +74,13 @@ bool mobile_store::run_one(locked & lock, bool demand_only) {
     queue.pop_front();
     n_demand_running += demanded;
 
-    const mobile_expert & x = experts[it.expert];
-    const mobile_range  & r = range_of(it.expert, it.piece);
+    const mobile_expert & x = experts[it.part];
+    const mobile_range  & r = range_of(it.part, it.piece);
     const mobile_file   & f = files[r.file];
 
     const uint64_t offset = r.offset - r.offset % f.align + it.chunk*CHUNK_BYTES;
     const uint64_t size   = std::min(CHUNK_BYTES, r.offset + r.size - offset);
-    char * dst = x.data + classes[layers[x.layer.n].cls].piece_offset[it.piece] + it.chunk*CHUNK_BYTES;
+    char * dst = x.data + classes[layers[x.layer].cls].piece_offset[it.piece] + it.chunk*CHUNK_BYTES;
 
     lock.unlock();
     uint64_t  n_read = 0;
@@ -96,16 +96,15 @@ bool mobile_store::run_one(locked & lock, bool demand_only) {
     return true;
 }
 
-std::string mobile_store::describe(uint32_t expert, int piece) const {
-    const mobile_layer & l = layers[experts[expert].layer.n];
-    const mobile_part part(expert - l.first);
-    return files[range_of(expert, piece).file].name + ": layer " + std::to_string(l.il.n) + ", expert " + std::to_string(expert_of(part)) +
-        (n_segments > 1 ? ", segment " + std::to_string(part.n % n_segments) : "") + " (" + l.piece_name[piece] + ")";
+std::string mobile_store::describe(mobile_store_part part, int piece) const {
+    const mobile_layer & l = layers[layer_of_part(part)];
+    return files[range_of(part, piece).file].name + ": layer " + std::to_string(l.il.n) + ", " +
+        mobile_part_name(part_in_layer(part), n_segments) + " (" + l.piece_name[piece] + ")";
 }
 
 void mobile_store::finish(const item & it, int status, uint64_t n_read, uint64_t n_wanted, uint64_t offset) {
-    mobile_expert & x = experts[it.expert];
-    const mobile_file & f = files[range_of(it.expert, it.piece).file];
+    mobile_expert & x = experts[it.part];
+    const mobile_file & f = files[range_of(it.part, it.piece).file];
 
     const uint64_t bytes = f.direct ? mobile_round_up(n_read, f.align) : n_read;
     count.bytes_read += bytes;
@@ -118,7 +117,7 @@ void mobile_store::finish(const item & it, int status, uint64_t n_read, uint64_t
         x.failed = true;
         // a failed read ahead is no error: it is tried again when the expert is needed
         if (x.pinned && error_text.empty()) {
-            error_text = describe(it.expert, it.piece) + ": " +
+            error_text = describe(it.part, it.piece) + ": " +
                 (status != 0 ? std::string(strerror(status)) : "only " + std::to_string(n_read) + " of " + std::to_string(n_wanted) + " bytes") +
                 " at offset " + std::to_string(offset) +
                 (status != 0 ? "" : "; the file has become shorter since it was loaded");
@@ -135,7 +134,7 @@ void mobile_store::finish(const item & it, int status, uint64_t n_read, uint64_t
             if (x.failed) {
                 release_slot(x);
             } else {
-                list(it.expert);
+                list(it.part);
             }
         }
     }
