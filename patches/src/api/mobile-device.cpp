@@ -92,6 +92,8 @@ static enum mobile_status start(struct llama_context & ctx, mobile_context & m, 
     int32_t status = MOBILE_ERR_MEMORY;
     try {
         status = slots->start(err);
+    } catch (const mobile_error &) {
+        throw;
     } catch (const std::exception & e) { // a driver's
         err = std::string("no device memory for expert slots: ") + e.what();
     }

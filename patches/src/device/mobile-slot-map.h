@@ -42,7 +42,7 @@ public:
         for (size_t e = 0; e < size(); ++e) {
             uint8_t least = MOBILE_RESIDENT;
             for (int32_t s = 0; s < n_segments; ++s) {
-                least = std::min(least, state[e*n_segments + s].load(std::memory_order_relaxed)); // a layer's parts lie behind those of the one before
+                least = std::min(least, state[e*n_segments + s].load(std::memory_order_relaxed));
             }
             to[e] = least;
         }

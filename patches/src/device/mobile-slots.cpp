@@ -1,6 +1,7 @@
 #include "device/mobile-slots.h"
 
 #include "ggml/ggml-expert.h"
+#include "mobile-error.h"
 
 #include "ggml.h"
 
@@ -172,15 +173,26 @@ bool mobile_slots::upload(mobile_device_layer & l, mobile_part part, int32_t slo
 }
 
 void mobile_slots::collect() {
+    std::string error;
     for (auto & d : devices) {
         if (!d.uploader) {
             continue;
         }
-        for (const mobile_upload & done : d.uploader->done()) {
+        if (!d.uploader->done(arrived)) {
+            error = d.uploader->error();
+        }
+        for (const mobile_upload & done : arrived) {
             mobile_device_layer & l = layers[done.layer];
             const bool is_awaited = l.experts[done.part].state == MOBILE_SLOT_SENDING_AHEAD;
-            move(l, done.part, is_awaited ? MOBILE_SLOT_AWAITED : MOBILE_SLOT_IDLE);
+            if (done.failed) {
+                evict(done.layer, done.part);
+            } else {
+                move(l, done.part, is_awaited ? MOBILE_SLOT_AWAITED : MOBILE_SLOT_IDLE);
+            }
         }
+    }
+    if (!error.empty()) {
+        mobile_throw(MOBILE_ERR_INTERNAL, error);
     }
 }
 

@@ -172,7 +172,7 @@ public:
     void add_whole_hits(size_t n_needs) { count.n_hits += n_needs; }
     // of the running layer's cold chain: so many experts in so much time
     void add_cpu_time(int32_t n_experts, uint64_t us);
-    // makes background uploads that are complete visible
+    // makes background uploads that are complete visible. throws mobile_error, when it has, if one failed
     void collect();
     // unpins; forgets what the layer before missed, and hints
     void end_pass();
@@ -256,6 +256,7 @@ private:
     std::vector<mobile_part> fetches;         // and of them those to upload at once, the ones worth most first
     bool                     to_admit = false; // those have not been offered a slot yet
     bool                     sending  = false; // a computing stream may still be reading this layer's uploads
+    std::vector<mobile_upload> arrived;       // since the last look
     double                   cpu_us_per_expert = 0.0; // moving average; 0: not measured yet
 
     // ahead of it

@@ -8,6 +8,7 @@
 
 #include "device/mobile-slot-map.h"
 #include "device/mobile-slots.h"
+#include "mobile-error.h"
 #include "route/mobile-graph.h"
 #include "route/mobile-pass.h"
 #include "route/mobile-predict.h"
@@ -45,4 +46,16 @@ struct mobile_context {
     mobile_predictor              predictor;
     mobile_slot_map               slot_map;
     std::unique_ptr<mobile_slots> slots; // the device tier; NULL: none
+
+    // calls, where the frames around are C or llama.cpp's: what it throws makes the pass fail. false: it threw
+    template <typename body> bool guard(body && call) noexcept {
+        try {
+            call();
+            return true;
+        } catch (...) {
+            mobile_fail_caught();
+            error = mobile_last_error();
+            return false;
+        }
+    }
 };

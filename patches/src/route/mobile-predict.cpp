@@ -1,11 +1,14 @@
 #include "route/mobile-predict.h"
 
+#include "mobile-error.h"
+
 #include "llama-model.h"
 
 #include "ggml.h"
 
 #include <algorithm>
 #include <cmath>
+#include <cstdio>
 #include <numeric>
 
 // how much a new pass moves what passes of its kind usually take
@@ -132,6 +135,16 @@ void mobile_predictor::end_pass(bool ok) {
     }
 }
 
+std::string mobile_predictor::take_error() {
+    if (!thread.joinable()) {
+        return "";
+    }
+    std::lock_guard<std::mutex> lock(mutex);
+    std::string text = thrown;
+    thrown[0] = 0;
+    return text;
+}
+
 void mobile_predictor::add_layer(mobile_store_layer layer, const std::vector<int32_t> & routed, int64_t n, const float * cur, int64_t n_embd,
         size_t cur_stride, const mobile_by<mobile_part, uint8_t> & on_device, double now) {
     if (is_idle()) {
@@ -219,41 +232,53 @@ void mobile_predictor::guess(const task & t, std::vector<int32_t> & ids) {
     }
 }
 
+// the pending task, with the lock, and without it while it guesses
+void mobile_predictor::serve(std::unique_lock<std::mutex> & lock) {
+    task & t = running;
+    std::swap(t, pending);
+    pending.layer = mobile_store_layer();
+    lock.unlock();
+
+    guess(t, running_ids);
+    std::vector<mobile_part> & parts = running_parts;
+    parts.clear();
+    for (int32_t id : running_ids) {
+        for (int32_t s = 0; s < store->n_segments; ++s) {
+            parts.push_back(store->part_of(id, s));
+        }
+    }
+    if (t.to_tier[MOBILE_AHEAD_DEVICE]) {
+        lock.lock();
+        if (t.pass == pass) {
+            taken.push_back({ t.layer, t.now, parts });
+        }
+        lock.unlock();
+    }
+    if (t.to_tier[MOBILE_AHEAD_HOST]) {
+        parts.erase(std::remove_if(parts.begin(), parts.end(), [&](mobile_part part) { return !t.on_device.empty() && t.on_device[part]; }), parts.end());
+        store->hint(t.layer, parts, t.now, t.seq);
+    }
+    lock.lock();
+    if (store->sequence() == t.seq) {
+        guessed[t.layer] = running_ids;
+    }
+}
+
 void mobile_predictor::run() {
     std::unique_lock<std::mutex> lock(mutex);
-    task t;
-    std::vector<int32_t> ids;
-    std::vector<mobile_part> parts;
     for (;;) {
         cv.wait(lock, [&] { return stop || !pending.layer.is_none(); });
         if (stop) {
             return;
         }
-        std::swap(t, pending);
-        pending.layer = mobile_store_layer();
-        lock.unlock();
-
-        guess(t, ids);
-        parts.clear();
-        for (int32_t id : ids) {
-            for (int32_t s = 0; s < store->n_segments; ++s) {
-                parts.push_back(store->part_of(id, s));
+        try {
+            serve(lock);
+        } catch (...) {
+            mobile_fail_caught();
+            if (!lock.owns_lock()) {
+                lock.lock();
             }
-        }
-        if (t.to_tier[MOBILE_AHEAD_DEVICE]) {
-            lock.lock();
-            if (t.pass == pass) {
-                taken.push_back({ t.layer, t.now, parts });
-            }
-            lock.unlock();
-        }
-        if (t.to_tier[MOBILE_AHEAD_HOST]) {
-            parts.erase(std::remove_if(parts.begin(), parts.end(), [&](mobile_part part) { return !t.on_device.empty() && t.on_device[part]; }), parts.end());
-            store->hint(t.layer, parts, t.now, t.seq);
-        }
-        lock.lock();
-        if (store->sequence() == t.seq) {
-            guessed[t.layer] = ids;
+            snprintf(thrown, sizeof(thrown), "%s", mobile_last_error());
         }
     }
 }

@@ -5,7 +5,7 @@
 // else to do; a device tier fetches them by take(), to upload what is in memory. The guess is the next layer's own router on this layer's FFN input, where the model has a plain
 // router; else P(expert of the next layer | experts of this one), counted on the tokens seen so far.
 // Whether hints shorten the passes is measured (mobile-trial.h), for each source and tier: they are on only while they do.
-// Invariant: changes when bytes are read, never what is computed.
+// Invariant: changes when bytes are read, never what is computed. What is thrown while guessing fails a pass, as a read does.
 // Limits: passes of up to N_TOKENS_MAX tokens; nothing is guessed for the first layer.
 
 #pragma once
@@ -18,6 +18,7 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -54,6 +55,8 @@ public:
     // around a pass; k: experts that each of its tokens uses at most. device: there is a device tier that takes hints
     void begin_pass(int64_t n_tokens, int32_t k, bool device);
     void end_pass  (bool ok);
+    // what was thrown while guessing since the last call; "": nothing
+    std::string take_error();
 
     // a layer of the store, whose needs it has been told. routed: [n_tokens][n_used], the model's experts, -1: skipped.
     // cur: n_embd values of each token, NULL: the router has another input; stride in elements. on_device: of the next
@@ -102,6 +105,7 @@ private:
     void start();
     void load_routers();
     void run();
+    void serve(std::unique_lock<std::mutex> & lock);
     void guess(const task & t, std::vector<int32_t> & ids);
     void score_by_router     (const task & t, int64_t token, std::vector<float> & scores) const;
     void score_by_transitions(const task & t, int64_t token, std::vector<float> & scores) const;
@@ -144,7 +148,14 @@ private:
     std::condition_variable cv;
     task                    pending;
     bool                    stop = false;
+    char                    thrown[256] = ""; // guarded by mutex
     std::thread             thread;
+
+    // of the thread that guesses
+    task                     running;
+    std::vector<int32_t>     running_ids;
+    std::vector<mobile_part> running_parts;
+
     mobile_by<mobile_store_layer, std::vector<int32_t>> guessed; // of this pass, guarded by mutex
     std::vector<mobile_guess>                           taken;   // what take() returns next, guarded by mutex
 

@@ -2,8 +2,6 @@
 
 #include "route/mobile-context.h"
 
-#include "mobile-error.h"
-
 #include "ggml-backend.h"
 #include "ggml.h"
 
@@ -304,11 +302,7 @@ void mobile_route_run(ggml_tensor * dst, int ith, int nth, void * userdata) {
         return;
     }
     mobile_route & route = *(mobile_route *) userdata;
-    try {
-        run(route, dst);
-    } catch (...) { // the frames around this one are C
-        mobile_fail_caught();
-        route.ctx->error = mobile_last_error();
+    if (!route.ctx->guard([&] { run(route, dst); })) {
         skip_all(route, dst);
     }
 }
@@ -323,13 +317,10 @@ void mobile_route_end_cold(ggml_tensor * dst, int ith, int nth, void * userdata)
     if (!route.ctx->slots) {
         return;
     }
-    try {
+    route.ctx->guard([&] {
         if (route.n_cold > 0) {
             route.ctx->slots->add_cpu_time(route.n_cold, ggml_time_us() - route.start_us);
         }
         mobile_route_ahead(*route.ctx); // by now the next layer's experts have been guessed
-    } catch (...) {
-        mobile_fail_caught();
-        route.ctx->error = mobile_last_error();
-    }
+    });
 }

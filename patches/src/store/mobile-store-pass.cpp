@@ -43,6 +43,10 @@ bool mobile_store::end_pass() {
     unpin_all();
     drop_hints();
     cv_done.notify_all();
+    if (error_text.empty()) {
+        error_text = thrown;
+    }
+    thrown[0] = 0;
     return error_text.empty();
 }
 
@@ -62,9 +66,18 @@ void mobile_store::use(mobile_expert & x, const mobile_need & need) {
 }
 
 void mobile_store::request(mobile_store_layer layer, const std::vector<mobile_need> & needs) {
+    locked lock(mutex);
+    try {
+        ask(lock, layer, needs);
+    } catch (...) {
+        catch_thrown(lock);
+        throw;
+    }
+}
+
+void mobile_store::ask(locked & lock, mobile_store_layer layer, const std::vector<mobile_need> & needs) {
     const mobile_layer & l = layers[layer];
 
-    locked lock(mutex);
     count.bytes_routed += needs.size()*(expert_bytes_of(l));
     if (plain || (all_resident && experts[l.first].state == MOBILE_RESIDENT)) {
         count.n_hits += needs.size();
@@ -77,10 +90,10 @@ void mobile_store::request(mobile_store_layer layer, const std::vector<mobile_ne
     for (const auto & need : needs) {
         const mobile_store_part part = store_part_of(layer, need.part);
         mobile_expert & x = experts[part];
+        pinned.push_back(part);
         unlist(part);
         use(x, need);
         x.pinned = true;
-        pinned.push_back(part);
         if (x.state == MOBILE_NOT_RESIDENT) {
             count.n_misses++;
             misses.push_back(part);
@@ -117,12 +130,21 @@ void mobile_store::request(mobile_store_layer layer, const std::vector<mobile_ne
 }
 
 void mobile_store::read_ahead(mobile_store_layer layer) {
-    const mobile_layer & l = layers[layer];
-
     locked lock(mutex);
     if (all_resident) {
         return;
     }
+    try {
+        ask_ahead(lock, layer);
+    } catch (...) {
+        catch_thrown(lock);
+        throw;
+    }
+}
+
+void mobile_store::ask_ahead(locked & lock, mobile_store_layer layer) {
+    const mobile_layer & l = layers[layer];
+
     std::vector<mobile_store_part> loads;
     for (mobile_store_part part = l.first; part < l.first + l.n_parts; ++part) {
         mobile_expert & x = experts[part];
@@ -174,26 +196,24 @@ void mobile_store::let_go(mobile_store_layer layer, mobile_part part) {
 // the experts that are in use leave no slot for this one: its pieces read as zeros, and the pass fails
 void mobile_store::no_slot(mobile_store_part part) {
     mobile_expert & x = experts[part];
-    if (error_text.empty()) {
-        error_text = "layer " + std::to_string(model_layer(x.layer).n) + ": more experts are needed at once than the budget holds";
-    }
     for (auto & s : x.piece_state) {
         s.store(MOBILE_PIECE_FAILED, std::memory_order_release);
+    }
+    if (error_text.empty()) {
+        error_text = "layer " + std::to_string(model_layer(x.layer).n) + ": more experts are needed at once than the budget holds";
     }
 }
 
 const char * mobile_store::resolve(mobile_store_layer layer, int32_t piece, mobile_part part, bool wait) {
-    const mobile_layer & l = layers[layer];
     const mobile_store_part id = store_part_of(layer, part);
-    mobile_expert & x = experts[id];
+    const mobile_expert & x = experts[id];
 
-    auto address = [&]() {
+    const auto address = [&] {
         const mobile_range & r = range_of(id, piece);
-        return x.data + classes[l.cls].piece_offset[piece] + r.offset % files[r.file].align;
+        return x.data + classes[layers[layer].cls].piece_offset[piece] + r.offset % files[r.file].align;
     };
 
-    uint32_t state = x.piece_state[piece].load(std::memory_order_acquire);
-    if (state == MOBILE_PIECE_READY) {
+    if (x.piece_state[piece].load(std::memory_order_acquire) == MOBILE_PIECE_READY) {
         return address();
     }
     if (!wait) {
@@ -204,37 +224,50 @@ const char * mobile_store::resolve(mobile_store_layer layer, int32_t piece, mobi
     if (n_waiting++ == 0) {
         stall_start = ggml_time_us();
     }
-    if (x.state == MOBILE_NOT_RESIDENT && !x.pinned) {
-        // not requested by the route op: a graph of somebody else's. load it as a need of this layer
-        int32_t slot = -1;
-        if (take_slot(lock, layer, SLOT_DEMAND, 0.0, slot)) {
-            x.pinned = true;
-            pinned.push_back(id);
-            count.n_misses++;
-            begin_load(id, slot, false);
-            queue_reads({ id }, demand);
-            wake_io(1);
-        } else {
-            no_slot(id);
-        }
-    }
-    while ((state = x.piece_state[piece].load(std::memory_order_acquire)) < MOBILE_PIECE_READY) {
-        if (!run_one(lock, true)) {
-            cv_done.wait(lock);
-        }
+    bool arrived = false;
+    try {
+        arrived = arrives(lock, layer, piece, id);
+    } catch (...) {
+        catch_thrown(lock);
     }
     if (--n_waiting == 0) {
         count.stall_us += ggml_time_us() - stall_start;
         cv_done.notify_all();
     }
+    return arrived ? address() : zeros;
+}
+
+// waits for a piece, and serves the queue meanwhile; false: it cannot be read, and the pass fails
+bool mobile_store::arrives(locked & lock, mobile_store_layer layer, int32_t piece, mobile_store_part part) {
+    mobile_expert & x = experts[part];
+    if (x.state == MOBILE_NOT_RESIDENT && (!x.pinned || x.piece_state[piece].load(std::memory_order_relaxed) == MOBILE_PIECE_ABSENT)) {
+        // not requested by the route op, or not to the end: a graph of somebody else's. load it as a need of this layer
+        int32_t slot = -1;
+        if (take_slot(lock, layer, SLOT_DEMAND, 0.0, slot)) {
+            count.n_misses++;
+            begin_load(part, slot, false);
+            pinned.push_back(part);
+            x.pinned = true;
+            queue_reads({ part }, demand);
+            wake_io(1);
+        } else {
+            no_slot(part);
+        }
+    }
+    uint32_t state;
+    while ((state = x.piece_state[piece].load(std::memory_order_acquire)) < MOBILE_PIECE_READY) {
+        if (!run_one(lock, true)) {
+            cv_done.wait(lock);
+        }
+    }
     if (state == MOBILE_PIECE_READY) {
-        return address();
+        return true;
     }
-    if (error_text.empty()) {
+    if (error_text.empty() && thrown[0] == 0) {
         // it was read ahead, and failed before this pass asked for it
-        error_text = describe(id, piece) + ": a read ahead of need failed";
+        error_text = describe(part, piece) + ": a read ahead of need failed";
     }
-    return zeros;
+    return false;
 }
 
 void mobile_store::settle() {

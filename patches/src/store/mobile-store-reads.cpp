@@ -2,7 +2,10 @@
 
 #include "store/mobile-store.h"
 
+#include "mobile-error.h"
+
 #include <algorithm>
+#include <cstdio>
 #include <cstring>
 
 // reads are split so that one large piece keeps several I/O threads busy
@@ -60,6 +63,28 @@ void mobile_store::promote(const std::vector<mobile_store_part> & wanted) {
     ahead.erase(moved, ahead.end());
 }
 
+// a read under way. where it throws, the lock is taken again first
+class mobile_store::running {
+public:
+    running(mobile_store & store, locked & lock, bool demanded) : store(store), lock(lock), demanded(demanded) {
+        store.n_running++;
+        store.n_demand_running += demanded;
+    }
+
+    ~running() {
+        if (!lock.owns_lock()) {
+            lock.lock();
+        }
+        store.n_running--;
+        store.n_demand_running -= demanded;
+    }
+
+private:
+    mobile_store & store;
+    locked       & lock;
+    const bool     demanded;
+};
+
 // takes one read from the queues and does it without the lock; false: there is none
 bool mobile_store::run_one(locked & lock, bool demand_only) {
     std::deque<item> & queue = !demand.empty() ? demand : ahead;
@@ -72,7 +97,6 @@ bool mobile_store::run_one(locked & lock, bool demand_only) {
     const bool demanded = !demand.empty();
     const item it = queue.front();
     queue.pop_front();
-    n_demand_running += demanded;
 
     const mobile_expert & x = experts[it.part];
     const mobile_range  & r = range_of(it.part, it.piece);
@@ -82,12 +106,14 @@ bool mobile_store::run_one(locked & lock, bool demand_only) {
     const uint64_t size   = std::min(CHUNK_BYTES, r.offset + r.size - offset);
     char * dst = x.data + classes[layers[x.layer].cls].piece_offset[it.piece] + it.chunk*CHUNK_BYTES;
 
-    lock.unlock();
-    uint64_t  n_read = 0;
-    const int status = mobile_file_read(f, offset, size, dst, n_read);
-    lock.lock();
-
-    n_demand_running -= demanded;
+    uint64_t n_read = 0;
+    int      status = 0;
+    {
+        running scope(*this, lock, demanded);
+        lock.unlock();
+        status = mobile_file_read(f, offset, size, dst, n_read);
+        lock.lock();
+    }
     ahead_count.bytes_demanded += demanded ? n_read : 0;
     if (demanded && !hints.empty()) {
         wake_io(1);
@@ -113,16 +139,7 @@ void mobile_store::finish(const item & it, int status, uint64_t n_read, uint64_t
     }
 
     const bool ok = status == 0 && n_read == n_wanted;
-    if (!ok) {
-        x.failed = true;
-        // a failed read ahead is no error: it is tried again when the expert is needed
-        if (x.pinned && error_text.empty()) {
-            error_text = describe(it.part, it.piece) + ": " +
-                (status != 0 ? std::string(strerror(status)) : "only " + std::to_string(n_read) + " of " + std::to_string(n_wanted) + " bytes") +
-                " at offset " + std::to_string(offset) +
-                (status != 0 ? "" : "; the file has become shorter since it was loaded");
-        }
-    }
+    x.failed = x.failed || !ok;
     x.n_pending--;
     if (--x.piece_pending[it.piece] == 0) {
         x.piece_state[it.piece].store(x.failed ? MOBILE_PIECE_FAILED : MOBILE_PIECE_READY, std::memory_order_release);
@@ -130,12 +147,58 @@ void mobile_store::finish(const item & it, int status, uint64_t n_read, uint64_t
     if (x.n_pending == 0) {
         n_in_flight--;
         x.state = MOBILE_RESIDENT;
-        if (!x.pinned) {
-            if (x.failed) {
-                release_slot(x);
-            } else {
-                list(it.part);
+    }
+    cv_done.notify_all();
+
+    // what follows asks for memory, so it comes last
+    if (x.n_pending == 0 && !x.pinned) {
+        if (x.failed) {
+            release_slot(x);
+        } else {
+            list(it.part);
+        }
+    }
+    // a failed read ahead is no error: it is tried again when the expert is needed
+    if (!ok && x.pinned && error_text.empty()) {
+        error_text = describe(it.part, it.piece) + ": " +
+            (status != 0 ? std::string(strerror(status)) : "only " + std::to_string(n_read) + " of " + std::to_string(n_wanted) + " bytes") +
+            " at offset " + std::to_string(offset) +
+            (status != 0 ? "" : "; the file has become shorter since it was loaded");
+    }
+}
+
+// in a catch block. what was thrown may have left reads that nobody does, so all that are not done fail: nobody waits for
+// them in vain, and a pass fails with the text
+void mobile_store::catch_thrown(locked & lock) noexcept {
+    mobile_fail_caught();
+    if (!lock.owns_lock()) {
+        lock.lock();
+    }
+    if (thrown[0] == 0) {
+        snprintf(thrown, sizeof(thrown), "%s", mobile_last_error());
+    }
+    demand.clear();
+    ahead.clear();
+    hints.clear();
+    cv_done.wait(lock, [&] { return n_running == 0; });
+    demand.clear(); // and what was asked for meanwhile
+    ahead.clear();
+    for (mobile_expert & x : experts) {
+        if (x.state != MOBILE_LOADING) {
+            continue;
+        }
+        for (int p = 0; p < layers[x.layer].n_pieces; ++p) {
+            if (x.piece_pending[p] > 0) {
+                x.piece_state[p].store(MOBILE_PIECE_FAILED, std::memory_order_release);
             }
+            x.piece_pending[p] = 0;
+        }
+        x.n_pending = 0;
+        x.failed    = true;
+        x.state     = MOBILE_RESIDENT;
+        n_in_flight--;
+        if (!x.pinned) {
+            release_slot(x);
         }
     }
     cv_done.notify_all();
@@ -151,8 +214,12 @@ void mobile_store::wake_io(size_t n_loads) {
 void mobile_store::io_main() {
     locked lock(mutex);
     while (!stop) {
-        if (!run_one(lock, false)) {
-            cv_work.wait(lock);
+        try {
+            if (!run_one(lock, false)) {
+                cv_work.wait(lock);
+            }
+        } catch (...) {
+            catch_thrown(lock);
         }
     }
 }

@@ -193,6 +193,8 @@ int32_t mobile_store::start(const std::function<bool(float)> & progress, std::st
             c.n_slots = 0;
             return MOBILE_ERR_MEMORY;
         }
+        c.free .reserve(c.n_slots); // giving a slot back throws nothing
+        c.spare.reserve(c.n_slots);
         for (int p = 0; p < c.n_pieces; ++p) {
             zeros_size = std::max(zeros_size, c.piece_size[p]);
         }
@@ -263,7 +265,7 @@ mobile_store_layer mobile_store::layer_of(mobile_model_layer il) const {
 
 std::string mobile_store::error() {
     locked lock(mutex);
-    return error_text;
+    return error_text.empty() ? thrown : error_text;
 }
 
 mobile_counters mobile_store::counters() {

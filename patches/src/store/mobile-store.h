@@ -8,7 +8,7 @@
 // half the read bandwidth.
 // Invariants: slots in use never exceed the budget; a piece is computed from only when all its bytes
 // have arrived; a pinned expert is not evicted; reads ahead never evict what single tokens use, beyond
-// two layers' worth.
+// two layers' worth; what is thrown in the middle of it, in whatever thread, is a failed read (catch_thrown).
 // What is called an expert in this class is a part (mobile-ids.h): a whole expert, or one of its segments; what
 // `of_model` stands in the name of takes the model's experts.
 // Limits: one graph computation at a time; a layer's experts all fit (checked at load).
@@ -207,7 +207,8 @@ public:
     bool hold  (mobile_store_layer layer, mobile_part part);
     void let_go(mobile_store_layer layer, mobile_part part);
 
-    // address of a piece; see ggml_expert_resolver. NULL: not there, and not waited for
+    // address of a piece; see ggml_expert_resolver. NULL: not there, and not waited for. throws nothing: the frames around
+    // it are C
     const char * resolve(mobile_store_layer layer, int32_t piece, mobile_part part, bool wait);
     // what a piece reads as that could not be read
     const char * resolve_failed() const { return zeros; }
@@ -239,6 +240,8 @@ private:
     };
 
     using locked = std::unique_lock<std::mutex>;
+
+    class running;
 
     void lay_out(uint32_t align);
 
@@ -272,6 +275,10 @@ private:
     std::string describe(mobile_store_part part, int piece) const; // for error texts
     void wake_io     (size_t n_loads);
     void io_main     ();
+    void ask         (locked & lock, mobile_store_layer layer, const std::vector<mobile_need> & needs);
+    void ask_ahead   (locked & lock, mobile_store_layer layer);
+    bool arrives     (locked & lock, mobile_store_layer layer, int32_t piece, mobile_store_part part);
+    void catch_thrown(locked & lock) noexcept;
 
     mobile_by<mobile_model_layer, mobile_store_layer> store_layer_of;
     std::vector<mobile_file>                    files;
@@ -287,7 +294,8 @@ private:
     std::deque<item>        ahead;
     std::deque<hinted>      hints;     // served last
     std::vector<mobile_store_part> hinted_reads; // of layers yet to come, read because of hints
-    uint32_t                n_demand_running = 0; // reads of misses under way
+    uint32_t                n_running        = 0; // reads under way
+    uint32_t                n_demand_running = 0; // of these, of misses
     std::atomic<uint64_t>   n_requests = 1;       // changed under the lock
     bool                    stop = false;
     std::vector<std::thread> io_threads;
@@ -303,6 +311,7 @@ private:
     int64_t  stall_start  = 0;
     std::string error_text;
     std::string error_for_good;
+    char        thrown[256] = ""; // in no string, which might throw: what was, until a pass has failed of it
     bool        sleeps = false; // counted by ggml_expert_add_sleeper
     mobile_counters count = {};
     mobile_ahead_counters ahead_count;
