@@ -126,8 +126,8 @@ with mobile_gguf.load(sys.argv[1], n_ctx=64) as model:
     assert model.detokenize(tokens) == "ab cd", tokens
     llama = backend_of(model)
     assert not llama.has_engine
-    for call in (lambda: llama.piece(int(sys.argv[2])), lambda: llama.is_end(-1), lambda: model.generate([-1]),
-                 lambda: llama.calls.sample(llama._init_sampler().sampler, 99)):
+    for call in (lambda: llama.piece(int(sys.argv[2])), lambda: llama.is_end(-1),
+                 lambda: model.generate([-1]), lambda: llama.calls.sample(llama._init_sampler().sampler, 99)):
         try:
             call()
         except mobile_gguf.MobileError as error:
