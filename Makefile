@@ -6,7 +6,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := run
-.PHONY: run test quick test-portable lint docs fuzz bench engine stock clean help
+.PHONY: run test quick test-portable lint docs fuzz torture-headers bench engine stock clean help
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -78,6 +78,10 @@ fuzz: $(VENV)/.dev ## hostile GGUF and safetensors headers, FUZZ_SECONDS each; b
 		PYTHONPATH=tests/support $(BIN)/python tests/support/fuzz.py $$target build/fuzz/$$target -max_total_time=$(FUZZ_SECONDS) \
 			-artifact_prefix=build/fuzz/ || exit 1; \
 	done
+
+EVERY ?= 1
+torture-headers: $(VENV)/.dev ## every number, length and array of six headers changed one at a time (EVERY=12: each twelfth)
+	PYTHONPATH=tests/support $(BIN)/python tests/support/header_torture.py --every $(EVERY)
 
 bench: $(VENV)/.core stock ## compare with stock llama.cpp under the same memory cap
 	$(BIN)/mobile-gguf bench --budget 12%,25%,100% --modes exact,little --vs stock $(BENCH)

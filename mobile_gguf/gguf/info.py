@@ -16,10 +16,9 @@ from typing import Any
 from mobile_gguf.errors import ModelFormatError, ModelNotFoundError
 
 from . import keys
+from .checks import check_model
 from .experts import STACKED, ExpertLayer, read_experts
 from .header import GgufHeader, TensorInfo, read_header
-
-MAX_LAYERS = 1 << 12
 
 # llama.cpp's input layer
 _EMBEDDING = re.compile(r"(per_layer_)?token_embd(_norm)?\.weight")
@@ -107,10 +106,9 @@ def make_gguf_info(headers: Sequence[GgufHeader]) -> GgufInfo:
     tensors = [tensor for header in headers for tensor in header.tensors]
     if not tensors:
         raise ModelFormatError(f"{path} cannot be used: it holds no tensors")
+    check_model(path, metadata, first.array_lengths, tensors)
     facts = _Facts(path, architecture, metadata)
     n_layer = facts.integer("block_count")
-    if n_layer > MAX_LAYERS:
-        raise ModelFormatError(f"{path} cannot be used: it claims {n_layer} layers")
     n_head = facts.per_layer("attention.head_count", n_layer)
     n_ff = max(facts.per_layer("feed_forward_length", n_layer), default=0)
     head = facts.integer("embedding_length") // max(n_head, default=1) if any(n_head) else 0
@@ -135,7 +133,7 @@ def make_gguf_info(headers: Sequence[GgufHeader]) -> GgufInfo:
         key_length=facts.integer("attention.key_length", head),
         value_length=facts.integer("attention.value_length", head),
         n_expert=n_expert,
-        n_expert_used=facts.integer("expert_used_count") if n_expert else 0,
+        n_expert_used=max(facts.per_layer("expert_used_count", n_layer), default=0) if n_expert else 0,
         n_ff_expert=facts.integer("expert_feed_forward_length", n_ff),
         expert_layers=experts.layers,
         moe_layers=experts.numbers,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +16,7 @@ from mobile_gguf.memory.pools import pool_min_bytes
 from mobile_gguf.options import LoadOptions
 from mobile_gguf.options.words import BIG_LITTLE, EXACT, LITTLE
 from mobile_gguf.sizes import AUTO, OFF, Size, format_bytes, whole_mebibytes
-from mobile_gguf.wording import name_lines
+from mobile_gguf.wording import name_lines, shell_command
 
 from .disk import disk_name
 from .ggml import device_key
@@ -148,7 +147,8 @@ def suggest(info: GgufInfo, options: LoadOptions, fit: Fit, predictions: Sequenc
     if options.mode == EXACT and head and is_worth:
         planned["mode"] = BIG_LITTLE
     also = ("n_ctx", "n_ubatch")
-    return shlex.join(["mobile-gguf", "run", str(info.path), *arguments(replace(options, **planned), also)])
+    words = ["mobile-gguf", "run", str(info.path), *arguments(replace(options, **planned), also)]
+    return shell_command(words)
 
 
 def _budget(asked: Size, share: float, n_bytes: int, least: int) -> Size:
