@@ -10,13 +10,14 @@ from typing import Any
 from mobile_gguf.api.aio import Job
 from mobile_gguf.api.context import ChatPrompt, of_a_chat
 from mobile_gguf.api.model import Model
+from mobile_gguf.errors import PromptTooLongError
 from mobile_gguf.generate.answer import INTERRUPTED, LENGTH, STOP, Chunk
 from mobile_gguf.generate.chat_prompt import OWN_NAMES
 from mobile_gguf.generate.text import TextStream
 from mobile_gguf.options.words import TRIM
 
 from .experts import ExpertMap
-from .failures import ApiError
+from .failures import TOO_LONG, ApiError
 from .logprobs import TokenLogprob, read_logprob
 from .metrics import Metrics
 from .requests import NOT_SAMPLING, OPTION_NAMES, ChatRequest, CompletionRequest, Generation
@@ -91,13 +92,16 @@ class Producer:
             values["tools"] = [tool.model_dump(exclude_none=True) for tool in plan.tools]
         if plan is not None and plan.forced:
             values.setdefault("enable_thinking", False)
-        prompt = self._model.chat_prompt(
-            template_messages(request.messages, plan, native),
-            trim=of_a_chat(options)["context_full"] == TRIM,
-            max_tokens=options.get("max_tokens"),
-            special=bool(request.special),
-            **values,
-        )
+        try:
+            prompt = self._model.chat_prompt(
+                template_messages(request.messages, plan, native),
+                trim=of_a_chat(options)["context_full"] == TRIM,
+                max_tokens=options.get("max_tokens"),
+                special=bool(request.special),
+                **values,
+            )
+        except PromptTooLongError as error:
+            raise ApiError(400, str(error), param="messages", code=TOO_LONG) from None
         n_top = (request.top_logprobs or 0) if request.logprobs else None
         if plan is None:
             yield from self._plain(job, [prompt], request, options, n_top)
@@ -106,7 +110,7 @@ class Producer:
             raise ApiError(400, "a grammar cannot go with tools: set tool_choice to none", param="tools")
         schema = plan.schema()
         check_schema(schema, "tools")
-        self._admit(prompt)
+        self._admit(prompt, "messages")
         yield BEGUN
         for choice in range(request.n or 1):
             yield from self._with_tools(job, prompt, _seeded(options, choice), plan, schema, choice, n_top)
@@ -124,7 +128,10 @@ class Producer:
             if max(prompt) >= self._model.info.n_vocab > 0:
                 raise ApiError(400, f"token {max(prompt)} is not in the vocabulary", param="prompt")
             return prompt
-        return self._model.prompt_tokens(prompt)
+        try:
+            return self._model.prompt_tokens(prompt)
+        except PromptTooLongError as error:
+            raise ApiError(400, str(error), param="prompt", code=TOO_LONG) from None
 
     def _options(self, request: Generation) -> dict[str, Any]:
         given = request.model_dump(exclude_none=True, include=OPTION_NAMES - NOT_SAMPLING)
@@ -136,14 +143,14 @@ class Producer:
             options["json_schema"] = request.json_schema
         return options
 
-    def _admit(self, prompt: list[int]) -> None:
+    def _admit(self, prompt: list[int], param: str) -> None:
         if len(prompt) >= self._model.n_ctx:
             raise ApiError(
                 400,
                 f"the prompt has {len(prompt)} tokens and the context only {self._model.n_ctx}: "
                 "shorten it, or start the server with a larger --ctx-size",
-                param="messages",
-                code="context_length_exceeded",
+                param=param,
+                code=TOO_LONG,
             )
         self.spent.add_prompt(len(prompt), prompt.turns_left_out if isinstance(prompt, ChatPrompt) else 0)
         self.prompts.append(prompt)
@@ -157,7 +164,7 @@ class Producer:
         n_top: int | None,
     ) -> Iterator[Event]:
         for prompt in prompts:
-            self._admit(prompt)
+            self._admit(prompt, "messages" if isinstance(request, ChatRequest) else "prompt")
         # Made before anything is said, so that a bad option is an error with its status.
         first = self._chunks(job, prompts[0], options, is_first=True)
         yield BEGUN

@@ -45,7 +45,8 @@ def server(fake_model: Any, backend: Noting) -> Any:
         {"id_slot": 0, "timings_per_token": True, "return_progress": True, "special": False},
         dict.fromkeys(
             ("audio", "prediction", "functions", "function_call", "reasoning_effort", "verbosity",
-             "modalities", "temperature", "stop", "seed", "n", "tools", "tool_choice", "stream", "response_format", "user",
+             "modalities", "temperature", "stop", "seed", "n", "tools", "tool_choice", "stream",
+             "response_format", "user",
              "logit_bias", "max_tokens", "special", "chat_template_kwargs", "mode", "grammar")
         ),
     ],
