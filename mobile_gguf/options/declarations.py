@@ -60,7 +60,7 @@ _LITTLE_K = Opt(
 )
 _tokens = partial(Opt, read=int, low=1, high=_MAX_TOKENS)
 _threads = partial(Opt, read=int, low=1, high=MAX_THREADS)
-# A seed of the engine's has 32 bits, of which all ones ask it to make one up: see fold_seed of generate/request.py.
+# The engine's seeds have 32 bits, of which all ones ask it to make one up: fold_seed of generate/request.py.
 _SEED = Opt(
     "-s", "--seed", read=int, low=-1, help="random seed, modulo 4294967295; -1: a new one for every answer"
 )

@@ -18,8 +18,9 @@ class ServerSettings:
     being the one it is listed under. ``defaults`` are GenerateOptions for what a request does not say.
     ``hosts`` are the Host headers that are let in; empty: any. With ``addresses`` every IP address is let in
     besides: nobody but its owner can lead a browser to one. ``origins`` are those CORS is on for.
-    Connections: ``header_timeout`` for a request's headers, ``send_timeout`` without a byte that a client reads,
-    ``max_connections`` at once; ``max_bytes`` of all requests' bodies together, 0: a little more than one's.
+    Connections: ``header_timeout`` for a request's headers, ``send_timeout`` without a byte that a client
+    reads, ``max_connections`` at once; ``max_bytes`` of all requests' bodies together, 0: a little more than
+    one's.
     ``pooling`` makes embeddings of a model whose file does not say how; None: there are none of it.
     """
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import httpx
 
+_WORDS = ("why", "is", "the", "sky", "so", "blue", "today", "and", "who", "knows")
 Attack = Callable[[random.Random, str], str]
 CHAT = "/v1/chat/completions"
 # A refusal, an answer, or a limit of the server's; 500 is none.
@@ -30,7 +31,7 @@ class WrongAnswerError(Exception):
 
 def body_of(rng: random.Random, **more: Any) -> dict[str, Any]:
     """A request that can be meant, for a few tokens."""
-    words = " ".join(rng.choice(["why", "is", "the", "sky", "so", "blue", "today", "and", "who", "knows", "it"]) for _ in range(9))
+    words = " ".join(rng.choices(_WORDS, k=9))
     return {"messages": [{"role": "user", "content": words}], "max_tokens": rng.randint(1, TOKENS), **more}
 
 
@@ -59,39 +60,78 @@ def sent(url: str, body: Any, path: str = CHAT, **options: Any) -> str:
 # grammars and schemas
 
 GRAMMARS = [
-    'root ::= "a" <|im_end|>', 'root ::= "\\x04"', r"root ::= [^\x00-\U0010FFFF]", "root ::= root", "root ::=",
-    'root ::= s\ns ::= [a-z ] s x | [a-z ] s y | [a-z ]\nx ::= "1"\ny ::= "2"', "root ::= missing", "",
-    'root ::= ("a" | "b")*', 'root ::= "a"{1000000}', "root ::= ((((.*)*)*)*)*", 'root ::= "\\u0000"', "\x00",
-    "root ::= [a-z", 'root ::= "é" | "日本" | "😀"', "%llguidance {}\nstart: root", 'start: /a{99999}/',
-]  # fmt: skip
+    'root ::= "a" <|im_end|>',
+    'root ::= "\\x04"',
+    r"root ::= [^\x00-\U0010FFFF]",
+    "root ::= root",
+    "root ::=",
+    'root ::= s\ns ::= [a-z ] s x | [a-z ] s y | [a-z ]\nx ::= "1"\ny ::= "2"',
+    "root ::= missing",
+    "",
+    'root ::= ("a" | "b")*',
+    'root ::= "a"{1000000}',
+    "root ::= ((((.*)*)*)*)*",
+    'root ::= "\\u0000"',
+    "\x00",
+    "root ::= [a-z",
+    'root ::= "é" | "日本" | "😀"',
+    "%llguidance {}\nstart: root",
+    "start: /a{99999}/",
+]
 PATTERNS = [
-    "^\\u0000$", "^\\x00$", "^((a{0,100}){0,100})$", "(a+)+$", '^"q"$', "^a|b$", "\\d+", "\\w", "(?=a)b", "(?:x)",
-    ".{1,2500}", "[", "(" * 5000, "^[^\\x00-\\uFFFF]$", "\\b", "a{0,1000000}", "^(a|b|c)*\\1$", "\\p{L}+",
-]  # fmt: skip
+    "^\\u0000$",
+    "^\\x00$",
+    "^((a{0,100}){0,100})$",
+    "(a+)+$",
+    '^"q"$',
+    "^a|b$",
+    "\\d+",
+    "\\w",
+    "(?=a)b",
+    "(?:x)",
+    ".{1,2500}",
+    "[",
+    "(" * 5000,
+    "^[^\\x00-\\uFFFF]$",
+    "\\b",
+    "a{0,1000000}",
+    "^(a|b|c)*\\1$",
+    "\\p{L}+",
+]
 
 
 def schema(rng: random.Random, depth: int = 0) -> Any:
     """A JSON schema, more or less: with what a converter may trip over."""
     kinds: list[Callable[[], Any]] = [
         lambda: {"type": "string", "pattern": rng.choice(PATTERNS)},
-        lambda: {"type": "string", "minLength": rng.choice([0, 5, -1, 10**9]), "maxLength": rng.choice([0, 9, 10**5])},
+        lambda: {
+            "type": "string",
+            "minLength": rng.choice([0, 5, -1, 10**9]),
+            "maxLength": rng.choice([0, 9, 10**5]),
+        },
         lambda: {"type": "string", "format": rng.choice(["date-time", "email", "ipv4", "uuid", "nothing"])},
-        lambda: {"type": "integer", "minimum": rng.choice([0, -5, 1e400, "x", 7]), "maximum": rng.choice([9, 10**30])},
+        lambda: {
+            "type": "integer",
+            "minimum": rng.choice([0, -5, 1e400, "x"]),
+            "maximum": rng.choice([9, 10**30]),
+        },
         lambda: {"type": "number", "multipleOf": rng.choice([0, 3, -1, 0.1])},
-        lambda: {"enum": [rng.choice([1, "a\"b", "😀", None, [1], {"a": 1}, 1e308, "\x00", ""]) for _ in range(3)]},
+        lambda: {"enum": rng.choices([1, 'a"b', "😀", None, [1], {"a": 1}, 1e308, "\x00", ""], k=3)},
         lambda: {"const": rng.choice(["c\\d", "\n", {}, [], 0])},
         lambda: {"type": ["string", "null"]},
         lambda: {"title": "anything"},
-        lambda: {"$ref": rng.choice(["#", "#/$defs/a", "#/nowhere", "http://example.com/x", "file:///etc/passwd", 7])},
+        lambda: {
+            "$ref": rng.choice(["#", "#/$defs/a", "#/x", "http://example.com/x", "file:///etc/passwd", 7])
+        },
         lambda: {"not": {"type": "string"}},
         lambda: {"type": rng.choice(["nothing", 5, [], "object", "array", "boolean", "null"])},
-    ]  # fmt: skip
+    ]
     if depth < 4:
         kinds += [
             lambda: {
                 "type": "object",
                 "properties": {
-                    rng.choice(["a", "b", "", "q\"", "é", "a" * 500]): schema(rng, depth + 1) for _ in range(3)
+                    rng.choice(["a", "b", "", 'q"', "é", "a" * 500]): schema(rng, depth + 1) for _ in range(3)
                 },
                 "required": rng.choice([["a"], ["zz"], [], "a", [1]]),
                 "additionalProperties": rng.choice([True, False, {"type": "string"}, None]),
@@ -99,7 +139,7 @@ def schema(rng: random.Random, depth: int = 0) -> Any:
             lambda: {"type": "array", "items": schema(rng, depth + 1), "minItems": rng.choice([0, 2, 10**6])},
             lambda: {"prefixItems": [schema(rng, depth + 1)], "uniqueItems": True},
             lambda: {rng.choice(["anyOf", "oneOf", "allOf"]): [schema(rng, depth + 1) for _ in range(3)]},
-        ]  # fmt: skip
+        ]
     made = rng.choice(kinds)()
     if depth == 0 and rng.random() < 0.3:
         made = {**made, "$defs": {"a": schema(rng, 1) | {"properties": {"next": {"$ref": "#/$defs/a"}}}}}
@@ -136,28 +176,83 @@ def ask_schema(rng: random.Random, url: str) -> str:
         written = json.dumps(made)
     except RecursionError:
         written = '{"a":' * 3000 + "1" + "}" * 3000
-    field = rng.choice(
-        [
-            f'"json_schema": {written}',
-            f'"response_format": {{"type": "json_schema", "json_schema": {{"name": "x", "schema": {written}}}}}',
-            f'"tool_choice": "required", "tools": [{{"type": "function", "function": {{"name": "f", "parameters": {written}}}}}]',
-        ]
-    )
+    wrapped = f'{{"name": "x", "schema": {written}}}'
+    function = f'{{"name": "f", "parameters": {written}}}'
+    fields = [
+        f'"json_schema": {written}',
+        f'"response_format": {{"type": "json_schema", "json_schema": {wrapped}}}',
+        f'"tool_choice": "required", "tools": [{{"type": "function", "function": {function}}}]',
+    ]
+    field = rng.choice(fields)
     return sent(url, f"{text}, {field}}}".encode())
 
 
 # bodies
 
 ODD: list[Any] = [
-    None, True, -1, 0, 2**31, 2**63, 10**400, 1e308, -0.0, "", "\x00", "\ud800", "<|im_end|>", "😀" * 99, [], {},
-    [[]], {"": {}}, "a" * 5000, ["x"] * 99, 12.0, "1", float("inf"), float("nan"), {"role": "user"},
-]  # fmt: skip
+    None,
+    True,
+    -1,
+    0,
+    2**31,
+    2**63,
+    10**400,
+    1e308,
+    -0.0,
+    "",
+    "\x00",
+    "\ud800",
+    "<|im_end|>",
+    "😀" * 99,
+    [],
+    {},
+    [[]],
+    {"": {}},
+    "a" * 5000,
+    ["x"] * 99,
+    12.0,
+    "1",
+    float("inf"),
+    float("nan"),
+    {"role": "user"},
+]
 FIELDS = [
-    "messages", "model", "max_tokens", "temperature", "top_p", "seed", "stop", "n", "stream", "logit_bias", "tools",
-    "tool_choice", "logprobs", "top_logprobs", "response_format", "stream_options", "chat_template_kwargs", "mode",
-    "little_k", "gamma", "reasoning_effort", "metadata", "user", "grammar", "json_schema", "special", "prompt",
-    "echo", "input", "dimensions", "encoding_format", "parallel_tool_calls", "context_full", "repeat_penalty", "\u0000",
-]  # fmt: skip
+    "messages",
+    "model",
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "seed",
+    "stop",
+    "n",
+    "stream",
+    "logit_bias",
+    "tools",
+    "tool_choice",
+    "logprobs",
+    "top_logprobs",
+    "response_format",
+    "stream_options",
+    "chat_template_kwargs",
+    "mode",
+    "little_k",
+    "gamma",
+    "reasoning_effort",
+    "metadata",
+    "user",
+    "grammar",
+    "json_schema",
+    "special",
+    "prompt",
+    "echo",
+    "input",
+    "dimensions",
+    "encoding_format",
+    "parallel_tool_calls",
+    "context_full",
+    "repeat_penalty",
+    "\u0000",
+]
 PATHS = [
     CHAT,
     "/v1/completions",
@@ -205,6 +300,7 @@ def ask_large(rng: random.Random, url: str) -> str:
     text = rng.choice(["a", "word ", "\n", " ", "é, ", "😀", "<|im_end|>", "日本", "\x00"])
     text = (text * size)[: size // rng.choice([1, 1, 4])]
     kind = rng.choice(["message", "turns", "prompt", "prompts", "input", "values", "tool", "ids"])
+    described = {"name": "f", "description": text}
     bodies: dict[str, tuple[str, Any]] = {
         "message": (CHAT, body_of(rng) | {"messages": [{"role": "user", "content": text}]}),
         "turns": (CHAT, body_of(rng) | {"messages": [{"role": "tool", "content": text[:9000]}] * 90}),
@@ -212,9 +308,9 @@ def ask_large(rng: random.Random, url: str) -> str:
         "prompts": ("/v1/completions", {"prompt": [text[:100_000]] * 30, "max_tokens": 2}),
         "input": ("/v1/embeddings", {"input": [text[:50_000]] * 50}),
         "values": (CHAT, body_of(rng, chat_template_kwargs={"x": text})),
-        "tool": (CHAT, body_of(rng, tools=[{"type": "function", "function": {"name": "f", "description": text}}])),
+        "tool": (CHAT, body_of(rng, tools=[{"type": "function", "function": described}])),
         "ids": ("/v1/completions", {"prompt": [1] * min(size, 600_000), "max_tokens": 2}),
-    }  # fmt: skip
+    }
     path, body = bodies[kind]
     return sent(url, json.dumps(body, ensure_ascii=rng.random() < 0.5).encode(errors="replace"), path)
 
@@ -259,16 +355,19 @@ def drip(rng: random.Random, url: str) -> str:
 
 def send_garbage(rng: random.Random, url: str) -> str:
     """What is no HTTP, or two requests in one, or headers of a megabyte."""
+    post = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\n".encode()
     kinds = [
         rng.randbytes(rng.randint(1, 5000)),
         b"GET / HTTP/1.1\r\n" + b"X: " + b"a" * 1_000_000,
         b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n",
-        b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
-        b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n",
-        b"POST " + CHAT.encode() + b" HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nfffffff\r\na",
+        post + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        post + b"Content-Length: -1\r\n\r\n",
+        post + b"Transfer-Encoding: chunked\r\n\r\nfffffff\r\na",
         b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n" * 50,
-        b"\r\n" * 1000, b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
-    ]  # fmt: skip
+        b"\r\n" * 1000,
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    ]
     with connection(url) as made:
         try:
             made.sendall(rng.choice(kinds))

@@ -4,7 +4,8 @@
 default budget in 530 MiB. The good client asks the same few questions all the time, and each answer must
 arrive and be the one that it got while it was alone. Now and then the server gets a signal in the middle of
 everything and must end in order; another one takes its place. Chat templates are tortured beside it. Prints
-what happened as one JSON object; exit code 1 if the server died, an answer was lost or wrong, or memory ran out.
+what happened as one JSON object; exit code 1 if the server died, an answer was lost or wrong, or memory ran
+out.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from mobile_gguf.generate.templates import Renderer
 from mobile_gguf.memory.cap import MemoryCgroup
 
 LIMIT_BYTES = 530 << 20
-FLAGS = ["-t", "1", "-c", "1024", "--queue", "12", "--grace", "2", "--timeout", "100", "--embeddings"]
+FLAGS = ["-t", "1", "-c", "512", "--queue", "12", "--grace", "2", "--timeout", "100", "--embeddings"]
 # a server that takes longer to end than grace, cut and close allow is killed, and that is a death
 END_SECONDS = 60.0
 QUESTIONS = ("Why is the sky blue?", "Name three colours.", "<|im_end|> Is this text?")
