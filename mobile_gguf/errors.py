@@ -66,6 +66,15 @@ class ModelBusyError(MobileError):
     """A Model was used from two threads at once, or after close()."""
 
 
+def is_unicode(text: str) -> bool:
+    """Whether ``text`` has no half of a surrogate pair, which bytes that are no UTF-8 become."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 80
 

@@ -1,9 +1,9 @@
 """What becomes of a chat that is longer than the context: its oldest turns are left out.
 
-Pure: messages in, messages and a number out. A turn begins with a user's message and ends before the next one,
-with all that the model and its tools said to it. What the system says is never left out, and the last turn is
-the question. Turns go in blocks, so that the next questions find the same beginning, and with it the keys and
-values that are computed already, instead of another one each time.
+Pure: messages in, messages and a number out. A turn begins with a user's message and ends before the next
+one, with all that the model and its tools said to it. What the system says is never left out, and the last
+turn is the question. Turns go in blocks, so that the next questions find the same beginning, and with it the
+keys and values that are computed already, instead of another one each time.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from mobile_gguf.generate.decode import Policy
 from mobile_gguf.generate.policy import choose_policy
 from mobile_gguf.generate.request import make_request, prompt_tokens, token_ids
 from mobile_gguf.gguf.info import GgufInfo, read_gguf_info
-from mobile_gguf.hub.resolve import resolve_model
+from mobile_gguf.hub.resolve import is_at_hand, resolve_model
 from mobile_gguf.memory.demand import context_size
 from mobile_gguf.options import POLICY_OPTIONS, GenerateOptions, LoadOptions, make_options, takes
 from mobile_gguf.options.words import TRIM
@@ -68,6 +68,15 @@ def load(
     info = read_gguf_info(resolve_model(model, progress))
     backend, notices = loading.open_backend(info, settings, progress)
     return Model(backend, info, settings, notices)
+
+
+def check_model(model: str | os.PathLike[str], progress: Callable[[str, float], None] | None = None) -> None:
+    """Raise what ``load`` would raise of the name and of the file's header, and load nothing.
+
+    Without ``progress``, what would have to be built or fetched first is not looked at.
+    """
+    if progress is not None or is_at_hand(model):
+        read_gguf_info(resolve_model(model, progress))
 
 
 class Model:

@@ -21,7 +21,8 @@ class Receipt:
     importance head had run with all experts at once. Bytes and milliseconds; ``resident_bytes_peak`` is the
     most expert bytes in memory during the answer. With a device tier ``device_hits`` and ``device_misses``
     are all needs, and ``expert_hits`` and ``expert_misses`` those that reached the host. ``turns_left_out``
-    are a chat's oldest turns that the context had no room for; with ``context_full`` the answer was cut there.
+    are a chat's oldest turns that the context had no room for; with ``context_full`` the answer was cut by
+    it.
     """
 
     mode: str = EXACT

@@ -35,8 +35,8 @@ def make_request(
     room = n_ctx - len(prompt)
     if room <= 0:
         raise PromptTooLongError(
-            f"the prompt has {len(prompt)} tokens and the context only {n_ctx}: shorten it, or load the model "
-            "with a larger n_ctx (-c; /set n_ctx and /reload in the chat)"
+            f"the prompt has {len(prompt)} tokens and the context only {n_ctx}: shorten it, or load the "
+            "model with a larger n_ctx (-c; /set n_ctx and /reload in the chat)"
         )
     asked = options.max_tokens
     seed = options.seed if options.seed is not None else seed

@@ -83,10 +83,9 @@ def test_a_conversation_goes_on_when_the_context_is_full(fake_model):
 
 def test_stopping_and_a_question_that_is_too_long_are_one_error_with_the_way_out(fake_model):
     model = fake_model(FakeBackend(scripted("answer"), n_ctx=100), n_ctx=100)
-    conversation = Conversation()
+    conversation = Conversation(turns=[message("user", "question"), message("assistant", "answer")] * 6)
     with pytest.raises(UsageError, match=r"the context only 100: shorten it, or load .* n_ctx"):
-        for _ in range(12):
-            list(conversation.ask(model, "question", context_full="stop"))
+        list(conversation.ask(model, "question", context_full="stop"))
     with pytest.raises(UsageError, match="n_ctx"):
         list(Conversation().ask(model, "long " * 50))
     with pytest.raises(UsageError, match="n_ctx"):

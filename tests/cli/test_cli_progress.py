@@ -56,9 +56,10 @@ def read_all(terminal: int) -> str:
 def test_on_a_terminal_the_line_is_rewritten_and_wiped():
     stream, shown = Terminal(), []
     with Progress(stream) as progress:
-        for step in (lambda: progress.show("loading a model with a long name"), lambda: progress("built", 0.5)):
-            step()
-            shown.append(screen_of(stream.getvalue()))
+        progress.show("loading a model with a long name")
+        shown.append(screen_of(stream.getvalue()))
+        progress("built", 0.5)
+        shown.append(screen_of(stream.getvalue()))
         # what the terminal itself writes of a key is wiped as well
         stream.write("^C")
     assert shown == [["loading a model with a long name"], ["built  50%"]]
@@ -77,7 +78,7 @@ def test_a_load_is_seen_while_the_engine_has_the_descriptors():
     """llama-cpp-python leads 1 and 2 to /dev/null while it loads."""
     ours, theirs = pty.openpty()
     saved = os.dup(2)
-    stream = open(2, "w", closefd=False)
+    stream = open(2, "w", closefd=False)  # noqa: SIM115
     try:
         os.dup2(theirs, 2)
         with Progress(stream) as progress:

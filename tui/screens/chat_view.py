@@ -80,7 +80,7 @@ class ChatView(ChatState):
         title = self.query_one(TitleBar)
         if not self.busy:
             title.activity = ""
-        title.model = self.model_name or "no model"
+        title.model = self.model_name or self._wanted or "no model"
         if not self.facts:
             title.detail = "Ctrl-O picks a model"
             return
