@@ -21,6 +21,7 @@ from .errors import (
     ModelBusyError,
     ModelFormatError,
     ModelNotFoundError,
+    PromptTooLongError,
     UsageError,
 )
 from .generate.answer import Chunk, Reply
@@ -51,6 +52,7 @@ __all__ = [
     "ModelBusyError",
     "ModelFormatError",
     "ModelNotFoundError",
+    "PromptTooLongError",
     "Receipt",
     "Reply",
     "UsageError",

@@ -18,6 +18,10 @@ class UsageError(MobileError):
     exit_code = 2
 
 
+class PromptTooLongError(UsageError):
+    """A prompt or a text that cannot fit into the context, however it is made into tokens."""
+
+
 class BudgetError(UsageError):
     """A byte budget that cannot work for this model or this machine."""
 
@@ -64,6 +68,15 @@ class QueueFullError(MobileError):
 
 class ModelBusyError(MobileError):
     """A Model was used from two threads at once, or after close()."""
+
+
+def is_unicode(text: str) -> bool:
+    """Whether ``text`` has no half of a surrogate pair, which bytes that are no UTF-8 become."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 _short = reprlib.Repr()

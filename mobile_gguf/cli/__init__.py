@@ -18,6 +18,8 @@ from typing import NoReturn, TextIO
 
 from mobile_gguf.errors import MobileError
 
+from .progress import erase
+
 PROGRAM = "mobile-gguf"
 VERBS = (
     *("run", "chat", "serve", "plan"),
@@ -99,6 +101,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print_error(error)
             return error.exit_code
         except KeyboardInterrupt:
+            if sys.stderr.isatty():
+                erase(sys.stderr)  # what the terminal wrote of the key
+                print(f"{PROGRAM}: interrupted", file=sys.stderr)
             return EXIT_INTERRUPTED
         except BrokenPipeError:
             _drop_output()  # whoever read it has gone
@@ -127,8 +132,7 @@ class _NoteHandler(logging.StreamHandler[TextIO]):
     """Writes over a line of progress, where there may be one."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        if self.stream.isatty():
-            self.stream.write("\r\033[K")
+        erase(self.stream)
         super().emit(record)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -13,12 +12,22 @@ from typing import Any
 
 from mobile_gguf.api.conversation import Conversation
 from mobile_gguf.api.model import Model
+from mobile_gguf.api.stats import stats_lines
 from mobile_gguf.errors import MobileError, UsageError
 from mobile_gguf.files.paths import data_dir
 from mobile_gguf.flags import given, parse_setting
+from mobile_gguf.generate.answer import Chunk
 from mobile_gguf.options import GenerateOptions, LoadOptions, declared, defaults
 
-from .common import add_model_arguments, generate_options, load_model, narrate, show_answer, show_receipt
+from .common import (
+    MORE_CONTEXT,
+    add_model_arguments,
+    generate_options,
+    load_model,
+    narrate,
+    show_answer,
+    show_receipt,
+)
 
 PROMPT = ">>> "
 # These belong to the model, which refuses at once what it cannot do.
@@ -91,6 +100,7 @@ class Repl:
         self.model = model
         self.conversation = conversation
         self.options = options
+        self.last: Chunk | None = None
         self._commands: dict[str, Callable[[str], None]] = {
             "/help": self._help,
             "/clear": self._clear,
@@ -128,7 +138,11 @@ class Repl:
         if not line:
             return
         if not line.startswith("/"):
-            show_receipt(show_answer(self.conversation.ask(self.model, line, **self.options), sys.stdout))
+            self.last = show_answer(
+                lambda told: self.conversation.ask(self.model, line, on_prompt=told, **self.options),
+                sys.stdout,
+            )
+            show_receipt(self.last, way_out=f"/clear begins again, {MORE_CONTEXT}")
             return
         name, _, rest = line.partition(" ")
         command = self._commands.get(name)
@@ -170,7 +184,10 @@ class Repl:
         return defaults(GenerateOptions) | seed | self.options | own
 
     def _stats(self, _rest: str) -> None:
-        narrate(json.dumps(self.model.stats(), indent=2))
+        facts = self.model.stats()
+        if self.last is not None:
+            facts |= {"mode": self.last.receipt.mode, "little_k": self.last.receipt.little_k}
+        narrate("\n".join(stats_lines(facts)))
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import replace
 from typing import Any, TextIO
 
@@ -14,8 +14,10 @@ from mobile_gguf.flags import add_arguments, given
 from mobile_gguf.generate.answer import INTERRUPTED, Chunk
 from mobile_gguf.options import GenerateOptions, LoadOptions, declared
 
-from .progress import Progress
+from .progress import Progress, PromptProgress
 
+# What to do when the context is full.
+MORE_CONTEXT = "-c makes it larger"
 MODEL_HELP = "a GGUF file, a name from `mobile-gguf list`, hf:org/repo[:quant], or demo"
 
 
@@ -39,37 +41,50 @@ def load_model(args: argparse.Namespace) -> Model:
         return load(args.model, progress=progress, **given(args, LoadOptions))
 
 
-def show_answer(chunks: Generator[Chunk, None, None], out: TextIO) -> Chunk | None:
+def show_answer(
+    answer: Callable[[PromptProgress], Generator[Chunk, None, None]], out: TextIO
+) -> Chunk | None:
     """Write an answer as it comes; returns its last chunk, None if there was none.
 
-    Ctrl-C, wherever it strikes, ends the answer and keeps the text.
+    ``answer`` begins it, with what is to be told how far its prompt is. Ctrl-C, wherever it strikes, ends the
+    answer and keeps the text.
     """
     last: Chunk | None = None
     text = ""
-    try:
-        for chunk in chunks:
-            last = chunk
-            if chunk.text:
-                text = chunk.text
-                out.write(text)
+    with PromptProgress(sys.stderr) as progress:
+        chunks = answer(progress)
+        try:
+            for chunk in chunks:
+                progress.wipe()
+                last = chunk
+                if chunk.text:
+                    text = chunk.text
+                    out.write(text)
+                    out.flush()
+        except KeyboardInterrupt:
+            chunks.close()
+            if last is not None:
+                last = replace(last, finish_reason=INTERRUPTED)
+        finally:
+            if text and not text.endswith("\n"):
+                out.write("\n")
                 out.flush()
-    except KeyboardInterrupt:
-        chunks.close()
-        if last is not None:
-            last = replace(last, finish_reason=INTERRUPTED)
-    finally:
-        if text and not text.endswith("\n"):
-            out.write("\n")
-            out.flush()
     return last
 
 
-def show_receipt(chunk: Chunk | None, more: str = "") -> None:
-    """Write an answer's receipt to stderr, as one line, with ``more`` at its end."""
-    if chunk is not None:
-        more = f" | {more}" if more else ""
-        cut = " | interrupted" if chunk.finish_reason == INTERRUPTED else ""
-        narrate(chunk.receipt.summary(chunk.tokens_per_second) + more + cut)
+def show_receipt(chunk: Chunk | None, more: str = "", *, way_out: str = MORE_CONTEXT) -> None:
+    """Write an answer's receipt to stderr, as one line, with ``more`` at its end.
+
+    ``way_out`` is what helps an answer that the end of the context cut.
+    """
+    if chunk is None:
+        return
+    ends = [more] if more else []
+    if chunk.finish_reason == INTERRUPTED:
+        ends.append("interrupted")
+    if chunk.receipt.context_full:
+        ends.append(f"cut: the context of {chunk.prompt_tokens + chunk.completion_tokens} is full; {way_out}")
+    narrate(" | ".join([chunk.receipt.summary(chunk.tokens_per_second), *ends]))
 
 
 def narrate(text: str) -> None:

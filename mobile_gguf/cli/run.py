@@ -68,8 +68,8 @@ def run(args: argparse.Namespace) -> int:
             print(json.dumps(reply.to_dict() | {"plan": plan}, ensure_ascii=False))
             reason = reply.finish_reason
         else:
-            chunks = model.stream(prompt, **options) if raw else model.stream_chat(messages, **options)
-            last = show_answer(chunks, sys.stdout)
+            ask, asked = (model.stream, prompt) if raw else (model.stream_chat, messages)
+            last = show_answer(lambda told: ask(asked, on_prompt=told, **options), sys.stdout)
             foreseen = None
             if last is not None:
                 foreseen = compare(model, last.receipt, last.completion_tokens, last.tokens_per_second)

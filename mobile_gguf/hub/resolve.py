@@ -48,6 +48,14 @@ def resolve_model(
     raise ModelNotFoundError(f"no such model: {text} is neither a file nor in {models_dir()}; {hint}")
 
 
+def is_at_hand(reference: str | os.PathLike[str]) -> bool:
+    """Whether ``resolve_model`` would neither build nor ask the Hub; True of what is not there at all."""
+    text = os.fspath(reference)
+    if text == DEMO:
+        return demo_file() is not None
+    return not is_reference(text)
+
+
 def local_models() -> list[Path]:
     """The GGUF files in the data directory that can be run by name; of split ones the first part."""
     directory = models_dir()

@@ -15,6 +15,7 @@ from mobile_gguf.sizes import AUTO, Size, parse_size, parse_size_or_off
 from .bias import parse_bias, take_bias
 from .opt import Checked, Opt, take_parsed, take_schema, take_texts
 from .words import (
+    CONTEXT_FULL,
     DEFAULT_EVICTION,
     DEFAULT_IO_THREADS,
     EVICTION,
@@ -220,6 +221,14 @@ class GenerateOptions(Checked):
     importance: Annotated[str | None, _IMPORTANCE] = None
     head_threshold: Annotated[float | None, _HEAD_THRESHOLD] = None
     little_k: Annotated[int | None, _LITTLE_K] = None
+    context_full: Annotated[
+        str,
+        Opt(
+            "--context-full",
+            choices=CONTEXT_FULL,
+            help="messages beyond the context: leave out the oldest turns, or stop; auto: trim in chats",
+        ),
+    ] = "auto"
     cache_prompt: Annotated[
         bool, Opt("--no-cache-prompt", is_flag=True, help="compute the whole prompt, reuse no context")
     ] = True

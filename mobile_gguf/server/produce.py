@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from mobile_gguf.api.aio import Job
+from mobile_gguf.api.context import ChatPrompt, of_a_chat
 from mobile_gguf.api.model import Model
 from mobile_gguf.generate.answer import INTERRUPTED, LENGTH, STOP, Chunk
 from mobile_gguf.generate.text import TextStream
+from mobile_gguf.options.words import TRIM
 
 from .experts import ExpertMap
 from .failures import ApiError
@@ -32,7 +34,16 @@ from .tools import (
 from .usage import Spent
 
 TOOL_CALLS = "tool_calls"
-_TEMPLATE_NAMES = {"messages", "tools", "add_generation_prompt", "bos_token", "eos_token", "functions"}
+_TEMPLATE_NAMES = {
+    "messages",
+    "tools",
+    "trim",
+    "max_tokens",
+    "add_generation_prompt",
+    "bos_token",
+    "eos_token",
+    "functions",
+}
 
 
 @dataclass(frozen=True)
@@ -87,7 +98,12 @@ class Producer:
             values["tools"] = [tool.model_dump(exclude_none=True) for tool in plan.tools]
         if plan is not None and plan.forced:
             values.setdefault("enable_thinking", False)
-        prompt = self._model.chat_tokens(template_messages(request.messages, plan, native), **values)
+        prompt = self._model.chat_prompt(
+            template_messages(request.messages, plan, native),
+            trim=of_a_chat(options)["context_full"] == TRIM,
+            max_tokens=options.get("max_tokens"),
+            **values,
+        )
         n_top = (request.top_logprobs or 0) if request.logprobs else None
         if plan is None:
             yield from self._plain(job, [prompt], request, options, n_top)
@@ -135,7 +151,7 @@ class Producer:
                 param="messages",
                 code="context_length_exceeded",
             )
-        self.spent.add_prompt(len(prompt))
+        self.spent.add_prompt(len(prompt), prompt.turns_left_out if isinstance(prompt, ChatPrompt) else 0)
         self.prompts.append(prompt)
 
     def _plain(

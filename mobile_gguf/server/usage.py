@@ -9,7 +9,14 @@ from typing import Any
 from mobile_gguf.generate.answer import Chunk
 
 # Of several answers the largest counts; of everything else that is a number, the sum.
-_LARGEST = {"n_expert_used", "little_k", "budget_bytes", "vram_budget_bytes", "resident_bytes_peak"}
+_LARGEST = {
+    "n_expert_used",
+    "little_k",
+    "budget_bytes",
+    "vram_budget_bytes",
+    "resident_bytes_peak",
+    "turns_left_out",
+}
 
 
 def sum_receipts(receipts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -33,13 +40,15 @@ class Spent:
         self.prompt_tokens = 0
         self.cached_tokens = 0
         self.completion_tokens = 0
+        self.turns_left_out = 0
         self._seconds = 0.0
         self._receipts: list[dict[str, Any]] = []
         self._running: Chunk | None = None
 
-    def add_prompt(self, n_tokens: int) -> None:
+    def add_prompt(self, n_tokens: int, turns_left_out: int = 0) -> None:
         """Count a prompt, once however many answers it gets."""
         self.prompt_tokens += n_tokens
+        self.turns_left_out += turns_left_out
 
     def note(self, chunk: Chunk) -> None:
         """Remember how far the running answer is, until it is added."""
@@ -71,5 +80,6 @@ class Spent:
             "total_tokens": self.prompt_tokens + self.completion_tokens,
             "prompt_tokens_details": {"cached_tokens": min(self.cached_tokens, self.prompt_tokens)},
             "tokens_per_second": self.completion_tokens / self._seconds if self._seconds > 0 else 0.0,
+            "turns_left_out": self.turns_left_out,
             "receipt": sum_receipts(self._receipts),
         }

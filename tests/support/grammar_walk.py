@@ -6,7 +6,7 @@ import random
 from functools import cache
 
 from mobile_gguf.generate.constraint.matching import Constraint
-from mobile_gguf.generate.constraint.tokens import Vocabulary
+from mobile_gguf.generate.constraint.tokens import TokenTable
 
 END = 256
 THINK = 257
@@ -19,12 +19,12 @@ _CLOSERS = {ord(char) for char in '"}]'}
 
 
 @cache
-def byte_vocabulary() -> Vocabulary:
+def byte_table() -> TokenTable:
     """All bytes, some words, an end, and a token that is no text; there is no token for the byte 4."""
     pieces = [bytes([i]) for i in range(256)]
     pieces[4] = b""
     pieces += [b"<|im_end|>", b"<think>", *(word.encode() for word in _WORDS)]
-    return Vocabulary(pieces, special=frozenset({END, THINK}), ends=frozenset({END}))
+    return TokenTable(pieces, special=frozenset({END, THINK}), ends=frozenset({END}))
 
 
 def walk(constraint: Constraint, seed: int, n_tokens: int = 400) -> bytes | None:
@@ -33,7 +33,7 @@ def walk(constraint: Constraint, seed: int, n_tokens: int = 400) -> bytes | None
     After a quarter of them closing brackets and quotes are preferred, so that most answers end.
     """
     chance = random.Random(seed)
-    pieces = byte_vocabulary().pieces
+    pieces = byte_table().pieces
     answer = b""
     for i in range(n_tokens):
         allowed = constraint.allowed().tolist()

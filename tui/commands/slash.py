@@ -28,6 +28,7 @@ COMMANDS = (
     Command("/rename", "TITLE", "give this conversation a title"),
     Command("/delete", "", "delete this conversation"),
     Command("/export", "[FILE]", "write this conversation as Markdown"),
+    Command("/save", "", "try again to save; a broken file of conversations is moved aside, after asking"),
     Command("/system", "[TEXT]", "show or set the system message; none removes it"),
     Command("/set", "[NAME VALUE]", "show or set an option of the answers or of loading"),
     Command("/settings", "", "all options on a screen"),

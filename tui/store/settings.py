@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mobile_gguf.errors import MobileError, UsageError, shown
+from mobile_gguf.errors import MobileError, UsageError, is_unicode, shown
 from mobile_gguf.files.atomic import complete_or_absent
 from mobile_gguf.flags import option_named, parse_setting
 from mobile_gguf.options import POLICY_OPTIONS, GenerateOptions, LoadOptions, Opt, declared, defaults
@@ -123,6 +123,8 @@ class Settings:
         if self.extra or "extra" not in data:
             data["extra"] = self.extra
         text = json.dumps(data, indent=2, ensure_ascii=False)
+        if not is_unicode(text):
+            text = json.dumps(data, indent=2)  # halves of surrogate pairs, as escapes
         with complete_or_absent(self.path) as partial:
             partial.write_text(text + "\n", encoding="utf-8")
 

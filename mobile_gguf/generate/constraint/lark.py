@@ -7,24 +7,24 @@ from mobile_gguf.errors import UsageError, shown
 from .gbnf import Alt, Chars, Node, Ref, Repeat, Seq, Token, read_gbnf
 from .lexemes import Many, Row, Shape, Word, shape_rules
 from .rules import order_rules, unrolled
-from .tokens import Vocabulary
+from .tokens import TokenTable
 
 # Deeper groups get a name: the library reads about thirty.
 _MAX_NESTED = 10
 
 
-def gbnf_to_lark(text: str, vocabulary: Vocabulary) -> str:
-    """The same language, for tokens of ``vocabulary``. Raises UsageError with the line of what is wrong."""
+def gbnf_to_lark(text: str, table: TokenTable) -> str:
+    """The same language, for tokens of ``table``. Raises UsageError with the line of what is wrong."""
     rules = read_gbnf(text)
-    rules = {name: unrolled(name, node, vocabulary.never) for name, node in rules.items()}
+    rules = {name: unrolled(name, node, table.never) for name, node in rules.items()}
     order, recursive = order_rules(rules)
-    return _Writer(rules, vocabulary).write(shape_rules(rules, order, recursive))
+    return _Writer(rules, table).write(shape_rules(rules, order, recursive))
 
 
 class _Writer:
-    def __init__(self, rules: dict[str, Node], vocabulary: Vocabulary) -> None:
+    def __init__(self, rules: dict[str, Node], table: TokenTable) -> None:
         self._rules = rules
-        self._vocabulary = vocabulary
+        self._table = table
         self._lines: list[str] = []
         self._words: dict[Word, str] = {}
         self._terminals: dict[str, str] = {}
@@ -71,7 +71,7 @@ class _Writer:
         return self._words[word]
 
     def _token(self, token: Token) -> str:
-        known = self._vocabulary
+        known = self._table
         found = token.name if isinstance(token.name, int) else known.named(token.name)
         if found is None:
             raise UsageError(f"the grammar wants the token {shown(token.name)}: this model has none")

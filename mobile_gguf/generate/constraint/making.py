@@ -14,7 +14,7 @@ from .lark import gbnf_to_lark
 from .matching import Constraint, make_constraint
 from .reading import read_schema
 from .schema import prepare
-from .tokens import Vocabulary
+from .tokens import TokenTable
 
 # A token may be any that fits, not only the one that the tokenizer would choose.
 HEAD = '%llguidance {"no_forcing": true}\n'
@@ -29,7 +29,7 @@ def schema_grammar(schema: dict[str, Any]) -> str:
 
 
 def constraint_of(
-    vocabulary: Vocabulary,
+    table: TokenTable,
     grammar: str | None,
     json_schema: Any,
     should_stop: Callable[[], bool] | None = None,
@@ -38,8 +38,8 @@ def constraint_of(
     if grammar is not None and json_schema is not None:
         raise UsageError("give a grammar or a JSON schema, not both")
     if grammar is not None:
-        made = LLMatcher.grammar_from_lark(HEAD + gbnf_to_lark(grammar, vocabulary))
-        return make_constraint(made, vocabulary, "grammar", should_stop)
+        made = LLMatcher.grammar_from_lark(HEAD + gbnf_to_lark(grammar, table))
+        return make_constraint(made, table, "grammar", should_stop)
     schema = read_schema(json_schema) if isinstance(json_schema, str) else json_schema
     made = schema_grammar(prepare(schema).schema)
-    return make_constraint(made, vocabulary, "JSON schema", should_stop)
+    return make_constraint(made, table, "JSON schema", should_stop)

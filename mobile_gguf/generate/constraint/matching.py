@@ -13,7 +13,7 @@ from llguidance import LLMatcher, LLTokenizer
 from mobile_gguf.errors import AnswerStopped, GrammarError, UsageError
 
 from .limits import MAKING_SECONDS, MAKING_STACK, library_limits
-from .tokens import Vocabulary
+from .tokens import TokenTable
 
 _POLL_SECONDS = 0.02
 # The stack size of new threads is the whole process's.
@@ -23,9 +23,9 @@ _starting = threading.Lock()
 class Constraint:
     """Where an answer is in its grammar; ``allowed`` and ``accept`` take turns. One answer has one."""
 
-    def __init__(self, matcher: LLMatcher, vocabulary: Vocabulary, what: str) -> None:
+    def __init__(self, matcher: LLMatcher, table: TokenTable, what: str) -> None:
         self._matcher = matcher
-        self._vocabulary = vocabulary
+        self._table = table
         self._what = what
 
     def allowed(self) -> np.ndarray:
@@ -48,13 +48,13 @@ class Constraint:
         return len(self._mask()) > 0
 
     def _mask(self) -> np.ndarray:
-        n_vocab = len(self._vocabulary.pieces)
+        n_vocab = len(self._table.pieces)
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         return np.flatnonzero(np.unpackbits(bits, bitorder="little")[:n_vocab])
 
     def accept(self, token: int) -> None:
         """Go on by ``token``, one of those that were allowed; one that ends the answer changes nothing."""
-        if token not in self._vocabulary.ends:
+        if token not in self._table.ends:
             self._matcher.consume_token(token)
 
     @property
@@ -65,7 +65,7 @@ class Constraint:
 
 def make_constraint(
     grammar: str,
-    vocabulary: Vocabulary,
+    table: TokenTable,
     what: str,
     should_stop: Callable[[], bool] | None = None,
     seconds: float = MAKING_SECONDS,
@@ -75,7 +75,7 @@ def make_constraint(
     It is done in a thread of its own, with a stack for deep grammars, which is left to itself where it takes
     longer than ``seconds`` or nobody waits for it any more: the library's fuel ends it.
     """
-    job = _Making(grammar, vocabulary.tokenizer)
+    job = _Making(grammar, table.tokenizer)
     with _starting:
         usual = threading.stack_size(MAKING_STACK)
         try:
@@ -94,7 +94,7 @@ def make_constraint(
     assert job.matcher is not None
     if job.matcher.is_error():
         raise UsageError(f"the {what} cannot be followed: {_reason(job.matcher)}")
-    made = Constraint(job.matcher, vocabulary, what)
+    made = Constraint(job.matcher, table, what)
     if not made.has_tokens():
         raise UsageError(f"the {what} cannot be followed: no token of this model can begin what satisfies it")
     return made

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,7 +13,7 @@ _NO_TEXT = b"\xff"
 
 
 @dataclass(frozen=True)
-class Vocabulary:
+class TokenTable:
     """Pieces of all tokens by id; ``special`` ones are no text, ``ends`` end an answer."""
 
     pieces: Sequence[bytes]
@@ -62,15 +62,3 @@ class _Tokens:
 
     def __call__(self, _text: bytes) -> list[int]:
         return []
-
-
-def read_vocabulary(
-    n_vocab: int, piece: Callable[[int], bytes], is_text: Callable[[int], bool], is_end: Callable[[int], bool]
-) -> Vocabulary:
-    """The Vocabulary of a model that can be asked about one token at a time."""
-    ids = range(n_vocab)
-    return Vocabulary(
-        pieces=[piece(token) for token in ids],
-        special=frozenset(token for token in ids if not is_text(token)),
-        ends=frozenset(token for token in ids if is_end(token)),
-    )
