@@ -52,7 +52,7 @@ def make_request(
         sampling={
             **options.sampling(),
             "logit_bias": options.logit_bias or {},
-            "grammar": backend.make_grammar(options.grammar, options.json_schema),
+            "grammar": backend.make_grammar(options.grammar, options.json_schema, should_stop),
         },
         cache_prompt=options.cache_prompt,
         should_stop=should_stop,
