@@ -1,22 +1,20 @@
 """llama-cpp-python's Llama with decode steps that follow a policy.
 
-Everything above ``eval`` (completion, chat handlers, sampling, grammar, log probabilities, prefix
-reuse) is llama-cpp-python's own; only how a batch is run is ours. Imported when a model is loaded,
-because it needs llama-cpp-python.
+Everything above ``eval`` (sampling, prefix reuse) is llama-cpp-python's own; how a batch is run is ours, and
+which tokens a grammar leaves to sample from. Imported when a model is loaded: it needs llama-cpp-python.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import json
 import sys
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from llama_cpp import Llama, LlamaGrammar, llama_cpp
+from llama_cpp import Llama, llama_cpp
 from llama_cpp.llama_chat_format import CHATML_CHAT_TEMPLATE
 
 from mobile_gguf.device.tier import DeviceTier
@@ -33,6 +31,10 @@ from mobile_gguf.errors import EngineError, ExpertReadError, MobileError, UsageE
 from mobile_gguf.gguf.info import GgufInfo
 
 from .chat_prompt import ChatPrompts
+from .constraint.candidates import sample_among
+from .constraint.making import constraint_of
+from .constraint.matching import Constraint
+from .constraint.tokens import TokenTable
 from .decode import ALL_EXPERTS, Pass, Policy, decode_prompt, decode_token
 from .head import Head
 from .interrupt import stopping_on_request
@@ -88,6 +90,8 @@ class MobileLlama(Llama):
         self.head: Head | None = None
         self._keeps_state = False
         self._biases: Mapping[int, float] = {}
+        self._constraint: Constraint | None = None
+        self._token_table: TokenTable | None = None
         # The position whose token comes next, if the last pass left its hidden state.
         self._state_at = -1
         self._template: str | None = None
@@ -157,17 +161,27 @@ class MobileLlama(Llama):
     # generation
 
     def generate(  # type: ignore[override]
-        self, tokens: Sequence[int], *args: Any, logit_bias: Mapping[int, float] | None = None, **options: Any
+        self,
+        tokens: Sequence[int],
+        *args: Any,
+        logit_bias: Mapping[int, float] | None = None,
+        grammar: Constraint | None = None,
+        **options: Any,
     ) -> Generator[int, Any, None]:
-        """Llama.generate, whose first evaluation counts as the prompt however short it is."""
+        """Llama.generate, whose first evaluation counts as the prompt however short it is.
+
+        Raises GrammarError where ``grammar`` leaves no token, or became too complex.
+        """
         self._prompt_pending = True
         self._biases = logit_bias or {}
+        self._constraint = grammar
         self._limit_reuse(list(tokens))
         try:
             yield from super().generate(tokens, *args, **options)
         finally:
             self._sampler = None
             self._biases = {}
+            self._constraint = None
             self._prompt_pending = False
 
     def _init_sampler(self, *args: Any, **options: Any) -> Any:
@@ -175,9 +189,13 @@ class MobileLlama(Llama):
         return biased(sampler, self._biases, self._n_vocab) if self._biases else sampler
 
     def sample(self, *args: Any, idx: int | None = None, **options: Any) -> int:  # type: ignore[override]
-        """Llama.sample by a guarded call."""
+        """A token of the last logits, one that the constraint of this answer allows."""
         sampler = self._sampler or self._init_sampler(*args, **options)
-        return self.calls.sample(sampler.sampler, idx - self.n_tokens if idx is not None else -1)
+        if self._constraint is None:
+            return self.calls.sample(sampler.sampler, idx - self.n_tokens if idx is not None else -1)
+        token = sample_among(sampler.sampler, self.last_logits(), self._constraint.allowed())
+        self._constraint.accept(token)
+        return token
 
     def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
         """Token ids of UTF-8 text; ``add_bos``: with what the model adds, ``special``: control tokens."""
@@ -400,32 +418,28 @@ class MobileLlama(Llama):
         """
         return self._prompts.tokens(messages, values, special=special)
 
-    def make_grammar(self, grammar: str | None, json_schema: Any) -> LlamaGrammar | None:
-        """The grammar to sample by, from GBNF text or a JSON schema; raises UsageError if it is none."""
-        if grammar is not None and json_schema is not None:
-            raise UsageError("give a grammar or a JSON schema, not both")
-        if json_schema is not None:
-            try:
-                text = json_schema if isinstance(json_schema, str) else json.dumps(json_schema)
-                made = LlamaGrammar.from_json_schema(text, verbose=False)
-            except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
-                raise UsageError(f"the JSON schema cannot be made into a grammar: {error}") from None
-        elif grammar is not None:
-            made = LlamaGrammar.from_string(grammar, verbose=False)
-        else:
+    def make_grammar(
+        self, grammar: str | None, json_schema: Any, should_stop: Callable[[], bool] | None = None
+    ) -> Constraint | None:
+        """What an answer is to follow, of GBNF text or a JSON schema; raises UsageError if it cannot."""
+        if grammar is None and json_schema is None:
             return None
-        self._check_grammar(made)
-        return made
+        return constraint_of(self.token_table(), grammar, json_schema, should_stop)
 
-    def _check_grammar(self, grammar: LlamaGrammar) -> None:
-        # The sampler chain takes a grammar that did not parse for granted and crashes on it.
-        clear_errors()
-        text, root = grammar._grammar.encode(), grammar._root.encode()
-        sampler = llama_cpp.llama_sampler_init_grammar(self._model.vocab, text, root) if text else None
-        if not sampler:
-            reason = last_errors()
-            raise UsageError("the grammar is not valid GBNF" + (f": {reason}" if reason else ""))
-        llama_cpp.llama_sampler_free(sampler)
+    def token_table(self) -> TokenTable:
+        """What a grammar is matched against, read once."""
+        if self._token_table is None:
+            ids = range(self._n_vocab)
+            unused = llama_cpp.LLAMA_TOKEN_ATTR_UNUSED
+            vocab = self._model.vocab
+            self._token_table = TokenTable(
+                pieces=[self.piece(token, special=True) for token in ids],
+                special=self.vocabulary.controls.union(
+                    token for token in ids if llama_cpp.llama_vocab_get_attr(vocab, token) & unused
+                ),
+                ends=frozenset(filter(self.is_end, ids)),
+            )
+        return self._token_table
 
     def _token_text(self, token: int) -> str:
         return self._model.token_get_text(token) if token >= 0 else ""

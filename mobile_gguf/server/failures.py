@@ -17,6 +17,8 @@ from mobile_gguf.errors import MobileError, ModelBusyError, PromptTooLongError, 
 
 logger = logging.getLogger("mobile_gguf")
 
+TOO_LONG = "context_length_exceeded"  # OpenAI's word, which agents look for
+
 _TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -91,7 +93,7 @@ def as_api_error(error: BaseException) -> ApiError:
     if isinstance(error, ModelBusyError):
         return ApiError(503, str(error), code="model_unavailable")
     if isinstance(error, PromptTooLongError):
-        return ApiError(400, str(error), param="messages", code="context_length_exceeded")
+        return ApiError(400, str(error), code=TOO_LONG)
     if isinstance(error, UsageError):
         return ApiError(400, str(error), code="invalid_value")
     if isinstance(error, MobileError):

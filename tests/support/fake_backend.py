@@ -238,7 +238,7 @@ class FakeBackend:
         text = "".join(f"<{message['role']}>{message['content']}\n" for message in messages)
         return [BOS, *(text + "<assistant>").encode()]
 
-    def make_grammar(self, grammar: str | None, json_schema: Any) -> Any:
+    def make_grammar(self, grammar: str | None, json_schema: Any, should_stop: Any = None) -> Any:
         return (grammar, json_schema) if grammar or json_schema else None
 
     def token_bos(self) -> int:
