@@ -19,6 +19,7 @@ from mobile_gguf.errors import ModelBusyError, UsageError
 from mobile_gguf.generate.answer import Answer, Backend, Chunk, Reply
 from mobile_gguf.generate.decode import Policy
 from mobile_gguf.generate.policy import choose_policy
+from mobile_gguf.generate.recommended import recommended
 from mobile_gguf.generate.request import make_request, prompt_tokens, token_ids
 from mobile_gguf.gguf.info import GgufInfo, read_gguf_info
 from mobile_gguf.hub.resolve import is_at_hand, resolve_model
@@ -82,6 +83,8 @@ def check_model(model: str | os.PathLike[str], progress: Callable[[str, float], 
 class Model:
     """A loaded model, used by one thread at a time; made by ``load``, freed by ``close``.
 
+    ``defaults`` are the options of an answer that nothing else is asked for: the sampling settings of the
+    file (``general.sampling.*``), else those that are declared.
     A second thread, or a second answer while one is still being streamed, gets a ModelBusyError.
     ``mode``, ``gamma`` and ``little_k`` may be set between answers, and with ``configure`` what else
     decides which tokens are big. ``notices`` holds what could not be
@@ -94,6 +97,8 @@ class Model:
         self.info = info
         self.options = options
         self.notices: list[str] = []
+        # what answers follow where nothing else is asked for: the file's own sampling settings, then ours
+        self.defaults = make_options(GenerateOptions, recommended(info)[0])
         self._backend: Backend | None = backend
         self._lock = threading.Lock()
         self._active: weakref.ref[Generator[Chunk, None, None]] | None = None
@@ -182,7 +187,7 @@ class Model:
         with the prompt's tokens done and to do, as they are computed. Raises UsageError, ModelBusyError,
         ExpertReadError, EngineError; a failed answer leaves the Model usable.
         """
-        settings = make_options(GenerateOptions, options)
+        settings = make_options(GenerateOptions, options, self.defaults)
         return self._stream(self._answer(self._prompt(prompt), settings, should_stop, on_prompt))
 
     @takes(GenerateOptions)
@@ -200,7 +205,7 @@ class Model:
         ``on_chunk`` is called with every Chunk. Ctrl-C or ``should_stop`` return the text so far, with
         ``finish_reason`` ``interrupted``.
         """
-        settings = make_options(GenerateOptions, options)
+        settings = make_options(GenerateOptions, options, self.defaults)
         return self._join(self._answer(self._prompt(prompt), settings, should_stop, on_prompt), on_chunk)
 
     @takes(GenerateOptions)
@@ -219,7 +224,7 @@ class Model:
         oldest turns are left out where the context has no room for all: the receipt says how many. Raises as
         ``stream`` does.
         """
-        settings = make_options(GenerateOptions, options)
+        settings = make_options(GenerateOptions, options, self.defaults)
         return self._stream(self._answer(self._chat(messages, settings), settings, should_stop, on_prompt))
 
     @takes(GenerateOptions)
@@ -233,7 +238,7 @@ class Model:
         **options: Any,
     ) -> Reply:
         """Answer ``messages`` by the model's chat template and return the whole Reply, as ``generate``."""
-        settings = make_options(GenerateOptions, options)
+        settings = make_options(GenerateOptions, options, self.defaults)
         answer = self._answer(self._chat(messages, settings), settings, should_stop, on_prompt)
         return self._join(answer, on_chunk)
 

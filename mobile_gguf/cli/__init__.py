@@ -25,7 +25,7 @@ VERBS = (
     *("run", "chat", "serve", "plan"),
     *("pull", "list", "show", "rm"),
     *("convert", "verify", "calibrate"),
-    *("bench", "engine"),
+    *("bench", "engine", "config"),
 )
 EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
