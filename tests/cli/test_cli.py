@@ -254,16 +254,15 @@ def test_chat_commands(command, fake_load):
     assert bytes(row[0] for row in backend.rows[1:]).startswith(b"<system>Be brief.\n<user>hi")
 
 
-def test_chat_set_shows_everything_and_stats_are_json(command, fake_load):
+def test_chat_set_shows_everything_and_stats_are_lines(command, fake_load):
     fake_load(FakeBackend(scripted("ok")))
     _, _, err = command(
         "chat", "m.gguf", "--temp", "0.5", "--seed", "3", "--gamma", "0.9", stdin="/set\n/stats\n"
     )
-    settings, _, stats = err.partition("{")
     assert {"temperature = 0.5", "seed = 3", "gamma = 0.9", "mode = exact", "top_k = 40"} <= set(
-        settings.splitlines()
+        err.splitlines()
     )
-    assert json.loads("{" + stats)["store"]["n_expert"] == 16
+    assert ["n", "expert", "16"] in [line.split() for line in err.splitlines()]
 
 
 def test_chat_goes_on_after_errors(command, fake_load):
