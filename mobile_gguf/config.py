@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import UsageError, is_unicode
+from .errors import UsageError, require_unicode
 from .files.paths import config_dir
 from .flags import option_named, parse_setting
 from .options import GenerateOptions, LoadOptions, declared
@@ -99,8 +99,7 @@ def _of_environment(environment: Mapping[str, str]) -> dict[str, Default]:
             if near:
                 raise UsageError(f"{variable} is no option; did you mean {PREFIX}{near[0].upper()}?")
             continue  # somebody else's
-        if not is_unicode(text):
-            raise UsageError(f"{variable} is no UTF-8 text")
+        require_unicode(variable, text)
         try:
             value = parse_setting(name, text, options_of(name))[1]
         except UsageError as error:

@@ -5,6 +5,8 @@ Below all that shows something: the command line, conversions and the benchmark 
 
 from __future__ import annotations
 
+import os
+import shlex
 import unicodedata
 from collections.abc import Collection, Sequence
 
@@ -22,6 +24,18 @@ def format_duration(seconds: float) -> str:
 def plain(text: str) -> str:
     """A name or a text from a file without what a terminal would obey."""
     return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+def shell_word(word: str) -> str:
+    """A word as a shell takes it; bytes that are no text, and what a terminal would obey, as escapes."""
+    if all(letter.isprintable() for letter in word):
+        return shlex.quote(word)
+    letters = os.fsencode(word).decode("latin-1")
+    written = (
+        f"\\{letter}" if letter in "\\'" else letter if " " <= letter <= "~" else f"\\x{ord(letter):02x}"
+        for letter in letters
+    )
+    return f"$'{''.join(written)}'"
 
 
 def cell_width(text: str) -> int:

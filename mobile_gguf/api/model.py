@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from mobile_gguf.engine.devices import Device
 from mobile_gguf.engine.structs import Counters, DeviceCounters
-from mobile_gguf.errors import ModelBusyError, UsageError
+from mobile_gguf.errors import EngineError, ModelBusyError, UsageError, missing_package, shown
 from mobile_gguf.generate.answer import Answer, Backend, Chunk, Reply
 from mobile_gguf.generate.decode import Policy
 from mobile_gguf.generate.policy import choose_policy
@@ -66,8 +66,18 @@ def load(
     Raises ModelNotFoundError, ModelFormatError, BudgetError, UsageError, EngineError.
     """
     settings = make_options(LoadOptions, options)
-    info = read_gguf_info(resolve_model(model, progress))
-    backend, notices = loading.open_backend(info, settings, progress)
+    if not isinstance(model, (str, os.PathLike)):
+        raise UsageError(f"model is {shown(model)}: it must be a path or a name")
+    try:
+        path = resolve_model(model, progress)
+        info = read_gguf_info(path)
+        backend, notices = loading.open_backend(info, settings, progress)
+    except ImportError as error:
+        if (missing := missing_package(error)) is None:
+            raise
+        raise EngineError(missing) from None
+    if Path(model).expanduser().is_dir() and os.fspath(model) != "demo":
+        notices = [f"{model} is a folder: {path.name}, the only model in it, is used", *notices]
     return Model(backend, info, settings, notices)
 
 

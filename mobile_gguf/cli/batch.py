@@ -37,7 +37,12 @@ def add_batch_arguments(parser: argparse.ArgumentParser) -> None:
         " their names if need be; - for standard input",
     )
     group.add_argument(
-        "--out", metavar="FILE", help="where the answers go, one JSON line each; goes on with what is there"
+        "-o",
+        "--out",
+        "--output",
+        dest="out",
+        metavar="FILE",
+        help="where the answers go, one JSON line each; goes on with what is there",
     )
     group.add_argument("--overwrite", action="store_true", help="begin FILE of --out again")
     group.add_argument("--strict", action="store_true", help="end at the first bad line, before any answer")

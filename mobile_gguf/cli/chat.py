@@ -13,7 +13,7 @@ from typing import Any
 from mobile_gguf.api.conversation import Conversation
 from mobile_gguf.api.model import Model
 from mobile_gguf.api.stats import stats_lines
-from mobile_gguf.errors import MobileError, UsageError
+from mobile_gguf.errors import MobileError, UsageError, require_unicode
 from mobile_gguf.files.paths import data_dir
 from mobile_gguf.flags import given, parse_setting
 from mobile_gguf.generate.answer import Chunk
@@ -22,6 +22,7 @@ from mobile_gguf.options import GenerateOptions, LoadOptions, declared
 from .common import (
     MORE_CONTEXT,
     add_model_arguments,
+    add_system_argument,
     configured,
     generate_options,
     load_model,
@@ -59,7 +60,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     add_model_arguments(parser, optional=True)
     parser.add_argument("--plain", action="store_true", help="chat line by line, without a screen")
-    parser.add_argument("-sys", "--system", metavar="TEXT", help="system message")
+    add_system_argument(parser)
     parser.set_defaults(func=run)
 
 
@@ -115,7 +116,7 @@ class Repl:
         """Serve lines from ``read_line`` until it raises EOFError or /exit comes; returns the exit code."""
         while True:
             try:
-                line = read_line().strip()
+                line = require_unicode("that line", read_line().strip())
             except EOFError:
                 if sys.stdin.isatty():
                     print(file=sys.stderr)
@@ -123,8 +124,8 @@ class Repl:
             except KeyboardInterrupt:
                 narrate("\nCtrl-D or /exit to leave")
                 continue
-            except UnicodeDecodeError as error:
-                narrate(f"that line is not text: {error}")
+            except UsageError as error:
+                narrate(str(error))
                 continue
             if line in ("/exit", "/quit", "/bye"):
                 return 0

@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 from mobile_gguf.api.model import Model, load
 from mobile_gguf.config import Default, read_defaults, values_of
-from mobile_gguf.flags import add_arguments, given
+from mobile_gguf.flags import add_arguments, given, text_argument
 from mobile_gguf.generate.answer import INTERRUPTED, Chunk
 from mobile_gguf.options import GenerateOptions, LoadOptions, declared
 
@@ -27,6 +27,12 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, optional: bool = Fal
     parser.add_argument("model", metavar="MODEL", nargs="?" if optional else None, help=MODEL_HELP)
     add_arguments(parser, LoadOptions)
     add_arguments(parser, GenerateOptions, skip=declared(LoadOptions))
+
+
+def add_system_argument(parser: argparse.ArgumentParser) -> None:
+    """The flag of the system message."""
+    read = text_argument("the system message")
+    parser.add_argument("-sys", "--system", metavar="TEXT", type=read, help="system message")
 
 
 def load_options(args: argparse.Namespace) -> dict[str, Any]:

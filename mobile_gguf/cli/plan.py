@@ -75,7 +75,16 @@ def run(args: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             narrate("interrupted; what was measured is kept")
             raise
-    plan = make_plan(info, workload, measurements, options, devices=devices, n_bits=n_bits, notes=notes)
+    plan = make_plan(
+        info,
+        workload,
+        measurements,
+        options,
+        devices=devices,
+        n_bits=n_bits,
+        notes=notes,
+        reference=args.model,
+    )
     print(json.dumps(plan_facts(plan), ensure_ascii=False) if args.json else "\n".join(plan_lines(plan)))
     return 0
 

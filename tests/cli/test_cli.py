@@ -164,7 +164,7 @@ def error_of(result):
         (["run", "m.gguf", "--frobnicate", "x"], 2, "unrecognized arguments: --frobnicate"),
         (["run"], 2, "required: MODEL"),
         (["chat", "m.gguf", "words"], 2, "unrecognized arguments: words"),
-        (["frobnicate"], 2, "invalid choice: 'frobnicate'"),
+        (["frobnicate"], 2, "there is no verb 'frobnicate'"),
         (["run", "m.gguf", "-f", "/no/prompt", "x"], 2, "not both"),
         (["run", "m.gguf", "-f", "/no/prompt"], 2, "cannot read /no/prompt"),
         (["run", "m.gguf", " "], 2, "the prompt is empty"),
