@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         ModelBusyError,
         ModelFormatError,
         ModelNotFoundError,
+        PromptTooLongError,
         QueueFullError,
         UsageError,
     )
@@ -77,6 +78,7 @@ __all__ = [
     "ModelBusyError",
     "ModelFormatError",
     "ModelNotFoundError",
+    "PromptTooLongError",
     "QueueFullError",
     "Receipt",
     "Reply",

@@ -18,6 +18,10 @@ class UsageError(MobileError):
     exit_code = 2
 
 
+class PromptTooLongError(UsageError):
+    """A prompt or a text that cannot fit into the context, however it is made into tokens."""
+
+
 class BudgetError(UsageError):
     """A byte budget that cannot work for this model or this machine."""
 

@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from mobile_gguf.errors import PromptTooLongError
 from mobile_gguf.options.words import TRIM
 
 Message = dict[str, Any]
@@ -57,15 +58,26 @@ def fit_chat(
     is returned as it is.
     """
     turns = split_turns(messages)
-    tokens = render(list(messages))
-    if len(tokens) <= room or len(turns) < 2:
-        return ChatPrompt(tokens)
+    try:
+        tokens = render(list(messages))
+    except PromptTooLongError:  # so long that nothing was counted
+        if len(turns) < 2:
+            raise
+        tokens = []
+    else:
+        if len(tokens) <= room or len(turns) < 2:
+            return ChatPrompt(tokens)
     sizes = [sum(_MESSAGE_TOKENS + count(_text(messages[at])) for at in turn) for turn in turns]
     n = turns_to_leave_out(sizes, max(0, len(tokens) - sum(sizes)), room)
     while True:
-        tokens = render(without_turns(messages, n))
-        if len(tokens) <= room or n == len(turns) - 1:
-            return ChatPrompt(tokens, n)
+        is_last = n == len(turns) - 1
+        try:
+            tokens = render(without_turns(messages, n))
+            if is_last or len(tokens) <= room:
+                return ChatPrompt(tokens, n)
+        except PromptTooLongError:
+            if is_last:
+                raise
         n += 1
 
 

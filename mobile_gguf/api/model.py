@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from mobile_gguf.engine.devices import Device
 from mobile_gguf.engine.structs import Counters, DeviceCounters
-from mobile_gguf.errors import EngineError, ModelBusyError, UsageError, missing_package, shown
+from mobile_gguf.errors import (
+    EngineError,
+    ModelBusyError,
+    PromptTooLongError,
+    UsageError,
+    missing_package,
+    shown,
+)
 from mobile_gguf.generate.answer import Answer, Backend, Chunk, Reply
 from mobile_gguf.generate.decode import Policy
 from mobile_gguf.generate.policy import choose_policy
@@ -223,6 +230,7 @@ class Model:
         self,
         messages: Messages,
         *,
+        special: bool = False,
         should_stop: ShouldStop = None,
         on_prompt: OnPrompt = None,
         **options: Any,
@@ -230,33 +238,36 @@ class Model:
         """Answer ``messages`` by the model's chat template, yielding a Chunk per token.
 
         ``messages`` are dicts with ``role`` and ``content``, oldest first; a string is one of the user's.
-        What earlier answers have in common with them is not computed again. With ``context_full="trim"`` the
-        oldest turns are left out where the context has no room for all: the receipt says how many. Raises as
-        ``stream`` does.
+        Control tokens in them are text, unless ``special`` is true. What earlier answers have in common with
+        them is not computed again. With ``context_full="trim"`` the oldest turns are left out where the
+        context has no room for all: the receipt says how many. Raises as ``stream`` does.
         """
         settings = make_options(GenerateOptions, options, self.defaults)
-        return self._stream(self._answer(self._chat(messages, settings), settings, should_stop, on_prompt))
+        prompt = self._chat(messages, settings, special)
+        return self._stream(self._answer(prompt, settings, should_stop, on_prompt))
 
     @takes(GenerateOptions)
     def chat(
         self,
         messages: Messages,
         *,
+        special: bool = False,
         on_chunk: OnChunk = None,
         should_stop: ShouldStop = None,
         on_prompt: OnPrompt = None,
         **options: Any,
     ) -> Reply:
-        """Answer ``messages`` by the model's chat template and return the whole Reply, as ``generate``."""
+        """Answer ``messages``, as ``stream_chat``, and return the whole Reply, as ``generate``."""
         settings = make_options(GenerateOptions, options, self.defaults)
-        answer = self._answer(self._chat(messages, settings), settings, should_stop, on_prompt)
-        return self._join(answer, on_chunk)
+        prompt = self._chat(messages, settings, special)
+        return self._join(self._answer(prompt, settings, should_stop, on_prompt), on_chunk)
 
     def _prompt(self, prompt: str | Sequence[int]) -> ChatPrompt:
         return prompt if isinstance(prompt, ChatPrompt) else ChatPrompt(self.prompt_tokens(prompt))
 
-    def _chat(self, messages: Messages, options: GenerateOptions) -> ChatPrompt:
-        return self.chat_prompt(messages, trim=options.context_full == TRIM, max_tokens=options.max_tokens)
+    def _chat(self, messages: Messages, options: GenerateOptions, special: bool) -> ChatPrompt:
+        trim = options.context_full == TRIM
+        return self.chat_prompt(messages, special=special, trim=trim, max_tokens=options.max_tokens)
 
     def _answer(
         self, prompt: ChatPrompt, options: GenerateOptions, should_stop: ShouldStop, on_prompt: OnPrompt
@@ -325,20 +336,28 @@ class Model:
     def prompt_tokens(self, prompt: str | Sequence[int]) -> list[int]:
         """The token ids that ``generate`` makes of ``prompt``: text with what the model adds to it.
 
-        Raises UsageError for what is neither text nor token ids.
+        Control tokens that the text names are read as such. Raises UsageError for what is neither text nor
+        token ids, PromptTooLongError for a text that cannot fit into the context.
         """
-        return prompt_tokens(self._require_open(), prompt)
+        return prompt_tokens(self._require_open(), prompt, self.n_ctx)
 
-    def chat_tokens(self, messages: Messages, **values: Any) -> list[int]:
+    def chat_tokens(self, messages: Messages, *, special: bool = False, **values: Any) -> list[int]:
         """The prompt that ``messages`` make by the chat template, as token ids for ``stream``.
 
         ``values``, such as ``tools`` in OpenAI's form, are what the template may use besides the messages.
-        Raises UsageError if it refuses them.
+        What is written in them is text: ``<|im_end|>`` ends no turn, unless ``special`` is true.
+        Raises UsageError if the template refuses them, PromptTooLongError if they cannot fit.
         """
-        return self.chat_prompt(messages, **values)
+        return self.chat_prompt(messages, special=special, **values)
 
     def chat_prompt(
-        self, messages: Messages, *, trim: bool = False, max_tokens: int | None = None, **values: Any
+        self,
+        messages: Messages,
+        *,
+        special: bool = False,
+        trim: bool = False,
+        max_tokens: int | None = None,
+        **values: Any,
     ) -> ChatPrompt:
         """``chat_tokens``, with ``trim`` without the oldest turns that leave the answer no room.
 
@@ -351,12 +370,18 @@ class Model:
         checked = as_messages(messages)
 
         def render(kept: list[dict[str, Any]]) -> list[int]:
-            return backend.render_chat(kept, **values)
+            return backend.render_chat(kept, special=special, **values)
+
+        def count(text: str) -> int:
+            try:
+                backend.check_fits(text.encode(errors="replace"), self.n_ctx)
+            except PromptTooLongError:
+                return self.n_ctx + 1
+            return len(self.tokenize(text, special=False))
 
         if not trim:
             return ChatPrompt(render(checked))
-        room = self.n_ctx - reserve_for(self.n_ctx, max_tokens)
-        return fit_chat(checked, render, lambda text: len(self.tokenize(text)), room)
+        return fit_chat(checked, render, count, self.n_ctx - reserve_for(self.n_ctx, max_tokens))
 
     @property
     def can_generate(self) -> bool:

@@ -15,9 +15,8 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jinja2 import TemplateError
 from llama_cpp import Llama, LlamaGrammar, llama_cpp
-from llama_cpp.llama_chat_format import CHATML_CHAT_TEMPLATE, Jinja2ChatFormatter
+from llama_cpp.llama_chat_format import CHATML_CHAT_TEMPLATE
 
 from mobile_gguf.device.tier import DeviceTier
 from mobile_gguf.engine.binding import Engine
@@ -30,12 +29,15 @@ from mobile_gguf.engine.structs import Counters, DeviceCounters, ModelInfo, Pref
 from mobile_gguf.errors import EngineError, ExpertReadError, MobileError, UsageError
 from mobile_gguf.gguf.info import GgufInfo
 
+from .chat_prompt import ChatPrompts
 from .decode import ALL_EXPERTS, Pass, Policy, decode_prompt, decode_token
 from .head import Head
 from .interrupt import stopping_on_request
 from .logit_bias import biased
 from .pooling import clear_memory, file_pooling, has_memory, longest_text, pooled_state
+from .vocabulary import Vocabulary
 
+_TEMPLATES = "tokenizer.chat_template"
 # A prompt that is all in the context already is computed anew from here before its end.
 _MIN_PROMPT = 2
 
@@ -77,10 +79,24 @@ class MobileLlama(Llama):
         self._biases: Mapping[int, float] = {}
         # The position whose token comes next, if the last pass left its hidden state.
         self._state_at = -1
+        self._template: str | None = None
         super().__init__(model_path, n_gpu_layers=-1 if devices else 0, **options)
         # llama.cpp does not notice that a server is gone once it has the memory.
         if self.devices and (lost := context_loss(self.ctx)):
             raise EngineError(f"{model_path} cannot be loaded: {lost}")
+        self.vocabulary = Vocabulary(
+            self._model.vocab,
+            self.metadata.get("tokenizer.ggml.model", ""),
+            lambda token: self.piece(token, special=True),
+        )
+        self._prompts = ChatPrompts(
+            self,
+            self.vocabulary,
+            self._template or CHATML_CHAT_TEMPLATE,
+            self._token_text(self.token_bos()),
+            self._token_text(self.token_eos()),
+            self.n_ctx(),
+        )
         self._little_rows = np.zeros(self.input_ids.shape[0], dtype=bool)
         store = engine.model_info(self.model) if engine is not None else None
         if store is not None and store.n_layer_moe > 0:
@@ -101,6 +117,23 @@ class MobileLlama(Llama):
             self._load_callback = llama_cpp.llama_progress_callback(lambda share, _data: keep_loading(share))
             params.progress_callback = self._load_callback
         self._model_params = params
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What the file says, but for its chat templates: Llama would run them where it is made."""
+        return self._metadata
+
+    @metadata.setter
+    def metadata(self, metadata: dict[str, str]) -> None:
+        self._template = metadata.get(_TEMPLATES) or None
+        self._metadata = {name: value for name, value in metadata.items() if not name.startswith(_TEMPLATES)}
+
+    def close(self) -> None:
+        """Free the model, and end the process that renders its template."""
+        prompts = getattr(self, "_prompts", None)  # a load may have failed
+        if prompts is not None:
+            prompts.close()
+        super().close()
 
     # generation
 
@@ -331,23 +364,20 @@ class MobileLlama(Llama):
                 return buffer.raw[:n]
             size = -n
 
-    def render_chat(self, messages: list[dict[str, Any]], **values: Any) -> list[int]:
+    def check_fits(self, text: bytes, n_tokens: int) -> None:
+        """Raise PromptTooLongError for a text that cannot be so few tokens."""
+        self.vocabulary.check_fits(text, n_tokens)
+
+    def render_chat(
+        self, messages: list[dict[str, Any]], *, special: bool = False, **values: Any
+    ) -> list[int]:
         """Prompt tokens for ``messages`` by the GGUF's template, by ChatML if it has none.
 
-        ``values`` (``tools``, ``enable_thinking``) are what the template may use besides.
-        Raises UsageError if the template refuses them.
+        ``values`` (``tools``, ``enable_thinking``) are what the template may use besides. What is written in
+        messages and values is text; ``special`` reads control tokens in it.
+        Raises UsageError if the template refuses them, PromptTooLongError if they cannot fit.
         """
-        bos = self._token_text(self.token_bos())
-        template = self.metadata.get("tokenizer.chat_template") or CHATML_CHAT_TEMPLATE
-        eos = self._token_text(self.token_eos())
-        try:
-            formatter = Jinja2ChatFormatter(template, eos_token=eos, bos_token=bos)
-            prompt = formatter(messages=messages, **values).prompt  # type: ignore[arg-type]
-        except (TemplateError, ValueError, TypeError) as error:
-            raise UsageError(f"the model's chat template refuses these messages: {error}") from None
-        # Most templates write the beginning-of-sequence token themselves; it must not come twice.
-        twice = bool(bos) and prompt.startswith(bos)
-        return self.tokenize(prompt.encode(), add_bos=not twice, special=True)
+        return self._prompts.tokens(messages, values, special=special)
 
     def make_grammar(self, grammar: str | None, json_schema: Any) -> LlamaGrammar | None:
         """The grammar to sample by, from GBNF text or a JSON schema; raises UsageError if it is none."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Sequence
 
-from mobile_gguf.errors import UsageError, shown
+from mobile_gguf.errors import PromptTooLongError, UsageError, shown
 from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.options import GenerateOptions
 from mobile_gguf.options.bias import check_tokens
@@ -34,7 +34,7 @@ def make_request(
         raise UsageError("the prompt is empty")
     room = n_ctx - len(prompt)
     if room <= 0:
-        raise UsageError(
+        raise PromptTooLongError(
             f"the prompt has {len(prompt)} tokens and the context only {n_ctx}: shorten it, or load the "
             "model with a larger n_ctx (-c; /set n_ctx and /reload in the chat)"
         )
@@ -60,11 +60,17 @@ def make_request(
     )
 
 
-def prompt_tokens(backend: Backend, prompt: str | Sequence[int]) -> list[int]:
-    """The tokens of a prompt: of text with what the model adds, token ids as they are. Raises UsageError."""
+def prompt_tokens(backend: Backend, prompt: str | Sequence[int], n_ctx: int) -> list[int]:
+    """The tokens of a prompt: of text with what the model adds, token ids as they are.
+
+    Control tokens that the text names are read as such. Raises UsageError, PromptTooLongError for a text that
+    cannot be ``n_ctx`` tokens.
+    """
     if not isinstance(prompt, str):
         return token_ids(prompt)
-    tokens = backend.tokenize(prompt.encode(errors="replace"), add_bos=True, special=True)
+    text = prompt.encode(errors="replace")
+    backend.check_fits(text, n_ctx)
+    tokens = backend.tokenize(text, add_bos=True, special=True)
     bos = backend.token_bos()
     # Without a prompt the model starts from its beginning-of-sequence token, if it has one.
     return tokens or ([bos] if bos >= 0 else [])

@@ -35,8 +35,14 @@ from .usage import Spent
 
 TOOL_CALLS = "tool_calls"
 _TEMPLATE_NAMES = {
-    *("messages", "tools", "functions", "add_generation_prompt", "bos_token", "eos_token"),
-    *("trim", "max_tokens"),
+    "messages",
+    "tools",
+    "trim",
+    "max_tokens",
+    "add_generation_prompt",
+    "bos_token",
+    "eos_token",
+    "functions",
 }
 
 

@@ -10,7 +10,7 @@ from typing import Generic, Protocol, TypeVar
 
 from fastapi import Request
 
-from mobile_gguf.api.aio import Job, Worker
+from mobile_gguf.api.aio import STUCK_SECONDS, Job, Worker
 from mobile_gguf.api.model import Model
 from mobile_gguf.errors import QueueFullError
 
@@ -19,6 +19,10 @@ from .failures import ApiError, retry_after
 from .metrics import Metrics
 from .produce import Producer
 from .settings import ServerSettings
+
+# How long an answer may take to end once it was cut.
+CUT_SECONDS = 5.0
+STUCK = "the model does not come back from an earlier request that was cut: restart the server if it stays so"
 
 T = TypeVar("T")
 
@@ -48,6 +52,7 @@ class Serving:
         self.experts = ExpertMap(model)
         self.started = int(time.time())
         self.closing = asyncio.Event()
+        self.worker_left = False
         self._mean_seconds = 5.0
 
     def producer(self) -> Producer:
@@ -55,7 +60,9 @@ class Serving:
         return Producer(self.model, self.experts, self.metrics, dict(self.settings.defaults))
 
     def submit(self, produce: Callable[[Job[E]], Iterable[E]]) -> Job[E]:
-        """Queue a request; raises ApiError 429 when the queue is full, and 503 while shutting down."""
+        """Queue a request; raises ApiError 429 when the queue is full, 503 if nothing is answered now."""
+        if self.worker.is_stuck:
+            raise ApiError(503, STUCK, code="stuck", headers=retry_after(STUCK_SECONDS))
         try:
             return self.worker.submit(produce)
         except QueueFullError as error:
@@ -87,9 +94,13 @@ class Serving:
             self._mean_seconds += 0.2 * (seconds - self._mean_seconds)
 
     async def close(self) -> None:
-        """Refuse what waits and let the running answer end, for as long as the settings allow."""
+        """Refuse what waits and let the running answer end, for as long as the settings allow.
+
+        ``worker_left`` is true then if the model could not be stopped.
+        """
         self.closing.set()
-        await asyncio.to_thread(self.worker.close, self.settings.grace)
+        ended = await asyncio.to_thread(self.worker.close, self.settings.grace, CUT_SECONDS)
+        self.worker_left = not ended
 
 
 class Events(Generic[E]):

@@ -16,7 +16,7 @@ import numpy as np
 
 from mobile_gguf.engine.experts import Experts, ExpertSource
 from mobile_gguf.engine.structs import Counters, DeviceCounters, ModelInfo, PrefetchCounters
-from mobile_gguf.errors import UsageError
+from mobile_gguf.errors import PromptTooLongError, UsageError
 from mobile_gguf.generate.decode import ALL_EXPERTS, Pass, Policy, decode_prompt, decode_token
 from mobile_gguf.generate.head import Head
 from mobile_gguf.gguf.info import ExpertLayer, GgufInfo
@@ -220,13 +220,19 @@ class FakeBackend:
     def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
         return [*([BOS] if add_bos else []), *text]
 
+    def check_fits(self, text: bytes, n_tokens: int) -> None:
+        if len(text) > max(n_tokens, 1 << 14):  # as the real one, which makes short texts into tokens
+            raise PromptTooLongError(f"the text has at least {len(text)} tokens: room for {n_tokens}")
+
     def piece(self, token: int, special: bool = False) -> bytes:
         return bytes([token]) if token < 256 else b""
 
     def is_end(self, token: int) -> bool:
         return token == EOS
 
-    def render_chat(self, messages: list[dict[str, Any]], **_values: Any) -> list[int]:
+    def render_chat(
+        self, messages: list[dict[str, Any]], *, special: bool = False, **_values: Any
+    ) -> list[int]:
         if any(message["role"] not in ("system", "user", "assistant") for message in messages):
             raise UsageError("the model's chat template refuses these messages: unknown role")
         text = "".join(f"<{message['role']}>{message['content']}\n" for message in messages)
