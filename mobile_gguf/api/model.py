@@ -16,10 +16,18 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from mobile_gguf.engine.devices import Device
 from mobile_gguf.engine.forks import abandon_in_children, forked
 from mobile_gguf.engine.structs import Counters, DeviceCounters
-from mobile_gguf.errors import ModelBusyError, PromptTooLongError, UsageError
+from mobile_gguf.errors import (
+    EngineError,
+    ModelBusyError,
+    PromptTooLongError,
+    UsageError,
+    missing_package,
+    shown,
+)
 from mobile_gguf.generate.answer import Answer, Backend, Chunk, Reply
 from mobile_gguf.generate.decode import Policy
 from mobile_gguf.generate.policy import choose_policy
+from mobile_gguf.generate.recommended import recommended
 from mobile_gguf.generate.request import make_request, prompt_tokens, token_ids
 from mobile_gguf.gguf.info import GgufInfo, read_gguf_info
 from mobile_gguf.hub.resolve import is_at_hand, resolve_model
@@ -67,8 +75,18 @@ def load(
     Raises ModelNotFoundError, ModelFormatError, BudgetError, UsageError, EngineError.
     """
     settings = make_options(LoadOptions, options)
-    info = read_gguf_info(resolve_model(model, progress))
-    backend, notices = loading.open_backend(info, settings, progress)
+    if not isinstance(model, (str, os.PathLike)):
+        raise UsageError(f"model is {shown(model)}: it must be a path or a name")
+    try:
+        path = resolve_model(model, progress)
+        info = read_gguf_info(path)
+        backend, notices = loading.open_backend(info, settings, progress)
+    except ImportError as error:
+        if (missing := missing_package(error)) is None:
+            raise
+        raise EngineError(missing) from None
+    if Path(model).expanduser().is_dir() and os.fspath(model) != "demo":
+        notices = [f"{model} is a folder: {path.name}, the only model in it, is used", *notices]
     return Model(backend, info, settings, notices)
 
 
@@ -84,6 +102,8 @@ def check_model(model: str | os.PathLike[str], progress: Callable[[str, float], 
 class Model:
     """A loaded model, used by one thread at a time; made by ``load``, freed by ``close``.
 
+    ``defaults`` are the options of an answer that nothing else is asked for: the sampling settings of the
+    file (``general.sampling.*``), else those that are declared.
     A second thread, or a second answer while one is still being streamed, gets a ModelBusyError.
     ``mode``, ``gamma`` and ``little_k`` may be set between answers, and with ``configure`` what else
     decides which tokens are big. ``notices`` holds what could not be
@@ -96,6 +116,8 @@ class Model:
         self.info = info
         self.options = options
         self.notices: list[str] = []
+        # what answers follow where nothing else is asked for: the file's own sampling settings, then ours
+        self.defaults = make_options(GenerateOptions, recommended(info)[0])
         self._backend: Backend | None = backend
         self._is_forked = False
         self._lock = threading.Lock()
@@ -186,7 +208,7 @@ class Model:
         with the prompt's tokens done and to do, as they are computed. Raises UsageError, ModelBusyError,
         ExpertReadError, EngineError; a failed answer leaves the Model usable.
         """
-        settings = make_options(GenerateOptions, options)
+        settings = make_options(GenerateOptions, options, self.defaults)
         return self._stream(self._answer(self._prompt(prompt), settings, should_stop, on_prompt))
 
     @takes(GenerateOptions)
@@ -204,7 +226,7 @@ class Model:
         ``on_chunk`` is called with every Chunk. Ctrl-C or ``should_stop`` return the text so far, with
         ``finish_reason`` ``interrupted``.
         """
-        settings = make_options(GenerateOptions, options)
+        settings = make_options(GenerateOptions, options, self.defaults)
         return self._join(self._answer(self._prompt(prompt), settings, should_stop, on_prompt), on_chunk)
 
     @takes(GenerateOptions)
@@ -224,7 +246,7 @@ class Model:
         them is not computed again. With ``context_full="trim"`` the oldest turns are left out where the
         context has no room for all: the receipt says how many. Raises as ``stream`` does.
         """
-        settings = make_options(GenerateOptions, options)
+        settings = make_options(GenerateOptions, options, self.defaults)
         prompt = self._chat(messages, settings, special)
         return self._stream(self._answer(prompt, settings, should_stop, on_prompt))
 
@@ -240,7 +262,7 @@ class Model:
         **options: Any,
     ) -> Reply:
         """Answer ``messages``, as ``stream_chat``, and return the whole Reply, as ``generate``."""
-        settings = make_options(GenerateOptions, options)
+        settings = make_options(GenerateOptions, options, self.defaults)
         prompt = self._chat(messages, settings, special)
         return self._join(self._answer(prompt, settings, should_stop, on_prompt), on_chunk)
 

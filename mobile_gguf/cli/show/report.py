@@ -6,6 +6,7 @@ from typing import Any
 
 from mobile_gguf.convert.calibrate.statistics import Statistics
 from mobile_gguf.generate.decode import default_little_k
+from mobile_gguf.generate.recommended import PREFIX, recommended
 from mobile_gguf.gguf import keys
 from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.sizes import format_bytes
@@ -51,6 +52,7 @@ def facts(info: GgufInfo) -> dict[str, Any]:
         "segment_order": info.metadata.get(keys.SEGMENT_ORDER),
         "alignment": info.metadata.get("general.alignment"),
         "has_chat_template": info.chat_template is not None,
+        "sampling": recommended(info)[0],
         "tiers": tier_facts(make_tiers(info)) if info.is_moe else None,
     }
 
@@ -102,6 +104,7 @@ def rows(info: GgufInfo) -> list[tuple[str, str]]:
         ("layers", str(info.n_layer)),
         ("context", f"{info.n_ctx_train} tokens"),
         ("chat template", "yes" if info.chat_template is not None else "no"),
+        *sampling_rows(info),
     ]
     if not info.is_moe:
         return [*shown, ("experts", "none: a dense model")]
@@ -119,6 +122,14 @@ def rows(info: GgufInfo) -> list[tuple[str, str]]:
             f"{smallest} ({format_bytes(smallest)}, {share:.1f}%)",
         ),
     ]
+
+
+def sampling_rows(info: GgufInfo) -> list[tuple[str, str]]:
+    """The sampling settings that the file asks for: answers follow them where nothing else is said."""
+    options, left = recommended(info)
+    shown = [("sampling", ", ".join(f"{name} {value:g}" for name, value in options.items()))]
+    ignored = [("sampling not followed", ", ".join(key.removeprefix(PREFIX) for key in left))]
+    return [*(shown if options else []), *(ignored if left else [])]
 
 
 def layout(info: GgufInfo) -> str:
