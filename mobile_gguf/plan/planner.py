@@ -180,6 +180,7 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
         "dense_bytes": fit.demand.dense_bytes,
         "kv_bytes": fit.demand.kv_bytes,
         "compute_bytes": fit.demand.compute_bytes,
+        "mapped_bytes": plan.info.lazy_bytes,
         "expert_bytes": plan.info.expert_bytes,
         "ram_budget_bytes": fit.ram_budget_bytes,
         "ram_share": round(fit.ram_share, 4),
@@ -210,6 +211,9 @@ def plan_lines(plan: Plan) -> list[str]:
     where = fit.devices[0].name if fit.devices else "RAM"
     rest = fit.demand
     rows.append(("dense weights", f"{format_bytes(rest.dense_bytes)} in {where}"))
+    if info.lazy_bytes:
+        cached = f"{format_bytes(info.lazy_bytes)} read row by row, in memory only as page cache"
+        rows.append(("tables in the file", cached))
     context = f"{format_bytes(rest.kv_bytes)} KV, {format_bytes(rest.compute_bytes)} buffers in {where}"
     rows.append(("context", f"{fit.asked.n_ctx} tokens, micro-batches of {fit.asked.n_ubatch}: {context}"))
     if info.is_moe:
