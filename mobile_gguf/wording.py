@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import unicodedata
 from collections.abc import Collection, Iterable, Sequence
 
 
@@ -23,6 +24,26 @@ def format_duration(seconds: float) -> str:
 def plain(text: str) -> str:
     """A name or a text from a file without what a terminal would obey."""
     return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+def cell_width(text: str) -> int:
+    """The columns that ``text`` takes on a terminal: two for a wide character, none for a combining one."""
+    return sum(map(_cells, text))
+
+
+def clipped(text: str, width: int) -> str:
+    """As much of the beginning of ``text`` as ``width`` columns hold."""
+    for at, letter in enumerate(text):
+        width -= _cells(letter)
+        if width < 0:
+            return text[:at]
+    return text
+
+
+def _cells(letter: str) -> int:
+    if unicodedata.combining(letter) or unicodedata.category(letter) == "Cf":
+        return 0
+    return 2 if unicodedata.east_asian_width(letter) in "WF" else 1
 
 
 def shell_command(words: Iterable[str]) -> str:

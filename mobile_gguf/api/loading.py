@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mobile_gguf.device.tier import devices_for, start_tier
@@ -17,7 +18,7 @@ from mobile_gguf.errors import BudgetError, EngineError, MobileError, ModelForma
 from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.memory.fit import Fit, asked_of, fit_model
 from mobile_gguf.memory.machine import read_memory
-from mobile_gguf.memory.threads import default_threads
+from mobile_gguf.memory.threads import bounded_threads, default_threads
 from mobile_gguf.options import LoadOptions
 from mobile_gguf.progress import Progress
 
@@ -49,6 +50,7 @@ def open_backend(
     if progress is not None:
         more["progress"] = progress
     notices: list[str] = []
+    options = _with_threads(options, notices)
     n_ctx = asked.n_ctx
     if n_ctx > info.n_ctx_train > 0:
         notices.append(f"a context of {n_ctx} is more than the model was trained with, {info.n_ctx_train}")
@@ -72,6 +74,14 @@ def open_backend(
             return llama, notices + remarks
     llama, remarks = _open(info, options, n_ctx, engine, fit, more)
     return llama, notices + remarks
+
+
+def _with_threads(options: LoadOptions, notices: list[str]) -> LoadOptions:
+    processors = default_threads()[1]
+    threads, said = bounded_threads(options.threads, processors)
+    threads_batch, also_said = bounded_threads(options.threads_batch, processors)
+    notices += dict.fromkeys(filter(None, (said, also_said)))
+    return replace(options, threads=threads, threads_batch=threads_batch)
 
 
 def _open(

@@ -16,18 +16,28 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from mobile_gguf.engine.devices import Device
 from mobile_gguf.engine.forks import abandon_in_children, forked
 from mobile_gguf.engine.structs import Counters, DeviceCounters
-from mobile_gguf.errors import ModelBusyError, UsageError
+from mobile_gguf.errors import (
+    EngineError,
+    ModelBusyError,
+    PromptTooLongError,
+    UsageError,
+    missing_package,
+    shown,
+)
 from mobile_gguf.generate.answer import Answer, Backend, Chunk, Reply
 from mobile_gguf.generate.decode import Policy
 from mobile_gguf.generate.policy import choose_policy
+from mobile_gguf.generate.recommended import recommended
 from mobile_gguf.generate.request import make_request, prompt_tokens, token_ids
 from mobile_gguf.gguf.info import GgufInfo, read_gguf_info
-from mobile_gguf.hub.resolve import resolve_model
+from mobile_gguf.hub.resolve import is_at_hand, resolve_model
 from mobile_gguf.memory.demand import context_size
 from mobile_gguf.options import POLICY_OPTIONS, GenerateOptions, LoadOptions, make_options, takes
 from mobile_gguf.options.bias import check_tokens
+from mobile_gguf.options.words import TRIM
 
 from . import loading
+from .context import ChatPrompt, fit_chat, reserve_for
 from .embedding import Embedding, embed
 from .messages import Messages, as_messages
 from .stats import model_stats
@@ -39,6 +49,7 @@ logger = logging.getLogger("mobile_gguf")
 
 ShouldStop = Callable[[], bool] | None
 OnChunk = Callable[[Chunk], object] | None
+OnPrompt = Callable[[int, int], object] | None
 
 _BUSY = """this Model is already generating: use it from one thread at a time, and finish or close a stream \
 before the next answer"""
@@ -64,14 +75,35 @@ def load(
     Raises ModelNotFoundError, ModelFormatError, BudgetError, UsageError, EngineError.
     """
     settings = make_options(LoadOptions, options)
-    info = read_gguf_info(resolve_model(model, progress))
-    backend, notices = loading.open_backend(info, settings, progress)
+    if not isinstance(model, (str, os.PathLike)):
+        raise UsageError(f"model is {shown(model)}: it must be a path or a name")
+    try:
+        path = resolve_model(model, progress)
+        info = read_gguf_info(path)
+        backend, notices = loading.open_backend(info, settings, progress)
+    except ImportError as error:
+        if (missing := missing_package(error)) is None:
+            raise
+        raise EngineError(missing) from None
+    if Path(model).expanduser().is_dir() and os.fspath(model) != "demo":
+        notices = [f"{model} is a folder: {path.name}, the only model in it, is used", *notices]
     return Model(backend, info, settings, notices)
+
+
+def check_model(model: str | os.PathLike[str], progress: Callable[[str, float], None] | None = None) -> None:
+    """Raise what ``load`` would raise of the name and of the file's header, and load nothing.
+
+    Without ``progress``, what would have to be built or fetched first is not looked at.
+    """
+    if progress is not None or is_at_hand(model):
+        read_gguf_info(resolve_model(model, progress))
 
 
 class Model:
     """A loaded model, used by one thread at a time; made by ``load``, freed by ``close``.
 
+    ``defaults`` are the options of an answer that nothing else is asked for: the sampling settings of the
+    file (``general.sampling.*``), else those that are declared.
     A second thread, or a second answer while one is still being streamed, gets a ModelBusyError.
     ``mode``, ``gamma`` and ``little_k`` may be set between answers, and with ``configure`` what else
     decides which tokens are big. ``notices`` holds what could not be
@@ -84,6 +116,8 @@ class Model:
         self.info = info
         self.options = options
         self.notices: list[str] = []
+        # what answers follow where nothing else is asked for: the file's own sampling settings, then ours
+        self.defaults = make_options(GenerateOptions, recommended(info)[0])
         self._backend: Backend | None = backend
         self._is_forked = False
         self._lock = threading.Lock()
@@ -160,16 +194,22 @@ class Model:
 
     @takes(GenerateOptions)
     def stream(
-        self, prompt: str | Sequence[int], *, should_stop: ShouldStop = None, **options: Any
+        self,
+        prompt: str | Sequence[int],
+        *,
+        should_stop: ShouldStop = None,
+        on_prompt: OnPrompt = None,
+        **options: Any,
     ) -> Generator[Chunk, None, None]:
         """Continue ``prompt``, text or token ids, yielding a Chunk per token.
 
         Closing the generator ends the answer, and so does ``should_stop`` when it returns True: it is asked
-        before every token and, while a prompt is computed, after every operation. Raises UsageError,
-        ModelBusyError, ExpertReadError, EngineError; a failed answer leaves the Model usable.
+        before every token and, while a prompt is computed, after every operation. ``on_prompt`` is called
+        with the prompt's tokens done and to do, as they are computed. Raises UsageError, ModelBusyError,
+        ExpertReadError, EngineError; a failed answer leaves the Model usable.
         """
-        settings = make_options(GenerateOptions, options)
-        return self._stream(self._answer(self.prompt_tokens(prompt), settings, should_stop))
+        settings = make_options(GenerateOptions, options, self.defaults)
+        return self._stream(self._answer(self._prompt(prompt), settings, should_stop, on_prompt))
 
     @takes(GenerateOptions)
     def generate(
@@ -178,6 +218,7 @@ class Model:
         *,
         on_chunk: OnChunk = None,
         should_stop: ShouldStop = None,
+        on_prompt: OnPrompt = None,
         **options: Any,
     ) -> Reply:
         """Continue ``prompt`` and return the whole Reply; raises as ``stream`` does.
@@ -185,30 +226,56 @@ class Model:
         ``on_chunk`` is called with every Chunk. Ctrl-C or ``should_stop`` return the text so far, with
         ``finish_reason`` ``interrupted``.
         """
-        settings = make_options(GenerateOptions, options)
-        return self._join(self._answer(self.prompt_tokens(prompt), settings, should_stop), on_chunk)
+        settings = make_options(GenerateOptions, options, self.defaults)
+        return self._join(self._answer(self._prompt(prompt), settings, should_stop, on_prompt), on_chunk)
 
     @takes(GenerateOptions)
     def stream_chat(
-        self, messages: Messages, *, should_stop: ShouldStop = None, **options: Any
+        self,
+        messages: Messages,
+        *,
+        special: bool = False,
+        should_stop: ShouldStop = None,
+        on_prompt: OnPrompt = None,
+        **options: Any,
     ) -> Generator[Chunk, None, None]:
         """Answer ``messages`` by the model's chat template, yielding a Chunk per token.
 
         ``messages`` are dicts with ``role`` and ``content``, oldest first; a string is one of the user's.
-        What earlier answers have in common with them is not computed again. Raises as ``stream`` does.
+        Control tokens in them are text, unless ``special`` is true. What earlier answers have in common with
+        them is not computed again. With ``context_full="trim"`` the oldest turns are left out where the
+        context has no room for all: the receipt says how many. Raises as ``stream`` does.
         """
-        settings = make_options(GenerateOptions, options)
-        return self._stream(self._answer(self.chat_tokens(messages), settings, should_stop))
+        settings = make_options(GenerateOptions, options, self.defaults)
+        prompt = self._chat(messages, settings, special)
+        return self._stream(self._answer(prompt, settings, should_stop, on_prompt))
 
     @takes(GenerateOptions)
     def chat(
-        self, messages: Messages, *, on_chunk: OnChunk = None, should_stop: ShouldStop = None, **options: Any
+        self,
+        messages: Messages,
+        *,
+        special: bool = False,
+        on_chunk: OnChunk = None,
+        should_stop: ShouldStop = None,
+        on_prompt: OnPrompt = None,
+        **options: Any,
     ) -> Reply:
-        """Answer ``messages`` by the model's chat template and return the whole Reply, as ``generate``."""
-        settings = make_options(GenerateOptions, options)
-        return self._join(self._answer(self.chat_tokens(messages), settings, should_stop), on_chunk)
+        """Answer ``messages``, as ``stream_chat``, and return the whole Reply, as ``generate``."""
+        settings = make_options(GenerateOptions, options, self.defaults)
+        prompt = self._chat(messages, settings, special)
+        return self._join(self._answer(prompt, settings, should_stop, on_prompt), on_chunk)
 
-    def _answer(self, prompt: list[int], options: GenerateOptions, should_stop: ShouldStop) -> Answer:
+    def _prompt(self, prompt: str | Sequence[int]) -> ChatPrompt:
+        return prompt if isinstance(prompt, ChatPrompt) else ChatPrompt(self.prompt_tokens(prompt))
+
+    def _chat(self, messages: Messages, options: GenerateOptions, special: bool) -> ChatPrompt:
+        trim = options.context_full == TRIM
+        return self.chat_prompt(messages, special=special, trim=trim, max_tokens=options.max_tokens)
+
+    def _answer(
+        self, prompt: ChatPrompt, options: GenerateOptions, should_stop: ShouldStop, on_prompt: OnPrompt
+    ) -> Answer:
         request = make_request(
             self._require_open(),
             self.info,
@@ -218,6 +285,8 @@ class Model:
             n_ctx=self.n_ctx,
             seed=self.options.seed,
             should_stop=should_stop,
+            on_prompt=on_prompt,
+            turns_left_out=prompt.turns_left_out,
         )
         return Answer(self._require_open(), request, self.info.n_expert_used)
 
@@ -272,20 +341,52 @@ class Model:
     def prompt_tokens(self, prompt: str | Sequence[int]) -> list[int]:
         """The token ids that ``generate`` makes of ``prompt``: text with what the model adds to it.
 
-        Raises UsageError for what is neither text nor token ids.
+        Control tokens that the text names are read as such. Raises UsageError for what is neither text nor
+        token ids, PromptTooLongError for a text that cannot fit into the context.
         """
-        return prompt_tokens(self._require_open(), prompt)
+        return prompt_tokens(self._require_open(), prompt, self.n_ctx)
 
-    def chat_tokens(self, messages: Messages, **values: Any) -> list[int]:
+    def chat_tokens(self, messages: Messages, *, special: bool = False, **values: Any) -> list[int]:
         """The prompt that ``messages`` make by the chat template, as token ids for ``stream``.
 
         ``values``, such as ``tools`` in OpenAI's form, are what the template may use besides the messages.
-        Raises UsageError if it refuses them.
+        What is written in them is text: ``<|im_end|>`` ends no turn, unless ``special`` is true.
+        Raises UsageError if the template refuses them, PromptTooLongError if they cannot fit.
+        """
+        return self.chat_prompt(messages, special=special, **values)
+
+    def chat_prompt(
+        self,
+        messages: Messages,
+        *,
+        special: bool = False,
+        trim: bool = False,
+        max_tokens: int | None = None,
+        **values: Any,
+    ) -> ChatPrompt:
+        """``chat_tokens``, with ``trim`` without the oldest turns that leave the answer no room.
+
+        That room is ``max_tokens``, at most an eighth of the context. What is returned knows how many turns
+        it lacks, and so does the receipt of the answer that ``stream`` makes of it.
         """
         backend = self._require_open()
         if self.info.chat_template is None:
             self._notify(f"{self.path.name} has no chat template: ChatML is used")
-        return backend.render_chat(as_messages(messages), **values)
+        checked = as_messages(messages)
+
+        def render(kept: list[dict[str, Any]]) -> list[int]:
+            return backend.render_chat(kept, special=special, **values)
+
+        def count(text: str) -> int:
+            try:
+                backend.check_fits(text.encode(errors="replace"), self.n_ctx)
+            except PromptTooLongError:
+                return self.n_ctx + 1
+            return len(self.tokenize(text, special=False))
+
+        if not trim:
+            return ChatPrompt(render(checked))
+        return fit_chat(checked, render, count, self.n_ctx - reserve_for(self.n_ctx, max_tokens))
 
     @property
     def can_generate(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Sequence
 
-from mobile_gguf.errors import UsageError, shown
+from mobile_gguf.errors import PromptTooLongError, UsageError, shown
 from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.options import GenerateOptions
 from mobile_gguf.options.bias import check_tokens
@@ -24,6 +24,8 @@ def make_request(
     n_ctx: int,
     seed: int | None,
     should_stop: Callable[[], bool] | None,
+    on_prompt: Callable[[int, int], object] | None = None,
+    turns_left_out: int = 0,
 ) -> Request:
     """The Request of ``options``; ``seed`` is used where they have none. Raises UsageError."""
     if not backend.can_generate:
@@ -32,9 +34,9 @@ def make_request(
         raise UsageError("the prompt is empty")
     room = n_ctx - len(prompt)
     if room <= 0:
-        raise UsageError(
-            f"the prompt has {len(prompt)} tokens and the context only {n_ctx}: shorten it or load "
-            "the model with a larger --ctx-size"
+        raise PromptTooLongError(
+            f"the prompt has {len(prompt)} tokens and the context only {n_ctx}: shorten it, or load the "
+            "model with a larger n_ctx (-c; /set n_ctx and /reload in the chat)"
         )
     asked = options.max_tokens
     seed = options.seed if options.seed is not None else seed
@@ -44,23 +46,37 @@ def make_request(
         prompt=prompt,
         policy=policy,
         max_tokens=room if asked is None or asked < 0 else min(asked, room),
+        fills_context=asked is None or asked < 0 or asked > room,
+        turns_left_out=turns_left_out,
         stop=options.stop or (),
-        seed=random.getrandbits(31) if seed is None or seed < 0 else seed,
+        seed=random.getrandbits(31) if seed is None or seed < 0 else fold_seed(seed),
         sampling={
             **options.sampling(),
             "logit_bias": options.logit_bias or {},
-            "grammar": backend.make_grammar(options.grammar, options.json_schema),
+            "grammar": backend.make_grammar(options.grammar, options.json_schema, should_stop),
         },
         cache_prompt=options.cache_prompt,
         should_stop=should_stop,
+        on_prompt=on_prompt,
     )
 
 
-def prompt_tokens(backend: Backend, prompt: str | Sequence[int]) -> list[int]:
-    """The tokens of a prompt: of text with what the model adds, token ids as they are. Raises UsageError."""
+def fold_seed(seed: int) -> int:
+    """A whole number as one of the engine's 2**32 - 1 seeds; the one left out makes it choose one itself."""
+    return seed % 0xFFFFFFFF
+
+
+def prompt_tokens(backend: Backend, prompt: str | Sequence[int], n_ctx: int) -> list[int]:
+    """The tokens of a prompt: of text with what the model adds, token ids as they are.
+
+    Control tokens that the text names are read as such. Raises UsageError, PromptTooLongError for a text that
+    cannot be ``n_ctx`` tokens.
+    """
     if not isinstance(prompt, str):
         return token_ids(prompt)
-    tokens = backend.tokenize(prompt.encode(errors="replace"), add_bos=True, special=True)
+    text = prompt.encode(errors="replace")
+    backend.check_fits(text, n_ctx)
+    tokens = backend.tokenize(text, add_bos=True, special=True)
     bos = backend.token_bos()
     # Without a prompt the model starts from its beginning-of-sequence token, if it has one.
     return tokens or ([bos] if bos >= 0 else [])

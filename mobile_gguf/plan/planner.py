@@ -59,8 +59,12 @@ def make_plan(
     memory: Memory | None = None,
     n_bits: float = 0.0,
     notes: Sequence[str] = (),
+    reference: str = "",
 ) -> Plan:
-    """Plan a model by its header, the memory there is and what was measured. Raises FitError."""
+    """Plan a model by its header, the memory there is and what was measured. Raises FitError.
+
+    ``reference`` is the model's name in the command that is suggested; without it that is the path.
+    """
     fit = plan_fit(info, asked_of(info, options), memory or read_memory(), devices, n_bits)
     modes = (EXACT, BIG_LITTLE, LITTLE) if info.is_moe and info.n_expert_used > 1 else (EXACT,)
     found: list[Prediction] = []
@@ -78,7 +82,7 @@ def make_plan(
         fit=fit,
         predictions=tuple(found),
         prefill_s=prefill,
-        command=suggest(info, options, fit, found),
+        command=suggest(info, options, fit, found, reference),
         measured=measurements.date() if found else "",
         lessons=lessons,
         n_bits=n_bits,
@@ -126,7 +130,9 @@ def settings_of(
     return settings
 
 
-def suggest(info: GgufInfo, options: LoadOptions, fit: Fit, predictions: Sequence[Prediction]) -> str:
+def suggest(
+    info: GgufInfo, options: LoadOptions, fit: Fit, predictions: Sequence[Prediction], reference: str = ""
+) -> str:
     """A command line to copy: budgets, context and micro-batch as planned, the mode as asked for or worth it,
     and every other option that was given."""
     planned: dict[str, Any] = {"n_ctx": fit.asked.n_ctx, "n_ubatch": fit.asked.n_ubatch}
@@ -147,7 +153,7 @@ def suggest(info: GgufInfo, options: LoadOptions, fit: Fit, predictions: Sequenc
     if options.mode == EXACT and head and is_worth:
         planned["mode"] = BIG_LITTLE
     also = ("n_ctx", "n_ubatch")
-    words = ["mobile-gguf", "run", str(info.path), *arguments(replace(options, **planned), also)]
+    words = ["mobile-gguf", "run", reference or str(info.path), *arguments(replace(options, **planned), also)]
     return shell_command(words)
 
 
@@ -174,6 +180,7 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
         "dense_bytes": fit.demand.dense_bytes,
         "kv_bytes": fit.demand.kv_bytes,
         "compute_bytes": fit.demand.compute_bytes,
+        "mapped_bytes": plan.info.lazy_bytes,
         "expert_bytes": plan.info.expert_bytes,
         "ram_budget_bytes": fit.ram_budget_bytes,
         "ram_share": round(fit.ram_share, 4),
@@ -204,6 +211,9 @@ def plan_lines(plan: Plan) -> list[str]:
     where = fit.devices[0].name if fit.devices else "RAM"
     rest = fit.demand
     rows.append(("dense weights", f"{format_bytes(rest.dense_bytes)} in {where}"))
+    if info.lazy_bytes:
+        cached = f"{format_bytes(info.lazy_bytes)} read row by row, in memory only as page cache"
+        rows.append(("tables in the file", cached))
     context = f"{format_bytes(rest.kv_bytes)} KV, {format_bytes(rest.compute_bytes)} buffers in {where}"
     rows.append(("context", f"{fit.asked.n_ctx} tokens, micro-batches of {fit.asked.n_ubatch}: {context}"))
     if info.is_moe:

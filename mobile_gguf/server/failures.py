@@ -13,9 +13,11 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
-from mobile_gguf.errors import MobileError, ModelBusyError, QueueFullError, UsageError
+from mobile_gguf.errors import MobileError, ModelBusyError, PromptTooLongError, QueueFullError, UsageError
 
 logger = logging.getLogger("mobile_gguf")
+
+TOO_LONG = "context_length_exceeded"  # OpenAI's word, which agents look for
 
 _TYPES = {
     400: "invalid_request_error",
@@ -25,6 +27,7 @@ _TYPES = {
     405: "invalid_request_error",
     408: "timeout_error",
     413: "invalid_request_error",
+    415: "invalid_request_error",
     429: "rate_limit_error",
     503: "unavailable_error",
     504: "timeout_error",
@@ -89,6 +92,8 @@ def as_api_error(error: BaseException) -> ApiError:
         return ApiError(429, f"{error}: try again later", code="queue_full", headers={"Retry-After": "1"})
     if isinstance(error, ModelBusyError):
         return ApiError(503, str(error), code="model_unavailable")
+    if isinstance(error, PromptTooLongError):
+        return ApiError(400, str(error), code=TOO_LONG)
     if isinstance(error, UsageError):
         return ApiError(400, str(error), code="invalid_value")
     if isinstance(error, MobileError):

@@ -1,0 +1,45 @@
+"""A constraint from what a caller gives: GBNF text or a JSON schema."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from llguidance import LLMatcher
+
+from mobile_gguf.errors import UsageError
+
+from .lark import gbnf_to_lark
+from .matching import Constraint, make_constraint
+from .reading import read_schema
+from .schema import prepare
+from .tokens import TokenTable
+
+# A token may be any that fits, not only the one that the tokenizer would choose.
+HEAD = '%llguidance {"no_forcing": true}\n'
+# Between the parts of JSON: a model that likes blanks has to go on.
+_SPACE = r"\x20|\n[\x20\t]{0,20}"
+
+
+def schema_grammar(schema: dict[str, Any]) -> str:
+    """What the library compiles, of a prepared schema."""
+    text = json.dumps({"x-guidance": {"whitespace_pattern": _SPACE}, **schema}, allow_nan=False)
+    return LLMatcher.grammar_from_lark(f"{HEAD}start: %json {text}")
+
+
+def constraint_of(
+    table: TokenTable,
+    grammar: str | None,
+    json_schema: Any,
+    should_stop: Callable[[], bool] | None = None,
+) -> Constraint:
+    """The Constraint of one of the two. Raises UsageError for both, and for what cannot be followed."""
+    if grammar is not None and json_schema is not None:
+        raise UsageError("give a grammar or a JSON schema, not both")
+    if grammar is not None:
+        made = LLMatcher.grammar_from_lark(HEAD + gbnf_to_lark(grammar, table))
+        return make_constraint(made, table, "grammar", should_stop)
+    schema = read_schema(json_schema) if isinstance(json_schema, str) else json_schema
+    made = schema_grammar(prepare(schema).schema)
+    return make_constraint(made, table, "JSON schema", should_stop)
