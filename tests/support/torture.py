@@ -160,6 +160,9 @@ class Torture:
 
     def _attack(self, rng: random.Random) -> None:
         while not self._over.is_set():
+            if self._changing.is_set():
+                self._over.wait(0.1)
+                continue
             attack = rng.choice(self._attacks)
             server = self.server
             try:
