@@ -51,7 +51,7 @@ REQUESTS: dict[str, Any] = {
 }
 TEMPLATES = {
     "chat": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}",
-    "tools": "{% if tools %}{{ tools | tojson(indent=2) }}{% endif %}{{ messages[0].content.split('</s>')[0] }}",
+    "tools": "{% if tools %}{{ tools | tojson(indent=2) }}{% endif %}{{ messages[0].content.split('<') }}",
     "loop": "{% for i in range(9) %}{% set x = 'a' * i %}{{ x ~ loop.index }}{% endfor %}",
     "macro": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{% endif %}{{ n }}{% endmacro %}{{ f(5) }}",
     "names": "{% set ns = namespace(x=[]) %}{% set ns.x = ns.x + [1] %}{{ ns.x | map('string') | join }}",
