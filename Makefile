@@ -6,7 +6,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := run
-.PHONY: run test quick test-portable lint docs fuzz torture bench engine stock clean help
+.PHONY: run test quick test-portable lint docs fuzz torture torture-headers bench engine stock clean help
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -82,6 +82,10 @@ fuzz: $(VENV)/.dev ## hostile headers, requests and templates, FUZZ_SECONDS each
 TORTURE_SECONDS ?= 1800
 torture: $(VENV)/.dev ## a server under hostile clients in 530 MiB, TORTURE_SECONDS
 	PYTHONPATH=tests/support $(BIN)/python tests/support/torture.py --seconds $(TORTURE_SECONDS) $(TORTURE)
+
+EVERY ?= 1
+torture-headers: $(VENV)/.dev ## every number, length and array of six headers changed one at a time (EVERY=12: each twelfth)
+	PYTHONPATH=tests/support $(BIN)/python tests/support/header_torture.py --every $(EVERY)
 
 bench: $(VENV)/.core stock ## compare with stock llama.cpp under the same memory cap
 	$(BIN)/mobile-gguf bench --budget 12%,25%,100% --modes exact,little --vs stock $(BENCH)

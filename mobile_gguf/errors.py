@@ -79,6 +79,29 @@ def is_unicode(text: str) -> bool:
     return True
 
 
+# What `pip install` brings; a module that is missing otherwise is a fault of ours.
+_PACKAGES = ("llama_cpp", "gguf", "numpy", "jinja2", "huggingface_hub", "tomli")
+
+
+def missing_package(error: ImportError) -> str | None:
+    """What to do about a package that is not installed; None where the error is of another kind."""
+    name = (error.name or "").partition(".")[0]
+    if name not in _PACKAGES or not isinstance(error, ModuleNotFoundError):
+        return None
+    if name == "llama_cpp":
+        return "the engine is not installed (no llama_cpp): run `mobile-gguf engine build`"
+    return f"the package {name} is not installed: run `pip install -e .` in mobile-gguf's folder"
+
+
+def require_unicode(what: str, text: str) -> str:
+    """``text``, which must be able to leave this process. Raises UsageError that says ``what`` it is."""
+    if not is_unicode(text):
+        raise UsageError(
+            f"{what} is not UTF-8 text: it has bytes, or half of a surrogate pair, that are none"
+        )
+    return text
+
+
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 80
 

@@ -55,7 +55,13 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument("source", metavar="SOURCE", help="a GGUF, a checkpoint's folder, or hf:ORG/REPO")
     parser.add_argument(
-        "-o", "--output", metavar="OUT", type=Path, help="the file to write (default: beside the source)"
+        "-o",
+        "--out",
+        "--output",
+        metavar="OUT",
+        dest="output",
+        type=Path,
+        help="the file to write (default: beside the source)",
     )
     parser.add_argument(
         "--check",

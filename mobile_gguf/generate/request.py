@@ -40,7 +40,8 @@ def make_request(
         )
     asked = options.max_tokens
     seed = options.seed if options.seed is not None else seed
-    check_tokens(options.logit_bias or {}, info.n_vocab)
+    check_tokens(prompt, info.n_vocab, "the prompt")
+    check_tokens(options.logit_bias or {}, info.n_vocab, "logit_bias")
     return Request(
         prompt=prompt,
         policy=policy,

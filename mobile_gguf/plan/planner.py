@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +16,7 @@ from mobile_gguf.memory.pools import pool_min_bytes
 from mobile_gguf.options import LoadOptions
 from mobile_gguf.options.words import BIG_LITTLE, EXACT, LITTLE
 from mobile_gguf.sizes import AUTO, OFF, Size, format_bytes, whole_mebibytes
-from mobile_gguf.wording import name_lines
+from mobile_gguf.wording import name_lines, shell_command
 
 from .disk import disk_name
 from .ggml import device_key
@@ -60,8 +59,12 @@ def make_plan(
     memory: Memory | None = None,
     n_bits: float = 0.0,
     notes: Sequence[str] = (),
+    reference: str = "",
 ) -> Plan:
-    """Plan a model by its header, the memory there is and what was measured. Raises FitError."""
+    """Plan a model by its header, the memory there is and what was measured. Raises FitError.
+
+    ``reference`` is the model's name in the command that is suggested; without it that is the path.
+    """
     fit = plan_fit(info, asked_of(info, options), memory or read_memory(), devices, n_bits)
     modes = (EXACT, BIG_LITTLE, LITTLE) if info.is_moe and info.n_expert_used > 1 else (EXACT,)
     found: list[Prediction] = []
@@ -79,7 +82,7 @@ def make_plan(
         fit=fit,
         predictions=tuple(found),
         prefill_s=prefill,
-        command=suggest(info, options, fit, found),
+        command=suggest(info, options, fit, found, reference),
         measured=measurements.date() if found else "",
         lessons=lessons,
         n_bits=n_bits,
@@ -127,7 +130,9 @@ def settings_of(
     return settings
 
 
-def suggest(info: GgufInfo, options: LoadOptions, fit: Fit, predictions: Sequence[Prediction]) -> str:
+def suggest(
+    info: GgufInfo, options: LoadOptions, fit: Fit, predictions: Sequence[Prediction], reference: str = ""
+) -> str:
     """A command line to copy: budgets, context and micro-batch as planned, the mode as asked for or worth it,
     and every other option that was given."""
     planned: dict[str, Any] = {"n_ctx": fit.asked.n_ctx, "n_ubatch": fit.asked.n_ubatch}
@@ -148,7 +153,8 @@ def suggest(info: GgufInfo, options: LoadOptions, fit: Fit, predictions: Sequenc
     if options.mode == EXACT and head and is_worth:
         planned["mode"] = BIG_LITTLE
     also = ("n_ctx", "n_ubatch")
-    return shlex.join(["mobile-gguf", "run", str(info.path), *arguments(replace(options, **planned), also)])
+    words = ["mobile-gguf", "run", reference or str(info.path), *arguments(replace(options, **planned), also)]
+    return shell_command(words)
 
 
 def _budget(asked: Size, share: float, n_bytes: int, least: int) -> Size:
@@ -174,6 +180,7 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
         "dense_bytes": fit.demand.dense_bytes,
         "kv_bytes": fit.demand.kv_bytes,
         "compute_bytes": fit.demand.compute_bytes,
+        "mapped_bytes": plan.info.lazy_bytes,
         "expert_bytes": plan.info.expert_bytes,
         "ram_budget_bytes": fit.ram_budget_bytes,
         "ram_share": round(fit.ram_share, 4),
@@ -204,6 +211,9 @@ def plan_lines(plan: Plan) -> list[str]:
     where = fit.devices[0].name if fit.devices else "RAM"
     rest = fit.demand
     rows.append(("dense weights", f"{format_bytes(rest.dense_bytes)} in {where}"))
+    if info.lazy_bytes:
+        cached = f"{format_bytes(info.lazy_bytes)} read row by row, in memory only as page cache"
+        rows.append(("tables in the file", cached))
     context = f"{format_bytes(rest.kv_bytes)} KV, {format_bytes(rest.compute_bytes)} buffers in {where}"
     rows.append(("context", f"{fit.asked.n_ctx} tokens, micro-batches of {fit.asked.n_ubatch}: {context}"))
     if info.is_moe:

@@ -41,6 +41,7 @@ class ModelLoaded(Message):
     facts: dict[str, Any]
     notices: list[str]
     experts: Experts
+    sampling: dict[str, Any] = field(default_factory=dict)  # what its file asks for
 
 
 @dataclass

@@ -22,6 +22,7 @@ from mobile_gguf.errors import EngineMemoryError, MobileError
 from mobile_gguf.generate.answer import INTERRUPTED, Chunk
 from mobile_gguf.generate.decode import Pass
 from mobile_gguf.generate.receipt import Receipt
+from mobile_gguf.generate.recommended import recommended
 
 from .messages import AnswerEnded, AnswerProgressed, LoadFailed, LoadProgressed, ModelLoaded, PromptProgressed
 from .outbox import Outbox, Token
@@ -131,7 +132,9 @@ class EngineThread(threading.Thread):
             self._fail(reference, unexpected(error))
         else:
             self._model, self._experts = model, (experts := model.experts())
-            self._post(ModelLoaded(reference, model.info, model.stats(), list(model.notices), experts))
+            asked = recommended(model.info)[0]
+            loaded = ModelLoaded(reference, model.info, model.stats(), list(model.notices), experts, asked)
+            self._post(loaded)
 
     def _fail(self, reference: str, error: str, *, cancelled: bool = False) -> None:
         self._post(LoadFailed(reference, error, cancelled, keeps_model=self._model is not None))

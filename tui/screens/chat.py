@@ -158,6 +158,7 @@ class ChatScreen(ChatCommands):
     @on(ModelLoaded)
     def _model_loaded(self, event: ModelLoaded) -> None:
         self.reference, self.facts = event.reference, event.facts
+        self.app.settings.of_model = event.sampling
         self.model_name = event.info.name or event.reference
         self.state, self._wanted = IDLE, ""
         self.context_used = 0
