@@ -17,7 +17,7 @@ from pathlib import Path
 import atheris  # type: ignore[import-not-found]
 from places import DATA
 
-with atheris.instrument_imports(include=["mobile_gguf", "fuzz_target", "fuzz_server"]):  # type: ignore[attr-defined]
+with atheris.instrument_imports(include=["mobile_gguf", "fuzz_target", "fuzz_server", "jinja2"]):  # type: ignore[attr-defined]
     import fuzz_server
     import fuzz_target
 

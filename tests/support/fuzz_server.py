@@ -5,6 +5,7 @@ A request may come out as a request, or as one line of an error; a template as a
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from fuzz_target import Target
 from pydantic import BaseModel, ValidationError
 
 from mobile_gguf.errors import MobileError
-from mobile_gguf.generate import templates
+from mobile_gguf.generate import template_child, templates
 from mobile_gguf.generate.control_text import ControlTexts
 from mobile_gguf.server.failures import ApiError, from_validation
 from mobile_gguf.server.guard import check_values
@@ -113,6 +114,10 @@ def _is_read(kind: type[BaseModel], body: Any) -> bool:
 def check_template(path: Path) -> int:
     """Render a template; returns whether it gave a text."""
     template = path.read_bytes().decode(errors="replace")
+    with contextlib.suppress(
+        Exception
+    ):  # here the fuzzer sees which way it goes, which it does not in a child
+        _environment.parse(template)
     names = {"messages": [_MESSAGE], "tools": [_TOOL]}
     try:
         text = _renderer().render(template, names, 1 << 16)
@@ -124,6 +129,7 @@ def check_template(path: Path) -> int:
     return 1
 
 
+_environment = template_child.make_environment()
 _made: list[templates.Renderer] = []
 
 
