@@ -6,7 +6,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := run
-.PHONY: run test quick test-portable lint docs fuzz torture-headers bench engine stock clean help
+.PHONY: run test quick test-portable lint docs fuzz torture torture-headers bench engine stock clean help
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -72,12 +72,16 @@ docs: $(VENV)/.dev ## write docs/api.md from the docstrings
 	$(BIN)/python docs/make_api.py
 
 FUZZ_SECONDS ?= 600
-fuzz: $(VENV)/.dev ## hostile GGUF and safetensors headers, FUZZ_SECONDS each; build/fuzz remembers what was found
+fuzz: $(VENV)/.dev ## hostile headers, requests and templates, FUZZ_SECONDS each; build/fuzz remembers what was found
 	@mkdir -p build/fuzz
-	for target in gguf safetensors; do \
+	for target in gguf safetensors requests templates; do \
 		PYTHONPATH=tests/support $(BIN)/python tests/support/fuzz.py $$target build/fuzz/$$target -max_total_time=$(FUZZ_SECONDS) \
 			-artifact_prefix=build/fuzz/ || exit 1; \
 	done
+
+TORTURE_SECONDS ?= 1800
+torture: $(VENV)/.dev ## a server under hostile clients in 530 MiB, TORTURE_SECONDS
+	PYTHONPATH=tests/support $(BIN)/python tests/support/torture.py --seconds $(TORTURE_SECONDS) $(TORTURE)
 
 EVERY ?= 1
 torture-headers: $(VENV)/.dev ## every number, length and array of six headers changed one at a time (EVERY=12: each twelfth)

@@ -27,7 +27,14 @@ SECTIONS = (
         "Errors",
         "mobile_gguf",
         (
-            *("MobileError", "UsageError", "BudgetError", "ModelNotFoundError", "ModelFormatError"),
+            *(
+                "MobileError",
+                "UsageError",
+                "BudgetError",
+                "ModelNotFoundError",
+                "PromptTooLongError",
+                "ModelFormatError",
+            ),
             *("EngineError", "EngineBuildError", "ExpertReadError", "ModelBusyError"),
         ),
     ),

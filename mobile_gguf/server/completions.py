@@ -111,7 +111,7 @@ async def _answer(
             include_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
             stream = _stream(serving, job, first, events, renderer, producer, echoes, include_usage, endpoint)
             # The events end by themselves on shutdown: the job is cut when its time is over.
-            grace = serving.settings.grace + CUT_SECONDS
+            grace = serving.settings.grace + CUT_SECONDS + 2
 
             async def left(_message: object) -> None:  # maybe before the stream has begun, and can end
                 job.cancel()

@@ -119,7 +119,7 @@ def add_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_request: Request, error: RequestValidationError) -> JSONResponse:
-        return _from_validation(error).response()
+        return from_validation(error).response()
 
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> JSONResponse:
@@ -131,7 +131,8 @@ def add_handlers(app: FastAPI) -> None:
         return ApiError(error.status_code, message or str(error.detail), headers=error.headers).response()
 
 
-def _from_validation(error: RequestValidationError) -> ApiError:
+def from_validation(error: RequestValidationError) -> ApiError:
+    """The first thing that is wrong with a request, by its place."""
     first = error.errors()[0]
     # "body" first; the names of union members and validators are pydantic's own business
     where = [part for part in first["loc"][1:] if isinstance(part, int) or "[" not in part]
