@@ -10,6 +10,7 @@ class MobileError(Exception):
     """Base of every error a user can cause or meet; its text is meant for them."""
 
     exit_code = 1
+    command_line: str | None = None  # the text with flags for options, where it has such
 
 
 class UsageError(MobileError):
