@@ -15,6 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from mobile_gguf.errors import install_hint
+
 from ..child_side import ChildChannel
 from .finite import NotFiniteError, require_finite
 
@@ -295,7 +297,7 @@ def _explain(error: Exception, job: dict[str, Any]) -> str:
     if "trust_remote_code" in text:
         return f"{folder} brings Python code of its own: read it, and if you trust it say --trust-remote-code"
     if isinstance(error, ImportError):
-        return f"the converter needs a package that is missing ({text}): pip install 'mobile-gguf[convert]'"
+        return f"the converter needs a package that is missing ({text}): {install_hint('convert')}"
     if len(text) > 600:
         text = text[:600] + " ..."
     return f"the converter of the pinned llama.cpp cannot use {folder}: {type(error).__name__}: {text}"

@@ -52,6 +52,7 @@ class LoadFailed(Message):
     error: str
     cancelled: bool = False
     keeps_model: bool = False  # the one that was there before still is
+    about_option: bool = False  # which here is a setting
 
 
 @dataclass

@@ -17,8 +17,9 @@ from textual.message import Message
 
 from mobile_gguf.api.context import of_a_chat
 from mobile_gguf.api.model import Model, check_model, load
+from mobile_gguf.api.words import python_words
 from mobile_gguf.engine.experts import Asked, Experts, Places, Watch
-from mobile_gguf.errors import EngineMemoryError, MobileError
+from mobile_gguf.errors import EngineMemoryError, MobileError, UsageError
 from mobile_gguf.generate.answer import INTERRUPTED, Chunk
 from mobile_gguf.generate.decode import Pass
 from mobile_gguf.generate.receipt import Receipt
@@ -127,7 +128,7 @@ class EngineThread(threading.Thread):
         except Cancelled:
             self._fail(reference, "loading was cancelled", cancelled=True)
         except MobileError as error:
-            self._fail(reference, str(error))
+            self._fail(reference, python_words(str(error)), about_option=isinstance(error, UsageError))
         except Exception as error:  # whatever it is, the screen must live to show it
             self._fail(reference, unexpected(error))
         else:
@@ -136,8 +137,11 @@ class EngineThread(threading.Thread):
             loaded = ModelLoaded(reference, model.info, model.stats(), list(model.notices), experts, asked)
             self._post(loaded)
 
-    def _fail(self, reference: str, error: str, *, cancelled: bool = False) -> None:
-        self._post(LoadFailed(reference, error, cancelled, keeps_model=self._model is not None))
+    def _fail(
+        self, reference: str, error: str, *, cancelled: bool = False, about_option: bool = False
+    ) -> None:
+        kept = self._model is not None
+        self._post(LoadFailed(reference, error, cancelled, keeps_model=kept, about_option=about_option))
 
     def _generate(
         self, answer_id: int, messages: list[dict[str, Any]], options: dict[str, Any], stop: Stop
@@ -150,7 +154,7 @@ class EngineThread(threading.Thread):
                 raise MobileError("no model is loaded")
             last = self._stream(model, Outbox(answer_id), messages, options, stop)
         except MobileError as failure:
-            error = str(failure)
+            error = python_words(str(failure))
         except Exception as failure:
             error = unexpected(failure)
         facts: dict[str, Any] = {}

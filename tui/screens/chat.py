@@ -191,8 +191,7 @@ class ChatScreen(ChatCommands):
 
     def _say_failure(self, event: LoadFailed) -> None:
         severity = "warning" if event.cancelled else "error"
-        # what begins with a flag is about an option, which here is a setting
-        hint = " · Ctrl-S changes it, /reload tries again" if event.error.startswith("--") else ""
+        hint = " · Ctrl-S changes it, /reload tries again" if event.about_option else ""
         if event.keeps_model and not event.cancelled:
             hint += f" · {self.model_name} stays"
         elif self._before and not event.keeps_model:
