@@ -23,6 +23,8 @@ from .serving import ClientLeftError, Events, Serving, unless_client_leaves
 
 # A proxy gives up on a connection that says nothing while a long prompt is computed.
 PING_SECONDS = 10
+NOTES_HEADER = "X-Mobile-Gguf-Note"
+_NOTES_LENGTH = 1000
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorBody, "description": "the request cannot be meant"},
@@ -103,11 +105,17 @@ async def _answer(
             # The events end by themselves on shutdown: the job is cut when its time is over.
             grace = serving.settings.grace + 5
             return EventSourceResponse(
-                stream, ping=PING_SECONDS, sep="\n", shutdown_event=anyio.Event(), shutdown_grace_period=grace
+                stream,
+                headers=_notes(producer),
+                ping=PING_SECONDS,
+                sep="\n",
+                shutdown_event=anyio.Event(),
+                shutdown_grace_period=grace,
             )
         with serving.timed(endpoint):
             whole = await unless_client_leaves(request, _collect(events))
-        return JSONResponse(renderer.whole(whole, _usage(producer, job), echoes()))
+        body_of_all = renderer.whole(whole, _usage(producer, job), echoes())
+        return JSONResponse(body_of_all, headers=_notes(producer))
     except ClientLeftError:
         job.cancel()
         serving.metrics.cancelled.inc()
@@ -115,6 +123,12 @@ async def _answer(
     except BaseException:
         job.cancel()
         raise
+
+
+def _notes(producer: Producer) -> dict[str, str]:
+    """The header that says what of a request was not followed; a stream need not have a usage."""
+    text = "; ".join(producer.spent.notes).encode("ascii", "backslashreplace").decode()
+    return {NOTES_HEADER: text[:_NOTES_LENGTH]} if text else {}
 
 
 def _usage(producer: Producer, job: Job[Event]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 from mobile_gguf.api.aio import Job
 from mobile_gguf.api.context import ChatPrompt, of_a_chat
 from mobile_gguf.api.model import Model
+from mobile_gguf.errors import AnswerStopped
 from mobile_gguf.generate.answer import INTERRUPTED, LENGTH, STOP, Chunk
 from mobile_gguf.generate.text import TextStream
 from mobile_gguf.options.words import TRIM
@@ -110,8 +111,8 @@ class Producer:
             return
         if "grammar" in options or "json_schema" in options:
             raise ApiError(400, "a grammar cannot go with tools: set tool_choice to none", param="tools")
-        schema = plan.schema()
-        check_schema(schema, "tools")
+        schema, notes = plan.schema()
+        self.spent.notes += notes
         self._admit(prompt)
         yield BEGUN
         for choice in range(request.n or 1):
@@ -189,7 +190,11 @@ class Producer:
         self, job: Job[Event], prompt: list[int], options: dict[str, Any]
     ) -> Generator[Chunk, None, None]:
         """One answer, counted however it ends; raises ApiError when it was stopped from outside."""
-        return self._counted(self._model.stream(prompt, should_stop=job.is_cancelled, **options))
+        try:
+            chunks = self._model.stream(prompt, should_stop=job.is_cancelled, **options)
+        except AnswerStopped:
+            raise _cut() from None
+        return self._counted(chunks)
 
     def _counted(self, chunks: Any) -> Generator[Chunk, None, None]:
         last: Chunk | None = None
@@ -200,7 +205,7 @@ class Producer:
                     self.spent.note(chunk)
                     self._experts.add_token()
                     if chunk.finish_reason == INTERRUPTED:
-                        raise ApiError(503, "the answer was cut: the server is shutting down", code="cut")
+                        raise _cut()
                     yield chunk
             finally:
                 if last is not None:
@@ -310,6 +315,10 @@ class _Turn:
                     if not model.is_end(chunk.token):
                         self.tokens.append(chunk.token)
                 yield chunk
+
+
+def _cut() -> ApiError:
+    return ApiError(503, "the answer was cut: the server is shutting down", code="cut")
 
 
 def _seeded(options: dict[str, Any], i: int) -> dict[str, Any]:
