@@ -149,7 +149,7 @@ class _Preparation:
             (name == "uniqueItems" and (value is False or whole(schema.get("maxItems")) in (0, 1)))
             or (name in ("then", "else") and "if" not in schema)
             or (name == "if" and "then" not in schema and "else" not in schema)
-            or (name in ("minContains", "maxContains") and "contains" not in schema)
+            or (name in ("minContains", "maxContains") and ("contains" not in schema or value == 0))
             or (name == "contains" and schema.get("minContains") == 0 and "maxContains" not in schema)
             or (name == "not" and value is False)
             or (name == "propertyNames" and value in (True, {}, {"type": "string"}))
