@@ -42,6 +42,7 @@ class ModelLoaded(Message):
     notices: list[str]
     experts: Experts
     sampling: dict[str, Any] = field(default_factory=dict)  # what its file asks for
+    number: int = 0  # of the load, as it was asked for
 
 
 @dataclass
@@ -53,6 +54,7 @@ class LoadFailed(Message):
     cancelled: bool = False
     keeps_model: bool = False  # the one that was there before still is
     about_option: bool = False  # which here is a setting
+    number: int = 0  # of the load, as it was asked for
 
 
 @dataclass

@@ -7,6 +7,7 @@ ending. The library computes with the interpreter's lock released: the screen st
 from __future__ import annotations
 
 import contextlib
+import functools
 import queue
 import threading
 import time
@@ -61,11 +62,14 @@ class EngineThread(threading.Thread):
 
     # what the screen calls
 
-    def load(self, reference: str, options: dict[str, Any]) -> None:
-        """End a running answer, close the model and load another; ends in ModelLoaded or LoadFailed."""
+    def load(self, reference: str, options: dict[str, Any], number: int = 0) -> None:
+        """End a running answer or load, close the model and load another.
+
+        Ends in ModelLoaded or LoadFailed, which have the ``number``.
+        """
         self.stop()
         self._last = stop = Stop()
-        self._commands.put(lambda: self._load(reference, options, stop))
+        self._commands.put(lambda: self._load(reference, options, stop, number))
 
     def generate(self, answer_id: int, messages: list[dict[str, Any]], options: dict[str, Any]) -> None:
         """Answer ``messages``; AnswerProgressed while tokens come, then one AnswerEnded."""
@@ -107,8 +111,9 @@ class EngineThread(threading.Thread):
         if model is not None:
             model.close()
 
-    def _load(self, reference: str, options: dict[str, Any], stop: Stop) -> None:
+    def _load(self, reference: str, options: dict[str, Any], stop: Stop, number: int) -> None:
         told = 0.0
+        fail = functools.partial(self._fail, reference, number)
 
         def progress(phase: str, share: float) -> None:
             nonlocal told
@@ -126,22 +131,30 @@ class EngineThread(threading.Thread):
             self._close()
             model = self._loader(reference, progress=progress, **options)
         except Cancelled:
-            self._fail(reference, "loading was cancelled", cancelled=True)
+            fail("loading was cancelled", cancelled=True)
         except MobileError as error:
-            self._fail(reference, python_words(str(error)), about_option=isinstance(error, UsageError))
+            fail(python_words(str(error)), about_option=isinstance(error, UsageError))
         except Exception as error:  # whatever it is, the screen must live to show it
-            self._fail(reference, unexpected(error))
+            fail(unexpected(error))
         else:
             self._model, self._experts = model, (experts := model.experts())
             asked = recommended(model.info)[0]
-            loaded = ModelLoaded(reference, model.info, model.stats(), list(model.notices), experts, asked)
+            loaded = ModelLoaded(
+                reference, model.info, model.stats(), list(model.notices), experts, asked, number
+            )
             self._post(loaded)
 
     def _fail(
-        self, reference: str, error: str, *, cancelled: bool = False, about_option: bool = False
+        self,
+        reference: str,
+        number: int,
+        error: str,
+        *,
+        cancelled: bool = False,
+        about_option: bool = False,
     ) -> None:
         kept = self._model is not None
-        self._post(LoadFailed(reference, error, cancelled, keeps_model=kept, about_option=about_option))
+        self._post(LoadFailed(reference, error, cancelled, kept, about_option, number))
 
     def _generate(
         self, answer_id: int, messages: list[dict[str, Any]], options: dict[str, Any], stop: Stop
