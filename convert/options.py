@@ -75,7 +75,7 @@ class ConvertOptions:
     dry_run: Annotated[
         bool, Opt("--dry-run", is_flag=True, help="show what would be done, write nothing")
     ] = False
-    force: Annotated[bool, Opt("-f", "--force", is_flag=True, help="overwrite an existing output")] = False
+    force: Annotated[bool, Opt("--force", is_flag=True, help="overwrite an existing output")] = False
     pre_tokenizer: Annotated[
         str | None,
         Opt("--pre-tokenizer", help="how llama.cpp splits text, where the tokenizer is none that it knows"),

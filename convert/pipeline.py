@@ -15,8 +15,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from mobile_gguf.errors import MobileError, UsageError
+from mobile_gguf.engine.binding import find_engine
+from mobile_gguf.engine.trial import check_file
+from mobile_gguf.errors import EngineError, MobileError, ModelFormatError, UsageError
 from mobile_gguf.files.atomic import disk_errors
+from mobile_gguf.gguf.info import read_gguf_info
 from mobile_gguf.memory.threads import default_threads
 from mobile_gguf.progress import Progress, no_progress
 
@@ -191,6 +194,7 @@ class _Conversion:
                     f"{self.request.outtype} needs an importance matrix for this model: give --imatrix FILE"
                 )
         try:
+            check_result(stacked.header, self.checkpoint.folder, self.progress)
             self.plan = make_plan(
                 self.checkpoint, self.out, self.options, self.request, converter=self._converter_type(),
                 stacked=stacked, quantised=report,
@@ -228,6 +232,23 @@ class _Conversion:
             rows=rows, details=details, exit_code=exit_code,
             verification=None if verification is None else verification.status,
         )  # fmt: skip
+
+
+def check_result(header: Path, folder: Path, progress: Progress = no_progress) -> None:
+    """Raise ModelFormatError if what the checkpoint in ``folder`` becomes cannot be loaded.
+
+    ``header`` is the result, whole but for its tensors' data: enough for a trial, where there is an engine.
+    """
+    read_gguf_info(header)
+    try:
+        engine = find_engine()
+    except EngineError:
+        return
+    if engine is None:
+        return
+    reason = check_file(engine, header, lambda: progress("trying the header", 0.0))
+    if reason:
+        raise ModelFormatError(f"{folder} cannot be converted: llama.cpp would not load the result: {reason}")
 
 
 def _renamed(progress: Progress, hidden: str, shown: str) -> Progress:

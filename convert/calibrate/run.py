@@ -16,7 +16,7 @@ import numpy.typing as npt
 from mobile_gguf import __version__
 from mobile_gguf.api.model import Model, backend_of, load
 from mobile_gguf.engine.binding import find_engine, needs_engine
-from mobile_gguf.errors import MobileError, UsageError
+from mobile_gguf.errors import MobileError, UsageError, install_hint
 from mobile_gguf.files.paths import cache_dir
 from mobile_gguf.generate.decode import default_little_k
 from mobile_gguf.generate.head import Head
@@ -171,9 +171,7 @@ def check_model(info: GgufInfo, out: Path | None) -> None:
     try:
         import sklearn.linear_model  # noqa: F401
     except ImportError:
-        raise MobileError(
-            "calibration needs scikit-learn: run `pip install 'mobile-gguf[calibrate]'`"
-        ) from None
+        raise MobileError(f"calibration needs scikit-learn: {install_hint('calibrate')}") from None
 
 
 def _key(info: GgufInfo, text: Text, options: CalibrateOptions) -> dict[str, Any]:

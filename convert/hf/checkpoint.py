@@ -17,6 +17,7 @@ from typing import Any
 
 from mobile_gguf.errors import ModelFormatError, ModelNotFoundError
 
+from .consistency import TEXT_CONFIGS, check_consistent
 from .safetensors_header import MAX_NAME, SourceTensor, read_safetensors_header
 
 _MAX_JSON_BYTES = 64 << 20
@@ -24,7 +25,6 @@ _EXPERT_COUNTS = (
     "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts",
     "n_experts", "num_routed_experts", "moe_num_primary_experts",
 )  # fmt: skip
-_TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "ffn_config", "thinker_config")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json", "*.tiktoken", "vocab.txt")
 _EXPERT = re.compile(r"^(?P<stem>.*?\.(?P<layer>\d{1,9})\..*?experts)\.(?P<expert>\d{1,9})\.(?P<part>.+)$")
 _LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d{1,9})\.")
@@ -83,6 +83,7 @@ def read_checkpoint(folder: Path, known_architectures: Collection[str]) -> Check
             f"{folder} has no tokenizer (tokenizer.json, tokenizer.model, ...): copy the model's tokenizer"
             " files there"
         )
+    check_consistent(folder, config, architecture, n_expert, tensors)
     matrices = Counter[str]()
     for tensor in tensors:
         if len(tensor.shape) > 1:
@@ -109,7 +110,7 @@ def expert_counts(config: dict[str, Any], depth: int = 3) -> set[int]:
         value = config.get(key)
         values = value if isinstance(value, list) else [value]
         found |= {v for v in values if isinstance(v, int) and not isinstance(v, bool)}
-    for key in _TEXT_CONFIGS if depth else ():
+    for key in TEXT_CONFIGS if depth else ():
         part = config.get(key)
         if isinstance(part, dict):
             found |= expert_counts(part, depth - 1)
@@ -207,7 +208,7 @@ def _architecture(folder: Path, config: dict[str, Any], known: Collection[str]) 
 
 
 def _layer_count(config: dict[str, Any]) -> int:
-    for part in (config, *(config.get(key) for key in _TEXT_CONFIGS)):
+    for part in (config, *(config.get(key) for key in TEXT_CONFIGS)):
         if not isinstance(part, dict):
             continue
         for key in ("num_hidden_layers", "n_layers"):

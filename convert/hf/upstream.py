@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mobile_gguf.errors import MobileError, UsageError
+from mobile_gguf.errors import MobileError, UsageError, install_hint
 from mobile_gguf.progress import Progress, no_progress
 from mobile_gguf.vendor.pin import load_pin
 from mobile_gguf.vendor.source import LLAMA_CPP, unpacked_source
@@ -49,9 +49,7 @@ def require_packages() -> None:
     """Raise UsageError if what the converter imports is not installed."""
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        raise UsageError(
-            f"converting a checkpoint needs {', '.join(missing)}: pip install 'mobile-gguf[convert]'"
-        )
+        raise UsageError(f"converting a checkpoint needs {', '.join(missing)}: {install_hint('convert')}")
 
 
 def converter_dir(progress: Progress = no_progress) -> Path:

@@ -16,6 +16,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from mobile_gguf.errors import install_hint
+
 from ..child_side import ChildChannel
 from .finite import NotFiniteError, require_finite
 from .upstream_config import ConversionError, read_as_published, require_gating
@@ -296,7 +298,7 @@ def _explain(error: Exception, job: dict[str, Any]) -> str:
     if "trust_remote_code" in text:
         return f"{folder} brings Python code of its own: read it, and if you trust it say --trust-remote-code"
     if isinstance(error, ImportError):
-        return f"the converter needs a package that is missing ({text}): pip install 'mobile-gguf[convert]'"
+        return f"the converter needs a package that is missing ({text}): {install_hint('convert')}"
     if isinstance(error, KeyError):
         text = f"config.json has no {text}, or in another form"
     if not text:  # an assertion without words: its line is all there is to say

@@ -6,10 +6,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from mobile_gguf.errors import UsageError
+from mobile_gguf.flags import reader
 from mobile_gguf.gguf.info import read_gguf_info
 from mobile_gguf.hub.cache import is_in_cache
 from mobile_gguf.hub.resolve import resolve_model
+from mobile_gguf.options import LoadOptions
 
 from .common import MODEL_HELP, narrate
 from .progress import Progress
@@ -51,7 +52,8 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="the 16-bit GGUF that a quantised one was made from",
     )
     parser.add_argument("--no-mark", action="store_true", help="leave the file as it is: write no verdict")
-    parser.add_argument("-t", "--threads", type=int, metavar="N", help="threads (default: the cores)")
+    threads = reader("threads", LoadOptions)
+    parser.add_argument("-t", "--threads", type=threads, metavar="N", help="threads (default: the cores)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(func=run)
 
@@ -60,8 +62,6 @@ def run(args: argparse.Namespace) -> int:
     """Run the verb."""
     from mobile_gguf.convert.verify.check import mark, verify
 
-    if args.threads is not None and args.threads < 1:
-        raise UsageError(f"--threads is {args.threads}: it must be at least 1")
     with Progress(sys.stderr) as progress:
         path = resolve_model(args.model, progress)
         result = verify(

@@ -17,11 +17,10 @@ from mobile_gguf.errors import ModelFormatError, ModelNotFoundError
 
 from . import keys
 from .caches import NO_CACHES, Caches, layers_that_run, read_caches
+from .checks import check_model
 from .experts import STACKED, ExpertLayer, read_experts
 from .facts import Facts
 from .header import GgufHeader, TensorInfo, read_header
-
-MAX_LAYERS = 1 << 12
 
 # llama.cpp's input layer
 _EMBEDDING = re.compile(r"(per_layer_)?token_embd(_norm)?\.weight")
@@ -120,10 +119,9 @@ def make_gguf_info(headers: Sequence[GgufHeader]) -> GgufInfo:
     tensors = [tensor for header in headers for tensor in header.tensors]
     if not tensors:
         raise ModelFormatError(f"{path} cannot be used: it holds no tensors")
+    check_model(path, metadata, first.array_lengths, tensors)
     facts = Facts(path, architecture, metadata)
     n_block = facts.integer("block_count")
-    if n_block > MAX_LAYERS:
-        raise ModelFormatError(f"{path} cannot be used: it claims {n_block} layers")
     n_layer = layers_that_run(facts, (tensor.name for tensor in tensors))
     n_head = facts.per_layer("attention.head_count", n_block)
     n_ff = max(facts.per_layer("feed_forward_length", n_block)[:n_layer], default=0)
@@ -148,7 +146,7 @@ def make_gguf_info(headers: Sequence[GgufHeader]) -> GgufInfo:
         n_vocab=first.array_lengths.get("tokenizer.ggml.tokens", facts.integer("vocab_size")),
         n_head=n_head[:n_layer],
         n_expert=n_expert,
-        n_expert_used=facts.integer("expert_used_count") if n_expert else 0,
+        n_expert_used=max(facts.per_layer("expert_used_count", n_layer), default=0) if n_expert else 0,
         n_ff_expert=facts.integer("expert_feed_forward_length", n_ff),
         expert_layers=experts.layers[:n_running],
         moe_layers=experts.numbers[:n_running],

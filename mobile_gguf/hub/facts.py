@@ -5,19 +5,19 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from mobile_gguf.errors import MobileError
 from mobile_gguf.files.atomic import complete_or_absent
 from mobile_gguf.files.paths import cache_dir
+from mobile_gguf.files.stamps import stamps
 from mobile_gguf.gguf.caches import CacheRows, Caches, Sparse
 from mobile_gguf.gguf.experts import ExpertLayer
 from mobile_gguf.gguf.info import GgufInfo, read_gguf_info
 
 # of the remembered form: a new number forgets what was remembered
-_VERSION = 4
+_VERSION = 5
 _TUPLES = ("n_head", "moe_layers")
 
 
@@ -32,7 +32,7 @@ class FactsCache:
     def read(self, path: Path, files: tuple[Path, ...]) -> tuple[GgufInfo | None, str]:
         """A model's facts without its metadata, or None and what is wrong; ``files``: all of a split one."""
         try:
-            signature = [[stat.st_size, stat.st_mtime_ns] for stat in map(os.stat, files)]
+            signature = stamps(files)
         except OSError as error:
             return None, f"cannot be read: {error.strerror or error}"
         key = str(path.absolute())

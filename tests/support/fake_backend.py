@@ -16,7 +16,7 @@ import numpy as np
 
 from mobile_gguf.engine.experts import Experts, ExpertSource
 from mobile_gguf.engine.structs import Counters, DeviceCounters, ModelInfo, PrefetchCounters
-from mobile_gguf.errors import UsageError
+from mobile_gguf.errors import PromptTooLongError, UsageError
 from mobile_gguf.generate.decode import ALL_EXPERTS, Pass, Policy, decode_prompt, decode_token
 from mobile_gguf.generate.head import Head
 from mobile_gguf.gguf.caches import CacheRows, Caches
@@ -119,6 +119,7 @@ class FakeBackend:
         self.prompt_evaluated = 0
         self.prompt_done = 0.0
         self.should_stop: Callable[[], bool] | None = None
+        self.on_prompt: Callable[[int, int], object] | None = None
         self.can_step_back = can_step_back
         self.pooling = pooling
         self.can_generate = can_generate
@@ -202,8 +203,12 @@ class FakeBackend:
         del self.rows[common:]
         self._n_prompt = len(tokens)
         prompt = tokens[common:]
+        if self.on_prompt is not None:
+            self.on_prompt(0, len(prompt))
         self.last_pass = decode_prompt(self, prompt)
         self.prompt_evaluated += len(prompt)
+        if self.on_prompt is not None:
+            self.on_prompt(len(prompt), len(prompt))
         self.prompt_done = time.perf_counter()
         while True:
             logits = np.array(self.last_logits(), dtype=float)
@@ -221,19 +226,25 @@ class FakeBackend:
     def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
         return [*([BOS] if add_bos else []), *text]
 
+    def check_fits(self, text: bytes, n_tokens: int) -> None:
+        if len(text) > max(n_tokens, 1 << 14):  # as the real one, which makes short texts into tokens
+            raise PromptTooLongError(f"the text has at least {len(text)} tokens: room for {n_tokens}")
+
     def piece(self, token: int, special: bool = False) -> bytes:
         return bytes([token]) if token < 256 else b""
 
     def is_end(self, token: int) -> bool:
         return token == EOS
 
-    def render_chat(self, messages: list[dict[str, Any]], **_values: Any) -> list[int]:
+    def render_chat(
+        self, messages: list[dict[str, Any]], *, special: bool = False, **_values: Any
+    ) -> list[int]:
         if any(message["role"] not in ("system", "user", "assistant") for message in messages):
             raise UsageError("the model's chat template refuses these messages: unknown role")
         text = "".join(f"<{message['role']}>{message['content']}\n" for message in messages)
         return [BOS, *(text + "<assistant>").encode()]
 
-    def make_grammar(self, grammar: str | None, json_schema: Any) -> Any:
+    def make_grammar(self, grammar: str | None, json_schema: Any, should_stop: Any = None) -> Any:
         return (grammar, json_schema) if grammar or json_schema else None
 
     def token_bos(self) -> int:

@@ -6,6 +6,7 @@ from typing import Any
 
 from mobile_gguf.convert.calibrate.statistics import Statistics
 from mobile_gguf.generate.decode import default_little_k
+from mobile_gguf.generate.recommended import PREFIX, recommended
 from mobile_gguf.gguf import keys
 from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.sizes import format_bytes
@@ -57,6 +58,7 @@ def facts(info: GgufInfo) -> dict[str, Any]:
         "segment_order": info.metadata.get(keys.SEGMENT_ORDER),
         "alignment": info.metadata.get("general.alignment"),
         "has_chat_template": info.chat_template is not None,
+        "sampling": recommended(info)[0],
         "tiers": tier_facts(make_tiers(info)) if info.is_moe else None,
     }
 
@@ -108,6 +110,7 @@ def rows(info: GgufInfo) -> list[tuple[str, str]]:
         ("layers", layers(info)),
         ("context", f"{info.n_ctx_train} tokens"),
         ("chat template", "yes" if info.chat_template is not None else "no"),
+        *sampling_rows(info),
     ]
     if not info.is_moe:
         return [*shown, ("experts", "none: a dense model")]
@@ -118,14 +121,24 @@ def rows(info: GgufInfo) -> list[tuple[str, str]]:
         ("experts", f"{info.n_expert} in each of {info.n_layer_moe} layers"),
         ("layout", layout(info)),
         ("top-k", f"{info.n_expert_used} (little: {default_little_k(info.n_expert_used)})"),
-        ("expert bytes", f"{info.expert_bytes} ({format_bytes(info.expert_bytes)})"),
-        ("dense bytes", f"{info.dense_bytes} ({format_bytes(info.dense_bytes)})"),
+        ("expert bytes", _bytes(info.expert_bytes)),
+        ("in slots", f"{_bytes(info.budget_all_bytes)}: memory is taken in whole pages"),
+        ("dense bytes", _bytes(info.dense_bytes)),
         *([("mapped bytes", mapped(info))] if info.lazy_bytes else []),
-        (
-            "smallest --ram-budget",
-            f"{smallest} ({format_bytes(smallest)}, {share:.1f}%)",
-        ),
+        ("smallest --ram-budget", f"{format_bytes(smallest)} ({smallest} bytes, {share:.1f}%)"),
     ]
+
+
+def _bytes(n: int) -> str:
+    return f"{format_bytes(n)} ({n} bytes)"
+
+
+def sampling_rows(info: GgufInfo) -> list[tuple[str, str]]:
+    """The sampling settings that the file asks for: answers follow them where nothing else is said."""
+    options, left = recommended(info)
+    shown = [("sampling", ", ".join(f"{name} {value:g}" for name, value in options.items()))]
+    ignored = [("sampling not followed", ", ".join(key.removeprefix(PREFIX) for key in left))]
+    return [*(shown if options else []), *(ignored if left else [])]
 
 
 def layers(info: GgufInfo) -> str:
@@ -140,7 +153,7 @@ def layers(info: GgufInfo) -> str:
 
 def mapped(info: GgufInfo) -> str:
     """The tables that take no memory of ours."""
-    return f"{info.lazy_bytes} ({format_bytes(info.lazy_bytes)}), read from the file row by row"
+    return f"{_bytes(info.lazy_bytes)}, read from the file row by row"
 
 
 def layout(info: GgufInfo) -> str:

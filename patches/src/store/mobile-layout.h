@@ -31,7 +31,7 @@ enum mobile_matrix {
 // where a stacked tensor's parts lie
 struct mobile_parts {
     enum mobile_matrix        matrix;
-    std::vector<mobile_range> ranges; // [mobile_part]; file: index into the loader's files
+    mobile_by<mobile_part, mobile_range> ranges; // file: index into the loader's files
 };
 
 struct mobile_layout {
