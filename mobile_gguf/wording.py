@@ -5,7 +5,10 @@ Below all that shows something: the command line, conversions and the benchmark 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import os
+import shlex
+import unicodedata
+from collections.abc import Collection, Iterable, Sequence
 
 
 def format_duration(seconds: float) -> str:
@@ -21,6 +24,38 @@ def format_duration(seconds: float) -> str:
 def plain(text: str) -> str:
     """A name or a text from a file without what a terminal would obey."""
     return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+def cell_width(text: str) -> int:
+    """The columns that ``text`` takes on a terminal: two for a wide character, none for a combining one."""
+    return sum(map(_cells, text))
+
+
+def clipped(text: str, width: int) -> str:
+    """As much of the beginning of ``text`` as ``width`` columns hold."""
+    for at, letter in enumerate(text):
+        width -= _cells(letter)
+        if width < 0:
+            return text[:at]
+    return text
+
+
+def _cells(letter: str) -> int:
+    if unicodedata.combining(letter) or unicodedata.category(letter) == "Cf":
+        return 0
+    return 2 if unicodedata.east_asian_width(letter) in "WF" else 1
+
+
+def shell_command(words: Iterable[str]) -> str:
+    """Words as a shell reads them; of what cannot be printed, such as a name that is no UTF-8, the bytes."""
+    return " ".join(shlex.quote(word) if word.isprintable() else _as_bytes(word) for word in words)
+
+
+def _as_bytes(word: str) -> str:
+    """``$'...'`` of bash and zsh."""
+    safe = set(range(0x20, 0x7F)) - set(b"'\\")
+    letters = (chr(byte) if byte in safe else f"\\x{byte:02x}" for byte in os.fsencode(word))
+    return f"$'{''.join(letters)}'"
 
 
 def name_lines(rows: Sequence[tuple[str, str]], width: int) -> list[str]:

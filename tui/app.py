@@ -11,7 +11,7 @@ from textual.app import App, SystemCommand
 from textual.binding import Binding, BindingType
 from textual.screen import Screen
 
-from mobile_gguf.api.model import Model, load
+from mobile_gguf.api.model import Model, check_model, load
 from mobile_gguf.errors import MobileError
 
 from .commands.jobs import FAILED, Job, JobEnded, JobHeard, Jobs
@@ -19,7 +19,7 @@ from .commands.slash import COMMANDS
 from .engine.thread import EngineThread
 from .screens.chat import ChatScreen
 from .screens.map import MapScreen
-from .store.conversations import ConversationStore, StoreError
+from .store.conversations import ConversationStore, StoreError, move_aside, storable
 from .store.models import names
 from .store.settings import Settings
 
@@ -65,6 +65,7 @@ class ChatApp(App[int]):
         store_path: Path | None = None,
         system: str = "",
         loader: Callable[..., Model] = load,
+        finder: Callable[..., object] = check_model,
         job_program: list[str] | None = None,
     ) -> None:
         super().__init__()
@@ -72,19 +73,45 @@ class ChatApp(App[int]):
         self.settings = settings or Settings()
         self.system = system
         self.stuck = False
-        self._problems = [self.settings.problem] if self.settings.problem else []
-        self.store = self._open_store(store_path)
+        self.store_path = store_path
+        self.store_error: StoreError | None = None
+        self.store = self._open_store()
+        self.find_model = finder
         self.chat = ChatScreen()
-        self.engine = EngineThread(self.chat.post_message, loader=loader)
+        self.engine = EngineThread(self.chat.post_message, loader=loader, finder=finder)
         self.jobs = Jobs(self.post_message, job_program)
         self._asked_to_quit = False
 
-    def _open_store(self, path: Path | None) -> ConversationStore:
+    def _open_store(self) -> ConversationStore:
         try:
-            return ConversationStore(path)
+            return ConversationStore(self.store_path)
         except StoreError as error:
-            self._problems.append(f"{error}; conversations are not saved")
+            self.store_error = error
             return ConversationStore(None)
+
+    def check_store(self) -> None:
+        """Raise StoreError if conversations are not saved for now; what could not be used is tried again."""
+        if self.store.path != self.store_path:
+            self._use_store(ConversationStore(self.store_path))
+        self.store.check()
+
+    def replace_store(self) -> Path | None:
+        """Move a broken file aside and begin another; returns where it is now. Raises StoreError."""
+        if self.store_path is None:
+            return None
+        self.store.close()
+        aside = move_aside(self.store_path)
+        self._use_store(ConversationStore(self.store_path))
+        return aside
+
+    def _use_store(self, store: ConversationStore) -> None:
+        self.store, self.store_error = store, None
+        self.chat.session.move_to(store)
+        self.chat.say_unsaved(None)
+
+    def notify(self, message: str, *, markup: bool = False, **options: Any) -> None:  # type: ignore[override]
+        """Show a message as it is: brackets in names, errors and questions are no markup."""
+        super().notify(storable(message), markup=False, **options)
 
     def on_mount(self) -> None:
         theme = str(self.settings.extra.get("theme", DEFAULT_THEME))
@@ -92,8 +119,8 @@ class ChatApp(App[int]):
         self.theme_changed_signal.subscribe(self, self._remember_theme)
         self.engine.start()
         self.push_screen(self.chat)
-        for problem in self._problems:
-            self.notify(problem, severity="warning", timeout=12)
+        if self.settings.problem:
+            self.notify(self.settings.problem, severity="warning", timeout=12)
         self.call_later(self._begin)
 
     def _begin(self) -> None:
@@ -187,9 +214,11 @@ class ChatApp(App[int]):
         for command in COMMANDS:
             if not command.argument or command.argument.startswith("["):
                 yield SystemCommand(command.name, command.help, lambda name=command.name: self._obey(name))
+        for name in self.model_names():
+            yield SystemCommand(f"/model {name}", "load it", lambda name=name: self._obey(f"/model {name}"))
 
-    def _obey(self, name: str) -> None:
-        self.run_worker(self.chat.obey(name))
+    def _obey(self, line: str) -> None:
+        self.run_worker(self.chat.obey(line))
 
     # the end
 

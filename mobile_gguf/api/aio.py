@@ -12,8 +12,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
+from mobile_gguf.engine.forks import abandon_in_children, forked
 from mobile_gguf.errors import ModelBusyError, QueueFullError
 from mobile_gguf.options import GenerateOptions, LoadOptions, takes
 
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from .model import Model
 
 Item = TypeVar("Item")
+
+# An answer stops within an operation; reading experts from a slow disk may take seconds.
+STUCK_SECONDS = 30.0
 
 
 class _End:
@@ -48,6 +52,7 @@ class Job(Generic[Item]):
         self._loop = asyncio.get_running_loop()
         self._items: asyncio.Queue[Item | _End] = asyncio.Queue()
         self._cancelled = threading.Event()
+        self.cancelled_at = 0.0  # when it was first asked to end; 0 if it was not
         self.queued_at = time.monotonic()
         self.number = 0  # which job of its worker it is, from 1, by coming
         self.turn = 0  # and by being run; 0 while it waits
@@ -55,6 +60,7 @@ class Job(Generic[Item]):
 
     def cancel(self) -> None:
         """Take the job out of the queue, or have it stop soon; nothing if it has ended. For any thread."""
+        self.cancelled_at = self.cancelled_at or time.monotonic()
         self._cancelled.set()
         self._worker.forget(self)
 
@@ -113,10 +119,18 @@ class Worker:
         self._jobs: deque[Job[Any]] = deque()
         self._changed = threading.Condition()
         self._running: Job[Any] | None = None
-        self._closed = False
+        self._closed = self._is_forked = False
+        self._in_hurry = threading.Event()
         self._n_jobs = self._n_turns = 0
         self._thread = threading.Thread(target=self._work, name="mobile-gguf-worker", daemon=True)
         self._thread.start()
+        abandon_in_children(self)
+
+    def abandon(self) -> None:
+        """In a forked child, which has no such thread: jobs are refused."""
+        self._is_forked = True
+        self._changed = threading.Condition()
+        self._jobs.clear()
 
     @property
     def n_waiting(self) -> int:
@@ -131,11 +145,15 @@ class Worker:
 
         Raises QueueFullError, and ModelBusyError after ``close``.
         """
+        if self._is_forked:
+            raise forked()
         job = Job(self, produce)
         with self._changed:
             if self._closed:
                 raise ModelBusyError("the model is being closed: it takes no more requests")
-            if self._limit is not None and (self._running or self._jobs) and len(self._jobs) >= self._limit:
+            # the first of those that came has the thread, even where that has not looked yet
+            n_others = len(self._jobs) + (self._running is not None)
+            if self._limit is not None and n_others > self._limit:
                 raise QueueFullError(f"{len(self._jobs)} requests are waiting for the model already")
             self._n_jobs += 1
             job.number = self._n_jobs
@@ -156,14 +174,26 @@ class Worker:
         reason = "the model is being closed" if self._closed else "the request was cancelled"
         return f"the answer was cut: {reason}"
 
+    @property
+    def is_stuck(self) -> bool:
+        """Whether the running job was told to end ``STUCK_SECONDS`` ago and has not."""
+        running = self._running
+        told = running.cancelled_at if running is not None else 0.0
+        return told > 0 and time.monotonic() - told > STUCK_SECONDS
+
     def cancel_running(self) -> None:
-        """Have the running job stop soon."""
+        """Have the running job stop soon, and a ``close`` that waits for it not wait."""
+        self._in_hurry.set()
         running = self._running
         if running is not None:
             running.cancel()
 
-    def close(self, grace: float = 0.0) -> None:
-        """Refuse what waits and end the thread; a running job is cancelled after ``grace`` seconds."""
+    def close(self, grace: float = 0.0, patience: float | None = None) -> bool:
+        """Refuse what waits and end the thread; a running job is cancelled after ``grace`` seconds.
+
+        Returns whether the thread has ended: one that does not end for ``patience`` seconds more, None: any
+        number, is left alone, and whoever waits for its job gets an error.
+        """
         with self._changed:
             self._closed = True
             refused = list(self._jobs)
@@ -171,9 +201,16 @@ class Worker:
             self._changed.notify_all()
         for job in refused:
             job.fail(ModelBusyError("the model is being closed: the request did not get its turn"))
-        self._thread.join(grace)
+        until = time.monotonic() + grace
+        while self._thread.is_alive() and not self._in_hurry.is_set() and time.monotonic() < until:
+            self._thread.join(min(0.05, grace))
         self.cancel_running()
-        self._thread.join()
+        self._thread.join(patience)
+        if not self._thread.is_alive():
+            return True
+        if (running := self._running) is not None:
+            running.fail(ModelBusyError(self.why_cut()))
+        return False
 
     def _work(self) -> None:
         for job in iter(self._next, None):
@@ -245,6 +282,11 @@ class AsyncModel:
         """Stop what runs, refuse what waits, and free the model."""
         await asyncio.to_thread(self.worker.close)
         self.model.close()
+
+    def __reduce_ex__(self, _protocol: object) -> NoReturn:
+        raise TypeError(
+            "an AsyncModel holds a loaded file and cannot be copied or pickled: load it again instead"
+        )
 
     async def __aenter__(self) -> AsyncModel:
         return self

@@ -1,10 +1,13 @@
-"""A conversation that grows turn by turn."""
+"""A conversation that grows turn by turn; what the context has no room for is left out, and kept here."""
 
 from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from .context import of_a_chat
+from .messages import as_messages
 
 if TYPE_CHECKING:
     from mobile_gguf.generate.answer import Chunk
@@ -27,12 +30,14 @@ class Conversation:
     def ask(self, model: Model, text: str, **options: Any) -> Generator[Chunk, None, None]:
         """Stream the answer to ``text``; the turn is kept with what was answered, even if that was cut short.
 
-        A turn that fails is taken back.
+        A turn that fails is taken back. The oldest turns are left out where the context has no room for all,
+        unless ``context_full`` is ``stop``; they stay in ``turns``.
         """
+        as_messages(text)
         self.turns.append({"role": "user", "content": text})
         answer = ""
         try:
-            for chunk in model.stream_chat(self.messages, **options):
+            for chunk in model.stream_chat(self.messages, **of_a_chat(options)):
                 answer += chunk.text
                 yield chunk
         except Exception:

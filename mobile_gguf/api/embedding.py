@@ -10,11 +10,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mobile_gguf.errors import UsageError
+from mobile_gguf.errors import PromptTooLongError, UsageError, require_unicode
 from mobile_gguf.generate.answer import Backend, read_traffic
 from mobile_gguf.generate.receipt import Receipt
 from mobile_gguf.generate.request import token_ids
 from mobile_gguf.gguf.info import GgufInfo
+from mobile_gguf.options.bias import check_tokens
 from mobile_gguf.options.words import POOLINGS, RANK
 
 
@@ -56,18 +57,18 @@ def embed(
     backend.reset_counters()
     name = info.path.name
     pooling = choose_pooling(backend.pooling, pooling, name)
+    limit = backend.embedding_limit
     if isinstance(text, str):
-        tokens = backend.tokenize(text.encode(errors="replace"), add_bos=True, special=False)
+        encoded = require_unicode("the text", text).encode()
+        backend.check_fits(encoded, limit)
+        tokens = backend.tokenize(encoded, add_bos=True, special=False)
     else:
         tokens = token_ids(text)
-        for token in tokens:
-            if not 0 <= token < info.n_vocab:
-                raise UsageError(f"token {token} is not in the vocabulary of {info.n_vocab}")
+        check_tokens(tokens, info.n_vocab, "the text")
     if not tokens:
         raise UsageError("there is nothing to embed: the text is empty")
-    limit = backend.embedding_limit
     if len(tokens) > limit:
-        raise UsageError(
+        raise PromptTooLongError(
             f"the text has {len(tokens)} tokens and {name} embeds at most {limit} at once: shorten it, or "
             "load the model with larger --ctx-size, --batch-size and --ubatch-size, as it was trained for"
         )

@@ -9,6 +9,34 @@ from typing import Any
 from mobile_gguf.engine.structs import Counters, DeviceCounters
 from mobile_gguf.generate.answer import Backend
 from mobile_gguf.generate.decode import Policy
+from mobile_gguf.sizes import format_bytes
+
+_WIDTH = 26
+
+
+def stats_lines(stats: dict[str, Any]) -> list[str]:
+    """What ``model_stats`` tells, for people: a line for each fact, bytes and times readable."""
+    return [line for name, value in stats.items() for line in _lines(name, value)]
+
+
+def _lines(name: str, value: Any) -> list[str]:
+    if isinstance(value, dict):
+        return ["", f"{name}:", *(f"  {line}" for key, item in value.items() for line in _lines(key, item))]
+    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        return [line for at, item in enumerate(value) for line in _lines(f"{name} {at}", item)]
+    return [f"{name.replace('_', ' '):<{_WIDTH}}{_shown(name, value)}"]
+
+
+def _shown(name: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int) and ("bytes" in name.split("_")):
+        return format_bytes(value)
+    if isinstance(value, (int, float)) and name.endswith("_us"):
+        return f"{value / 1e3:.1f} ms"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def model_stats(

@@ -59,7 +59,15 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add("--stock-lib", metavar="DIR", type=Path, help="stock libraries (default: `engine build --stock`)")
     add("--simulate", action="store_true", help="only count misses of eviction policies on the traces")
     add("--json", action="store_true", help="print one JSON object")
-    add("--out", metavar="FILE", type=Path, help="also write FILE.json and FILE.md")
+    add(
+        "-o",
+        "--out",
+        "--output",
+        dest="out",
+        metavar="FILE",
+        type=Path,
+        help="also write FILE.json and FILE.md",
+    )
     parser.set_defaults(func=run)
 
 

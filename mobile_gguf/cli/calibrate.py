@@ -42,7 +42,15 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         default=16384,
         help="at most so many tokens (default: 16384)",
     )
-    add("--out", metavar="FILE", type=Path, help="write a copy and leave MODEL as it is")
+    add(
+        "-o",
+        "--out",
+        "--output",
+        dest="out",
+        metavar="FILE",
+        type=Path,
+        help="write a copy and leave MODEL as it is",
+    )
     add(
         "--kl",
         metavar="X",

@@ -5,17 +5,20 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import replace
 from typing import Any, TextIO
 
 from mobile_gguf.api.model import Model, load
-from mobile_gguf.flags import add_arguments, given
+from mobile_gguf.config import Default, read_defaults, values_of
+from mobile_gguf.flags import add_arguments, given, text_argument
 from mobile_gguf.generate.answer import INTERRUPTED, Chunk
 from mobile_gguf.options import GenerateOptions, LoadOptions, declared
 
-from .progress import Progress
+from .progress import Progress, PromptProgress
 
+# What to do when the context is full.
+MORE_CONTEXT = "-c makes it larger"
 MODEL_HELP = "a GGUF file, a name from `mobile-gguf list`, hf:org/repo[:quant], or demo"
 
 
@@ -26,50 +29,82 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, optional: bool = Fal
     add_arguments(parser, GenerateOptions, skip=declared(LoadOptions))
 
 
+def add_system_argument(parser: argparse.ArgumentParser) -> None:
+    """The flag of the system message."""
+    read = text_argument("the system message")
+    parser.add_argument("-sys", "--system", metavar="TEXT", type=read, help="system message")
+
+
+def load_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of loading that were given by flags, else by the environment or the configuration file."""
+    return values_of(configured(args), LoadOptions) | given(args, LoadOptions)
+
+
 def generate_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The generation options that were given."""
+    """The same of answering."""
     of_both = declared(LoadOptions)
-    return {name: value for name, value in given(args, GenerateOptions).items() if name not in of_both}
+    flags = {name: value for name, value in given(args, GenerateOptions).items() if name not in of_both}
+    return values_of(configured(args), GenerateOptions) | flags
+
+
+def configured(args: argparse.Namespace) -> dict[str, Default]:
+    """What the environment and the configuration file say for this verb. Raises UsageError."""
+    from . import VERBS
+
+    return read_defaults(args.verb, VERBS)
 
 
 def load_model(args: argparse.Namespace) -> Model:
     """Load what the arguments say, showing progress on stderr."""
     with Progress(sys.stderr) as progress:
         progress.show(f"loading {args.model}")
-        return load(args.model, progress=progress, **given(args, LoadOptions))
+        return load(args.model, progress=progress, **load_options(args))
 
 
-def show_answer(chunks: Generator[Chunk, None, None], out: TextIO) -> Chunk | None:
+def show_answer(
+    answer: Callable[[PromptProgress], Generator[Chunk, None, None]], out: TextIO
+) -> Chunk | None:
     """Write an answer as it comes; returns its last chunk, None if there was none.
 
-    Ctrl-C, wherever it strikes, ends the answer and keeps the text.
+    ``answer`` begins it, with what is to be told how far its prompt is. Ctrl-C, wherever it strikes, ends the
+    answer and keeps the text.
     """
     last: Chunk | None = None
     text = ""
-    try:
-        for chunk in chunks:
-            last = chunk
-            if chunk.text:
-                text = chunk.text
-                out.write(text)
+    with PromptProgress(sys.stderr) as progress:
+        chunks = answer(progress)
+        try:
+            for chunk in chunks:
+                progress.wipe()
+                last = chunk
+                if chunk.text:
+                    text = chunk.text
+                    out.write(text)
+                    out.flush()
+        except KeyboardInterrupt:
+            chunks.close()
+            if last is not None:
+                last = replace(last, finish_reason=INTERRUPTED)
+        finally:
+            if text and not text.endswith("\n"):
+                out.write("\n")
                 out.flush()
-    except KeyboardInterrupt:
-        chunks.close()
-        if last is not None:
-            last = replace(last, finish_reason=INTERRUPTED)
-    finally:
-        if text and not text.endswith("\n"):
-            out.write("\n")
-            out.flush()
     return last
 
 
-def show_receipt(chunk: Chunk | None, more: str = "") -> None:
-    """Write an answer's receipt to stderr, as one line, with ``more`` at its end."""
-    if chunk is not None:
-        more = f" | {more}" if more else ""
-        cut = " | interrupted" if chunk.finish_reason == INTERRUPTED else ""
-        narrate(chunk.receipt.summary(chunk.tokens_per_second) + more + cut)
+def show_receipt(chunk: Chunk | None, more: str = "", *, way_out: str = MORE_CONTEXT) -> None:
+    """Write an answer's receipt to stderr, as one line, with ``more`` at its end.
+
+    ``way_out`` is what helps an answer that the end of the context cut.
+    """
+    if chunk is None:
+        return
+    ends = [more] if more else []
+    if chunk.finish_reason == INTERRUPTED:
+        ends.append("interrupted")
+    if chunk.receipt.context_full:
+        ends.append(f"cut: the context of {chunk.prompt_tokens + chunk.completion_tokens} is full; {way_out}")
+    narrate(" | ".join([chunk.receipt.summary(chunk.tokens_per_second), *ends]))
 
 
 def narrate(text: str) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ipaddress
 import os
 import signal
+import socket
 from pathlib import Path
 
 from mobile_gguf.api.embedding import choose_pooling
 from mobile_gguf.api.model import Model
-from mobile_gguf.errors import EngineError, UsageError
+from mobile_gguf.errors import EngineError, UsageError, install_hint
+from mobile_gguf.flags import read_text_file, text_argument
 from mobile_gguf.options.words import MEAN, POOLINGS, RANK
 from mobile_gguf.sizes import parse_size
 
@@ -32,10 +35,20 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     group = parser.add_argument_group("server options")
     group.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     group.add_argument(
+        "--allow-host",
+        action="append",
+        metavar="NAME",
+        help="a name beside this machine's own that it is asked for by, such as a proxy's; * for any",
+    )
+    group.add_argument(
         "--port", type=int, default=8080, metavar="N", help="port, 0: a free one (default: %(default)s)"
     )
     group.add_argument(
-        "--alias", action="append", metavar="NAME", help="the model's name to clients; repeatable"
+        "--alias",
+        action="append",
+        metavar="NAME",
+        type=text_argument("the alias"),
+        help="the model's name to clients; repeatable",
     )
     group.add_argument("--api-key", metavar="KEY", help="what clients must send; others can see it in `ps`")
     group.add_argument("--api-key-file", metavar="FILE", help="the same, read from a file")
@@ -80,16 +93,16 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--max-request is {args.max_request!r}: give a size such as 4MiB")
     key = read_key(args)
     try:
-        from mobile_gguf.server.run import serve
-        from mobile_gguf.server.settings import LOOPBACK_NAMES, ServerSettings
+        from mobile_gguf.server.run import bind, serve
+        from mobile_gguf.server.settings import ServerSettings
     except ImportError as error:
         raise EngineError(
-            f"the server needs packages that are not installed ({error.name}): "
-            "pip install 'mobile-gguf[server]'"
+            f"the server needs packages that are not installed ({error.name}): " + install_hint("server")
         ) from None
     local = is_loopback(args.host)
     options = generate_options(args)
-    with load_model(args) as model:
+    # before the model is loaded, which may take minutes
+    with contextlib.closing(bind(args.host, args.port)) as bound, load_model(args) as model:
         pooling = embedding_pooling(args, model)
         stem = Path(args.model).stem
         names = tuple(dict.fromkeys([*(args.alias or ()), stem, args.model, model.path.stem]))
@@ -101,7 +114,8 @@ def run(args: argparse.Namespace) -> int:
             max_request_bytes=size.n_bytes,
             timeout=args.timeout,
             grace=args.grace,
-            hosts=(*LOOPBACK_NAMES, args.host) if local else (),
+            hosts=allowed_hosts(args, key is not None),
+            addresses=not local,
             origins=tuple(args.cors or ()),
             pooling=pooling,
         )
@@ -113,14 +127,13 @@ def run(args: argparse.Namespace) -> int:
                 "Ctrl-C to stop"
             )
             if not local:
-                lock = "it asks for the API key" if key else "anyone can use it, without --api-key"
+                lock = "it asks for the API key" if key else "anyone there can use it, without --api-key"
                 narrate(f"warning: other machines can reach this server, and {lock}; it speaks plain HTTP")
 
         number = serve(
             model,
             settings,
-            host=args.host,
-            port=args.port,
+            bound,
             announce=announce,
             stopping=lambda: narrate(
                 f"stopping: the running answer has {args.grace:g} s to end; Ctrl-C again cuts it"
@@ -138,6 +151,21 @@ def is_loopback(host: str) -> bool:
         return host.lower() == "localhost"
 
 
+def allowed_hosts(args: argparse.Namespace, has_key: bool) -> tuple[str, ...]:
+    """The names that the server answers to; none: any.
+
+    A web site's own name may lead a visitor's browser to any address (DNS rebinding), so without a key other
+    names than the machine's own have to be allowed.
+    """
+    from mobile_gguf.server.settings import LOOPBACK_NAMES
+
+    asked = tuple(name.lower() for name in args.allow_host or ())
+    if "*" in asked or (has_key and not is_loopback(args.host) and not asked):
+        return ()
+    own = socket.gethostname().lower()
+    return (*LOOPBACK_NAMES, args.host.lower(), own, f"{own}.local", *asked)
+
+
 def embedding_pooling(args: argparse.Namespace, model: Model) -> str | None:
     """What the server pools with, None if it makes no embeddings. Raises UsageError if the model cannot."""
     if not args.embeddings and args.pooling is None and model.pooling in (None, RANK):
@@ -153,10 +181,7 @@ def read_key(args: argparse.Namespace) -> str | None:
     where, key = "--api-key", args.api_key
     if args.api_key_file is not None:
         where = args.api_key_file
-        try:
-            key = Path(where).read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"cannot read {where}: {error}") from None
+        key = read_text_file(where).strip()
     elif key is None:
         where, key = KEY_VARIABLE, os.environ.get(KEY_VARIABLE)
     if key is None:

@@ -79,6 +79,7 @@ class Backend(Protocol):
     prompt_evaluated: int
     prompt_done: float
     should_stop: Callable[[], bool] | None  # asked while a prompt is computed
+    on_prompt: Callable[[int, int], object] | None  # told how many of its tokens are done, of how many
 
     store: ModelInfo | None  # None without an expert store
     has_engine: bool
@@ -102,8 +103,13 @@ class Backend(Protocol):
     def piece(self, token: int, special: bool = ...) -> bytes: ...
     def is_end(self, token: int) -> bool: ...
     def last_logits(self) -> Any: ...
-    def render_chat(self, messages: list[dict[str, Any]], **values: Any) -> list[int]: ...
-    def make_grammar(self, grammar: str | None, json_schema: Any) -> Any: ...
+    def check_fits(self, text: bytes, n_tokens: int) -> None: ...
+    def render_chat(
+        self, messages: list[dict[str, Any]], *, special: bool = ..., **values: Any
+    ) -> list[int]: ...
+    def make_grammar(
+        self, grammar: str | None, json_schema: Any, should_stop: Callable[[], bool] | None = ...
+    ) -> Any: ...
     def token_bos(self) -> int: ...
     def set_seed(self, seed: int) -> None: ...
     def counters(self) -> Counters: ...
@@ -126,12 +132,16 @@ class Request:
     sampling: dict[str, Any]
     cache_prompt: bool = True
     should_stop: Callable[[], bool] | None = None
+    on_prompt: Callable[[int, int], object] | None = None
+    turns_left_out: int = 0
+    fills_context: bool = False  # max_tokens is what the context has room for, and not what was asked for
 
 
 def generate_steps(backend: Backend, request: Request) -> Generator[tuple[int, Pass], None, None]:
     """The bottom layer: sampled tokens, each with the pass its logits came from, without an end."""
     backend.policy = request.policy
     backend.should_stop = request.should_stop
+    backend.on_prompt = request.on_prompt
     backend.set_seed(request.seed)
     if not request.cache_prompt:
         backend.forget()
@@ -262,6 +272,8 @@ class Answer:
             tokens_little=self._passes[Pass.LITTLE],
             tokens_fallback=self._passes[Pass.FALLBACK],
             budget_bytes=self._budget_bytes,
+            turns_left_out=self._request.turns_left_out,
+            context_full=self.finish_reason == LENGTH and self._request.fills_context,
             **read_traffic(self._backend, self._counters, self._device_counters, self._ahead),
         )
 

@@ -1,28 +1,28 @@
 """llama-cpp-python's Llama with decode steps that follow a policy.
 
-Everything above ``eval`` (completion, chat handlers, sampling, grammar, log probabilities, prefix
-reuse) is llama-cpp-python's own; only how a batch is run is ours. Imported when a model is loaded,
-because it needs llama-cpp-python.
+Everything above ``eval`` (sampling, prefix reuse) is llama-cpp-python's own; how a batch is run is ours, and
+which tokens a grammar leaves to sample from. Imported when a model is loaded: it needs llama-cpp-python.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import json
+import sys
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jinja2 import TemplateError
-from llama_cpp import Llama, LlamaGrammar, llama_cpp
-from llama_cpp.llama_chat_format import CHATML_CHAT_TEMPLATE, Jinja2ChatFormatter
+from llama_cpp import Llama, llama_cpp
+from llama_cpp.llama_chat_format import CHATML_CHAT_TEMPLATE
 
 from mobile_gguf.device.tier import DeviceTier
 from mobile_gguf.engine.binding import Engine
 from mobile_gguf.engine.devices import Device, device_array
 from mobile_gguf.engine.experts import ContextExperts, Experts
+from mobile_gguf.engine.forks import abandon_in_children
+from mobile_gguf.engine.guarded import GuardedCalls
 from mobile_gguf.engine.log import clear_errors, last_errors
 from mobile_gguf.engine.prefetch import prefetch_counters
 from mobile_gguf.engine.rpc import context_loss
@@ -30,14 +30,29 @@ from mobile_gguf.engine.structs import Counters, DeviceCounters, ModelInfo, Pref
 from mobile_gguf.errors import EngineError, ExpertReadError, MobileError, UsageError
 from mobile_gguf.gguf.info import GgufInfo
 
+from .chat_prompt import ChatPrompts
+from .constraint.candidates import sample_among
+from .constraint.making import constraint_of
+from .constraint.matching import Constraint
+from .constraint.tokens import TokenTable
 from .decode import ALL_EXPERTS, Pass, Policy, decode_prompt, decode_token
 from .head import Head
 from .interrupt import stopping_on_request
 from .logit_bias import biased
 from .pooling import clear_memory, file_pooling, has_memory, longest_text, pooled_state
+from .vocabulary import Vocabulary
 
+_TEMPLATES = "tokenizer.chat_template"
 # A prompt that is all in the context already is computed anew from here before its end.
 _MIN_PROMPT = 2
+
+
+class FileName(str):
+    """A file's name that reaches C as it is: llama-cpp-python encodes it, and not every name is UTF-8."""
+
+    def encode(self, encoding: str = "", errors: str = "") -> bytes:
+        """The name's bytes."""
+        return super().encode(sys.getfilesystemencoding(), sys.getfilesystemencodeerrors())
 
 
 class MobileLlama(Llama):
@@ -69,17 +84,37 @@ class MobileLlama(Llama):
         self.prompt_evaluated = 0
         self.prompt_done = 0.0
         self.should_stop: Callable[[], bool] | None = None
+        self.on_prompt: Callable[[int, int], object] | None = None
         self._prompt_pending = False
         self._experts = ALL_EXPERTS
         self.head: Head | None = None
         self._keeps_state = False
         self._biases: Mapping[int, float] = {}
+        self._constraint: Constraint | None = None
+        self._token_table: TokenTable | None = None
         # The position whose token comes next, if the last pass left its hidden state.
         self._state_at = -1
-        super().__init__(model_path, n_gpu_layers=-1 if devices else 0, **options)
+        self._template: str | None = None
+        super().__init__(FileName(model_path), n_gpu_layers=-1 if devices else 0, **options)
+        self.calls = GuardedCalls(engine, self.model, self.ctx)
+        self._ctx.decode = self.calls.decode
+        abandon_in_children(self)
         # llama.cpp does not notice that a server is gone once it has the memory.
         if self.devices and (lost := context_loss(self.ctx)):
             raise EngineError(f"{model_path} cannot be loaded: {lost}")
+        self.vocabulary = Vocabulary(
+            self._model.vocab,
+            self.metadata.get("tokenizer.ggml.model", ""),
+            lambda token: self.piece(token, special=True),
+        )
+        self._prompts = ChatPrompts(
+            self,
+            self.vocabulary,
+            self._template or CHATML_CHAT_TEMPLATE,
+            self._token_text(self.token_bos()),
+            self._token_text(self.token_eos()),
+            self.n_ctx(),
+        )
         self._little_rows = np.zeros(self.input_ids.shape[0], dtype=bool)
         store = engine.model_info(self.model) if engine is not None else None
         if store is not None and store.n_layer_moe > 0:
@@ -101,25 +136,70 @@ class MobileLlama(Llama):
             params.progress_callback = self._load_callback
         self._model_params = params
 
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What the file says, but for its chat templates: Llama would run them where it is made."""
+        return self._metadata
+
+    @metadata.setter
+    def metadata(self, metadata: dict[str, str]) -> None:
+        self._template = metadata.get(_TEMPLATES) or None
+        self._metadata = {name: value for name, value in metadata.items() if not name.startswith(_TEMPLATES)}
+
+    def close(self) -> None:
+        """Free the model, and end the process that renders its template."""
+        prompts = getattr(self, "_prompts", None)  # a load may have failed
+        if prompts is not None:
+            prompts.close()
+        super().close()
+
+    def abandon(self) -> None:
+        """In a forked child: what the parent loaded is not freed, for that would wait for its threads."""
+        for stack in (self._stack, *(part._exit_stack for part in (self._batch, self._ctx, self._model))):
+            stack.pop_all()
+
     # generation
 
     def generate(  # type: ignore[override]
-        self, tokens: Sequence[int], *args: Any, logit_bias: Mapping[int, float] | None = None, **options: Any
+        self,
+        tokens: Sequence[int],
+        *args: Any,
+        logit_bias: Mapping[int, float] | None = None,
+        grammar: Constraint | None = None,
+        **options: Any,
     ) -> Generator[int, Any, None]:
-        """Llama.generate, whose first evaluation counts as the prompt however short it is."""
+        """Llama.generate, whose first evaluation counts as the prompt however short it is.
+
+        Raises GrammarError where ``grammar`` leaves no token, or became too complex.
+        """
         self._prompt_pending = True
         self._biases = logit_bias or {}
+        self._constraint = grammar
         self._limit_reuse(list(tokens))
         try:
             yield from super().generate(tokens, *args, **options)
         finally:
             self._sampler = None
             self._biases = {}
+            self._constraint = None
             self._prompt_pending = False
 
     def _init_sampler(self, *args: Any, **options: Any) -> Any:
         sampler = super()._init_sampler(*args, **options)
         return biased(sampler, self._biases, self._n_vocab) if self._biases else sampler
+
+    def sample(self, *args: Any, idx: int | None = None, **options: Any) -> int:  # type: ignore[override]
+        """A token of the last logits, one that the constraint of this answer allows."""
+        sampler = self._sampler or self._init_sampler(*args, **options)
+        if self._constraint is None:
+            return self.calls.sample(sampler.sampler, idx - self.n_tokens if idx is not None else -1)
+        token = sample_among(sampler.sampler, self.last_logits(), self._constraint.allowed())
+        self._constraint.accept(token)
+        return token
+
+    def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
+        """Token ids of UTF-8 text; ``add_bos``: with what the model adds, ``special``: control tokens."""
+        return self.calls.tokenize(text, add_bos, special)
 
     def _limit_reuse(self, prompt: list[int]) -> None:
         """Forget what an earlier answer left in the context and this prompt must not build on."""
@@ -185,12 +265,24 @@ class MobileLlama(Llama):
         self._state_at = -1
         try:
             with self._interruptible() if len(tokens) > 1 else contextlib.nullcontext():
-                super().eval(tokens)
+                self._eval_in_pieces(tokens)
         except RuntimeError as error:
             raise self.decode_error(error) from None
         self._little_rows[start : self.n_tokens] = self._experts != ALL_EXPERTS
         if self._keeps_state:
             self._state_at = self.n_tokens
+
+    def _eval_in_pieces(self, tokens: list[int]) -> None:
+        """Llama.eval, which decodes ``n_batch`` tokens at a time; of a prompt each time is told."""
+        tell = self.on_prompt if self._prompt_pending else None
+        if tell is None:
+            super().eval(tokens)
+            return
+        tell(0, len(tokens))
+        for start in range(0, len(tokens), self.n_batch):
+            piece = tokens[start : start + self.n_batch]
+            super().eval(piece)
+            tell(start + len(piece), len(tokens))
 
     def _interruptible(self) -> contextlib.AbstractContextManager[None]:
         return stopping_on_request(self.ctx, self.should_stop)
@@ -210,7 +302,10 @@ class MobileLlama(Llama):
             self.engine.prefetch_masked(self.ctx)
 
     def last_logits(self) -> Any:
-        return np.ctypeslib.as_array(self._ctx.get_logits_ith(-1), shape=(self._n_vocab,))
+        logits = self._ctx.get_logits_ith(-1)
+        if not logits:
+            raise UsageError("there are no logits: ask for a token first")
+        return np.ctypeslib.as_array(logits, shape=(self._n_vocab,))
 
     def head_probability(self, token: int) -> float | None:
         if self.head is None or self._state_at != self.n_tokens:
@@ -305,63 +400,49 @@ class MobileLlama(Llama):
 
     def is_end(self, token: int) -> bool:
         """Whether ``token`` ends an answer (any of the model's end-of-generation tokens)."""
-        return bool(llama_cpp.llama_vocab_is_eog(self._model.vocab, token))
+        return self.calls.is_end(token)
 
     def piece(self, token: int, special: bool = False) -> bytes:
         """A token's bytes; control tokens are empty unless ``special``."""
-        # Not Llama.detokenize: it loses pieces longer than 32 bytes.
-        size = 64
-        while True:
-            buffer = ctypes.create_string_buffer(size)
-            n = llama_cpp.llama_token_to_piece(self._model.vocab, token, buffer, size, 0, special)
-            if n >= 0:
-                return buffer.raw[:n]
-            size = -n
+        return self.calls.piece(token, special)
 
-    def render_chat(self, messages: list[dict[str, Any]], **values: Any) -> list[int]:
+    def check_fits(self, text: bytes, n_tokens: int) -> None:
+        """Raise PromptTooLongError for a text that cannot be so few tokens."""
+        self.vocabulary.check_fits(text, n_tokens)
+
+    def render_chat(
+        self, messages: list[dict[str, Any]], *, special: bool = False, **values: Any
+    ) -> list[int]:
         """Prompt tokens for ``messages`` by the GGUF's template, by ChatML if it has none.
 
-        ``values`` (``tools``, ``enable_thinking``) are what the template may use besides.
-        Raises UsageError if the template refuses them.
+        ``values`` (``tools``, ``enable_thinking``) are what the template may use besides. What is written in
+        messages and values is text; ``special`` reads control tokens in it.
+        Raises UsageError if the template refuses them, PromptTooLongError if they cannot fit.
         """
-        bos = self._token_text(self.token_bos())
-        template = self.metadata.get("tokenizer.chat_template") or CHATML_CHAT_TEMPLATE
-        eos = self._token_text(self.token_eos())
-        try:
-            formatter = Jinja2ChatFormatter(template, eos_token=eos, bos_token=bos)
-            prompt = formatter(messages=messages, **values).prompt  # type: ignore[arg-type]
-        except (TemplateError, ValueError, TypeError) as error:
-            raise UsageError(f"the model's chat template refuses these messages: {error}") from None
-        # Most templates write the beginning-of-sequence token themselves; it must not come twice.
-        twice = bool(bos) and prompt.startswith(bos)
-        return self.tokenize(prompt.encode(), add_bos=not twice, special=True)
+        return self._prompts.tokens(messages, values, special=special)
 
-    def make_grammar(self, grammar: str | None, json_schema: Any) -> LlamaGrammar | None:
-        """The grammar to sample by, from GBNF text or a JSON schema; raises UsageError if it is none."""
-        if grammar is not None and json_schema is not None:
-            raise UsageError("give a grammar or a JSON schema, not both")
-        if json_schema is not None:
-            try:
-                text = json_schema if isinstance(json_schema, str) else json.dumps(json_schema)
-                made = LlamaGrammar.from_json_schema(text, verbose=False)
-            except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
-                raise UsageError(f"the JSON schema cannot be made into a grammar: {error}") from None
-        elif grammar is not None:
-            made = LlamaGrammar.from_string(grammar, verbose=False)
-        else:
+    def make_grammar(
+        self, grammar: str | None, json_schema: Any, should_stop: Callable[[], bool] | None = None
+    ) -> Constraint | None:
+        """What an answer is to follow, of GBNF text or a JSON schema; raises UsageError if it cannot."""
+        if grammar is None and json_schema is None:
             return None
-        self._check_grammar(made)
-        return made
+        return constraint_of(self.token_table(), grammar, json_schema, should_stop)
 
-    def _check_grammar(self, grammar: LlamaGrammar) -> None:
-        # The sampler chain takes a grammar that did not parse for granted and crashes on it.
-        clear_errors()
-        text, root = grammar._grammar.encode(), grammar._root.encode()
-        sampler = llama_cpp.llama_sampler_init_grammar(self._model.vocab, text, root) if text else None
-        if not sampler:
-            reason = last_errors()
-            raise UsageError("the grammar is not valid GBNF" + (f": {reason}" if reason else ""))
-        llama_cpp.llama_sampler_free(sampler)
+    def token_table(self) -> TokenTable:
+        """What a grammar is matched against, read once."""
+        if self._token_table is None:
+            ids = range(self._n_vocab)
+            unused = llama_cpp.LLAMA_TOKEN_ATTR_UNUSED
+            vocab = self._model.vocab
+            self._token_table = TokenTable(
+                pieces=[self.piece(token, special=True) for token in ids],
+                special=self.vocabulary.controls.union(
+                    token for token in ids if llama_cpp.llama_vocab_get_attr(vocab, token) & unused
+                ),
+                ends=frozenset(filter(self.is_end, ids)),
+            )
+        return self._token_table
 
     def _token_text(self, token: int) -> str:
         return self._model.token_get_text(token) if token >= 0 else ""

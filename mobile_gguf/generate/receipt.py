@@ -20,7 +20,9 @@ class Receipt:
     fallback add up to the answer's tokens; the first after a prompt is big, and so are those that the
     importance head had run with all experts at once. Bytes and milliseconds; ``resident_bytes_peak`` is the
     most expert bytes in memory during the answer. With a device tier ``device_hits`` and ``device_misses``
-    are all needs, and ``expert_hits`` and ``expert_misses`` those that reached the host.
+    are all needs, and ``expert_hits`` and ``expert_misses`` those that reached the host. ``turns_left_out``
+    are a chat's oldest turns that the context had no room for; with ``context_full`` the answer was cut by
+    it.
     """
 
     mode: str = EXACT
@@ -43,6 +45,8 @@ class Receipt:
     prefetch_hits: int = 0
     prefetch_wasted_bytes: int = 0
     prefetch_saved_ms: float = 0.0
+    turns_left_out: int = 0
+    context_full: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """The fields by name, for JSON."""
@@ -75,6 +79,8 @@ class Receipt:
             parts.append(f"{self.stall_ms:.0f} ms stalled")
         if tokens_per_second is not None:
             parts.append(f"{tokens_per_second:.1f} tok/s")
+        if n := self.turns_left_out:
+            parts.append(f"the oldest {f'{n} turns were' if n > 1 else 'turn was'} left out")
         return " | ".join(parts)
 
 

@@ -13,6 +13,11 @@ IMPORTANCE = ("auto", HEAD, CONFIDENCE)
 EVICTION = ("lru", "moepic", "decay")
 DEFAULT_EVICTION = "decay"
 
+# what becomes of messages that the context has no room for: the oldest turns go, or an error says so; auto:
+# they go in a chat that is going on
+TRIM = "trim"
+CONTEXT_FULL = ("auto", TRIM, "stop")
+
 # how experts are read from the file
 IO = ("auto", "direct", "buffered")
 

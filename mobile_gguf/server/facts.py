@@ -18,7 +18,7 @@ from mobile_gguf import __version__
 
 from .completions import ERRORS
 from .failures import ApiError
-from .serving import Serving
+from .serving import STUCK, Serving
 
 _MAP_SECONDS = 0.2
 PAGE = {  # the page's files by path; they need no key
@@ -138,14 +138,21 @@ async def model_by_name(request: Request, name: str) -> dict[str, Any]:
     return _card(serving)
 
 
+@router.head("/health", include_in_schema=False)
 @router.get(
-    "/health", response_model=Health, responses={503: ERRORS[503]}, summary="Whether requests are taken"
+    "/health",
+    response_model=Health,
+    responses={503: ERRORS[503]},
+    summary="Whether requests are taken",
+    openapi_extra={"security": []},
 )
 async def health(request: Request) -> dict[str, Any]:
     """Needs no key."""
     serving: Serving = request.app.state.serving
     if serving.closing.is_set():
         raise ApiError(503, "the server is shutting down", code="shutting_down")
+    if serving.worker.is_stuck:
+        raise ApiError(503, STUCK, code="stuck")
     return {
         "status": "ok",
         "model": serving.settings.names[0],
@@ -201,7 +208,7 @@ def _add_page_file(path: str, file: str, media_type: str) -> None:
         content = resources.files("mobile_gguf.server").joinpath("page", file).read_bytes()
         return Response(content, media_type=media_type, headers=_PAGE_HEADERS)
 
-    router.add_api_route(path, page_file, methods=["GET"], include_in_schema=False)
+    router.add_api_route(path, page_file, methods=["GET", "HEAD"], include_in_schema=False)
 
 
 for _path, (_file, _media_type) in PAGE.items():

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hmac
+import ipaddress
+import re
+from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 import anyio
@@ -10,11 +13,14 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .facts import PAGE
-from .failures import ApiError
+from .failures import ApiError, retry_after
 from .settings import ServerSettings
 
 # Open without a key: what tells that there is a server, and the page that asks for the key.
 OPEN_PATHS = {"/health", *PAGE}
+# Values in one body, in all lists and objects: far more than token ids that a context holds.
+MAX_VALUES = 300_000
+_STRINGS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 
 
 class Guard:
@@ -29,6 +35,7 @@ class Guard:
         self._settings = settings
         key = settings.api_key
         self._key = key.encode() if key is not None else None
+        self._n_bytes = 0  # of the bodies of all requests that are being answered
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -38,12 +45,33 @@ class Guard:
             headers = Headers(scope=scope)
             self._check_host(headers)
             self._check_key(scope["path"], scope["method"], headers)
-            body = await self._body(headers, receive)
+            _check_encoding(headers)
         except ApiError as error:
-            error.headers.setdefault("Connection", "close")
-            await error.response()(scope, receive, send)
+            await _refuse(error, scope, receive, send)
             return
-        await self._app(scope, _replay(body, receive), send)
+        held = _Held()
+        try:
+            try:
+                body = await self._body(headers, receive, held)
+                check_values(body)
+            except ApiError as error:
+                await _refuse(error, scope, receive, send)
+                return
+            await self._app(scope, _replay(body, receive), send)
+        finally:
+            self._n_bytes -= held.n_bytes
+
+    def _hold(self, held: _Held, n_bytes: int) -> None:
+        """Count a body's bytes among those of all; raises ApiError if there are too many."""
+        if self._n_bytes + n_bytes > self._settings.all_bytes:
+            raise ApiError(
+                429,
+                "the requests that are being answered are as large as may be: try again later",
+                code="requests_too_large",
+                headers=retry_after(2),
+            )
+        self._n_bytes += n_bytes
+        held.n_bytes += n_bytes
 
     def _check_host(self, headers: Headers) -> None:
         if not self._settings.hosts:
@@ -52,8 +80,13 @@ class Guard:
             name = urlsplit("//" + headers.get("host", "")).hostname
         except ValueError:
             name = None
-        if name not in self._settings.hosts:
-            raise ApiError(403, "this server answers to names of its own machine only", code="host_refused")
+        if name not in self._settings.hosts and not (self._settings.addresses and _is_address(name)):
+            raise ApiError(
+                403,
+                f"this server does not answer to the name {ascii(name)[:80]}: ask for it by its address, "
+                "or start it with --allow-host NAME",
+                code="host_refused",
+            )
 
     def _check_key(self, path: str, method: str, headers: Headers) -> None:
         # a browser's question whether it may ask carries no key
@@ -70,7 +103,7 @@ class Guard:
             challenge = {"WWW-Authenticate": "Bearer"}
             raise ApiError(401, "the API key is wrong", code="invalid_api_key", headers=challenge)
 
-    async def _body(self, headers: Headers, receive: Receive) -> bytes:
+    async def _body(self, headers: Headers, receive: Receive, held: _Held) -> bytes:
         limit = self._settings.max_request_bytes
         length = headers.get("content-length", "")
         if length.isdigit() and int(length) > limit:
@@ -88,11 +121,52 @@ class Guard:
                     size += len(chunk)
                     if size > limit:
                         raise _too_large(limit)
+                    self._hold(held, len(chunk))
                     chunks.append(chunk)
                     more = message.get("more_body", False)
         except TimeoutError:
             raise ApiError(408, f"the body was not complete in {self._settings.body_timeout:g} s") from None
         return b"".join(chunks)
+
+
+@dataclass
+class _Held:
+    """Bytes of one body."""
+
+    n_bytes: int = 0
+
+
+async def _refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+    error.headers.setdefault("Connection", "close")
+    await error.response()(scope, receive, send)
+
+
+def _is_address(name: str | None) -> bool:
+    try:
+        ipaddress.ip_address(name or "")
+    except ValueError:
+        return False
+    return True
+
+
+def _check_encoding(headers: Headers) -> None:
+    encoding = headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("", "identity"):
+        raise ApiError(
+            415,
+            f"the body is {ascii(encoding)[:40]}: send it without Content-Encoding",
+            code="unsupported_encoding",
+        )
+
+
+def check_values(body: bytes) -> None:
+    """Raise ApiError for a body of more values than may be: each takes some 20 times its bytes."""
+    if _n_values(body) > MAX_VALUES and _n_values(_STRINGS.sub(b"", body)) > MAX_VALUES:
+        raise ApiError(413, f"the request holds more than {MAX_VALUES} values", code="request_too_large")
+
+
+def _n_values(body: bytes) -> int:
+    return body.count(b",") + body.count(b"[") + body.count(b"{")
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

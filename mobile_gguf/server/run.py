@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -17,29 +19,35 @@ from mobile_gguf.api.model import Model
 from mobile_gguf.errors import MobileError
 
 from .app import create_app
+from .connections import protocol_of
+from .serving import CUT_SECONDS, Serving
 from .settings import ServerSettings
+
+# For connections to end by themselves, once the model is at rest.
+_CLOSE_SECONDS = 3
+_STOPPED_BY_FORCE = 4
 
 
 def serve(
     model: Model,
     settings: ServerSettings,
+    bound: socket.socket,
     *,
-    host: str = "127.0.0.1",
-    port: int = 0,
     announce: Callable[[str], object] = lambda _url: None,
     stopping: Callable[[], object] = lambda: None,
     log_requests: bool = False,
 ) -> int | None:
-    """Serve ``model`` until a signal comes; returns the signal.
+    """Serve ``model`` on a socket from ``bind`` until a signal comes; returns the signal.
 
     ``announce`` is called with the address once connections are taken, ``stopping`` if an answer is running
     when the first signal comes. The first SIGINT or SIGTERM stops
     taking requests and lets the running answer end within ``settings.grace`` seconds; a second one cuts it.
-    Raises MobileError if the address cannot be had.
+    A model that cannot be stopped does not keep the process: it ends with a line on stderr and exit code 4.
+    Raises MobileError if the address cannot be had any more.
     """
-    listening = listen(host, port)
-    name = f"[{host}]" if ":" in host else host
-    url = f"http://{name}:{listening.getsockname()[1]}"
+    listening = start_listening(bound)
+    host, port = listening.getsockname()[:2]
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     # asyncio warns of every client that has gone; that is counted, and no news.
     logging.getLogger("asyncio").setLevel(logging.ERROR)
     server = make_server(
@@ -49,7 +57,19 @@ def serve(
         asyncio.run(server.serve(sockets=[listening]))
     finally:
         listening.close()
+    if server.app_state.worker_left:
+        _end_by_force()
     return server.signal
+
+
+def _end_by_force() -> None:
+    """End the process while the engine computes: nothing can be freed under it."""
+    print(
+        "mobile-gguf: the model could not be stopped: the server ends without it", file=sys.stderr, flush=True
+    )
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+    os._exit(_STOPPED_BY_FORCE)
 
 
 def make_server(
@@ -66,34 +86,65 @@ def make_server(
         log_level="info" if log_requests else "warning",
         access_log=log_requests,
         timeout_keep_alive=30,
-        timeout_graceful_shutdown=int(settings.grace) + 10,
+        timeout_graceful_shutdown=_CLOSE_SECONDS,
         server_header=False,
         ws="none",
+        http=protocol_of(settings),
         lifespan="on",
     )
-    return Server(config, ready, stopping)
+    return Server(config, ready, stopping, settings.grace)
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; raises MobileError if the address cannot be had."""
+def bind(host: str, port: int) -> socket.socket:
+    """A socket that has its address and does not listen yet, so that nobody connects while a model loads.
+
+    Raises MobileError if the address cannot be had.
+    """
     try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=512)
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except (OSError, OverflowError, UnicodeError) as error:
         raise MobileError(f"cannot listen on {host}:{port}: {error}") from None
+    made = socket.socket(family, kind, protocol)
+    try:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind(address)
+    except OSError as error:
+        made.close()
+        raise MobileError(f"cannot listen on {host}:{port}: {error}") from None
+    return made
+
+
+def start_listening(bound: socket.socket) -> socket.socket:
+    """The socket, listening; raises MobileError if another took the port meanwhile."""
+    try:
+        bound.listen(512)
+    except OSError as error:
+        host, port = bound.getsockname()[:2]
+        bound.close()
+        raise MobileError(f"cannot listen on {host}:{port}: {error}") from None
+    return bound
 
 
 class Server(uvicorn.Server):
     """uvicorn's server that closes the application before it waits for its connections."""
 
     def __init__(
-        self, config: uvicorn.Config, ready: Callable[[], object], stopping: Callable[[], object]
+        self,
+        config: uvicorn.Config,
+        ready: Callable[[], object],
+        stopping: Callable[[], object],
+        grace: float,
     ) -> None:
         super().__init__(config)
         self.signal: int | None = None
         self._ready = ready
         self._stopping = stopping
-        self._closing: asyncio.Task[None] | None = None
+        self._grace = grace
+
+    @property
+    def app_state(self) -> Serving:
+        """What the application knows of its model."""
+        return self.config.app.state.serving  # type: ignore[union-attr]
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)
@@ -101,11 +152,9 @@ class Server(uvicorn.Server):
             self._ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        app = self.config.app
-        serving = app.state.serving  # type: ignore[union-attr]
-        self._closing = asyncio.create_task(serving.close())
+        # connections are taken meanwhile, and told that the server is shutting down
+        await self.app_state.close()
         await super().shutdown(sockets=sockets)
-        await self._closing
         if self.force_exit:
             # uvicorn leaves it waiting then, and logs a traceback when the loop ends
             await self.lifespan.shutdown()
@@ -127,11 +176,16 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A first signal ends the server in order; a second one cuts the running answer."""
-        serving = self.config.app.state.serving  # type: ignore[union-attr]
+        worker = self.app_state.worker
         if self.should_exit:
-            serving.worker.cancel_running()
+            worker.cancel_running()
             self.force_exit = True
-        elif serving.worker.is_busy:
+        elif worker.is_busy:
             self._stopping()
+        # whatever else does not end: connections, tasks, the loop
+        seconds = CUT_SECONDS + 2 * _CLOSE_SECONDS + (0 if self.should_exit else self._grace)
+        last = threading.Timer(seconds, _end_by_force)
+        last.daemon = True
+        last.start()
         self.signal = sig
         self.should_exit = True

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
-from typing import Generic, Protocol, TypeVar
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from typing import Any, Generic, Protocol, TypeVar
 
 from fastapi import Request
 
-from mobile_gguf.api.aio import Job, Worker
+from mobile_gguf.api.aio import STUCK_SECONDS, Job, Worker
 from mobile_gguf.api.model import Model
 from mobile_gguf.errors import QueueFullError
 
@@ -19,6 +18,10 @@ from .failures import ApiError, retry_after
 from .metrics import Metrics
 from .produce import Producer
 from .settings import ServerSettings
+
+# How long an answer may take to end once it was cut.
+CUT_SECONDS = 5.0
+STUCK = "the model does not come back from an earlier request that was cut: restart the server if it stays so"
 
 T = TypeVar("T")
 
@@ -48,6 +51,8 @@ class Serving:
         self.experts = ExpertMap(model)
         self.started = int(time.time())
         self.closing = asyncio.Event()
+        self.worker_left = False
+        self._closed: asyncio.Future[bool] | None = None
         self._mean_seconds = 5.0
 
     def producer(self) -> Producer:
@@ -55,7 +60,9 @@ class Serving:
         return Producer(self.model, self.experts, self.metrics, dict(self.settings.defaults))
 
     def submit(self, produce: Callable[[Job[E]], Iterable[E]]) -> Job[E]:
-        """Queue a request; raises ApiError 429 when the queue is full, and 503 while shutting down."""
+        """Queue a request; raises ApiError 429 when the queue is full, 503 if nothing is answered now."""
+        if self.worker.is_stuck:
+            raise ApiError(503, STUCK, code="stuck", headers=retry_after(STUCK_SECONDS))
         try:
             return self.worker.submit(produce)
         except QueueFullError as error:
@@ -75,21 +82,24 @@ class Serving:
                 code="model_not_found",
             )
 
-    @contextlib.contextmanager
-    def timed(self, endpoint: str) -> Iterator[None]:
-        """Count a request's time, and learn from it how long another will wait."""
-        started = time.monotonic()
-        try:
-            yield
-        finally:
-            seconds = time.monotonic() - started
-            self.metrics.seconds.labels(endpoint).observe(seconds)
-            self._mean_seconds += 0.2 * (seconds - self._mean_seconds)
+    def note_end(self, endpoint: str, job: Job[Any]) -> None:
+        """Count a request's times, and learn from them how long another will wait."""
+        seconds = time.monotonic() - job.queued_at
+        self.metrics.seconds.labels(endpoint).observe(seconds)
+        self.metrics.queue_seconds.labels(endpoint).observe(job.waited if job.turn else seconds)
+        if job.turn:
+            self._mean_seconds += 0.2 * (seconds - job.waited - self._mean_seconds)
 
     async def close(self) -> None:
-        """Refuse what waits and let the running answer end, for as long as the settings allow."""
-        self.closing.set()
-        await asyncio.to_thread(self.worker.close, self.settings.grace)
+        """Refuse what waits and let the running answer end, for as long as the settings allow.
+
+        ``worker_left`` is true then if the model could not be stopped.
+        """
+        if self._closed is None:
+            self.closing.set()
+            close = asyncio.to_thread(self.worker.close, self.settings.grace, CUT_SECONDS)
+            self._closed = asyncio.ensure_future(close)
+        self.worker_left = not await asyncio.shield(self._closed)
 
 
 class Events(Generic[E]):

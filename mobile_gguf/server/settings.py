@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+_SMALL_REQUESTS = 2 << 20  # that go beside the largest one
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 
 
@@ -15,7 +16,11 @@ class ServerSettings:
 
     ``queue`` requests may wait while one is answered. ``names`` are the model's names to clients, the first
     being the one it is listed under. ``defaults`` are GenerateOptions for what a request does not say.
-    ``hosts`` are the Host headers that are let in; empty: any. ``origins`` are those CORS is on for.
+    ``hosts`` are the Host headers that are let in; empty: any. With ``addresses`` every IP address is let in
+    besides: nobody but its owner can lead a browser to one. ``origins`` are those CORS is on for.
+    Connections: ``header_timeout`` for a request's headers, ``send_timeout`` without a byte that a client
+    reads, ``max_connections`` at once; ``max_bytes`` of all requests' bodies together, 0: a little more than
+    one's.
     ``pooling`` makes embeddings of a model whose file does not say how; None: there are none of it.
     """
 
@@ -27,6 +32,16 @@ class ServerSettings:
     timeout: float = 0.0
     body_timeout: float = 30.0
     grace: float = 10.0
+    header_timeout: float = 15.0
+    send_timeout: float = 60.0
+    max_connections: int = 256
+    max_bytes: int = 0
     hosts: tuple[str, ...] = ()
+    addresses: bool = False
     origins: tuple[str, ...] = ()
     pooling: str | None = None
+
+    @property
+    def all_bytes(self) -> int:
+        """Bytes that the bodies of all requests may have together."""
+        return self.max_bytes or self.max_request_bytes + _SMALL_REQUESTS

@@ -29,6 +29,8 @@ import subprocess, sys
 def test_starts(tmp_path):
     {start}
 """
+# alone, and by pytest-xdist's processes
+WORKERS = pytest.mark.parametrize("workers", [(), ("-n", "2")], ids=["alone", "workers"])
 SLEEPS = "[sys.executable, '-c', 'import time; time.sleep(600)']"
 
 
@@ -37,9 +39,9 @@ def pytest_run(folder: Path, source: str, *options: str) -> tuple[int, str]:
     (folder / "test_planted.py").write_text(source, encoding="utf-8")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-c", os.devnull, f"--rootdir={folder}", "-p", "run_rules",
-         "-p", "no:cacheprovider", *options, str(folder)],
+         "-p", "xdist", "-p", "no:cacheprovider", "--end-seconds=1", *options, str(folder)],
         cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300,
-        env={**os.environ, "PYTHONPATH": str(SUPPORT)},
+        env={**os.environ, "PYTHONPATH": str(SUPPORT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
     )  # fmt: skip
     return done.returncode, done.stdout
 
@@ -52,11 +54,17 @@ def pytest_run(folder: Path, source: str, *options: str) -> tuple[int, str]:
         (SKIPPED_MODULE, "could not import 'no_such_module_anywhere'"),
     ],
 )
-def test_a_skip_fails_where_nothing_may_be_missing(source: str, reason: str, tmp_path: Path) -> None:
-    code, output = pytest_run(tmp_path, source, "--strict-skips")
+@WORKERS
+def test_a_skip_fails_where_nothing_may_be_missing(
+    source: str, reason: str, workers: tuple[str, ...], tmp_path: Path
+) -> None:
+    code, output = pytest_run(tmp_path, source, "--strict-skips", *workers)
     assert code != 0
     assert f"skipped for want of something else than a GPU: Skipped: {reason}" in output
-    assert pytest_run(tmp_path, source)[0] in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
+    assert pytest_run(tmp_path, source, *workers)[0] in (
+        pytest.ExitCode.OK,
+        pytest.ExitCode.NO_TESTS_COLLECTED,
+    )
 
 
 def test_a_skip_for_want_of_a_gpu_is_one(tmp_path: Path) -> None:
@@ -75,8 +83,9 @@ def test_a_skip_for_want_of_a_gpu_is_one(tmp_path: Path) -> None:
     ],
     ids=["child", "grandchild"],
 )
-def test_a_process_left_behind_fails_the_run(start: str, tmp_path: Path) -> None:
-    code, output = pytest_run(tmp_path, LEFT.format(start=start))
+@WORKERS
+def test_a_process_left_behind_fails_the_run(start: str, workers: tuple[str, ...], tmp_path: Path) -> None:
+    code, output = pytest_run(tmp_path, LEFT.format(start=start), *workers)
     assert code == pytest.ExitCode.TESTS_FAILED
     assert "1 passed" in output
     assert "processes left behind" in output
@@ -84,22 +93,26 @@ def test_a_process_left_behind_fails_the_run(start: str, tmp_path: Path) -> None
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are read from /proc")
-def test_a_process_that_nobody_waits_for_fails_the_run(tmp_path: Path) -> None:
+@WORKERS
+def test_a_process_that_nobody_waits_for_fails_the_run(workers: tuple[str, ...], tmp_path: Path) -> None:
     start = "sys.zombie = subprocess.Popen([sys.executable, '-c', ''])"
-    code, output = pytest_run(tmp_path, LEFT.format(start=start))
+    code, output = pytest_run(tmp_path, LEFT.format(start=start), *workers)
     assert code == pytest.ExitCode.TESTS_FAILED
     assert "nobody waited for it" in output
 
 
-def test_a_run_that_cleans_up_passes(tmp_path: Path) -> None:
-    assert pytest_run(tmp_path, LEFT.format(start="subprocess.run([sys.executable, '-c', ''])"))[0] == 0
+@WORKERS
+def test_a_run_that_cleans_up_passes(workers: tuple[str, ...], tmp_path: Path) -> None:
+    source = LEFT.format(start="subprocess.run([sys.executable, '-c', ''])")
+    assert pytest_run(tmp_path, source, *workers)[0] == 0
 
 
 def test_quick_needs_no_engine() -> None:
     """The marks find the tests that need the engine, a browser or a GPU, and leave the others."""
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider",
-         "-m", "engine or browser or gpu", "tests/engine", "tests/server", "tests/device"],
+         "-p", "no:schemathesis", "-m", "engine or browser or gpu",
+         "tests/engine", "tests/server", "tests/device"],
         cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     for name in ("test_exactness.py", "test_server_page.py", "test_device_gpu.py", "test_server_engine.py"):

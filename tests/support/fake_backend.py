@@ -16,15 +16,23 @@ import numpy as np
 
 from mobile_gguf.engine.experts import Experts, ExpertSource
 from mobile_gguf.engine.structs import Counters, DeviceCounters, ModelInfo, PrefetchCounters
-from mobile_gguf.errors import UsageError
+from mobile_gguf.errors import PromptTooLongError, UsageError
 from mobile_gguf.generate.decode import ALL_EXPERTS, Pass, Policy, decode_prompt, decode_token
 from mobile_gguf.generate.head import Head
+from mobile_gguf.gguf.caches import CacheRows, Caches
 from mobile_gguf.gguf.info import ExpertLayer, GgufInfo
 
 BOS, EOS, N_VOCAB = 256, 257, 258
 TOP_K, MIB = 8, 1 << 20
 
 Row = tuple[int, int]  # token, experts (0: all)
+
+
+def fake_caches(n_head_kv: Sequence[int], key_length: int, value_length: int) -> Caches:
+    """Keys and values of layers with so many heads for them."""
+    n = sum(n_head_kv)
+    padded = max(n_head_kv) * sum(heads > 0 for heads in n_head_kv)
+    return Caches(CacheRows(n * key_length, n * value_length, padded * value_length))
 
 
 def fake_info(**changes: Any) -> GgufInfo:
@@ -42,9 +50,7 @@ def fake_info(**changes: Any) -> GgufInfo:
         "n_embd": 64,
         "n_vocab": N_VOCAB,
         "n_head": (4,) * 4,
-        "n_head_kv": (2,) * 4,
-        "key_length": 16,
-        "value_length": 16,
+        "caches": fake_caches((2,) * 4, 16, 16),
         "n_expert": 16,
         "n_expert_used": TOP_K,
         "n_ff_expert": 32,
@@ -113,6 +119,7 @@ class FakeBackend:
         self.prompt_evaluated = 0
         self.prompt_done = 0.0
         self.should_stop: Callable[[], bool] | None = None
+        self.on_prompt: Callable[[int, int], object] | None = None
         self.can_step_back = can_step_back
         self.pooling = pooling
         self.can_generate = can_generate
@@ -196,8 +203,12 @@ class FakeBackend:
         del self.rows[common:]
         self._n_prompt = len(tokens)
         prompt = tokens[common:]
+        if self.on_prompt is not None:
+            self.on_prompt(0, len(prompt))
         self.last_pass = decode_prompt(self, prompt)
         self.prompt_evaluated += len(prompt)
+        if self.on_prompt is not None:
+            self.on_prompt(len(prompt), len(prompt))
         self.prompt_done = time.perf_counter()
         while True:
             logits = np.array(self.last_logits(), dtype=float)
@@ -215,19 +226,25 @@ class FakeBackend:
     def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
         return [*([BOS] if add_bos else []), *text]
 
+    def check_fits(self, text: bytes, n_tokens: int) -> None:
+        if len(text) > max(n_tokens, 1 << 14):  # as the real one, which makes short texts into tokens
+            raise PromptTooLongError(f"the text has at least {len(text)} tokens: room for {n_tokens}")
+
     def piece(self, token: int, special: bool = False) -> bytes:
         return bytes([token]) if token < 256 else b""
 
     def is_end(self, token: int) -> bool:
         return token == EOS
 
-    def render_chat(self, messages: list[dict[str, Any]], **_values: Any) -> list[int]:
+    def render_chat(
+        self, messages: list[dict[str, Any]], *, special: bool = False, **_values: Any
+    ) -> list[int]:
         if any(message["role"] not in ("system", "user", "assistant") for message in messages):
             raise UsageError("the model's chat template refuses these messages: unknown role")
         text = "".join(f"<{message['role']}>{message['content']}\n" for message in messages)
         return [BOS, *(text + "<assistant>").encode()]
 
-    def make_grammar(self, grammar: str | None, json_schema: Any) -> Any:
+    def make_grammar(self, grammar: str | None, json_schema: Any, should_stop: Any = None) -> Any:
         return (grammar, json_schema) if grammar or json_schema else None
 
     def token_bos(self) -> int:

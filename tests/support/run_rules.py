@@ -22,7 +22,6 @@ import pytest
 
 # Every process inherits it, those of a server's server too.
 _RUN = ("MOBILE_GGUF_TEST_RUN", secrets.token_hex(8))
-_SECONDS_TO_END = 10
 
 _NEEDS_GPU = re.compile(r"\bGPU\b")
 
@@ -44,6 +43,9 @@ _MARKED_FOLDERS = {"device", "convert"}
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--strict-skips", action="store_true", help="a test skipped for want of anything but a GPU fails"
+    )
+    parser.addoption(
+        "--end-seconds", type=float, default=10, help="how long processes may take to end after the last test"
     )
 
 
@@ -103,17 +105,28 @@ def pytest_configure() -> None:
 def pytest_sessionfinish(session: pytest.Session) -> Any:
     answer = yield
     left = _left_behind()
-    until = time.monotonic() + _SECONDS_TO_END
+    until = time.monotonic() + session.config.getoption("--end-seconds")
     while left and time.monotonic() < until:  # one that is ending may take its time
         time.sleep(0.05)
         left = _left_behind()
+    for pid in left:
+        with contextlib.suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
+    if hasattr(session.config, "workeroutput"):  # one of pytest-xdist's processes: the first one tells
+        session.config.workeroutput[_RUN[0]] = left
+        return answer
+    left |= session.config.stash.get(_LEFT, {})
     if left:
         session.config.stash[_LEFT] = left
         session.exitstatus = max(session.exitstatus, pytest.ExitCode.TESTS_FAILED)
-        for pid in left:
-            with contextlib.suppress(OSError):
-                os.kill(pid, signal.SIGKILL)
     return answer
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """What one of pytest-xdist's processes has found at its end."""
+    left = getattr(node, "workeroutput", {}).get(_RUN[0], {})
+    node.config.stash[_LEFT] = node.config.stash.get(_LEFT, {}) | left
 
 
 _LEFT = pytest.StashKey[dict[int, str]]()

@@ -51,11 +51,11 @@ class Running:
 @contextlib.contextmanager
 def running(model: Model, **settings: Any) -> Iterator[Running]:
     """Serve ``model`` meanwhile."""
-    from mobile_gguf.server.run import listen, make_server
+    from mobile_gguf.server.run import bind, make_server, start_listening
     from mobile_gguf.server.settings import ServerSettings
 
     ready = threading.Event()
-    listening = listen("127.0.0.1", 0)
+    listening = start_listening(bind("127.0.0.1", 0))
     server = make_server(
         model, ServerSettings(**{"names": ("fake",), "grace": 5.0} | settings), ready=ready.set
     )

@@ -71,8 +71,18 @@ def test_conversations_that_cannot_be_saved_stay_on_the_screen(tmp_path):
     async def go():
         (tmp_path / "conversations.db").write_bytes(b"this is no database, but long enough to look at" * 20)
         async with chat(tmp_path) as (app, pilot):
-            assert "conversations are not saved" in toasts(app)
+            line = app.chat.query_one("#unsaved")
+            assert line.display
+            assert "/save" in str(line.content)
             await say(app, pilot, "one")
             assert contents(app) == ["one", ANSWER]
+            assert line.display  # for as long as it is so
+            await submit(app, pilot, "/save")
+            assert isinstance(app.screen, Confirm)
+            await pilot.press("y")
+            await pilot.pause()
+            assert not line.display
+            assert [item.title for item in app.store.search()] == ["one"]
+            assert len(list(tmp_path.glob("conversations.db.broken-*"))) == 1
 
     run(go())

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import shlex
 from pathlib import Path
 
 from textual.containers import VerticalScroll
 
+from mobile_gguf.api.stats import stats_lines
 from mobile_gguf.errors import MobileError, UsageError
 
 from ..clipboard import copy
@@ -168,6 +168,29 @@ class ChatCommands(ChatView):
         path.write_text(self.session.markdown(), encoding="utf-8")
         self.notify(f"written to {path}")
 
+    def command_save(self, _rest: str) -> None:
+        try:
+            self.app.check_store()
+        except StoreError as error:
+            if not error.broken:
+                raise
+            question = f"{error}. Move the file aside and begin a new one? It is kept, beside the new one."
+            self.app.push_screen(Confirm(question), self._move_store_aside)
+        else:
+            self.session.save_all()
+            where = self.app.store_path or "memory only"
+            self.notify(f"conversations are saved in {where}")
+
+    def _move_store_aside(self, sure: bool | None) -> None:
+        if not sure:
+            return
+        try:
+            aside = self.app.replace_store()
+        except StoreError as error:
+            self.notify(str(error), severity="error", timeout=10)
+        else:
+            self.notify(f"saved anew; what was there is {aside}", timeout=12)
+
     def command_system(self, rest: str) -> None:
         if rest:
             self.session.set_system("" if rest.lower() == "none" else rest)
@@ -226,7 +249,7 @@ class ChatCommands(ChatView):
     def command_stats(self, _rest: str) -> None:
         if not self.facts:
             raise UsageError("no model is loaded: /model picks one")
-        self.app.push_screen(TextScreen("What the model did so far", json.dumps(self.facts, indent=2)))
+        self.app.push_screen(TextScreen("What the model did so far", "\n".join(stats_lines(self.facts))))
 
     def command_map(self, _rest: str) -> None:
         self.action_toggle_map()

@@ -18,7 +18,7 @@ from textual.message import Message
 
 RUNNING, DONE, FAILED, CANCELLED = "running", "done", "failed", "cancelled"
 _SHARE = re.compile(r"(\d{1,3})%\s*$")
-_PARTS = re.compile(rb"[\r\n]+")
+_PARTS = re.compile(rb"(?:[\r\n]|\x1b\[K)+")  # what ends a line, or wipes it
 _KEPT_LINES = 200
 _ERROR_PREFIX = "mobile-gguf: error: "  # of the command line; here the job's state says it
 _ASK_SECONDS, _INSIST_SECONDS = 10.0, 3.0
@@ -100,7 +100,7 @@ class Jobs:
         reader, writer = _terminal()
         environment = {
             **os.environ,
-            "TERM": "dumb",
+            "TERM": "xterm",  # on a dumb one progress is a line here and there
             "NO_COLOR": "1",
             "COLUMNS": "160",
             "PYTHONUNBUFFERED": "1",

@@ -28,6 +28,7 @@ COMMANDS = (
     Command("/rename", "TITLE", "give this conversation a title"),
     Command("/delete", "", "delete this conversation"),
     Command("/export", "[FILE]", "write this conversation as Markdown"),
+    Command("/save", "", "try again to save; a broken file of conversations is moved aside, after asking"),
     Command("/system", "[TEXT]", "show or set the system message; none removes it"),
     Command("/set", "[NAME VALUE]", "show or set an option of the answers or of loading"),
     Command("/settings", "", "all options on a screen"),
@@ -49,8 +50,8 @@ COMMANDS = (
 
 _BY_NAME = {name: command for command in COMMANDS for name in (command.name, *command.aliases)}
 
-# The values that may follow a command, given the words so far.
-Values = Callable[[list[str]], Iterable[str]]
+# The values that may follow a command, given the words before the one that is being typed, and that one.
+Values = Callable[[list[str], str], Iterable[str]]
 
 
 def find(name: str) -> Command | None:
@@ -80,7 +81,7 @@ def complete(line: str, values: dict[str, Values]) -> list[Completion]:
         return []
     words = rest.split(" ")
     done, last = words[:-1], words[-1]
-    found = [value for value in source(done) if value.lower().startswith(last.lower())]
+    found = [value for value in source(done, last) if value.lower().startswith(last.lower())]
     if found == [last]:
         return []
     begin = " ".join([name, *done])

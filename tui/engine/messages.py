@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from textual.message import Message
@@ -25,6 +25,14 @@ class LoadProgressed(Message):
 
 
 @dataclass
+class ModelFound(Message):
+    """A reference was looked at before its load: ``error`` is why it cannot be loaded, if so."""
+
+    reference: str
+    error: str
+
+
+@dataclass
 class ModelLoaded(Message):
     """A model is ready."""
 
@@ -33,6 +41,7 @@ class ModelLoaded(Message):
     facts: dict[str, Any]
     notices: list[str]
     experts: Experts
+    sampling: dict[str, Any] = field(default_factory=dict)  # what its file asks for
 
 
 @dataclass
@@ -42,6 +51,17 @@ class LoadFailed(Message):
     reference: str
     error: str
     cancelled: bool = False
+    keeps_model: bool = False  # the one that was there before still is
+    about_option: bool = False  # which here is a setting
+
+
+@dataclass
+class PromptProgressed(Message):
+    """So many tokens of the prompt are computed, of so many."""
+
+    answer_id: int
+    done: int
+    total: int
 
 
 @dataclass
@@ -53,7 +73,10 @@ class AnswerProgressed(Message):
 
 @dataclass
 class AnswerEnded(Message):
-    """The answer is over: ``finish_reason`` as in a Chunk, or ``error`` with its text."""
+    """The answer is over: ``finish_reason`` as in a Chunk, or ``error`` with its text.
+
+    ``facts`` are the model's, as they are now.
+    """
 
     answer_id: int
     finish_reason: str
@@ -62,3 +85,4 @@ class AnswerEnded(Message):
     prompt_tokens: int = 0
     completion_tokens: int = 0
     error: str = ""
+    facts: dict[str, Any] = field(default_factory=dict)

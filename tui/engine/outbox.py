@@ -25,14 +25,16 @@ class Outbox:
     answer_id: int
     _tokens: list[Token] = field(default_factory=list)
     _asked: list[Asked | None] = field(default_factory=list)
+    tokens_per_second: float = 0.0  # of the answer so far, as its receipt will have it
     _announced: bool = False
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def put(self, token: Token, asked: Asked | None) -> bool:
+    def put(self, token: Token, asked: Asked | None, tokens_per_second: float = 0.0) -> bool:
         """Add a token; True if the screen must be told, False if a message is on its way already."""
         with self._lock:
             self._tokens.append(token)
             self._asked.append(asked)
+            self.tokens_per_second = tokens_per_second
             announced, self._announced = self._announced, True
             return not announced
 

@@ -15,14 +15,17 @@ from typing import Any
 
 from textual.message import Message
 
-from mobile_gguf.api.model import Model, load
+from mobile_gguf.api.context import of_a_chat
+from mobile_gguf.api.model import Model, check_model, load
+from mobile_gguf.api.words import python_words
 from mobile_gguf.engine.experts import Asked, Experts, Places, Watch
-from mobile_gguf.errors import EngineMemoryError, MobileError
+from mobile_gguf.errors import EngineMemoryError, MobileError, UsageError
 from mobile_gguf.generate.answer import INTERRUPTED, Chunk
 from mobile_gguf.generate.decode import Pass
 from mobile_gguf.generate.receipt import Receipt
+from mobile_gguf.generate.recommended import recommended
 
-from .messages import AnswerEnded, AnswerProgressed, LoadFailed, LoadProgressed, ModelLoaded
+from .messages import AnswerEnded, AnswerProgressed, LoadFailed, LoadProgressed, ModelLoaded, PromptProgressed
 from .outbox import Outbox, Token
 
 # Progress of a load is worth a message this often.
@@ -33,20 +36,24 @@ class Cancelled(Exception):
     """Raised inside a load that the user cancelled."""
 
 
+Stop = threading.Event  # one for each command: ending one must not end, or let run, another
+
+
 class EngineThread(threading.Thread):
-    """Obeys commands one after the other; ``stop`` ends the running one early."""
+    """Obeys commands one after the other; ``stop`` ends the last one given early, or before it begins."""
 
     def __init__(
         self,
         post: Callable[[Message], Any],
         *,
         loader: Callable[..., Model] = load,
+        finder: Callable[..., object] = check_model,
     ) -> None:
         super().__init__(name="mobile-gguf-engine", daemon=True)
         self._post_message = post
-        self._loader = loader
+        self._loader, self._finder = loader, finder
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._stopping = threading.Event()
+        self._last = Stop()
         self._model: Model | None = None
         self._experts: Experts | None = None
         # Set by the screen: whether to record what each token is routed to.
@@ -55,18 +62,19 @@ class EngineThread(threading.Thread):
     # what the screen calls
 
     def load(self, reference: str, options: dict[str, Any]) -> None:
-        """Close the model and load another; ends in ModelLoaded or LoadFailed."""
-        self._stopping.clear()
-        self._commands.put(lambda: self._load(reference, options))
+        """End a running answer, close the model and load another; ends in ModelLoaded or LoadFailed."""
+        self.stop()
+        self._last = stop = Stop()
+        self._commands.put(lambda: self._load(reference, options, stop))
 
     def generate(self, answer_id: int, messages: list[dict[str, Any]], options: dict[str, Any]) -> None:
         """Answer ``messages``; AnswerProgressed while tokens come, then one AnswerEnded."""
-        self._stopping.clear()
-        self._commands.put(lambda: self._generate(answer_id, messages, options))
+        self._last = stop = Stop()
+        self._commands.put(lambda: self._generate(answer_id, messages, options, stop))
 
     def stop(self) -> None:
-        """End the running answer or load as soon as the engine asks."""
-        self._stopping.set()
+        """End the answer or load that was asked for last, as soon as the engine asks."""
+        self._last.set()
 
     def places(self) -> Places | None:
         """Where the experts are now; None without a model, or while one is being opened or closed."""
@@ -99,44 +107,60 @@ class EngineThread(threading.Thread):
         if model is not None:
             model.close()
 
-    def _load(self, reference: str, options: dict[str, Any]) -> None:
+    def _load(self, reference: str, options: dict[str, Any], stop: Stop) -> None:
         told = 0.0
 
         def progress(phase: str, share: float) -> None:
             nonlocal told
-            if self._stopping.is_set():
+            if stop.is_set():
                 raise Cancelled
             if (now := time.monotonic()) - told > _PROGRESS_SECONDS:
                 told = now
                 self._post(LoadProgressed(phase, min(max(share, 0.0), 1.0)))
 
         try:
-            self._close()
-            if self._stopping.is_set():
+            if stop.is_set():
                 raise Cancelled
+            # what cannot be had, or be read, leaves the model that is there
+            self._finder(reference, progress)
+            self._close()
             model = self._loader(reference, progress=progress, **options)
         except Cancelled:
-            self._post(LoadFailed(reference, "loading was cancelled", cancelled=True))
+            self._fail(reference, "loading was cancelled", cancelled=True)
         except MobileError as error:
-            self._post(LoadFailed(reference, str(error)))
+            self._fail(reference, python_words(str(error)), about_option=isinstance(error, UsageError))
         except Exception as error:  # whatever it is, the screen must live to show it
-            self._post(LoadFailed(reference, _unexpected(error)))
+            self._fail(reference, unexpected(error))
         else:
             self._model, self._experts = model, (experts := model.experts())
-            self._post(ModelLoaded(reference, model.info, model.stats(), list(model.notices), experts))
+            asked = recommended(model.info)[0]
+            loaded = ModelLoaded(reference, model.info, model.stats(), list(model.notices), experts, asked)
+            self._post(loaded)
 
-    def _generate(self, answer_id: int, messages: list[dict[str, Any]], options: dict[str, Any]) -> None:
+    def _fail(
+        self, reference: str, error: str, *, cancelled: bool = False, about_option: bool = False
+    ) -> None:
+        kept = self._model is not None
+        self._post(LoadFailed(reference, error, cancelled, keeps_model=kept, about_option=about_option))
+
+    def _generate(
+        self, answer_id: int, messages: list[dict[str, Any]], options: dict[str, Any], stop: Stop
+    ) -> None:
         model = self._model
         last: Chunk | None = None
         error = ""
         try:
             if model is None:
                 raise MobileError("no model is loaded")
-            last = self._stream(model, Outbox(answer_id), messages, options)
+            last = self._stream(model, Outbox(answer_id), messages, options, stop)
         except MobileError as failure:
-            error = str(failure)
+            error = python_words(str(failure))
         except Exception as failure:
-            error = _unexpected(failure)
+            error = unexpected(failure)
+        facts: dict[str, Any] = {}
+        with contextlib.suppress(MobileError):
+            if model is not None:
+                facts = model.stats()
         reason = (last.finish_reason if last is not None else None) or INTERRUPTED
         self._post(
             AnswerEnded(
@@ -147,6 +171,7 @@ class EngineThread(threading.Thread):
                 last.prompt_tokens if last is not None else 0,
                 last.completion_tokens if last is not None else 0,
                 error,
+                facts,
             )
         )
 
@@ -156,16 +181,22 @@ class EngineThread(threading.Thread):
         outbox: Outbox,
         messages: list[dict[str, Any]],
         options: dict[str, Any],
+        stop: Stop,
     ) -> Chunk | None:
         last: Chunk | None = None
         before, started = Receipt(), time.perf_counter()
-        answer = model.stream_chat(messages, should_stop=self._stopping.is_set, **options)
+        answer = model.stream_chat(
+            messages,
+            should_stop=stop.is_set,
+            on_prompt=lambda done, total: self._post(PromptProgressed(outbox.answer_id, done, total)),
+            **of_a_chat(options),
+        )
         with contextlib.closing(answer) as chunks, contextlib.closing(Follower(model.experts())) as follower:
             for chunk in chunks:
                 now = time.perf_counter()
                 token = _token(chunk, before, now - started)
                 before, started, last = chunk.receipt, now, chunk
-                if outbox.put(token, follower.take(self.watching)):
+                if outbox.put(token, follower.take(self.watching), chunk.tokens_per_second):
                     self._post(AnswerProgressed(outbox))
         return last
 
@@ -206,6 +237,7 @@ def _count(receipt: Receipt, kind: Pass) -> int:
     return getattr(receipt, f"tokens_{kind.value}")
 
 
-def _unexpected(error: Exception) -> str:
+def unexpected(error: Exception) -> str:
+    """An error that nobody foresaw, in a line."""
     text = " ".join(str(error).split())
     return f"unexpected {type(error).__name__}: {text}" if text else f"unexpected {type(error).__name__}"

@@ -5,19 +5,32 @@ from __future__ import annotations
 import time
 from typing import ClassVar
 
-from textual import on
+from textual import on, work
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical, VerticalScroll
+from textual.content import Content
 from textual.widgets import Footer, Static
+from textual.worker import get_current_worker
 
-from mobile_gguf.generate.receipt import Receipt
+from mobile_gguf.errors import MobileError
+from mobile_gguf.generate.answer import INTERRUPTED, LENGTH
 
 from ..commands.chat import ChatCommands
 from ..commands.slash import complete, find
 from ..commands.values import completion_values
 from ..engine.expert_state import ExpertState
-from ..engine.messages import AnswerEnded, AnswerProgressed, LoadFailed, LoadProgressed, ModelLoaded
+from ..engine.messages import (
+    AnswerEnded,
+    AnswerProgressed,
+    LoadFailed,
+    LoadProgressed,
+    ModelFound,
+    ModelLoaded,
+    PromptProgressed,
+)
+from ..engine.thread import unexpected
+from ..store.conversations import StoreError, storable
 from ..store.session import Session
 from ..widgets.completion_list import CompletionList
 from ..widgets.prompt import Prompt
@@ -32,6 +45,7 @@ _WELCOME = (
 )
 # How often the map is drawn while something moves.
 _MAP_SECONDS = 0.15
+_DRAFT_SECONDS = 2.0
 
 
 class ChatScreen(ChatCommands):
@@ -70,13 +84,15 @@ class ChatScreen(ChatCommands):
             with Vertical(id="chat"):
                 with VerticalScroll(id="transcript", can_focus=False):
                     yield Static(_WELCOME, id="welcome")
+                yield Static("", id="unsaved")
                 yield CompletionList(id="completions")
                 yield Prompt(id="prompt")
             yield SidePanel(id="experts")
         yield Footer(show_command_palette=False)
 
     def on_mount(self) -> None:
-        self.session = Session(self.app.store, lambda text: self.notify(text, severity="warning", timeout=8))
+        self.session = Session(self.app.store, self.say_unsaved)
+        self.say_unsaved(self.app.store_error)
         self.prompt.prompts = self.app.prompts()
         self.query_one(CompletionList).display = False
         self.query_one("#transcript", VerticalScroll).anchor()
@@ -86,15 +102,53 @@ class ChatScreen(ChatCommands):
         self._update_map_shown()
         self.set_interval(_MAP_SECONDS, self._tick)
 
+    def say_unsaved(self, error: StoreError | None) -> None:
+        """Say that conversations are not saved for as long as they are not, and what helps."""
+        line = self.query_one("#unsaved", Static)
+        line.display = error is not None
+        if error is not None:
+            line.update(
+                Content(storable(f"Not saved: {error} · /save tries again, /export FILE writes this one"))
+            )
+
     # loading
 
     def load_model(self, reference: str) -> None:
-        """Load a model, in place of the one that is there."""
-        if self.state == ANSWERING:
-            self.app.engine.stop()
-        self.state, self.reference, self._started = LOADING, reference, time.monotonic()
-        self.query_one(TitleBar).activity = f"loading {reference}"
-        self.app.engine.load(reference, self.app.settings.load_options())
+        """Load a model, in place of the one that is there, once it is seen to be one."""
+        self._wanted, self._finding = reference, True
+        if self.state == IDLE:
+            self.state = LOADING
+            self.query_one(TitleBar).activity = f"looking for {reference} · Esc cancels"
+            self._update_title()
+        self._find_model(reference)
+
+    @work(thread=True, exclusive=True, group="find")
+    def _find_model(self, reference: str) -> None:
+        error = ""
+        try:
+            self.app.find_model(reference)
+        except MobileError as failure:
+            error = str(failure)
+        except Exception as failure:  # as in the engine's thread
+            error = unexpected(failure)
+        if not get_current_worker().is_cancelled:
+            self.post_message(ModelFound(reference, error))
+
+    @on(ModelFound)
+    def _model_found(self, event: ModelFound) -> None:
+        self._finding = False
+        if event.error:
+            failed = LoadFailed(event.reference, event.error, keeps_model=bool(self.facts))
+            if self.state == LOADING:
+                self._load_failed(failed)
+            else:
+                self._say_failure(failed)
+            return
+        # what is not answered to its end has its words kept
+        self.state, self._started = LOADING, time.monotonic()
+        self.query_one(TitleBar).activity = f"loading {event.reference} · Esc cancels"
+        self._update_title()
+        self.app.engine.load(event.reference, self.app.settings.load_options())
 
     @on(LoadProgressed)
     def _load_progressed(self, event: LoadProgressed) -> None:
@@ -104,8 +158,9 @@ class ChatScreen(ChatCommands):
     @on(ModelLoaded)
     def _model_loaded(self, event: ModelLoaded) -> None:
         self.reference, self.facts = event.reference, event.facts
+        self.app.settings.of_model = event.sampling
         self.model_name = event.info.name or event.reference
-        self.state = IDLE
+        self.state, self._wanted = IDLE, ""
         self.context_used = 0
         each = [sum(layer.matrix_bytes) for layer in event.info.expert_layers]
         experts = event.experts
@@ -125,12 +180,22 @@ class ChatScreen(ChatCommands):
         if self._pending:
             self.prompt.put(self._pending)
             self._pending = ""
-        self.state, self.facts, self.model_name = IDLE, {}, ""
-        self.query_one(SidePanel).set_state(None)
+        if self.state == LOADING:
+            self.state, self._wanted = IDLE, ""
+        if not event.keeps_model:
+            self._before = self.reference if self.facts else ""
+            self.facts, self.model_name, self.reference = {}, "", event.reference
+            self.query_one(SidePanel).set_state(None)
         self._update_title()
+        self._say_failure(event)
+
+    def _say_failure(self, event: LoadFailed) -> None:
         severity = "warning" if event.cancelled else "error"
-        # what begins with a flag is about an option, which here is a setting
-        hint = " · Ctrl-S changes it, /reload tries again" if event.error.startswith("--") else ""
+        hint = " · Ctrl-S changes it, /reload tries again" if event.about_option else ""
+        if event.keeps_model and not event.cancelled:
+            hint += f" · {self.model_name} stays"
+        elif self._before and not event.keeps_model:
+            hint += f" · /model {self._before} loads the last one again"
         self.notify(event.error + hint, title=event.reference, severity=severity, timeout=12)
 
     # asking
@@ -138,6 +203,7 @@ class ChatScreen(ChatCommands):
     @on(Prompt.Submitted)
     async def _submitted(self, event: Prompt.Submitted) -> None:
         self._hide_completions()
+        event.text = storable(event.text)
         if event.text.startswith("/"):
             self.prompt.remember(event.text)
             await self.obey(event.text)
@@ -167,14 +233,22 @@ class ChatScreen(ChatCommands):
         await self._generate()
 
     async def _generate(self) -> None:
-        self.state, self._started, self._speed = ANSWERING, time.monotonic(), 0.0
+        self.state = ANSWERING
+        self._started = self._drafted = time.monotonic()
         self._answer_id += 1
+        self._prompt_done = ""
         self._answer = AnswerView(len(self.session.turns), coloured=self.coloured)
         await self._add_view(self._answer)
         self.query_one("#transcript", VerticalScroll).anchor()
-        self.query_one(TitleBar).activity = "reading the prompt · Esc stops"
+        self._say_prompt()
         self.app.engine.watching = self._map_shown
         self.app.engine.generate(self._answer_id, self.session.messages, self.app.settings.answer_options())
+
+    @on(PromptProgressed)
+    def _prompt_progressed(self, event: PromptProgressed) -> None:
+        if event.answer_id == self._answer_id:
+            self._prompt_done = f"{event.done} of {event.total} tokens"
+            self._say_prompt()
 
     @on(AnswerProgressed)
     def _answer_progressed(self, event: AnswerProgressed) -> None:
@@ -182,20 +256,27 @@ class ChatScreen(ChatCommands):
         if event.outbox.answer_id != self._answer_id or self._answer is None:
             return
         self.query_one(SidePanel).add_tokens(tokens, asked)
-        last = tokens[-1].seconds if tokens else 0.0
-        if last > 0 and len(self._answer.tokens) > 0:
-            self._speed = 1 / last if not self._speed else 0.8 * self._speed + 0.2 / last
-            self.query_one(TitleBar).activity = f"{self._speed:.1f} tok/s · Esc stops"
+        rate = event.outbox.tokens_per_second
+        self.query_one(SidePanel).set_rate(rate)
+        if rate > 0 and self._answer.tokens and self.state == ANSWERING:
+            self.query_one(TitleBar).activity = f"{rate:.1f} tok/s · Esc stops"
         self._answer.add(tokens)
+        self._save_draft(self._answer)
 
     @on(AnswerEnded)
     async def _answer_ended(self, event: AnswerEnded) -> None:
         view = self._answer
         if event.answer_id != self._answer_id or view is None:
             return
-        self._answer, self.state = None, IDLE
+        self._answer = None
+        if self.state == ANSWERING:  # else the next model is loading already
+            self.state = IDLE
+        if event.facts:
+            self.facts = event.facts
+            if event.receipt is not None:
+                self.facts |= {"mode": event.receipt.mode, "little_k": event.receipt.little_k}
         await view.end_stream()
-        receipt = _receipt_line(event.receipt, event.tokens_per_second, event.finish_reason)
+        receipt = _receipt_line(event)
         if event.error and not view.text:
             # What was not answered can be asked again: it goes back into the prompt.
             await self._take_back(view)
@@ -206,10 +287,18 @@ class ChatScreen(ChatCommands):
             self.notify(event.error, title="the answer failed", severity="error", timeout=15)
         self.context_used = event.prompt_tokens + event.completion_tokens
         panel = self.query_one(SidePanel)
+        if event.tokens_per_second:
+            panel.set_rate(event.tokens_per_second)
         if panel.state is not None:
             panel.state.settle()
         self._read_places()
         self._update_title()
+
+    def _save_draft(self, view: AnswerView) -> None:
+        """Save the words so far now and then: whatever ends the program, they were paid for."""
+        if (now := time.monotonic()) - self._drafted > _DRAFT_SECONDS and view.text:
+            self._drafted = now
+            self.session.draft(view.text, view.tokens, self.reference)
 
     async def _take_back(self, view: AnswerView) -> None:
         question = self.session.turns[-1].content
@@ -287,9 +376,14 @@ class ChatScreen(ChatCommands):
         elif self._editing is not None:
             self._end_editing()
             self.prompt.put("")
+        elif self._finding and self.state == LOADING:
+            self.workers.cancel_group(self, "find")
+            self._finding = False
+            error = "loading was cancelled"
+            self._load_failed(LoadFailed(self._wanted, error, cancelled=True, keeps_model=bool(self.facts)))
         elif self.busy:
             self.app.engine.stop()
-            self.query_one(TitleBar).activity = "stopping"
+            self.query_one(TitleBar).activity = "cancelling" if self.state == LOADING else "stopping"
         else:
             self.prompt.focus()
 
@@ -331,8 +425,13 @@ class ChatScreen(ChatCommands):
         self.prompt.completing = False
 
 
-def _receipt_line(receipt: Receipt | None, tokens_per_second: float, reason: str) -> str:
+def _receipt_line(event: AnswerEnded) -> str:
+    receipt, reason = event.receipt, event.finish_reason
     if receipt is None:
-        return "stopped before the first token" if reason == "interrupted" else ""
-    ends = {"interrupted": " | stopped", "length": " | cut at the length limit"}
-    return receipt.summary(tokens_per_second) + ends.get(reason, "")
+        return "stopped before the first token" if reason == INTERRUPTED else ""
+    ends = {INTERRUPTED: " | stopped", LENGTH: " | cut at max_tokens"}
+    end = ends.get(reason, "")
+    if receipt.context_full:
+        n_ctx = event.prompt_tokens + event.completion_tokens
+        end = f" | cut: the context of {n_ctx} is full; /set n_ctx {2 * n_ctx} and /reload, or /new"
+    return receipt.summary(event.tokens_per_second) + end

@@ -33,7 +33,11 @@ class ChatState(Screen[None]):
         self._answer: AnswerView | None = None
         self._answer_id = 0
         self._started = 0.0
-        self._speed = 0.0
+        self._prompt_done = ""  # how far the prompt is, in words
+        self._drafted = 0.0  # when the words so far were saved
+        self._wanted = ""  # the model that is looked for or loading
+        self._finding = False
+        self._before = ""  # the model that a failed load has cost
         self._map_wanted: bool | None = None  # None: by the width
         self._editing: int | None = None
         self._pending = ""  # asked while the model was loading

@@ -61,9 +61,13 @@ class ChatView(ChatState):
         if self.busy and (self._map_shown or self.app.map_open):
             self._read_places()
         if self.state == ANSWERING and self._answer is not None and not self._answer.tokens:
-            waited = time.monotonic() - self._started
-            if waited >= 1:
-                self.query_one(TitleBar).activity = f"reading the prompt {waited:.0f} s · Esc stops"
+            self._say_prompt()
+
+    def _say_prompt(self) -> None:
+        waited = time.monotonic() - self._started
+        parts = [self._prompt_done, f"{waited:.0f} s" if waited >= 1 else ""]
+        said = ", ".join(filter(None, parts))
+        self.query_one(TitleBar).activity = f"reading the prompt{said and ': '}{said} · Esc stops"
 
     def _read_places(self) -> None:
         panel = self.query_one(SidePanel)
@@ -76,7 +80,7 @@ class ChatView(ChatState):
         title = self.query_one(TitleBar)
         if not self.busy:
             title.activity = ""
-        title.model = self.model_name or "no model"
+        title.model = self.model_name or self._wanted or "no model"
         if not self.facts:
             title.detail = "Ctrl-O picks a model"
             return
@@ -93,4 +97,4 @@ def _share_in_memory(store: dict[str, Any] | None) -> str:
     budget, total = store["budget_bytes"], store["expert_bytes"]
     if budget == 0 or budget >= total:
         return " · RAM for all experts"
-    return f" · RAM for {100 * budget // total}% of experts"
+    return f" · RAM for {min(99, round(100 * budget / total))}% of experts"

@@ -13,7 +13,7 @@ from textual.content import Content
 from textual.widgets import Footer, Input, OptionList
 from textual.widgets.option_list import Option
 
-from ..store.conversations import ConversationStore, StoreError, Summary
+from ..store.conversations import ConversationStore, StoreError, Summary, local_time
 from .confirm import Confirm
 from .dialog import Dialog
 
@@ -52,14 +52,16 @@ class Conversations(Dialog[int]):
             self._search()
 
     def _search(self) -> None:
+        problem = ""
         try:
             self.found = self._store.search(self.query_one(Input).value)
         except StoreError as error:
-            self.found = []
-            self.notify(str(error), severity="error")
+            self.found, problem = [], f"{error}; /save in the chat helps"
         options = self.query_one(OptionList)
         at = options.highlighted or 0
         options.clear_options()
+        if problem:
+            options.add_option(Option(Content(problem), disabled=True))
         for item in self.found:
             options.add_option(Option(_row(item), id=str(item.id)))
         if self.found:
@@ -137,7 +139,7 @@ class Conversations(Dialog[int]):
 
 
 def _row(item: Summary) -> Content:
-    when = item.updated[:16].replace("T", " ")
+    when = local_time(item.updated)
     turns = f"{item.n_turns} turn{'s' if item.n_turns != 1 else ''}"
     head = Content.assemble((item.title, "bold"), "\n  ", (f"{when}  {turns}", "$text-muted"))
     if not item.snippet:

@@ -10,6 +10,7 @@ from textual.screen import Screen
 from textual.widgets import Footer
 
 from ..widgets.expert_map import ExpertMap
+from ..widgets.gauge import Gauge
 from ..widgets.side_panel import SidePanel
 
 if TYPE_CHECKING:
@@ -38,8 +39,8 @@ class MapScreen(Screen[None]):
         if own.state is not chat.state:
             own.set_state(chat.state)
         for name in ("#speed", "#bytes"):
-            source, target = chat.query_one(name), own.query_one(name)
-            target.values = source.values  # type: ignore[attr-defined]
+            source, target = chat.query_one(name, Gauge), own.query_one(name, Gauge)
+            target.values, target.latest = source.values, source.latest
             target.refresh()
         own.redraw()
         own.query_one(ExpertMap).refresh_cells()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import sqlite3
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,15 +15,21 @@ from typing import Any
 from sqlite_utils import Database
 
 from mobile_gguf.errors import MobileError
+from mobile_gguf.files.lock import exclusive
 
 from ..engine.outbox import Token
 
 MAX_TITLE = 60
 _BUSY_SECONDS = 2.0
+_OF_THE_MOMENT = (sqlite3.OperationalError, sqlite3.ProgrammingError, sqlite3.InterfaceError)
 
 
 class StoreError(MobileError):
-    """The conversations' file cannot be read or written."""
+    """The conversations' file cannot be read or written; ``broken``: its content is damaged."""
+
+    def __init__(self, text: str, *, broken: bool = False) -> None:
+        super().__init__(text)
+        self.broken = broken
 
 
 @dataclass
@@ -56,12 +64,14 @@ class ConversationStore:
         with _as_store_error(path):
             if path is not None:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                connection = sqlite3.connect(path, timeout=_BUSY_SECONDS)
-                self._db = Database(connection)
-                self._db.enable_wal()
+                # SQLite lets nobody wait for the change of its journal, nor for a table that another makes
+                with exclusive(path.with_name(path.name + ".lock")):
+                    self._db = Database(sqlite3.connect(path, timeout=_BUSY_SECONDS))
+                    self._db.enable_wal()
+                    self._migrate()
             else:
                 self._db = Database(memory=True)
-            self._migrate()
+                self._migrate()
 
     def _migrate(self) -> None:
         conversations, messages = self._table("conversations"), self._table("messages")
@@ -83,7 +93,8 @@ class ConversationStore:
     def create(self, title: str, model: str, system: str = "") -> int:
         """Start a conversation; returns its id."""
         now = _now()
-        row = {"title": shorten(title), "system": system, "model": model, "created": now, "updated": now}
+        row = {"title": shorten(title), "system": storable(system), "model": storable(model)}
+        row |= {"created": now, "updated": now}
         with _as_store_error(self.path):
             return int(self._table("conversations").insert(row).last_pk)
 
@@ -93,10 +104,10 @@ class ConversationStore:
             "conversation": conversation,
             "position": position,
             "role": turn.role,
-            "content": turn.content,
+            "content": storable(turn.content),
             "receipt": turn.receipt,
             "tokens": json.dumps([[t.text, t.kind, round(t.seconds, 4), t.n_bytes] for t in turn.tokens]),
-            "model": turn.model,
+            "model": storable(turn.model),
             "created": _now(),
         }
         with _as_store_error(self.path), self._db.conn:
@@ -113,7 +124,7 @@ class ConversationStore:
         self._table("messages").delete_where("conversation = ? and position >= ?", [conversation, position])
 
     def _touch(self, conversation: int, model: str) -> None:
-        changes = {"updated": _now()} | ({"model": model} if model else {})
+        changes = {"updated": _now()} | ({"model": storable(model)} if model else {})
         self._table("conversations").update(conversation, changes)
 
     def rename(self, conversation: int, title: str) -> None:
@@ -124,7 +135,7 @@ class ConversationStore:
     def set_system(self, conversation: int, system: str) -> None:
         """Save a conversation's system message."""
         with _as_store_error(self.path):
-            self._table("conversations").update(conversation, {"system": system})
+            self._table("conversations").update(conversation, {"system": storable(system)})
 
     def delete(self, conversation: int) -> None:
         """Forget a conversation."""
@@ -163,6 +174,13 @@ class ConversationStore:
         )
         with _as_store_error(self.path):
             return [row["content"] for row in self._db.query(query, [limit])][::-1]
+
+    def check(self) -> None:
+        """Raise StoreError if the file is damaged, wherever in it."""
+        with _as_store_error(self.path):
+            rows = [row[0] for row in self._db.execute("pragma quick_check(1)").fetchall()]
+            if rows != ["ok"]:
+                raise sqlite3.DatabaseError(" ".join(str(rows[0]).split()) if rows else "it is damaged")
 
     def close(self) -> None:
         """Close the file."""
@@ -212,8 +230,13 @@ def _turn(row: dict[str, Any]) -> Turn:
 
 def shorten(title: str) -> str:
     """A title: one line of at most MAX_TITLE characters."""
-    line = " ".join(title.split())
+    line = " ".join(storable(title).split())
     return (line if len(line) <= MAX_TITLE else line[: MAX_TITLE - 1].rstrip() + "…") or "Untitled"
+
+
+def storable(text: str) -> str:
+    """Text without halves of surrogate pairs, which no file can hold."""
+    return text.encode("utf-8", errors="replace").decode()
 
 
 def _now() -> str:
@@ -232,7 +255,31 @@ class _as_store_error:
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         if isinstance(error, (sqlite3.Error, OSError)):
             where = self._path if self._path is not None else "memory"
-            raise StoreError(f"conversations in {where} cannot be used: {error}") from None
+            # an OperationalError is of the disk or of the moment, its base class of the content
+            broken = isinstance(error, sqlite3.DatabaseError) and not isinstance(error, _OF_THE_MOMENT)
+            raise StoreError(f"conversations in {where} cannot be used: {error}", broken=broken) from None
+
+
+def move_aside(path: Path) -> Path:
+    """Rename a file that cannot be read, with what SQLite keeps beside it; returns its new name.
+
+    Raises StoreError.
+    """
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    target = path.with_name(f"{path.name}.broken-{stamp}")
+    with _as_store_error(path), exclusive(path.with_name(path.name + ".lock")):
+        for suffix in ("-wal", "-shm", ""):
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(f"{path}{suffix}", f"{target}{suffix}")
+    return target
+
+
+def local_time(updated: str) -> str:
+    """A time of the file, which is in UTC, as the user's clock has it."""
+    try:
+        return datetime.fromisoformat(updated).astimezone().strftime("%Y-%m-%d %H:%M")
+    except ValueError:
+        return updated[:16].replace("T", " ")
 
 
 def export_markdown(title: str, system: str, turns: list[Turn]) -> str:

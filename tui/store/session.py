@@ -8,18 +8,25 @@ from typing import Any
 from ..engine.outbox import Token
 from .conversations import ConversationStore, StoreError, Turn, export_markdown, shorten
 
+_CUT = "cut: the chat ended here"
+
 
 class Session:
-    """One conversation at a time over a store; what cannot be saved is told once and stays in memory."""
+    """One conversation at a time over a store.
 
-    def __init__(self, store: ConversationStore, warn: Callable[[str], None] = lambda _text: None) -> None:
+    What cannot be saved stays in memory; ``warn`` hears why, and None once all is saved after all.
+    """
+
+    def __init__(
+        self, store: ConversationStore, warn: Callable[[StoreError | None], None] = lambda _error: None
+    ) -> None:
         self.store = store
         self._warn = warn
         self.id: int | None = None
         self.title = ""
         self.system = ""
         self.turns: list[Turn] = []
-        self._warned = False
+        self._behind = False  # the store lacks something
 
     @property
     def messages(self) -> list[dict[str, Any]]:
@@ -35,13 +42,18 @@ class Session:
         """Continue a saved conversation. Raises StoreError."""
         title, system, turns = self.store.open(conversation)
         self.id, self.title, self.system, self.turns = conversation, title, system, turns
+        self._behind = False
 
     def ask(self, text: str, model: str) -> None:
         """Add a question."""
         if self.id is None:
             self.title = self.title or shorten(text)
-            self._try(lambda: self._create(model))
-        self._add(Turn("user", text))
+        self._add(Turn("user", text, model=model))
+
+    def draft(self, text: str, tokens: list[Token], model: str) -> None:
+        """Save an answer as far as it has come; ``answer``, or ``cut``, takes its place."""
+        turn = Turn("assistant", text, _CUT, tokens, model)
+        self._save(lambda: self.store.append(self._saved_id(), len(self.turns), turn))
 
     def answer(self, text: str, receipt: str, tokens: list[Token], model: str) -> None:
         """Add an answer, whole or as far as it came."""
@@ -51,8 +63,7 @@ class Session:
         """Forget the turns from ``position`` on."""
         del self.turns[position:]
         if self.id is not None:
-            conversation = self.id
-            self._try(lambda: self.store.cut(conversation, position))
+            self._save(lambda: self.store.cut(self._saved_id(), position))
 
     def last_question(self) -> int | None:
         """The position of the user's last turn."""
@@ -62,33 +73,56 @@ class Session:
         """Set the system message; empty removes it."""
         self.system = text
         if self.id is not None:
-            conversation = self.id
-            self._try(lambda: self.store.set_system(conversation, text))
+            self._save(lambda: self.store.set_system(self._saved_id(), text))
 
     def rename(self, title: str) -> None:
         """Give the conversation another title."""
         self.title = shorten(title)
         if self.id is not None:
-            conversation = self.id
-            self._try(lambda: self.store.rename(conversation, title))
+            self._save(lambda: self.store.rename(self._saved_id(), title))
 
     def markdown(self) -> str:
         """The conversation as Markdown."""
         return export_markdown(self.title or "Untitled", self.system, self.turns)
 
-    def _create(self, model: str) -> None:
-        self.id = self.store.create(self.title, model, self.system)
+    def move_to(self, store: ConversationStore) -> None:
+        """Save the whole conversation in another store, and go on there."""
+        self.store, self.id = store, None
+        self.save_all()
+
+    def save_all(self) -> None:
+        """Save the whole conversation anew, if there is one."""
+        if self.turns:
+            self._behind = True
+            self._save(lambda: None)
 
     def _add(self, turn: Turn) -> None:
         self.turns.append(turn)
-        if self.id is not None:
-            conversation, position = self.id, len(self.turns) - 1
-            self._try(lambda: self.store.append(conversation, position, turn))
+        position = len(self.turns) - 1
+        self._save(lambda: self.store.append(self._saved_id(), position, turn))
 
-    def _try(self, save: Callable[[], None]) -> None:
+    def _saved_id(self) -> int:
+        if self.id is None:
+            first = self.turns[0].model if self.turns else ""
+            self.id = self.store.create(self.title or "Untitled", first, self.system)
+        return self.id
+
+    def _save(self, step: Callable[[], None]) -> None:
+        """Do ``step``; what could not be saved before goes first."""
         try:
-            save()
+            if self._behind:
+                self._catch_up()
+            step()
         except StoreError as error:
-            if not self._warned:
-                self._warn(f"not saved: {error}")
-            self._warned = True
+            self._behind = True
+            self._warn(error)
+
+    def _catch_up(self) -> None:
+        conversation = self._saved_id()
+        self.store.rename(conversation, self.title or "Untitled")
+        self.store.set_system(conversation, self.system)
+        self.store.cut(conversation, 0)
+        for position, turn in enumerate(self.turns):
+            self.store.append(conversation, position, turn)
+        self._behind = False
+        self._warn(None)

@@ -30,6 +30,7 @@ class Gauge(Widget):
         self._label = label
         self._show = show
         self.values: deque[float] = deque(maxlen=_KEPT)
+        self.latest: float | None = None  # what is said in place of the last value
 
     def add(self, values: Iterable[float]) -> None:
         """Append values and draw them."""
@@ -39,11 +40,13 @@ class Gauge(Widget):
     def clear(self) -> None:
         """Forget all values."""
         self.values.clear()
+        self.latest = None
         self.refresh()
 
     def render(self) -> Content:
         """The two lines."""
-        latest = self._show(self.values[-1]) if self.values else "-"
+        said = self.latest if self.latest is not None else self.values[-1] if self.values else None
+        latest = self._show(said) if said is not None else "-"
         room = max(1, self.size.width)
         first = f"{self._label} {latest:>{max(0, room - len(self._label) - 1)}}"
         bars = sparkline(self.values, room)

@@ -69,6 +69,10 @@ class SidePanel(Vertical):
         self.query_one("#speed", Gauge).add([1 / token.seconds for token in timed if token.seconds > 0])
         self.query_one("#bytes", Gauge).add([float(token.n_bytes) for token in timed])
 
+    def set_rate(self, tokens_per_second: float) -> None:
+        """The answer's tokens per second so far, the number that the title and the receipt have too."""
+        self.query_one("#speed", Gauge).latest = tokens_per_second
+
     def redraw(self) -> None:
         """Draw the map and its figures as the state now is."""
         self.query_one(ExpertMap).refresh_cells()

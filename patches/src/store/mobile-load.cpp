@@ -3,6 +3,7 @@
 #include "ggml/ggml-expert.h"
 #include "mobile-error.h"
 #include "store/mobile-tag.h"
+#include "store/mobile-zeros.h"
 
 #include "llama-model-loader.h"
 #include "llama-model.h"
@@ -41,6 +42,7 @@ struct mobile_buffer_context {
 struct mobile_loading {
     bool                                          pending = false;
     bool                                          mark    = false; // all experts in ordinary buffers
+    bool                                          zeros   = false; // all weights are zeros
     mobile_load_params                            params  = {};
     std::vector<llama_model_tensor_buft_override> overrides;
 };
@@ -52,6 +54,10 @@ void mobile_load_set_pending(const mobile_load_params * params) {
     if (params) {
         g_loading.params = *params;
     }
+}
+
+void mobile_load_set_zeros(bool on) {
+    g_loading.zeros = on;
 }
 
 //
@@ -221,6 +227,11 @@ static bool owns_expert(const ggml_tensor * w) {
 const llama_model_tensor_buft_override * mobile_load_begin(const llama_model_tensor_buft_override * overrides) {
     g_loading.mark = false;
     mobile_fail(MOBILE_OK, "");
+    if (g_loading.zeros) {
+        g_loading.mark      = true;
+        g_loading.overrides = { { MOBILE_EVERY_TENSOR, mobile_zeros_type() }, { nullptr, nullptr } };
+        return g_loading.overrides.data();
+    }
     if (!g_loading.pending) {
         return overrides;
     }
@@ -301,6 +312,9 @@ bool mobile_load_tensors(llama_model_loader & ml, ggml_context * ctx, llama_prog
         if (t->buffer && ggml_backend_buffer_get_type(t->buffer) == mobile_buffer_type()) {
             tensors.push_back(t);
         }
+    }
+    if (g_loading.zeros) {
+        return true;
     }
     if (tensors.empty()) {
         return false;

@@ -1,0 +1,106 @@
+"""From messages to a prompt's tokens: the model's template, what is text in it, and what cannot fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from mobile_gguf.errors import PromptTooLongError
+
+from .control_text import Hidden, Piece, text_length
+from .templates import Renderer
+from .vocabulary import Vocabulary
+
+# What is shorter needs no measuring before it is rendered, and a template may always write so much.
+_SHORT, _LEAST_LIMIT = 1 << 14, 1 << 20
+# Names that a template is given beside what its caller has for it.
+OWN_NAMES = frozenset(
+    {"messages", "tools", "functions", "function_call", "tool_choice", "add_generation_prompt", "special"}
+    | {"bos_token", "eos_token", "raise_exception", "strftime_now"}
+)
+
+
+class Tokenizer(Protocol):
+    """What makes tokens of text, as Llama has it."""
+
+    def tokenize(self, text: bytes, add_bos: bool = ..., special: bool = ...) -> list[int]: ...
+
+
+class ChatPrompts:
+    """Makes prompts of messages by ``template``; ``bos`` and ``eos`` are those tokens' texts.
+
+    ``n_ctx`` is how many tokens may be of use: what cannot fit is not made into tokens at all.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, vocabulary: Vocabulary, template: str, bos: str, eos: str, n_ctx: int
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._vocabulary = vocabulary
+        self._template = template
+        self._bos = bos
+        self._eos = eos
+        self._n_ctx = n_ctx
+        self._renderer = Renderer()
+
+    def close(self) -> None:
+        """End the process that renders."""
+        self._renderer.close()
+
+    def tokens(
+        self, messages: Sequence[Mapping[str, Any]], values: Mapping[str, Any], *, special: bool
+    ) -> list[int]:
+        """The prompt; ``special`` reads control tokens in the messages as such.
+
+        Raises UsageError if the template refuses the messages, PromptTooLongError if they cannot fit.
+        """
+        hidden: Hidden | None = None
+        if not special:
+            messages, values, hidden = self._vocabulary.control_texts.hide(messages, values, self._template)
+        names = {
+            "messages": messages,
+            "tools": None,
+            "functions": None,
+            "function_call": None,
+            "tool_choice": None,
+            "add_generation_prompt": True,
+            "bos_token": self._bos,
+            "eos_token": self._eos,
+        }
+        most = self._most_characters(text_length([messages, values]))
+        prompt = self._renderer.render(self._template, names | dict(values), most)
+        # Most templates write the beginning-of-sequence token themselves; it must not come twice.
+        twice = bool(self._bos) and prompt.startswith(self._bos)
+        encoded = prompt.encode(errors="replace")
+        self._vocabulary.check_fits(encoded, self._n_ctx)
+        pieces = self._vocabulary.control_texts.split(prompt, hidden)
+        if len(pieces) == 1 and not pieces[0].is_plain:
+            return self._tokenizer.tokenize(encoded, add_bos=not twice, special=True)
+        # What goes around a text is of its first and last piece only.
+        around = [] if twice else self._tokenizer.tokenize(b"", add_bos=True, special=True)
+        tokens = [token for piece in pieces for token in self._read(piece, hidden)]
+        n_before = min(len(around), 1) if self._bos else 0
+        return [*around[:n_before], *tokens, *around[n_before:]]
+
+    def _most_characters(self, n_given: int) -> int:
+        """Characters that a prompt may have, of messages of ``n_given``; what is longer is no prompt."""
+        if n_given <= _SHORT:
+            return _LEAST_LIMIT
+        most = self._vocabulary.limit.most_bytes(self._n_ctx)
+        if n_given > most:
+            raise PromptTooLongError(
+                f"the messages have {n_given} characters, and no prompt of {self._n_ctx} tokens more than "
+                f"{most}: shorten them, or load the model with a larger --ctx-size"
+            )
+        return max(_LEAST_LIMIT, most)
+
+    def _read(self, piece: Piece, hidden: Hidden | None) -> list[int]:
+        text = piece.text.encode(errors="replace")
+        tokens = self._tokenizer.tokenize(text, add_bos=False, special=not piece.is_plain)
+        if not piece.is_plain or self._vocabulary.controls.isdisjoint(tokens):
+            return tokens
+        # The tokenizer makes control tokens all the same, as of an end that the file calls user-defined.
+        assert hidden is not None
+        parts = self._vocabulary.control_texts.apart(piece.text)
+        made = [self._tokenizer.tokenize(part.encode(errors="replace"), False, False) for part in parts]
+        return [token for part in made for token in part]
