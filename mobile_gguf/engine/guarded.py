@@ -29,7 +29,7 @@ class GuardedCalls:
 
         self._llama = llama_cpp
         self._engine = engine
-        self._vocab = llama_cpp.llama_model_get_vocab(model)
+        self._vocab: Any = llama_cpp.llama_model_get_vocab(model)
         self._ctx = ctx
         self._is_forked = False
         abandon_in_children(self)
