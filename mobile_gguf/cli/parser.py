@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
-from typing import NoReturn
+from typing import Any, NoReturn
 
 PROGRAM = "mobile-gguf"
 EXIT_USAGE = 2
