@@ -47,12 +47,14 @@ run: $(VENV)/.tui engine ## chat with the demo model; without a terminal, answer
 stock: $(VENV)/.package ## build unpatched llama.cpp beside the engine, for comparison
 	@$(BIN)/mobile-gguf engine build --stock
 
-# PYTEST: more options, such as PYTEST="-k rpc"
+# WORKERS: processes at once; each file's tests stay together. PYTEST: more options, such as PYTEST="-k rpc"
+WORKERS ?= 2
+RUN_TESTS = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 test: $(VENV)/.dev stock ## run all tests
-	$(BIN)/python -m pytest $(PYTEST)
+	$(RUN_TESTS) $(PYTEST)
 
 quick: $(VENV)/.dev ## run the tests that need no engine, converter, browser or GPU, and no patience
-	$(BIN)/python -m pytest -q -n auto --dist loadfile -p no:schemathesis -m "not (engine or convert or browser or gpu or slow)" --durations=5 $(PYTEST)
+	$(RUN_TESTS) -q -p no:schemathesis -m "not (engine or convert or browser or gpu or slow)" --durations=5 $(PYTEST)
 
 # a processor of 2009: whatever is expected of this one must hold there, too
 PORTABLE := -DGGML_NATIVE=OFF -DGGML_AVX=OFF -DGGML_AVX2=OFF -DGGML_BMI2=OFF -DGGML_FMA=OFF -DGGML_F16C=OFF

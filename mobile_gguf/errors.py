@@ -10,6 +10,7 @@ class MobileError(Exception):
     """Base of every error a user can cause or meet; its text is meant for them."""
 
     exit_code = 1
+    command_line: str | None = None  # the text with flags for options, where it has such
 
 
 class UsageError(MobileError):
@@ -79,6 +80,15 @@ def is_unicode(text: str) -> bool:
     return True
 
 
+def install_hint(extra: str = "") -> str:
+    """How the packages of this one, or of an extra, are installed.
+
+    It is on no index, where a build of llama-cpp-python that is not ours would come with it.
+    """
+    what = f"'.[{extra}]'" if extra else "."
+    return f"`pip install -e {what}` in mobile-gguf's folder"
+
+
 # What `pip install` brings; a module that is missing otherwise is a fault of ours.
 _PACKAGES = ("llama_cpp", "gguf", "numpy", "jinja2", "huggingface_hub", "tomli")
 
@@ -90,7 +100,7 @@ def missing_package(error: ImportError) -> str | None:
         return None
     if name == "llama_cpp":
         return "the engine is not installed (no llama_cpp): run `mobile-gguf engine build`"
-    return f"the package {name} is not installed: run `pip install -e .` in mobile-gguf's folder"
+    return f"the package {name} is not installed: run {install_hint()}"
 
 
 def require_unicode(what: str, text: str) -> str:

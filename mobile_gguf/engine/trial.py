@@ -83,7 +83,7 @@ def check_file(engine: Engine, path: Path, keep_on: Callable[[], object] = lambd
 
 def _end_of_child(library: str, path: Path, keep_on: Callable[[], object]) -> tuple[int, str]:
     """The child's exit code, below 0 for a signal, and what it wrote to stderr."""
-    command = [sys.executable, "-I", "-S", "-c", _CHILD, library, os.fspath(path.absolute())]
+    command = [sys.executable or "python", "-I", "-S", "-c", _CHILD, library, os.fspath(path.absolute())]
     environment = {**os.environ, "GGML_NO_BACKTRACE": "1", "CUDA_VISIBLE_DEVICES": ""}
     with tempfile.TemporaryFile() as stderr:
         try:

@@ -302,7 +302,10 @@ class MobileLlama(Llama):
             self.engine.prefetch_masked(self.ctx)
 
     def last_logits(self) -> Any:
-        return np.ctypeslib.as_array(self._ctx.get_logits_ith(-1), shape=(self._n_vocab,))
+        logits = self._ctx.get_logits_ith(-1)
+        if not logits:
+            raise UsageError("there are no logits: ask for a token first")
+        return np.ctypeslib.as_array(logits, shape=(self._n_vocab,))
 
     def head_probability(self, token: int) -> float | None:
         if self.head is None or self._state_at != self.n_tokens:

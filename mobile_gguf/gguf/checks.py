@@ -19,7 +19,7 @@ from .experts import expert_name
 from .header import TensorInfo
 
 MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
-MAX_EXPERTS = 1024  # LLAMA_MAX_EXPERTS
+_MAX_EXPERTS = 1024  # LLAMA_MAX_EXPERTS
 _ROPE_SCALINGS = ("none", "linear", "yarn", "longrope")
 _MAX_POOLING, _MAX_GATING = 4, 4  # LLAMA_POOLING_TYPE_RANK, LLAMA_EXPERT_GATING_FUNC_TYPE_SQRT_SOFTPLUS
 _EPSILONS = ("layer_norm_epsilon", "layer_norm_rms_epsilon", "group_norm_epsilon")
@@ -132,7 +132,7 @@ class _Checks:
         n_expert = self.integer("expert_count")
         if self.architecture in _ONE_IS_NONE and n_expert <= 1:
             return
-        self.at_most("expert_count", MAX_EXPERTS)
+        self.at_most("expert_count", _MAX_EXPERTS)
         n_used = self.integer("expert_used_count")
         n_groups = self.integer("expert_group_count")
         if n_used > n_expert or (n_expert and not n_used):

@@ -41,7 +41,10 @@ _RAM_BUDGET = Opt(
     help="memory for experts: 512MiB, 2G, 40% of them, or auto",
 )
 _MODE = Opt("--mode", choices=MODES, help="experts per token: exact all, little fewer, big-little both")
-_GAMMA = Opt("--gamma", read=float, low=0, help="big-little: run a token again below this probability")
+# no probability is above 1: any number above it is "always", and one is enough
+_GAMMA = Opt(
+    "--gamma", read=float, low=0, high=2, help="big-little: run a token again below this probability"
+)
 _IMPORTANCE = Opt(
     "--importance", choices=IMPORTANCE, help="big-little: what finds important tokens; auto: the head, if any"
 )

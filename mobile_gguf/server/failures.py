@@ -13,7 +13,14 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
-from mobile_gguf.errors import MobileError, ModelBusyError, PromptTooLongError, QueueFullError, UsageError
+from mobile_gguf.errors import (
+    GrammarError,
+    MobileError,
+    ModelBusyError,
+    PromptTooLongError,
+    QueueFullError,
+    UsageError,
+)
 
 logger = logging.getLogger("mobile_gguf")
 
@@ -94,6 +101,8 @@ def as_api_error(error: BaseException) -> ApiError:
         return ApiError(503, str(error), code="model_unavailable")
     if isinstance(error, PromptTooLongError):
         return ApiError(400, str(error), code=TOO_LONG)
+    if isinstance(error, GrammarError):
+        return ApiError(400, str(error), code="grammar_stuck")
     if isinstance(error, UsageError):
         return ApiError(400, str(error), code="invalid_value")
     if isinstance(error, MobileError):
