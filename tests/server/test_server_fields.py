@@ -70,6 +70,15 @@ def test_what_would_change_the_answer_or_is_unknown_is_not(server: Any, name: st
     assert name in answer.json()["error"]["param"]
 
 
+@pytest.mark.parametrize("name", ["\x00", "\x1b[31m", "a\nb", "\ud800"])
+def test_an_error_is_a_printable_line(server: Any, name: str) -> None:
+    answer = server.post("/v1/chat/completions", {"messages": USER, name: 1})
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["message"].isprintable()
+    assert error["param"].isprintable()
+
+
 def test_completions_take_what_says_nothing(server: Any) -> None:
     body = {"prompt": "x", "suffix": None, "best_of": 1, "prompt_cache_retention": None}
     assert server.post("/v1/completions", body).status_code == 200
