@@ -158,6 +158,9 @@ def from_validation(error: RequestValidationError) -> ApiError:
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}")
     if first["type"] == "extra_forbidden":
+        # a name that looks like those of union members is one all the same
+        name = str(first["loc"][-1])
+        param = param if where and str(where[-1]) == name else ".".join([*map(str, where), name])
         return ApiError(400, f"unrecognized request argument: {param}", param=param, code="unknown_parameter")
     message = first["msg"].removeprefix("Value error, ")
     if param is None:
