@@ -35,7 +35,10 @@ _MARKED_BY = {
     "device": {"device_jobs", "device_oracle", "device_server"},
     "convert": {"checkpoints", "convert_checkpoints", "convert_runs", "verify_models"},
     "browser": {"browser"},
-    "slow": {"engine_source", "fuzz_target", "lint_tree", "server_harness", "tui_app"},
+    "slow": {
+        "engine_source", "fuzz_server", "fuzz_target", "lint_tree", "mobile_gguf.generate.templates",
+        "server_harness", "tui_app",
+    },
 }  # fmt: skip
 _MARKED_FOLDERS = {"device", "convert"}
 
