@@ -55,6 +55,10 @@ class ExpertReadError(EngineError):
     """Expert bytes could not be read while decoding; names file, layer and expert."""
 
 
+class GrammarError(MobileError):
+    """An answer cannot go on under its grammar or schema: no token fits, or it became too complex."""
+
+
 class AnswerStopped(MobileError):
     """An answer was asked to stop while its prompt was computed; Model makes a finish reason of it."""
 

@@ -133,6 +133,17 @@ def _reader(name: str, opt: Opt) -> Callable[[str], Any]:
     return read
 
 
+def at_least_one(text: str) -> int:
+    """How argparse reads a number of things, for a flag that is no option's."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number}: it must be at least 1")
+    return number
+
+
+at_least_one.__name__ = "whole number"
+
+
 def read_text_file(name: str) -> str:
     """The text of a file that a flag names. Raises UsageError."""
     try:

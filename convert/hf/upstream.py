@@ -88,6 +88,7 @@ def write_stacked(
     name: str | None = None,
     pre_tokenizer: str | None = None,
     trust_remote_code: bool = False,
+    no_mtp: bool = False,
     on_plan: Callable[[StackedPlan], bool] = lambda plan: True,
     progress: Progress = no_progress,
 ) -> StackedReport | None:
@@ -100,6 +101,7 @@ def write_stacked(
     job = {
         "folder": str(folder.resolve()), "out": str(out), "outtype": outtype, "threads": threads,
         "name": name, "pre_tokenizer": pre_tokenizer, "trust_remote_code": trust_remote_code,
+        "no_mtp": no_mtp,
     }  # fmt: skip
     environment = child_environment(str(converter), str(converter / "gguf-py"))
     # the checkpoint is a folder: nothing here may ask the Hub for anything

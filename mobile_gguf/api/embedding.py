@@ -15,6 +15,7 @@ from mobile_gguf.generate.answer import Backend, read_traffic
 from mobile_gguf.generate.receipt import Receipt
 from mobile_gguf.generate.request import token_ids
 from mobile_gguf.gguf.info import GgufInfo
+from mobile_gguf.options.bias import check_tokens
 from mobile_gguf.options.words import POOLINGS, RANK
 
 
@@ -63,9 +64,7 @@ def embed(
         tokens = backend.tokenize(encoded, add_bos=True, special=False)
     else:
         tokens = token_ids(text)
-        for token in tokens:
-            if not 0 <= token < info.n_vocab:
-                raise UsageError(f"token {token} is not in the vocabulary of {info.n_vocab}")
+        check_tokens(tokens, info.n_vocab, "the text")
     if not tokens:
         raise UsageError("there is nothing to embed: the text is empty")
     if len(tokens) > limit:

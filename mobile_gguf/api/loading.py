@@ -13,6 +13,7 @@ from mobile_gguf.engine.held_interrupts import held_interrupts
 from mobile_gguf.engine.log import capture_log, clear_errors, last_errors
 from mobile_gguf.engine.prefetch import holder, set_prefetch
 from mobile_gguf.engine.rpc import clear_loss, last_loss
+from mobile_gguf.engine.trial import try_file
 from mobile_gguf.errors import BudgetError, EngineError, MobileError, ModelFormatError
 from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.memory.fit import Fit, asked_of, fit_model
@@ -44,6 +45,8 @@ def open_backend(
             f"{info.path} ({info.layout}; `mobile-gguf convert --export` makes a file for stock llama.cpp)"
         )
     capture_log(options.verbose)
+    if engine is not None:
+        try_file(engine, info.path, info.files, lambda: progress is None or progress("loading", 0.0))
     if progress is not None:
         more["progress"] = progress
     notices: list[str] = []

@@ -12,9 +12,10 @@ import threading
 import weakref
 from collections.abc import Callable, Generator, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from mobile_gguf.engine.devices import Device
+from mobile_gguf.engine.forks import abandon_in_children, forked
 from mobile_gguf.engine.structs import Counters, DeviceCounters
 from mobile_gguf.errors import (
     EngineError,
@@ -33,6 +34,7 @@ from mobile_gguf.gguf.info import GgufInfo, read_gguf_info
 from mobile_gguf.hub.resolve import is_at_hand, resolve_model
 from mobile_gguf.memory.demand import context_size
 from mobile_gguf.options import POLICY_OPTIONS, GenerateOptions, LoadOptions, make_options, takes
+from mobile_gguf.options.bias import check_tokens
 from mobile_gguf.options.opt import check_callables, take_text
 from mobile_gguf.options.words import TRIM
 
@@ -128,6 +130,7 @@ class Model:
         # what answers follow where nothing else is asked for: the file's own sampling settings, then ours
         self.defaults = make_options(GenerateOptions, recommended(info)[0])
         self._backend: Backend | None = backend
+        self._is_forked = False
         self._lock = threading.Lock()
         self._active: weakref.ref[Generator[Chunk, None, None]] | None = None
         self._totals = Counters()
@@ -144,6 +147,7 @@ class Model:
             backend.close()
             raise
         _open_models.add(self)
+        abandon_in_children(self)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name.startswith("_") or name in self.__annotations__ or hasattr(type(self), name)):
@@ -337,7 +341,8 @@ class Model:
     @contextlib.contextmanager
     def _taken(self) -> Generator[Backend, None, None]:
         """Hold the model, whose counters are in the totals now: whoever uses it resets them first."""
-        if not self._lock.acquire(blocking=False):
+        lock = self._lock  # a forked child has another
+        if not lock.acquire(blocking=False):
             raise ModelBusyError(_BUSY)
         try:
             backend = self._require_open()
@@ -345,7 +350,7 @@ class Model:
             self._device_totals = self._device_totals + backend.device_counters()
             yield backend
         finally:
-            self._lock.release()
+            lock.release()
 
     def _join(self, answer: Answer, on_chunk: OnChunk) -> Reply:
         check_callables(on_chunk=on_chunk)
@@ -455,15 +460,16 @@ class Model:
 
         Raises UsageError for a token that is not in the vocabulary.
         """
-        (token,) = token_ids([token])
-        if not 0 <= token < self.info.n_vocab:
-            raise UsageError(f"token {token} is not in the vocabulary of {self.info.n_vocab}")
-        return self._require_open().piece(token, special)
+        return self._require_open().piece(self._own_token(token), special)
 
     def is_end(self, token: int) -> bool:
         """Whether ``token`` ends an answer."""
-        (token,) = token_ids([token])
-        return 0 <= token < self.info.n_vocab and self._require_open().is_end(token)
+        return self._require_open().is_end(self._own_token(token))
+
+    def _own_token(self, token: int) -> int:
+        tokens = token_ids([token])
+        check_tokens(tokens, self.info.n_vocab)
+        return tokens[0]
 
     def last_logits(self) -> Any:
         """The logits [n_vocab] that the last token was sampled from, until the next one is asked for."""
@@ -527,11 +533,22 @@ class Model:
     def __exit__(self, *_exception: object) -> None:
         self.close()
 
+    def abandon(self) -> None:
+        """In a forked child: every call is refused, and nothing is freed."""
+        self._is_forked = True
+        self._backend = self._active = None
+        self._lock = threading.Lock()
+
+    def __reduce_ex__(self, _protocol: object) -> NoReturn:
+        raise TypeError("a Model holds a loaded file and cannot be copied or pickled: load it again instead")
+
     def __repr__(self) -> str:
         state = "closed" if self._backend is None else self._policy.mode
         return f"<Model {self.path.name} {state}>"
 
     def _require_open(self) -> Backend:
+        if self._is_forked:
+            raise forked()
         if self._backend is None:
             raise ModelBusyError(f"this Model of {self.path.name} is closed: load it again")
         return self._backend

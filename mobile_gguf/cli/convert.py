@@ -191,6 +191,7 @@ def _refuse_for_gguf(path: Path, options: ConvertOptions) -> None:
         "pure",
         "keep_intermediate",
         "pre_tokenizer",
+        "no_mtp",
     ):
         if getattr(options, name) != getattr(plain, name):
             flag = "--tensor-type" if name == "tensor_types" else f"--{name.replace('_', '-')}"

@@ -1,27 +1,28 @@
 """llama-cpp-python's Llama with decode steps that follow a policy.
 
-Everything above ``eval`` (completion, chat handlers, sampling, grammar, log probabilities, prefix
-reuse) is llama-cpp-python's own; only how a batch is run is ours. Imported when a model is loaded,
-because it needs llama-cpp-python.
+Everything above ``eval`` (sampling, prefix reuse) is llama-cpp-python's own; how a batch is run is ours, and
+which tokens a grammar leaves to sample from. Imported when a model is loaded: it needs llama-cpp-python.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import json
+import sys
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from llama_cpp import Llama, LlamaGrammar, llama_cpp
+from llama_cpp import Llama, llama_cpp
 from llama_cpp.llama_chat_format import CHATML_CHAT_TEMPLATE
 
 from mobile_gguf.device.tier import DeviceTier
 from mobile_gguf.engine.binding import Engine
 from mobile_gguf.engine.devices import Device, device_array
 from mobile_gguf.engine.experts import ContextExperts, Experts
+from mobile_gguf.engine.forks import abandon_in_children
+from mobile_gguf.engine.guarded import GuardedCalls
 from mobile_gguf.engine.log import clear_errors, last_errors
 from mobile_gguf.engine.prefetch import prefetch_counters
 from mobile_gguf.engine.rpc import context_loss
@@ -30,6 +31,10 @@ from mobile_gguf.errors import EngineError, ExpertReadError, MobileError, UsageE
 from mobile_gguf.gguf.info import GgufInfo
 
 from .chat_prompt import ChatPrompts
+from .constraint.candidates import sample_among
+from .constraint.making import constraint_of
+from .constraint.matching import Constraint
+from .constraint.tokens import TokenTable
 from .decode import ALL_EXPERTS, Pass, Policy, decode_prompt, decode_token
 from .head import Head
 from .interrupt import stopping_on_request
@@ -40,6 +45,14 @@ from .vocabulary import Vocabulary
 _TEMPLATES = "tokenizer.chat_template"
 # A prompt that is all in the context already is computed anew from here before its end.
 _MIN_PROMPT = 2
+
+
+class FileName(str):
+    """A file's name that reaches C as it is: llama-cpp-python encodes it, and not every name is UTF-8."""
+
+    def encode(self, encoding: str = "", errors: str = "") -> bytes:
+        """The name's bytes."""
+        return super().encode(sys.getfilesystemencoding(), sys.getfilesystemencodeerrors())
 
 
 class MobileLlama(Llama):
@@ -77,10 +90,15 @@ class MobileLlama(Llama):
         self.head: Head | None = None
         self._keeps_state = False
         self._biases: Mapping[int, float] = {}
+        self._constraint: Constraint | None = None
+        self._token_table: TokenTable | None = None
         # The position whose token comes next, if the last pass left its hidden state.
         self._state_at = -1
         self._template: str | None = None
-        super().__init__(model_path, n_gpu_layers=-1 if devices else 0, **options)
+        super().__init__(FileName(model_path), n_gpu_layers=-1 if devices else 0, **options)
+        self.calls = GuardedCalls(engine, self.model, self.ctx)
+        self._ctx.decode = self.calls.decode
+        abandon_in_children(self)
         # llama.cpp does not notice that a server is gone once it has the memory.
         if self.devices and (lost := context_loss(self.ctx)):
             raise EngineError(f"{model_path} cannot be loaded: {lost}")
@@ -135,25 +153,53 @@ class MobileLlama(Llama):
             prompts.close()
         super().close()
 
+    def abandon(self) -> None:
+        """In a forked child: what the parent loaded is not freed, for that would wait for its threads."""
+        for stack in (self._stack, *(part._exit_stack for part in (self._batch, self._ctx, self._model))):
+            stack.pop_all()
+
     # generation
 
     def generate(  # type: ignore[override]
-        self, tokens: Sequence[int], *args: Any, logit_bias: Mapping[int, float] | None = None, **options: Any
+        self,
+        tokens: Sequence[int],
+        *args: Any,
+        logit_bias: Mapping[int, float] | None = None,
+        grammar: Constraint | None = None,
+        **options: Any,
     ) -> Generator[int, Any, None]:
-        """Llama.generate, whose first evaluation counts as the prompt however short it is."""
+        """Llama.generate, whose first evaluation counts as the prompt however short it is.
+
+        Raises GrammarError where ``grammar`` leaves no token, or became too complex.
+        """
         self._prompt_pending = True
         self._biases = logit_bias or {}
+        self._constraint = grammar
         self._limit_reuse(list(tokens))
         try:
             yield from super().generate(tokens, *args, **options)
         finally:
             self._sampler = None
             self._biases = {}
+            self._constraint = None
             self._prompt_pending = False
 
     def _init_sampler(self, *args: Any, **options: Any) -> Any:
         sampler = super()._init_sampler(*args, **options)
         return biased(sampler, self._biases, self._n_vocab) if self._biases else sampler
+
+    def sample(self, *args: Any, idx: int | None = None, **options: Any) -> int:  # type: ignore[override]
+        """A token of the last logits, one that the constraint of this answer allows."""
+        sampler = self._sampler or self._init_sampler(*args, **options)
+        if self._constraint is None:
+            return self.calls.sample(sampler.sampler, idx - self.n_tokens if idx is not None else -1)
+        token = sample_among(sampler.sampler, self.last_logits(), self._constraint.allowed())
+        self._constraint.accept(token)
+        return token
+
+    def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
+        """Token ids of UTF-8 text; ``add_bos``: with what the model adds, ``special``: control tokens."""
+        return self.calls.tokenize(text, add_bos, special)
 
     def _limit_reuse(self, prompt: list[int]) -> None:
         """Forget what an earlier answer left in the context and this prompt must not build on."""
@@ -256,7 +302,10 @@ class MobileLlama(Llama):
             self.engine.prefetch_masked(self.ctx)
 
     def last_logits(self) -> Any:
-        return np.ctypeslib.as_array(self._ctx.get_logits_ith(-1), shape=(self._n_vocab,))
+        logits = self._ctx.get_logits_ith(-1)
+        if not logits:
+            raise UsageError("there are no logits: ask for a token first")
+        return np.ctypeslib.as_array(logits, shape=(self._n_vocab,))
 
     def head_probability(self, token: int) -> float | None:
         if self.head is None or self._state_at != self.n_tokens:
@@ -351,18 +400,11 @@ class MobileLlama(Llama):
 
     def is_end(self, token: int) -> bool:
         """Whether ``token`` ends an answer (any of the model's end-of-generation tokens)."""
-        return bool(llama_cpp.llama_vocab_is_eog(self._model.vocab, token))
+        return self.calls.is_end(token)
 
     def piece(self, token: int, special: bool = False) -> bytes:
         """A token's bytes; control tokens are empty unless ``special``."""
-        # Not Llama.detokenize: it loses pieces longer than 32 bytes.
-        size = 64
-        while True:
-            buffer = ctypes.create_string_buffer(size)
-            n = llama_cpp.llama_token_to_piece(self._model.vocab, token, buffer, size, 0, special)
-            if n >= 0:
-                return buffer.raw[:n]
-            size = -n
+        return self.calls.piece(token, special)
 
     def check_fits(self, text: bytes, n_tokens: int) -> None:
         """Raise PromptTooLongError for a text that cannot be so few tokens."""
@@ -379,32 +421,28 @@ class MobileLlama(Llama):
         """
         return self._prompts.tokens(messages, values, special=special)
 
-    def make_grammar(self, grammar: str | None, json_schema: Any) -> LlamaGrammar | None:
-        """The grammar to sample by, from GBNF text or a JSON schema; raises UsageError if it is none."""
-        if grammar is not None and json_schema is not None:
-            raise UsageError("give a grammar or a JSON schema, not both")
-        if json_schema is not None:
-            try:
-                text = json_schema if isinstance(json_schema, str) else json.dumps(json_schema)
-                made = LlamaGrammar.from_json_schema(text, verbose=False)
-            except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
-                raise UsageError(f"the JSON schema cannot be made into a grammar: {error}") from None
-        elif grammar is not None:
-            made = LlamaGrammar.from_string(grammar, verbose=False)
-        else:
+    def make_grammar(
+        self, grammar: str | None, json_schema: Any, should_stop: Callable[[], bool] | None = None
+    ) -> Constraint | None:
+        """What an answer is to follow, of GBNF text or a JSON schema; raises UsageError if it cannot."""
+        if grammar is None and json_schema is None:
             return None
-        self._check_grammar(made)
-        return made
+        return constraint_of(self.token_table(), grammar, json_schema, should_stop)
 
-    def _check_grammar(self, grammar: LlamaGrammar) -> None:
-        # The sampler chain takes a grammar that did not parse for granted and crashes on it.
-        clear_errors()
-        text, root = grammar._grammar.encode(), grammar._root.encode()
-        sampler = llama_cpp.llama_sampler_init_grammar(self._model.vocab, text, root) if text else None
-        if not sampler:
-            reason = last_errors()
-            raise UsageError("the grammar is not valid GBNF" + (f": {reason}" if reason else ""))
-        llama_cpp.llama_sampler_free(sampler)
+    def token_table(self) -> TokenTable:
+        """What a grammar is matched against, read once."""
+        if self._token_table is None:
+            ids = range(self._n_vocab)
+            unused = llama_cpp.LLAMA_TOKEN_ATTR_UNUSED
+            vocab = self._model.vocab
+            self._token_table = TokenTable(
+                pieces=[self.piece(token, special=True) for token in ids],
+                special=self.vocabulary.controls.union(
+                    token for token in ids if llama_cpp.llama_vocab_get_attr(vocab, token) & unused
+                ),
+                ends=frozenset(filter(self.is_end, ids)),
+            )
+        return self._token_table
 
     def _token_text(self, token: int) -> str:
         return self._model.token_get_text(token) if token >= 0 else ""

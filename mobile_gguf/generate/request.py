@@ -43,7 +43,8 @@ def make_request(
         )
     asked = options.max_tokens
     seed = options.seed if options.seed is not None else seed
-    check_tokens(options.logit_bias or {}, info.n_vocab)
+    check_tokens(prompt, info.n_vocab, "the prompt")
+    check_tokens(options.logit_bias or {}, info.n_vocab, "logit_bias")
     return Request(
         prompt=prompt,
         policy=policy,
@@ -51,16 +52,21 @@ def make_request(
         fills_context=asked is None or asked < 0 or asked > room,
         turns_left_out=turns_left_out,
         stop=options.stop or (),
-        seed=random.getrandbits(31) if seed is None or seed < 0 else seed,
+        seed=random.getrandbits(31) if seed is None or seed < 0 else fold_seed(seed),
         sampling={
             **options.sampling(),
             "logit_bias": options.logit_bias or {},
-            "grammar": backend.make_grammar(options.grammar, options.json_schema),
+            "grammar": backend.make_grammar(options.grammar, options.json_schema, should_stop),
         },
         cache_prompt=options.cache_prompt,
         should_stop=should_stop,
         on_prompt=on_prompt,
     )
+
+
+def fold_seed(seed: int) -> int:
+    """A whole number as one of the engine's 2**32 - 1 seeds; the one left out makes it choose one itself."""
+    return seed % 0xFFFFFFFF
 
 
 def prompt_tokens(backend: Backend, prompt: str | Sequence[int], n_ctx: int) -> list[int]:

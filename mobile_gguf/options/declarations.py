@@ -63,7 +63,10 @@ _LITTLE_K = Opt(
 )
 _tokens = partial(Opt, read=int, low=1, high=_MAX_TOKENS)
 _threads = partial(Opt, read=int, low=1, high=MAX_THREADS)
-_SEED = Opt("-s", "--seed", read=int, low=-1, help="random seed, -1: a new one for every answer")
+# The engine's seeds have 32 bits, of which all ones ask it to make one up: fold_seed of generate/request.py.
+_SEED = Opt(
+    "-s", "--seed", read=int, low=-1, help="random seed, modulo 4294967295; -1: a new one for every answer"
+)
 
 
 @dataclass(frozen=True, kw_only=True)

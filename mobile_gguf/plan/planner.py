@@ -16,7 +16,7 @@ from mobile_gguf.memory.pools import pool_min_bytes
 from mobile_gguf.options import LoadOptions
 from mobile_gguf.options.words import BIG_LITTLE, EXACT, LITTLE
 from mobile_gguf.sizes import AUTO, OFF, Size, format_bytes, whole_mebibytes
-from mobile_gguf.wording import name_lines, shell_word
+from mobile_gguf.wording import name_lines, shell_command
 
 from .disk import disk_name
 from .ggml import device_key
@@ -156,7 +156,7 @@ def suggest(
         planned["mode"] = BIG_LITTLE
     also = ("n_ctx", "n_ubatch")
     words = ["mobile-gguf", "run", reference or str(info.path), *arguments(replace(options, **planned), also)]
-    return " ".join(map(shell_word, words))
+    return shell_command(words)
 
 
 def _budget(asked: Size, share: float, n_bytes: int, least: int) -> Size:
@@ -182,6 +182,7 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
         "dense_bytes": fit.demand.dense_bytes,
         "kv_bytes": fit.demand.kv_bytes,
         "compute_bytes": fit.demand.compute_bytes,
+        "mapped_bytes": plan.info.lazy_bytes,
         "expert_bytes": plan.info.expert_bytes,
         "ram_budget_bytes": fit.ram_budget_bytes,
         "ram_share": round(fit.ram_share, 4),
@@ -217,6 +218,9 @@ def plan_lines(plan: Plan) -> list[str]:
     where = fit.devices[0].name if fit.devices else "RAM"
     rest = fit.demand
     rows.append(("dense weights", f"{format_bytes(rest.dense_bytes)} in {where}"))
+    if info.lazy_bytes:
+        cached = f"{format_bytes(info.lazy_bytes)} read row by row, in memory only as page cache"
+        rows.append(("tables in the file", cached))
     context = f"{format_bytes(rest.kv_bytes)} KV, {format_bytes(rest.compute_bytes)} buffers in {where}"
     rows.append(("context", f"{fit.asked.n_ctx} tokens, micro-batches of {fit.asked.n_ubatch}: {context}"))
     if info.is_moe:

@@ -18,7 +18,7 @@ from mobile_gguf.errors import EngineError, missing_package
 from mobile_gguf.files.paths import models_dir
 from mobile_gguf.hub.resolve import local_models, model_name, resolve_model
 from mobile_gguf.memory.threads import bounded_threads
-from mobile_gguf.wording import shell_word
+from mobile_gguf.wording import shell_command
 
 PROGRAM = [sys.executable, "-m", "mobile_gguf"]
 
@@ -71,10 +71,10 @@ def test_a_command_to_copy_keeps_the_bytes_of_a_name(tmp_path):
     name = os.fsdecode(b"mod\xe9l '\n.gguf")
     (tmp_path / name).write_text("")
     printed = subprocess.run(
-        ["bash", "-c", f"ls {shell_word(name)}"], cwd=tmp_path, capture_output=True, check=True
+        ["bash", "-c", f"ls {shell_command([name])}"], cwd=tmp_path, capture_output=True, check=True
     )
     assert printed.stdout
-    assert shell_word("a b") == "'a b'"
+    assert shell_command(["a b"]) == "'a b'"
 
 
 @pytest.mark.parametrize(
