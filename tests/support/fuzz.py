@@ -1,8 +1,8 @@
 """Coverage-guided fuzzing (atheris) of what others' files pass through first, as long as is asked for.
 
 ``python tests/support/fuzz.py TARGET CORPUS [libFuzzer options]``. The targets, ``fuzz_target.TARGETS``, are
-GGUF headers with conversion plans, and safetensors headers. Sample files are put into an empty corpus. Only
-MobileError may come out, within 20 s and 2 GiB of address space beyond what the program itself needs.
+GGUF headers with conversion plans, safetensors headers, JSON schemas and grammars. Sample files are put into
+an empty corpus. Only MobileError may come out, within 20 s and 2 GiB of address space beyond what the program itself needs.
 """
 
 from __future__ import annotations
