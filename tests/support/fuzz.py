@@ -2,7 +2,8 @@
 
 ``python tests/support/fuzz.py TARGET CORPUS [libFuzzer options]``. The targets, ``fuzz_target.TARGETS``, are
 GGUF headers with conversion plans, safetensors headers, JSON schemas and grammars. Sample files are put into
-an empty corpus. Only MobileError may come out, within 20 s and 2 GiB of address space beyond what the program itself needs.
+an empty corpus. Only MobileError may come out, within 20 s and 2 GiB of address space beyond what the program
+itself needs.
 """
 
 from __future__ import annotations
