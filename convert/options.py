@@ -75,7 +75,7 @@ class ConvertOptions:
     dry_run: Annotated[
         bool, Opt("--dry-run", is_flag=True, help="show what would be done, write nothing")
     ] = False
-    force: Annotated[bool, Opt("-f", "--force", is_flag=True, help="overwrite an existing output")] = False
+    force: Annotated[bool, Opt("--force", is_flag=True, help="overwrite an existing output")] = False
     pre_tokenizer: Annotated[
         str | None,
         Opt("--pre-tokenizer", help="how llama.cpp splits text, where the tokenizer is none that it knows"),
@@ -83,6 +83,14 @@ class ConvertOptions:
     trust_remote_code: Annotated[
         bool,
         Opt("--trust-remote-code", is_flag=True, help="let Python files of the checkpoint run"),
+    ] = False
+    no_mtp: Annotated[
+        bool,
+        Opt(
+            "--no-mtp",
+            is_flag=True,
+            help="leave out the blocks that predict several tokens, which nothing runs",
+        ),
     ] = False
     threads: Annotated[
         int | None, Opt("-t", "--threads", read=int, low=1, help="threads that quantise (default: the cores)")

@@ -15,8 +15,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from mobile_gguf.errors import MobileError, UsageError
+from mobile_gguf.engine.binding import find_engine
+from mobile_gguf.engine.trial import check_file
+from mobile_gguf.errors import EngineError, MobileError, ModelFormatError, UsageError
 from mobile_gguf.files.atomic import disk_errors
+from mobile_gguf.gguf.info import read_gguf_info
 from mobile_gguf.memory.threads import default_threads
 from mobile_gguf.progress import Progress, no_progress
 
@@ -103,7 +106,8 @@ class _Conversion:
             report = upstream.write_stacked(
                 self.checkpoint.folder, stacked, self._converter_type(), converter=self.converter,
                 threads=self.request.threads, name=self.name, pre_tokenizer=self.options.pre_tokenizer,
-                trust_remote_code=self.options.trust_remote_code, on_plan=self._on_plan,
+                trust_remote_code=self.options.trust_remote_code,
+                no_mtp=self.options.no_mtp or self.checkpoint.lacks_mtp, on_plan=self._on_plan,
                 progress=self.progress,
             )  # fmt: skip
             if report is None:
@@ -190,6 +194,7 @@ class _Conversion:
                     f"{self.request.outtype} needs an importance matrix for this model: give --imatrix FILE"
                 )
         try:
+            check_result(stacked.header, self.checkpoint.folder, self.progress)
             self.plan = make_plan(
                 self.checkpoint, self.out, self.options, self.request, converter=self._converter_type(),
                 stacked=stacked, quantised=report,
@@ -217,8 +222,8 @@ class _Conversion:
             rows = (*rows, ("verification", verification.table()))
             details["verify"] = verification.as_dict()
             # one that was not asked for, and could not be made, is no failure
-            failed = verification.status == FAILED or (not verification.passed and bool(self.options.verify))
-            exit_code = int(failed)
+            failed = verification.status == FAILED or bool(self.options.verify)
+            exit_code = verification.exit_code if failed else 0
         return ConvertResult(
             path=self.out, source=self.source, layout="stacked" if self.options.stacked else "per-expert",
             segments=self.options.segments, n_tensors=plan.n_tensors,
@@ -227,6 +232,23 @@ class _Conversion:
             rows=rows, details=details, exit_code=exit_code,
             verification=None if verification is None else verification.status,
         )  # fmt: skip
+
+
+def check_result(header: Path, folder: Path, progress: Progress = no_progress) -> None:
+    """Raise ModelFormatError if what the checkpoint in ``folder`` becomes cannot be loaded.
+
+    ``header`` is the result, whole but for its tensors' data: enough for a trial, where there is an engine.
+    """
+    read_gguf_info(header)
+    try:
+        engine = find_engine()
+    except EngineError:
+        return
+    if engine is None:
+        return
+    reason = check_file(engine, header, lambda: progress("trying the header", 0.0))
+    if reason:
+        raise ModelFormatError(f"{folder} cannot be converted: llama.cpp would not load the result: {reason}")
 
 
 def _renamed(progress: Progress, hidden: str, shown: str) -> Progress:

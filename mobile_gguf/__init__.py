@@ -7,46 +7,72 @@ with mobile_gguf.load("demo", ram_budget="40%", mode="big-little") as model:
         print(chunk.text, end="")
 """
 
-from typing import Any
+from __future__ import annotations
 
-from .api.conversation import Conversation
-from .api.embedding import Embedding
-from .api.model import Model, load
-from .errors import (
-    BudgetError,
-    EngineBuildError,
-    EngineError,
-    ExpertReadError,
-    GrammarError,
-    MobileError,
-    ModelBusyError,
-    ModelFormatError,
-    ModelNotFoundError,
-    PromptTooLongError,
-    UsageError,
-)
-from .generate.answer import Chunk, Reply
-from .generate.receipt import Receipt
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .api import aio
+    from .api.conversation import Conversation
+    from .api.embedding import Embedding
+    from .api.model import Model, load
+    from .errors import (
+        AnswerStopped,
+        BudgetError,
+        EngineBuildError,
+        EngineError,
+        EngineMemoryError,
+        ExpertReadError,
+        GrammarError,
+        MobileError,
+        ModelBusyError,
+        ModelFormatError,
+        ModelNotFoundError,
+        PromptTooLongError,
+        QueueFullError,
+        UsageError,
+    )
+    from .generate.answer import Chunk, Reply
+    from .generate.receipt import Receipt
 
 __version__ = "0.1.0"
 
+# Imported when they are asked for: the command line, which is of this package, must start at once.
+_WHERE = {
+    "Conversation": "api.conversation",
+    "Embedding": "api.embedding",
+    "Model": "api.model",
+    "load": "api.model",
+    "Chunk": "generate.answer",
+    "Reply": "generate.answer",
+    "Receipt": "generate.receipt",
+}
+
 
 def __getattr__(name: str) -> Any:
-    # asyncio is imported for those who ask for it
     if name == "aio":
-        from .api import aio
+        return importlib.import_module(f"{__name__}.api.aio")
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(importlib.import_module(f"{__name__}.{_WHERE.get(name, 'errors')}"), name)
+    globals()[name] = found
+    return found
 
-        return aio
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 __all__ = [
+    "AnswerStopped",
     "BudgetError",
     "Chunk",
     "Conversation",
     "Embedding",
     "EngineBuildError",
     "EngineError",
+    "EngineMemoryError",
     "ExpertReadError",
     "GrammarError",
     "MobileError",
@@ -55,8 +81,10 @@ __all__ = [
     "ModelFormatError",
     "ModelNotFoundError",
     "PromptTooLongError",
+    "QueueFullError",
     "Receipt",
     "Reply",
     "UsageError",
+    "aio",
     "load",
 ]

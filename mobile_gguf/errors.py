@@ -10,6 +10,7 @@ class MobileError(Exception):
     """Base of every error a user can cause or meet; its text is meant for them."""
 
     exit_code = 1
+    command_line: str | None = None  # the text with flags for options, where it has such
 
 
 class UsageError(MobileError):
@@ -77,6 +78,38 @@ def is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def install_hint(extra: str = "") -> str:
+    """How the packages of this one, or of an extra, are installed.
+
+    It is on no index, where a build of llama-cpp-python that is not ours would come with it.
+    """
+    what = f"'.[{extra}]'" if extra else "."
+    return f"`pip install -e {what}` in mobile-gguf's folder"
+
+
+# What `pip install` brings; a module that is missing otherwise is a fault of ours.
+_PACKAGES = ("llama_cpp", "gguf", "numpy", "jinja2", "huggingface_hub", "tomli")
+
+
+def missing_package(error: ImportError) -> str | None:
+    """What to do about a package that is not installed; None where the error is of another kind."""
+    name = (error.name or "").partition(".")[0]
+    if name not in _PACKAGES or not isinstance(error, ModuleNotFoundError):
+        return None
+    if name == "llama_cpp":
+        return "the engine is not installed (no llama_cpp): run `mobile-gguf engine build`"
+    return f"the package {name} is not installed: run {install_hint()}"
+
+
+def require_unicode(what: str, text: str) -> str:
+    """``text``, which must be able to leave this process. Raises UsageError that says ``what`` it is."""
+    if not is_unicode(text):
+        raise UsageError(
+            f"{what} is not UTF-8 text: it has bytes, or half of a surrogate pair, that are none"
+        )
+    return text
 
 
 _short = reprlib.Repr()

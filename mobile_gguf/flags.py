@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .errors import UsageError
+from .errors import UsageError, require_unicode
 from .options import Opt, declared, defaults
 from .options.bias import format_bias, parse_bias
 from .sizes import Size, parse_size, size_flag
@@ -133,11 +133,44 @@ def _reader(name: str, opt: Opt) -> Callable[[str], Any]:
     return read
 
 
-def _read_file(name: str) -> str:
+def at_least_one(text: str) -> int:
+    """How argparse reads a number of things, for a flag that is no option's."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number}: it must be at least 1")
+    return number
+
+
+at_least_one.__name__ = "whole number"
+
+
+def read_text_file(name: str) -> str:
+    """The text of a file that a flag names. Raises UsageError."""
     try:
         return Path(name).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise argparse.ArgumentTypeError(f"cannot read {name}: {error}") from None
+    except OSError as error:
+        raise UsageError(f"cannot read {name}: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"cannot read {name}: it is not UTF-8 text (byte {error.start})") from None
+
+
+def text_argument(what: str) -> Callable[[str], str]:
+    """How argparse reads text that is no declared option."""
+
+    def read(text: str) -> str:
+        try:
+            return require_unicode(what, text)
+        except UsageError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return read
+
+
+def _read_file(name: str) -> str:
+    try:
+        return read_text_file(name)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _help(opt: Opt, default: Any) -> str:

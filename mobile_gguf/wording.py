@@ -5,8 +5,10 @@ Below all that shows something: the command line, conversions and the benchmark 
 
 from __future__ import annotations
 
+import os
+import shlex
 import unicodedata
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 
 def format_duration(seconds: float) -> str:
@@ -42,6 +44,18 @@ def _cells(letter: str) -> int:
     if unicodedata.combining(letter) or unicodedata.category(letter) == "Cf":
         return 0
     return 2 if unicodedata.east_asian_width(letter) in "WF" else 1
+
+
+def shell_command(words: Iterable[str]) -> str:
+    """Words as a shell reads them; of what cannot be printed, such as a name that is no UTF-8, the bytes."""
+    return " ".join(shlex.quote(word) if word.isprintable() else _as_bytes(word) for word in words)
+
+
+def _as_bytes(word: str) -> str:
+    """``$'...'`` of bash and zsh."""
+    safe = set(range(0x20, 0x7F)) - set(b"'\\")
+    letters = (chr(byte) if byte in safe else f"\\x{byte:02x}" for byte in os.fsencode(word))
+    return f"$'{''.join(letters)}'"
 
 
 def name_lines(rows: Sequence[tuple[str, str]], width: int) -> list[str]:

@@ -1,8 +1,18 @@
 """How things are written for people."""
 
+import os
+import subprocess
+
 import pytest
 
-from mobile_gguf.wording import columns, format_duration, markdown_table, name_lines, plain
+from mobile_gguf.wording import (
+    columns,
+    format_duration,
+    markdown_table,
+    name_lines,
+    plain,
+    shell_command,
+)
 
 
 @pytest.mark.parametrize(
@@ -18,6 +28,17 @@ def test_durations(seconds, text):
 
 def test_what_a_terminal_would_obey_is_not_shown():
     assert plain("naïve \x1b[31mred\r\n") == "naïve ?[31mred??"
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["plain", "a b", "it's", "naïve 日本", "mod\udce9l.gguf", "line\nbreak\\x'", "$HOME`x`", "\udcff0"],
+)
+def test_a_shell_reads_what_was_written(word: str):
+    command = shell_command(["printf", "%s", word])
+    done = subprocess.run(["bash", "-c", command], capture_output=True, check=True)
+    assert done.stdout == os.fsencode(word)
+    assert command.isprintable()
 
 
 def test_values_stand_below_each_other():

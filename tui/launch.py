@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any
 
+from mobile_gguf.config import Default
 from mobile_gguf.errors import EngineError
 from mobile_gguf.files.paths import cache_dir, config_dir, data_dir
 
@@ -15,11 +16,15 @@ from .errors import require_textual
 
 @dataclass(frozen=True)
 class Launch:
-    """What the command line asked for: a model or none, options by name, a system message."""
+    """What the command line asked for: a model or none, options by name, a system message.
+
+    ``configured`` is what the environment and the configuration file say.
+    """
 
     reference: str = ""
     options: dict[str, Any] = field(default_factory=dict)
     system: str = ""
+    configured: dict[str, Default] = field(default_factory=dict)
 
 
 def run_tui(launch: Launch) -> int:
@@ -36,7 +41,7 @@ def run_tui(launch: Launch) -> int:
     with own_terminal(log):
         app = ChatApp(
             launch.reference,
-            settings=Settings(config_dir() / "chat.json", launch.options),
+            settings=Settings(config_dir() / "chat.json", launch.options, launch.configured),
             store_path=data_dir() / "conversations.db",
             system=launch.system,
         )

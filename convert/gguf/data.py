@@ -173,7 +173,7 @@ class TensorPlan:
 
 def _encode(name: str, value: Any) -> tuple[int, bytes]:
     if isinstance(value, str):
-        raw = value.encode()
+        raw = value.encode(errors="replace")  # the bytes of a file name need not be UTF-8
         return _STRING, _number(len(raw), 8) + raw
     if isinstance(value, (list, tuple)) and value and all(isinstance(item, str) for item in value):
         items = b"".join(_encode(name, item)[1] for item in value)

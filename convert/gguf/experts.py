@@ -11,9 +11,9 @@ import numpy as np
 
 from mobile_gguf.errors import ModelFormatError
 from mobile_gguf.gguf import keys
+from mobile_gguf.gguf.checks import MAX_LAYERS
 from mobile_gguf.gguf.experts import DOWN, GATE, GATE_UP, MATRICES, MAX_EXPERTS, UP, ExpertName, sort_tensors
 from mobile_gguf.gguf.header import type_block
-from mobile_gguf.gguf.info import MAX_LAYERS
 
 from .data import FileRange, TensorPlan
 from .file import GgufSource

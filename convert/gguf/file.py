@@ -17,6 +17,7 @@ import numpy as np
 from mobile_gguf.errors import ModelFormatError, UsageError
 from mobile_gguf.files.atomic import replacing_file
 from mobile_gguf.gguf import keys
+from mobile_gguf.gguf.checks import check_model
 from mobile_gguf.gguf.experts import FORMAT_VERSION
 from mobile_gguf.gguf.header import DEFAULT_ALIGNMENT, MAGIC
 from mobile_gguf.gguf.info import other_parts
@@ -54,6 +55,8 @@ class GgufSource:
             )
             self.alignment: int = first.alignment if _ALIGNMENT_KEY in first.metadata else 0
             self.tensors = self._all_tensors(first.metadata.get("split.tensors.count"))
+            infos = (info for part in self.parts for info in part.header.tensors)
+            check_model(path, first.metadata, first.array_lengths, infos)
         except BaseException:
             self.close()
             raise

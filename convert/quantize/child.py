@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ def main() -> int:
     if job["imatrix"]:
         held.append(_imatrix(params, Path(job["imatrix"])))
     status = llama_cpp.llama_model_quantize(
-        str(job["source"]).encode(), str(job["out"]).encode(), ctypes.pointer(params)
+        os.fsencode(job["source"]), os.fsencode(job["out"]), ctypes.pointer(params)
     )
     del held
     if status != 0:

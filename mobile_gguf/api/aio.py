@@ -12,8 +12,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
+from mobile_gguf.engine.forks import abandon_in_children, forked
 from mobile_gguf.errors import ModelBusyError, QueueFullError
 from mobile_gguf.options import GenerateOptions, LoadOptions, takes
 
@@ -118,11 +119,18 @@ class Worker:
         self._jobs: deque[Job[Any]] = deque()
         self._changed = threading.Condition()
         self._running: Job[Any] | None = None
-        self._closed = False
+        self._closed = self._is_forked = False
         self._in_hurry = threading.Event()
         self._n_jobs = self._n_turns = 0
         self._thread = threading.Thread(target=self._work, name="mobile-gguf-worker", daemon=True)
         self._thread.start()
+        abandon_in_children(self)
+
+    def abandon(self) -> None:
+        """In a forked child, which has no such thread: jobs are refused."""
+        self._is_forked = True
+        self._changed = threading.Condition()
+        self._jobs.clear()
 
     @property
     def n_waiting(self) -> int:
@@ -137,11 +145,15 @@ class Worker:
 
         Raises QueueFullError, and ModelBusyError after ``close``.
         """
+        if self._is_forked:
+            raise forked()
         job = Job(self, produce)
         with self._changed:
             if self._closed:
                 raise ModelBusyError("the model is being closed: it takes no more requests")
-            if self._limit is not None and (self._running or self._jobs) and len(self._jobs) >= self._limit:
+            # the first of those that came has the thread, even where that has not looked yet
+            n_others = len(self._jobs) + (self._running is not None)
+            if self._limit is not None and n_others > self._limit:
                 raise QueueFullError(f"{len(self._jobs)} requests are waiting for the model already")
             self._n_jobs += 1
             job.number = self._n_jobs
@@ -270,6 +282,11 @@ class AsyncModel:
         """Stop what runs, refuse what waits, and free the model."""
         await asyncio.to_thread(self.worker.close)
         self.model.close()
+
+    def __reduce_ex__(self, _protocol: object) -> NoReturn:
+        raise TypeError(
+            "an AsyncModel holds a loaded file and cannot be copied or pickled: load it again instead"
+        )
 
     async def __aenter__(self) -> AsyncModel:
         return self

@@ -10,11 +10,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mobile_gguf.errors import PromptTooLongError, UsageError
+from mobile_gguf.errors import PromptTooLongError, UsageError, require_unicode
 from mobile_gguf.generate.answer import Backend, read_traffic
 from mobile_gguf.generate.receipt import Receipt
 from mobile_gguf.generate.request import token_ids
 from mobile_gguf.gguf.info import GgufInfo
+from mobile_gguf.options.bias import check_tokens
 from mobile_gguf.options.words import POOLINGS, RANK
 
 
@@ -58,14 +59,12 @@ def embed(
     pooling = choose_pooling(backend.pooling, pooling, name)
     limit = backend.embedding_limit
     if isinstance(text, str):
-        encoded = text.encode(errors="replace")
+        encoded = require_unicode("the text", text).encode()
         backend.check_fits(encoded, limit)
         tokens = backend.tokenize(encoded, add_bos=True, special=False)
     else:
         tokens = token_ids(text)
-        for token in tokens:
-            if not 0 <= token < info.n_vocab:
-                raise UsageError(f"token {token} is not in the vocabulary of {info.n_vocab}")
+        check_tokens(tokens, info.n_vocab, "the text")
     if not tokens:
         raise UsageError("there is nothing to embed: the text is empty")
     if len(tokens) > limit:

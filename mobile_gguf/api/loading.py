@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mobile_gguf.device.tier import devices_for, start_tier
@@ -12,11 +13,12 @@ from mobile_gguf.engine.held_interrupts import held_interrupts
 from mobile_gguf.engine.log import capture_log, clear_errors, last_errors
 from mobile_gguf.engine.prefetch import holder, set_prefetch
 from mobile_gguf.engine.rpc import clear_loss, last_loss
+from mobile_gguf.engine.trial import try_file
 from mobile_gguf.errors import BudgetError, EngineError, MobileError, ModelFormatError
 from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.memory.fit import Fit, asked_of, fit_model
 from mobile_gguf.memory.machine import read_memory
-from mobile_gguf.memory.threads import default_threads
+from mobile_gguf.memory.threads import bounded_threads, default_threads
 from mobile_gguf.options import LoadOptions
 from mobile_gguf.progress import Progress
 
@@ -43,9 +45,12 @@ def open_backend(
             f"{info.path} ({info.layout}; `mobile-gguf convert --export` makes a file for stock llama.cpp)"
         )
     capture_log(options.verbose)
+    if engine is not None:
+        try_file(engine, info.path, info.files, lambda: progress is None or progress("loading", 0.0))
     if progress is not None:
         more["progress"] = progress
     notices: list[str] = []
+    options = _with_threads(options, notices)
     n_ctx = asked.n_ctx
     if n_ctx > info.n_ctx_train > 0:
         notices.append(f"a context of {n_ctx} is more than the model was trained with, {info.n_ctx_train}")
@@ -69,6 +74,14 @@ def open_backend(
             return llama, notices + remarks
     llama, remarks = _open(info, options, n_ctx, engine, fit, more)
     return llama, notices + remarks
+
+
+def _with_threads(options: LoadOptions, notices: list[str]) -> LoadOptions:
+    processors = default_threads()[1]
+    threads, said = bounded_threads(options.threads, processors)
+    threads_batch, also_said = bounded_threads(options.threads_batch, processors)
+    notices += dict.fromkeys(filter(None, (said, also_said)))
+    return replace(options, threads=threads, threads_batch=threads_batch)
 
 
 def _open(

@@ -5,25 +5,37 @@ from __future__ import annotations
 import atexit
 import contextlib
 import dataclasses
+import difflib
 import logging
 import os
 import threading
 import weakref
 from collections.abc import Callable, Generator, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from mobile_gguf.engine.devices import Device
+from mobile_gguf.engine.forks import abandon_in_children, forked
 from mobile_gguf.engine.structs import Counters, DeviceCounters
-from mobile_gguf.errors import ModelBusyError, PromptTooLongError, UsageError
+from mobile_gguf.errors import (
+    EngineError,
+    ModelBusyError,
+    PromptTooLongError,
+    UsageError,
+    missing_package,
+    shown,
+)
 from mobile_gguf.generate.answer import Answer, Backend, Chunk, Reply
 from mobile_gguf.generate.decode import Policy
 from mobile_gguf.generate.policy import choose_policy
+from mobile_gguf.generate.recommended import recommended
 from mobile_gguf.generate.request import make_request, prompt_tokens, token_ids
 from mobile_gguf.gguf.info import GgufInfo, read_gguf_info
 from mobile_gguf.hub.resolve import is_at_hand, resolve_model
 from mobile_gguf.memory.demand import context_size
 from mobile_gguf.options import POLICY_OPTIONS, GenerateOptions, LoadOptions, make_options, takes
+from mobile_gguf.options.bias import check_tokens
+from mobile_gguf.options.opt import check_callables, take_text
 from mobile_gguf.options.words import TRIM
 
 from . import loading
@@ -31,6 +43,7 @@ from .context import ChatPrompt, fit_chat, reserve_for
 from .embedding import Embedding, embed
 from .messages import Messages, as_messages
 from .stats import model_stats
+from .words import speaks_python
 
 if TYPE_CHECKING:
     from mobile_gguf.engine.experts import Experts
@@ -48,6 +61,7 @@ _open_models: weakref.WeakSet[Model] = weakref.WeakSet()
 
 
 @takes(LoadOptions)
+@speaks_python
 def load(
     model: str | os.PathLike[str],
     *,
@@ -65,8 +79,19 @@ def load(
     Raises ModelNotFoundError, ModelFormatError, BudgetError, UsageError, EngineError.
     """
     settings = make_options(LoadOptions, options)
-    info = read_gguf_info(resolve_model(model, progress))
-    backend, notices = loading.open_backend(info, settings, progress)
+    if not isinstance(model, (str, os.PathLike)):
+        raise UsageError(f"model is {shown(model)}: it must be a path or a name")
+    check_callables(progress=progress)
+    try:
+        path = resolve_model(model, progress)
+        info = read_gguf_info(path)
+        backend, notices = loading.open_backend(info, settings, progress)
+    except ImportError as error:
+        if (missing := missing_package(error)) is None:
+            raise
+        raise EngineError(missing) from None
+    if Path(model).expanduser().is_dir() and os.fspath(model) != "demo":
+        notices = [f"{model} is a folder: {path.name}, the only model in it, is used", *notices]
     return Model(backend, info, settings, notices)
 
 
@@ -82,19 +107,30 @@ def check_model(model: str | os.PathLike[str], progress: Callable[[str, float], 
 class Model:
     """A loaded model, used by one thread at a time; made by ``load``, freed by ``close``.
 
+    ``defaults`` are the options of an answer that nothing else is asked for: the sampling settings of the
+    file (``general.sampling.*``), else those that are declared.
     A second thread, or a second answer while one is still being streamed, gets a ModelBusyError.
     ``mode``, ``gamma`` and ``little_k`` may be set between answers, and with ``configure`` what else
     decides which tokens are big. ``notices`` holds what could not be
     done as asked; each was also logged as a warning of the logger ``mobile_gguf``.
     """
 
+    info: GgufInfo
+    options: LoadOptions
+    notices: list[str]
+    defaults: GenerateOptions
+    n_ctx: int
+
     def __init__(
         self, backend: Backend, info: GgufInfo, options: LoadOptions, notices: Iterable[str] = ()
     ) -> None:
         self.info = info
         self.options = options
-        self.notices: list[str] = []
+        self.notices = []
+        # what answers follow where nothing else is asked for: the file's own sampling settings, then ours
+        self.defaults = make_options(GenerateOptions, recommended(info)[0])
         self._backend: Backend | None = backend
+        self._is_forked = False
         self._lock = threading.Lock()
         self._active: weakref.ref[Generator[Chunk, None, None]] | None = None
         self._totals = Counters()
@@ -111,6 +147,14 @@ class Model:
             backend.close()
             raise
         _open_models.add(self)
+        abandon_in_children(self)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name.startswith("_") or name in self.__annotations__ or hasattr(type(self), name)):
+            near = difflib.get_close_matches(name, ("mode", "gamma", "little_k"), 1)
+            hint = f"; did you mean {near[0]}?" if near else ": mode, gamma and little_k can be set"
+            raise UsageError(f"a Model has no attribute {name!r}{hint}")
+        super().__setattr__(name, value)
 
     # settings
 
@@ -144,6 +188,7 @@ class Model:
     def little_k(self, little_k: int | None) -> None:
         self.configure(little_k=little_k)
 
+    @speaks_python
     def configure(self, **changes: Any) -> None:
         """Set mode, gamma, little_k, importance or head_threshold for the answers to come.
 
@@ -167,6 +212,7 @@ class Model:
     # answers
 
     @takes(GenerateOptions)
+    @speaks_python
     def stream(
         self,
         prompt: str | Sequence[int],
@@ -182,10 +228,11 @@ class Model:
         with the prompt's tokens done and to do, as they are computed. Raises UsageError, ModelBusyError,
         GrammarError, ExpertReadError, EngineError; a failed answer leaves the Model usable.
         """
-        settings = make_options(GenerateOptions, options)
+        settings = make_options(GenerateOptions, options, self.defaults)
         return self._stream(self._answer(self._prompt(prompt), settings, should_stop, on_prompt))
 
     @takes(GenerateOptions)
+    @speaks_python
     def generate(
         self,
         prompt: str | Sequence[int],
@@ -200,10 +247,11 @@ class Model:
         ``on_chunk`` is called with every Chunk. Ctrl-C or ``should_stop`` return the text so far, with
         ``finish_reason`` ``interrupted``.
         """
-        settings = make_options(GenerateOptions, options)
+        settings = make_options(GenerateOptions, options, self.defaults)
         return self._join(self._answer(self._prompt(prompt), settings, should_stop, on_prompt), on_chunk)
 
     @takes(GenerateOptions)
+    @speaks_python
     def stream_chat(
         self,
         messages: Messages,
@@ -220,11 +268,12 @@ class Model:
         them is not computed again. With ``context_full="trim"`` the oldest turns are left out where the
         context has no room for all: the receipt says how many. Raises as ``stream`` does.
         """
-        settings = make_options(GenerateOptions, options)
+        settings = make_options(GenerateOptions, options, self.defaults)
         prompt = self._chat(messages, settings, special)
         return self._stream(self._answer(prompt, settings, should_stop, on_prompt))
 
     @takes(GenerateOptions)
+    @speaks_python
     def chat(
         self,
         messages: Messages,
@@ -236,7 +285,7 @@ class Model:
         **options: Any,
     ) -> Reply:
         """Answer ``messages``, as ``stream_chat``, and return the whole Reply, as ``generate``."""
-        settings = make_options(GenerateOptions, options)
+        settings = make_options(GenerateOptions, options, self.defaults)
         prompt = self._chat(messages, settings, special)
         return self._join(self._answer(prompt, settings, should_stop, on_prompt), on_chunk)
 
@@ -250,6 +299,7 @@ class Model:
     def _answer(
         self, prompt: ChatPrompt, options: GenerateOptions, should_stop: ShouldStop, on_prompt: OnPrompt
     ) -> Answer:
+        check_callables(should_stop=should_stop, on_prompt=on_prompt)
         request = make_request(
             self._require_open(),
             self.info,
@@ -291,7 +341,8 @@ class Model:
     @contextlib.contextmanager
     def _taken(self) -> Generator[Backend, None, None]:
         """Hold the model, whose counters are in the totals now: whoever uses it resets them first."""
-        if not self._lock.acquire(blocking=False):
+        lock = self._lock  # a forked child has another
+        if not lock.acquire(blocking=False):
             raise ModelBusyError(_BUSY)
         try:
             backend = self._require_open()
@@ -299,9 +350,10 @@ class Model:
             self._device_totals = self._device_totals + backend.device_counters()
             yield backend
         finally:
-            self._lock.release()
+            lock.release()
 
     def _join(self, answer: Answer, on_chunk: OnChunk) -> Reply:
+        check_callables(on_chunk=on_chunk)
         running = self._stream(answer)
         try:
             for chunk in running:
@@ -311,6 +363,7 @@ class Model:
             running.close()
         return answer.reply()
 
+    @speaks_python
     def prompt_tokens(self, prompt: str | Sequence[int]) -> list[int]:
         """The token ids that ``generate`` makes of ``prompt``: text with what the model adds to it.
 
@@ -328,6 +381,7 @@ class Model:
         """
         return self.chat_prompt(messages, special=special, **values)
 
+    @speaks_python
     def chat_prompt(
         self,
         messages: Messages,
@@ -371,6 +425,7 @@ class Model:
         """How the file wants embeddings pooled: ``mean``, ``last``, ``cls``; None if it does not say."""
         return self._require_open().pooling
 
+    @speaks_python
     def embed(
         self, text: str | Sequence[int], *, pooling: str | None = None, should_stop: ShouldStop = None
     ) -> Embedding:
@@ -379,14 +434,20 @@ class Model:
         ``pooling`` is needed where the file does not say it. Raises UsageError, ModelBusyError,
         ExpertReadError, EngineError, AnswerStopped.
         """
+        check_callables(should_stop=should_stop)
         with self._taken() as backend:
             return embed(backend, self.info, text, pooling, should_stop)
 
     # tokens, facts, end
 
     def tokenize(self, text: str, *, add_bos: bool = False, special: bool = True) -> list[int]:
-        """Token ids of ``text``; ``special`` reads control tokens, ``add_bos`` adds what the model adds."""
-        return self._require_open().tokenize(text.encode(errors="replace"), add_bos=add_bos, special=special)
+        """Token ids of ``text``; ``special`` reads control tokens, ``add_bos`` adds what the model adds.
+
+        Raises UsageError for what is no text.
+        """
+        return self._require_open().tokenize(
+            take_text("text", text).encode(), add_bos=add_bos, special=special
+        )
 
     def detokenize(self, tokens: Iterable[int], *, special: bool = False) -> str:
         """Text of token ids; control tokens only if ``special``. Raises UsageError."""
@@ -399,13 +460,16 @@ class Model:
 
         Raises UsageError for a token that is not in the vocabulary.
         """
-        if not 0 <= token < self.info.n_vocab:
-            raise UsageError(f"token {token} is not in the vocabulary of {self.info.n_vocab}")
-        return self._require_open().piece(token, special)
+        return self._require_open().piece(self._own_token(token), special)
 
     def is_end(self, token: int) -> bool:
         """Whether ``token`` ends an answer."""
-        return self._require_open().is_end(token)
+        return self._require_open().is_end(self._own_token(token))
+
+    def _own_token(self, token: int) -> int:
+        tokens = token_ids([token])
+        check_tokens(tokens, self.info.n_vocab)
+        return tokens[0]
 
     def last_logits(self) -> Any:
         """The logits [n_vocab] that the last token was sampled from, until the next one is asked for."""
@@ -469,11 +533,22 @@ class Model:
     def __exit__(self, *_exception: object) -> None:
         self.close()
 
+    def abandon(self) -> None:
+        """In a forked child: every call is refused, and nothing is freed."""
+        self._is_forked = True
+        self._backend = self._active = None
+        self._lock = threading.Lock()
+
+    def __reduce_ex__(self, _protocol: object) -> NoReturn:
+        raise TypeError("a Model holds a loaded file and cannot be copied or pickled: load it again instead")
+
     def __repr__(self) -> str:
         state = "closed" if self._backend is None else self._policy.mode
         return f"<Model {self.path.name} {state}>"
 
     def _require_open(self) -> Backend:
+        if self._is_forked:
+            raise forked()
         if self._backend is None:
             raise ModelBusyError(f"this Model of {self.path.name} is closed: load it again")
         return self._backend

@@ -10,24 +10,25 @@ import argparse
 import contextlib
 import importlib
 import io
+import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
-from typing import NoReturn, TextIO
+from collections.abc import Iterator, Sequence
+from typing import TextIO
 
-from mobile_gguf.errors import MobileError
+from mobile_gguf.errors import EngineError, MobileError, missing_package
 
+from .parser import EXIT_USAGE, PROGRAM, Parser, finish, usage_line
 from .progress import erase
 
-PROGRAM = "mobile-gguf"
 VERBS = (
     *("run", "chat", "serve", "plan"),
     *("pull", "list", "show", "rm"),
     *("convert", "verify", "calibrate"),
-    *("bench", "engine"),
+    *("bench", "engine", "config", "help"),
 )
-EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_FAILURE, EXIT_INTERRUPTED = 1, 130
 
 _EXAMPLES = """examples:
   mobile-gguf run demo "Why is the sky blue?"
@@ -36,18 +37,6 @@ _EXAMPLES = """examples:
   mobile-gguf show demo
   mobile-gguf convert model.gguf
 """
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_USAGE, _usage_line(" ".join(message.split()), self.prog.removeprefix(PROGRAM).strip()))
-
-
-def _usage_line(text: str, verb: str | None) -> str:
-    program = f"{PROGRAM} {verb}" if verb else PROGRAM
-    return f"{PROGRAM}: error: {text} (see `{program} --help`)\n"
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -59,10 +48,11 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=f"{PROGRAM} {_version()}")
+    parser.add_argument("-V", "--version", action="version", version=f"{PROGRAM} {_version()}")
     subparsers = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs")
     for verb in VERBS:
         importlib.import_module(f"{__name__}.{verb}").register(subparsers)
+    finish(subparsers)
     return parser
 
 
@@ -72,7 +62,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     # argparse gives a list of words only the first run of them.
     options = rest[: rest.index("--")] if "--" in rest else rest
     if rest and (not hasattr(args, "prompt") or any(len(word) > 1 and word[0] == "-" for word in options)):
-        parser.exit(EXIT_USAGE, _usage_line(f"unrecognized arguments: {' '.join(rest)}", args.verb))
+        parser.exit(EXIT_USAGE, usage_line(f"unrecognized arguments: {' '.join(rest)}", args.verb))
     if rest:
         args.prompt += [word for word in rest if word != "--"]
     return args
@@ -84,7 +74,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         # A terminal that cannot show a character gets a question mark, not a traceback.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-    with _Notes(sys.stderr):
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # Bytes that are no text are told from text by whoever reads them, whatever the locale.
+        sys.stdin.reconfigure(errors="surrogateescape")
+    errors, args = sys.stderr, argparse.Namespace()
+    with _Notes(errors):
         try:
             parser = make_parser()
             args = parse(parser, argv)
@@ -94,16 +88,21 @@ def main(argv: Sequence[str] | None = None) -> int:
                     return EXIT_USAGE
                 # On a terminal the program alone is its chat, which lets one pick a model.
                 args = parse(parser, ["chat"])
-            code = args.func(args)
+            with _quiet() if args.quiet else contextlib.nullcontext():
+                code = args.func(args)
             sys.stdout.flush()
             return code
         except MobileError as error:
-            print_error(error)
-            return error.exit_code
+            return _failed(error, args, errors)
+        except ImportError as error:
+            missing = missing_package(error)
+            if missing is None:
+                raise
+            return _failed(EngineError(missing), args, errors)
         except KeyboardInterrupt:
-            if sys.stderr.isatty():
-                erase(sys.stderr)  # what the terminal wrote of the key
-                print(f"{PROGRAM}: interrupted", file=sys.stderr)
+            if errors.isatty():
+                erase(errors)  # what the terminal wrote of the key
+                print(f"{PROGRAM}: interrupted", file=errors)
             return EXIT_INTERRUPTED
         except BrokenPipeError:
             _drop_output()  # whoever read it has gone
@@ -113,8 +112,25 @@ def main(argv: Sequence[str] | None = None) -> int:
             if error.filename is None:
                 _drop_output()
             what = error.filename if error.filename is not None else "standard output"
-            print_error(MobileError(f"{what}: {error.strerror or error}"))
+            print_error(MobileError(f"{what}: {error.strerror or error}"), errors)
             return EXIT_FAILURE
+
+
+def _failed(error: MobileError, args: argparse.Namespace, stream: TextIO) -> int:
+    """Say an error as a line, and with --json as an object too; returns the exit code."""
+    print_error(error, stream)
+    if getattr(args, "json", False) is True:
+        said = {"type": type(error).__name__, "message": str(error), "exit_code": error.exit_code}
+        with contextlib.suppress(OSError):
+            print(json.dumps({"error": said}), flush=True)
+    return error.exit_code
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Nothing of the narration is written; errors and notes are."""
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stderr(nowhere):
+        yield
 
 
 def _drop_output() -> None:
@@ -123,9 +139,11 @@ def _drop_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def print_error(error: MobileError) -> None:
+def print_error(error: MobileError, stream: TextIO | None = None) -> None:
     """Write an error as the one line that it is."""
-    print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    print(
+        f"{PROGRAM}: error: {' '.join((error.command_line or str(error)).split())}", file=stream or sys.stderr
+    )
 
 
 class _NoteHandler(logging.StreamHandler[TextIO]):

@@ -18,11 +18,10 @@ from mobile_gguf.api.batch import (
     settings_of,
 )
 from mobile_gguf.errors import UsageError
-from mobile_gguf.flags import given
-from mobile_gguf.options import POLICY_OPTIONS, GenerateOptions, LoadOptions, make_options
+from mobile_gguf.options import POLICY_OPTIONS, GenerateOptions, make_options
 from mobile_gguf.wording import format_duration
 
-from .common import generate_options, load_model, narrate
+from .common import generate_options, load_model, load_options, narrate
 from .progress import Progress
 
 _SHOWN = 20
@@ -38,7 +37,12 @@ def add_batch_arguments(parser: argparse.ArgumentParser) -> None:
         " their names if need be; - for standard input",
     )
     group.add_argument(
-        "--out", metavar="FILE", help="where the answers go, one JSON line each; goes on with what is there"
+        "-o",
+        "--out",
+        "--output",
+        dest="out",
+        metavar="FILE",
+        help="where the answers go, one JSON line each; goes on with what is there",
     )
     group.add_argument("--overwrite", action="store_true", help="begin FILE of --out again")
     group.add_argument("--strict", action="store_true", help="end at the first bad line, before any answer")
@@ -53,8 +57,9 @@ def run(args: argparse.Namespace) -> int:
     if not items:
         raise UsageError(f"{args.batch} has no lines to answer")
     _report_bad(args.batch, items, strict=args.strict)
-    policy = {name: value for name, value in given(args, LoadOptions).items() if name in POLICY_OPTIONS}
-    seed = {name: value for name, value in given(args, LoadOptions).items() if name == "seed"}
+    loading = load_options(args)
+    policy = {name: value for name, value in loading.items() if name in POLICY_OPTIONS}
+    seed = {name: value for name, value in loading.items() if name == "seed"}
     asked = {**policy, **seed, "system": args.system, "options": options}
     settings = settings_of(os.fspath(args.model), bool(args.raw), asked)
     keys = [item.key(settings) for item in items]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mobile_gguf.errors import UsageError
+from mobile_gguf.flags import at_least_one
 from mobile_gguf.options.words import DEFAULT_EVICTION, EVICTION, EXACT, LITTLE, OFF, PREFETCH
 from mobile_gguf.sizes import parse_size
 
@@ -48,17 +49,25 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add("--eviction", metavar="LIST", default=DEFAULT_EVICTION, help="eviction policies of the engine")
     add("--prefetch", metavar="LIST", default=OFF, help="off, on, auto: reading ahead, by transitions")
     add("--size", metavar="SIZE", default="4GiB", help="expert bytes of the model")
-    add("--tokens", metavar="N", type=_positive, default=32, help="decoded tokens a run")
-    add("--repeats", metavar="N", type=_positive, default=3, help="rounds over all arms")
+    add("--tokens", metavar="N", type=at_least_one, default=32, help="decoded tokens a run")
+    add("--repeats", metavar="N", type=at_least_one, default=3, help="rounds over all arms")
     add("--slack", metavar="SIZE", default="700MiB", help="memory a process gets beside its budget")
-    add("--arm-seconds", metavar="S", type=_positive, default=300, help="stop decoding after so long")
+    add("--arm-seconds", metavar="S", type=at_least_one, default=300, help="stop decoding after so long")
     add("-t", "--threads", metavar="LIST", help="thread counts to try (default: 1, half, all)")
     add("--io-threads", metavar="LIST", default="2,4,8", help="I/O thread counts to try")
     add("--engine-lib", metavar="DIR", type=Path, help="the engine's libraries (default: installed)")
     add("--stock-lib", metavar="DIR", type=Path, help="stock libraries (default: `engine build --stock`)")
     add("--simulate", action="store_true", help="only count misses of eviction policies on the traces")
     add("--json", action="store_true", help="print one JSON object")
-    add("--out", metavar="FILE", type=Path, help="also write FILE.json and FILE.md")
+    add(
+        "-o",
+        "--out",
+        "--output",
+        dest="out",
+        metavar="FILE",
+        type=Path,
+        help="also write FILE.json and FILE.md",
+    )
     parser.set_defaults(func=run)
 
 
@@ -147,9 +156,3 @@ def _bytes(text: str, flag: str) -> int:
     if size.n_bytes is None:
         raise UsageError(f"{flag} {text!r} is not a number of bytes, such as 512MiB")
     return size.n_bytes
-
-
-def _positive(text: str) -> Any:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
-    return int(text)

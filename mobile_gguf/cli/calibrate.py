@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from mobile_gguf.errors import UsageError
-from mobile_gguf.flags import reader
+from mobile_gguf.flags import at_least_one, reader
 from mobile_gguf.hub.cache import is_in_cache
 from mobile_gguf.hub.resolve import resolve_model
 from mobile_gguf.options import LoadOptions
@@ -36,9 +36,21 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--text", metavar="FILE", type=Path, nargs="+", action="extend", help="UTF-8 text (default: built in)"
     )
     add(
-        "--tokens", metavar="N", type=_positive, default=16384, help="at most so many tokens (default: 16384)"
+        "--tokens",
+        metavar="N",
+        type=at_least_one,
+        default=16384,
+        help="at most so many tokens (default: 16384)",
     )
-    add("--out", metavar="FILE", type=Path, help="write a copy and leave MODEL as it is")
+    add(
+        "-o",
+        "--out",
+        "--output",
+        dest="out",
+        metavar="FILE",
+        type=Path,
+        help="write a copy and leave MODEL as it is",
+    )
     add(
         "--kl",
         metavar="X",
@@ -104,13 +116,6 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: it must be at least 1")
-    return value
-
-
 def _divergence(text: str) -> float:
     value = float(text)
     if not 0 < value < float("inf"):
@@ -118,5 +123,4 @@ def _divergence(text: str) -> float:
     return value
 
 
-_positive.__name__ = "whole number"
 _divergence.__name__ = "number"

@@ -13,15 +13,17 @@ from typing import Any
 from mobile_gguf.api.conversation import Conversation
 from mobile_gguf.api.model import Model
 from mobile_gguf.api.stats import stats_lines
-from mobile_gguf.errors import MobileError, UsageError
+from mobile_gguf.errors import MobileError, UsageError, require_unicode
 from mobile_gguf.files.paths import data_dir
 from mobile_gguf.flags import given, parse_setting
 from mobile_gguf.generate.answer import Chunk
-from mobile_gguf.options import GenerateOptions, LoadOptions, declared, defaults
+from mobile_gguf.options import GenerateOptions, LoadOptions, declared
 
 from .common import (
     MORE_CONTEXT,
     add_model_arguments,
+    add_system_argument,
+    configured,
     generate_options,
     load_model,
     narrate,
@@ -58,7 +60,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     add_model_arguments(parser, optional=True)
     parser.add_argument("--plain", action="store_true", help="chat line by line, without a screen")
-    parser.add_argument("-sys", "--system", metavar="TEXT", help="system message")
+    add_system_argument(parser)
     parser.set_defaults(func=run)
 
 
@@ -79,8 +81,8 @@ def _is_terminal() -> bool:
 def _run_screen(args: argparse.Namespace) -> int:
     from mobile_gguf.tui import Launch, run_tui
 
-    options = given(args, LoadOptions) | generate_options(args)
-    return run_tui(Launch(args.model or "", options, args.system or ""))
+    flags = given(args, LoadOptions) | given(args, GenerateOptions)
+    return run_tui(Launch(args.model or "", flags, args.system or "", configured(args)))
 
 
 def _run_plain(args: argparse.Namespace) -> int:
@@ -100,6 +102,7 @@ class Repl:
         self.model = model
         self.conversation = conversation
         self.options = options
+        self._usual, self._loaded = dict(options), model.options  # what `/set NAME default` goes back to
         self.last: Chunk | None = None
         self._commands: dict[str, Callable[[str], None]] = {
             "/help": self._help,
@@ -113,7 +116,7 @@ class Repl:
         """Serve lines from ``read_line`` until it raises EOFError or /exit comes; returns the exit code."""
         while True:
             try:
-                line = read_line().strip()
+                line = require_unicode("that line", read_line().strip())
             except EOFError:
                 if sys.stdin.isatty():
                     print(file=sys.stderr)
@@ -121,8 +124,8 @@ class Repl:
             except KeyboardInterrupt:
                 narrate("\nCtrl-D or /exit to leave")
                 continue
-            except UnicodeDecodeError as error:
-                narrate(f"that line is not text: {error}")
+            except UsageError as error:
+                narrate(str(error))
                 continue
             if line in ("/exit", "/quit", "/bye"):
                 return 0
@@ -167,8 +170,14 @@ class Repl:
         name, _, value = rest.partition(" ")
         if value.strip():
             name, parsed = parse_setting(name, value.strip(), GenerateOptions)
+            is_default = value.strip().lower() in ("none", "default")
             if name in _OF_MODEL:
-                self.model.configure(**{name: parsed})
+                usual = getattr(self._loaded, name)
+                self.model.configure(**{name: usual if is_default else parsed})
+            elif is_default:
+                self.options.pop(name, None)
+                if name in self._usual:
+                    self.options[name] = self._usual[name]
             else:
                 self.options[name] = parsed
             narrate(f"{name} = {self._settings()[name]}")
@@ -181,7 +190,7 @@ class Repl:
     def _settings(self) -> dict[str, Any]:
         own = {name: getattr(self.model, name) for name in _OF_MODEL}
         seed = {"seed": self.model.options.seed}
-        return defaults(GenerateOptions) | seed | self.options | own
+        return vars(self.model.defaults) | seed | self.options | own
 
     def _stats(self, _rest: str) -> None:
         facts = self.model.stats()

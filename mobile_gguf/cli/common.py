@@ -10,7 +10,8 @@ from dataclasses import replace
 from typing import Any, TextIO
 
 from mobile_gguf.api.model import Model, load
-from mobile_gguf.flags import add_arguments, given
+from mobile_gguf.config import Default, read_defaults, values_of
+from mobile_gguf.flags import add_arguments, given, text_argument
 from mobile_gguf.generate.answer import INTERRUPTED, Chunk
 from mobile_gguf.options import GenerateOptions, LoadOptions, declared
 
@@ -28,17 +29,36 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, optional: bool = Fal
     add_arguments(parser, GenerateOptions, skip=declared(LoadOptions))
 
 
+def add_system_argument(parser: argparse.ArgumentParser) -> None:
+    """The flag of the system message."""
+    read = text_argument("the system message")
+    parser.add_argument("-sys", "--system", metavar="TEXT", type=read, help="system message")
+
+
+def load_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of loading that were given by flags, else by the environment or the configuration file."""
+    return values_of(configured(args), LoadOptions) | given(args, LoadOptions)
+
+
 def generate_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The generation options that were given."""
+    """The same of answering."""
     of_both = declared(LoadOptions)
-    return {name: value for name, value in given(args, GenerateOptions).items() if name not in of_both}
+    flags = {name: value for name, value in given(args, GenerateOptions).items() if name not in of_both}
+    return values_of(configured(args), GenerateOptions) | flags
+
+
+def configured(args: argparse.Namespace) -> dict[str, Default]:
+    """What the environment and the configuration file say for this verb. Raises UsageError."""
+    from . import VERBS
+
+    return read_defaults(args.verb, VERBS)
 
 
 def load_model(args: argparse.Namespace) -> Model:
     """Load what the arguments say, showing progress on stderr."""
     with Progress(sys.stderr) as progress:
         progress.show(f"loading {args.model}")
-        return load(args.model, progress=progress, **given(args, LoadOptions))
+        return load(args.model, progress=progress, **load_options(args))
 
 
 def show_answer(

@@ -5,6 +5,7 @@ import json
 import sys
 from typing import Any
 
+from mobile_gguf.flags import at_least_one
 from mobile_gguf.wording import name_lines
 
 from . import rpc_server
@@ -39,7 +40,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     build.add_argument("--stock", action="store_true", help="build the unpatched library too, for comparison")
     build.add_argument("--force", action="store_true", help="build again from the source distribution")
     build.add_argument(
-        "--jobs", type=_positive, metavar="N", help="parallel compilations (default: processors)"
+        "--jobs", type=at_least_one, metavar="N", help="parallel compilations (default: processors)"
     )
     build.set_defaults(func=run)
 
@@ -53,13 +54,6 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def run(args: argparse.Namespace) -> int:
     """Run ``engine build`` or ``engine info``."""
     return _build(args) if args.engine_verb == "build" else _info(args)
-
-
-def _positive(text: str) -> int:
-    number = int(text) if text.isdecimal() else 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
-    return number
 
 
 def _build(args: argparse.Namespace) -> int:

@@ -9,10 +9,11 @@ from pathlib import Path
 from mobile_gguf.files.paths import models_dir
 from mobile_gguf.hub.cache import cache_root
 from mobile_gguf.hub.listing import CACHE, ModelEntry, fit_text, list_models, size_text
+from mobile_gguf.options import LoadOptions, make_options
 from mobile_gguf.sizes import format_bytes
 from mobile_gguf.wording import columns, plain
 
-from .common import narrate
+from .common import load_options, narrate
 
 _DESCRIPTION = """List the demo model, the GGUF files in the data directory and those in the Hugging Face
 cache: size, bytes of experts, the shares of them that `mobile-gguf run MODEL` would keep in memory and on
@@ -35,7 +36,8 @@ def run(args: argparse.Namespace) -> int:
     """Run the verb."""
     from mobile_gguf.plan.known import Here
 
-    here = Here()
+    options = make_options(LoadOptions, load_options(args))
+    here = Here(options.rpc, options)
     models = list_models(here)
     if here.problem:
         narrate(f"FIT and TOK/S are for the host alone, the devices cannot be asked: {here.problem}")

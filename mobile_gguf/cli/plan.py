@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mobile_gguf.errors import EngineError, MobileError, UsageError
-from mobile_gguf.flags import add_arguments, given
+from mobile_gguf.flags import add_arguments
 from mobile_gguf.gguf.info import GgufInfo, read_gguf_info
 from mobile_gguf.hub.resolve import resolve_model
 from mobile_gguf.memory.machine import read_memory
 from mobile_gguf.options import LoadOptions, make_options
 
-from .common import narrate
+from .common import load_options, narrate
 from .progress import Progress
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.measure and args.no_measure:
         raise UsageError("give --measure or --no-measure, not both")
-    options = make_options(LoadOptions, given(args, LoadOptions))
+    options = make_options(LoadOptions, load_options(args))
     with Progress(sys.stderr) as progress:
         path = resolve_model(args.model, progress)
     info = read_gguf_info(path)
@@ -75,7 +75,16 @@ def run(args: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             narrate("interrupted; what was measured is kept")
             raise
-    plan = make_plan(info, workload, measurements, options, devices=devices, n_bits=n_bits, notes=notes)
+    plan = make_plan(
+        info,
+        workload,
+        measurements,
+        options,
+        devices=devices,
+        n_bits=n_bits,
+        notes=notes,
+        reference=args.model,
+    )
     print(json.dumps(plan_facts(plan), ensure_ascii=False) if args.json else "\n".join(plan_lines(plan)))
     return 0
 

@@ -6,6 +6,9 @@ import signal
 import sys
 from typing import TextIO
 
+from mobile_gguf.flags import reader
+from mobile_gguf.options import LoadOptions
+
 from .common import narrate
 
 _DESCRIPTION = """Offer devices of this machine to `--rpc HOST:PORT` elsewhere, with llama.cpp's own RPC
@@ -35,7 +38,7 @@ def register(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
     )
     parser.add_argument(
         *("-t", "--threads"),
-        type=_threads,
+        type=reader("threads", LoadOptions),
         metavar="N",
         help="threads of the CPU device (default: processors)",
     )
@@ -102,10 +105,4 @@ def _stop(_number: int, _frame: object) -> None:
 def _port(text: str) -> int:
     if not (text.isascii() and text.isdecimal() and int(text) < 65536):
         raise argparse.ArgumentTypeError(f"{text!r} is no port: give a number from 0 to 65535")
-    return int(text)
-
-
-def _threads(text: str) -> int:
-    if not (text.isascii() and text.isdecimal() and 0 < int(text) <= 4096):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of threads")
     return int(text)

@@ -5,17 +5,24 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mobile_gguf.api.model import Model
-from mobile_gguf.errors import UsageError
+from mobile_gguf.errors import UsageError, require_unicode
+from mobile_gguf.flags import read_text_file
 from mobile_gguf.generate.answer import INTERRUPTED
 from mobile_gguf.generate.receipt import Receipt
 
 from .batch import add_batch_arguments
 from .batch import run as run_batch
-from .common import add_model_arguments, generate_options, load_model, show_answer, show_receipt
+from .common import (
+    add_model_arguments,
+    add_system_argument,
+    generate_options,
+    load_model,
+    show_answer,
+    show_receipt,
+)
 
 if TYPE_CHECKING:
     from mobile_gguf.plan.known import Comparison
@@ -33,7 +40,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add_model_arguments(parser)
     parser.add_argument("prompt", metavar="PROMPT", nargs="*", help="the prompt; its words are joined")
     parser.add_argument("-f", "--file", metavar="FILE", help="read the prompt from a file")
-    parser.add_argument("-sys", "--system", metavar="TEXT", help="system message")
+    add_system_argument(parser)
     parser.add_argument("--raw", action="store_true", help="continue the prompt as it is, without a template")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
     add_batch_arguments(parser)
@@ -97,19 +104,13 @@ def read_prompt(args: argparse.Namespace) -> str | None:
     if args.file is not None:
         if args.prompt:
             raise UsageError("give a prompt or --file, not both")
-        try:
-            text = Path(args.file).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"cannot read {args.file}: {error}") from None
+        text = read_text_file(args.file)
     elif args.prompt and args.prompt != ["-"]:
-        text = " ".join(args.prompt)
+        text = require_unicode("the prompt", " ".join(args.prompt))
     elif not args.prompt and not args.json and sys.stdin is not None and sys.stdin.isatty():
         return None
     else:
-        try:
-            text = sys.stdin.read() if sys.stdin is not None else ""
-        except UnicodeDecodeError as error:
-            raise UsageError(f"standard input is not text: {error}") from None
+        text = require_unicode("standard input", sys.stdin.read()) if sys.stdin is not None else ""
     if not text.strip():
         raise UsageError("the prompt is empty: give one, or use `mobile-gguf chat`")
     return text

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from mobile_gguf.api.embedding import choose_pooling
 from mobile_gguf.api.model import Model
-from mobile_gguf.errors import EngineError, UsageError
+from mobile_gguf.errors import EngineError, UsageError, install_hint
+from mobile_gguf.flags import read_text_file, text_argument
 from mobile_gguf.options.words import MEAN, POOLINGS, RANK
 from mobile_gguf.sizes import parse_size
 
@@ -43,7 +44,11 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--port", type=int, default=8080, metavar="N", help="port, 0: a free one (default: %(default)s)"
     )
     group.add_argument(
-        "--alias", action="append", metavar="NAME", help="the model's name to clients; repeatable"
+        "--alias",
+        action="append",
+        metavar="NAME",
+        type=text_argument("the alias"),
+        help="the model's name to clients; repeatable",
     )
     group.add_argument("--api-key", metavar="KEY", help="what clients must send; others can see it in `ps`")
     group.add_argument("--api-key-file", metavar="FILE", help="the same, read from a file")
@@ -92,8 +97,7 @@ def run(args: argparse.Namespace) -> int:
         from mobile_gguf.server.settings import ServerSettings
     except ImportError as error:
         raise EngineError(
-            f"the server needs packages that are not installed ({error.name}): "
-            "pip install 'mobile-gguf[server]'"
+            f"the server needs packages that are not installed ({error.name}): " + install_hint("server")
         ) from None
     local = is_loopback(args.host)
     options = generate_options(args)
@@ -177,10 +181,7 @@ def read_key(args: argparse.Namespace) -> str | None:
     where, key = "--api-key", args.api_key
     if args.api_key_file is not None:
         where = args.api_key_file
-        try:
-            key = Path(where).read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"cannot read {where}: {error}") from None
+        key = read_text_file(where).strip()
     elif key is None:
         where, key = KEY_VARIABLE, os.environ.get(KEY_VARIABLE)
     if key is None:

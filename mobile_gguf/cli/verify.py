@@ -6,10 +6,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from mobile_gguf.errors import MobileError, UsageError
+from mobile_gguf.flags import reader
 from mobile_gguf.gguf.info import read_gguf_info
 from mobile_gguf.hub.cache import is_in_cache
 from mobile_gguf.hub.resolve import resolve_model
+from mobile_gguf.options import LoadOptions
 
 from .common import MODEL_HELP, narrate
 from .progress import Progress
@@ -22,7 +23,7 @@ Transformers runs the checkpoint, the engine the GGUF, on fixed prompts. F32,
 F16 and BF16 files must agree to a thousandth and choose the same tokens; a
 quantised file is judged by its KL divergence from the 16-bit file. The verdict
 is written into the file. Exit code 0: passed; 1: failed, or not verified for
-the reason told.
+the reason told; 4: the engine did not survive the file.
 """
 _EXAMPLES = """examples:
   mobile-gguf verify model-f16.gguf --reference ./checkpoint
@@ -51,7 +52,8 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="the 16-bit GGUF that a quantised one was made from",
     )
     parser.add_argument("--no-mark", action="store_true", help="leave the file as it is: write no verdict")
-    parser.add_argument("-t", "--threads", type=int, metavar="N", help="threads (default: the cores)")
+    threads = reader("threads", LoadOptions)
+    parser.add_argument("-t", "--threads", type=threads, metavar="N", help="threads (default: the cores)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(func=run)
 
@@ -60,8 +62,6 @@ def run(args: argparse.Namespace) -> int:
     """Run the verb."""
     from mobile_gguf.convert.verify.check import mark, verify
 
-    if args.threads is not None and args.threads < 1:
-        raise UsageError(f"--threads is {args.threads}: it must be at least 1")
     with Progress(sys.stderr) as progress:
         path = resolve_model(args.model, progress)
         result = verify(
@@ -77,4 +77,4 @@ def run(args: argparse.Namespace) -> int:
     if why_not and not args.no_mark:
         narrate(f"{path.name} {why_not}: the verdict is not written into it")
     print(result.to_json() if args.json else result.table())
-    return 0 if result.passed else MobileError.exit_code
+    return result.exit_code

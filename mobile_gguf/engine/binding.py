@@ -21,6 +21,7 @@ from mobile_gguf.errors import (
 )
 from mobile_gguf.options.words import DEFAULT_EVICTION
 
+from .forks import abandon_in_children, forked, let_children_load
 from .structs import (
     ABI_VERSION,
     EVICTION,
@@ -53,8 +54,12 @@ class Engine:
         self.path = path
         self._functions: dict[str, Any] = {}
         self._bind()
+        self._is_forked = False
+        abandon_in_children(self)
 
     def _bind(self) -> None:
+        from llama_cpp import llama_cpp
+
         address, text, status, n = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int32, ctypes.c_int32
         signatures: dict[str, tuple[Any, list[Any]]] = {
             "last_error": (text, []),
@@ -78,6 +83,10 @@ class Engine:
             "routed_read": (n, [address, ctypes.c_uint64, address, n, address, address]),
             "set_replay": (status, [address, address, n, n, n]),
             "set_precise": (status, [ctypes.c_bool]),
+            "tokenize": (status, [address, text, n, address, n, ctypes.c_bool, ctypes.c_bool, address]),
+            "token_to_piece": (status, [address, n, address, n, ctypes.c_bool, address]),
+            "decode": (status, [address, llama_cpp.llama_batch, address]),
+            "sample": (status, [address, address, n, address]),
             "observe_start": (status, [address, n]),
             "observe_stop": (status, [address]),
             "observe_n_inputs": (n, [address]),
@@ -192,7 +201,13 @@ class Engine:
         """The engine's own settings of a device tier."""
         return self._call("device_default_params")
 
+    def abandon(self) -> None:
+        """In a forked child: no more calls."""
+        self._is_forked = True
+
     def _call(self, name: str, *arguments: Any) -> Any:
+        if self._is_forked:
+            raise forked()
         return self._functions[name](*arguments)
 
     def _check(self, status: int, doing: str) -> None:
@@ -236,6 +251,7 @@ def load_library() -> tuple[Any, str]:
     except (OSError, RuntimeError) as error:
         raise EngineError(f"llama-cpp-python's library does not load ({error}): {BUILD_HINT}") from None
     library = llama_cpp._lib
+    let_children_load(library)
     return library, str(getattr(library, "_name", "the engine library"))
 
 

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from .binding import Engine
 from .device_calls import DeviceCalls
+from .forks import abandon_in_children
 from .structs import ROUTED_MAX, ModelInfo, RoutedStruct
 
 Codes = npt.NDArray[np.uint8]  # NOT_RESIDENT, LOADING or RESIDENT of each expert
@@ -131,6 +132,7 @@ class Experts:
         self.layers = tuple(layer for layer in moe_layers if layer < n_layer)
         self._row_of = np.full(n_layer, -1, dtype=np.int64)
         self._row_of[list(self.layers)] = np.arange(len(self.layers))
+        abandon_in_children(self)
 
     @property
     def has_store(self) -> bool:
@@ -162,6 +164,11 @@ class Experts:
         """The model is about to be freed: from now on there is nothing to see."""
         with self._lock:
             self._source = None
+
+    def abandon(self) -> None:
+        """In a forked child: nothing to see, and a lock that nobody holds."""
+        self._lock = threading.Lock()
+        self._source = None
 
     # for Watch
 
@@ -201,6 +208,11 @@ class Watch:
         self._room = room
         self._lock = threading.Lock()
         self._open = True
+        abandon_in_children(self)
+
+    def abandon(self) -> None:
+        """In a forked child: a lock that nobody holds."""
+        self._lock = threading.Lock()
 
     def take(self) -> Asked:
         """What was routed since the last call."""

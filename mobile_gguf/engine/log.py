@@ -34,8 +34,12 @@ def clear_errors() -> None:
 
 def last_errors() -> str:
     """The error lines since ``clear_errors``, as one line; empty if there were none."""
-    lines = "".join(_errors).splitlines()
-    # "function_name: text": the function says nothing to a user.
+    return as_one_line("".join(_errors))
+
+
+def as_one_line(text: str) -> str:
+    """Lines of llama.cpp's log, "function_name: text", as one; the function says nothing to a user."""
+    lines = text.splitlines()
     texts = [line.partition(": ")[2] if line.split(": ")[0].isidentifier() else line for line in lines]
     return "; ".join(dict.fromkeys(text.strip() for text in texts if text.strip()))
 

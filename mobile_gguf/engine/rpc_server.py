@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import ipaddress
+import os
 import socket
 import threading
 import time
@@ -84,7 +85,7 @@ class RpcServer:
             raise EngineError(f"this engine is built without RPC: {BUILD_HINT}") from None
         self._handles = (ctypes.c_void_p * len(devices))(*(device.handle for device in devices))
         self._threads = threads
-        self._cache = None if cache is None else str(cache).encode()
+        self._cache = None if cache is None else os.fsencode(cache)
         self._thread = threading.Thread(target=self._run, name="rpc-server", daemon=True)
 
     def start(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import sys
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
@@ -20,6 +21,8 @@ from mobile_gguf.device.tier import DeviceTier
 from mobile_gguf.engine.binding import Engine
 from mobile_gguf.engine.devices import Device, device_array
 from mobile_gguf.engine.experts import ContextExperts, Experts
+from mobile_gguf.engine.forks import abandon_in_children
+from mobile_gguf.engine.guarded import GuardedCalls
 from mobile_gguf.engine.log import clear_errors, last_errors
 from mobile_gguf.engine.prefetch import prefetch_counters
 from mobile_gguf.engine.rpc import context_loss
@@ -42,6 +45,14 @@ from .vocabulary import Vocabulary
 _TEMPLATES = "tokenizer.chat_template"
 # A prompt that is all in the context already is computed anew from here before its end.
 _MIN_PROMPT = 2
+
+
+class FileName(str):
+    """A file's name that reaches C as it is: llama-cpp-python encodes it, and not every name is UTF-8."""
+
+    def encode(self, encoding: str = "", errors: str = "") -> bytes:
+        """The name's bytes."""
+        return super().encode(sys.getfilesystemencoding(), sys.getfilesystemencodeerrors())
 
 
 class MobileLlama(Llama):
@@ -84,7 +95,10 @@ class MobileLlama(Llama):
         # The position whose token comes next, if the last pass left its hidden state.
         self._state_at = -1
         self._template: str | None = None
-        super().__init__(model_path, n_gpu_layers=-1 if devices else 0, **options)
+        super().__init__(FileName(model_path), n_gpu_layers=-1 if devices else 0, **options)
+        self.calls = GuardedCalls(engine, self.model, self.ctx)
+        self._ctx.decode = self.calls.decode
+        abandon_in_children(self)
         # llama.cpp does not notice that a server is gone once it has the memory.
         if self.devices and (lost := context_loss(self.ctx)):
             raise EngineError(f"{model_path} cannot be loaded: {lost}")
@@ -139,6 +153,11 @@ class MobileLlama(Llama):
             prompts.close()
         super().close()
 
+    def abandon(self) -> None:
+        """In a forked child: what the parent loaded is not freed, for that would wait for its threads."""
+        for stack in (self._stack, *(part._exit_stack for part in (self._batch, self._ctx, self._model))):
+            stack.pop_all()
+
     # generation
 
     def generate(  # type: ignore[override]
@@ -169,15 +188,18 @@ class MobileLlama(Llama):
         sampler = super()._init_sampler(*args, **options)
         return biased(sampler, self._biases, self._n_vocab) if self._biases else sampler
 
-    def sample(self, *args: Any, **options: Any) -> int:  # type: ignore[override]
+    def sample(self, *args: Any, idx: int | None = None, **options: Any) -> int:  # type: ignore[override]
         """A token of the last logits, one that the constraint of this answer allows."""
+        sampler = self._sampler or self._init_sampler(*args, **options)
         if self._constraint is None:
-            return super().sample(*args, **options)
-        allowed = self._constraint.allowed()
-        assert self._sampler is not None
-        token = sample_among(self._sampler.sampler, self.last_logits(), allowed)
+            return self.calls.sample(sampler.sampler, idx - self.n_tokens if idx is not None else -1)
+        token = sample_among(sampler.sampler, self.last_logits(), self._constraint.allowed())
         self._constraint.accept(token)
         return token
+
+    def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
+        """Token ids of UTF-8 text; ``add_bos``: with what the model adds, ``special``: control tokens."""
+        return self.calls.tokenize(text, add_bos, special)
 
     def _limit_reuse(self, prompt: list[int]) -> None:
         """Forget what an earlier answer left in the context and this prompt must not build on."""
@@ -280,7 +302,10 @@ class MobileLlama(Llama):
             self.engine.prefetch_masked(self.ctx)
 
     def last_logits(self) -> Any:
-        return np.ctypeslib.as_array(self._ctx.get_logits_ith(-1), shape=(self._n_vocab,))
+        logits = self._ctx.get_logits_ith(-1)
+        if not logits:
+            raise UsageError("there are no logits: ask for a token first")
+        return np.ctypeslib.as_array(logits, shape=(self._n_vocab,))
 
     def head_probability(self, token: int) -> float | None:
         if self.head is None or self._state_at != self.n_tokens:
@@ -375,18 +400,11 @@ class MobileLlama(Llama):
 
     def is_end(self, token: int) -> bool:
         """Whether ``token`` ends an answer (any of the model's end-of-generation tokens)."""
-        return bool(llama_cpp.llama_vocab_is_eog(self._model.vocab, token))
+        return self.calls.is_end(token)
 
     def piece(self, token: int, special: bool = False) -> bytes:
         """A token's bytes; control tokens are empty unless ``special``."""
-        # Not Llama.detokenize: it loses pieces longer than 32 bytes.
-        size = 64
-        while True:
-            buffer = ctypes.create_string_buffer(size)
-            n = llama_cpp.llama_token_to_piece(self._model.vocab, token, buffer, size, 0, special)
-            if n >= 0:
-                return buffer.raw[:n]
-            size = -n
+        return self.calls.piece(token, special)
 
     def check_fits(self, text: bytes, n_tokens: int) -> None:
         """Raise PromptTooLongError for a text that cannot be so few tokens."""

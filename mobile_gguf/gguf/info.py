@@ -16,19 +16,29 @@ from typing import Any
 from mobile_gguf.errors import ModelFormatError, ModelNotFoundError
 
 from . import keys
+from .caches import NO_CACHES, Caches, layers_that_run, read_caches
+from .checks import check_model
 from .experts import STACKED, ExpertLayer, read_experts
+from .facts import Facts
 from .header import GgufHeader, TensorInfo, read_header
-
-MAX_LAYERS = 1 << 12
 
 # llama.cpp's input layer
 _EMBEDDING = re.compile(r"(per_layer_)?token_embd(_norm)?\.weight")
+_BLOCK = re.compile(r"blk\.(\d{1,6})\.")
+# Rows are looked up where they lie in the file, beyond this size (llama_model_loader::lazy_read).
+_LAZY = "per_layer_token_embd.weight"
+_LAZY_ARCHITECTURES = ("gemma4", "qwen4exp")
+_LAZY_BYTES = 4 << 30
 _SPLIT = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
 @dataclass(frozen=True)
 class GgufInfo:
-    """A model's facts; bytes as they stand in the file, heads per layer, expert layers in order."""
+    """A model's facts; bytes as they stand in the file, heads per layer, expert layers in order.
+
+    Layers are those that run. Blocks behind them predict several tokens at once (MTP): nothing runs them,
+    they take no memory, and what they hold is counted apart.
+    """
 
     path: Path
     files: tuple[Path, ...]
@@ -42,9 +52,6 @@ class GgufInfo:
     n_embd: int
     n_vocab: int
     n_head: tuple[int, ...]
-    n_head_kv: tuple[int, ...]
-    key_length: int
-    value_length: int
     n_expert: int
     n_expert_used: int
     n_ff_expert: int
@@ -56,6 +63,11 @@ class GgufInfo:
     embedding_bytes: int = 0  # of the token embedding, which stays on the host with all layers on devices
     stock: bool = True  # stock llama.cpp can load it: stacked, and no tensor named mobile.*
     moe_layers: tuple[int, ...] = ()  # which of the model's layers expert_layers are; the others are dense
+    n_layer_mtp: int = 0
+    mtp_bytes: int = 0  # of the blocks that nothing runs,
+    mtp_expert_bytes: int = 0  # and of the routed experts among it
+    lazy_bytes: int = 0  # of tables whose rows are read from the file when they are needed
+    caches: Caches = NO_CACHES  # what a context keeps
     metadata: dict[str, Any] = field(repr=False, compare=False, default_factory=dict)
 
     @property
@@ -65,8 +77,8 @@ class GgufInfo:
 
     @property
     def dense_bytes(self) -> int:
-        """Everything that is not a routed expert."""
-        return self.tensor_bytes - self.expert_bytes
+        """What is always in memory: everything but routed experts, tables in the file and idle blocks."""
+        return self.tensor_bytes - self.expert_bytes - self.mtp_bytes - self.lazy_bytes
 
     @property
     def n_layer_moe(self) -> int:
@@ -107,17 +119,19 @@ def make_gguf_info(headers: Sequence[GgufHeader]) -> GgufInfo:
     tensors = [tensor for header in headers for tensor in header.tensors]
     if not tensors:
         raise ModelFormatError(f"{path} cannot be used: it holds no tensors")
-    facts = _Facts(path, architecture, metadata)
-    n_layer = facts.integer("block_count")
-    if n_layer > MAX_LAYERS:
-        raise ModelFormatError(f"{path} cannot be used: it claims {n_layer} layers")
-    n_head = facts.per_layer("attention.head_count", n_layer)
-    n_ff = max(facts.per_layer("feed_forward_length", n_layer), default=0)
-    head = facts.integer("embedding_length") // max(n_head, default=1) if any(n_head) else 0
+    check_model(path, metadata, first.array_lengths, tensors)
+    facts = Facts(path, architecture, metadata)
+    n_block = facts.integer("block_count")
+    n_layer = layers_that_run(facts, (tensor.name for tensor in tensors))
+    n_head = facts.per_layer("attention.head_count", n_block)
+    n_ff = max(facts.per_layer("feed_forward_length", n_block)[:n_layer], default=0)
     n_expert = facts.integer("expert_count")
     template = metadata.get("tokenizer.chat_template")
-    experts = read_experts(path, metadata, tensors, n_layer, n_expert)
+    experts = read_experts(path, metadata, tensors, n_block, n_expert)
+    n_running = sum(number < n_layer for number in experts.numbers)
     of_model = [tensor for tensor in tensors if not keys.is_ours(tensor.name)]
+    idle = [tensor for tensor in of_model if block_number(tensor.name) >= n_layer]
+    lazy = [tensor for tensor in of_model if _is_lazy(architecture, tensor)]
     return GgufInfo(
         path=path,
         files=tuple(header.path for header in headers),
@@ -130,51 +144,38 @@ def make_gguf_info(headers: Sequence[GgufHeader]) -> GgufInfo:
         n_ctx_train=facts.integer("context_length"),
         n_embd=facts.integer("embedding_length"),
         n_vocab=first.array_lengths.get("tokenizer.ggml.tokens", facts.integer("vocab_size")),
-        n_head=n_head,
-        n_head_kv=facts.per_layer("attention.head_count_kv", n_layer, max(n_head, default=0)),
-        key_length=facts.integer("attention.key_length", head),
-        value_length=facts.integer("attention.value_length", head),
+        n_head=n_head[:n_layer],
         n_expert=n_expert,
-        n_expert_used=facts.integer("expert_used_count") if n_expert else 0,
+        n_expert_used=max(facts.per_layer("expert_used_count", n_layer), default=0) if n_expert else 0,
         n_ff_expert=facts.integer("expert_feed_forward_length", n_ff),
-        expert_layers=experts.layers,
-        moe_layers=experts.numbers,
+        expert_layers=experts.layers[:n_running],
+        moe_layers=experts.numbers[:n_running],
         tensor_bytes=sum(tensor.n_bytes for tensor in of_model),
         chat_template=template if isinstance(template, str) and template else None,
         layout=experts.layout,
         segments=experts.n_segments,
-        embedding_bytes=sum(tensor.n_bytes for tensor in of_model if _EMBEDDING.fullmatch(tensor.name)),
+        embedding_bytes=sum(
+            tensor.n_bytes for tensor in of_model if _EMBEDDING.fullmatch(tensor.name) and tensor not in lazy
+        ),
         stock=experts.layout == STACKED and len(of_model) == len(tensors),
+        n_layer_mtp=n_block - n_layer,
+        mtp_bytes=sum(tensor.n_bytes for tensor in idle),
+        mtp_expert_bytes=sum(layer.file_bytes for layer in experts.layers[n_running:]),
+        lazy_bytes=sum(tensor.n_bytes for tensor in lazy),
+        caches=read_caches(facts, n_layer),
         metadata=metadata,
     )
 
 
-class _Facts:
-    """Typed access to ``ARCH.*`` metadata; a value of the wrong type is the file's fault."""
+def block_number(name: str) -> int:
+    """The number in a tensor's name, -1 of what belongs to no block."""
+    match = _BLOCK.match(name)
+    return int(match[1]) if match else -1
 
-    def __init__(self, path: Path, architecture: str, metadata: dict[str, Any]) -> None:
-        self.path = path
-        self.architecture = architecture
-        self.metadata = metadata
 
-    def integer(self, name: str, default: int = 0) -> int:
-        value = self.metadata.get(f"{self.architecture}.{name}", default)
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 31:
-            raise self.wrong(name, value)
-        return value
-
-    def per_layer(self, name: str, n_layer: int, default: int = 0) -> tuple[int, ...]:
-        """A value that stands once for all layers, or as an array with one for each."""
-        value = self.metadata.get(f"{self.architecture}.{name}", default)
-        if isinstance(value, list):
-            if not all(isinstance(item, int) for item in value):
-                raise self.wrong(name, value)
-            return tuple(value)
-        return (self.integer(name, default),) * n_layer
-
-    def wrong(self, name: str, value: object) -> ModelFormatError:
-        key = f"{self.architecture}.{name}"
-        return ModelFormatError(f"{self.path} cannot be used: metadata {key} is {value!r:.60}")
+def _is_lazy(architecture: str, tensor: TensorInfo) -> bool:
+    is_table = tensor.name == _LAZY and architecture in _LAZY_ARCHITECTURES
+    return is_table and tensor.n_bytes > _LAZY_BYTES
 
 
 def other_parts(first: GgufHeader) -> Iterable[Path]:

@@ -5,19 +5,20 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from mobile_gguf.errors import MobileError
 from mobile_gguf.files.atomic import complete_or_absent
 from mobile_gguf.files.paths import cache_dir
+from mobile_gguf.files.stamps import stamps
+from mobile_gguf.gguf.caches import CacheRows, Caches, Sparse
 from mobile_gguf.gguf.experts import ExpertLayer
 from mobile_gguf.gguf.info import GgufInfo, read_gguf_info
 
 # of the remembered form: a new number forgets what was remembered
-_VERSION = 2
-_TUPLES = ("n_head", "n_head_kv", "moe_layers")
+_VERSION = 5
+_TUPLES = ("n_head", "moe_layers")
 
 
 class FactsCache:
@@ -31,7 +32,7 @@ class FactsCache:
     def read(self, path: Path, files: tuple[Path, ...]) -> tuple[GgufInfo | None, str]:
         """A model's facts without its metadata, or None and what is wrong; ``files``: all of a split one."""
         try:
-            signature = [[stat.st_size, stat.st_mtime_ns] for stat in map(os.stat, files)]
+            signature = stamps(files)
         except OSError as error:
             return None, f"cannot be read: {error.strerror or error}"
         key = str(path.absolute())
@@ -74,6 +75,7 @@ def _to_json(info: GgufInfo) -> dict[str, Any]:
     del values["metadata"]
     values["path"], values["files"] = str(info.path), [str(path) for path in info.files]
     values["expert_layers"] = [dataclasses.asdict(layer) for layer in info.expert_layers]
+    values["caches"] = dataclasses.asdict(info.caches)
     return values
 
 
@@ -87,6 +89,18 @@ def _from_json(values: dict[str, Any]) -> GgufInfo:
         "path": Path(values["path"]),
         "files": tuple(map(Path, values["files"])),
         "expert_layers": layers,
+        "caches": _caches(values["caches"]),
         **{name: tuple(values[name]) for name in _TUPLES},
     }
     return GgufInfo(**made)
+
+
+def _caches(values: dict[str, Any]) -> Caches:
+    made = {
+        **values,
+        "attention": CacheRows(**values["attention"]),
+        "indexers": CacheRows(**values["indexers"]),
+        "compressed": tuple(CacheRows(**rows) for rows in values["compressed"]),
+        "sparse": Sparse(**values["sparse"]),
+    }
+    return Caches(**made)

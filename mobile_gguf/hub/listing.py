@@ -14,7 +14,7 @@ from .cache import PARTIAL_SUFFIX, Snapshot, all_snapshots, repositories, reposi
 from .facts import FactsCache
 from .pull import pulled_reference
 from .reference import Reference
-from .resolve import DEMO, demo_file, local_models
+from .resolve import DEMO, demo_file, local_models, model_name
 from .variants import RemoteFile, Variant, find_variants, models_among
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def list_models(here: Here | None = None) -> list[ModelEntry]:
     found = [_demo(facts, here)]
     for path in local_models():
         files = (path, *(part for part in _parts(path) if part != path))
-        found.append(_described(path.stem, MODELS, path, files, facts, here))
+        found.append(_described(model_name(path), MODELS, path, files, facts, here))
     for snapshot, variant, variants in pulled_models():
         name = str(pulled_reference(snapshot, variant, variants))
         files = tuple(snapshot.folder / file.path for file in variant.files)

@@ -58,7 +58,8 @@ def _of_models_dir(name: str) -> Removal:
         if path is None:
             raise ModelNotFoundError("the demo model is not built: there is nothing to remove")
         return _files(name, [path])
-    models = {path.stem: path for path in local_models()}
+    # what lies deeper may be linked in, and be another program's
+    models = {path.stem: path for path in local_models() if path.parent == models_dir()}
     wanted = Path(name).expanduser()
     path = models.get(name) or models.get(name.removesuffix(".gguf"))
     if path is None and wanted.is_file():

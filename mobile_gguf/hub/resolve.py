@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +14,8 @@ from mobile_gguf.files.paths import models_dir
 from .reference import PREFIX, is_reference, looks_like_repository, parse_reference
 
 DEMO = "demo"
+_DEPTH = 3
+_OLLAMA = re.compile(r"(ollama:)?[\w.-]+:[\w.-]+")
 
 
 def resolve_model(
@@ -34,18 +38,34 @@ def resolve_model(
 
         return resolve_hub(parse_reference(text), progress)
     path = Path(text).expanduser()
-    if path.is_dir():
+    if text and path.is_dir():
         return _only_model_in(path)
-    if path.exists():
+    if text and path.exists():
         return path
-    if path.name == text:
+    if not path.is_absolute() and ".." not in path.parts and text:
         for named in (models_dir() / text, models_dir() / f"{text}.gguf"):
             if named.is_file():
                 return named
-    hint = "try `demo`"
+    raise ModelNotFoundError(
+        f"no such model: {text or 'an empty name'} is neither a file nor in {models_dir()}; {_hint(text)}"
+    )
+
+
+def _hint(text: str) -> str:
+    """What may have been meant."""
+    names = {name.lower(): name for name in (DEMO, *map(model_name, local_models()))}
+    stem = Path(text).name.removesuffix(".gguf").lower()
+    near = difflib.get_close_matches(stem, names, 1, 0.7)
+    if near and "/" not in text:
+        return f"did you mean {names[near[0]]}?"
     if looks_like_repository(text):
-        hint = f"if it is on the Hub, write {PREFIX}{text}"
-    raise ModelNotFoundError(f"no such model: {text} is neither a file nor in {models_dir()}; {hint}")
+        return f"if it is on the Hub, write {PREFIX}{text}"
+    if _OLLAMA.fullmatch(text):
+        return (
+            "names of ollama's registry are not known here: find its GGUF on the Hub, and "
+            f"`mobile-gguf pull {PREFIX}ORG/REPO:QUANT`"
+        )
+    return f"try `demo`; `mobile-gguf list` shows what is here, `mobile-gguf pull {PREFIX}ORG/REPO` gets more"
 
 
 def is_at_hand(reference: str | os.PathLike[str]) -> bool:
@@ -57,11 +77,26 @@ def is_at_hand(reference: str | os.PathLike[str]) -> bool:
 
 
 def local_models() -> list[Path]:
-    """The GGUF files in the data directory that can be run by name; of split ones the first part."""
+    """The GGUF files in the data directory that can be run by name; of split ones the first part.
+
+    Folders in it may be linked in, such as LM Studio's, which has ``publisher/model/file.gguf``.
+    """
     directory = models_dir()
     if not directory.is_dir():
         return []
-    return [path for path in sorted(directory.glob("*.gguf")) if _is_first_part(path)]
+    # not `**`, which follows no links
+    found = [path for depth in range(_DEPTH) for path in sorted(directory.glob("*/" * depth + "*.gguf"))]
+    demo = directory / DEMO
+    return [
+        path
+        for path in found
+        if _is_first_part(path) and path.parent != demo and not path.name.startswith("mmproj")
+    ]
+
+
+def model_name(path: Path) -> str:
+    """The name that one of ``local_models`` is run by."""
+    return path.relative_to(models_dir()).with_suffix("").as_posix()
 
 
 def demo_file() -> Path | None:

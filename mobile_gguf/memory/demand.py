@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mobile_gguf.gguf.caches import CONTEXT_MULTIPLE, DSV4, QSA, padded_context
 from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.sizes import format_bytes
 
-CONTEXT_MULTIPLE = 256
 DEFAULT_CONTEXT = 4096
 _F16, _F32 = 2, 4
 # The engine's vocabulary: token texts, two hash maps and the merges, measured at 300-400 bytes a token.
@@ -20,7 +20,7 @@ _VOCABULARY_BYTES = 400
 
 @dataclass(frozen=True)
 class Demand:
-    """Weights that are no routed experts, KV cache and compute buffers, in bytes."""
+    """Weights that are no routed experts, what a context keeps (KV) and compute buffers, in bytes."""
 
     dense_bytes: int
     kv_bytes: int
@@ -57,7 +57,7 @@ def estimate_demand(info: GgufInfo, *, n_ctx: int, n_ubatch: int, flash_attn: bo
     n_ctx, n_ubatch = _padded(n_ctx, n_ubatch)
     return Demand(
         _dense_bytes(info),
-        kv_cache_bytes(info, n_ctx),
+        kv_cache_bytes(info, n_ctx, flash_attn),
         compute_buffer_bytes(info, n_ctx, n_ubatch, flash_attn),
     )
 
@@ -68,7 +68,7 @@ def estimate_device_demand(info: GgufInfo, *, n_ctx: int, n_ubatch: int, flash_a
     n_ctx, n_ubatch = _padded(n_ctx, n_ubatch)
     logits = n_ubatch * info.n_vocab * _F32
     activations = _activation_bytes(info, n_ctx, n_ubatch, flash_attn)
-    return Demand(_dense_bytes(info), kv_cache_bytes(info, n_ctx), activations + logits)
+    return Demand(_dense_bytes(info), kv_cache_bytes(info, n_ctx, flash_attn), activations + logits)
 
 
 def host_share(demand: Demand, info: GgufInfo) -> Demand:
@@ -80,9 +80,9 @@ def host_share(demand: Demand, info: GgufInfo) -> Demand:
     )
 
 
-def kv_cache_bytes(info: GgufInfo, n_ctx: int) -> int:
-    """Keys and values of every layer, f16; no discount for sliding windows."""
-    return n_ctx * sum(info.n_head_kv) * (info.key_length + info.value_length) * _F16
+def kv_cache_bytes(info: GgufInfo, n_ctx: int, flash_attn: bool = False) -> int:
+    """Keys, values, indexers' keys and states of a context, as ``mobile_gguf/gguf/caches.py`` counts them."""
+    return info.caches.n_bytes(n_ctx, flash_attn)
 
 
 def compute_buffer_bytes(info: GgufInfo, n_ctx: int, n_ubatch: int, flash_attn: bool) -> int:
@@ -97,18 +97,40 @@ def compute_buffer_bytes(info: GgufInfo, n_ctx: int, n_ubatch: int, flash_attn: 
 
 def _activation_bytes(info: GgufInfo, n_ctx: int, n_ubatch: int, flash_attn: bool) -> int:
     """Without flash attention the scores [heads, n_ctx, n_ubatch] dominate."""
-    scores = 0 if flash_attn else max(info.n_head, default=0) * n_ctx * n_ubatch * _F32
+    caches = info.caches
+    masks = (2 if caches.windows else 1) * (_F16 if flash_attn else _F32)
+    scores = 0 if flash_attn else max(info.n_head, default=0) * _F32
+    transposed = 0 if flash_attn else n_ctx * caches.latent * _F16
     routed = max(1, info.n_expert_used)
     outputs = (info.segments + 1) * info.n_embd  # of each expert: of its segments, and their sum
     activations = n_ubatch * (8 * info.n_embd + routed * (3 * info.n_ff_expert + outputs)) * _F32
-    return scores + activations + n_ctx * n_ubatch * _F32
+    attention = n_ctx * n_ubatch * (scores + masks)
+    return attention + transposed + activations + _sparse_bytes(info, n_ctx, n_ubatch, flash_attn)
+
+
+def _sparse_bytes(info: GgufInfo, n_ctx: int, n_ubatch: int, flash_attn: bool) -> int:
+    """What choosing positions takes: indexers' scores, the order of the chosen, and masks made of it.
+
+    Bytes per position and token as the pinned llama.cpp allocates them, by its graphs' largest moment.
+    """
+    sparse = info.caches.sparse
+    if not sparse.kind:
+        return 0
+    chosen = 26 * min(sparse.top_k, n_ctx) * n_ubatch
+    if sparse.kind == QSA:
+        return int((7 + 1.25 * sparse.n_head) * n_ctx * n_ubatch) + chosen
+    if sparse.kind == DSV4:
+        per_position = 4.5 if flash_attn else 7 + 1.25 * max(info.n_head, default=0)
+        return int(per_position * (n_ctx + CONTEXT_MULTIPLE) * n_ubatch) + chosen
+    per_position = 6 if flash_attn else 11
+    return per_position * n_ctx * n_ubatch + chosen
 
 
 def _dense_bytes(info: GgufInfo) -> int:
     """Without experts to route to, all weights are dense."""
-    return info.dense_bytes if info.is_moe else info.tensor_bytes
+    return info.dense_bytes + (0 if info.is_moe else info.expert_bytes)
 
 
 def _padded(n_ctx: int, n_ubatch: int) -> tuple[int, int]:
-    n_ctx = -(-n_ctx // CONTEXT_MULTIPLE) * CONTEXT_MULTIPLE
+    n_ctx = padded_context(n_ctx)
     return n_ctx, min(n_ubatch, n_ctx)

@@ -26,6 +26,16 @@ def default_threads(root: Path = Path("/")) -> tuple[int, int]:
     return max(1, processors // 2 if smt else processors), processors
 
 
+def bounded_threads(asked: int | None, processors: int) -> tuple[int | None, str]:
+    """As many threads as were asked for and there are processors, and a notice if these were fewer.
+
+    A thread without a processor makes all others wait for it at every step.
+    """
+    if asked is None or asked <= processors:
+        return asked, ""
+    return processors, f"{asked} threads are more than this process has processors: {processors} are used"
+
+
 def cpu_quota(root: Path = Path("/")) -> float | None:
     """The smallest CPU quota of the cgroups this process is in, in processors; None if there is none."""
     quotas = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mobile_gguf.errors import UsageError, shown
@@ -40,11 +40,13 @@ def take_bias(given: Any) -> dict[int, float]:
     return biases
 
 
-def check_tokens(biases: Mapping[int, float], n_vocab: int) -> None:
-    """Raise UsageError for a token that is not in the vocabulary."""
-    for token in biases:
-        if token >= n_vocab:
-            raise UsageError(f"logit_bias has token {token}: the vocabulary has {n_vocab}")
+def check_tokens(tokens: Iterable[int], n_vocab: int, where: str = "") -> None:
+    """Raise UsageError for a token that is not in the vocabulary; ``where`` they stand, to say it."""
+    for token in tokens:
+        if not 0 <= token < n_vocab:
+            raise UsageError(
+                f"{where}{': ' if where else ''}token {token} is not in the vocabulary of {n_vocab}"
+            )
 
 
 def _token(key: Any) -> int:

@@ -41,7 +41,10 @@ _RAM_BUDGET = Opt(
     help="memory for experts: 512MiB, 2G, 40% of them, or auto",
 )
 _MODE = Opt("--mode", choices=MODES, help="experts per token: exact all, little fewer, big-little both")
-_GAMMA = Opt("--gamma", read=float, low=0, help="big-little: run a token again below this probability")
+# no probability is above 1: any number above it is "always", and one is enough
+_GAMMA = Opt(
+    "--gamma", read=float, low=0, high=2, help="big-little: run a token again below this probability"
+)
 _IMPORTANCE = Opt(
     "--importance", choices=IMPORTANCE, help="big-little: what finds important tokens; auto: the head, if any"
 )
@@ -60,7 +63,10 @@ _LITTLE_K = Opt(
 )
 _tokens = partial(Opt, read=int, low=1, high=_MAX_TOKENS)
 _threads = partial(Opt, read=int, low=1, high=MAX_THREADS)
-_SEED = Opt("-s", "--seed", read=int, low=-1, help="random seed, -1: a new one for every answer")
+# The engine's seeds have 32 bits, of which all ones ask it to make one up: fold_seed of generate/request.py.
+_SEED = Opt(
+    "-s", "--seed", read=int, low=-1, help="random seed, modulo 4294967295; -1: a new one for every answer"
+)
 
 
 @dataclass(frozen=True, kw_only=True)

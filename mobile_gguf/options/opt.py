@@ -12,7 +12,7 @@ import typing
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from mobile_gguf.errors import UsageError, shown
+from mobile_gguf.errors import UsageError, require_unicode, shown
 from mobile_gguf.sizes import Size
 
 Options = TypeVar("Options", bound="Checked")
@@ -98,11 +98,14 @@ def take_text(name: str, value: Any) -> str:
     """Text, and nothing that only looks like it. Raises UsageError."""
     if not isinstance(value, str):
         raise UsageError(f"{name} is {shown(value)}: it must be text")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise UsageError(f"{name} is no Unicode text: it has half of a surrogate pair") from None
-    return value
+    return require_unicode(name, value)
+
+
+def check_callables(**given: Any) -> None:
+    """Raise UsageError for a function, by its keyword, that is none; None stands for no function."""
+    for name, function in given.items():
+        if function is not None and not callable(function):
+            raise UsageError(f"{name} is {shown(function)}: it must be a function")
 
 
 def take_texts(name: str, value: Any) -> tuple[str, ...]:

@@ -28,8 +28,8 @@ from .machine import (
     Measurements,
     correct,
     learn,
+    lesson_for,
     lesson_name,
-    read_lesson,
     read_measurements,
 )
 from .planner import predict_fit
@@ -41,8 +41,9 @@ class Here:
     """This machine, looked at once for many models. ``servers`` are RPC servers; devices are asked for with
     the first model that may use one."""
 
-    def __init__(self, servers: str = "") -> None:
+    def __init__(self, servers: str = "", options: LoadOptions | None = None) -> None:
         self._servers = servers
+        self._options = options or LoadOptions()  # of a run that asks for nothing else
         self.problem = ""  # why the devices are not known, once they have been asked for
 
     @cached_property
@@ -60,13 +61,13 @@ class Here:
 
     def fit(self, info: GgufInfo, options: LoadOptions | None = None) -> Fit:
         """Where a run with ``options`` would put the model; raises BudgetError if it would be refused."""
-        options = options or LoadOptions()
+        options = options or self._options
         devices = () if options.vram_budget == OFF else self.devices
         return fit_model(info, asked_of(info, options), self.memory, devices)
 
     def speed(self, info: GgufInfo, fit: Fit, options: LoadOptions | None = None) -> Prediction | None:
         """The speed of that run by measurements made before, None without them; never raises."""
-        return predict_cached(info, options, fit)
+        return predict_cached(info, options or self._options, fit)
 
 
 def predict_cached(
@@ -157,7 +158,7 @@ def _compare(
         return None
     where = fit.devices[0].name if fit.devices else ""
     name = lesson_name(info, receipt.mode, where, fit.ram_share)
-    shown = correct(prediction, read_lesson(measurements, name))
+    shown = correct(prediction, lesson_for(measurements, info, receipt.mode, where, fit.ram_share)[0])
     if teach and n_tokens >= MIN_TOKENS:
         share = None
         if receipt.mode == BIG_LITTLE:

@@ -152,10 +152,9 @@ class _Case:
         rest += self.kv_bytes() / self.any_rate(f"cpu.{threads}.usual.")
         return Pass(k, self.info.n_layer_moe, rest, self.expert_seconds(k, resident=resident))
 
-    def kv_bytes(self) -> int:
-        """Of keys and values that a token reads."""
-        positions = min(_DEPTH, self.settings.n_ctx)
-        return positions * sum(self.info.n_head_kv) * (self.info.key_length + self.info.value_length) * 2
+    def kv_bytes(self) -> float:
+        """Of what a context keeps that a token reads and writes."""
+        return self.info.caches.read_bytes(min(_DEPTH, self.settings.n_ctx))
 
     def expert_seconds(self, k: int, *, resident: bool) -> float:
         """One layer's ``k`` experts on the processor."""

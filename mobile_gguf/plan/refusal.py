@@ -7,9 +7,10 @@ from dataclasses import replace
 
 from mobile_gguf.engine.devices import Device
 from mobile_gguf.errors import BudgetError, MobileError
+from mobile_gguf.gguf.caches import CONTEXT_MULTIPLE
 from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.memory.budget import reserve_bytes
-from mobile_gguf.memory.demand import CONTEXT_MULTIPLE, estimate_demand
+from mobile_gguf.memory.demand import estimate_demand
 from mobile_gguf.memory.fit import Asked, Fit, fit_model
 from mobile_gguf.memory.machine import Memory
 from mobile_gguf.sizes import AUTO, format_bytes, mebibytes

@@ -8,6 +8,7 @@ output).
 from __future__ import annotations
 
 import ctypes
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -134,7 +135,7 @@ def _decode(
         params.devices = ctypes.cast(devices, ctypes.c_void_p)  # pyright: ignore
     params.load_mode = _NO_MMAP if engine is not None else _MMAP
     try:
-        model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
+        model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
     finally:
         if engine is not None:
             engine.clear_load_params()

@@ -17,7 +17,7 @@ from mobile_gguf.generate.decode import default_little_k
 from mobile_gguf.gguf import keys
 from mobile_gguf.gguf.experts import expert_name
 from mobile_gguf.gguf.header import TensorInfo, read_header
-from mobile_gguf.gguf.info import GgufInfo
+from mobile_gguf.gguf.info import GgufInfo, block_number
 from mobile_gguf.memory.threads import default_threads
 from mobile_gguf.options import LoadOptions
 from mobile_gguf.options.words import BIG_LITTLE, DEFAULT_EVICTION, DEFAULT_IO_THREADS, EXACT
@@ -61,7 +61,12 @@ class Workload:
 
 def read_workload(info: GgufInfo) -> Workload:
     """The workload of a model whose header is good (GgufInfo was read from it)."""
-    tensors = [tensor for path in info.files for tensor in read_header(path).tensors]
+    tensors = [
+        tensor
+        for path in info.files
+        for tensor in read_header(path).tensors
+        if block_number(tensor.name) < info.n_layer
+    ]
     names = {tensor.name for tensor in tensors}
     dense: Counter[tuple[int, int, int, int]] = Counter()
     experts: Counter[tuple[int, int, int, int]] = Counter()

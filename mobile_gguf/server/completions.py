@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator
 from contextlib import closing
@@ -19,10 +20,12 @@ from .answers import Completion, Renderer
 from .failures import ErrorBody, as_api_error
 from .produce import Event, Producer
 from .requests import ChatRequest, CompletionRequest, Generation
-from .serving import ClientLeftError, Events, Serving, unless_client_leaves
+from .serving import CUT_SECONDS, ClientLeftError, Events, Serving, unless_client_leaves
 
 # A proxy gives up on a connection that says nothing while a long prompt is computed.
 PING_SECONDS = 10
+# Who waits in line for longer gets the headers of its stream before its turn.
+HEADERS_SECONDS = 2.0
 NOTES_HEADER = "X-Mobile-Gguf-Note"
 _NOTES_LENGTH = 1000
 
@@ -96,24 +99,35 @@ async def _answer(
         texts = [serving.model.detokenize(prompt) for prompt in producer.prompts]
         return [text for text in texts for _ in range(body.n or 1)]
 
+    is_streamed = False
+    first = asyncio.ensure_future(events.next())
     try:
-        # What cannot be answered is known when the first event comes, and has a status of its own.
-        await unless_client_leaves(request, events.next())
+        # What cannot be answered is known when the first event comes, and has a status of its own; who waits
+        # in line for a stream is sent its headers and pings meanwhile, and such an error as an event.
+        soon = HEADERS_SECONDS if body.stream else None
+        await unless_client_leaves(request, asyncio.wait({first}, timeout=soon))
+        if first.done():
+            first.result()
         if body.stream:
+            is_streamed = True
             include_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-            stream = _stream(serving, job, events, renderer, producer, echoes(), include_usage, endpoint)
+            stream = _stream(serving, job, first, events, renderer, producer, echoes, include_usage, endpoint)
             # The events end by themselves on shutdown: the job is cut when its time is over.
-            grace = serving.settings.grace + 5
+            grace = serving.settings.grace + CUT_SECONDS + 2
+
+            async def left(_message: object) -> None:  # maybe before the stream has begun, and can end
+                job.cancel()
+
             return EventSourceResponse(
                 stream,
                 headers=_notes(producer),
                 ping=PING_SECONDS,
                 sep="\n",
+                client_close_handler_callable=left,
                 shutdown_event=anyio.Event(),
                 shutdown_grace_period=grace,
             )
-        with serving.timed(endpoint):
-            whole = await unless_client_leaves(request, _collect(events))
+        whole = await unless_client_leaves(request, _collect(events))
         body_of_all = renderer.whole(whole, _usage(producer, job), echoes())
         return JSONResponse(body_of_all, headers=_notes(producer))
     except ClientLeftError:
@@ -123,6 +137,10 @@ async def _answer(
     except BaseException:
         job.cancel()
         raise
+    finally:
+        if not is_streamed:
+            first.cancel()
+            serving.note_end(endpoint, job)
 
 
 def _notes(producer: Producer) -> dict[str, str]:
@@ -154,27 +172,31 @@ async def _collect(events: Events[Event]) -> list[Event]:
 async def _stream(
     serving: Serving,
     job: Job[Event],
+    first: asyncio.Future[Event | None],
     events: Events[Event],
     renderer: Renderer,
     producer: Producer,
-    echoes: list[str],
+    echoes: Callable[[], list[str]],
     include_usage: bool,
     endpoint: str,
 ) -> AsyncIterator[ServerSentEvent]:
     ended = False
     try:
-        with serving.timed(endpoint):
-            async for event in events:
-                for chunk in renderer.chunks(event, echoes):
-                    yield _sse(chunk)
-            ended = True
-            if include_usage:
-                yield _sse(renderer.usage_chunk(_usage(producer, job)))
+        await first  # says only that the prompts are known
+        texts = echoes()
+        async for event in events:
+            for chunk in renderer.chunks(event, texts):
+                yield _sse(chunk)
+        ended = True
+        if include_usage:
+            yield _sse(renderer.usage_chunk(_usage(producer, job)))
     except Exception as error:  # the status is out already: the stream says what happened
         ended = True
         yield _sse(as_api_error(error).body())
     finally:
+        first.cancel()
         job.cancel()
+        serving.note_end(endpoint, job)
         if not ended:
             serving.metrics.cancelled.inc()
     yield ServerSentEvent("[DONE]", sep="\n")

@@ -68,8 +68,7 @@ async def embeddings(request: Request, body: Annotated[EmbeddingRequest, JsonBod
     job = serving.submit(lambda job: _vectors(job, serving, inputs, pooling))
     events = Events(job, serving.settings.timeout)
     try:
-        with serving.timed(request.url.path):
-            vectors = await unless_client_leaves(request, _collect(events))
+        vectors = await unless_client_leaves(request, _collect(events))
         return JSONResponse(_answer(serving.settings.names[0], body, vectors))
     except ClientLeftError:
         job.cancel()
@@ -78,6 +77,8 @@ async def embeddings(request: Request, body: Annotated[EmbeddingRequest, JsonBod
     except BaseException:
         job.cancel()
         raise
+    finally:
+        serving.note_end(request.url.path, job)
 
 
 def _pooling(serving: Serving) -> str | None:

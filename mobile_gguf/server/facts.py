@@ -140,7 +140,11 @@ async def model_by_name(request: Request, name: str) -> dict[str, Any]:
 
 @router.head("/health", include_in_schema=False)
 @router.get(
-    "/health", response_model=Health, responses={503: ERRORS[503]}, summary="Whether requests are taken"
+    "/health",
+    response_model=Health,
+    responses={503: ERRORS[503]},
+    summary="Whether requests are taken",
+    openapi_extra={"security": []},
 )
 async def health(request: Request) -> dict[str, Any]:
     """Needs no key."""

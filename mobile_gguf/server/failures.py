@@ -24,6 +24,8 @@ from mobile_gguf.errors import (
 
 logger = logging.getLogger("mobile_gguf")
 
+TOO_LONG = "context_length_exceeded"  # OpenAI's word, which agents look for
+
 _TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -98,7 +100,7 @@ def as_api_error(error: BaseException) -> ApiError:
     if isinstance(error, ModelBusyError):
         return ApiError(503, str(error), code="model_unavailable")
     if isinstance(error, PromptTooLongError):
-        return ApiError(400, str(error), param="messages", code="context_length_exceeded")
+        return ApiError(400, str(error), code=TOO_LONG)
     if isinstance(error, GrammarError):
         return ApiError(400, str(error), code="grammar_stuck")
     if isinstance(error, UsageError):
@@ -126,7 +128,7 @@ def add_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_request: Request, error: RequestValidationError) -> JSONResponse:
-        return _from_validation(error).response()
+        return from_validation(error).response()
 
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> JSONResponse:
@@ -138,7 +140,8 @@ def add_handlers(app: FastAPI) -> None:
         return ApiError(error.status_code, message or str(error.detail), headers=error.headers).response()
 
 
-def _from_validation(error: RequestValidationError) -> ApiError:
+def from_validation(error: RequestValidationError) -> ApiError:
+    """The first thing that is wrong with a request, by its place."""
     first = error.errors()[0]
     # "body" first; the names of union members and validators are pydantic's own business
     where = [part for part in first["loc"][1:] if isinstance(part, int) or "[" not in part]

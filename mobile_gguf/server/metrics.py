@@ -38,7 +38,14 @@ class Metrics:
         self._traffic = {field: counter(name, text) for field, (name, text) in _TRAFFIC.items()}
         self.seconds = Histogram(
             "mobile_gguf_request_seconds",
-            "Time from a request to its end",
+            "Time from a request to its end, with its waiting",
+            ("endpoint",),
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self.queue_seconds = Histogram(
+            "mobile_gguf_queue_seconds",
+            "Time that requests waited for their turn",
             ("endpoint",),
             buckets=_SECONDS,
             registry=self.registry,
@@ -65,11 +72,12 @@ class Metrics:
         for kind in ("prompt", "cached", "big", "little", "fallback"):
             self._tokens.labels(kind)
 
-    def add_answer(self, last: Chunk) -> None:
-        """Count an answer by its last chunk."""
+    def add_answer(self, last: Chunk, is_first: bool) -> None:
+        """Count an answer by its last chunk; its prompt if it is the first to that."""
         receipt = last.receipt.to_dict()
-        self._tokens.labels("prompt").inc(last.prompt_tokens)
-        self._tokens.labels("cached").inc(max(0, last.prompt_tokens - last.prompt_evaluated))
+        if is_first:
+            self._tokens.labels("prompt").inc(last.prompt_tokens)
+            self._tokens.labels("cached").inc(max(0, last.prompt_tokens - last.prompt_evaluated))
         for kind in ("big", "little", "fallback"):
             self._tokens.labels(kind).inc(receipt[f"tokens_{kind}"])
         self._add_traffic(receipt)

@@ -10,16 +10,17 @@ from typing import Any
 from mobile_gguf.api.aio import Job
 from mobile_gguf.api.context import ChatPrompt, of_a_chat
 from mobile_gguf.api.model import Model
-from mobile_gguf.errors import AnswerStopped
+from mobile_gguf.errors import AnswerStopped, PromptTooLongError
 from mobile_gguf.generate.answer import INTERRUPTED, LENGTH, STOP, Chunk
+from mobile_gguf.generate.chat_prompt import OWN_NAMES
 from mobile_gguf.generate.text import TextStream
 from mobile_gguf.options.words import TRIM
 
 from .experts import ExpertMap
-from .failures import ApiError
+from .failures import TOO_LONG, ApiError
 from .logprobs import TokenLogprob, read_logprob
 from .metrics import Metrics
-from .requests import NOT_SAMPLING, ChatRequest, CompletionRequest, Generation
+from .requests import NOT_SAMPLING, OPTION_NAMES, ChatRequest, CompletionRequest, Generation
 from .schemas import check_schema
 from .tools import (
     END_MARK,
@@ -35,16 +36,8 @@ from .tools import (
 from .usage import Spent
 
 TOOL_CALLS = "tool_calls"
-_TEMPLATE_NAMES = {
-    "messages",
-    "tools",
-    "trim",
-    "max_tokens",
-    "add_generation_prompt",
-    "bos_token",
-    "eos_token",
-    "functions",
-}
+# what a template, or chat_prompt, is given besides
+_TEMPLATE_NAMES = OWN_NAMES | {"trim", "max_tokens", "self"}
 
 
 @dataclass(frozen=True)
@@ -90,7 +83,7 @@ class Producer:
                 raise ApiError(400, "give response_format, grammar or json_schema, not several of them")
             options["json_schema"] = schema
         native = speaks_tools(self._model.info.chat_template)
-        values = dict(request.chat_template_kwargs or {})
+        values = request.template_values()
         if reserved := sorted(_TEMPLATE_NAMES & values.keys()):
             raise ApiError(
                 400, f"chat_template_kwargs may not set {reserved[0]}", param="chat_template_kwargs"
@@ -99,12 +92,16 @@ class Producer:
             values["tools"] = [tool.model_dump(exclude_none=True) for tool in plan.tools]
         if plan is not None and plan.forced:
             values.setdefault("enable_thinking", False)
-        prompt = self._model.chat_prompt(
-            template_messages(request.messages, plan, native),
-            trim=of_a_chat(options)["context_full"] == TRIM,
-            max_tokens=options.get("max_tokens"),
-            **values,
-        )
+        try:
+            prompt = self._model.chat_prompt(
+                template_messages(request.messages, plan, native),
+                trim=of_a_chat(options)["context_full"] == TRIM,
+                max_tokens=options.get("max_tokens"),
+                special=bool(request.special),
+                **values,
+            )
+        except PromptTooLongError as error:
+            raise ApiError(400, str(error), param="messages", code=TOO_LONG) from None
         n_top = (request.top_logprobs or 0) if request.logprobs else None
         if plan is None:
             yield from self._plain(job, [prompt], request, options, n_top)
@@ -113,7 +110,7 @@ class Producer:
             raise ApiError(400, "a grammar cannot go with tools: set tool_choice to none", param="tools")
         schema, notes = plan.schema()
         self.spent.notes += notes
-        self._admit(prompt)
+        self._admit(prompt, "messages")
         yield BEGUN
         for choice in range(request.n or 1):
             yield from self._with_tools(job, prompt, _seeded(options, choice), plan, schema, choice, n_top)
@@ -131,10 +128,13 @@ class Producer:
             if max(prompt) >= self._model.info.n_vocab > 0:
                 raise ApiError(400, f"token {max(prompt)} is not in the vocabulary", param="prompt")
             return prompt
-        return self._model.prompt_tokens(prompt)
+        try:
+            return self._model.prompt_tokens(prompt)
+        except PromptTooLongError as error:
+            raise ApiError(400, str(error), param="prompt", code=TOO_LONG) from None
 
     def _options(self, request: Generation) -> dict[str, Any]:
-        given = request.model_dump(exclude_none=True, include={*_OPTION_NAMES} - NOT_SAMPLING)
+        given = request.model_dump(exclude_none=True, include=OPTION_NAMES - NOT_SAMPLING)
         options = {**self._defaults, **given}
         if request.stop is not None:
             options["stop"] = [request.stop] if isinstance(request.stop, str) else request.stop
@@ -143,14 +143,14 @@ class Producer:
             options["json_schema"] = request.json_schema
         return options
 
-    def _admit(self, prompt: list[int]) -> None:
+    def _admit(self, prompt: list[int], param: str) -> None:
         if len(prompt) >= self._model.n_ctx:
             raise ApiError(
                 400,
                 f"the prompt has {len(prompt)} tokens and the context only {self._model.n_ctx}: "
                 "shorten it, or start the server with a larger --ctx-size",
-                param="messages",
-                code="context_length_exceeded",
+                param=param,
+                code=TOO_LONG,
             )
         self.spent.add_prompt(len(prompt), prompt.turns_left_out if isinstance(prompt, ChatPrompt) else 0)
         self.prompts.append(prompt)
@@ -164,14 +164,15 @@ class Producer:
         n_top: int | None,
     ) -> Iterator[Event]:
         for prompt in prompts:
-            self._admit(prompt)
+            self._admit(prompt, "messages" if isinstance(request, ChatRequest) else "prompt")
         # Made before anything is said, so that a bad option is an error with its status.
-        first = self._chunks(job, prompts[0], options)
+        first = self._chunks(job, prompts[0], options, is_first=True)
         yield BEGUN
         n = request.n or 1
         for choice in range(len(prompts) * n):
             prompt = prompts[choice // n]
-            chunks = first if choice == 0 else self._chunks(job, prompt, _seeded(options, choice % n))
+            i = choice % n
+            chunks = first if choice == 0 else self._chunks(job, prompt, _seeded(options, i), is_first=i == 0)
             with closing(chunks):
                 for chunk in chunks:
                     yield self._event(choice, chunk, n_top)
@@ -187,30 +188,33 @@ class Producer:
         return (read_logprob(self._model, chunk.token, n_top),)
 
     def _chunks(
-        self, job: Job[Event], prompt: list[int], options: dict[str, Any]
+        self, job: Job[Event], prompt: list[int], options: dict[str, Any], *, is_first: bool
     ) -> Generator[Chunk, None, None]:
-        """One answer, counted however it ends; raises ApiError when it was stopped from outside."""
+        """One answer, counted however it ends; raises ApiError when it was stopped from outside.
+
+        ``is_first`` of those to its prompt: only of that one what was in the context already is of interest.
+        """
         try:
             chunks = self._model.stream(prompt, should_stop=job.is_cancelled, **options)
         except AnswerStopped:
             raise _cut() from None
-        return self._counted(chunks)
+        return self._counted(chunks, is_first)
 
-    def _counted(self, chunks: Any) -> Generator[Chunk, None, None]:
+    def _counted(self, chunks: Any, is_first: bool) -> Generator[Chunk, None, None]:
         last: Chunk | None = None
         with closing(chunks), self._experts.answering():
             try:
                 for chunk in chunks:
                     last = chunk
-                    self.spent.note(chunk)
+                    self.spent.note(chunk, is_first)
                     self._experts.add_token()
                     if chunk.finish_reason == INTERRUPTED:
                         raise _cut()
                     yield chunk
             finally:
                 if last is not None:
-                    self.spent.add(last)
-                    self._metrics.add_answer(last)
+                    self.spent.add(last, is_first)
+                    self._metrics.add_answer(last, is_first)
 
     def _with_tools(
         self,
@@ -255,6 +259,7 @@ class _Turn:
     ) -> None:
         self.tokens = list(prompt)
         self.reason: str | None = None
+        self._begun = False
         self._producer = producer
         self._job = job
         self._options = options
@@ -289,7 +294,8 @@ class _Turn:
         before, _, after = text.partition(MARK)
         if after.strip():
             # the token that ended the marker began the call: both are written anew
-            self.tokens = start + self._producer._model.tokenize(before + MARK + "\n")
+            model = self._producer._model
+            self.tokens = start + model.tokenize(before, special=False) + model.tokenize(MARK + "\n")
 
     def call(self, index: int, schema: dict[str, Any]) -> Iterator[Event]:
         """Generate one call under the grammar."""
@@ -306,7 +312,9 @@ class _Turn:
         if len(self.tokens) >= model.n_ctx or self._room == 0:
             self.reason = LENGTH
             return
-        with closing(self._producer._chunks(self._job, self.tokens, options)) as chunks:
+        is_first = self._choice == 0 and not self._begun
+        self._begun = True
+        with closing(self._producer._chunks(self._job, self.tokens, options, is_first=is_first)) as chunks:
             self.tokens = list(self.tokens)
             for chunk in chunks:
                 if chunk.token is not None:
@@ -340,9 +348,3 @@ def _response_schema(request: ChatRequest) -> dict[str, Any] | None:
         schema = wanted.schema_ or {"type": "object"}
     check_schema(schema, "response_format")
     return schema
-
-
-_OPTION_NAMES = {
-    "max_tokens", "seed",
-    *(name for name in Generation.model_fields if name not in ("model", "n", "stream", "stream_options")),
-} - {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}  # fmt: skip

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
+from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator, model_validator
 
 from mobile_gguf.options import GenerateOptions, Opt, declared
 
@@ -17,8 +17,17 @@ MAX_CHOICES = 16
 MAX_PROMPTS = 32
 MAX_INPUTS = 2048
 MAX_BIASES = 10_000
+# Fields that say how to answer, but not how to sample; all others of Generation are GenerateOptions.
+_NO_OPTIONS = (
+    {"model", "n", "stream", "stream_options", "user", "metadata", "store", "service_tier"}
+    | {"safety_identifier", "prompt_cache_key", "prompt_cache_retention", "id_slot"}
+    | {"timings_per_token", "return_progress"}
+)
 # Declared by hand below: OpenAI has its own idea of them.
 _OWN_FORM = ("stop", "json_schema", "seed", "max_tokens", "logit_bias")
+_MAX_TEMPLATE_VALUES, _MAX_TEMPLATE_DEPTH = 10_000, 64
+# What templates know of an effort; gpt-oss has these three.
+_EFFORTS = {"minimal": "low", "xhigh": "high"}
 NOT_SAMPLING = {"stop", "json_schema"}
 
 Text = Annotated[str, Field(max_length=1 << 22)]
@@ -27,6 +36,22 @@ Tokens = Annotated[list[Token], Field(min_length=1)]
 Id = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
+
+
+def _is_bounded(value: Any) -> bool:
+    """Whether a value of JSON is small enough to be given to a template."""
+    n_values = 0
+    pending = [(value, 0)]
+    while pending:
+        one, depth = pending.pop()
+        n_values += 1
+        if depth > _MAX_TEMPLATE_DEPTH or n_values > _MAX_TEMPLATE_VALUES:
+            return False
+        if isinstance(one, dict):
+            pending += [(item, depth + 1) for item in one.values()]
+        elif isinstance(one, list):
+            pending += [(item, depth + 1) for item in one]
+    return True
 
 
 class Strict(BaseModel):
@@ -104,6 +129,13 @@ class Generation(_Sampling):
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    id_slot: int | None = None
+    timings_per_token: bool | None = None
+    return_progress: bool | None = None
+
+
+OPTION_NAMES = Generation.model_fields.keys() - _NO_OPTIONS
 
 
 class TextPart(Loose):
@@ -205,6 +237,36 @@ class ChatRequest(Generation):
     chat_template_kwargs: dict[str, Any] | None = Field(
         default=None, description="values for the chat template, such as enable_thinking"
     )
+    special: bool | None = Field(
+        default=None, description="read control tokens in the messages as such, not as text"
+    )
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = Field(
+        default=None, description="given to the chat template; none and minimal ask it not to think"
+    )
+    # taken and without effect here: they change no answer, or ask for what is so anyway
+    verbosity: Literal["low", "medium", "high"] | None = None
+    modalities: list[Literal["text"]] | None = None
+    prediction: dict[str, Any] | None = None
+    web_search_options: dict[str, Any] | None = None
+    audio: None = None
+    functions: Annotated[list[Any], Field(max_length=0)] | None = None
+    function_call: Literal["none", "auto"] | None = None
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _is_small(cls, given: dict[str, Any] | None) -> dict[str, Any] | None:
+        if given is not None and not _is_bounded(given):
+            raise ValueError(f"it holds more than {_MAX_TEMPLATE_VALUES} values, or is nested too deeply")
+        return given
+
+    def template_values(self) -> dict[str, Any]:
+        """What the chat template may use besides the messages and tools."""
+        values: dict[str, Any] = {}
+        if self.reasoning_effort in ("none", "minimal"):
+            values["enable_thinking"] = False
+        if self.reasoning_effort is not None and self.reasoning_effort != "none":
+            values["reasoning_effort"] = _EFFORTS.get(self.reasoning_effort, self.reasoning_effort)
+        return values | (self.chat_template_kwargs or {})
 
 
 class CompletionRequest(Generation):
@@ -218,6 +280,8 @@ class CompletionRequest(Generation):
     ) = Field(description="text or token ids, or several of either")
     echo: bool | None = Field(default=None, description="begin the answer with the prompt")
     logprobs: int | None = Field(default=None, ge=0, le=20)
+    suffix: Annotated[str, Field(max_length=0)] | None = None
+    best_of: Annotated[int, Field(ge=1, le=1)] | None = None
 
 
 class EmbeddingRequest(Strict):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
 import os
 import signal
 import socket
@@ -24,8 +23,8 @@ from .connections import protocol_of
 from .serving import CUT_SECONDS, Serving
 from .settings import ServerSettings
 
-# Beyond the grace and the time for a cut: for connections to end by themselves.
-_CLOSE_SECONDS = 3.0
+# For connections to end by themselves, once the model is at rest.
+_CLOSE_SECONDS = 3
 _STOPPED_BY_FORCE = 4
 
 
@@ -87,7 +86,7 @@ def make_server(
         log_level="info" if log_requests else "warning",
         access_log=log_requests,
         timeout_keep_alive=30,
-        timeout_graceful_shutdown=math.ceil(settings.grace + CUT_SECONDS + _CLOSE_SECONDS),
+        timeout_graceful_shutdown=_CLOSE_SECONDS,
         server_header=False,
         ws="none",
         http=protocol_of(settings),
@@ -140,7 +139,6 @@ class Server(uvicorn.Server):
         self.signal: int | None = None
         self._ready = ready
         self._stopping = stopping
-        self._closing: asyncio.Task[None] | None = None
         self._grace = grace
 
     @property
@@ -154,9 +152,9 @@ class Server(uvicorn.Server):
             self._ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._closing = asyncio.create_task(self.app_state.close())
+        # connections are taken meanwhile, and told that the server is shutting down
+        await self.app_state.close()
         await super().shutdown(sockets=sockets)
-        await self._closing
         if self.force_exit:
             # uvicorn leaves it waiting then, and logs a traceback when the loop ends
             await self.lifespan.shutdown()

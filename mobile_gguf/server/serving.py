@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
-from typing import Generic, Protocol, TypeVar
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from typing import Any, Generic, Protocol, TypeVar
 
 from fastapi import Request
 
@@ -53,6 +52,7 @@ class Serving:
         self.started = int(time.time())
         self.closing = asyncio.Event()
         self.worker_left = False
+        self._closed: asyncio.Future[bool] | None = None
         self._mean_seconds = 5.0
 
     def producer(self) -> Producer:
@@ -82,25 +82,24 @@ class Serving:
                 code="model_not_found",
             )
 
-    @contextlib.contextmanager
-    def timed(self, endpoint: str) -> Iterator[None]:
-        """Count a request's time, and learn from it how long another will wait."""
-        started = time.monotonic()
-        try:
-            yield
-        finally:
-            seconds = time.monotonic() - started
-            self.metrics.seconds.labels(endpoint).observe(seconds)
-            self._mean_seconds += 0.2 * (seconds - self._mean_seconds)
+    def note_end(self, endpoint: str, job: Job[Any]) -> None:
+        """Count a request's times, and learn from them how long another will wait."""
+        seconds = time.monotonic() - job.queued_at
+        self.metrics.seconds.labels(endpoint).observe(seconds)
+        self.metrics.queue_seconds.labels(endpoint).observe(job.waited if job.turn else seconds)
+        if job.turn:
+            self._mean_seconds += 0.2 * (seconds - job.waited - self._mean_seconds)
 
     async def close(self) -> None:
         """Refuse what waits and let the running answer end, for as long as the settings allow.
 
         ``worker_left`` is true then if the model could not be stopped.
         """
-        self.closing.set()
-        ended = await asyncio.to_thread(self.worker.close, self.settings.grace, CUT_SECONDS)
-        self.worker_left = not ended
+        if self._closed is None:
+            self.closing.set()
+            close = asyncio.to_thread(self.worker.close, self.settings.grace, CUT_SECONDS)
+            self._closed = asyncio.ensure_future(close)
+        self.worker_left = not await asyncio.shield(self._closed)
 
 
 class Events(Generic[E]):

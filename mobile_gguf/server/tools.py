@@ -96,9 +96,19 @@ def _role(message: Message) -> str:
 
 def _arguments(text: str) -> Any:
     try:
-        return json.loads(text or "{}")
-    except ValueError:
+        made = json.loads(text or "{}")
+    except (ValueError, RecursionError):
         return text
+    try:
+        json.dumps(made, ensure_ascii=False).encode()
+    except (UnicodeEncodeError, RecursionError):
+        raise ApiError(
+            400,
+            "the arguments of an earlier tool call are nested too deeply, or hold half a surrogate pair",
+            param="messages",
+            code="invalid_value",
+        ) from None
+    return made
 
 
 def _native(message: Message) -> dict[str, Any]:

@@ -44,16 +44,16 @@ class Spent:
         self.notes: list[str] = []  # what of the request was not followed, a line each
         self._seconds = 0.0
         self._receipts: list[dict[str, Any]] = []
-        self._running: Chunk | None = None
+        self._running: tuple[Chunk, bool] | None = None
 
     def add_prompt(self, n_tokens: int, turns_left_out: int = 0) -> None:
         """Count a prompt, once however many answers it gets."""
         self.prompt_tokens += n_tokens
         self.turns_left_out += turns_left_out
 
-    def note(self, chunk: Chunk) -> None:
+    def note(self, chunk: Chunk, is_first: bool) -> None:
         """Remember how far the running answer is, until it is added."""
-        self._running = chunk
+        self._running = chunk, is_first
 
     def so_far(self) -> Spent:
         """The same with the running answer counted as if this were its end."""
@@ -61,13 +61,14 @@ class Spent:
             return self
         copied = copy.copy(self)
         copied._receipts = list(self._receipts)
-        copied.add(self._running)
+        copied.add(*self._running)
         return copied
 
-    def add(self, last: Chunk) -> None:
-        """Count an answer by its last chunk."""
+    def add(self, last: Chunk, is_first: bool) -> None:
+        """Count an answer by its last chunk; what the first one to a prompt did not compute was cached."""
         self._running = None
-        self.cached_tokens += max(0, last.prompt_tokens - last.prompt_evaluated)
+        if is_first:
+            self.cached_tokens += max(0, last.prompt_tokens - last.prompt_evaluated)
         self.completion_tokens += last.completion_tokens
         if last.tokens_per_second > 0:
             self._seconds += last.completion_tokens / last.tokens_per_second
@@ -80,7 +81,7 @@ class Spent:
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": min(self.cached_tokens, self.prompt_tokens)},
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
             "tokens_per_second": self.completion_tokens / self._seconds if self._seconds > 0 else 0.0,
             "turns_left_out": self.turns_left_out,
             "receipt": sum_receipts(self._receipts),

@@ -1,7 +1,7 @@
 // mobile-error.h - the text behind mobile_last_error(), one per thread, and the one place where exceptions end.
 //
 // Invariant: nothing throws across the C API. Every exported function that does more than return a constant is the body
-// of mobile_guard() or mobile_guard_or(); tests/test_patches.py reads the sources for it.
+// of mobile_guard() or mobile_guard_or(); tests/patches/test_sources.py reads the sources for it.
 
 #pragma once
 

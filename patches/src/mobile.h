@@ -211,6 +211,19 @@ LLAMA_API int32_t mobile_set_replay(struct llama_context * ctx, const int32_t * 
 // MOBILE_ERR_STATE before a model is loaded
 LLAMA_API int32_t mobile_set_precise(bool on);
 
+// llama.cpp's calls, for whoever cannot catch what they throw or survive what they abort on: what they assert of their
+// arguments is checked first (MOBILE_ERR_ARGUMENT). the count that they return is in n, also where n_max is too small
+LLAMA_API int32_t mobile_tokenize(const struct llama_vocab * vocab, const char * text, int32_t n_text, llama_token * tokens, int32_t n_max, bool add_special, bool parse_special, int32_t * n);
+LLAMA_API int32_t mobile_token_to_piece(const struct llama_vocab * vocab, llama_token token, char * buffer, int32_t n_max, bool special, int32_t * n);
+// result: what llama_decode returned
+LLAMA_API int32_t mobile_decode(struct llama_context * ctx, struct llama_batch batch, int32_t * result);
+// MOBILE_ERR_STATE if there are no logits at i, or some are no numbers
+LLAMA_API int32_t mobile_sample(struct llama_sampler * sampler, struct llama_context * ctx, int32_t i, llama_token * token);
+
+// loads a file on the CPU with zeros for weights, which are not read, tokenises, and runs a prompt and a token. for a
+// process of its own: a file whose header llama.cpp aborts on ends it. an error is one that a load would report
+LLAMA_API int32_t mobile_try_file(const char * path);
+
 //
 // device tier: some routed experts in slots of a device's memory as well, under a byte budget of its own.
 // changes where experts are computed, so results differ as far as devices do

@@ -153,7 +153,7 @@ def test_json_schema_and_grammar(any_model):
 
 @pytest.mark.parametrize("bad", [{"grammar": "root ::= ("}, {"grammar": ""}, {"json_schema": "{"}])
 def test_a_bad_grammar_is_refused_and_nothing_crashes(any_model, bad):
-    with pytest.raises(UsageError, match="grammar|JSON schema"):
+    with pytest.raises(UsageError, match=r"grammar|JSON schema"):
         any_model.generate("x", **bad)
     assert any_model.generate("x", max_tokens=1).usage["completion_tokens"] == 1
 

@@ -53,6 +53,7 @@ def opening(monkeypatch):
 
         monkeypatch.setattr(loading, "find_engine", lambda: engine)
         monkeypatch.setattr(loading, "capture_log", lambda _verbose: None)
+        monkeypatch.setattr(loading, "try_file", lambda *_arguments: None)
         monkeypatch.setattr(loading, "_construct", construct)
         monkeypatch.setattr(loading, "read_memory", lambda: Memory(64 << 30, 64 << 30, "the machine"))
         _, notices = open_backend(info, LoadOptions(**options))
@@ -70,6 +71,22 @@ def test_experts_go_into_the_store_and_the_rest_is_not_mapped(opening):
         {"budget_bytes": 64 * MIB, "io_threads": 3, "eviction": "moepic", "io": "direct", "on_host": False}
     ]
     assert (n_ctx, use_mmap, notices) == (512, False, [])
+
+
+def test_a_file_that_is_refused_in_its_trial_is_not_loaded(opening, monkeypatch):
+    def refuse(engine, path, files, keep_on):
+        assert (path, files) == (MOE.path, MOE.files)
+        keep_on()
+        raise ModelFormatError("no")
+
+    engine = FakeEngine()
+    opening(MOE, engine)
+    monkeypatch.setattr(loading, "try_file", refuse)
+    seen = []
+    with pytest.raises(ModelFormatError, match="no"):
+        open_backend(MOE, LoadOptions(), lambda phase, share: seen.append((phase, share)))
+    assert seen == [("loading", 0.0)]
+    assert len(engine.params) == 1
 
 
 def test_auto_keeps_every_expert_where_there_is_room(opening):

@@ -31,6 +31,23 @@ def test_help_fits_a_terminal_of_80_columns(capsys, monkeypatch, verb):
             ["run", "demo", "-c", "x"],
             "argument -c/--ctx-size: invalid whole number value: 'x' (see `mobile-gguf run --help`)",
         ),
+        (
+            ["bench", "--tokens", "1.5"],
+            "argument --tokens: invalid whole number value: '1.5' (see `mobile-gguf bench --help`)",
+        ),
+        (
+            ["calibrate", "demo", "--tokens", "0"],
+            "argument --tokens: 0: it must be at least 1 (see `mobile-gguf calibrate --help`)",
+        ),
+        (
+            ["engine", "build", "--jobs", "-2"],
+            "argument --jobs: -2: it must be at least 1 (see `mobile-gguf engine build --help`)",
+        ),
+        (
+            ["verify", "demo", "-t", "100000"],
+            "argument -t/--threads: threads is 100000: it must be at most 512"
+            " (see `mobile-gguf verify --help`)",
+        ),
     ],
 )
 def test_a_wrong_argument_names_the_help_of_its_verb(capsys, argv, line):

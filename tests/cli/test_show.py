@@ -170,7 +170,8 @@ def test_a_damaged_file_is_one_line(show, calibrated, key, value):
     update_gguf(calibrated, set={key: value})
     for arguments in ([], ["--json"]):
         code, out, err = show(calibrated, *arguments)
-        assert (code, out) == (1, "")
+        assert code == 1
+        assert (json.loads(out)["error"]["exit_code"] if arguments else out) == (1 if arguments else "")
         assert err.startswith("mobile-gguf: error: FOLDER/model.gguf: ")
         assert err.count("\n") == 1
         assert key in err

@@ -14,6 +14,8 @@ from typing import Any
 
 import engine_libs
 import pytest
+from device_jobs import CPU, device_run, rpc_servers
+from device_oracle import assert_as_on_cpu, follow
 from engine_jobs import FOLLOWING, GOOD_MODEL, PROMPT, assert_good, good, run, succeeded
 from places import SHIM, SUPPORT
 
@@ -53,6 +55,71 @@ def test_nothing_is_thrown_across_the_c_api(tmp_path: Path) -> None:
             assert n_thrown == 1, f"{name} was to throw and did not"
             assert (status, text) == answer, f"{name}, {what}"
     assert_good(outcome, "throws", "after")
+
+
+# in the engine's own threads
+
+DISARM = {"op": "arm", "what": "nothing"}
+
+
+def steps(n: int) -> dict[str, Any]:
+    return {"op": "steps", "tokens": FOLLOWING[:n], "pos": len(PROMPT)}
+
+
+def assert_planted(outcome: engine_libs.Outcome, name: str, said: str) -> None:
+    """It was thrown once, one decode failed with the text, and later ones are right."""
+    assert outcome.ops(name, "arm")[1]["n_thrown"] == 1, f"{name} was to throw and did not"
+    (failed,) = [op for op in outcome.runs[name]["ops"] if op.get("rc", 0) != 0]
+    assert failed["error"] == said
+    assert_good(outcome, name, "after")
+
+
+@pytest.mark.parametrize("n_io_threads", [1, 4])
+@pytest.mark.parametrize("what", ["read", "own read"])
+def test_read_that_throws_is_a_failed_read(what: str, n_io_threads: int, tmp_path: Path) -> None:
+    """In an I/O thread, and in a computing one that serves the queue while it waits."""
+    arm, prompt = {"op": "arm", "what": what}, {"op": "decode", "tokens": PROMPT}
+    spec = run(what, GOOD_MODEL, [arm, prompt, DISARM, *good("after")], mobile={"n_io_threads": n_io_threads})
+    outcome = on_errors(spec, **preload(tmp_path, "throwing_threads.cpp"))
+    assert_planted(outcome, what, "expert read failed: planted")
+
+
+def test_guess_that_throws_fails_a_decode(tmp_path: Path) -> None:
+    ops = [{"op": "set_prefetch", "mode": 1}, {"op": "arm", "what": "memory"}, steps(12), DISARM]
+    outcome = on_errors(
+        run("guess", GOOD_MODEL, [*ops, *good("after")]), **preload(tmp_path, "throwing_threads.cpp")
+    )
+    assert_planted(outcome, "guess", "guessing the next layer's experts failed: planted")
+
+
+def test_upload_that_throws_fails_a_decode(tmp_path: Path) -> None:
+    """Of what has earned a slot, on the uploader's thread; nothing is computed from the slot."""
+    arm = {"op": "arm", "what": "upload"}
+    start = {"op": "device_start", "budget": 0.5, "miss": CPU, "poison": 1}
+    residency = {"op": "device_residency", "save": "residency"}
+    shim = preload(tmp_path, "throwing_threads.cpp")
+    with rpc_servers() as rpc:
+        outcome = on_errors(
+            device_run("later", GOOD_MODEL, rpc, [start, arm, steps(12), DISARM, *follow(), residency,
+                                                  {"op": "device_counters"}]),
+            device_run("start", GOOD_MODEL, rpc, [arm, start, DISARM, start, *follow()]),
+            **shim,
+        )  # fmt: skip
+    said = "an upload of experts failed: planted"
+    for name in ("later", "start"):
+        assert outcome.ops(name, "arm")[1]["n_thrown"] == 1
+        assert_as_on_cpu(outcome, name, GOOD_MODEL)
+    (failed,) = [op for op in outcome.runs["later"]["ops"] if op.get("rc", 0) != 0]
+    assert failed["error"].endswith(said)
+    device = outcome.ops("later", "device_counters")[0]
+    n_resident = outcome.ops("later", "device_residency")[0]["n_resident"]
+    assert device["n_admitted"] - device["n_evictions"] == n_resident
+    refused, started = outcome.ops("start", "device_start")
+    assert refused["error"].endswith(said)
+    assert started["status"] == 0
+
+
+# tags
 
 
 def op_params(tmp_path: Path, planted: str) -> dict[str, str]:

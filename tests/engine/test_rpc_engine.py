@@ -178,7 +178,7 @@ def test_a_server_says_what_it_offers_and_ends_by_ctrl_c():
         (["--device", "CPU,CPU"], 2, "--device CPU is named twice"),
         (["--host", "my-box"], 2, "give an IPv4 address"),
         (["--port", "70000"], 2, "'70000' is no port"),
-        (["--threads", "0"], 2, "'0' is not a number of threads"),
+        (["--threads", "0"], 2, "threads is 0: it must be at least 1"),
     ],
 )
 def test_errors_of_the_server_are_one_line(ports, arguments, code, words):

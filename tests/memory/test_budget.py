@@ -1,7 +1,7 @@
 """Budgets: what is left for experts, what is refused and why."""
 
 import pytest
-from fake_backend import MIB, fake_info
+from fake_backend import MIB, fake_caches, fake_info
 
 from mobile_gguf.errors import BudgetError
 from mobile_gguf.gguf.info import ExpertLayer
@@ -87,12 +87,12 @@ def test_a_budget_beyond_the_memory_warns_but_is_kept():
 
 def test_kv_cache_of_a_known_model():
     # Qwen3-30B-A3B: 48 layers, 4 KV heads of 128, f16; llama.cpp logs 384 MiB at 4096 tokens
-    info = fake_info(n_head_kv=(4,) * 48, key_length=128, value_length=128)
+    info = fake_info(caches=fake_caches((4,) * 48, 128, 128))
     assert kv_cache_bytes(info, 4096) == 384 * MIB
 
 
 def test_layers_without_attention_have_no_kv_cache():
-    info = fake_info(n_head_kv=(0, 0, 2, 0), key_length=16, value_length=16)
+    info = fake_info(caches=fake_caches((0, 0, 2, 0), 16, 16))
     assert kv_cache_bytes(info, 256) == 256 * 2 * 32 * 2
 
 
@@ -102,7 +102,7 @@ def test_the_context_is_padded_as_the_engine_pads_it():
 
 
 def test_flash_attention_needs_no_score_matrix():
-    scores = 4 * 4096 * 512 * 4
+    scores = 4 * 4096 * 512 * 4 + 4096 * 512 * 2  # and its mask is f16
     with_scores, without = (compute_buffer_bytes(INFO, 4096, 512, flag) for flag in (False, True))
     assert with_scores - without == scores
 

@@ -9,7 +9,7 @@ from itertools import accumulate
 from types import SimpleNamespace
 
 import pytest
-from fake_backend import FakeBackend, fake_info
+from fake_backend import FakeBackend, fake_caches, fake_info
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
@@ -53,9 +53,7 @@ def a_model(pick):
         n_embd=pick.choice([64, 2048, 8192]),
         n_vocab=pick.randint(256, 200_000),
         n_head=(n_head,) * n_layer,
-        n_head_kv=(max(1, n_head // 8),) * n_layer,
-        key_length=128,
-        value_length=128,
+        caches=fake_caches((max(1, n_head // 8),) * n_layer, 128, 128),
         n_ctx_train=pick.choice([512, 32768, 262144]),
         n_expert=n_expert,
         n_expert_used=min(8, n_expert),
@@ -185,6 +183,7 @@ def loaded(monkeypatch, machine, info, load):
     with monkeypatch.context() as patch:
         patch.setattr(loading, "find_engine", lambda: engine)
         patch.setattr(loading, "capture_log", lambda _verbose: None)
+        patch.setattr(loading, "try_file", lambda *_arguments: None)
         patch.setattr(loading, "_construct", construct)
         patch.setattr(loading, "read_memory", lambda: machine.memory)
         patch.setattr(loading, "DeviceCalls", make_calls)

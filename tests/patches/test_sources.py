@@ -115,7 +115,26 @@ def forbidden_calls(sources: Mapping[str, str]) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("rule", [upward_includes, include_circles, unguarded_exports, forbidden_calls])
+NUMBERS = "mobile_(?:model_layer|store_layer|slots_layer|part|store_part)"
+# where a number of one space becomes one of another (mobile-ids.h)
+CONVERSIONS = {"mobile-ids.h", "store/mobile-store.h"}
+
+
+def raw_conversions(sources: Mapping[str, str]) -> list[str]:
+    """Numbers made of another number's plain integer outside the named conversions; lists indexed by one."""
+    made = re.compile(rf"\b{NUMBERS}\b\s*\w*\s*[({{][^;\n]*?\.n\b")
+    found = []
+    for name, text in sources.items():
+        code = re.sub(r"//.*", "", text)
+        found += [f"{name}: [{index}]" for index in re.findall(r"\[([^\[\]]*\.n)\]", code)]
+        if name not in CONVERSIONS:
+            found += [f"{name}: {match[0]}" for match in made.finditer(code)]
+    return found
+
+
+@pytest.mark.parametrize(
+    "rule", [upward_includes, include_circles, unguarded_exports, forbidden_calls, raw_conversions]
+)
 def test_sources_keep_the_rule(rule) -> None:
     assert rule(SOURCES) == []
 
@@ -141,6 +160,19 @@ def test_planted_faults_are_found() -> None:
         assert len(forbidden_calls(with_line("store/mobile-store.cpp", line))) == 1, line
     assert len(forbidden_calls(with_line("ggml/ggml-expert.c", "    GGML_ASSERT(next() > 0);"))) == 1
     assert forbidden_calls(with_line("ggml/ggml-expert.c", "    GGML_ASSERT(n <= 3);")) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "    mobile_store_layer next(layer.n + 1);",
+        "    find(mobile_part(expert.n*n_segments));",
+        "    const mobile_part part { x.n };",
+        "    layers[layer.n].n_parts = 0;",
+    ],
+)
+def test_planted_raw_conversion_is_found(line: str) -> None:
+    assert len(raw_conversions(with_line("route/mobile-route-op.cpp", line))) == 1
 
 
 def test_planted_export_without_a_guard_is_found() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_backend import fake_info
+from fake_backend import fake_caches, fake_info
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -287,9 +287,7 @@ INFO = fake_info(
     n_embd=2048,
     n_vocab=150_000,
     n_head=(32,) * 48,
-    n_head_kv=(4,) * 48,
-    key_length=128,
-    value_length=128,
+    caches=fake_caches((4,) * 48, 128, 128),
     n_layer=48,
     n_expert=128,
     n_ctx_train=32768,

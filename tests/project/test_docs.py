@@ -1,4 +1,4 @@
-"""The docs name files, functions and pages that are there."""
+"""The docs, and comments in our C++, name files, functions and pages that are there."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
-from places import ROOT
+from places import C_SOURCES, ROOT
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 SOURCES = ("mobile_gguf", "convert", "tui", "vendor", "bench", "patches", "tests", "docs")
@@ -16,6 +16,9 @@ SOURCES = ("mobile_gguf", "convert", "tui", "vendor", "bench", "patches", "tests
 HOP = re.compile(rf"`((?:{'|'.join(SOURCES)})/[\w./-]+):(\w+)`")
 # (vendor/llama.cpp is in the pinned source)
 PATH = re.compile(rf"`((?:{'|'.join(SOURCES)})/(?!llama\.cpp)[\w./-]*)[`:]")
+# in a comment's running text; what lies in llama.cpp begins with other folders
+IN_COMMENT = re.compile(rf"(?<![\w./-])(?:{'|'.join(SOURCES)})/[\w./-]*\w")
+OF_OURS = re.compile(r"\bmobile-[\w-]+\.(?:h|cpp)\b")
 LINK = re.compile(r"\]\((?!https?:|mailto:|#)([^)#\s]+)(?:#[^)]*)?\)")
 
 
@@ -41,6 +44,27 @@ def test_what_a_page_names_is_there(page: Path) -> None:
     assert missing_hops(text) == []
     assert [path for path in PATH.findall(text) if not (ROOT / path).exists()] == []
     assert [link for link in LINK.findall(text) if not (page.parent / link).exists()] == []
+
+
+def missing_in_comments(text: str, root: Path = ROOT) -> list[str]:
+    """What a C or C++ file's comments name and is not there: paths, and files of ours by their names."""
+    ours = {path.name for path in (root / C_SOURCES.relative_to(ROOT)).rglob("*")}
+    comments = re.findall(r"//.*", text)
+    paths = [path for line in comments for path in IN_COMMENT.findall(line) if not (root / path).exists()]
+    return paths + [name for line in comments for name in OF_OURS.findall(line) if name not in ours]
+
+
+def test_what_comments_of_our_sources_name_is_there() -> None:
+    texts = {path: path.read_text(encoding="utf-8") for path in C_SOURCES.rglob("*") if path.is_file()}
+    assert {path: gone for path, text in texts.items() if (gone := missing_in_comments(text))} == {}
+
+
+def test_what_is_gone_and_named_in_a_comment_is_found() -> None:
+    text = (
+        '#include "tests/none.h"\n// see tests/none.py, tests/project/test_docs.py. and ggml/docs/none.md\n'
+    )
+    gone = "// mobile-none.h - a header\n// see mobile-ids.h (route/mobile-gone.cpp)\n"
+    assert missing_in_comments(text + gone) == ["tests/none.py", "mobile-none.h", "mobile-gone.cpp"]
 
 
 def walks() -> dict[str, list[str]]:

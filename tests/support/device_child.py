@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import engine_child
-import numpy as np
-from engine_child import fields, mobile
+from engine_child import mobile
 
 from mobile_gguf.engine.structs import DeviceCountersStruct, DeviceInfoStruct, DeviceParamsStruct
 
@@ -115,20 +114,11 @@ class DeviceRun(engine_child.Run):
         return {"status": 0, "devices": self.infos()}
 
     def op_device_counters(self, op: dict[str, Any]) -> dict[str, Any]:
-        assert mobile is not None
-        counters = DeviceCountersStruct()
-        status = mobile.mobile_device_get_counters(self.ctx, ctypes.byref(counters))
-        return {"status": status, **fields(counters)}
+        return self.counters("mobile_device_get_counters", DeviceCountersStruct)
 
     def op_device_residency(self, op: dict[str, Any]) -> dict[str, Any]:
-        """Saves enum mobile_residency of the slots, uint8 [n_layer, n_expert]; n_resident: with a slot."""
-        assert mobile is not None
-        info = self.result["info"]
-        state = np.zeros((info["n_layer"], info["n_expert"]), np.uint8)
-        pointer = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
-        status = mobile.mobile_device_get_residency(self.ctx, pointer, state.size)
-        self.arrays[f"{self.spec['name']}/{op['save']}"] = state
-        return {"status": status, "n_resident": int((state > 0).sum())}
+        """Of the slots."""
+        return self.residency(op, "mobile_device_get_residency", self.ctx)
 
     def op_device_watch(self, op: dict[str, Any]) -> dict[str, Any]:
         """Ops while another thread reads the slots' residency; n_maps: different ones that it saw."""

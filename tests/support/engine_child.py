@@ -276,16 +276,17 @@ class Run:
         status = mobile.mobile_set_predictor(self.ctx, op.get("predictor", 0))
         return {"status": status or mobile.mobile_set_prefetch(self.ctx, op["mode"])}
 
-    def op_prefetch_counters(self, op: dict[str, Any]) -> dict[str, Any]:
+    def counters(self, function: str, kind: type[ctypes.Structure]) -> dict[str, Any]:
+        """What a function of mobile.h counts, by the fields of its struct."""
         assert mobile is not None
-        counters = PrefetchCountersStruct()
-        status = mobile.mobile_get_prefetch_counters(self.ctx, ctypes.byref(counters))
-        return {"status": status, **fields(counters)}
+        counted = kind()
+        return {"status": getattr(mobile, function)(self.ctx, ctypes.byref(counted)), **fields(counted)}
+
+    def op_prefetch_counters(self, op: dict[str, Any]) -> dict[str, Any]:
+        return self.counters("mobile_get_prefetch_counters", PrefetchCountersStruct)
 
     def op_counters(self, op: dict[str, Any]) -> dict[str, Any]:
-        assert mobile is not None
-        counters = CountersStruct()
-        return {"status": mobile.mobile_get_counters(self.ctx, ctypes.byref(counters)), **fields(counters)}
+        return self.counters("mobile_get_counters", CountersStruct)
 
     def op_reset_counters(self, op: dict[str, Any]) -> dict[str, Any]:
         assert mobile is not None
@@ -305,15 +306,18 @@ class Run:
         error = mobile.mobile_last_error().decode() if mobile is not None else ""
         return {"rc": code, "error": error}
 
-    def op_residency(self, op: dict[str, Any]) -> dict[str, Any]:
-        """Saves enum mobile_residency, uint8 [n_layer, n_expert]."""
+    def residency(self, op: dict[str, Any], function: str, of: Any) -> dict[str, Any]:
+        """Saves enum mobile_residency, uint8 [n_layer, n_expert]; n_resident: those that have a slot."""
         assert mobile is not None
         info = self.result["info"]
         state = np.zeros((info["n_layer"], info["n_expert"]), np.uint8)
         pointer = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
-        status = mobile.mobile_model_get_residency(self.model, pointer, op.get("size", state.size))
+        status = getattr(mobile, function)(of, pointer, op.get("size", state.size))
         self.arrays[f"{self.spec['name']}/{op['save']}"] = state
-        return {"status": status}
+        return {"status": status, "n_resident": int((state > 0).sum())}
+
+    def op_residency(self, op: dict[str, Any]) -> dict[str, Any]:
+        return self.residency(op, "mobile_model_get_residency", self.model)
 
     def op_trace_start(self, op: dict[str, Any]) -> dict[str, Any]:
         assert mobile is not None

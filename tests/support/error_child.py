@@ -13,9 +13,10 @@ import engine_child
 from engine_child import mobile
 
 THROWN = {"bad_alloc": 1, "logic_error": 2, "int": 3}
+THROWING = ("nothing", "read", "own read", "memory", "upload")  # shim/throwing_threads.cpp
 
 
-class ErrorRun(engine_child.Run):
+class ErrorRun(device_child.DeviceRun):
     """A run with calls that throw; the shims of shim/ are preloaded where an op needs one."""
 
     def _calls(self) -> dict[str, Any]:
@@ -48,6 +49,10 @@ class ErrorRun(engine_child.Run):
             thrown = arm(0)
             said[name] = [thrown, status, mobile.mobile_last_error().decode()]
         return {"said": said}
+
+    def op_arm(self, op: dict[str, Any]) -> dict[str, Any]:
+        """From now on ``what`` throws once, in the engine's own threads; n_thrown: since the last arming."""
+        return {"n_thrown": ctypes.CDLL(None).throwing_threads_arm(THROWING.index(op["what"]), 1)}
 
     def op_scribble(self, op: dict[str, Any]) -> dict[str, Any]:
         """Writes into the op_params of an expert tensor."""

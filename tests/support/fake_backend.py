@@ -19,12 +19,20 @@ from mobile_gguf.engine.structs import Counters, DeviceCounters, ModelInfo, Pref
 from mobile_gguf.errors import PromptTooLongError, UsageError
 from mobile_gguf.generate.decode import ALL_EXPERTS, Pass, Policy, decode_prompt, decode_token
 from mobile_gguf.generate.head import Head
+from mobile_gguf.gguf.caches import CacheRows, Caches
 from mobile_gguf.gguf.info import ExpertLayer, GgufInfo
 
 BOS, EOS, N_VOCAB = 256, 257, 258
 TOP_K, MIB = 8, 1 << 20
 
 Row = tuple[int, int]  # token, experts (0: all)
+
+
+def fake_caches(n_head_kv: Sequence[int], key_length: int, value_length: int) -> Caches:
+    """Keys and values of layers with so many heads for them."""
+    n = sum(n_head_kv)
+    padded = max(n_head_kv) * sum(heads > 0 for heads in n_head_kv)
+    return Caches(CacheRows(n * key_length, n * value_length, padded * value_length))
 
 
 def fake_info(**changes: Any) -> GgufInfo:
@@ -42,9 +50,7 @@ def fake_info(**changes: Any) -> GgufInfo:
         "n_embd": 64,
         "n_vocab": N_VOCAB,
         "n_head": (4,) * 4,
-        "n_head_kv": (2,) * 4,
-        "key_length": 16,
-        "value_length": 16,
+        "caches": fake_caches((2,) * 4, 16, 16),
         "n_expert": 16,
         "n_expert_used": TOP_K,
         "n_ff_expert": 32,

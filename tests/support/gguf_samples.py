@@ -66,7 +66,7 @@ def write_sample(
             add(f"blk.{layer}.ffn_gate_inp.weight", n_expert, N_EMBD, quantized=False)
             add(f"blk.{layer}.ffn_down_exps.weight", n_expert, N_EMBD, n_ff)
         add(f"blk.{layer}.attn_norm.weight", N_EMBD, quantized=False)
-    add("token_embd.weight", 100, N_EMBD)
+    add("token_embd.weight", n_tokens, N_EMBD)
     for name, array in (more or {}).items():
         writer.add_tensor(name, array)
     writer.write_header_to_file()

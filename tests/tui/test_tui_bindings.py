@@ -65,6 +65,7 @@ TESTED = {
     "/rename": (CONVERSATIONS, "test_conversations_are_found_opened_renamed_and_deleted"),
     "/delete": (CONVERSATIONS, "test_conversations_are_found_opened_renamed_and_deleted"),
     "/export": (CONVERSATIONS, "test_an_export_is_markdown"),
+    "/save": (CONVERSATIONS, "test_conversations_that_cannot_be_saved_stay_on_the_screen"),
     "/set": (CHAT, "test_settings_count_from_the_next_answer_on"),
     "/copy": (CHAT, "test_what_is_copied"),
 }

@@ -50,8 +50,8 @@ COMMANDS = (
 
 _BY_NAME = {name: command for command in COMMANDS for name in (command.name, *command.aliases)}
 
-# The values that may follow a command, given the words so far.
-Values = Callable[[list[str]], Iterable[str]]
+# The values that may follow a command, given the words before the one that is being typed, and that one.
+Values = Callable[[list[str], str], Iterable[str]]
 
 
 def find(name: str) -> Command | None:
@@ -81,7 +81,7 @@ def complete(line: str, values: dict[str, Values]) -> list[Completion]:
         return []
     words = rest.split(" ")
     done, last = words[:-1], words[-1]
-    found = [value for value in source(done) if value.lower().startswith(last.lower())]
+    found = [value for value in source(done, last) if value.lower().startswith(last.lower())]
     if found == [last]:
         return []
     begin = " ".join([name, *done])

@@ -97,4 +97,4 @@ def _share_in_memory(store: dict[str, Any] | None) -> str:
     budget, total = store["budget_bytes"], store["expert_bytes"]
     if budget == 0 or budget >= total:
         return " · RAM for all experts"
-    return f" · RAM for {100 * budget // total}% of experts"
+    return f" · RAM for {min(99, round(100 * budget / total))}% of experts"

@@ -88,7 +88,8 @@ class ModelPicker(Dialog[str]):
         self._draw()
 
     def _draw(self) -> None:
-        options, typed = self.query_one(OptionList), self.query_one(Input).value.strip().lower()
+        options, reference = self.query_one(OptionList), self.query_one(Input).value.strip()
+        typed = reference.lower()
         at = options.highlighted or 0
         options.clear_options()
         for candidate in self.candidates:
@@ -96,6 +97,8 @@ class ModelPicker(Dialog[str]):
                 options.add_option(Option(self._row(candidate), id=candidate.reference))
         if options.option_count:
             options.highlighted = min(at, options.option_count - 1)
+        elif typed:
+            options.add_option(Option(Content(f"Enter loads {reference}"), disabled=True))
 
     def _row(self, candidate: Candidate) -> Content:
         size = format_bytes(candidate.n_bytes) if candidate.n_bytes is not None else "-"
@@ -119,7 +122,7 @@ class ModelPicker(Dialog[str]):
     def _submitted(self, event: Input.Submitted) -> None:
         typed, options = event.value.strip(), self.query_one(OptionList)
         at = options.highlighted
-        if options.option_count and at is not None:
+        if options.option_count and at is not None and not options.get_option_at_index(at).disabled:
             self.dismiss(options.get_option_at_index(at).id)
         elif typed:
             self.dismiss(typed)

@@ -9,7 +9,7 @@ from typing import Any
 from mobile_gguf.errors import MobileError
 from mobile_gguf.gguf.info import read_gguf_info
 from mobile_gguf.hub.listing import list_models, shares_text
-from mobile_gguf.hub.resolve import DEMO, local_models
+from mobile_gguf.hub.resolve import DEMO, local_models, model_name
 from mobile_gguf.options import LoadOptions, make_options
 from mobile_gguf.plan.known import Here
 from mobile_gguf.sizes import format_bytes
@@ -48,7 +48,7 @@ def candidates() -> list[Candidate]:
 
 def names() -> list[str]:
     """The demo and the models of the data directory, by their names alone."""
-    return [DEMO, *(path.stem for path in local_models())]
+    return [DEMO, *map(model_name, local_models())]
 
 
 def fit_of(candidate: Candidate, options: dict[str, Any], here: Here) -> Fit:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mobile_gguf.config import Default
 from mobile_gguf.errors import MobileError, UsageError, is_unicode, shown
 from mobile_gguf.files.atomic import complete_or_absent
 from mobile_gguf.flags import option_named, parse_setting
@@ -32,16 +34,28 @@ def load_settings() -> dict[str, Opt]:
 
 
 class Settings:
-    """Values of all settings: the command line's, else what was saved, else the defaults.
+    """Values of all settings: the command line's, the environment's, what was saved here, the configuration
+    file's, what the model asks for, the declared defaults: the first that there is.
 
     ``path`` None saves nothing. ``theme``, ``model`` and the like are kept beside the options. An entry that
     cannot be read costs only itself: ``problem`` says which, and it stays in the file until it is set anew;
     a file that is no settings at all is moved aside before another takes its place.
     """
 
-    def __init__(self, path: Path | None = None, given: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        path: Path | None = None,
+        given: dict[str, Any] | None = None,
+        configured: Mapping[str, Default] | None = None,
+    ) -> None:
         self.path = path
-        self._given = dict(given or {})
+        found = configured or {}
+        self._given = {name: default.value for name, default in found.items() if default.is_environment}
+        self._given |= given or {}
+        self._configured = {
+            name: default.value for name, default in found.items() if not default.is_environment
+        }
+        self.of_model: dict[str, Any] = {}  # what the model that is loaded asks for
         self._saved: dict[str, str] = {}
         self._unread: dict[str, Any] = {}  # options that could not be read, as the file has them
         self._others: dict[str, Any] = {}  # what else the file has
@@ -143,7 +157,9 @@ class Settings:
             return self._given[name]
         if name in self._saved:
             return self._parse(name, self._saved[name])[1]
-        return self._default(name)
+        if name in self._configured:
+            return self._configured[name]
+        return self.of_model.get(name, self._default(name))
 
     def _default(self, name: str) -> Any:
         load = defaults(LoadOptions)
@@ -157,8 +173,8 @@ class Settings:
         return _as_text(self.value(name))
 
     def is_default(self, name: str) -> bool:
-        """Whether the option is as it was declared."""
-        return name not in self._given and name not in self._saved
+        """Whether the option is as the model or its declaration has it."""
+        return not any(name in given for given in (self._given, self._saved, self._configured))
 
     def answer_options(self) -> dict[str, Any]:
         """Keywords for the next answer."""

@@ -47,7 +47,7 @@ NAMES = {
 }
 LEGEND = (Cell.HIT, Cell.MISS, Cell.LOADING, Cell.HOST, Cell.ABSENT)
 DEVICE_LEGEND = (Cell.HIT, Cell.DEVICE_HIT, Cell.MISS, Cell.LOADING, Cell.DEVICE, Cell.HOST, Cell.ABSENT)
-_WIDEST_CELL = 3
+_WIDEST_CELL = 8
 
 
 class ExpertMap(Widget):

@@ -6,6 +6,7 @@ from typing import Any
 
 from mobile_gguf.convert.calibrate.statistics import Statistics
 from mobile_gguf.generate.decode import default_little_k
+from mobile_gguf.generate.recommended import PREFIX, recommended
 from mobile_gguf.gguf import keys
 from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.sizes import format_bytes
@@ -36,6 +37,7 @@ def facts(info: GgufInfo) -> dict[str, Any]:
         "n_files": len(info.files),
         "n_layer": info.n_layer,
         "n_layer_moe": info.n_layer_moe,
+        "n_layer_mtp": info.n_layer_mtp,
         "n_embd": info.n_embd,
         "n_vocab": info.n_vocab,
         "n_ctx_train": info.n_ctx_train,
@@ -44,6 +46,11 @@ def facts(info: GgufInfo) -> dict[str, Any]:
         "little_k": default_little_k(info.n_expert_used),
         "expert_bytes": info.expert_bytes,
         "dense_bytes": info.dense_bytes,
+        "mtp_bytes": info.mtp_bytes,
+        "mtp_expert_bytes": info.mtp_expert_bytes,
+        "mapped_bytes": info.lazy_bytes,
+        "context_token_bytes": info.caches.token_bytes(False),
+        "state_bytes": info.caches.state_bytes,
         "budget_min_bytes": info.budget_min_bytes,
         "budget_all_bytes": info.budget_all_bytes,
         "layout": info.layout,
@@ -51,6 +58,7 @@ def facts(info: GgufInfo) -> dict[str, Any]:
         "segment_order": info.metadata.get(keys.SEGMENT_ORDER),
         "alignment": info.metadata.get("general.alignment"),
         "has_chat_template": info.chat_template is not None,
+        "sampling": recommended(info)[0],
         "tiers": tier_facts(make_tiers(info)) if info.is_moe else None,
     }
 
@@ -99,9 +107,10 @@ def rows(info: GgufInfo) -> list[tuple[str, str]]:
         ("architecture", info.architecture),
         ("quantization", info.quantization),
         ("license", info.license or "not stated"),
-        ("layers", str(info.n_layer)),
+        ("layers", layers(info)),
         ("context", f"{info.n_ctx_train} tokens"),
         ("chat template", "yes" if info.chat_template is not None else "no"),
+        *sampling_rows(info),
     ]
     if not info.is_moe:
         return [*shown, ("experts", "none: a dense model")]
@@ -112,13 +121,39 @@ def rows(info: GgufInfo) -> list[tuple[str, str]]:
         ("experts", f"{info.n_expert} in each of {info.n_layer_moe} layers"),
         ("layout", layout(info)),
         ("top-k", f"{info.n_expert_used} (little: {default_little_k(info.n_expert_used)})"),
-        ("expert bytes", f"{info.expert_bytes} ({format_bytes(info.expert_bytes)})"),
-        ("dense bytes", f"{info.dense_bytes} ({format_bytes(info.dense_bytes)})"),
-        (
-            "smallest --ram-budget",
-            f"{smallest} ({format_bytes(smallest)}, {share:.1f}%)",
-        ),
+        ("expert bytes", _bytes(info.expert_bytes)),
+        ("in slots", f"{_bytes(info.budget_all_bytes)}: memory is taken in whole pages"),
+        ("dense bytes", _bytes(info.dense_bytes)),
+        *([("mapped bytes", mapped(info))] if info.lazy_bytes else []),
+        ("smallest --ram-budget", f"{format_bytes(smallest)} ({smallest} bytes, {share:.1f}%)"),
     ]
+
+
+def _bytes(n: int) -> str:
+    return f"{format_bytes(n)} ({n} bytes)"
+
+
+def sampling_rows(info: GgufInfo) -> list[tuple[str, str]]:
+    """The sampling settings that the file asks for: answers follow them where nothing else is said."""
+    options, left = recommended(info)
+    shown = [("sampling", ", ".join(f"{name} {value:g}" for name, value in options.items()))]
+    ignored = [("sampling not followed", ", ".join(key.removeprefix(PREFIX) for key in left))]
+    return [*(shown if options else []), *(ignored if left else [])]
+
+
+def layers(info: GgufInfo) -> str:
+    """How many run, and what stands behind them."""
+    if not info.n_layer_mtp:
+        return str(info.n_layer)
+    return (
+        f"{info.n_layer}, and {info.n_layer_mtp} for multi-token prediction that nothing runs "
+        f"({format_bytes(info.mtp_bytes)})"
+    )
+
+
+def mapped(info: GgufInfo) -> str:
+    """The tables that take no memory of ours."""
+    return f"{_bytes(info.lazy_bytes)}, read from the file row by row"
 
 
 def layout(info: GgufInfo) -> str:

@@ -68,8 +68,7 @@ int32_t mobile_model_get_residency(const struct llama_model * model, uint8_t * s
         const size_t n_expert = store->n_expert_max();
         mobile_require(n_state == n_layer*n_expert, "state must have n_layer * n_expert entries");
         memset(state, MOBILE_NOT_RESIDENT, n_state);
-        for (size_t i = 0; i < store->layers.size(); ++i) {
-            const mobile_store_layer layer(i);
+        for (mobile_store_layer layer(0); store->layers.has(layer); ++layer) {
             const size_t il = store->model_layer(layer).n;
             for (int32_t e = 0; il < n_layer && e < store->n_expert_of(layer); ++e) {
                 state[il*n_expert + e] = store->residency_of_model(layer, e);

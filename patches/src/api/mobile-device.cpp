@@ -30,7 +30,7 @@ static std::unique_ptr<mobile_slots> make_slots(const struct llama_context & ctx
     auto slots = std::make_unique<mobile_slots>(params, *m.store, m.slot_map, m.n_expert_used*m.store->n_segments);
     for (const mobile_route & route : m.routes) {
         const mobile_store_layer layer = m.store->layer_of(route.il);
-        if (layer.is_none() || !route.once || !mobile_experts_on_host(route.host) || route.host.down->ne[2] != m.store->layers[layer.n].n_parts) {
+        if (layer.is_none() || !route.once || !mobile_experts_on_host(route.host) || route.host.down->ne[2] != m.store->layers[layer].n_parts) {
             continue;
         }
         ggml_backend_dev_t dev = model.dev_layer(route.il.n);
@@ -92,6 +92,8 @@ static enum mobile_status start(struct llama_context & ctx, mobile_context & m, 
     int32_t status = MOBILE_ERR_MEMORY;
     try {
         status = slots->start(err);
+    } catch (const mobile_error &) {
+        throw;
     } catch (const std::exception & e) { // a driver's
         err = std::string("no device memory for expert slots: ") + e.what();
     }

@@ -41,11 +41,11 @@ void mobile_slots::hint(mobile_model_layer il, const std::vector<mobile_part> & 
     if (!l || !devices[l->device].uploader) {
         return;
     }
-    const int32_t layer = index_of[il.n];
-    const auto at = std::upper_bound(hints.begin(), hints.end(), layer, [](int32_t a, const mobile_slot_hint & h) { return a < h.layer; });
+    const mobile_slots_layer layer = layer_of(il);
+    const auto at = std::upper_bound(hints.begin(), hints.end(), layer, [](mobile_slots_layer a, const mobile_slot_hint & h) { return a < h.layer; });
     std::vector<mobile_slot_hint> fresh;
     for (mobile_part part : parts) {
-        if (l->experts[part.n].slot < 0) {
+        if (l->experts[part].slot < 0) {
             fresh.push_back({ layer, part, now });
         } else if (layer > reached) {
             keep(layer, part);
@@ -64,16 +64,16 @@ bool mobile_slots::may_hold(const mobile_pool & p) const {
 }
 
 // what is in a slot and hinted does not leave it
-void mobile_slots::keep(int32_t layer, mobile_part part) {
+void mobile_slots::keep(mobile_slots_layer layer, mobile_part part) {
     mobile_device_layer & l = layers[layer];
-    if (l.experts[part.n].state == MOBILE_SLOT_IDLE && may_hold(pools[l.pool])) {
+    if (l.experts[part].state == MOBILE_SLOT_IDLE && may_hold(pools[l.pool])) {
         move(l, part, MOBILE_SLOT_AWAITED);
         held.push_back({ layer, part, 0.0 });
     }
 }
 
 void mobile_slots::begin_hints() {
-    reached    = -1;
+    reached    = mobile_slots_layer();
     n_reserved = n_used;
     left_us    = ggml_time_us();
     backlog_us = 0.0;
@@ -92,7 +92,7 @@ void mobile_slots::run_ahead() {
 // false: it may be possible later
 bool mobile_slots::take_ahead(const mobile_slot_hint & h) {
     const mobile_device_layer & l = layers[h.layer];
-    if (l.experts[h.part.n].slot >= 0) {
+    if (l.experts[h.part].slot >= 0) {
         return true;
     }
     if (h.layer <= reached || !is_in_time(h)) {
@@ -117,7 +117,7 @@ bool mobile_slots::is_in_time(const mobile_slot_hint & h) {
 
 bool mobile_slots::upload_ahead(const mobile_slot_hint & h) {
     mobile_device_layer  & l = layers[h.layer];
-    mobile_device_expert & x = l.experts[h.part.n];
+    mobile_device_expert & x = l.experts[h.part];
     mobile_pool          & p = pools[l.pool];
 
     if (!may_hold(p)) {
@@ -125,13 +125,13 @@ bool mobile_slots::upload_ahead(const mobile_slot_hint & h) {
     }
     if (p.free.empty()) {
         double key = 0.0;
-        const int32_t victim = find_victim(l.pool, reached, key);
-        if (victim < 0) {
+        const mobile_slots_layer victim = find_victim(l.pool, reached, key);
+        if (victim.is_none()) {
             return false;
         }
         const mobile_part leaves = layers[victim].evictable.begin()->second;
         const double      use    = mobile_policy_key((enum mobile_eviction) params.eviction, std::max<uint64_t>(x.n_uses, 1), h.now);
-        if (params.miss != MOBILE_MISS_FETCH && (key >= use || layers[victim].experts[leaves.n].last_use >= h.now)) {
+        if (params.miss != MOBILE_MISS_FETCH && (key >= use || layers[victim].experts[leaves].last_use >= h.now)) {
             return false;
         }
         evict(victim, leaves);
@@ -157,11 +157,11 @@ bool mobile_slots::upload_ahead(const mobile_slot_hint & h) {
 
 // the pass has come to layer `current`
 void mobile_slots::begin_layer(const std::vector<mobile_need> & needs) {
-    if (reached >= 0 && current == reached + 1) {
+    if (!reached.is_none() && current == reached + 1) {
         const double gap = std::max(0.0, (double) (ggml_time_us() - left_us) - backlog_us);
         gap_us = gap_us > 0.0 ? gap_us + GAP_STEP*(gap - gap_us) : gap;
     }
-    reached    = current;
+    reached = current;
     int32_t n_ids = 0;
     for (const mobile_need & need : needs) {
         n_ids += (int32_t) need.n_tokens;
@@ -171,10 +171,10 @@ void mobile_slots::begin_layer(const std::vector<mobile_need> & needs) {
 }
 
 // what was awaited for layers up to this one, with all before, is as good as any other
-void mobile_slots::settle_ahead(int32_t layer) {
+void mobile_slots::settle_ahead(mobile_slots_layer layer) {
     for (const mobile_slot_hint & h : held) {
         mobile_device_layer & l = layers[h.layer];
-        const enum mobile_slot_state state = l.experts[h.part.n].state;
+        const enum mobile_slot_state state = l.experts[h.part].state;
         if (h.layer <= layer && state == MOBILE_SLOT_AWAITED) {
             move(l, h.part, MOBILE_SLOT_IDLE);
         } else if (h.layer <= layer && state == MOBILE_SLOT_SENDING_AHEAD) {
@@ -182,7 +182,7 @@ void mobile_slots::settle_ahead(int32_t layer) {
         }
     }
     held.erase(std::remove_if(held.begin(), held.end(), [&](const mobile_slot_hint & h) {
-        const mobile_device_expert & x = layers[h.layer].experts[h.part.n];
+        const mobile_device_expert & x = layers[h.layer].experts[h.part];
         return x.state != MOBILE_SLOT_AWAITED && !x.is_sending();
     }), held.end());
 }
@@ -215,8 +215,8 @@ void mobile_slots::waste_ahead(const mobile_device_layer & l, mobile_device_expe
 
 // the pass is over: hints are, too
 void mobile_slots::end_hints() {
-    count.n_ahead_dropped += std::count_if(hints.begin(), hints.end(), [&](const mobile_slot_hint & h) { return layers[h.layer].experts[h.part.n].slot < 0; });
+    count.n_ahead_dropped += std::count_if(hints.begin(), hints.end(), [&](const mobile_slot_hint & h) { return layers[h.layer].experts[h.part].slot < 0; });
     hints.clear();
-    settle_ahead((int32_t) layers.size());
-    reached = -1;
+    settle_ahead(layers.next());
+    reached = mobile_slots_layer();
 }

@@ -3,6 +3,8 @@
 
 #include "device/mobile-slots.h"
 
+#include "mobile-error.h"
+
 #include "ggml.h"
 
 #include <algorithm>
@@ -69,7 +71,9 @@ void mobile_slots::measure_link(mobile_pool & p) {
             } while (d.uploader->in_flight() > 0);
             come_back();
         });
-        d.uploader->done();
+        if (!d.uploader->done(arrived)) {
+            mobile_throw(MOBILE_ERR_INTERNAL, d.uploader->error());
+        }
         return (us - (n_trips + 1)*round_trip)/params.n_uploads;
     });
     d.stall_us = std::max(d.stall_us, stall);

@@ -62,10 +62,10 @@ void mobile_slots::add_layer(mobile_model_layer il, const mobile_experts & host,
     pools[l.pool].n_layers++;
     pools[l.pool].n_expert += l.n_expert;
 
-    if ((int32_t) index_of.size() <= il.n) {
-        index_of.resize(il.n + 1, -1);
+    if (!index_of.has(il)) {
+        index_of.resize(il.n + 1);
     }
-    index_of[il.n] = (int32_t) layers.size();
+    index_of[il] = layers.next();
     layers.push_back(std::move(l));
 }
 
@@ -228,7 +228,8 @@ bool mobile_slots::alloc_pool(mobile_pool & p, const mobile_experts & like, std:
 //
 
 const mobile_device_layer * mobile_slots::find(mobile_model_layer il) const {
-    return il.n >= 0 && il.n < (int32_t) index_of.size() && index_of[il.n] >= 0 ? &layers[index_of[il.n]] : nullptr;
+    const mobile_slots_layer layer = layer_of(il);
+    return layer.is_none() ? nullptr : &layers[layer];
 }
 
 const mobile_experts * mobile_slots::host_layer(mobile_model_layer il) const {
@@ -252,7 +253,7 @@ const mobile_experts * mobile_slots::slots_of(mobile_model_layer il) const {
 
 bool mobile_slots::is_there(mobile_model_layer il, mobile_part part) const {
     const mobile_device_layer * l = find(il);
-    return whole_layer(il) || (l && is_cached(il, 1) && l->experts[part.n].is_there());
+    return whole_layer(il) || (l && is_cached(il, 1) && l->experts[part].is_there());
 }
 
 int32_t mobile_slots::n_slots_of(int32_t device) const {
@@ -270,15 +271,15 @@ void mobile_slots::empty() {
         }
     }
     collect();
-    if (current >= 0) {
+    if (!current.is_none()) {
         unpin_all();
     }
     end_hints();
     for (auto & l : layers) {
-        for (int32_t e = 0; e < l.n_expert; ++e) {
-            waste_ahead(l, l.experts[e]);
-            move(l, mobile_part(e), MOBILE_SLOT_NONE);
-            l.experts[e].slot = -1;
+        for (mobile_part part(0); l.experts.has(part); ++part) {
+            waste_ahead(l, l.experts[part]);
+            move(l, part, MOBILE_SLOT_NONE);
+            l.experts[part].slot = -1;
         }
         l.filled = false;
     }
@@ -308,28 +309,21 @@ void mobile_slots::set_placement(enum mobile_placement placement) {
 
 // all experts of the layers that fit, from the file where they are not in memory
 void mobile_slots::fill_layers() {
-    std::vector<mobile_need> needs;
-    for (size_t i = 0; i < layers.size(); ++i) {
-        mobile_device_layer & l = layers[i];
+    for (mobile_device_layer & l : layers) {
         if (l.whole_slot < 0) {
             continue;
         }
-        needs.assign(l.n_expert, {});
-        for (int32_t e = 0; e < l.n_expert; ++e) {
-            needs[e].part    = mobile_part(e);
-            needs[e].lasting = false; // what decoding uses stays
-        }
         store.begin_pass();
-        store.request(l.in_store, needs);
+        store.request(l.in_store, store.all_needs(l.in_store, false)); // what decoding uses stays
         l.filled = true;
-        for (int32_t e = 0; e < l.n_expert && l.filled; ++e) {
-            l.filled = upload(l, mobile_part(e), l.whole_slot + e, true);
+        for (mobile_part part(0); l.experts.has(part) && l.filled; ++part) {
+            l.filled = upload(l, part, l.slot_in_whole(part), true);
         }
         ggml_backend_synchronize(devices[l.device].backend);
         store.end_pass();
-        for (int32_t e = 0; e < l.n_expert && l.filled; ++e) {
-            l.experts[e].slot = l.whole_slot + e;
-            move(l, mobile_part(e), MOBILE_SLOT_WHOLE);
+        for (mobile_part part(0); l.experts.has(part) && l.filled; ++part) {
+            l.experts[part].slot = l.slot_in_whole(part);
+            move(l, part, MOBILE_SLOT_WHOLE);
             count.resident_bytes += pools[l.pool].slot_bytes;
         }
     }

@@ -1,12 +1,12 @@
 #include "device/mobile-slots.h"
 
 #include "ggml/ggml-expert.h"
+#include "mobile-error.h"
 
 #include "ggml.h"
 
 #include <algorithm>
 #include <cmath>
-#include <iterator>
 
 // the past that says what is used next: uses lately are the uses to expect in as many tokens
 static constexpr double WINDOW = 64.0;
@@ -18,7 +18,7 @@ static constexpr uint8_t POISON = 0xff; // NaN as F16, BF16 and F32, and as the 
 //
 
 void mobile_slots::move(mobile_device_layer & l, mobile_part part, enum mobile_slot_state state) {
-    mobile_device_expert & x = l.experts[part.n];
+    mobile_device_expert & x = l.experts[part];
     if (x.state == state) {
         return;
     }
@@ -34,9 +34,11 @@ void mobile_slots::move(mobile_device_layer & l, mobile_part part, enum mobile_s
 
 void mobile_slots::unpin_all() {
     for (mobile_part part : running) {
-        const enum mobile_slot_state state = layers[current].experts[part.n].state;
-        if (state == MOBILE_SLOT_IN_USE || state == MOBILE_SLOT_FETCHING) {
+        const enum mobile_slot_state state = layers[current].experts[part].state;
+        if (state == MOBILE_SLOT_IN_USE) {
             move(layers[current], part, MOBILE_SLOT_IDLE);
+        } else if (state == MOBILE_SLOT_FETCHING) {
+            release(layers[current], part); // something was thrown before its upload
         }
     }
     running.clear();
@@ -44,7 +46,7 @@ void mobile_slots::unpin_all() {
 }
 
 void mobile_slots::release(mobile_device_layer & l, mobile_part part) {
-    mobile_device_expert & x = l.experts[part.n];
+    mobile_device_expert & x = l.experts[part];
     move(l, part, MOBILE_SLOT_NONE);
     pools[l.pool].free.push_back(x.slot);
     x.slot   = -1;
@@ -63,9 +65,9 @@ void mobile_slots::poison(const mobile_pool & p, int32_t slot, int32_t n) {
     ggml_backend_synchronize(devices[p.device].backend);
 }
 
-void mobile_slots::evict(int32_t layer, mobile_part part) {
+void mobile_slots::evict(mobile_slots_layer layer, mobile_part part) {
     mobile_device_layer  & l = layers[layer];
-    mobile_device_expert & x = l.experts[part.n];
+    mobile_device_expert & x = l.experts[part];
 
     count.n_evictions++;
     if (x.reason != MOBILE_SLOT_USED) {
@@ -91,18 +93,18 @@ bool mobile_slots::is_earned(const mobile_device_layer & l, const mobile_device_
     return uses > 0.0 && (params.poison || uses*cpu_us_per_expert >= devices[l.device].stall_us);
 }
 
-// the layer whose first evictable expert has the smallest key, while the pass is at `layer`; -1: none
-int32_t mobile_slots::find_victim(int32_t pool, int32_t layer, double & key) const {
+// the layer whose first evictable expert has the smallest key, while the pass is at `layer`
+mobile_slots_layer mobile_slots::find_victim(int32_t pool, mobile_slots_layer layer, double & key) const {
     const auto eviction = (enum mobile_eviction) params.eviction;
 
-    int32_t victim = -1;
+    mobile_slots_layer victim;
     key = INFINITY;
-    for (size_t i = 0; i < layers.size(); ++i) {
+    for (mobile_slots_layer i(0); layers.has(i); ++i) {
         if (layers[i].pool == pool && !layers[i].evictable.empty()) {
-            const double k = layers[i].evictable.begin()->first + ((int32_t) i > layer ? mobile_policy_unvisited(eviction) : 0.0);
+            const double k = layers[i].evictable.begin()->first + (i > layer ? mobile_policy_unvisited(eviction) : 0.0);
             if (k < key) {
                 key    = k;
-                victim = (int32_t) i;
+                victim = i;
             }
         }
     }
@@ -118,20 +120,20 @@ int32_t mobile_slots::take_free(mobile_pool & p) {
 }
 
 // a slot for an expert of `layer`. candidate: only if it has earned one. false: there is none
-bool mobile_slots::take_slot(int32_t layer, int32_t & slot, const mobile_device_expert * candidate) {
+bool mobile_slots::take_slot(mobile_slots_layer layer, int32_t & slot, const mobile_device_expert * candidate) {
     mobile_device_layer & l = layers[layer];
     mobile_pool         & p = pools[l.pool];
 
     double key = 0.0;
-    const int32_t victim = p.free.empty() ? find_victim(l.pool, layer, key) : -1;
-    if (victim < 0 && p.free.empty()) {
+    const mobile_slots_layer victim = p.free.empty() ? find_victim(l.pool, layer, key) : mobile_slots_layer();
+    if (victim.is_none() && p.free.empty()) {
         return false;
     }
-    const mobile_part leaves = victim < 0 ? mobile_part() : layers[victim].evictable.begin()->second;
-    if (candidate && !is_earned(l, *candidate, victim < 0 ? nullptr : &layers[victim].experts[leaves.n])) {
+    const mobile_part leaves = victim.is_none() ? mobile_part() : layers[victim].evictable.begin()->second;
+    if (candidate && !is_earned(l, *candidate, victim.is_none() ? nullptr : &layers[victim].experts[leaves])) {
         return false;
     }
-    if (victim >= 0) {
+    if (!victim.is_none()) {
         evict(victim, leaves);
     }
     slot = take_free(p);
@@ -171,15 +173,26 @@ bool mobile_slots::upload(mobile_device_layer & l, mobile_part part, int32_t slo
 }
 
 void mobile_slots::collect() {
+    std::string error;
     for (auto & d : devices) {
         if (!d.uploader) {
             continue;
         }
-        for (const mobile_upload & done : d.uploader->done()) {
-            mobile_device_layer & l = layers[done.layer];
-            const bool is_awaited = l.experts[done.part.n].state == MOBILE_SLOT_SENDING_AHEAD;
-            move(l, done.part, is_awaited ? MOBILE_SLOT_AWAITED : MOBILE_SLOT_IDLE);
+        if (!d.uploader->done(arrived)) {
+            error = d.uploader->error();
         }
+        for (const mobile_upload & done : arrived) {
+            mobile_device_layer & l = layers[done.layer];
+            const bool is_awaited = l.experts[done.part].state == MOBILE_SLOT_SENDING_AHEAD;
+            if (done.failed) {
+                evict(done.layer, done.part);
+            } else {
+                move(l, done.part, is_awaited ? MOBILE_SLOT_AWAITED : MOBILE_SLOT_IDLE);
+            }
+        }
+    }
+    if (!error.empty()) {
+        mobile_throw(MOBILE_ERR_INTERNAL, error);
     }
 }
 
@@ -188,12 +201,12 @@ void mobile_slots::collect() {
 //
 
 // how many of a layer's misses to upload. uploads and the CPU work at the same time, so both should take equally long
-size_t mobile_slots::n_to_fetch(const mobile_device_layer & l, size_t n_missing) const {
+size_t mobile_slots::n_to_fetch(const mobile_device_layer & l) const {
     if (params.miss != MOBILE_MISS_AUTO) {
-        return params.miss == MOBILE_MISS_FETCH ? n_missing : 0;
+        return params.miss == MOBILE_MISS_FETCH ? missing.size() : 0;
     }
     const double link = devices[l.device].upload_us;
-    return link <= 0.0 ? 0 : (size_t) (n_missing*cpu_us_per_expert/(cpu_us_per_expert + link));
+    return link <= 0.0 ? 0 : (size_t) (missing.size()*cpu_us_per_expert/(cpu_us_per_expert + link));
 }
 
 void mobile_slots::add_cpu_time(int32_t n_experts, uint64_t us) {
@@ -202,21 +215,27 @@ void mobile_slots::add_cpu_time(int32_t n_experts, uint64_t us) {
     count.cpu_us += us;
 }
 
-void mobile_slots::assign(mobile_model_layer il, const std::vector<mobile_need> & needs, std::vector<int32_t> & slot, std::vector<mobile_need> & missing) {
-    const auto eviction = (enum mobile_eviction) params.eviction;
-
+int32_t mobile_slots::assign(mobile_model_layer il, const std::vector<mobile_need> & needs, mobile_by<mobile_part, int32_t> & slot) {
     collect();
     unpin_all();
     sending = false; // the device has computed the layer before
-    current = index_of[il.n];
-    mobile_device_layer & l = layers[current];
+    current = layer_of(il);
     begin_layer(needs);
+    choose(needs, slot);
+    store.request(layers[current].in_store, missing);
+    return (int32_t) missing.size() - fetch(slot);
+}
+
+// slots for the running layer: those its needs are in, and new ones for what is worth an upload
+void mobile_slots::choose(const std::vector<mobile_need> & needs, mobile_by<mobile_part, int32_t> & slot) {
+    const auto eviction = (enum mobile_eviction) params.eviction;
+    mobile_device_layer & l = layers[current];
 
     slot.assign(l.n_expert, -1);
     missing.clear();
-    std::vector<mobile_part> wanted;
+    fetches.clear();
     for (const mobile_need & need : needs) {
-        mobile_device_expert & x = l.experts[need.part.n];
+        mobile_device_expert & x = l.experts[need.part];
         const bool is_late = x.reason == MOBILE_SLOT_HINTED && x.is_sending() && params.miss == MOBILE_MISS_FETCH;
         const double waited_us = is_late ? wait_ahead(l, x) : 0.0;
         if (x.is_there()) {
@@ -233,57 +252,56 @@ void mobile_slots::assign(mobile_model_layer il, const std::vector<mobile_need> 
                 use_ahead(l, waited_us);
             }
             x.reason = MOBILE_SLOT_USED;
-            slot[need.part.n] = x.slot;
+            slot[need.part] = x.slot;
             continue;
         }
         count.n_misses++;
         missing.push_back(need);
         if (x.state == MOBILE_SLOT_NONE) {
-            wanted.push_back(need.part);
+            fetches.push_back(need.part);
         }
     }
     to_admit = !missing.empty();
-    // the ones worth most
-    const size_t n = std::min(n_to_fetch(l, missing.size()), wanted.size());
-    std::stable_sort(wanted.begin(), wanted.end(), [&](mobile_part a, mobile_part b) { return l.experts[a.n].key > l.experts[b.n].key; });
-    for (size_t i = 0; i < n; ++i) {
-        int32_t s = -1;
-        if (!take_slot(current, s, nullptr)) {
+    std::stable_sort(fetches.begin(), fetches.end(), [&](mobile_part a, mobile_part b) { return l.experts[a].key > l.experts[b].key; });
+    size_t n = 0;
+    for (const size_t n_max = std::min(n_to_fetch(l), fetches.size()); n < n_max; ++n) {
+        mobile_device_expert & x = l.experts[fetches[n]];
+        if (!take_slot(current, x.slot, nullptr)) {
             break;
         }
-        l.experts[wanted[i].n].slot = s;
-        slot[wanted[i].n] = s;
-        move(l, wanted[i], MOBILE_SLOT_FETCHING);
+        slot[fetches[n]] = x.slot;
+        move(l, fetches[n], MOBILE_SLOT_FETCHING);
     }
+    fetches.resize(n);
     count.n_cpu += missing.size();
 }
 
-void mobile_slots::fetch(std::vector<int32_t> & slot) {
+// uploads what choose() gave a slot to; the store has it requested. slot becomes -1 where a read failed. returns how many
+int32_t mobile_slots::fetch(mobile_by<mobile_part, int32_t> & slot) {
     const int64_t start = ggml_time_us();
     left_us    = start;
     backlog_us = 0.0;
-
-    mobile_device_layer & l = layers[current];
-    std::vector<mobile_part> fetches;
-    std::copy_if(running.begin(), running.end(), std::back_inserter(fetches), [&](mobile_part part) { return l.experts[part.n].state == MOBILE_SLOT_FETCHING; });
     if (fetches.empty()) {
-        return;
+        return 0;
     }
-    std::stable_sort(fetches.begin(), fetches.end(), [&](mobile_part a, mobile_part b) { return l.experts[a.n].key > l.experts[b.n].key; });
+    mobile_device_layer & l = layers[current];
+    int32_t n = 0;
     for (mobile_part part : fetches) {
         // with a choice, what is still being read is computed on the CPU, piece by piece as it arrives
-        if (upload(l, part, l.experts[part.n].slot, params.miss == MOBILE_MISS_FETCH)) {
+        if (upload(l, part, l.experts[part].slot, params.miss == MOBILE_MISS_FETCH)) {
             move(l, part, MOBILE_SLOT_IN_USE);
-            count.n_fetched++;
-            count.n_cpu--;
+            n++;
             continue;
         }
-        slot[part.n] = -1;
+        slot[part] = -1;
         release(l, part);
     }
+    count.n_fetched += n;
+    count.n_cpu     -= n;
     left_us = ggml_time_us();
     count.upload_us += left_us - start;
     backlog_us = std::max(0.0, fetches.size()*devices[l.device].upload_us - (double) (left_us - start));
+    return n;
 }
 
 void mobile_slots::admit() {
@@ -296,7 +314,7 @@ void mobile_slots::admit() {
     collect();
     int32_t n = 0;
     for (mobile_part part : running) {
-        mobile_device_expert & x = l.experts[part.n];
+        mobile_device_expert & x = l.experts[part];
         const bool room = d.uploader ? d.uploader->has_room() : n < params.n_uploads;
         int32_t slot = -1;
         if (x.state != MOBILE_SLOT_NONE || !room || !take_slot(current, slot, &x)) {
@@ -330,7 +348,7 @@ void mobile_slots::admit() {
 }
 
 void mobile_slots::end_pass() {
-    if (current >= 0) {
+    if (!current.is_none()) {
         unpin_all();
         if (sending) { // most drivers have copied pageable memory by now; none has to
             ggml_backend_synchronize(devices[layers[current].device].backend);

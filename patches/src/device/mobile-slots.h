@@ -39,6 +39,7 @@
 //     ├──── miss, computed on the CPU, earned a slot ──► SENDING ──► IDLE
 //     └──── hint ──► SENDING_AHEAD ──► AWAITED ──► IDLE        (the layer begins; IN_USE if it needs it)
 //                         └── the layer begins before it is there ──► SENDING
+//   FETCHING, SENDING, SENDING_AHEAD ── its upload failed ──► NONE
 enum mobile_slot_state : uint8_t {
     MOBILE_SLOT_NONE,          // in no slot
     MOBILE_SLOT_FETCHING,      // the running layer uses it, and its upload is yet to be queued on the computing stream
@@ -79,12 +80,14 @@ struct mobile_device_layer {
     int32_t device   = -1;
     int32_t pool     = -1;
     int32_t n_expert = 0;       // as the store counts them
-    int32_t whole_slot = -1;    // of its expert 0 in placement LAYERS; -1: it does not fit
+    int32_t whole_slot = -1;    // of its part 0 in placement LAYERS; -1: it does not fit
     bool    filled   = false;   // ... and all its experts are there
     mobile_experts host;
     mobile_experts whole;       // views of the pool, if whole_slot >= 0
-    std::vector<mobile_device_expert> experts;          // [mobile_part]
+    mobile_by<mobile_part, mobile_device_expert> experts;
     std::set<std::pair<double, mobile_part>> evictable; // (key, part) of those that are IDLE
+
+    int32_t slot_in_whole(mobile_part part) const { return whole_slot + part.n; }
 };
 
 struct mobile_pool {
@@ -103,9 +106,9 @@ struct mobile_pool {
 
 // an expert that a layer will probably need
 struct mobile_slot_hint {
-    int32_t     layer = -1;  // index into mobile_slots::layers
-    mobile_part part;
-    double      now   = 0.0; // evicts only what was used before, in tokens
+    mobile_slots_layer layer;
+    mobile_part        part;
+    double             now = 0.0; // evicts only what was used before, in tokens
 };
 
 struct mobile_device {
@@ -163,15 +166,14 @@ public:
 
     // uploads what the layer before computed on the CPU and has earned a slot. call while the store still pins it
     void admit();
-    // decides where each need is computed: slot[part] becomes the slot, or -1. missing: those the host tier is needed for
-    void assign(mobile_model_layer il, const std::vector<mobile_need> & needs, std::vector<int32_t> & slot, std::vector<mobile_need> & missing);
-    // uploads what assign() gave a slot to; the store has them requested. slot[part] becomes -1 where a read failed
-    void fetch(std::vector<int32_t> & slot);
+    // decides where each need is computed, asks the host tier for what is in no slot, and uploads what is worth it. slot
+    // becomes where each part is, or -1. returns how many the CPU computes
+    int32_t assign(mobile_model_layer il, const std::vector<mobile_need> & needs, mobile_by<mobile_part, int32_t> & slot);
     // needs of a layer that lies in slots as a whole
     void add_whole_hits(size_t n_needs) { count.n_hits += n_needs; }
     // of the running layer's cold chain: so many experts in so much time
     void add_cpu_time(int32_t n_experts, uint64_t us);
-    // makes background uploads that are complete visible
+    // makes background uploads that are complete visible. throws mobile_error, when it has, if one failed
     void collect();
     // unpins; forgets what the layer before missed, and hints
     void end_pass();
@@ -193,7 +195,8 @@ public:
     const int32_t n_used; // ids per token in the graph
 
 private:
-    const mobile_device_layer * find(mobile_model_layer il) const;
+    mobile_slots_layer          layer_of(mobile_model_layer il) const { return index_of.has(il) ? index_of[il] : mobile_slots_layer(); }
+    const mobile_device_layer * find    (mobile_model_layer il) const;
 
     // pools
     const mobile_experts & like(size_t pool) const; // experts of one of its layers
@@ -208,16 +211,18 @@ private:
 
     // slots
     void     move        (mobile_device_layer & l, mobile_part part, enum mobile_slot_state state);
-    int32_t  find_victim (int32_t pool, int32_t layer, double & key) const;
+    mobile_slots_layer find_victim(int32_t pool, mobile_slots_layer layer, double & key) const;
     int32_t  take_free   (mobile_pool & pool);
-    bool     take_slot   (int32_t layer, int32_t & slot, const mobile_device_expert * candidate);
+    bool     take_slot   (mobile_slots_layer layer, int32_t & slot, const mobile_device_expert * candidate);
     bool     is_earned   (const mobile_device_layer & l, const mobile_device_expert & x, const mobile_device_expert * victim) const;
-    void     evict       (int32_t layer, mobile_part part);
+    void     evict       (mobile_slots_layer layer, mobile_part part);
     void     release     (mobile_device_layer & l, mobile_part part);
     void     unpin_all   ();
     bool     parts_of    (const mobile_device_layer & l, mobile_part part, int32_t slot, bool wait, std::vector<mobile_upload_part> & pieces);
     bool     upload      (mobile_device_layer & l, mobile_part part, int32_t slot, bool wait);
-    size_t   n_to_fetch  (const mobile_device_layer & l, size_t n_missing) const;
+    size_t   n_to_fetch  (const mobile_device_layer & l) const;
+    void     choose      (const std::vector<mobile_need> & needs, mobile_by<mobile_part, int32_t> & slot);
+    int32_t  fetch       (mobile_by<mobile_part, int32_t> & slot);
     double   miss_us     (const mobile_device & d) const;
 
     // ahead
@@ -226,36 +231,39 @@ private:
     bool     upload_ahead(const mobile_slot_hint & h);
     int32_t  n_held      (int32_t pool) const;
     bool     may_hold    (const mobile_pool & p) const;
-    void     keep        (int32_t layer, mobile_part part);
+    void     keep        (mobile_slots_layer layer, mobile_part part);
     void     begin_layer (const std::vector<mobile_need> & needs);
     double   wait_ahead  (const mobile_device_layer & l, const mobile_device_expert & x);
     void     use_ahead   (const mobile_device_layer & l, double waited_us);
     void     waste_ahead (const mobile_device_layer & l, mobile_device_expert & x);
-    void     settle_ahead(int32_t layer);
+    void     settle_ahead(mobile_slots_layer layer);
     void     end_hints   ();
 
     mobile_device_params params;
     mobile_store       & store;
     mobile_slot_map    & map;
 
-    std::vector<mobile_device>       devices;
-    std::vector<mobile_device_layer> layers;   // ascending il
-    std::vector<int32_t>             index_of; // [mobile_model_layer] into layers, -1: none
-    std::vector<mobile_pool>         pools;
+    std::vector<mobile_device> devices;
+    mobile_by<mobile_slots_layer, mobile_device_layer> layers; // ascending il
+    mobile_by<mobile_model_layer, mobile_slots_layer>  index_of;
+    std::vector<mobile_pool>   pools;
     enum mobile_placement            contents = MOBILE_PLACEMENT_HOST; // what the slots were filled for
     mobile_device_counters           count = {};
 
     // the running layer
-    int32_t                  current = -1;    // index into layers
+    mobile_slots_layer       current;
     std::vector<mobile_part> running;         // its needs, in their order: NONE are computed on the CPU
+    std::vector<mobile_need> missing;         // those in no slot when it began
+    std::vector<mobile_part> fetches;         // and of them those to upload at once, the ones worth most first
     bool                     to_admit = false; // those have not been offered a slot yet
     bool                     sending  = false; // a computing stream may still be reading this layer's uploads
+    std::vector<mobile_upload> arrived;       // since the last look
     double                   cpu_us_per_expert = 0.0; // moving average; 0: not measured yet
 
     // ahead of it
     std::vector<mobile_slot_hint> hints; // those without a slot yet, ascending layer
     std::vector<mobile_slot_hint> held;  // AWAITED, or on their way because of a hint
-    int32_t reached    = -1;   // the layer that this pass has come to
+    mobile_slots_layer reached; // the layer that this pass has come to
     int32_t n_reserved = 0;    // slots that a layer of it may need
     int64_t left_us    = 0;    // when its route op was done
     double  backlog_us = 0.0;  // for which its uploads kept the link busy from then on

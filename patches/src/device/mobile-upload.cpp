@@ -1,6 +1,10 @@
 #include "device/mobile-upload.h"
 
+#include "mobile-error.h"
+
+#include <algorithm>
 #include <chrono>
+#include <cstdio>
 #include <cstring>
 
 bool mobile_uploader::start(ggml_backend_dev_t dev, int32_t n_blocks, size_t bytes, bool is_late) {
@@ -21,6 +25,7 @@ bool mobile_uploader::start(ggml_backend_dev_t dev, int32_t n_blocks, size_t byt
     for (int32_t i = 0; i < n_blocks; ++i) {
         free_blocks.push_back(i);
     }
+    finished.reserve(n_blocks); // coming back throws nothing
     thread = std::thread(&mobile_uploader::run, this);
     return true;
 }
@@ -57,16 +62,22 @@ uint64_t mobile_uploader::queue(mobile_upload upload, bool stays) {
     return ++n_queued;
 }
 
-std::vector<mobile_upload> mobile_uploader::done() {
-    std::vector<mobile_upload> uploads;
+bool mobile_uploader::done(std::vector<mobile_upload> & uploads) {
+    uploads.clear();
     {
         std::lock_guard<std::mutex> lock(mutex);
+        uploads.reserve(finished.capacity());
         uploads.swap(finished);
     }
     for (const auto & upload : uploads) {
         free_blocks.push_back(upload.block);
     }
-    return uploads;
+    return std::none_of(uploads.begin(), uploads.end(), [](const mobile_upload & upload) { return upload.failed; });
+}
+
+std::string mobile_uploader::error() {
+    std::lock_guard<std::mutex> lock(mutex);
+    return thrown;
 }
 
 void mobile_uploader::drain() {
@@ -84,9 +95,18 @@ size_t mobile_uploader::in_flight() {
     return n_in_flight;
 }
 
+void mobile_uploader::send(const mobile_upload & upload) {
+    if (late) { // a few passes of a small model, another time each
+        std::this_thread::sleep_for(std::chrono::milliseconds(n_sent++ * 7 % 30));
+    }
+    for (const auto & part : upload.parts) {
+        ggml_backend_tensor_set_async(backend.get(), part.tensor, part.data, part.offset, part.size);
+    }
+    ggml_backend_synchronize(backend.get());
+}
+
 void mobile_uploader::run() {
     std::unique_lock<std::mutex> lock(mutex);
-    int n_uploads = 0;
     while (true) {
         cv.wait(lock, [&] { return stop || !queued.empty(); });
         if (queued.empty()) {
@@ -95,14 +115,16 @@ void mobile_uploader::run() {
         mobile_upload upload = std::move(queued.front());
         queued.pop_front();
         lock.unlock();
-        if (late) { // a few passes of a small model, another time each
-            std::this_thread::sleep_for(std::chrono::milliseconds(n_uploads++ * 7 % 30));
+        try {
+            send(upload);
+        } catch (...) {
+            mobile_fail_caught();
+            upload.failed = true;
         }
-        for (const auto & part : upload.parts) {
-            ggml_backend_tensor_set_async(backend.get(), part.tensor, part.data, part.offset, part.size);
-        }
-        ggml_backend_synchronize(backend.get());
         lock.lock();
+        if (upload.failed) {
+            snprintf(thrown, sizeof(thrown), "%s: an upload of experts failed: %s", ggml_backend_name(backend.get()), mobile_last_error());
+        }
         finished.push_back(std::move(upload));
         n_in_flight--;
         n_done++;

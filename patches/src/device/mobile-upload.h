@@ -4,7 +4,7 @@
 // that decodes hands over a slot and the bytes; it asks later which uploads are done.
 // Invariants: an upload is done only when its backend has been synchronised, so its slot can be named in a graph
 // then and not before; the bytes are copied to a staging block (pinned where the device offers that) unless they
-// stay where they are as long as the model does.
+// stay where they are as long as the model does; every upload comes back, and one that threw comes back failed.
 // Limits: at most n_blocks uploads at a time; what does not fit is not taken.
 
 #pragma once
@@ -17,6 +17,7 @@
 #include <condition_variable>
 #include <deque>
 #include <mutex>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -29,9 +30,10 @@ struct mobile_upload_part {
 };
 
 struct mobile_upload {
-    int32_t     layer = -1; // index into the layers of who queued it
-    mobile_part part;
-    int32_t     block = -1;
+    mobile_slots_layer layer; // of who queued it
+    mobile_part        part;
+    int32_t            block  = -1;
+    bool               failed = false;
     std::vector<mobile_upload_part> parts;
 };
 
@@ -46,8 +48,9 @@ public:
     bool has_room() const { return !free_blocks.empty(); }
     // call if there is room. stays: part.data is valid as long as the model is. returns its number
     uint64_t queue(mobile_upload upload, bool stays);
-    // those done since the last call
-    std::vector<mobile_upload> done();
+    // uploads: those done since the last call. false: some failed, error() says why
+    bool done(std::vector<mobile_upload> & uploads);
+    std::string error();
     // waits until nothing is in flight; done() has yet to be called
     void drain();
     // the same for what was queued up to and with number n: uploads are done in their order
@@ -56,12 +59,14 @@ public:
 
 private:
     void run();
+    void send(const mobile_upload & upload);
 
     ggml_backend_ptr        backend;
     ggml_backend_buffer_ptr buffer; // staging
     char *                  staging     = nullptr;
     size_t                  block_bytes = 0;
     bool                    late        = false;
+    int                     n_sent      = 0; // of the uploader's thread
     std::vector<int32_t>    free_blocks; // of the thread that decodes
 
     std::mutex                 mutex;
@@ -72,5 +77,6 @@ private:
     uint64_t                   n_done      = 0;
     uint64_t                   n_queued    = 0; // of the thread that decodes
     bool                       stop = false;
+    char                       thrown[256] = ""; // by the last that failed
     std::thread                thread;
 };

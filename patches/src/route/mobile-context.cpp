@@ -1,6 +1,5 @@
 #include "route/mobile-context.h"
 
-#include "mobile-error.h"
 #include "route/mobile-hooks.h"
 #include "store/mobile-load.h"
 
@@ -16,12 +15,12 @@ mobile_context::mobile_context(const llama_model & model, std::shared_ptr<mobile
     rules(n_layer, n_expert_used),
     usage(*store),
     // layers behind n_layer (next-token prediction) route as well
-    routes(std::max(n_layer, store->end_of_layers())),
+    routes(std::max(n_layer, store->end_of_layers().n)),
     predictor(model, store),
     slot_map(n_layer, store->n_parts_max, store->n_segments) {
-    for (size_t il = 0; il < routes.size(); ++il) {
+    for (mobile_model_layer il(0); routes.has(il); ++il) {
         routes[il].ctx = this;
-        routes[il].il  = mobile_model_layer(il);
+        routes[il].il  = il;
     }
 }
 
@@ -56,20 +55,15 @@ void mobile_ubatch_begin(mobile_context * ctx, const llama_ubatch & ubatch) {
     if (!ctx) {
         return;
     }
-    try {
-        ctx->error.clear();
-        begin(*ctx, ubatch);
-    } catch (...) {
-        mobile_fail_caught();
-        ctx->error = mobile_last_error();
-    }
+    ctx->error.clear();
+    ctx->guard([&] { begin(*ctx, ubatch); });
 }
 
 // false: ctx.error says why
 static bool end(mobile_context & ctx) {
     const size_t n_tokens = ctx.pass.n_tokens();
     if (ctx.slots) {
-        ctx.slots->admit(); // of the last layer
+        ctx.guard([&] { ctx.slots->admit(); }); // of the last layer
         ctx.slots->end_pass();
     }
     ctx.pass.time += (double) n_tokens;
@@ -77,11 +71,16 @@ static bool end(mobile_context & ctx) {
 
     const bool is_read = ctx.store->end_pass();
     ctx.predictor.end_pass(is_read && ctx.error.empty());
+    const std::string unguessed = ctx.predictor.take_error();
     if (!ctx.error.empty()) {
         return false;
     }
     if (!is_read) {
         ctx.error = "expert read failed: " + ctx.store->error();
+        return false;
+    }
+    if (!unguessed.empty()) {
+        ctx.error = "guessing the next layer's experts failed: " + unguessed;
         return false;
     }
     if (!ctx.pass.mapped && (!ctx.pass.is_uniform() || ctx.rules.is_replay())) {
@@ -96,12 +95,7 @@ enum ggml_status mobile_ubatch_end(mobile_context * ctx, enum ggml_status status
         return status;
     }
     bool ok = false;
-    try {
-        ok = end(*ctx);
-    } catch (...) {
-        mobile_fail_caught();
-        ctx->error = mobile_last_error();
-    }
+    ctx->guard([&] { ok = end(*ctx); });
     ctx->rules.end_pass(ok);
     return ok ? status : GGML_STATUS_FAILED;
 }

@@ -8,6 +8,7 @@
 
 #include "device/mobile-slot-map.h"
 #include "device/mobile-slots.h"
+#include "mobile-error.h"
 #include "route/mobile-graph.h"
 #include "route/mobile-pass.h"
 #include "route/mobile-predict.h"
@@ -39,10 +40,22 @@ struct mobile_context {
     mobile_pass  pass;   // the running ubatch
     std::string  error;  // what made the last one fail; "" if it did not
 
-    std::vector<mobile_route> routes; // [mobile_model_layer] and those behind the model's own; the op's user data
-    mobile_routing            routing; // of the running layer
+    mobile_by<mobile_model_layer, mobile_route> routes; // with those behind the model's own; the op's user data
+    mobile_routing routing; // of the running layer
 
     mobile_predictor              predictor;
     mobile_slot_map               slot_map;
     std::unique_ptr<mobile_slots> slots; // the device tier; NULL: none
+
+    // calls, where the frames around are C or llama.cpp's: what it throws makes the pass fail. false: it threw
+    template <typename body> bool guard(body && call) noexcept {
+        try {
+            call();
+            return true;
+        } catch (...) {
+            mobile_fail_caught();
+            error = mobile_last_error();
+            return false;
+        }
+    }
 };

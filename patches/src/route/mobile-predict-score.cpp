@@ -60,20 +60,20 @@ void mobile_predictor::load_routers() {
     }
     routers_loaded = true;
     routers.resize(store->layers.size());
-    for (size_t i = 0; i < store->layers.size(); ++i) {
-        const mobile_layer & l = store->layers[i];
-        if (l.il.n >= (int32_t) model.layers.size()) {
+    for (mobile_store_layer layer(0); routers.has(layer); ++layer) {
+        const size_t il = store->model_layer(layer).n;
+        if (il >= model.layers.size()) {
             continue;
         }
-        const auto & layer = model.layers[l.il.n];
-        const ggml_tensor * w = layer.ffn_gate_inp;
-        router & r = routers[i];
+        const auto & tensors = model.layers[il];
+        const ggml_tensor * w = tensors.ffn_gate_inp;
+        router & r = routers[layer];
         // gemma 4 scales what the router sees by a weight of its own
-        if (w && !layer.ffn_gate_inp_s && w->ne[1] == store->n_expert_of(mobile_store_layer(i)) && ggml_is_contiguous(w)) {
+        if (w && !tensors.ffn_gate_inp_s && w->ne[1] == store->n_expert_of(layer) && ggml_is_contiguous(w)) {
             n_embd_router = w->ne[0];
             r.weight = float_values(w, r.own[0]);
-            r.bias   = float_values(layer.ffn_gate_inp_b, r.own[1]);
-            r.select = float_values(layer.ffn_exp_probs_b, r.own[2]);
+            r.bias   = float_values(tensors.ffn_gate_inp_b, r.own[1]);
+            r.select = float_values(tensors.ffn_exp_probs_b, r.own[2]);
         }
     }
 }
@@ -94,7 +94,7 @@ static float dot(const float * a, const float * b, int64_t n) {
 }
 
 void mobile_predictor::score_by_router(const task & t, int64_t token, std::vector<float> & scores) const {
-    const router & r = routers[t.layer.n];
+    const router & r = routers[t.layer];
     const int64_t n_embd = (int64_t) t.cur.size()/t.n_tokens;
     const float * cur = t.cur.data() + token*n_embd;
 
@@ -126,7 +126,7 @@ void mobile_predictor::score_by_router(const task & t, int64_t token, std::vecto
 // with the lock
 void mobile_predictor::score_by_transitions(const task & t, int64_t token, std::vector<float> & scores) const {
     const int64_t n_used = (int64_t) t.ids.size()/t.n_tokens;
-    const auto & table = following[t.layer.n];
+    const auto & table = following[t.layer];
 
     std::fill(scores.begin(), scores.end(), 0.0f);
     if (table.empty()) {
@@ -138,10 +138,10 @@ void mobile_predictor::score_by_transitions(const task & t, int64_t token, std::
         if (id < 0) {
             continue;
         }
-        const float     total = uses[t.layer.n - 1][id] + PRIOR_TOKENS;
+        const float     total = uses[t.layer - 1][id] + PRIOR_TOKENS;
         const uint16_t * row  = table.data() + (size_t) id*scores.size();
         for (size_t e = 0; e < scores.size(); ++e) {
-            const float share = (uses[t.layer.n][e] + 0.05f)/(n_counted + 1.0f);
+            const float share = (uses[t.layer][e] + 0.05f)/(n_counted + 1.0f);
             scores[e] += std::log((row[e] + PRIOR_TOKENS*share)/total) - (n > 0 ? PRIOR_COMMON*std::log(share) : 0.0f);
         }
         n++;
@@ -158,18 +158,18 @@ void mobile_predictor::count(mobile_store_layer layer, const std::vector<int32_t
         following.resize(store->layers.size());
         uses.resize(store->layers.size());
     }
-    uses[layer.n].resize(n_expert, 0.0f);
+    uses[layer].resize(n_expert, 0.0f);
     for (int32_t id : ids) {
         if (id >= 0) {
-            uses[layer.n][id] += 1.0f;
+            uses[layer][id] += 1.0f;
         }
     }
     n_counted += layer.n == 0 ? (float) n_tokens : 0.0f;
-    if (layer.n == 0 || before_layer.n != layer.n - 1 || before.size() % n_tokens != 0) {
+    if (layer.n == 0 || before_layer + 1 != layer || before.size() % n_tokens != 0) {
         return;
     }
     const int64_t n_before = (int64_t) before.size()/n_tokens;
-    auto & table = following[layer.n];
+    auto & table = following[layer];
     table.resize(store->n_expert_of(before_layer)*n_expert, 0);
     for (int64_t t = 0; t < n_tokens; ++t) {
         for (int64_t a = 0; a < n_before; ++a) {

@@ -1,11 +1,14 @@
 #include "route/mobile-predict.h"
 
+#include "mobile-error.h"
+
 #include "llama-model.h"
 
 #include "ggml.h"
 
 #include <algorithm>
 #include <cmath>
+#include <cstdio>
 #include <numeric>
 
 // how much a new pass moves what passes of its kind usually take
@@ -132,8 +135,18 @@ void mobile_predictor::end_pass(bool ok) {
     }
 }
 
+std::string mobile_predictor::take_error() {
+    if (!thread.joinable()) {
+        return "";
+    }
+    std::lock_guard<std::mutex> lock(mutex);
+    std::string text = thrown;
+    thrown[0] = 0;
+    return text;
+}
+
 void mobile_predictor::add_layer(mobile_store_layer layer, const std::vector<int32_t> & routed, int64_t n, const float * cur, int64_t n_embd,
-        size_t cur_stride, const std::vector<uint8_t> & on_device, double now) {
+        size_t cur_stride, const mobile_by<mobile_part, uint8_t> & on_device, double now) {
     if (is_idle()) {
         return;
     }
@@ -146,12 +159,12 @@ void mobile_predictor::add_layer(mobile_store_layer layer, const std::vector<int
     }
     if ((next_on[MOBILE_AHEAD_HOST] || next_on[MOBILE_AHEAD_DEVICE]) && n <= N_TOKENS_MAX) {
         std::lock_guard<std::mutex> lock(mutex);
-        for (int32_t id : guessed[layer.n]) {
+        for (int32_t id : guessed[layer]) {
             n_predicted++;
             n_right += std::find(routed.begin(), routed.end(), id) != routed.end();
         }
-        const mobile_store_layer next(layer.n + 1);
-        if (next.n < (int32_t) store->layers.size() && (by_router ? cur && routers[next.n].weight && n_embd == n_embd_router : true)) {
+        const mobile_store_layer next = layer + 1;
+        if (store->layers.has(next) && (by_router ? cur && routers[next].weight && n_embd == n_embd_router : true)) {
             pending.layer    = next;
             pending.seq      = store->sequence();
             pending.pass     = pass;
@@ -184,8 +197,8 @@ void mobile_predictor::start() {
     guessed.resize(store->layers.size());
     following.resize(store->layers.size());
     uses.resize(store->layers.size());
-    for (size_t i = 0; i < store->layers.size(); ++i) {
-        uses[i].resize(store->n_expert_of(mobile_store_layer(i)), 0.0f);
+    for (mobile_store_layer layer(0); uses.has(layer); ++layer) {
+        uses[layer].resize(store->n_expert_of(layer), 0.0f);
     }
     thread = std::thread(&mobile_predictor::run, this);
 }
@@ -219,41 +232,53 @@ void mobile_predictor::guess(const task & t, std::vector<int32_t> & ids) {
     }
 }
 
+// the pending task, with the lock, and without it while it guesses
+void mobile_predictor::serve(std::unique_lock<std::mutex> & lock) {
+    task & t = running;
+    std::swap(t, pending);
+    pending.layer = mobile_store_layer();
+    lock.unlock();
+
+    guess(t, running_ids);
+    std::vector<mobile_part> & parts = running_parts;
+    parts.clear();
+    for (int32_t id : running_ids) {
+        for (int32_t s = 0; s < store->n_segments; ++s) {
+            parts.push_back(store->part_of(id, s));
+        }
+    }
+    if (t.to_tier[MOBILE_AHEAD_DEVICE]) {
+        lock.lock();
+        if (t.pass == pass) {
+            taken.push_back({ t.layer, t.now, parts });
+        }
+        lock.unlock();
+    }
+    if (t.to_tier[MOBILE_AHEAD_HOST]) {
+        parts.erase(std::remove_if(parts.begin(), parts.end(), [&](mobile_part part) { return !t.on_device.empty() && t.on_device[part]; }), parts.end());
+        store->hint(t.layer, parts, t.now, t.seq);
+    }
+    lock.lock();
+    if (store->sequence() == t.seq) {
+        guessed[t.layer] = running_ids;
+    }
+}
+
 void mobile_predictor::run() {
     std::unique_lock<std::mutex> lock(mutex);
-    task t;
-    std::vector<int32_t> ids;
-    std::vector<mobile_part> parts;
     for (;;) {
         cv.wait(lock, [&] { return stop || !pending.layer.is_none(); });
         if (stop) {
             return;
         }
-        std::swap(t, pending);
-        pending.layer = mobile_store_layer();
-        lock.unlock();
-
-        guess(t, ids);
-        parts.clear();
-        for (int32_t id : ids) {
-            for (int32_t s = 0; s < store->n_segments; ++s) {
-                parts.push_back(store->part_of(id, s));
+        try {
+            serve(lock);
+        } catch (...) {
+            mobile_fail_caught();
+            if (!lock.owns_lock()) {
+                lock.lock();
             }
-        }
-        if (t.to_tier[MOBILE_AHEAD_DEVICE]) {
-            lock.lock();
-            if (t.pass == pass) {
-                taken.push_back({ t.layer, t.now, parts });
-            }
-            lock.unlock();
-        }
-        if (t.to_tier[MOBILE_AHEAD_HOST]) {
-            parts.erase(std::remove_if(parts.begin(), parts.end(), [&](mobile_part part) { return !t.on_device.empty() && t.on_device[part.n]; }), parts.end());
-            store->hint(t.layer, parts, t.now, t.seq);
-        }
-        lock.lock();
-        if (store->sequence() == t.seq) {
-            guessed[t.layer.n] = ids;
+            snprintf(thrown, sizeof(thrown), "%s", mobile_last_error());
         }
     }
 }

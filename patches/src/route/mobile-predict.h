@@ -5,7 +5,7 @@
 // else to do; a device tier fetches them by take(), to upload what is in memory. The guess is the next layer's own router on this layer's FFN input, where the model has a plain
 // router; else P(expert of the next layer | experts of this one), counted on the tokens seen so far.
 // Whether hints shorten the passes is measured (mobile-trial.h), for each source and tier: they are on only while they do.
-// Invariant: changes when bytes are read, never what is computed.
+// Invariant: changes when bytes are read, never what is computed. What is thrown while guessing fails a pass, as a read does.
 // Limits: passes of up to N_TOKENS_MAX tokens; nothing is guessed for the first layer.
 
 #pragma once
@@ -18,6 +18,7 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -54,12 +55,14 @@ public:
     // around a pass; k: experts that each of its tokens uses at most. device: there is a device tier that takes hints
     void begin_pass(int64_t n_tokens, int32_t k, bool device);
     void end_pass  (bool ok);
+    // what was thrown while guessing since the last call; "": nothing
+    std::string take_error();
 
     // a layer of the store, whose needs it has been told. routed: [n_tokens][n_used], the model's experts, -1: skipped.
-    // cur: n_embd values of each token, NULL: the router has another input; stride in elements. on_device: [mobile_part] of
-    // the next layer, those that need no host memory; empty: none
+    // cur: n_embd values of each token, NULL: the router has another input; stride in elements. on_device: of the next
+    // layer, those that need no host memory; empty: none
     void add_layer(mobile_store_layer layer, const std::vector<int32_t> & routed, int64_t n_tokens, const float * cur, int64_t n_embd,
-        size_t cur_stride, const std::vector<uint8_t> & on_device, double now);
+        size_t cur_stride, const mobile_by<mobile_part, uint8_t> & on_device, double now);
 
     // guesses for the device tier since the last call, of this pass
     std::vector<mobile_guess> take();
@@ -93,7 +96,7 @@ private:
         bool     to_tier[MOBILE_AHEAD_TIERS] = {};
         std::vector<float>   cur; // [n_tokens][n_embd]
         std::vector<int32_t> ids; // [n_tokens][n_used] of the layer before
-        std::vector<uint8_t> on_device;
+        mobile_by<mobile_part, uint8_t> on_device;
     };
 
     void set_tiers(bool device);
@@ -102,6 +105,7 @@ private:
     void start();
     void load_routers();
     void run();
+    void serve(std::unique_lock<std::mutex> & lock);
     void guess(const task & t, std::vector<int32_t> & ids);
     void score_by_router     (const task & t, int64_t token, std::vector<float> & scores) const;
     void score_by_transitions(const task & t, int64_t token, std::vector<float> & scores) const;
@@ -109,7 +113,7 @@ private:
 
     const llama_model &           model;
     std::shared_ptr<mobile_store> store;
-    std::vector<router>           routers;  // [mobile_store_layer]
+    mobile_by<mobile_store_layer, router> routers;
     bool    routers_loaded = false;
     int64_t n_embd_router  = 0;
     int32_t gating         = 0;             // enum llama_expert_gating_func_type
@@ -136,17 +140,24 @@ private:
     double       usual[N_TOKENS_MAX][2][2] = {}; // us of a pass of the kind, a running mean. [n_tokens - 1][little][rerun]
 
     // transitions, guarded by mutex: tokens routed to j in a layer after i in the one before, and to i
-    std::vector<std::vector<uint16_t>> following; // [mobile_store_layer][n_expert_before * n_expert]; empty: nothing counted
-    std::vector<std::vector<float>>    uses;      // [mobile_store_layer][n_expert]
-    float                              n_counted = 0.0f;
+    mobile_by<mobile_store_layer, std::vector<uint16_t>> following; // [n_expert_before * n_expert]; empty: nothing counted
+    mobile_by<mobile_store_layer, std::vector<float>>    uses;      // [n_expert]
+    float                                                n_counted = 0.0f;
 
     mutable std::mutex      mutex;
     std::condition_variable cv;
     task                    pending;
     bool                    stop = false;
+    char                    thrown[256] = ""; // guarded by mutex
     std::thread             thread;
-    std::vector<std::vector<int32_t>> guessed; // [mobile_store_layer] of this pass, guarded by mutex
-    std::vector<mobile_guess>         taken;   // what take() returns next, guarded by mutex
+
+    // of the thread that guesses
+    task                     running;
+    std::vector<int32_t>     running_ids;
+    std::vector<mobile_part> running_parts;
+
+    mobile_by<mobile_store_layer, std::vector<int32_t>> guessed; // of this pass, guarded by mutex
+    std::vector<mobile_guess>                           taken;   // what take() returns next, guarded by mutex
 
     // counters, of this context since the last reset
     uint64_t n_predicted = 0;

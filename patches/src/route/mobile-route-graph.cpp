@@ -91,10 +91,11 @@ void mobile_moe::route(bool renormalise, bool ranked, bool routes_cur, ggml_tens
         weights = graph.hot_weights;
         return;
     }
-    if (at.il < 0 || at.il >= (int) ctx->routes.size()) {
+    const mobile_model_layer il(at.il);
+    if (!ctx->routes.has(il)) {
         return;
     }
-    mobile_route & route = ctx->routes[at.il];
+    mobile_route & route = ctx->routes[il];
     if (is_whole) {
         graph.has_policy = graph.has_policy || has_policy(*ctx);
         if (!graph.has_policy) {
@@ -154,7 +155,7 @@ ggml_tensor * mobile_moe::sum(ggml_tensor * cold) const {
             ggml_backend_sched_set_tensor_backend(at.sched, node, at.backend_cpu);
         }
     }
-    ggml_tensor * end = mobile_op_new(at.ctx0, at.sched, at.backend_cpu, GGML_TYPE_F32, { cold->ne[0], cold->ne[1], 1 }, args, args[1] ? 2 : 1, mobile_route_end_cold, 1, &at.ctx->routes[at.il]);
+    ggml_tensor * end = mobile_op_new(at.ctx0, at.sched, at.backend_cpu, GGML_TYPE_F32, { cold->ne[0], cold->ne[1], 1 }, args, args[1] ? 2 : 1, mobile_route_end_cold, 1, &at.ctx->routes[mobile_model_layer(at.il)]);
     ggml_format_name(end, "ffn_moe_cold-%d", at.il);
     return ggml_add(at.ctx0, hot, end);
 }

@@ -2,8 +2,6 @@
 
 #include "route/mobile-context.h"
 
-#include "mobile-error.h"
-
 #include "ggml-backend.h"
 #include "ggml.h"
 
@@ -40,6 +38,9 @@ static int32_t * routed_ids    (const ggml_tensor * dst, int64_t token) { return
 static float   * routed_weights(const ggml_tensor * dst, int64_t token) { return (float *) dst->data + dst->ne[1]*n_ids_of(dst) + token*n_used_of(dst); }
 static int32_t * routed_slots  (const ggml_tensor * dst, int64_t token) { return routed_ids(dst, dst->ne[1]) + dst->ne[1]*n_used_of(dst) + token*n_ids_of(dst); }
 
+// from expand_segments() on a token's ids are parts, or -1
+static mobile_part routed_part(const ggml_tensor * dst, int64_t token, int64_t i) { return mobile_part(routed_ids(dst, token)[i]); }
+
 //
 // ids
 //
@@ -72,11 +73,11 @@ static void collect_needs(mobile_context & ctx, const ggml_tensor * dst, int32_t
 
     r.need_of.assign(n_parts, {});
     for (int64_t t = 0; t < n_tokens; ++t) {
-        const int32_t * ids = routed_ids(dst, t);
         for (int64_t i = 0; i < n_ids; ++i) {
-            if (ids[i] >= 0 && ids[i] < n_parts) {
-                mobile_need & need = r.need_of[ids[i]];
-                need.part    = mobile_part(ids[i]);
+            const mobile_part part = routed_part(dst, t, i);
+            if (r.need_of.has(part)) {
+                mobile_need & need = r.need_of[part];
+                need.part    = part;
                 need.time    = ctx.pass.time + (double) t;
                 need.lasting = t >= n_tokens - LASTING_TOKENS;
                 need.n_tokens++;
@@ -196,7 +197,7 @@ static void split_ids(const mobile_context & ctx, const ggml_tensor * dst, int64
     int32_t * ids   = routed_ids  (dst, t);
     int32_t * slots = routed_slots(dst, t);
     for (int64_t i = 0; i < n_ids_of(dst); ++i) {
-        const int32_t slot = ids[i] < 0 ? -1 : ctx.routing.slot_of[ids[i]];
+        const int32_t slot = ids[i] < 0 ? -1 : ctx.routing.slot_of[routed_part(dst, t, i)];
         slots[i] = slot < 0 ? (int32_t) i : slot; // slot i is zero
         ids  [i] = slot < 0 ? ids[i] : -1;
     }
@@ -213,13 +214,13 @@ static void keep_routed(mobile_context & ctx, const ggml_tensor * dst) {
 
 // hints for the layer that comes next
 static void predict_next(mobile_context & ctx, const mobile_route & route, mobile_store_layer layer, const ggml_tensor * dst) {
-    const mobile_store_layer next(layer.n + 1);
-    std::vector<uint8_t> & on_device = ctx.routing.on_device;
+    const mobile_store_layer next = layer + 1;
+    mobile_by<mobile_part, uint8_t> & on_device = ctx.routing.on_device;
     on_device.clear();
-    if (ctx.slots && next.n < (int32_t) ctx.store->layers.size()) {
-        on_device.resize(ctx.store->layers[next.n].n_parts);
-        for (size_t e = 0; e < on_device.size(); ++e) {
-            on_device[e] = ctx.slots->is_there(ctx.store->model_layer(next), mobile_part(e));
+    if (ctx.slots && ctx.store->layers.has(next)) {
+        on_device.resize(ctx.store->layers[next].n_parts);
+        for (mobile_part part(0); on_device.has(part); ++part) {
+            on_device[part] = ctx.slots->is_there(ctx.store->model_layer(next), part);
         }
     }
     const ggml_tensor * cur = route.routes_cur ? src_cur(dst) : nullptr;
@@ -256,7 +257,7 @@ static void run(mobile_route & route, ggml_tensor * dst) {
     if (layer.is_none()) {
         return;
     }
-    const int32_t n_parts = store.layers[layer.n].n_parts;
+    const int32_t n_parts = store.layers[layer].n_parts;
     collect_needs(ctx, dst, n_parts);
     if (ctx.slots && ctx.slots->whole_layer(route.il)) {
         ctx.slots->add_whole_hits(r.needs.size());
@@ -265,13 +266,10 @@ static void run(mobile_route & route, ggml_tensor * dst) {
     if (!has_hot(dst)) {
         store.request(layer, r.needs);
     } else {
-        ctx.slots->assign(route.il, r.needs, r.slot_of, r.missing);
-        store.request(layer, r.missing);
-        ctx.slots->fetch(r.slot_of);
+        route.n_cold = ctx.slots->assign(route.il, r.needs, r.slot_of);
         for (int64_t t = 0; t < n_tokens; ++t) {
             split_ids(ctx, dst, t);
         }
-        route.n_cold   = (int32_t) std::count_if(r.missing.begin(), r.missing.end(), [&](const mobile_need & need) { return r.slot_of[need.part.n] < 0; });
         route.start_us = ggml_time_us();
     }
     predict_next(ctx, route, layer, dst);
@@ -280,8 +278,8 @@ static void run(mobile_route & route, ggml_tensor * dst) {
     }
 
     // a batch that needs nearly all of this layer needs nearly all of the next one
-    if (n_tokens > LASTING_TOKENS && 10*r.needs.size() >= 9*(size_t) n_parts && layer.n + 1 < (int32_t) store.layers.size()) {
-        store.read_ahead(mobile_store_layer(layer.n + 1));
+    if (n_tokens > LASTING_TOKENS && 10*r.needs.size() >= 9*(size_t) n_parts && store.layers.has(layer + 1)) {
+        store.read_ahead(layer + 1);
     }
 }
 
@@ -304,11 +302,7 @@ void mobile_route_run(ggml_tensor * dst, int ith, int nth, void * userdata) {
         return;
     }
     mobile_route & route = *(mobile_route *) userdata;
-    try {
-        run(route, dst);
-    } catch (...) { // the frames around this one are C
-        mobile_fail_caught();
-        route.ctx->error = mobile_last_error();
+    if (!route.ctx->guard([&] { run(route, dst); })) {
         skip_all(route, dst);
     }
 }
@@ -323,13 +317,10 @@ void mobile_route_end_cold(ggml_tensor * dst, int ith, int nth, void * userdata)
     if (!route.ctx->slots) {
         return;
     }
-    try {
+    route.ctx->guard([&] {
         if (route.n_cold > 0) {
             route.ctx->slots->add_cpu_time(route.n_cold, ggml_time_us() - route.start_us);
         }
         mobile_route_ahead(*route.ctx); // by now the next layer's experts have been guessed
-    } catch (...) {
-        mobile_fail_caught();
-        route.ctx->error = mobile_last_error();
-    }
+    });
 }

@@ -43,13 +43,12 @@ struct mobile_route {
 
 // what the op of the running layer works with
 struct mobile_routing {
-    std::vector<mobile_need> need_of;   // [mobile_part]
-    std::vector<mobile_need> needs;     // those that are needed, ascending
-    std::vector<mobile_need> missing;   // of these, those not in a device's slots
-    std::vector<int32_t>     slot_of;   // [mobile_part] in the device's pool, -1: none
-    std::vector<int32_t>     routed;    // [n_tokens][K] the model's experts, -1: skipped
-    std::vector<uint8_t>     on_device; // [mobile_part] of the next layer: in a slot
-    std::vector<mobile_routed> watched; // the layer's entries of the ring
+    mobile_by<mobile_part, mobile_need> need_of;
+    std::vector<mobile_need>            needs;     // those that are needed, ascending
+    mobile_by<mobile_part, int32_t>     slot_of;   // in the device's pool, -1: none
+    std::vector<int32_t>                routed;    // [n_tokens][K] the model's experts, -1: skipped
+    mobile_by<mobile_part, uint8_t>     on_device; // of the next layer: in a slot
+    std::vector<mobile_routed>          watched;   // the layer's entries of the ring
 };
 
 // the op, and the end of a cold chain, which passes its sum on; userdata: a mobile_route. an exception in them makes

@@ -77,9 +77,9 @@ static uint32_t metadata_u32(const gguf_context * meta, const std::string & fnam
     return gguf_get_val_u32(meta, id);
 }
 
-// the number of experts that the model claims; 0: unknown
-static uint32_t metadata_n_expert(const llama_model_loader & ml) {
-    const int64_t id = gguf_find_key(ml.metadata, (ml.arch_name + ".expert_count").c_str());
+// one of the model's own numbers; 0: the file does not say
+static uint32_t metadata_of_model(const llama_model_loader & ml, const char * name) {
+    const int64_t id = gguf_find_key(ml.metadata, (ml.arch_name + "." + name).c_str());
     return id >= 0 && gguf_get_kv_type(ml.metadata, id) == GGUF_TYPE_UINT32 ? gguf_get_val_u32(ml.metadata, id) : 0;
 }
 
@@ -97,10 +97,6 @@ int64_t mobile_layout_tensor_index(const gguf_context * meta, const char * name)
 
 using weight_of_part = std::map<mobile_part, llama_model_loader::llama_tensor_weight>;
 
-static std::string part_name(mobile_part part, int n_segments) {
-    return "expert " + std::to_string(part.n/n_segments) + (n_segments > 1 ? ", segment " + std::to_string(part.n%n_segments) : "");
-}
-
 // the stacked entry for the parts of one matrix of a layer
 static void gather(llama_model_loader & ml, const std::string & fname, ggml_context * ctx, mobile_model_layer layer, enum mobile_matrix matrix, const weight_of_part & weights) {
     const std::string name = stacked_name(layer, matrix);
@@ -112,16 +108,18 @@ static void gather(llama_model_loader & ml, const std::string & fname, ggml_cont
     }
     const auto & [part_0, first] = *weights.begin();
     const ggml_tensor * t0 = first.tensor;
-    int n_parts = 0;
+    mobile_part next(0);
     for (const auto & [part, weight] : weights) {
-        if (part.n != n_parts++) {
-            refuse(fname, where + part_name(mobile_part(n_parts - 1), n_segments) + " is missing");
+        if (part != next) {
+            refuse(fname, where + mobile_part_name(next, n_segments) + " is missing");
         }
         const ggml_tensor * t = weight.tensor;
         if (t->type != t0->type || !ggml_are_same_shape(t, t0)) {
-            refuse(fname, where + part_name(part, n_segments) + " has another type or shape than expert 0");
+            refuse(fname, where + mobile_part_name(part, n_segments) + " has another type or shape than expert 0");
         }
+        ++next;
     }
+    const int n_parts = next.n;
     if (t0->ne[2] != 1 || t0->ne[3] != 1 || ggml_nelements(t0) == 0) {
         refuse(fname, where + "an expert is not a matrix");
     }
@@ -129,11 +127,11 @@ static void gather(llama_model_loader & ml, const std::string & fname, ggml_cont
         refuse(fname, where + "not as many gate rows as up rows");
     }
     if (n_parts % n_segments != 0) {
-        refuse(fname, where + part_name(mobile_part(n_parts), n_segments) + " is missing");
+        refuse(fname, where + mobile_part_name(next, n_segments) + " is missing");
     }
-    const uint32_t n_expert = metadata_n_expert(ml);
+    const uint32_t n_expert = metadata_of_model(ml, "expert_count");
     if (n_expert > 0 && (uint32_t) (n_parts/n_segments) != n_expert) {
-        refuse(fname, where + (n_parts/n_segments < (int) n_expert ? part_name(mobile_part(n_parts), n_segments) + " is missing" :
+        refuse(fname, where + (n_parts/n_segments < (int) n_expert ? mobile_part_name(next, n_segments) + " is missing" :
             std::to_string(n_parts/n_segments) + " experts in a model of " + std::to_string(n_expert)));
     }
     if (n_parts > GGML_EXPERT_MAX) {
@@ -165,9 +163,36 @@ static void refuse_with_segments(const llama_model_loader & ml, const std::strin
     }
 }
 
-void mobile_layout_begin(llama_model_loader & ml, const std::string & fname) {
+// where llama.cpp forgets to leave out the feed-forward of the blocks that nothing runs: such a file becomes one
+// without them, which it can load
+static void drop_mtp_blocks(llama_model_loader & ml) {
+    if (ml.arch_name != "step35" && ml.arch_name != "hy_v3") {
+        return;
+    }
+    const uint32_t n_block = metadata_of_model(ml, "block_count");
+    const uint32_t n_nextn = metadata_of_model(ml, "nextn_predict_layers");
+    if (n_nextn == 0 || n_nextn >= n_block) {
+        return;
+    }
+    for (auto it = ml.weights_map.begin(); it != ml.weights_map.end();) {
+        const char * name = it->first.c_str();
+        int block = -1;
+        if (parse_text(name, "blk.") && parse_number(name, block) && block >= (int) (n_block - n_nextn)) {
+            ml.n_elements -= ggml_nelements(it->second.tensor);
+            ml.n_bytes    -= ggml_nbytes(it->second.tensor);
+            it = ml.weights_map.erase(it);
+        } else {
+            ++it;
+        }
+    }
+}
+
+void mobile_layout_begin(llama_model_loader & ml, const std::string & fname, bool load_mtp) {
     if (ml.files.empty()) {
         return;
+    }
+    if (!load_mtp) {
+        drop_mtp_blocks(ml);
     }
     const uint32_t version = metadata_u32(ml.metadata, fname, "mobile.version", VERSION);
     if (version > VERSION) {
@@ -246,13 +271,13 @@ static void read_range(llama_model_loader & ml, const mobile_range & range, size
 }
 
 // one expert from its segments: [n_rows, n_cols] with the segments' rows one after the other, or side by side
-static void join_segments(llama_model_loader & ml, const mobile_parts & parts, const ggml_tensor * tensor, int64_t expert, std::vector<char> & segment, char * dst) {
+static void join_segments(llama_model_loader & ml, const mobile_parts & parts, const ggml_tensor * tensor, int32_t expert, std::vector<char> & segment, char * dst) {
     const int    n_segments = ml.mobile->n_segments;
     const size_t n_part     = tensor->nb[2]/n_segments;
     const size_t n_row      = tensor->nb[1]/n_segments;
 
     for (int s = 0; s < n_segments; ++s) {
-        const mobile_range & range = parts.ranges[expert*n_segments + s];
+        const mobile_range & range = parts.ranges[mobile_part_of(expert, s, n_segments)];
         switch (parts.matrix) {
             case MOBILE_MATRIX_GATE_UP:
                 read_range(ml, range, 0,        n_part/2, dst + s*(n_part/2));
@@ -285,11 +310,11 @@ bool mobile_layout_load(llama_model_loader & ml, ggml_tensor * tensor) {
     char * dst = is_host ? (char *) tensor->data : staging.get();
 
     std::vector<char> segment;
-    for (int64_t e = 0; e < tensor->ne[2]; ++e) {
+    for (int32_t e = 0; e < (int32_t) tensor->ne[2]; ++e) {
         if (ml.mobile->n_segments > 1) {
             join_segments(ml, *parts, tensor, e, segment, dst + e*tensor->nb[2]);
         } else {
-            read_range(ml, parts->ranges[e], 0, tensor->nb[2], dst + e*tensor->nb[2]);
+            read_range(ml, parts->ranges[mobile_part_of(e, 0, 1)], 0, tensor->nb[2], dst + e*tensor->nb[2]);
         }
     }
     if (ml.check_tensors && !ggml_validate_row_data(tensor->type, dst, n_bytes)) {

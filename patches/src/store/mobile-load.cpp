@@ -3,6 +3,7 @@
 #include "ggml/ggml-expert.h"
 #include "mobile-error.h"
 #include "store/mobile-tag.h"
+#include "store/mobile-zeros.h"
 
 #include "llama-model-loader.h"
 #include "llama-model.h"
@@ -41,6 +42,7 @@ struct mobile_buffer_context {
 struct mobile_loading {
     bool                                          pending = false;
     bool                                          mark    = false; // all experts in ordinary buffers
+    bool                                          zeros   = false; // all weights are zeros
     mobile_load_params                            params  = {};
     std::vector<llama_model_tensor_buft_override> overrides;
 };
@@ -52,6 +54,10 @@ void mobile_load_set_pending(const mobile_load_params * params) {
     if (params) {
         g_loading.params = *params;
     }
+}
+
+void mobile_load_set_zeros(bool on) {
+    g_loading.zeros = on;
 }
 
 //
@@ -87,6 +93,11 @@ static void * buffer_get_base(ggml_backend_buffer_t buffer) {
     return ((mobile_buffer_context *) buffer->context)->base;
 }
 
+// a tensor in our buffer has a row, as ggml says an expert, for each part: mobile_layout_split() has seen to that
+static mobile_part part_of_row(int64_t expert) {
+    return mobile_part(expert);
+}
+
 // copies what lies in the file, through the store: for whoever reads a weight as a tensor
 static void buffer_get_tensor(ggml_backend_buffer_t buffer, const ggml_tensor * tensor, void * data, size_t offset, size_t size) {
     GGML_UNUSED(buffer);
@@ -99,7 +110,7 @@ static void buffer_get_tensor(ggml_backend_buffer_t buffer, const ggml_tensor * 
         const size_t skip = offset%tensor->nb[2];
         const size_t n    = std::min(size, tensor->nb[2] - skip);
         mobile_need need;
-        need.part    = mobile_part(offset/tensor->nb[2]);
+        need.part    = part_of_row(offset/tensor->nb[2]);
         need.lasting = false;
         record->store->request(record->layer, { need });
         memcpy(data, record->store->resolve(record->layer, record->piece, need.part, true) + skip, n);
@@ -196,7 +207,7 @@ static const char * resolve_expert(const ggml_tensor * w, int64_t expert, const 
     if (!record) {
         return store_of(w).resolve_failed();
     }
-    return record->store->resolve(record->layer, record->piece, mobile_part(expert), wait);
+    return record->store->resolve(record->layer, record->piece, part_of_row(expert), wait);
 }
 
 static void settle_expert(const ggml_tensor * w) {
@@ -216,6 +227,11 @@ static bool owns_expert(const ggml_tensor * w) {
 const llama_model_tensor_buft_override * mobile_load_begin(const llama_model_tensor_buft_override * overrides) {
     g_loading.mark = false;
     mobile_fail(MOBILE_OK, "");
+    if (g_loading.zeros) {
+        g_loading.mark      = true;
+        g_loading.overrides = { { MOBILE_EVERY_TENSOR, mobile_zeros_type() }, { nullptr, nullptr } };
+        return g_loading.overrides.data();
+    }
     if (!g_loading.pending) {
         return overrides;
     }
@@ -274,14 +290,14 @@ static bool has_store(const llama_model_loader & ml) {
 }
 
 // where a tensor's experts lie; file: index into the loader's files
-static std::vector<mobile_range> ranges_of(const llama_model_loader & ml, const ggml_tensor * t) {
+static mobile_by<mobile_part, mobile_range> ranges_of(const llama_model_loader & ml, const ggml_tensor * t) {
     if (const mobile_parts * parts = mobile_layout_find(ml, t->name)) {
         return parts->ranges;
     }
     const auto & weight = ml.require_weight(t->name);
-    std::vector<mobile_range> ranges(t->ne[2]);
+    mobile_by<mobile_part, mobile_range> ranges;
     for (int64_t e = 0; e < t->ne[2]; ++e) {
-        ranges[e] = { weight.idx, weight.offs + e*t->nb[2], t->nb[2] };
+        ranges.push_back({ weight.idx, weight.offs + e*t->nb[2], t->nb[2] });
     }
     return ranges;
 }
@@ -296,6 +312,9 @@ bool mobile_load_tensors(llama_model_loader & ml, ggml_context * ctx, llama_prog
         if (t->buffer && ggml_backend_buffer_get_type(t->buffer) == mobile_buffer_type()) {
             tensors.push_back(t);
         }
+    }
+    if (g_loading.zeros) {
+        return true;
     }
     if (tensors.empty()) {
         return false;
@@ -317,7 +336,7 @@ bool mobile_load_tensors(llama_model_loader & ml, ggml_context * ctx, llama_prog
             mobile_throw(MOBILE_ERR_ARGUMENT, std::string(t->name) + ": some experts are in segments and these are not");
         }
         mobile_layout_split(ml, t);
-        std::vector<mobile_range> ranges = ranges_of(ml, t);
+        mobile_by<mobile_part, mobile_range> ranges = ranges_of(ml, t);
         for (mobile_range & range : ranges) {
             int & file = file_of.at(range.file);
             if (file < 0) {
@@ -328,11 +347,11 @@ bool mobile_load_tensors(llama_model_loader & ml, ggml_context * ctx, llama_prog
             }
             range.file = (uint16_t) file;
         }
-        if (!store.add_piece(layer_number(t->name), t->name, std::move(ranges), err)) {
+        if (!store.add_piece(layer_number(t->name), t->name, ranges, err)) {
             mobile_throw(MOBILE_ERR_IO, err);
         }
         const mobile_store_layer layer = store.layer_of(layer_number(t->name));
-        buffer->tensors.push_back({ &store, layer, store.layers[layer.n].n_pieces - 1 });
+        buffer->tensors.push_back({ &store, layer, store.layers[layer].n_pieces - 1 });
         set_tag(t, MOBILE_TAG_STORED, &buffer->tensors.back());
         ml.size_done += ggml_nbytes(t);
     }
@@ -372,7 +391,7 @@ std::shared_ptr<mobile_store> mobile_store_of(const llama_model & model) {
     auto store = std::make_shared<mobile_store>(mobile_store_default_params());
     std::string err;
     for (const ggml_tensor * t : sorted_by_use(std::move(marked))) {
-        const std::vector<mobile_range> sizes(t->ne[2], { 0, 0, t->nb[2] });
+        const mobile_by<mobile_part, mobile_range> sizes(t->ne[2], mobile_range { 0, 0, t->nb[2] });
         if (!store->add_piece(layer_number(t->name), t->name, sizes, err)) {
             return nullptr; // no layout that a store could hold: the model runs without the route op
         }

@@ -38,3 +38,5 @@ std::shared_ptr<mobile_store> mobile_store_of(const llama_model & model);
 
 // for the C API
 void mobile_load_set_pending(const mobile_load_params * params);
+// loads of this thread read no weights while on: mobile-zeros.h
+void mobile_load_set_zeros(bool on);

@@ -18,7 +18,7 @@ uint64_t mobile_store::sequence() const {
 }
 
 int32_t mobile_store::hint(mobile_store_layer layer, const std::vector<mobile_part> & parts, double now, uint64_t seq) {
-    const mobile_layer & l = layers[layer.n];
+    const mobile_layer & l = layers[layer];
 
     locked lock(mutex);
     if (all_resident || (seq != 0 && seq != sequence())) {
@@ -26,8 +26,8 @@ int32_t mobile_store::hint(mobile_store_layer layer, const std::vector<mobile_pa
     }
     std::vector<hinted> fresh;
     for (mobile_part part : parts) {
-        if (part.n >= 0 && part.n < l.n_parts && experts[id_of(layer, part)].state == MOBILE_NOT_RESIDENT) {
-            fresh.push_back({ id_of(layer, part), now });
+        if (part.n >= 0 && part.n < l.n_parts && experts[store_part_of(layer, part)].state == MOBILE_NOT_RESIDENT) {
+            fresh.push_back({ store_part_of(layer, part), now });
         }
     }
     // those for the layer that comes next before those for a whole pass
@@ -46,7 +46,7 @@ bool mobile_store::begin_hint(locked & lock) {
         const hinted h = hints.front();
         hints.pop_front();
 
-        mobile_expert & x = experts[h.expert];
+        mobile_expert & x = experts[h.part];
         int32_t slot = -1;
         if (x.state != MOBILE_NOT_RESIDENT) {
             continue;
@@ -60,25 +60,27 @@ bool mobile_store::begin_hint(locked & lock) {
         x.own_key   = x.key;
         x.last_use  = h.now;
         x.key       = mobile_policy_key((enum mobile_eviction) params.eviction, std::max<uint64_t>(x.n_uses, 1), h.now);
-        begin_load(h.expert, slot, true);
-        hinted_reads.push_back(h.expert);
+        begin_load(h.part, slot, true);
+        hinted_reads.push_back(h.part);
         count.n_prefetched++;
         ahead_count.n_queued++;
-        queue_reads({ h.expert }, ahead);
+        queue_reads({ h.part }, ahead);
         wake_io(1);
         return true;
     }
     return false;
 }
 
-// a need of x, which a hint has read
-void mobile_store::use_hint(mobile_expert & x) {
+// a need of what a hint has read
+void mobile_store::use_hint(mobile_store_part part) {
+    mobile_expert & x = experts[part];
+    const mobile_layer & l = layers[x.layer];
     uint32_t n_pieces = 0;
-    for (int p = 0; p < layers[x.layer.n].n_pieces; ++p) {
-        n_pieces += n_chunks(range_of((uint32_t) (&x - experts.get()), p));
+    for (int p = 0; p < l.n_pieces; ++p) {
+        n_pieces += n_chunks(range_of(part, p));
     }
     ahead_count.n_used++;
-    ahead_count.bytes_early += expert_bytes_of(layers[x.layer.n])*(n_pieces - x.n_pending)/n_pieces;
+    ahead_count.bytes_early += expert_bytes_of(l)*(n_pieces - x.n_pending)/n_pieces;
     x.hinted = false;
 }
 
@@ -86,7 +88,7 @@ void mobile_store::use_hint(mobile_expert & x) {
 void mobile_store::waste_hint(mobile_expert & x) {
     if (x.hinted) {
         ahead_count.n_wasted++;
-        ahead_count.bytes_wasted += expert_bytes_of(layers[x.layer.n]);
+        ahead_count.bytes_wasted += expert_bytes_of(layers[x.layer]);
         x.hinted = false;
     }
 }
@@ -95,11 +97,11 @@ void mobile_store::waste_hint(mobile_expert & x) {
 void mobile_store::settle_hints(mobile_store_layer layer) {
     n_requests.fetch_add(1, std::memory_order_relaxed);
     hints.erase(std::remove_if(hints.begin(), hints.end(), [&](const hinted & h) {
-        return experts[h.expert].layer == layer;
+        return layer_of_part(h.part) == layer;
     }), hints.end());
 
-    auto others = std::stable_partition(hinted_reads.begin(), hinted_reads.end(), [&](uint32_t expert) {
-        return experts[expert].layer != layer;
+    auto others = std::stable_partition(hinted_reads.begin(), hinted_reads.end(), [&](mobile_store_part part) {
+        return layer_of_part(part) != layer;
     });
     for (auto it = others; it != hinted_reads.end(); ++it) {
         mobile_expert & x = experts[*it];

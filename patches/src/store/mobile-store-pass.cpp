@@ -24,14 +24,14 @@ void mobile_store::fail_for_good(const std::string & text) {
 }
 
 void mobile_store::unpin_all() {
-    for (uint32_t expert : pinned) {
-        mobile_expert & x = experts[expert];
+    for (mobile_store_part part : pinned) {
+        mobile_expert & x = experts[part];
         x.pinned = false;
         if (x.state == MOBILE_RESIDENT) {
             if (x.failed) {
                 release_slot(x);
             } else {
-                list(expert);
+                list(part);
             }
         }
     }
@@ -43,6 +43,10 @@ bool mobile_store::end_pass() {
     unpin_all();
     drop_hints();
     cv_done.notify_all();
+    if (error_text.empty()) {
+        error_text = thrown;
+    }
+    thrown[0] = 0;
     return error_text.empty();
 }
 
@@ -62,9 +66,18 @@ void mobile_store::use(mobile_expert & x, const mobile_need & need) {
 }
 
 void mobile_store::request(mobile_store_layer layer, const std::vector<mobile_need> & needs) {
-    const mobile_layer & l = layers[layer.n];
-
     locked lock(mutex);
+    try {
+        ask(lock, layer, needs);
+    } catch (...) {
+        catch_thrown(lock);
+        throw;
+    }
+}
+
+void mobile_store::ask(locked & lock, mobile_store_layer layer, const std::vector<mobile_need> & needs) {
+    const mobile_layer & l = layers[layer];
+
     count.bytes_routed += needs.size()*(expert_bytes_of(l));
     if (plain || (all_resident && experts[l.first].state == MOBILE_RESIDENT)) {
         count.n_hits += needs.size();
@@ -72,18 +85,18 @@ void mobile_store::request(mobile_store_layer layer, const std::vector<mobile_ne
     }
     unpin_all();
 
-    std::vector<uint32_t> misses;
-    std::vector<uint32_t> on_their_way;
+    std::vector<mobile_store_part> misses;
+    std::vector<mobile_store_part> on_their_way;
     for (const auto & need : needs) {
-        const uint32_t expert = id_of(layer, need.part);
-        mobile_expert & x = experts[expert];
-        unlist(expert);
+        const mobile_store_part part = store_part_of(layer, need.part);
+        mobile_expert & x = experts[part];
+        pinned.push_back(part);
+        unlist(part);
         use(x, need);
         x.pinned = true;
-        pinned.push_back(expert);
         if (x.state == MOBILE_NOT_RESIDENT) {
             count.n_misses++;
-            misses.push_back(expert);
+            misses.push_back(part);
             continue;
         }
         count.n_hits++;
@@ -92,24 +105,24 @@ void mobile_store::request(mobile_store_layer layer, const std::vector<mobile_ne
             x.prefetched = false;
         }
         if (x.hinted) {
-            use_hint(x);
+            use_hint(part);
         }
         if (x.state == MOBILE_LOADING) {
-            on_their_way.push_back(expert);
+            on_their_way.push_back(part);
         }
     }
     promote(on_their_way);
     settle_hints(layer);
-    std::vector<uint32_t> loads;
-    for (uint32_t expert : misses) {
+    std::vector<mobile_store_part> loads;
+    for (mobile_store_part part : misses) {
         int32_t slot = -1;
         // the budget holds a layer, and only this one is pinned
         if (!take_slot(lock, layer, SLOT_DEMAND, 0.0, slot)) {
-            no_slot(expert);
+            no_slot(part);
             continue;
         }
-        begin_load(expert, slot, false);
-        loads.push_back(expert);
+        begin_load(part, slot, false);
+        loads.push_back(part);
     }
     queue_reads(loads, demand);
     lock.unlock();
@@ -117,15 +130,24 @@ void mobile_store::request(mobile_store_layer layer, const std::vector<mobile_ne
 }
 
 void mobile_store::read_ahead(mobile_store_layer layer) {
-    const mobile_layer & l = layers[layer.n];
-
     locked lock(mutex);
     if (all_resident) {
         return;
     }
-    std::vector<uint32_t> loads;
-    for (int e = 0; e < l.n_parts; ++e) {
-        mobile_expert & x = experts[l.first + e];
+    try {
+        ask_ahead(lock, layer);
+    } catch (...) {
+        catch_thrown(lock);
+        throw;
+    }
+}
+
+void mobile_store::ask_ahead(locked & lock, mobile_store_layer layer) {
+    const mobile_layer & l = layers[layer];
+
+    std::vector<mobile_store_part> loads;
+    for (mobile_store_part part = l.first; part < l.first + l.n_parts; ++part) {
+        mobile_expert & x = experts[part];
         int32_t slot = -1;
         if (x.state != MOBILE_NOT_RESIDENT) {
             continue;
@@ -136,8 +158,8 @@ void mobile_store::read_ahead(mobile_store_layer layer) {
         mobile_need need;
         need.lasting = false;
         use(x, need);
-        begin_load(l.first + e, slot, true);
-        loads.push_back(l.first + e);
+        begin_load(part, slot, true);
+        loads.push_back(part);
     }
     count.n_prefetched += loads.size();
     queue_reads(loads, ahead);
@@ -149,7 +171,7 @@ bool mobile_store::hold(mobile_store_layer layer, mobile_part part) {
     if (plain) {
         return true;
     }
-    const uint32_t id = id_of(layer, part);
+    const mobile_store_part id = store_part_of(layer, part);
 
     locked lock(mutex);
     if (experts[id].state != MOBILE_RESIDENT || experts[id].failed) {
@@ -163,7 +185,7 @@ void mobile_store::let_go(mobile_store_layer layer, mobile_part part) {
     if (plain) {
         return;
     }
-    const uint32_t id = id_of(layer, part);
+    const mobile_store_part id = store_part_of(layer, part);
 
     locked lock(mutex);
     if (!experts[id].pinned) {
@@ -172,28 +194,26 @@ void mobile_store::let_go(mobile_store_layer layer, mobile_part part) {
 }
 
 // the experts that are in use leave no slot for this one: its pieces read as zeros, and the pass fails
-void mobile_store::no_slot(uint32_t expert) {
-    mobile_expert & x = experts[expert];
-    if (error_text.empty()) {
-        error_text = "layer " + std::to_string(model_layer(x.layer).n) + ": more experts are needed at once than the budget holds";
-    }
+void mobile_store::no_slot(mobile_store_part part) {
+    mobile_expert & x = experts[part];
     for (auto & s : x.piece_state) {
         s.store(MOBILE_PIECE_FAILED, std::memory_order_release);
+    }
+    if (error_text.empty()) {
+        error_text = "layer " + std::to_string(model_layer(x.layer).n) + ": more experts are needed at once than the budget holds";
     }
 }
 
 const char * mobile_store::resolve(mobile_store_layer layer, int32_t piece, mobile_part part, bool wait) {
-    const mobile_layer & l = layers[layer.n];
-    const uint32_t id = id_of(layer, part);
-    mobile_expert & x = experts[id];
+    const mobile_store_part id = store_part_of(layer, part);
+    const mobile_expert & x = experts[id];
 
-    auto address = [&]() {
+    const auto address = [&] {
         const mobile_range & r = range_of(id, piece);
-        return x.data + classes[l.cls].piece_offset[piece] + r.offset % files[r.file].align;
+        return x.data + classes[layers[layer].cls].piece_offset[piece] + r.offset % files[r.file].align;
     };
 
-    uint32_t state = x.piece_state[piece].load(std::memory_order_acquire);
-    if (state == MOBILE_PIECE_READY) {
+    if (x.piece_state[piece].load(std::memory_order_acquire) == MOBILE_PIECE_READY) {
         return address();
     }
     if (!wait) {
@@ -204,37 +224,50 @@ const char * mobile_store::resolve(mobile_store_layer layer, int32_t piece, mobi
     if (n_waiting++ == 0) {
         stall_start = ggml_time_us();
     }
-    if (x.state == MOBILE_NOT_RESIDENT && !x.pinned) {
-        // not requested by the route op: a graph of somebody else's. load it as a need of this layer
-        int32_t slot = -1;
-        if (take_slot(lock, layer, SLOT_DEMAND, 0.0, slot)) {
-            x.pinned = true;
-            pinned.push_back(id);
-            count.n_misses++;
-            begin_load(id, slot, false);
-            queue_reads({ id }, demand);
-            wake_io(1);
-        } else {
-            no_slot(id);
-        }
-    }
-    while ((state = x.piece_state[piece].load(std::memory_order_acquire)) < MOBILE_PIECE_READY) {
-        if (!run_one(lock, true)) {
-            cv_done.wait(lock);
-        }
+    bool arrived = false;
+    try {
+        arrived = arrives(lock, layer, piece, id);
+    } catch (...) {
+        catch_thrown(lock);
     }
     if (--n_waiting == 0) {
         count.stall_us += ggml_time_us() - stall_start;
         cv_done.notify_all();
     }
+    return arrived ? address() : zeros;
+}
+
+// waits for a piece, and serves the queue meanwhile; false: it cannot be read, and the pass fails
+bool mobile_store::arrives(locked & lock, mobile_store_layer layer, int32_t piece, mobile_store_part part) {
+    mobile_expert & x = experts[part];
+    if (x.state == MOBILE_NOT_RESIDENT && (!x.pinned || x.piece_state[piece].load(std::memory_order_relaxed) == MOBILE_PIECE_ABSENT)) {
+        // not requested by the route op, or not to the end: a graph of somebody else's. load it as a need of this layer
+        int32_t slot = -1;
+        if (take_slot(lock, layer, SLOT_DEMAND, 0.0, slot)) {
+            count.n_misses++;
+            begin_load(part, slot, false);
+            pinned.push_back(part);
+            x.pinned = true;
+            queue_reads({ part }, demand);
+            wake_io(1);
+        } else {
+            no_slot(part);
+        }
+    }
+    uint32_t state;
+    while ((state = x.piece_state[piece].load(std::memory_order_acquire)) < MOBILE_PIECE_READY) {
+        if (!run_one(lock, true)) {
+            cv_done.wait(lock);
+        }
+    }
     if (state == MOBILE_PIECE_READY) {
-        return address();
+        return true;
     }
-    if (error_text.empty()) {
+    if (error_text.empty() && thrown[0] == 0) {
         // it was read ahead, and failed before this pass asked for it
-        error_text = describe(id, piece) + ": a read ahead of need failed";
+        error_text = describe(part, piece) + ": a read ahead of need failed";
     }
-    return zeros;
+    return false;
 }
 
 void mobile_store::settle() {

@@ -2,7 +2,10 @@
 
 #include "store/mobile-store.h"
 
+#include "mobile-error.h"
+
 #include <algorithm>
+#include <cstdio>
 #include <cstring>
 
 // reads are split so that one large piece keeps several I/O threads busy
@@ -13,9 +16,9 @@ uint32_t mobile_store::n_chunks(const mobile_range & range) const {
     return (uint32_t) ((head + range.size + CHUNK_BYTES - 1)/CHUNK_BYTES);
 }
 
-void mobile_store::begin_load(uint32_t expert, int32_t slot, bool ahead) {
-    mobile_expert & x = experts[expert];
-    const mobile_layer & l = layers[x.layer.n];
+void mobile_store::begin_load(mobile_store_part part, int32_t slot, bool ahead) {
+    mobile_expert & x = experts[part];
+    const mobile_layer & l = layers[x.layer];
     const mobile_slot_class & c = classes[l.cls];
 
     x.slot      = slot;
@@ -26,23 +29,23 @@ void mobile_store::begin_load(uint32_t expert, int32_t slot, bool ahead) {
     x.prefetched = ahead;
     x.n_pending = 0;
     for (int p = 0; p < l.n_pieces; ++p) {
-        x.piece_pending[p] = n_chunks(range_of(expert, p));
+        x.piece_pending[p] = n_chunks(range_of(part, p));
         x.n_pending += x.piece_pending[p];
         x.piece_state[p].store(MOBILE_PIECE_LOADING, std::memory_order_release);
     }
     n_in_flight++;
 }
 
-void mobile_store::queue_reads(const std::vector<uint32_t> & loads, std::deque<item> & queue) {
+void mobile_store::queue_reads(const std::vector<mobile_store_part> & loads, std::deque<item> & queue) {
     if (loads.empty()) {
         return;
     }
     // piece by piece: the computation of a layer's first tensor starts while the others are on their way
     for (uint16_t p = 0; p < MOBILE_MAX_PIECES; ++p) {
-        for (uint32_t expert : loads) {
-            if (p < layers[experts[expert].layer.n].n_pieces) {
-                for (uint32_t chunk = 0; chunk < experts[expert].piece_pending[p]; ++chunk) {
-                    queue.push_back({ expert, p, chunk });
+        for (mobile_store_part part : loads) {
+            if (p < layers[layer_of_part(part)].n_pieces) {
+                for (uint32_t chunk = 0; chunk < experts[part].piece_pending[p]; ++chunk) {
+                    queue.push_back({ part, p, chunk });
                 }
             }
         }
@@ -50,15 +53,37 @@ void mobile_store::queue_reads(const std::vector<uint32_t> & loads, std::deque<i
 }
 
 // moves queued reads of these experts from read-ahead to demand
-void mobile_store::promote(const std::vector<uint32_t> & wanted) {
+void mobile_store::promote(const std::vector<mobile_store_part> & wanted) {
     if (wanted.empty() || ahead.empty()) {
         return;
     }
-    const std::set<uint32_t> set(wanted.begin(), wanted.end());
-    auto moved = std::stable_partition(ahead.begin(), ahead.end(), [&](const item & it) { return set.count(it.expert) == 0; });
+    const std::set<mobile_store_part> set(wanted.begin(), wanted.end());
+    auto moved = std::stable_partition(ahead.begin(), ahead.end(), [&](const item & it) { return set.count(it.part) == 0; });
     demand.insert(demand.end(), moved, ahead.end());
     ahead.erase(moved, ahead.end());
 }
+
+// a read under way. where it throws, the lock is taken again first
+class mobile_store::running {
+public:
+    running(mobile_store & store, locked & lock, bool demanded) : store(store), lock(lock), demanded(demanded) {
+        store.n_running++;
+        store.n_demand_running += demanded;
+    }
+
+    ~running() {
+        if (!lock.owns_lock()) {
+            lock.lock();
+        }
+        store.n_running--;
+        store.n_demand_running -= demanded;
+    }
+
+private:
+    mobile_store & store;
+    locked       & lock;
+    const bool     demanded;
+};
 
 // takes one read from the queues and does it without the lock; false: there is none
 bool mobile_store::run_one(locked & lock, bool demand_only) {
@@ -72,22 +97,23 @@ bool mobile_store::run_one(locked & lock, bool demand_only) {
     const bool demanded = !demand.empty();
     const item it = queue.front();
     queue.pop_front();
-    n_demand_running += demanded;
 
-    const mobile_expert & x = experts[it.expert];
-    const mobile_range  & r = range_of(it.expert, it.piece);
+    const mobile_expert & x = experts[it.part];
+    const mobile_range  & r = range_of(it.part, it.piece);
     const mobile_file   & f = files[r.file];
 
     const uint64_t offset = r.offset - r.offset % f.align + it.chunk*CHUNK_BYTES;
     const uint64_t size   = std::min(CHUNK_BYTES, r.offset + r.size - offset);
-    char * dst = x.data + classes[layers[x.layer.n].cls].piece_offset[it.piece] + it.chunk*CHUNK_BYTES;
+    char * dst = x.data + classes[layers[x.layer].cls].piece_offset[it.piece] + it.chunk*CHUNK_BYTES;
 
-    lock.unlock();
-    uint64_t  n_read = 0;
-    const int status = mobile_file_read(f, offset, size, dst, n_read);
-    lock.lock();
-
-    n_demand_running -= demanded;
+    uint64_t n_read = 0;
+    int      status = 0;
+    {
+        running scope(*this, lock, demanded);
+        lock.unlock();
+        status = mobile_file_read(f, offset, size, dst, n_read);
+        lock.lock();
+    }
     ahead_count.bytes_demanded += demanded ? n_read : 0;
     if (demanded && !hints.empty()) {
         wake_io(1);
@@ -96,16 +122,15 @@ bool mobile_store::run_one(locked & lock, bool demand_only) {
     return true;
 }
 
-std::string mobile_store::describe(uint32_t expert, int piece) const {
-    const mobile_layer & l = layers[experts[expert].layer.n];
-    const mobile_part part(expert - l.first);
-    return files[range_of(expert, piece).file].name + ": layer " + std::to_string(l.il.n) + ", expert " + std::to_string(expert_of(part)) +
-        (n_segments > 1 ? ", segment " + std::to_string(part.n % n_segments) : "") + " (" + l.piece_name[piece] + ")";
+std::string mobile_store::describe(mobile_store_part part, int piece) const {
+    const mobile_layer & l = layers[layer_of_part(part)];
+    return files[range_of(part, piece).file].name + ": layer " + std::to_string(l.il.n) + ", " +
+        mobile_part_name(part_in_layer(part), n_segments) + " (" + l.piece_name[piece] + ")";
 }
 
 void mobile_store::finish(const item & it, int status, uint64_t n_read, uint64_t n_wanted, uint64_t offset) {
-    mobile_expert & x = experts[it.expert];
-    const mobile_file & f = files[range_of(it.expert, it.piece).file];
+    mobile_expert & x = experts[it.part];
+    const mobile_file & f = files[range_of(it.part, it.piece).file];
 
     const uint64_t bytes = f.direct ? mobile_round_up(n_read, f.align) : n_read;
     count.bytes_read += bytes;
@@ -114,16 +139,7 @@ void mobile_store::finish(const item & it, int status, uint64_t n_read, uint64_t
     }
 
     const bool ok = status == 0 && n_read == n_wanted;
-    if (!ok) {
-        x.failed = true;
-        // a failed read ahead is no error: it is tried again when the expert is needed
-        if (x.pinned && error_text.empty()) {
-            error_text = describe(it.expert, it.piece) + ": " +
-                (status != 0 ? std::string(strerror(status)) : "only " + std::to_string(n_read) + " of " + std::to_string(n_wanted) + " bytes") +
-                " at offset " + std::to_string(offset) +
-                (status != 0 ? "" : "; the file has become shorter since it was loaded");
-        }
-    }
+    x.failed = x.failed || !ok;
     x.n_pending--;
     if (--x.piece_pending[it.piece] == 0) {
         x.piece_state[it.piece].store(x.failed ? MOBILE_PIECE_FAILED : MOBILE_PIECE_READY, std::memory_order_release);
@@ -131,12 +147,58 @@ void mobile_store::finish(const item & it, int status, uint64_t n_read, uint64_t
     if (x.n_pending == 0) {
         n_in_flight--;
         x.state = MOBILE_RESIDENT;
-        if (!x.pinned) {
-            if (x.failed) {
-                release_slot(x);
-            } else {
-                list(it.expert);
+    }
+    cv_done.notify_all();
+
+    // what follows asks for memory, so it comes last
+    if (x.n_pending == 0 && !x.pinned) {
+        if (x.failed) {
+            release_slot(x);
+        } else {
+            list(it.part);
+        }
+    }
+    // a failed read ahead is no error: it is tried again when the expert is needed
+    if (!ok && x.pinned && error_text.empty()) {
+        error_text = describe(it.part, it.piece) + ": " +
+            (status != 0 ? std::string(strerror(status)) : "only " + std::to_string(n_read) + " of " + std::to_string(n_wanted) + " bytes") +
+            " at offset " + std::to_string(offset) +
+            (status != 0 ? "" : "; the file has become shorter since it was loaded");
+    }
+}
+
+// in a catch block. what was thrown may have left reads that nobody does, so all that are not done fail: nobody waits for
+// them in vain, and a pass fails with the text
+void mobile_store::catch_thrown(locked & lock) noexcept {
+    mobile_fail_caught();
+    if (!lock.owns_lock()) {
+        lock.lock();
+    }
+    if (thrown[0] == 0) {
+        snprintf(thrown, sizeof(thrown), "%s", mobile_last_error());
+    }
+    demand.clear();
+    ahead.clear();
+    hints.clear();
+    cv_done.wait(lock, [&] { return n_running == 0; });
+    demand.clear(); // and what was asked for meanwhile
+    ahead.clear();
+    for (mobile_expert & x : experts) {
+        if (x.state != MOBILE_LOADING) {
+            continue;
+        }
+        for (int p = 0; p < layers[x.layer].n_pieces; ++p) {
+            if (x.piece_pending[p] > 0) {
+                x.piece_state[p].store(MOBILE_PIECE_FAILED, std::memory_order_release);
             }
+            x.piece_pending[p] = 0;
+        }
+        x.n_pending = 0;
+        x.failed    = true;
+        x.state     = MOBILE_RESIDENT;
+        n_in_flight--;
+        if (!x.pinned) {
+            release_slot(x);
         }
     }
     cv_done.notify_all();
@@ -152,8 +214,12 @@ void mobile_store::wake_io(size_t n_loads) {
 void mobile_store::io_main() {
     locked lock(mutex);
     while (!stop) {
-        if (!run_one(lock, false)) {
-            cv_work.wait(lock);
+        try {
+            if (!run_one(lock, false)) {
+                cv_work.wait(lock);
+            }
+        } catch (...) {
+            catch_thrown(lock);
         }
     }
 }

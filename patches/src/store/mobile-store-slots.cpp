@@ -10,18 +10,18 @@ static constexpr int VICTIM_SCAN = 8;
 // how much staler, in tokens, an expert must be for its slot to change shape
 static constexpr double RESHAPE_TOKENS = 64.0;
 
-void mobile_store::list(uint32_t expert) {
-    mobile_expert & x = experts[expert];
+void mobile_store::list(mobile_store_part part) {
+    mobile_expert & x = experts[part];
     if (!x.listed && !all_resident) {
-        evictable[x.layer.n].insert({ x.key, expert });
+        evictable[x.layer].insert({ x.key, part });
         x.listed = true;
     }
 }
 
-void mobile_store::unlist(uint32_t expert) {
-    mobile_expert & x = experts[expert];
+void mobile_store::unlist(mobile_store_part part) {
+    mobile_expert & x = experts[part];
     if (x.listed) {
-        evictable[x.layer.n].erase({ x.key, expert });
+        evictable[x.layer].erase({ x.key, part });
         x.listed = false;
     }
 }
@@ -30,7 +30,7 @@ void mobile_store::release_slot(mobile_expert & x) {
     for (auto & s : x.piece_state) {
         s.store(MOBILE_PIECE_ABSENT, std::memory_order_relaxed);
     }
-    classes[layers[x.layer.n].cls].free.push_back(x.slot);
+    classes[layers[x.layer].cls].free.push_back(x.slot);
     waste_hint(x);
     n_transient -= x.transient;
     x.state      = MOBILE_NOT_RESIDENT;
@@ -41,9 +41,9 @@ void mobile_store::release_slot(mobile_expert & x) {
     x.failed     = false;
 }
 
-void mobile_store::evict(uint32_t expert) {
-    unlist(expert);
-    release_slot(experts[expert]);
+void mobile_store::evict(mobile_store_part part) {
+    unlist(part);
+    release_slot(experts[part]);
     count.n_evictions++;
 }
 
@@ -61,22 +61,22 @@ bool mobile_store::may_go(const mobile_expert & x, mobile_store_layer layer, slo
     return false;
 }
 
-// the expert to evict for a slot of a layer; -1: none that may go
-int64_t mobile_store::find_victim(mobile_store_layer layer, slot_use use, double now) const {
+// the expert to evict for a slot of a layer; none: there is none that may go
+mobile_store_part mobile_store::find_victim(mobile_store_layer layer, slot_use use, double now) const {
     const auto   eviction = (enum mobile_eviction) params.eviction;
     const double step     = mobile_policy_step(eviction);
 
     // the smallest key among slots of the right shape, and among the others
-    int64_t best     [2] = { -1, -1 };
-    double  best_key [2] = { 0.0, 0.0 };
-    for (int32_t l = 0; l < (int32_t) layers.size(); ++l) {
-        const int other = layers[l].cls != layers[layer.n].cls;
+    mobile_store_part best     [2];
+    double            best_key [2] = { 0.0, 0.0 };
+    for (mobile_store_layer l(0); layers.has(l); ++l) {
+        const int other = layers[l].cls != layers[layer].cls;
         int n = 0;
         for (auto it = evictable[l].begin(); it != evictable[l].end() && n < VICTIM_SCAN; ++it, ++n) {
             const mobile_expert & x = experts[it->second];
             if (may_go(x, layer, use, now)) {
-                const double key = it->first + (l > layer.n && !x.transient ? mobile_policy_unvisited(eviction) : 0.0);
-                if (best[other] < 0 || key < best_key[other]) {
+                const double key = it->first + (l > layer && !x.transient ? mobile_policy_unvisited(eviction) : 0.0);
+                if (best[other].is_none() || key < best_key[other]) {
                     best    [other] = it->second;
                     best_key[other] = key;
                 }
@@ -85,12 +85,12 @@ int64_t mobile_store::find_victim(mobile_store_layer layer, slot_use use, double
         }
     }
     // changing a slot's shape means fresh pages: only for an expert that is clearly staler
-    const bool reshape = best[0] < 0 || (best[1] >= 0 && best_key[1] + RESHAPE_TOKENS*step < best_key[0]);
+    const bool reshape = best[0].is_none() || (!best[1].is_none() && best_key[1] + RESHAPE_TOKENS*step < best_key[0]);
     return reshape ? best[1] : best[0];
 }
 
 bool mobile_store::take_slot(locked & lock, mobile_store_layer layer, slot_use use, double now, int32_t & slot) {
-    mobile_slot_class & c = classes[layers[layer.n].cls];
+    mobile_slot_class & c = classes[layers[layer].cls];
     for (;;) {
         if (!c.free.empty()) {
             slot = c.free.back();
@@ -118,9 +118,9 @@ bool mobile_store::take_slot(locked & lock, mobile_store_layer layer, slot_use u
             committed -= other->slot_bytes;
             continue;
         }
-        const int64_t victim = find_victim(layer, use, now);
-        if (victim >= 0) {
-            evict((uint32_t) victim);
+        const mobile_store_part victim = find_victim(layer, use, now);
+        if (!victim.is_none()) {
+            evict(victim);
             continue;
         }
         if (use != SLOT_DEMAND) {

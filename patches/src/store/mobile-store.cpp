@@ -7,6 +7,11 @@
 #include <algorithm>
 #include <cstring>
 
+std::string mobile_part_name(mobile_part part, int32_t n_segments) {
+    return "expert " + std::to_string(mobile_expert_of(part, n_segments)) +
+        (n_segments > 1 ? ", segment " + std::to_string(mobile_segment_of(part, n_segments)) : "");
+}
+
 mobile_load_params mobile_store_default_params() {
     mobile_load_params params = {};
     params.budget_bytes = 0;
@@ -49,7 +54,7 @@ int mobile_store::add_file(int fd, std::string & err) {
     return (int) files.size() - 1;
 }
 
-bool mobile_store::add_piece(mobile_model_layer il, const std::string & name, std::vector<mobile_range> ranges, std::string & err) {
+bool mobile_store::add_piece(mobile_model_layer il, const std::string & name, const mobile_by<mobile_part, mobile_range> & ranges, std::string & err) {
     if (il.is_none() || ranges.empty()) {
         err = name + ": no layer number or no experts";
         return false;
@@ -58,43 +63,44 @@ bool mobile_store::add_piece(mobile_model_layer il, const std::string & name, st
         err = name + ": " + std::to_string(ranges.size()) + " experts and segments are more than this engine can route, " + std::to_string(GGML_EXPERT_MAX);
         return false;
     }
-    for (size_t e = 0; e < ranges.size(); ++e) {
-        const mobile_range & r = ranges[e];
+    const mobile_range & first = ranges[mobile_part(0)];
+    for (mobile_part part(0); ranges.has(part); ++part) {
+        const mobile_range & r = ranges[part];
         if (files.empty()) {
             continue;
         }
         const mobile_file & f = files.at(r.file);
         if (r.size == 0 || r.offset > f.size || r.size > f.size - r.offset) {
-            err = f.name + ": " + name + ", expert " + std::to_string(e) + " lies outside the file; it is truncated or corrupt";
+            err = f.name + ": " + name + ", " + mobile_part_name(part, n_segments) + " lies outside the file; it is truncated or corrupt";
             return false;
         }
-        if (r.size != ranges[0].size) {
+        if (r.size != first.size) {
             err = f.name + ": " + name + ": experts of different sizes";
             return false;
         }
     }
-    if (end_of_layers() <= il.n) {
+    if (!store_layer_of.has(il)) {
         store_layer_of.resize(il.n + 1);
     }
-    if (store_layer_of[il.n].is_none()) {
-        store_layer_of[il.n] = mobile_store_layer(layers.size());
-        layers.emplace_back();
+    if (store_layer_of[il].is_none()) {
+        store_layer_of[il] = layers.next();
+        layers.push_back({});
         layers.back().il      = il;
         layers.back().n_parts = (int32_t) ranges.size();
     }
-    mobile_layer & l = layers[store_layer_of[il.n].n];
+    mobile_layer & l = layers[store_layer_of[il]];
     if (l.n_pieces == MOBILE_MAX_PIECES || (size_t) l.n_parts != ranges.size()) {
         err = name + ": does not fit the other expert tensors of layer " + std::to_string(il.n);
         return false;
     }
     // [part][piece]: widen by one piece
     std::vector<mobile_range> all((size_t) l.n_parts*(l.n_pieces + 1));
-    for (int e = 0; e < l.n_parts; ++e) {
+    for (mobile_part part(0); ranges.has(part); ++part) {
         for (int p = 0; p < l.n_pieces; ++p) {
-            all[(size_t) e*(l.n_pieces + 1) + p] = l.ranges[(size_t) e*l.n_pieces + p];
+            all[(size_t) part.n*(l.n_pieces + 1) + p] = l.ranges[(size_t) part.n*l.n_pieces + p];
         }
-        all[(size_t) e*(l.n_pieces + 1) + l.n_pieces] = ranges[e];
-        expert_bytes += ranges[e].size;
+        all[(size_t) part.n*(l.n_pieces + 1) + l.n_pieces] = ranges[part];
+        expert_bytes += ranges[part].size;
     }
     l.ranges = std::move(all);
     l.piece_name[l.n_pieces++] = name;
@@ -107,6 +113,7 @@ bool mobile_store::direct_io() const {
 
 // slot classes and what budgets mean, for reads aligned to `align`
 void mobile_store::lay_out(uint32_t align) {
+    mobile_store_part first(0);
     for (auto & l : layers) {
         mobile_slot_class c;
         c.n_pieces = l.n_pieces;
@@ -125,9 +132,9 @@ void mobile_store::lay_out(uint32_t align) {
             it = classes.insert(classes.end(), c);
         }
         l.cls   = (int32_t) (it - classes.begin());
-        l.first = (uint32_t) n_experts;
+        l.first = first;
+        first   = first + l.n_parts;
         it->n_experts += l.n_parts;
-        n_experts     += l.n_parts;
         n_parts_max    = std::max(n_parts_max, l.n_parts);
     }
     if (classes.size() > 1) {
@@ -171,11 +178,11 @@ int32_t mobile_store::start(const std::function<bool(float)> & progress, std::st
         return MOBILE_OK;
     }
 
-    experts = std::make_unique<mobile_expert[]>(n_experts);
     evictable.resize(layers.size());
-    for (size_t i = 0; i < layers.size(); ++i) {
-        for (int e = 0; e < layers[i].n_parts; ++e) {
-            experts[layers[i].first + e].layer = mobile_store_layer(i);
+    experts = decltype(experts)((layers.back().first + layers.back().n_parts).n);
+    for (mobile_store_layer layer(0); layers.has(layer); ++layer) {
+        for (mobile_part part(0); part.n < layers[layer].n_parts; ++part) {
+            experts[store_part_of(layer, part)].layer = layer;
         }
     }
     for (auto & c : classes) {
@@ -186,6 +193,8 @@ int32_t mobile_store::start(const std::function<bool(float)> & progress, std::st
             c.n_slots = 0;
             return MOBILE_ERR_MEMORY;
         }
+        c.free .reserve(c.n_slots); // giving a slot back throws nothing
+        c.spare.reserve(c.n_slots);
         for (int p = 0; p < c.n_pieces; ++p) {
             zeros_size = std::max(zeros_size, c.piece_size[p]);
         }
@@ -201,19 +210,16 @@ int32_t mobile_store::start(const std::function<bool(float)> & progress, std::st
     }
 
     if (all_resident) {
-        for (size_t i = 0; i < layers.size(); ++i) {
-            if (progress && !progress((float) i/layers.size())) {
+        for (mobile_store_layer layer(0); layers.has(layer); ++layer) {
+            if (progress && !progress((float) layer.n/layers.size())) {
                 err = "cancelled";
                 return MOBILE_ERR_STATE;
             }
-            std::vector<mobile_need> needs(layers[i].n_parts);
-            for (int e = 0; e < layers[i].n_parts; ++e) {
-                needs[e].part = mobile_part(e);
-            }
-            request(mobile_store_layer(i), needs);
-            for (int e = 0; e < layers[i].n_parts; ++e) {
-                for (int p = 0; p < layers[i].n_pieces; ++p) {
-                    resolve(mobile_store_layer(i), p, mobile_part(e), true);
+            const std::vector<mobile_need> needs = all_needs(layer, true);
+            request(layer, needs);
+            for (const mobile_need & need : needs) {
+                for (int p = 0; p < layers[layer].n_pieces; ++p) {
+                    resolve(layer, p, need.part, true);
                 }
             }
             if (!end_pass()) {
@@ -232,23 +238,34 @@ int32_t mobile_store::start(const std::function<bool(float)> & progress, std::st
     return MOBILE_OK;
 }
 
+std::vector<mobile_need> mobile_store::all_needs(mobile_store_layer layer, bool lasting) const {
+    std::vector<mobile_need> needs(layers[layer].n_parts);
+    mobile_part part(0);
+    for (mobile_need & need : needs) {
+        need.part    = part;
+        need.lasting = lasting;
+        ++part;
+    }
+    return needs;
+}
+
 uint64_t mobile_store::expert_bytes_of(const mobile_layer & l) const {
     const mobile_slot_class & c = classes[l.cls];
     return c.piece_size[0] + c.piece_size[1] + c.piece_size[2];
 }
 
-const mobile_range & mobile_store::range_of(uint32_t expert, int piece) const {
-    const mobile_layer & l = layers[experts[expert].layer.n];
-    return l.ranges[(size_t) (expert - l.first)*l.n_pieces + piece];
+const mobile_range & mobile_store::range_of(mobile_store_part part, int piece) const {
+    const mobile_layer & l = layers[layer_of_part(part)];
+    return l.ranges[(size_t) part_in_layer(part).n*l.n_pieces + piece];
 }
 
 mobile_store_layer mobile_store::layer_of(mobile_model_layer il) const {
-    return il.n >= 0 && il.n < end_of_layers() ? store_layer_of[il.n] : mobile_store_layer();
+    return store_layer_of.has(il) ? store_layer_of[il] : mobile_store_layer();
 }
 
 std::string mobile_store::error() {
     locked lock(mutex);
-    return error_text;
+    return error_text.empty() ? thrown : error_text;
 }
 
 mobile_counters mobile_store::counters() {
@@ -267,7 +284,7 @@ uint8_t mobile_store::residency_of_model(mobile_store_layer layer, int32_t exper
     locked lock(mutex);
     uint8_t state = MOBILE_RESIDENT;
     for (int s = 0; s < n_segments && !plain; ++s) {
-        state = std::min(state, experts[id_of(layer, part_of(expert, s))].state);
+        state = std::min(state, experts[store_part_of(layer, part_of(expert, s))].state);
     }
     return state;
 }
@@ -276,8 +293,8 @@ uint64_t mobile_store::missing_of_model(mobile_store_layer layer, int32_t expert
     locked lock(mutex);
     uint64_t bytes = 0;
     for (int s = 0; s < n_segments && !plain; ++s) {
-        const bool missing = experts[id_of(layer, part_of(expert, s))].state == MOBILE_NOT_RESIDENT;
-        bytes += missing ? expert_bytes_of(layers[layer.n]) : 0;
+        const bool missing = experts[store_part_of(layer, part_of(expert, s))].state == MOBILE_NOT_RESIDENT;
+        bytes += missing ? expert_bytes_of(layers[layer]) : 0;
     }
     return bytes;
 }

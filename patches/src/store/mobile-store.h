@@ -8,7 +8,7 @@
 // half the read bandwidth.
 // Invariants: slots in use never exceed the budget; a piece is computed from only when all its bytes
 // have arrived; a pinned expert is not evicted; reads ahead never evict what single tokens use, beyond
-// two layers' worth.
+// two layers' worth; what is thrown in the middle of it, in whatever thread, is a failed read (catch_thrown).
 // What is called an expert in this class is a part (mobile-ids.h): a whole expert, or one of its segments; what
 // `of_model` stands in the name of takes the model's experts.
 // Limits: one graph computation at a time; a layer's experts all fit (checked at load).
@@ -32,6 +32,9 @@
 #include <vector>
 
 constexpr int MOBILE_MAX_PIECES = 3;
+
+// "expert 3", or "expert 3, segment 1"
+std::string mobile_part_name(mobile_part part, int32_t n_segments);
 
 inline uint64_t mobile_round_up(uint64_t n, uint64_t to) {
     return (n + to - 1)/to*to;
@@ -86,7 +89,7 @@ struct mobile_layer {
     int32_t  n_parts  = 0;
     int32_t  n_pieces = 0;
     int32_t  cls      = -1; // slot class
-    uint32_t first    = 0;  // its part 0 in mobile_store::experts
+    mobile_store_part first; // its part 0
     std::string piece_name[MOBILE_MAX_PIECES]; // in the order of use
     std::vector<mobile_range> ranges;          // [n_parts * n_pieces]
 };
@@ -142,7 +145,7 @@ public:
     // adds a piece to layer il: one range per part, without a file only its size. call in the order in which
     // the graph uses the pieces.
     // false: err says what is wrong with it
-    bool add_piece(mobile_model_layer il, const std::string & name, std::vector<mobile_range> ranges, std::string & err);
+    bool add_piece(mobile_model_layer il, const std::string & name, const mobile_by<mobile_part, mobile_range> & ranges, std::string & err);
     // lays out the slots, checks the budget, starts the I/O threads and, if everything fits, reads
     // everything. progress is called with 0..1 and may return false to cancel
     int32_t start(const std::function<bool(float)> & progress, std::string & err);
@@ -151,7 +154,7 @@ public:
     void start_plain();
 
     // read-only after start()
-    std::vector<mobile_layer> layers;        // [mobile_store_layer] with experts, ascending il
+    mobile_by<mobile_store_layer, mobile_layer> layers; // with experts, ascending il
     mobile_load_params        params;
     uint64_t expert_bytes     = 0;
     uint64_t budget_bytes     = 0;
@@ -164,15 +167,17 @@ public:
 
     bool     direct_io() const;
     uint64_t expert_bytes_of(const mobile_layer & layer) const; // bytes of one part in the file
+    // one for each part of a layer, in their order
+    std::vector<mobile_need> all_needs(mobile_store_layer layer, bool lasting) const;
 
     // from one number space to another
 
     mobile_store_layer layer_of   (mobile_model_layer il) const; // none: dense, or not of this model
-    mobile_model_layer model_layer(mobile_store_layer layer) const { return layers[layer.n].il; }
-    int32_t            end_of_layers() const { return (int32_t) store_layer_of.size(); } // one past the last with experts
-    mobile_part        part_of    (int32_t expert, int32_t segment) const { return mobile_part(expert*n_segments + segment); }
-    int32_t            expert_of  (mobile_part part) const { return part.n/n_segments; }
-    int32_t            n_expert_of(mobile_store_layer layer) const { return layers[layer.n].n_parts/n_segments; }
+    mobile_model_layer model_layer(mobile_store_layer layer) const { return layers[layer].il; }
+    mobile_part        part_of    (int32_t expert, int32_t segment) const { return mobile_part_of(expert, segment, n_segments); }
+
+    mobile_model_layer end_of_layers() const { return store_layer_of.next(); } // one past the last with experts
+    int32_t            n_expert_of(mobile_store_layer layer) const { return layers[layer].n_parts/n_segments; }
     int32_t            n_expert_max() const { return n_parts_max/n_segments; }
 
     // for one computation at a time
@@ -202,7 +207,8 @@ public:
     bool hold  (mobile_store_layer layer, mobile_part part);
     void let_go(mobile_store_layer layer, mobile_part part);
 
-    // address of a piece; see ggml_expert_resolver. NULL: not there, and not waited for
+    // address of a piece; see ggml_expert_resolver. NULL: not there, and not waited for. throws nothing: the frames around
+    // it are C
     const char * resolve(mobile_store_layer layer, int32_t piece, mobile_part part, bool wait);
     // what a piece reads as that could not be read
     const char * resolve_failed() const { return zeros; }
@@ -221,7 +227,7 @@ public:
 
 private:
     struct item {
-        uint32_t expert;
+        mobile_store_part part;
         uint16_t piece;
         uint32_t chunk;
     };
@@ -229,49 +235,57 @@ private:
     enum slot_use { SLOT_DEMAND, SLOT_AHEAD, SLOT_PREFETCH };
 
     struct hinted {
-        uint32_t expert;
+        mobile_store_part part;
         double   now;
     };
 
     using locked = std::unique_lock<std::mutex>;
 
+    class running;
+
     void lay_out(uint32_t align);
 
-    const mobile_range & range_of(uint32_t expert, int piece) const;
+    mobile_store_part  store_part_of(mobile_store_layer layer, mobile_part part) const { return layers[layer].first + part.n; }
+    mobile_store_layer layer_of_part(mobile_store_part part) const { return experts[part].layer; }
+    mobile_part        part_in_layer(mobile_store_part part) const { return mobile_part(part - layers[layer_of_part(part)].first); }
+
+    const mobile_range & range_of(mobile_store_part part, int piece) const;
     uint32_t n_chunks(const mobile_range & range) const;
 
     bool take_slot   (locked & lock, mobile_store_layer layer, slot_use use, double now, int32_t & slot);
-    int64_t find_victim(mobile_store_layer layer, slot_use use, double now) const;
+    mobile_store_part find_victim(mobile_store_layer layer, slot_use use, double now) const;
     bool    may_go     (const mobile_expert & x, mobile_store_layer layer, slot_use use, double now) const;
-    uint32_t id_of   (mobile_store_layer layer, mobile_part part) const { return layers[layer.n].first + (uint32_t) part.n; }
-    void no_slot     (uint32_t expert);
-    void evict       (uint32_t expert);
+    void no_slot     (mobile_store_part part);
+    void evict       (mobile_store_part part);
     void release_slot(mobile_expert & x);
-    void list        (uint32_t expert);
-    void unlist      (uint32_t expert);
+    void list        (mobile_store_part part);
+    void unlist      (mobile_store_part part);
     void unpin_all   ();
     void use         (mobile_expert & x, const mobile_need & need);
-    void begin_load  (uint32_t expert, int32_t slot, bool ahead);
-    void queue_reads (const std::vector<uint32_t> & experts, std::deque<item> & queue);
-    void promote     (const std::vector<uint32_t> & experts);
+    void begin_load  (mobile_store_part part, int32_t slot, bool ahead);
+    void queue_reads (const std::vector<mobile_store_part> & parts, std::deque<item> & queue);
+    void promote     (const std::vector<mobile_store_part> & parts);
     bool run_one     (locked & lock, bool demand_only);
     bool begin_hint  (locked & lock);
-    void use_hint    (mobile_expert & x);
+    void use_hint    (mobile_store_part part);
     void waste_hint  (mobile_expert & x);
     void settle_hints(mobile_store_layer layer);
     void drop_hints  ();
     void finish      (const item & it, int status, uint64_t n_read, uint64_t n_wanted, uint64_t offset);
-    std::string describe(uint32_t expert, int piece) const; // for error texts
+    std::string describe(mobile_store_part part, int piece) const; // for error texts
     void wake_io     (size_t n_loads);
     void io_main     ();
+    void ask         (locked & lock, mobile_store_layer layer, const std::vector<mobile_need> & needs);
+    void ask_ahead   (locked & lock, mobile_store_layer layer);
+    bool arrives     (locked & lock, mobile_store_layer layer, int32_t piece, mobile_store_part part);
+    void catch_thrown(locked & lock) noexcept;
 
-    std::vector<mobile_store_layer>  store_layer_of; // [mobile_model_layer]
-    std::vector<mobile_file>         files;
-    std::vector<mobile_slot_class>   classes;
-    std::unique_ptr<mobile_expert[]> experts;
-    uint64_t                         n_experts = 0;
-    const char *                     zeros = nullptr; // what a failed piece reads as; its results are thrown away
-    uint64_t                         zeros_size = 0;
+    mobile_by<mobile_model_layer, mobile_store_layer> store_layer_of;
+    std::vector<mobile_file>                    files;
+    std::vector<mobile_slot_class>              classes;
+    mobile_by<mobile_store_part, mobile_expert> experts; // none if plain
+    const char *                                zeros = nullptr; // what a failed piece reads as; its results are thrown away
+    uint64_t                                    zeros_size = 0;
 
     std::mutex              mutex;
     std::condition_variable cv_work; // I/O threads: the queues are not empty, or stop
@@ -279,15 +293,16 @@ private:
     std::deque<item>        demand;  // served first
     std::deque<item>        ahead;
     std::deque<hinted>      hints;     // served last
-    std::vector<uint32_t>   hinted_reads; // experts of layers yet to come, read because of hints
-    uint32_t                n_demand_running = 0; // reads of misses under way
+    std::vector<mobile_store_part> hinted_reads; // of layers yet to come, read because of hints
+    uint32_t                n_running        = 0; // reads under way
+    uint32_t                n_demand_running = 0; // of these, of misses
     std::atomic<uint64_t>   n_requests = 1;       // changed under the lock
     bool                    stop = false;
     std::vector<std::thread> io_threads;
 
-    using by_key = std::set<std::pair<double, uint32_t>>;
-    std::vector<by_key>   evictable; // [n layers] resident, not pinned
-    std::vector<uint32_t> pinned;
+    using by_key = std::set<std::pair<double, mobile_store_part>>;
+    mobile_by<mobile_store_layer, by_key> evictable; // resident, not pinned
+    std::vector<mobile_store_part>        pinned;
     uint64_t committed    = 0; // bytes of slots with pages
     uint64_t n_transient  = 0; // experts that hold a slot and are transient
     uint64_t n_in_flight  = 0; // experts being loaded
@@ -296,6 +311,7 @@ private:
     int64_t  stall_start  = 0;
     std::string error_text;
     std::string error_for_good;
+    char        thrown[256] = ""; // in no string, which might throw: what was, until a pass has failed of it
     bool        sleeps = false; // counted by ggml_expert_add_sleeper
     mobile_counters count = {};
     mobile_ahead_counters ahead_count;

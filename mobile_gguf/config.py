@@ -1,0 +1,128 @@
+"""Defaults for every verb: a TOML file and the environment give the options that are declared.
+
+``config.toml`` in the configuration directory has options by name; a table named like a verb counts for
+that verb. ``MOBILE_GGUF_NAME`` is the same for one option. Flags come before the environment, the environment
+before the file, the file before what a model asks for and what is built in.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import UsageError, require_unicode
+from .files.paths import config_dir
+from .flags import option_named, parse_setting
+from .options import GenerateOptions, LoadOptions, declared
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+PREFIX = "MOBILE_GGUF_"
+# What else the package is told by the environment, and is no option.
+_OTHER = ("API_KEY", "ENGINE_CACHE", "ENGINE_LIB", "STOCK_LIB", "SOURCE", "RPC_TIMEOUT", "NEW_PICTURES")
+_OF_TESTS = "TEST_"
+# Nearer than this to an option, a variable is one that is misspelt, and no one else's.
+_NEAR = 0.75
+
+
+@dataclass(frozen=True)
+class Default:
+    """An option's value and where it comes from: a variable's name, or the file and the key."""
+
+    value: Any
+    source: str
+    is_environment: bool = False
+
+
+def config_path() -> Path:
+    """The file, which need not exist."""
+    return config_dir() / "config.toml"
+
+
+def read_defaults(verb: str = "", verbs: Collection[str] = ()) -> dict[str, Default]:
+    """The values by option, for ``verb`` if one of ``verbs`` is named.
+
+    Raises UsageError, in one line with the file or variable and the key, for what cannot be read or meant.
+    """
+    return _of_file(config_path(), verb, verbs) | _of_environment(os.environ)
+
+
+def options_of(name: str) -> type[Any]:
+    """The class that declares an option; loading for those of both, as on the command line."""
+    return LoadOptions if name in declared(LoadOptions) else GenerateOptions
+
+
+def values_of(found: Mapping[str, Default], options: type[Any]) -> dict[str, Any]:
+    """Those of one class, as keywords."""
+    return {name: default.value for name, default in found.items() if options_of(name) is options}
+
+
+def _of_file(path: Path, verb: str, verbs: Collection[str]) -> dict[str, Default]:
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise UsageError(f"{path} cannot be read: {reason}") from None
+    found: dict[str, Default] = {}
+    tables = {name: data.pop(name) for name in list(data) if name in verbs and isinstance(data[name], dict)}
+    # every table is checked, that of another verb as well
+    for table, entries in {"": data, **tables}.items():
+        for key, value in entries.items():
+            where = f"{path}: {f'{table}.' if table else ''}{key}"
+            name = _named(key, f"{where} is", verbs if not table else ())
+            default = Default(_take(name, value, where), where)
+            if table in ("", verb):
+                found[name] = default
+    return found
+
+
+def _of_environment(environment: Mapping[str, str]) -> dict[str, Default]:
+    found: dict[str, Default] = {}
+    for variable, text in sorted(environment.items()):
+        word = variable.removeprefix(PREFIX)
+        if word == variable or word in _OTHER or word.startswith(_OF_TESTS):
+            continue
+        name = word.lower()
+        known = _known()
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1, _NEAR)
+            if near:
+                raise UsageError(f"{variable} is no option; did you mean {PREFIX}{near[0].upper()}?")
+            continue  # somebody else's
+        require_unicode(variable, text)
+        try:
+            value = parse_setting(name, text, options_of(name))[1]
+        except UsageError as error:
+            raise UsageError(f"{variable}: {error}") from None
+        found[name] = Default(value, variable, is_environment=True)
+    return found
+
+
+def _known() -> list[str]:
+    return list(dict.fromkeys([*declared(LoadOptions), *declared(GenerateOptions)]))
+
+
+def _named(key: str, what: str, verbs: Collection[str]) -> str:
+    name = option_named(key, LoadOptions) or option_named(key, GenerateOptions)
+    if name is not None:
+        return name
+    near = difflib.get_close_matches(key.replace("-", "_"), [*_known(), *verbs], 1)
+    hint = f"; did you mean {near[0]}?" if near else "; `mobile-gguf config` lists them"
+    raise UsageError(f"{what} no option{hint}")
+
+
+def _take(name: str, value: Any, where: str) -> Any:
+    try:
+        return declared(options_of(name))[name].take(name, value)
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from None

@@ -1,0 +1,171 @@
+"""A file that was never loaded before is tried in a child process: its header may end whoever loads it.
+
+llama.cpp asserts what it takes for granted, and an assertion ends the process. ``gguf/checks.py`` foresees
+what holds for every architecture; what it cannot, a child meets first: it loads the file with zeros for
+weights, tokenises, and runs a prompt and a token (``mobile_try_file`` of ``patches/src/mobile.h``). That
+reads the header alone, so it does not grow with the file: a tenth of a second and what computing ten tokens
+takes. What was tried is remembered until the file or the engine changes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from mobile_gguf.errors import MobileError, ModelFormatError
+from mobile_gguf.files.atomic import complete_or_absent
+from mobile_gguf.files.paths import cache_dir
+from mobile_gguf.files.stamps import stamps
+
+from .binding import Engine
+from .log import as_one_line
+
+_TOO_LONG = 1 << 16  # no exit code
+_SECONDS = 300.0  # a header that keeps llama.cpp busy for longer is as good as one that ends it
+_POLL_SECONDS = 0.02
+_MAX_FILES = 1000
+_MAX_STDERR = 1 << 16
+# neither site-packages nor llama-cpp-python: only the library, which finds its own beside it
+_CHILD = """\
+import ctypes, os, sys
+try:
+    import resource
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+except ImportError:
+    os.add_dll_directory(os.path.dirname(sys.argv[1]))
+try:
+    with open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")
+except OSError:
+    pass
+library = ctypes.CDLL(sys.argv[1])
+library.mobile_try_file.argtypes = [ctypes.c_char_p]
+library.mobile_last_error.restype = ctypes.c_char_p
+if library.mobile_try_file(os.fsencode(sys.argv[2])) != 0:
+    sys.stderr.buffer.write(library.mobile_last_error())
+    sys.exit(1)
+"""
+
+
+def try_file(
+    engine: Engine, path: Path, files: Sequence[Path], keep_on: Callable[[], object] = lambda: None
+) -> None:
+    """Load ``path`` in a child if it is not known to load; ``files`` are all of a split one.
+
+    Raises ModelFormatError if that ended the child. An error that llama.cpp reports is none here: the load
+    itself reports it. ``keep_on`` is called while the child runs; what it raises ends the child.
+    """
+    tried = TriedFiles(engine.path)
+    if not tried.holds(path, files) and not check_file(engine, path, keep_on):
+        tried.add(path, files)
+
+
+def check_file(engine: Engine, path: Path, keep_on: Callable[[], object] = lambda: None) -> str:
+    """The error that llama.cpp reports of a file, loaded in a child; empty if it loads.
+
+    Raises ModelFormatError if loading it ended the child.
+    """
+    end, text = _end_of_child(engine.path, path, keep_on)
+    if end < 0 or end == _TOO_LONG:
+        raise ModelFormatError(f"{path} cannot be used: {_reason(end, text)}")
+    return as_one_line(text) or f"exit code {end}" if end else ""
+
+
+def _end_of_child(library: str, path: Path, keep_on: Callable[[], object]) -> tuple[int, str]:
+    """The child's exit code, below 0 for a signal, and what it wrote to stderr."""
+    command = [sys.executable or "python", "-I", "-S", "-c", _CHILD, library, os.fspath(path.absolute())]
+    environment = {**os.environ, "GGML_NO_BACKTRACE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    with tempfile.TemporaryFile() as stderr:
+        try:
+            child = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=stderr,
+                env=environment, start_new_session=True,
+            )  # fmt: skip
+        except OSError:
+            return 1, ""  # no processes to be had: the load goes on without
+        with child:
+            try:
+                end = _wait(child, keep_on)
+            except BaseException:
+                child.kill()
+                raise
+        return end, _tail(stderr)
+
+
+def _wait(child: subprocess.Popen[bytes], keep_on: Callable[[], object]) -> int:
+    last = time.monotonic() + _SECONDS
+    while time.monotonic() < last:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return child.wait(_POLL_SECONDS)
+        keep_on()
+    child.kill()
+    return _TOO_LONG
+
+
+def _tail(file: IO[bytes]) -> str:
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - _MAX_STDERR))
+    return file.read().decode(errors="replace")
+
+
+def _reason(end: int, text: str) -> str:
+    if end == _TOO_LONG:
+        return f"llama.cpp does not come to an end with it in {_SECONDS:.0f} seconds"
+    asserted = [line for line in text.splitlines() if "GGML_ASSERT" in line or "fatal error" in line]
+    if asserted:
+        # "/where/it/was/built/src/llama-vocab.cpp:3422: GGML_ASSERT(...) failed"
+        return f"llama.cpp ends on it ({asserted[0].rpartition('/')[2].strip()}): its header is damaged"
+    name = signal.Signals(-end).name if -end in iter(signal.Signals) else f"signal {-end}"
+    what = "too little memory, or its header is damaged" if name == "SIGKILL" else "its header is damaged"
+    return f"llama.cpp ends on it ({name}): {what}"
+
+
+class TriedFiles:
+    """The files that load, with sizes and times, in ``cache_dir()/tried-files.json``; for one engine."""
+
+    def __init__(self, library: str) -> None:
+        self._path = cache_dir() / "tried-files.json"
+        self._engine = _identity(library)
+
+    def holds(self, path: Path, files: Sequence[Path]) -> bool:
+        """Whether a file is known to load, unchanged since."""
+        with contextlib.suppress(OSError):
+            return self._load().get(_key(path)) == stamps(files)
+        return False
+
+    def add(self, path: Path, files: Sequence[Path]) -> None:
+        """Remember that a file loads; a cache that cannot be written is none."""
+        known = self._load()
+        known.pop(_key(path), None)
+        with contextlib.suppress(MobileError, OSError), complete_or_absent(self._path) as partial:
+            newest = dict([*known.items(), (_key(path), stamps(files))][-_MAX_FILES:])
+            partial.write_text(json.dumps({"engine": self._engine, "files": newest}), encoding="utf-8")
+
+    def _load(self) -> dict[str, Any]:
+        try:
+            stored = json.loads(self._path.read_text(encoding="utf-8"))
+            known = stored["files"] if stored["engine"] == self._engine else {}
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
+        return known if isinstance(known, dict) else {}
+
+
+def _key(path: Path) -> str:
+    return hashlib.sha256(os.fsencode(path.absolute())).hexdigest()
+
+
+def _identity(library: str) -> str:
+    """Of an engine: its libraries, which lie beside each other."""
+    found = [*sorted(Path(library).parent.glob("*ggml*")), Path(library)]
+    facts = [[file.name for file in found], stamps(file for file in found if file.exists())]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]

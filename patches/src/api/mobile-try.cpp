@@ -1,0 +1,116 @@
+// mobile-try.cpp - a trial of a file's header: all that llama.cpp does with a model, on weights that are zeros.
+
+#include "api/mobile-context-of.h"
+
+#include "mobile-error.h"
+#include "store/mobile-load.h"
+
+#include <algorithm>
+#include <memory>
+#include <string>
+#include <thread>
+#include <vector>
+
+static const uint32_t N_CTX    = 64;
+static const int32_t  N_PROMPT = 2; // a batch is another graph than a token is
+
+// llama.cpp's own words, which it logs
+static std::string g_errors;
+
+static void keep_error(enum ggml_log_level level, const char * text, void *) {
+    if (level == GGML_LOG_LEVEL_ERROR && g_errors.size() < 1000) {
+        g_errors += text;
+    }
+}
+
+[[noreturn]] static void fail(const std::string & what) {
+    mobile_throw(MOBILE_ERR_STATE, g_errors.empty() ? what : g_errors);
+}
+
+using model_ptr   = std::unique_ptr<struct llama_model,   void (*)(struct llama_model *)>;
+using context_ptr = std::unique_ptr<struct llama_context, void (*)(struct llama_context *)>;
+
+static model_ptr load(const char * path) {
+    ggml_backend_dev_t no_device[] = { nullptr };
+    struct llama_model_params params = llama_model_default_params();
+    params.devices         = no_device;
+    params.n_gpu_layers    = 0;
+    params.load_mode       = LLAMA_LOAD_MODE_NONE;
+    params.use_extra_bufts = false;
+    mobile_load_set_zeros(true);
+    model_ptr model(llama_model_load_from_file(path, params), llama_model_free);
+    mobile_load_set_zeros(false);
+    if (!model) {
+        fail("it cannot be loaded");
+    }
+    return model;
+}
+
+static void try_vocabulary(const struct llama_vocab * vocab) {
+    if (llama_vocab_type(vocab) == LLAMA_VOCAB_TYPE_NONE) {
+        return;
+    }
+    static const char text[] = "Hello, \xc3\xa9\xe4\xb8\x96 \xf0\x9f\x98\x80 <|im_end|></s>\n\t 42";
+    llama_token tokens[256];
+    for (const bool special : { false, true }) {
+        llama_tokenize(vocab, text, (int32_t) sizeof(text) - 1, tokens, 256, special, special);
+    }
+    char piece[256];
+    const int32_t n = llama_vocab_n_tokens(vocab);
+    for (int32_t id = 0; id < n; ++id) {
+        llama_token_to_piece(vocab, id, piece, sizeof(piece), 0, true);
+    }
+}
+
+// the first and the last id of the vocabulary among them
+static void decode(struct llama_context * ctx, int32_t n_vocab, int32_t first, int32_t n) {
+    std::vector<llama_token> tokens(n);
+    for (int32_t i = 0; i < n; ++i) {
+        tokens[i] = (llama_token) ((int64_t) (first + i)*(n_vocab - 1)/N_PROMPT % n_vocab);
+    }
+    const int32_t result = llama_decode(ctx, llama_batch_get_one(tokens.data(), n));
+    if (result != 0) {
+        fail("a decode returned " + std::to_string(result));
+    }
+}
+
+static void try_context(struct llama_model * model, enum llama_flash_attn_type flash_attn) {
+    struct llama_context_params params = llama_context_default_params();
+    params.n_ctx           = N_CTX;
+    params.n_batch         = N_PROMPT;
+    params.n_ubatch        = N_PROMPT;
+    params.n_threads       = std::max(1, std::min(8, (int) std::thread::hardware_concurrency()/2));
+    params.n_threads_batch = params.n_threads;
+    params.flash_attn_type = flash_attn;
+    params.no_perf         = true;
+    context_ptr ctx(llama_init_from_model(model, params), llama_free);
+    if (!ctx) {
+        fail("no context can be made of it");
+    }
+    if (llama_model_has_encoder(model) && llama_model_has_decoder(model)) {
+        return; // a decoder that wants what an encoder gave it
+    }
+    const int32_t n_vocab = llama_vocab_n_tokens(llama_model_get_vocab(model));
+    llama_set_embeddings(ctx.get(), !llama_get_memory(ctx.get()));
+    decode(ctx.get(), n_vocab, 1, N_PROMPT);
+    if (llama_get_memory(ctx.get())) {
+        decode(ctx.get(), n_vocab, 0, 1);
+    }
+    llama_synchronize(ctx.get());
+}
+
+int32_t mobile_try_file(const char * path) {
+    return mobile_guard([&] {
+        mobile_require(path, "a trial needs a file");
+        llama_log_set(keep_error, nullptr);
+        llama_backend_init();
+        const model_ptr model = load(path);
+        const struct llama_vocab * vocab = llama_model_get_vocab(model.get());
+        mobile_require(llama_vocab_n_tokens(vocab) > 0, "it has no vocabulary");
+        try_vocabulary(vocab);
+        for (const auto flash_attn : { LLAMA_FLASH_ATTN_TYPE_DISABLED, LLAMA_FLASH_ATTN_TYPE_ENABLED }) {
+            try_context(model.get(), flash_attn);
+        }
+        return MOBILE_OK;
+    });
+}

@@ -1,0 +1,152 @@
+"""What a request says is checked before llama.cpp asserts it, and what llama.cpp throws is an error."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import engine_libs
+import gguf
+import numpy as np
+import pytest
+import tiny_models
+
+import mobile_gguf
+from mobile_gguf import EngineError, Model, UsageError
+from mobile_gguf.api.model import backend_of
+from mobile_gguf.generate.llama import MobileLlama
+
+FOREIGN = (-1, tiny_models.VOCAB, 1 << 30, -(1 << 31))
+
+
+@pytest.fixture(scope="module")
+def model() -> Iterator[Model]:
+    with mobile_gguf.load(tiny_models.path("qwen3moe"), ram_budget="40%", n_ctx=64) as loaded:
+        yield loaded
+
+
+@pytest.mark.parametrize("token", FOREIGN)
+def test_a_foreign_token_is_refused_everywhere(model: Model, token: int) -> None:
+    calls = [
+        lambda: model.detokenize([1, token]), lambda: model.piece(token), lambda: model.is_end(token),
+        lambda: model.generate([1, token]), lambda: next(model.stream([token])),
+        lambda: model.embed([token], pooling="mean"),
+    ]  # fmt: skip
+    for call in calls:
+        with pytest.raises(
+            UsageError, match=f"token {token} is not in the vocabulary of {tiny_models.VOCAB}"
+        ):
+            call()
+    # what is below them is guarded by itself
+    for call in (lambda: backend_of(model).piece(token), lambda: backend_of(model).is_end(token)):
+        with pytest.raises(UsageError, match="is not in the vocabulary"):
+            call()
+    assert len(model.generate([1, 2], max_tokens=2).tokens) == 2
+
+
+def batch(llama: MobileLlama, tokens: list[int], start: int = 0) -> SimpleNamespace:
+    from llama_cpp import llama_cpp
+
+    native = llama_cpp.llama_batch_init(len(tokens), 0, 1)
+    native.n_tokens = len(tokens)
+    for i, token in enumerate(tokens):
+        native.token[i], native.pos[i], native.n_seq_id[i], native.logits[i] = token, start + i, 1, True
+        native.seq_id[i][0] = 0
+    return SimpleNamespace(batch=native)
+
+
+def test_a_batch_that_llama_cpp_would_assert(model: Model) -> None:
+    llama = backend_of(model)
+    n_batch = llama.n_batch
+    for tokens, start, said in (
+        ([1] * (n_batch + 1), 0, f"a batch of {n_batch + 1} tokens is more than the context takes"),
+        ([1], 1 << 20, "a position lies beyond the context"),
+        ([1], -2, "a position lies beyond the context"),
+        ([tiny_models.VOCAB], 0, "is not in the vocabulary"),
+        ([], 0, "a decode needs tokens"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            llama.calls.decode(batch(llama, tokens, start))
+    assert len(model.generate("ab", max_tokens=2).tokens) == 2
+
+
+def test_sampling_what_is_not_there(model: Model) -> None:
+    llama = backend_of(model)
+    model.generate("ab", max_tokens=2)
+    sampler = llama._init_sampler(temp=0.0)
+    with pytest.raises(EngineError, match="there are no logits to sample from"):
+        llama.calls.sample(sampler.sampler, 1 << 20)
+
+
+def test_logits_that_are_no_numbers_are_an_error(tmp_path: Path) -> None:
+    path = with_a_nan(tmp_path / "nan.gguf")
+    with mobile_gguf.load(path) as broken, pytest.raises(EngineError, match="computes no numbers"):
+        broken.generate("ab", max_tokens=2)
+
+
+def with_a_nan(path: Path) -> Path:
+    """A tiny model with a weight that is none."""
+    raw = bytearray(tiny_models.path("dense").read_bytes())
+    reader = gguf.GGUFReader(tiny_models.path("dense"))
+    norm = next(tensor for tensor in reader.tensors if tensor.name == "output_norm.weight")
+    raw[norm.data_offset : norm.data_offset + 4] = np.float32(np.nan).tobytes()
+    path.write_bytes(raw)
+    return path
+
+
+def test_long_pieces_and_texts(model: Model) -> None:
+    llama = backend_of(model)
+    text = "é " * 3000
+    tokens = llama.calls.tokenize(text.encode(), False, False)
+    assert b"".join(map(llama.calls.piece, tokens)).decode() == text
+    assert llama.calls.tokenize(b"", False, False) == []
+    assert llama.calls.tokenize(bytes(range(256)), False, False)
+
+
+def test_what_llama_cpp_throws_has_a_text(model: Model) -> None:
+    llama = backend_of(model)
+    engine = llama.engine
+    assert engine is not None
+    n = ctypes.c_int32()
+    with pytest.raises(UsageError, match="tokenising needs a vocabulary"):
+        engine.checked("tokenize", "tokenising", None, b"", 0, None, 0, False, False, ctypes.byref(n))
+
+
+_STOCK = """
+import json, sys, mobile_gguf
+from mobile_gguf.api.model import backend_of
+said = []
+with mobile_gguf.load(sys.argv[1], n_ctx=64) as model:
+    tokens = model.tokenize("ab cd")
+    assert model.detokenize(tokens) == "ab cd", tokens
+    llama = backend_of(model)
+    assert not llama.has_engine
+    for call in (lambda: llama.piece(int(sys.argv[2])), lambda: llama.is_end(-1),
+                 lambda: model.generate([-1]), lambda: llama.calls.sample(llama._init_sampler().sampler, 99)):
+        try:
+            call()
+        except mobile_gguf.MobileError as error:
+            said.append(str(error))
+    said.append(len(model.generate("ab", max_tokens=3).tokens))
+print(json.dumps(said))
+"""
+
+
+def test_a_stock_library_is_called_after_checks() -> None:
+    environment = engine_libs.child_environment(engine_libs.stock_lib())
+    done = subprocess.run(
+        [sys.executable, "-c", _STOCK, str(tiny_models.path("dense")), str(tiny_models.VOCAB)],
+        capture_output=True, text=True, check=False, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    piece, end, prompt, sample, n_tokens = json.loads(done.stdout)
+    assert piece == f"token {tiny_models.VOCAB} is not in the vocabulary of {tiny_models.VOCAB}"
+    assert end == f"token -1 is not in the vocabulary of {tiny_models.VOCAB}"
+    assert prompt == f"the prompt: {end}"
+    assert sample == "there are no logits to sample from"
+    assert n_tokens == 3

@@ -1,0 +1,148 @@
+"""What a request may say, and what is told of it: fields of OpenAI's, seeds, cached tokens, metrics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from fake_backend import FakeBackend, fake_info, scripted
+
+pytest.importorskip("fastapi", reason="pip install 'mobile-gguf[server]'")
+from server_harness import get, phases, running
+
+from mobile_gguf.generate.request import fold_seed
+
+ROOMY = fake_info(n_ctx_train=4096)
+USER = [{"role": "user", "content": "hi"}]
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+
+
+class Noting(FakeBackend):
+    """Remembers what a template is given."""
+
+    def render_chat(self, messages: Any, *, special: bool = False, **values: Any) -> list[int]:
+        self.given = values | {"special": special}
+        return super().render_chat(messages, special=special, **values)
+
+
+@pytest.fixture
+def backend() -> Noting:
+    return Noting(scripted("ok"))
+
+
+@pytest.fixture
+def server(fake_model: Any, backend: Noting) -> Any:
+    with running(fake_model(backend, info=ROOMY)) as made:
+        yield made
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"verbosity": "low", "modalities": ["text"], "prompt_cache_retention": "24h"},
+        {"web_search_options": {}, "metadata": {"a": "b"}, "store": True},
+        {"prediction": {"type": "content", "content": "x"}, "functions": [], "function_call": "auto"},
+        {"id_slot": 0, "timings_per_token": True, "return_progress": True, "special": False},
+        dict.fromkeys(
+            ("audio", "prediction", "functions", "function_call", "reasoning_effort", "verbosity",
+             "modalities", "temperature", "stop", "seed", "n", "tools", "tool_choice", "stream",
+             "response_format", "user",
+             "logit_bias", "max_tokens", "special", "chat_template_kwargs", "mode", "grammar")
+        ),
+    ],
+)  # fmt: skip
+def test_fields_that_change_no_answer_are_taken(server: Any, fields: dict[str, Any]) -> None:
+    answer = server.chat(**fields)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["choices"][0]["message"]["content"] == "ok"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("modalities", ["text", "audio"]), ("audio", {"voice": "x"}), ("functions", [{"name": "f"}]),
+        ("function_call", {"name": "f"}), ("reasoning_effort", "huge"), ("nonsense", None), ("top_kk", 1),
+    ],
+)  # fmt: skip
+def test_what_would_change_the_answer_or_is_unknown_is_not(server: Any, name: str, value: Any) -> None:
+    answer = server.chat(**{name: value})
+    assert answer.status_code == 400
+    assert name in answer.json()["error"]["param"]
+
+
+def test_completions_take_what_says_nothing(server: Any) -> None:
+    body = {"prompt": "x", "suffix": None, "best_of": 1, "prompt_cache_retention": None}
+    assert server.post("/v1/completions", body).status_code == 200
+    for more in ({"suffix": "end"}, {"best_of": 2}):
+        assert server.post("/v1/completions", body | more).status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("effort", "values"),
+    [
+        ("none", {"enable_thinking": False}),
+        ("minimal", {"enable_thinking": False, "reasoning_effort": "low"}),
+        ("low", {"reasoning_effort": "low"}),
+        ("xhigh", {"reasoning_effort": "high"}),
+    ],
+)
+def test_the_effort_is_the_templates(
+    server: Any, backend: Noting, effort: str, values: dict[str, Any]
+) -> None:
+    assert server.chat(reasoning_effort=effort).status_code == 200
+    assert backend.given == {"special": False} | values
+    server.chat(reasoning_effort=effort, chat_template_kwargs={"reasoning_effort": "own"})
+    assert backend.given["reasoning_effort"] == "own"
+
+
+def test_control_tokens_are_read_only_if_asked(server: Any, backend: Noting) -> None:
+    server.chat()
+    assert backend.given["special"] is False
+    server.chat(special=True)
+    assert backend.given["special"] is True
+
+
+def test_every_seed_is_one(server: Any, backend: Noting) -> None:
+    for seed, used in {0: 0, 7: 7, 2**32 - 2: 2**32 - 2, 2**32 - 1: 0, 2**32: 1, 2**63 - 1: 1}.items():
+        assert fold_seed(seed) == used if seed < 2**63 - 1 else fold_seed(seed) < 2**32 - 1
+        assert server.chat(seed=seed).status_code == 200
+        assert backend.seed == fold_seed(seed)
+        assert backend.seed != 2**32 - 1
+
+
+def test_several_answers_to_one_prompt_find_it_cached_once(server: Any) -> None:
+    first = server.chat(n=3).json()["usage"]
+    again = server.chat(n=3).json()["usage"]
+    assert first["prompt_tokens_details"] == {"cached_tokens": 0}
+    assert again["prompt_tokens_details"] == {"cached_tokens": again["prompt_tokens"] - 1}
+    text = get(f"{server.url}/metrics").text
+    n = first["prompt_tokens"]
+    assert f'mobile_gguf_tokens_total{{kind="prompt"}} {2.0 * n}' in text
+    assert f'mobile_gguf_tokens_total{{kind="cached"}} {n - 1.0}' in text
+
+
+def test_a_call_of_a_tool_finds_its_prompt_cached_once(fake_model: Any) -> None:
+    talk = ("Yes <tool_call>\n", '{"name": "add", "arguments": {}}', "\n<tool_call>", "", "")
+    with running(fake_model(FakeBackend(phases(*talk)), info=ROOMY)) as server:
+        usage = server.chat(tools=[TOOL]).json()["usage"]
+        assert usage["prompt_tokens_details"] == {"cached_tokens": 0}
+
+
+def test_times_are_counted_for_all_kinds_alike(fake_model: Any) -> None:
+    with running(fake_model(FakeBackend(scripted("ok")), info=ROOMY), pooling="mean") as server:
+        server.chat()
+        server.chat(stream=True)
+        server.post("/v1/completions", {"prompt": "x"})
+        server.post("/v1/embeddings", {"input": "x"})
+        text = get(f"{server.url}/metrics").text
+    for path, n in (("/v1/chat/completions", 2), ("/v1/completions", 1), ("/v1/embeddings", 1)):
+        for name in ("request_seconds", "queue_seconds"):
+            assert f'mobile_gguf_{name}_count{{endpoint="{path}"}} {n}.0' in text
+
+
+def test_the_document_knows_that_health_needs_no_key(fake_model: Any) -> None:
+    with running(fake_model(), api_key="k") as server:
+        document = get(f"{server.url}/openapi.json", headers={"authorization": "Bearer k"}).json()
+    assert document["paths"]["/health"]["get"]["security"] == []
+    assert document["security"] == [{"key": []}]
+    assert document["paths"]["/health"].keys() == {"get"}
