@@ -1,3 +1,4 @@
+# ruff: noqa: E501  (a table)
 """JSON schemas that are followed: a list by keyword, and a generator that joins keywords at random."""
 
 from __future__ import annotations
