@@ -290,5 +290,5 @@ def test_quantised_weights_are_not_quantised_again(checkpoints: Checkpoints, tmp
 
 def test_without_torch_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(upstream.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=r"pip install 'mobile-gguf\[convert\]'"):
+    with pytest.raises(UsageError, match=r"pip install -e '\.\[convert\]'"):
         convert_checkpoint(tmp_path, tmp_path / "x.gguf")
