@@ -87,6 +87,7 @@ class Engine:
             "token_to_piece": (status, [address, n, address, n, ctypes.c_bool, address]),
             "decode": (status, [address, llama_cpp.llama_batch, address]),
             "sample": (status, [address, address, n, address]),
+            "try_file": (status, [text]),
             "observe_start": (status, [address, n]),
             "observe_stop": (status, [address]),
             "observe_n_inputs": (n, [address]),
@@ -201,7 +202,7 @@ class Engine:
         """The engine's own settings of a device tier."""
         return self._call("device_default_params")
 
-    def abandon(self) -> None:
+    def _abandon(self) -> None:
         """In a forked child: no more calls."""
         self._is_forked = True
 

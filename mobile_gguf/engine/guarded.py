@@ -29,14 +29,14 @@ class GuardedCalls:
 
         self._llama = llama_cpp
         self._engine = engine
-        self._vocab = llama_cpp.llama_model_get_vocab(model)
+        self._vocab: Any = llama_cpp.llama_model_get_vocab(model)
         self._ctx = ctx
         self._is_forked = False
         abandon_in_children(self)
         self.n_vocab = int(llama_cpp.llama_vocab_n_tokens(self._vocab))
         self.has_tokenizer = llama_cpp.llama_vocab_type(self._vocab) != llama_cpp.LLAMA_VOCAB_TYPE_NONE
 
-    def abandon(self) -> None:
+    def _abandon(self) -> None:
         """In a forked child: no more calls."""
         self._is_forked = True
 

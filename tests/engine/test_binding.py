@@ -1,5 +1,6 @@
 """The binding mirrors mobile.h, and an engine that does not fit is refused."""
 
+import ctypes
 import re
 import sys
 import types
@@ -20,6 +21,7 @@ def installed(monkeypatch):
     def install(library):
         inner = types.ModuleType("llama_cpp.llama_cpp")
         inner._lib = library  # type: ignore[attr-defined]
+        inner.llama_batch = ctypes.c_int32  # type: ignore[attr-defined]
         outer = types.ModuleType("llama_cpp")
         outer.llama_cpp = inner  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, "llama_cpp", outer)
