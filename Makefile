@@ -6,7 +6,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := run
-.PHONY: run test quick test-portable lint docs fuzz torture-headers bench engine stock clean help
+.PHONY: run test quick test-portable lint docs fuzz torture torture-headers torture-schemas bench engine stock clean help
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -47,12 +47,14 @@ run: $(VENV)/.tui engine ## chat with the demo model; without a terminal, answer
 stock: $(VENV)/.package ## build unpatched llama.cpp beside the engine, for comparison
 	@$(BIN)/mobile-gguf engine build --stock
 
-# PYTEST: more options, such as PYTEST="-k rpc"
+# WORKERS: processes at once; each file's tests stay together. PYTEST: more options, such as PYTEST="-k rpc"
+WORKERS ?= 2
+RUN_TESTS = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 test: $(VENV)/.dev stock ## run all tests
-	$(BIN)/python -m pytest $(PYTEST)
+	$(RUN_TESTS) $(PYTEST)
 
 quick: $(VENV)/.dev ## run the tests that need no engine, converter, browser or GPU, and no patience
-	$(BIN)/python -m pytest -q -n auto --dist loadfile -p no:schemathesis -m "not (engine or convert or browser or gpu or slow)" --durations=5 $(PYTEST)
+	$(RUN_TESTS) -q -p no:schemathesis -m "not (engine or convert or browser or gpu or slow)" --durations=5 $(PYTEST)
 
 # a processor of 2009: whatever is expected of this one must hold there, too
 PORTABLE := -DGGML_NATIVE=OFF -DGGML_AVX=OFF -DGGML_AVX2=OFF -DGGML_BMI2=OFF -DGGML_FMA=OFF -DGGML_F16C=OFF
@@ -71,13 +73,20 @@ lint: $(VENV)/.dev ## ruff, pyright and the import contracts
 docs: $(VENV)/.dev ## write docs/api.md from the docstrings
 	$(BIN)/python docs/make_api.py
 
+torture-schemas: $(VENV)/.dev ## 5,000 answers under schemas, judged by jsonschema
+	MOBILE_GGUF_SCHEMA_WALKS=5000 $(BIN)/python -m pytest tests/generate/test_schema_answers.py -q $(PYTEST)
+
 FUZZ_SECONDS ?= 600
-fuzz: $(VENV)/.dev ## hostile GGUF and safetensors headers, FUZZ_SECONDS each; build/fuzz remembers what was found
+fuzz: $(VENV)/.dev ## hostile headers, requests, templates, schemas and grammars, FUZZ_SECONDS each; build/fuzz remembers what was found
 	@mkdir -p build/fuzz
-	for target in gguf safetensors; do \
+	for target in gguf safetensors requests templates schema grammar; do \
 		PYTHONPATH=tests/support $(BIN)/python tests/support/fuzz.py $$target build/fuzz/$$target -max_total_time=$(FUZZ_SECONDS) \
 			-artifact_prefix=build/fuzz/ || exit 1; \
 	done
+
+TORTURE_SECONDS ?= 1800
+torture: $(VENV)/.dev ## a server under hostile clients in 530 MiB, TORTURE_SECONDS
+	PYTHONPATH=tests/support $(BIN)/python tests/support/torture.py --seconds $(TORTURE_SECONDS) $(TORTURE)
 
 EVERY ?= 1
 torture-headers: $(VENV)/.dev ## every number, length and array of six headers changed one at a time (EVERY=12: each twelfth)

@@ -29,6 +29,14 @@ class ChildError(MobileError):
         self.errno = errno
 
 
+class ChildDiedError(ChildError):
+    """A step's process ended on its own, without a word for us; ``last_line`` is the last that it wrote."""
+
+    def __init__(self, text: str, last_line: str) -> None:
+        super().__init__(f"{text}: {last_line}" if last_line else text)
+        self.last_line = last_line
+
+
 def run_child(
     module: str, job: Mapping[str, Any], *, what: str, environment: Mapping[str, str], on_event: OnEvent
 ) -> None:
@@ -36,7 +44,7 @@ def run_child(
 
     on_event is called with each object that the child sends; the child goes on after ``wait_for_go`` when
     it returns true. ``what`` names the step in errors. Interrupted, or when on_event raises, it is ended.
-    Raises ChildError with the child's own words, or with the last line it wrote when it died.
+    Raises ChildError with the child's own words, ChildDiedError with the last line it wrote when it died.
     """
     with tempfile.TemporaryFile(mode="w+", encoding="utf-8", errors="replace") as log:
         # a session of its own: a Ctrl-C at the terminal reaches us alone, and we end the child
@@ -60,7 +68,7 @@ def run_child(
             raise error
         if status != 0:
             log.seek(0)
-            raise ChildError(f"{what} {_how_it_died(status)}{_last_line(log.readlines())}")
+            raise ChildDiedError(f"{what} {_how_it_died(status)}", _last_line(log.readlines()))
 
 
 def _parse(line: str) -> dict[str, Any]:
@@ -98,7 +106,7 @@ def _how_it_died(status: int) -> str:
 
 def _last_line(lines: list[str]) -> str:
     texts = [line.strip() for line in lines if line.strip()]
-    return f": {texts[-1]}" if texts else ""
+    return texts[-1] if texts else ""
 
 
 def child_environment(*first_on_path: str) -> dict[str, str]:

@@ -84,6 +84,14 @@ class ConvertOptions:
         bool,
         Opt("--trust-remote-code", is_flag=True, help="let Python files of the checkpoint run"),
     ] = False
+    no_mtp: Annotated[
+        bool,
+        Opt(
+            "--no-mtp",
+            is_flag=True,
+            help="leave out the blocks that predict several tokens, which nothing runs",
+        ),
+    ] = False
     threads: Annotated[
         int | None, Opt("-t", "--threads", read=int, low=1, help="threads that quantise (default: the cores)")
     ] = None

@@ -106,7 +106,8 @@ class _Conversion:
             report = upstream.write_stacked(
                 self.checkpoint.folder, stacked, self._converter_type(), converter=self.converter,
                 threads=self.request.threads, name=self.name, pre_tokenizer=self.options.pre_tokenizer,
-                trust_remote_code=self.options.trust_remote_code, on_plan=self._on_plan,
+                trust_remote_code=self.options.trust_remote_code,
+                no_mtp=self.options.no_mtp or self.checkpoint.lacks_mtp, on_plan=self._on_plan,
                 progress=self.progress,
             )  # fmt: skip
             if report is None:
@@ -221,8 +222,8 @@ class _Conversion:
             rows = (*rows, ("verification", verification.table()))
             details["verify"] = verification.as_dict()
             # one that was not asked for, and could not be made, is no failure
-            failed = verification.status == FAILED or (not verification.passed and bool(self.options.verify))
-            exit_code = int(failed)
+            failed = verification.status == FAILED or bool(self.options.verify)
+            exit_code = verification.exit_code if failed else 0
         return ConvertResult(
             path=self.out, source=self.source, layout="stacked" if self.options.stacked else "per-expert",
             segments=self.options.segments, n_tensors=plan.n_tensors,

@@ -4,12 +4,14 @@ A message says what is wrong, with which file or value, and what to do, in one l
 """
 
 import reprlib
+import sys
 
 
 class MobileError(Exception):
     """Base of every error a user can cause or meet; its text is meant for them."""
 
     exit_code = 1
+    command_line: str | None = None  # the text with flags for options, where it has such
 
 
 class UsageError(MobileError):
@@ -79,18 +81,27 @@ def is_unicode(text: str) -> bool:
     return True
 
 
-# What `pip install` brings; a module that is missing otherwise is a fault of ours.
-_PACKAGES = ("llama_cpp", "gguf", "numpy", "jinja2", "huggingface_hub", "tomli")
+def install_hint(extra: str = "") -> str:
+    """How the packages of this one, or of an extra, are installed.
+
+    It is on no index, where a build of llama-cpp-python that is not ours would come with it.
+    """
+    what = f"'.[{extra}]'" if extra else "."
+    return f"`pip install -e {what}` in mobile-gguf's folder"
 
 
 def missing_package(error: ImportError) -> str | None:
-    """What to do about a package that is not installed; None where the error is of another kind."""
+    """What to do about a package that is not installed; None where the error is of another kind.
+
+    A module of ours or of Python's that is missing is a fault, and no package.
+    """
     name = (error.name or "").partition(".")[0]
-    if name not in _PACKAGES or not isinstance(error, ModuleNotFoundError):
+    is_package = isinstance(error, ModuleNotFoundError) and name and name not in sys.stdlib_module_names
+    if not is_package or name == "mobile_gguf":
         return None
     if name == "llama_cpp":
         return "the engine is not installed (no llama_cpp): run `mobile-gguf engine build`"
-    return f"the package {name} is not installed: run `pip install -e .` in mobile-gguf's folder"
+    return f"the package {name} is not installed: run {install_hint()}"
 
 
 def require_unicode(what: str, text: str) -> str:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 
-from mobile_gguf.errors import MobileError
+from mobile_gguf.errors import MobileError, install_hint
 
-INSTALL_HINT = "`pip install 'mobile-gguf[tui]'`"
+INSTALL_HINT = install_hint("tui")
 
 
 class TuiMissingError(MobileError):

@@ -19,7 +19,6 @@ from mobile_gguf.options import LoadOptions
 from mobile_gguf.progress import Progress, no_progress
 from mobile_gguf.sizes import AUTO, MIB, OFF, Size
 
-from ..gguf.experts import read_experts
 from ..gguf.file import GgufSource
 from .importance import neuron_importance
 from .statistics import Floats, Ids, RouteCounts, Statistics
@@ -61,8 +60,7 @@ def collect(
     what = ROUTES | (NEURONS if neurons else 0) | (INPUTS if inputs else 0)
     share = 1 - _NORMS_SHARE if neurons else 1.0
     with GgufSource.open(model_path) as source:
-        layers = tuple(layer for layer, _ in read_experts(source).layers())
-        counts = RouteCounts(layers, info.n_expert, info.n_expert_used)
+        counts = RouteCounts(info.moe_layers, info.n_expert, info.n_expert_used)
         llama = _open(info, max(map(len, texts)), ram_budget, threads)
         try:
             with Observation(engine, llama.ctx, what) as observation:

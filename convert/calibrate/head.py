@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mobile_gguf.errors import MobileError, UsageError
+from mobile_gguf.errors import MobileError, UsageError, install_hint
 from mobile_gguf.generate.head import Head
 
 from ..gguf.file import GgufSource
@@ -140,9 +140,7 @@ def _logistic_regression() -> Any:
     try:
         from sklearn.linear_model import LogisticRegression
     except ImportError:
-        raise MobileError(
-            "calibration needs scikit-learn: run `pip install 'mobile-gguf[calibrate]'`"
-        ) from None
+        raise MobileError(f"calibration needs scikit-learn: {install_hint('calibrate')}") from None
     return LogisticRegression
 
 

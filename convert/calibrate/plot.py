@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mobile_gguf.errors import MobileError, UsageError
+from mobile_gguf.errors import MobileError, UsageError, install_hint
 from mobile_gguf.files.atomic import complete_or_absent
 from mobile_gguf.options.words import CONFIDENCE, HEAD
 
@@ -58,5 +58,5 @@ def _figure_class() -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise MobileError("--plot needs matplotlib: run `pip install 'mobile-gguf[calibrate]'`") from None
+        raise MobileError(f"--plot needs matplotlib: {install_hint('calibrate')}") from None
     return Figure

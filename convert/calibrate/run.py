@@ -16,7 +16,7 @@ import numpy.typing as npt
 from mobile_gguf import __version__
 from mobile_gguf.api.model import Model, backend_of, load
 from mobile_gguf.engine.binding import find_engine, needs_engine
-from mobile_gguf.errors import MobileError, UsageError
+from mobile_gguf.errors import MobileError, UsageError, install_hint
 from mobile_gguf.files.paths import cache_dir
 from mobile_gguf.generate.decode import default_little_k
 from mobile_gguf.generate.head import Head
@@ -29,6 +29,7 @@ from mobile_gguf.options import LoadOptions
 from mobile_gguf.progress import Progress, no_progress
 from mobile_gguf.sizes import AUTO, OFF, Size
 
+from ..engine_task import in_child
 from ..gguf.file import GgufSource, update_gguf
 from .checkpoint import Checkpoint
 from .collect import collect
@@ -125,9 +126,7 @@ def calibrate(path: Path, options: CalibrateOptions, progress: Progress = no_pro
     checkpoint = Checkpoint(cache_dir() / "calibrate", _key(info, text, options))
     if not options.resume:
         checkpoint.clear()
-    run = _Run(info, text, options, checkpoint, progress)
-    with GgufSource.open(path) as source:
-        run.measure(source)
+    run = in_child(_measure, info, text, options, checkpoint, progress=progress)
     default, within = choose_default(run.points)
     head = dataclasses.replace(
         run.fit.head, threshold=default.setting.value, little_k=default.setting.little_k
@@ -135,7 +134,7 @@ def calibrate(path: Path, options: CalibrateOptions, progress: Progress = no_pro
     result = Calibration(
         path=options.out or path,
         text=text,
-        n_tokens=sum(map(len, run.blocks)),
+        n_tokens=run.n_tokens,
         fit=dataclasses.replace(run.fit, head=head),
         points=run.points,
         default=default,
@@ -172,9 +171,7 @@ def check_model(info: GgufInfo, out: Path | None) -> None:
     try:
         import sklearn.linear_model  # noqa: F401
     except ImportError:
-        raise MobileError(
-            "calibration needs scikit-learn: run `pip install 'mobile-gguf[calibrate]'`"
-        ) from None
+        raise MobileError(f"calibration needs scikit-learn: {install_hint('calibrate')}") from None
 
 
 def _key(info: GgufInfo, text: Text, options: CalibrateOptions) -> dict[str, Any]:
@@ -188,6 +185,25 @@ def _key(info: GgufInfo, text: Text, options: CalibrateOptions) -> dict[str, Any
         "kl": options.kl,
         "curve_blocks": options.curve_blocks,
     }
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What the engine's process hands back."""
+
+    n_tokens: int
+    fit: Fit
+    points: list[Point]
+    statistics: Statistics
+
+
+def _measure(
+    info: GgufInfo, text: Text, options: CalibrateOptions, checkpoint: Checkpoint, progress: Progress
+) -> _Measured:
+    run = _Run(info, text, options, checkpoint, progress)
+    with GgufSource.open(info.path) as source:
+        run.measure(source)
+    return _Measured(sum(map(len, run.blocks)), run.fit, run.points, run.statistics)
 
 
 class _Run:

@@ -15,7 +15,6 @@ from mobile_gguf.errors import ModelFormatError
 from mobile_gguf.gguf import keys
 from mobile_gguf.gguf.info import GgufInfo, read_gguf_info
 
-from ..gguf.experts import read_experts
 from ..gguf.file import GgufSource
 from .buddies import NO_EXPERT, Ranked
 from .statistics import MAX_NEXT, Floats, Statistics
@@ -62,15 +61,11 @@ def read_statistics(path: Path, *, importance: bool = True) -> Statistics | None
         return _Reader(info, source).read(importance)
 
 
-def _layers(source: GgufSource) -> tuple[int, ...]:
-    return tuple(layer for layer, _ in read_experts(source).layers())
-
-
 class _Reader:
     def __init__(self, info: GgufInfo, source: GgufSource) -> None:
         self.info = info
         self.source = source
-        self.layers = _layers(source)
+        self.layers = info.moe_layers
 
     def read(self, importance: bool) -> Statistics:
         n_layer, n_expert = len(self.layers), self.info.n_expert

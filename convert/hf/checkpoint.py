@@ -28,6 +28,8 @@ _EXPERT_COUNTS = (
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json", "*.tiktoken", "vocab.txt")
 _EXPERT = re.compile(r"^(?P<stem>.*?\.(?P<layer>\d{1,9})\..*?experts)\.(?P<expert>\d{1,9})\.(?P<part>.+)$")
 _LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d{1,9})\.")
+_MTP = re.compile(r"(^|[._])(mtp|nextn|eh_proj)([._]|$)")
+_VISION = re.compile(r"vis(ion|ual)|vit|image|audio")
 _ROUTERS = ("gate.weight", "router.weight", "router.layer.weight", "gate.wg.weight", "router.proj.weight")
 _PART_OF = re.compile(r"^(.*)-(\d{5})-of-(\d{5})(\.\w+)$")
 
@@ -38,7 +40,7 @@ class Checkpoint:
 
     ``tensors`` is empty for ``.bin`` shards, whose names only torch can read. ``n_bytes`` is the weights'
     size on disk; ``dtype`` is the one that most bytes of matrices have ("BF16", "F32", ...), "" for ``.bin``
-    shards.
+    shards. ``lacks_mtp``: there are no weights for multi-token prediction, whatever config.json says.
     """
 
     folder: Path
@@ -49,6 +51,7 @@ class Checkpoint:
     tensors: tuple[SourceTensor, ...]
     n_bytes: int
     dtype: str
+    lacks_mtp: bool = False
 
 
 def read_checkpoint(folder: Path, known_architectures: Collection[str]) -> Checkpoint:
@@ -87,7 +90,17 @@ def read_checkpoint(folder: Path, known_architectures: Collection[str]) -> Check
             matrices[tensor.dtype] += tensor.n_bytes
     dtype = matrices.most_common(1)[0][0] if matrices else ""
     n_bytes = sum(path.stat().st_size for path in shards)
-    return Checkpoint(folder, config, architecture, n_expert, shards, tensors, n_bytes, dtype)
+    names, n_layers = list(names), _layer_count(config)
+    lacks_mtp = bool(names) and not any(_is_mtp(name, n_layers) for name in names)
+    return Checkpoint(folder, config, architecture, n_expert, shards, tensors, n_bytes, dtype, lacks_mtp)
+
+
+def _is_mtp(name: str, n_layers: int) -> bool:
+    """Whether a tensor is of a block behind the model's layers, by the names that families give those."""
+    if _MTP.search(name):
+        return True
+    layer = _LAYER.search(name)
+    return layer is not None and 0 < n_layers <= int(layer[1]) and not _VISION.search(name)
 
 
 def expert_counts(config: dict[str, Any], depth: int = 3) -> set[int]:

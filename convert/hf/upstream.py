@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mobile_gguf.errors import MobileError, UsageError
+from mobile_gguf.errors import MobileError, UsageError, install_hint
 from mobile_gguf.progress import Progress, no_progress
 from mobile_gguf.vendor.pin import load_pin
 from mobile_gguf.vendor.source import LLAMA_CPP, unpacked_source
@@ -49,9 +49,7 @@ def require_packages() -> None:
     """Raise UsageError if what the converter imports is not installed."""
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        raise UsageError(
-            f"converting a checkpoint needs {', '.join(missing)}: pip install 'mobile-gguf[convert]'"
-        )
+        raise UsageError(f"converting a checkpoint needs {', '.join(missing)}: {install_hint('convert')}")
 
 
 def converter_dir(progress: Progress = no_progress) -> Path:
@@ -90,6 +88,7 @@ def write_stacked(
     name: str | None = None,
     pre_tokenizer: str | None = None,
     trust_remote_code: bool = False,
+    no_mtp: bool = False,
     on_plan: Callable[[StackedPlan], bool] = lambda plan: True,
     progress: Progress = no_progress,
 ) -> StackedReport | None:
@@ -102,6 +101,7 @@ def write_stacked(
     job = {
         "folder": str(folder.resolve()), "out": str(out), "outtype": outtype, "threads": threads,
         "name": name, "pre_tokenizer": pre_tokenizer, "trust_remote_code": trust_remote_code,
+        "no_mtp": no_mtp,
     }  # fmt: skip
     environment = child_environment(str(converter), str(converter / "gguf-py"))
     # the checkpoint is a folder: nothing here may ask the Hub for anything

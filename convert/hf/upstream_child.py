@@ -12,18 +12,18 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
+from mobile_gguf.errors import install_hint
+
 from ..child_side import ChildChannel
 from .finite import NotFiniteError, require_finite
+from .upstream_config import ConversionError, read_as_published, require_gating
 
 _CHUNK_BYTES = 16 << 20  # of float32: what is converted at a time, unless one row (one expert) is more
 _GPT_OSS = "GptOssForCausalLM"
-
-
-class ConversionError(Exception):
-    """What is wrong with the checkpoint, for the user."""
 
 
 def main() -> int:
@@ -62,10 +62,12 @@ def prepared(channel: ChildChannel, job: dict[str, Any]) -> Any:
 
     _forbid_remote_code(bool(job["trust_remote_code"]))
     folder = Path(job["folder"])
+    read_as_published(conversion)
     hparams = conversion.ModelBase.load_hparams(folder, False)
     architecture = conversion.get_model_architecture(hparams, conversion.ModelType.TEXT)
     model_class = conversion.get_model_class(architecture)
     _adapt(conversion, model_class, architecture, job.get("pre_tokenizer"))
+    model_class.no_mtp = bool(job.get("no_mtp"))
     ftype = {
         "auto": gguf.LlamaFileType.GUESSED,
         "f32": gguf.LlamaFileType.ALL_F32,
@@ -78,6 +80,7 @@ def prepared(channel: ChildChannel, job: dict[str, Any]) -> Any:
     model = model_class(folder, ftype, Path(job["out"]), model_name=job.get("name"))
     model.prepare_tensors()
     model.prepare_metadata(vocab_only=False)
+    require_gating(model.gguf_writer, architecture, folder)
     return model.gguf_writer
 
 
@@ -295,7 +298,12 @@ def _explain(error: Exception, job: dict[str, Any]) -> str:
     if "trust_remote_code" in text:
         return f"{folder} brings Python code of its own: read it, and if you trust it say --trust-remote-code"
     if isinstance(error, ImportError):
-        return f"the converter needs a package that is missing ({text}): pip install 'mobile-gguf[convert]'"
+        return f"the converter needs a package that is missing ({text}): {install_hint('convert')}"
+    if isinstance(error, KeyError):
+        text = f"config.json has no {text}, or in another form"
+    if not text:  # an assertion without words: its line is all there is to say
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        text = f"{Path(frame.filename).name}:{frame.lineno}: {frame.line}"
     if len(text) > 600:
         text = text[:600] + " ..."
     return f"the converter of the pinned llama.cpp cannot use {folder}: {type(error).__name__}: {text}"

@@ -1,16 +1,17 @@
 """Is a GGUF what its checkpoint says? The engine's logits held against Transformers', prompt by prompt.
 
 Transformers runs in a child process in float32, on weights rounded as the GGUF stores them, teacher-forced.
-The engine runs the same tokens twice, as one prompt and token by token. Files of F32, F16 and BF16
-must agree to ``Thresholds.relative_error`` with the same likeliest token. A quantised file is held against
-its own 16-bit file by KL divergence, and that one against Transformers; without it, against Transformers.
+The engine, in another, runs the same tokens twice, as one prompt and token by token. Files of F32, F16 and
+BF16 must agree to ``Thresholds.relative_error`` with the same likeliest token. A quantised file is held
+against its own 16-bit file by KL divergence, and that one against Transformers; without it, against
+Transformers.
 """
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mobile_gguf.errors import UsageError
@@ -19,9 +20,12 @@ from mobile_gguf.gguf.header import read_header
 from mobile_gguf.memory.threads import default_threads
 from mobile_gguf.progress import Progress, no_progress
 
-from .judge import Judge
+from ..engine_task import EngineDiedError, in_child
+from ..hf.checkpoint import read_json
+from .hyperparameters import differences
+from .judge import judge
 from .reference import Question, ask_transformers, can_verify
-from .result import NOT_VERIFIED, VerifyResult
+from .result import FAILED, NOT_VERIFIED, VerifyResult
 from .subject import Subject, read_subject
 
 __all__ = ["MAX_TOKENS", "Pair", "can_verify", "mark", "verify", "verify_each"]
@@ -91,12 +95,20 @@ def verify_each(
             progress=lambda phase, done: progress(phase, 0.6 * done),
         )  # fmt: skip
         results = []
-        for (subject, exact), reference in zip(files, references, strict=True):
+        for pair, (subject, exact), reference in zip(pairs, files, references, strict=True):
+            wrong = tuple(differences(subject.info, read_json(pair.checkpoint / "config.json")))
             if reference.reason:
-                results.append(VerifyResult(NOT_VERIFIED, (reference.reason,)))
+                reasons = (*wrong, reference.reason)
+                results.append(VerifyResult(FAILED if wrong else NOT_VERIFIED, reasons))
                 continue
-            judge = Judge(subject, exact, reference, n_threads, progress, compare_tokens=tokens is None)
-            results.append(judge.judge())
+            task = (subject, exact, reference, n_threads, tokens is None)
+            try:
+                found = in_child(judge, *task, progress=progress)
+                status = FAILED if wrong else found.status
+                results.append(replace(found, status=status, reasons=(*wrong, *found.reasons)))
+            except EngineDiedError as error:
+                facts = {"architecture": subject.info.architecture}
+                results.append(VerifyResult(FAILED, (*wrong, str(error)), facts=facts, engine_died=True))
     return results
 
 

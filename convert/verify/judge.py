@@ -190,6 +190,21 @@ class Judge:
         }
 
 
+def judge(
+    subject: Subject,
+    exact: Subject | None,
+    reference: Reference,
+    threads: int,
+    compare_tokens: bool,
+    progress: Callable[[str, float], None],
+) -> VerifyResult:
+    """One file's verdict, for a process of its own (``engine_task``)."""
+    same = exact is not None and exact.path == subject.path
+    return Judge(
+        subject, subject if same else exact, reference, threads, progress, compare_tokens=compare_tokens
+    ).judge()
+
+
 def _first_difference(ours: list[int], theirs: list[int]) -> str:
     """Where two token lists part, in words; empty if they do not."""
     if ours == theirs:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mobile_gguf.errors import MobileError
+from mobile_gguf.errors import MobileError, install_hint
 from mobile_gguf.memory.machine import read_memory
 from mobile_gguf.progress import Progress
 from mobile_gguf.sizes import GIB, format_bytes
@@ -77,7 +77,7 @@ def ask_transformers(
 ) -> list[Reference]:
     """Run every question in one child process; what fails is a Reference with a reason."""
     if not can_verify():
-        reason = "torch and Transformers are not installed: pip install 'mobile-gguf[convert]'"
+        reason = f"torch and Transformers are not installed: {install_hint('convert')}"
         return [Reference(question.folder, reason) for question in questions]
     available = read_memory().available_bytes
     answers: dict[int, Reference] = {}

@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from mobile_gguf.errors import EngineError, MobileError
 from mobile_gguf.gguf import keys
 from mobile_gguf.wording import columns
 
@@ -57,7 +58,10 @@ _HEADINGS = ("prompt", "run", "against", "worst error", "same top", "mean KL", "
 
 @dataclass(frozen=True)
 class VerifyResult:
-    """The verdict on a GGUF: ``status`` passed, failed or not verified, and why if not passed."""
+    """The verdict on a GGUF: ``status`` passed, failed or not verified, and why if not passed.
+
+    ``engine_died``: it failed because the engine did not survive the file.
+    """
 
     status: str
     reasons: tuple[str, ...] = ()
@@ -65,6 +69,14 @@ class VerifyResult:
     thresholds: Thresholds = field(default_factory=Thresholds)
     facts: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    engine_died: bool = False
+
+    @property
+    def exit_code(self) -> int:
+        """What a command ends with that was asked to verify."""
+        if self.engine_died:
+            return EngineError.exit_code
+        return 0 if self.passed else MobileError.exit_code
 
     @property
     def passed(self) -> bool:

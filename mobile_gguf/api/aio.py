@@ -151,7 +151,9 @@ class Worker:
         with self._changed:
             if self._closed:
                 raise ModelBusyError("the model is being closed: it takes no more requests")
-            if self._limit is not None and (self._running or self._jobs) and len(self._jobs) >= self._limit:
+            # the first of those that came has the thread, even where that has not looked yet
+            n_others = len(self._jobs) + (self._running is not None)
+            if self._limit is not None and n_others > self._limit:
                 raise QueueFullError(f"{len(self._jobs)} requests are waiting for the model already")
             self._n_jobs += 1
             job.number = self._n_jobs

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from .context import of_a_chat
+from .messages import as_messages
 
 if TYPE_CHECKING:
     from mobile_gguf.generate.answer import Chunk
@@ -32,6 +33,7 @@ class Conversation:
         A turn that fails is taken back. The oldest turns are left out where the context has no room for all,
         unless ``context_full`` is ``stop``; they stay in ``turns``.
         """
+        as_messages(text)
         self.turns.append({"role": "user", "content": text})
         answer = ""
         try:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mobile_gguf.errors import PromptTooLongError, UsageError
+from mobile_gguf.errors import PromptTooLongError, UsageError, require_unicode
 from mobile_gguf.generate.answer import Backend, read_traffic
 from mobile_gguf.generate.receipt import Receipt
 from mobile_gguf.generate.request import token_ids
@@ -59,7 +59,7 @@ def embed(
     pooling = choose_pooling(backend.pooling, pooling, name)
     limit = backend.embedding_limit
     if isinstance(text, str):
-        encoded = text.encode(errors="replace")
+        encoded = require_unicode("the text", text).encode()
         backend.check_fits(encoded, limit)
         tokens = backend.tokenize(encoded, add_bos=True, special=False)
     else:

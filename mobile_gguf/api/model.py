@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import dataclasses
+import difflib
 import logging
 import os
 import threading
@@ -34,6 +35,7 @@ from mobile_gguf.hub.resolve import is_at_hand, resolve_model
 from mobile_gguf.memory.demand import context_size
 from mobile_gguf.options import POLICY_OPTIONS, GenerateOptions, LoadOptions, make_options, takes
 from mobile_gguf.options.bias import check_tokens
+from mobile_gguf.options.opt import check_callables, take_text
 from mobile_gguf.options.words import TRIM
 
 from . import loading
@@ -41,6 +43,7 @@ from .context import ChatPrompt, fit_chat, reserve_for
 from .embedding import Embedding, embed
 from .messages import Messages, as_messages
 from .stats import model_stats
+from .words import speaks_python
 
 if TYPE_CHECKING:
     from mobile_gguf.engine.experts import Experts
@@ -58,6 +61,7 @@ _open_models: weakref.WeakSet[Model] = weakref.WeakSet()
 
 
 @takes(LoadOptions)
+@speaks_python
 def load(
     model: str | os.PathLike[str],
     *,
@@ -77,6 +81,7 @@ def load(
     settings = make_options(LoadOptions, options)
     if not isinstance(model, (str, os.PathLike)):
         raise UsageError(f"model is {shown(model)}: it must be a path or a name")
+    check_callables(progress=progress)
     try:
         path = resolve_model(model, progress)
         info = read_gguf_info(path)
@@ -110,12 +115,18 @@ class Model:
     done as asked; each was also logged as a warning of the logger ``mobile_gguf``.
     """
 
+    info: GgufInfo
+    options: LoadOptions
+    notices: list[str]
+    defaults: GenerateOptions
+    n_ctx: int
+
     def __init__(
         self, backend: Backend, info: GgufInfo, options: LoadOptions, notices: Iterable[str] = ()
     ) -> None:
         self.info = info
         self.options = options
-        self.notices: list[str] = []
+        self.notices = []
         # what answers follow where nothing else is asked for: the file's own sampling settings, then ours
         self.defaults = make_options(GenerateOptions, recommended(info)[0])
         self._backend: Backend | None = backend
@@ -137,6 +148,13 @@ class Model:
             raise
         _open_models.add(self)
         abandon_in_children(self)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name.startswith("_") or name in self.__annotations__ or hasattr(type(self), name)):
+            near = difflib.get_close_matches(name, ("mode", "gamma", "little_k"), 1)
+            hint = f"; did you mean {near[0]}?" if near else ": mode, gamma and little_k can be set"
+            raise UsageError(f"a Model has no attribute {name!r}{hint}")
+        super().__setattr__(name, value)
 
     # settings
 
@@ -170,6 +188,7 @@ class Model:
     def little_k(self, little_k: int | None) -> None:
         self.configure(little_k=little_k)
 
+    @speaks_python
     def configure(self, **changes: Any) -> None:
         """Set mode, gamma, little_k, importance or head_threshold for the answers to come.
 
@@ -193,6 +212,7 @@ class Model:
     # answers
 
     @takes(GenerateOptions)
+    @speaks_python
     def stream(
         self,
         prompt: str | Sequence[int],
@@ -206,12 +226,13 @@ class Model:
         Closing the generator ends the answer, and so does ``should_stop`` when it returns True: it is asked
         before every token and, while a prompt is computed, after every operation. ``on_prompt`` is called
         with the prompt's tokens done and to do, as they are computed. Raises UsageError, ModelBusyError,
-        ExpertReadError, EngineError; a failed answer leaves the Model usable.
+        GrammarError, ExpertReadError, EngineError; a failed answer leaves the Model usable.
         """
         settings = make_options(GenerateOptions, options, self.defaults)
         return self._stream(self._answer(self._prompt(prompt), settings, should_stop, on_prompt))
 
     @takes(GenerateOptions)
+    @speaks_python
     def generate(
         self,
         prompt: str | Sequence[int],
@@ -230,6 +251,7 @@ class Model:
         return self._join(self._answer(self._prompt(prompt), settings, should_stop, on_prompt), on_chunk)
 
     @takes(GenerateOptions)
+    @speaks_python
     def stream_chat(
         self,
         messages: Messages,
@@ -251,6 +273,7 @@ class Model:
         return self._stream(self._answer(prompt, settings, should_stop, on_prompt))
 
     @takes(GenerateOptions)
+    @speaks_python
     def chat(
         self,
         messages: Messages,
@@ -276,6 +299,7 @@ class Model:
     def _answer(
         self, prompt: ChatPrompt, options: GenerateOptions, should_stop: ShouldStop, on_prompt: OnPrompt
     ) -> Answer:
+        check_callables(should_stop=should_stop, on_prompt=on_prompt)
         request = make_request(
             self._require_open(),
             self.info,
@@ -329,6 +353,7 @@ class Model:
             lock.release()
 
     def _join(self, answer: Answer, on_chunk: OnChunk) -> Reply:
+        check_callables(on_chunk=on_chunk)
         running = self._stream(answer)
         try:
             for chunk in running:
@@ -338,6 +363,7 @@ class Model:
             running.close()
         return answer.reply()
 
+    @speaks_python
     def prompt_tokens(self, prompt: str | Sequence[int]) -> list[int]:
         """The token ids that ``generate`` makes of ``prompt``: text with what the model adds to it.
 
@@ -355,6 +381,7 @@ class Model:
         """
         return self.chat_prompt(messages, special=special, **values)
 
+    @speaks_python
     def chat_prompt(
         self,
         messages: Messages,
@@ -398,6 +425,7 @@ class Model:
         """How the file wants embeddings pooled: ``mean``, ``last``, ``cls``; None if it does not say."""
         return self._require_open().pooling
 
+    @speaks_python
     def embed(
         self, text: str | Sequence[int], *, pooling: str | None = None, should_stop: ShouldStop = None
     ) -> Embedding:
@@ -406,14 +434,20 @@ class Model:
         ``pooling`` is needed where the file does not say it. Raises UsageError, ModelBusyError,
         ExpertReadError, EngineError, AnswerStopped.
         """
+        check_callables(should_stop=should_stop)
         with self._taken() as backend:
             return embed(backend, self.info, text, pooling, should_stop)
 
     # tokens, facts, end
 
     def tokenize(self, text: str, *, add_bos: bool = False, special: bool = True) -> list[int]:
-        """Token ids of ``text``; ``special`` reads control tokens, ``add_bos`` adds what the model adds."""
-        return self._require_open().tokenize(text.encode(errors="replace"), add_bos=add_bos, special=special)
+        """Token ids of ``text``; ``special`` reads control tokens, ``add_bos`` adds what the model adds.
+
+        Raises UsageError for what is no text.
+        """
+        return self._require_open().tokenize(
+            take_text("text", text).encode(), add_bos=add_bos, special=special
+        )
 
     def detokenize(self, tokens: Iterable[int], *, special: bool = False) -> str:
         """Text of token ids; control tokens only if ``special``. Raises UsageError."""

@@ -141,7 +141,9 @@ def _drop_output() -> None:
 
 def print_error(error: MobileError, stream: TextIO | None = None) -> None:
     """Write an error as the one line that it is."""
-    print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=stream or sys.stderr)
+    print(
+        f"{PROGRAM}: error: {' '.join((error.command_line or str(error)).split())}", file=stream or sys.stderr
+    )
 
 
 class _NoteHandler(logging.StreamHandler[TextIO]):

@@ -108,13 +108,13 @@ def rows(result: ConvertResult) -> list[tuple[str, str]]:
         ("would write" if result.dry_run else "written", str(result.path)),
         ("layout", result.layout + cut),
         ("tensors", str(result.n_tensors)),
-        ("size", f"{result.n_bytes} ({format_bytes(result.n_bytes)})"),
+        ("size", f"{format_bytes(result.n_bytes)} ({result.n_bytes} bytes)"),
     ]
     if result.dry_run and "disk" not in own:
         enough = "enough" if result.peak_disk_bytes <= result.free_bytes else "NOT ENOUGH"
         shown += [
-            ("disk needed", f"{result.peak_disk_bytes} ({format_bytes(result.peak_disk_bytes)})"),
-            ("disk free", f"{result.free_bytes} ({format_bytes(result.free_bytes)}): {enough}"),
+            ("disk needed", f"{format_bytes(result.peak_disk_bytes)} ({result.peak_disk_bytes} bytes)"),
+            ("disk free", f"{format_bytes(result.free_bytes)} ({result.free_bytes} bytes): {enough}"),
         ]
     if not result.dry_run and "throughput" not in own:
         speed = result.n_bytes / max(result.seconds, 1e-9)
@@ -191,6 +191,7 @@ def _refuse_for_gguf(path: Path, options: ConvertOptions) -> None:
         "pure",
         "keep_intermediate",
         "pre_tokenizer",
+        "no_mtp",
     ):
         if getattr(options, name) != getattr(plain, name):
             flag = "--tensor-type" if name == "tensor_types" else f"--{name.replace('_', '-')}"

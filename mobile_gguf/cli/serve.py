@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mobile_gguf.api.embedding import choose_pooling
 from mobile_gguf.api.model import Model
-from mobile_gguf.errors import EngineError, UsageError
+from mobile_gguf.errors import EngineError, UsageError, install_hint
 from mobile_gguf.flags import read_text_file, text_argument
 from mobile_gguf.options.words import MEAN, POOLINGS, RANK
 from mobile_gguf.sizes import parse_size
@@ -97,8 +97,7 @@ def run(args: argparse.Namespace) -> int:
         from mobile_gguf.server.settings import ServerSettings
     except ImportError as error:
         raise EngineError(
-            f"the server needs packages that are not installed ({error.name}): "
-            "pip install 'mobile-gguf[server]'"
+            f"the server needs packages that are not installed ({error.name}): " + install_hint("server")
         ) from None
     local = is_loopback(args.host)
     options = generate_options(args)

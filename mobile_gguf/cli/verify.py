@@ -6,7 +6,6 @@ import argparse
 import sys
 from pathlib import Path
 
-from mobile_gguf.errors import MobileError
 from mobile_gguf.flags import reader
 from mobile_gguf.gguf.info import read_gguf_info
 from mobile_gguf.hub.cache import is_in_cache
@@ -24,7 +23,7 @@ Transformers runs the checkpoint, the engine the GGUF, on fixed prompts. F32,
 F16 and BF16 files must agree to a thousandth and choose the same tokens; a
 quantised file is judged by its KL divergence from the 16-bit file. The verdict
 is written into the file. Exit code 0: passed; 1: failed, or not verified for
-the reason told.
+the reason told; 4: the engine did not survive the file.
 """
 _EXAMPLES = """examples:
   mobile-gguf verify model-f16.gguf --reference ./checkpoint
@@ -78,4 +77,4 @@ def run(args: argparse.Namespace) -> int:
     if why_not and not args.no_mark:
         narrate(f"{path.name} {why_not}: the verdict is not written into it")
     print(result.to_json() if args.json else result.table())
-    return 0 if result.passed else MobileError.exit_code
+    return result.exit_code

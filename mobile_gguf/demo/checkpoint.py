@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from gguf import GGUFReader, TokenType
 
-from mobile_gguf.errors import MobileError
+from mobile_gguf.errors import MobileError, install_hint
 from mobile_gguf.files.atomic import complete_or_absent, disk_errors
 from mobile_gguf.progress import Progress, no_progress, scaled
 
@@ -44,7 +44,7 @@ def write_hf_checkpoint(directory: Path, *, progress: Progress | None = None) ->
         from safetensors.numpy import save_file
     except ModuleNotFoundError as error:
         raise MobileError(
-            "writing a Hugging Face checkpoint needs safetensors: pip install 'mobile-gguf[convert]'"
+            f"writing a Hugging Face checkpoint needs safetensors: {install_hint('convert')}"
         ) from error
     report = progress or no_progress
     source = GGUFReader(ensure_source(progress=scaled(report, 0.0, 0.5)))

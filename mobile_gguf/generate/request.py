@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Sequence
 
-from mobile_gguf.errors import PromptTooLongError, UsageError, shown
+from mobile_gguf.errors import PromptTooLongError, UsageError, require_unicode, shown
 from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.options import GenerateOptions
 from mobile_gguf.options.bias import check_tokens
@@ -32,6 +32,9 @@ def make_request(
         raise UsageError(f"{info.path.name} makes embeddings and no text: use /v1/embeddings or Model.embed")
     if not prompt:
         raise UsageError("the prompt is empty")
+    if info.n_vocab and not (min(prompt) >= 0 and max(prompt) < info.n_vocab):
+        wrong = next(token for token in prompt if not 0 <= token < info.n_vocab)
+        raise UsageError(f"token {wrong} is not in the vocabulary of {info.n_vocab}")
     room = n_ctx - len(prompt)
     if room <= 0:
         raise PromptTooLongError(
@@ -74,12 +77,11 @@ def prompt_tokens(backend: Backend, prompt: str | Sequence[int], n_ctx: int) -> 
     """
     if not isinstance(prompt, str):
         return token_ids(prompt)
-    text = prompt.encode(errors="replace")
+    text = require_unicode("the prompt", prompt).encode()
+    if not text:
+        raise UsageError("the prompt is empty")
     backend.check_fits(text, n_ctx)
-    tokens = backend.tokenize(text, add_bos=True, special=True)
-    bos = backend.token_bos()
-    # Without a prompt the model starts from its beginning-of-sequence token, if it has one.
-    return tokens or ([bos] if bos >= 0 else [])
+    return backend.tokenize(text, add_bos=True, special=True)
 
 
 def token_ids(tokens: Iterable[int]) -> list[int]:

@@ -40,7 +40,7 @@ def resolve_model(
     path = Path(text).expanduser()
     if text and path.is_dir():
         return _only_model_in(path)
-    if path.exists():
+    if text and path.exists():
         return path
     if not path.is_absolute() and ".." not in path.parts and text:
         for named in (models_dir() / text, models_dir() / f"{text}.gguf"):

@@ -41,7 +41,10 @@ _RAM_BUDGET = Opt(
     help="memory for experts: 512MiB, 2G, 40% of them, or auto",
 )
 _MODE = Opt("--mode", choices=MODES, help="experts per token: exact all, little fewer, big-little both")
-_GAMMA = Opt("--gamma", read=float, low=0, help="big-little: run a token again below this probability")
+# no probability is above 1: any number above it is "always", and one is enough
+_GAMMA = Opt(
+    "--gamma", read=float, low=0, high=2, help="big-little: run a token again below this probability"
+)
 _IMPORTANCE = Opt(
     "--importance", choices=IMPORTANCE, help="big-little: what finds important tokens; auto: the head, if any"
 )
@@ -164,7 +167,8 @@ class GenerateOptions(Checked):
         float, Opt("--temp", "--temperature", read=float, low=0, help="0: always the likeliest token")
     ] = 0.8
     top_k: Annotated[
-        int, Opt("--top-k", read=int, low=0, high=_MAX_INT32, help="keep the k likeliest tokens, 0: all")
+        int,
+        Opt("--top-k", read=int, low=-1, high=_MAX_INT32, help="keep the k likeliest tokens, 0 or -1: all"),
     ] = 40
     top_p: Annotated[
         float, Opt("--top-p", read=float, low=0, high=1, help="keep the likeliest of this total probability")

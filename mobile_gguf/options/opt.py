@@ -101,6 +101,13 @@ def take_text(name: str, value: Any) -> str:
     return require_unicode(name, value)
 
 
+def check_callables(**given: Any) -> None:
+    """Raise UsageError for a function, by its keyword, that is none; None stands for no function."""
+    for name, function in given.items():
+        if function is not None and not callable(function):
+            raise UsageError(f"{name} is {shown(function)}: it must be a function")
+
+
 def take_texts(name: str, value: Any) -> tuple[str, ...]:
     """One text or several, none of them empty. Raises UsageError."""
     given = [value] if isinstance(value, str) else value

@@ -28,8 +28,8 @@ from .machine import (
     Measurements,
     correct,
     learn,
+    lesson_for,
     lesson_name,
-    read_lesson,
     read_measurements,
 )
 from .planner import predict_fit
@@ -158,7 +158,7 @@ def _compare(
         return None
     where = fit.devices[0].name if fit.devices else ""
     name = lesson_name(info, receipt.mode, where, fit.ram_share)
-    shown = correct(prediction, read_lesson(measurements, name))
+    shown = correct(prediction, lesson_for(measurements, info, receipt.mode, where, fit.ram_share)[0])
     if teach and n_tokens >= MIN_TOKENS:
         share = None
         if receipt.mode == BIG_LITTLE:

@@ -18,7 +18,7 @@ import math
 import os
 import platform
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from mobile_gguf.errors import MobileError
 from mobile_gguf.files.atomic import disk_errors
 from mobile_gguf.files.paths import cache_dir
 from mobile_gguf.gguf.info import GgufInfo
+from mobile_gguf.options.words import MODES
 
 from .speed import Prediction
 
@@ -220,6 +221,23 @@ def lesson_name(info: GgufInfo, mode: str, device: str, ram_share: float) -> str
 def read_lesson(measurements: Measurements, name: str) -> Lesson:
     """What is known; an empty lesson if nothing is."""
     return _lesson(_read_lessons(_lessons_path(measurements)).get(name))
+
+
+def lesson_for(
+    measurements: Measurements, info: GgufInfo, mode: str, device: str, ram_share: float
+) -> tuple[Lesson, str]:
+    """What runs of this mode have taught, else those of another, and the mode that it was.
+
+    What one mode was wrong by is mostly the machine's and the file's: predictions of modes that are compared
+    must all have it, or none.
+    """
+    of_mode: dict[str, Lesson] = {}
+    for other in (mode, *(one for one in MODES if one != mode)):
+        of_mode[other] = read_lesson(measurements, lesson_name(info, other, device, ram_share))
+    if of_mode[mode].n_runs:
+        return of_mode[mode], mode
+    teacher = max(of_mode, key=lambda one: of_mode[one].n_runs)
+    return replace(of_mode[teacher], big_share=of_mode[mode].big_share), teacher
 
 
 def correct(prediction: Prediction, lesson: Lesson) -> Prediction:

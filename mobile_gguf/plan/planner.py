@@ -20,7 +20,7 @@ from mobile_gguf.wording import name_lines, shell_command
 
 from .disk import disk_name
 from .ggml import device_key
-from .machine import Measurements, correct, lesson_name, read_lesson
+from .machine import Measurements, correct, lesson_for
 from .predict import predict, predict_prefill
 from .refusal import plan_fit
 from .speed import Prediction
@@ -40,7 +40,9 @@ class Plan:
     prefill_s: float | None  # that a first prompt waits for the disk
     command: str
     measured: str  # date, "" if nothing was
-    lessons: dict[str, int]  # runs that corrected the prediction, by mode
+    lessons: dict[
+        str, tuple[int, str]
+    ]  # runs that corrected a mode's prediction, and of which mode they were
     n_bits: float = 0.0  # per weight of the file, 0: not known
     notes: tuple[str, ...] = ()
 
@@ -68,13 +70,13 @@ def make_plan(
     fit = plan_fit(info, asked_of(info, options), memory or read_memory(), devices, n_bits)
     modes = (EXACT, BIG_LITTLE, LITTLE) if info.is_moe and info.n_expert_used > 1 else (EXACT,)
     found: list[Prediction] = []
-    lessons: dict[str, int] = {}
+    lessons: dict[str, tuple[int, str]] = {}
     hotness = read_hotness(info)
     for mode in modes:
-        prediction, n_runs = predict_fit(info, workload, measurements, options, fit, mode, hotness=hotness)
+        prediction, taught = predict_fit(info, workload, measurements, options, fit, mode, hotness=hotness)
         if prediction is not None:
             found.append(prediction)
-            lessons[mode] = n_runs
+            lessons[mode] = taught
     settings = settings_of(info, options, fit, EXACT)
     prefill = predict_prefill(info, workload, measurements, settings, disk_name(info.path))
     return Plan(
@@ -101,15 +103,15 @@ def predict_fit(
     n_tokens: int = 128,
     hotness: Sequence[Sequence[float]] | None = None,
     corrected: bool = True,
-) -> tuple[Prediction | None, int]:
-    """A mode's speed, and how many earlier runs corrected it."""
+) -> tuple[Prediction | None, tuple[int, str]]:
+    """A mode's speed, and how many earlier runs, of which mode, corrected it."""
     device = fit.devices[0].name if fit.devices else ""
-    lesson = read_lesson(measurements, lesson_name(info, mode, device, fit.ram_share))
+    lesson, teacher = lesson_for(measurements, info, mode, device, fit.ram_share)
     settings = replace(settings_of(info, options, fit, mode, lesson.big_share), n_tokens=n_tokens)
     prediction = predict(info, workload, measurements, settings, disk_name(info.path), hotness)
     if prediction is None or not corrected:
-        return prediction, 0
-    return correct(prediction, lesson), lesson.n_runs
+        return prediction, (0, mode)
+    return correct(prediction, lesson), (lesson.n_runs, teacher)
 
 
 def settings_of(
@@ -188,11 +190,16 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
         "vram_budget_bytes": fit.vram_budget_bytes,
         "vram_share": round(fit.vram_share, 4),
         "measured": plan.measured or None,
-        "predictions": [one.to_dict() | {"runs": plan.lessons.get(one.mode, 0)} for one in plan.predictions],
+        "predictions": [one.to_dict() | _lesson_facts(plan, one.mode) for one in plan.predictions],
         "prefill_read_s": plan.prefill_s,
         "command": plan.command,
         "notes": list(plan.notes),
     }
+
+
+def _lesson_facts(plan: Plan, mode: str) -> dict[str, Any]:
+    n_runs, teacher = plan.lessons.get(mode, (0, mode))
+    return {"runs": n_runs, "runs_of": teacher if n_runs else None}
 
 
 def _device_facts(device: Device) -> dict[str, Any]:
@@ -233,8 +240,10 @@ def plan_lines(plan: Plan) -> list[str]:
             ("experts in RAM", f"{format_bytes(min(fit.ram_budget_bytes, info.budget_all_bytes))}, {held}")
         )
     for one in plan.predictions:
-        n_runs = plan.lessons.get(one.mode, 0)
+        n_runs, teacher = plan.lessons.get(one.mode, (0, one.mode))
         learnt = f", corrected by {n_runs} run{'s' if n_runs > 1 else ''}" if n_runs else ""
+        if n_runs and teacher != one.mode:
+            learnt += f" of {teacher}"
         band = f"{one.low:.3g} to {one.high:.3g}"
         rows.append((f"{one.mode}", f"{one.predicted_tps:.3g} tokens/s ({band}{learnt})"))
     if not plan.predictions:

@@ -26,6 +26,8 @@ from .serving import CUT_SECONDS, ClientLeftError, Events, Serving, unless_clien
 PING_SECONDS = 10
 # Who waits in line for longer gets the headers of its stream before its turn.
 HEADERS_SECONDS = 2.0
+NOTES_HEADER = "X-Mobile-Gguf-Note"
+_NOTES_LENGTH = 1000
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorBody, "description": "the request cannot be meant"},
@@ -111,13 +113,14 @@ async def _answer(
             include_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
             stream = _stream(serving, job, first, events, renderer, producer, echoes, include_usage, endpoint)
             # The events end by themselves on shutdown: the job is cut when its time is over.
-            grace = serving.settings.grace + CUT_SECONDS
+            grace = serving.settings.grace + CUT_SECONDS + 2
 
             async def left(_message: object) -> None:  # maybe before the stream has begun, and can end
                 job.cancel()
 
             return EventSourceResponse(
                 stream,
+                headers=_notes(producer),
                 ping=PING_SECONDS,
                 sep="\n",
                 client_close_handler_callable=left,
@@ -125,7 +128,8 @@ async def _answer(
                 shutdown_grace_period=grace,
             )
         whole = await unless_client_leaves(request, _collect(events))
-        return JSONResponse(renderer.whole(whole, _usage(producer, job), echoes()))
+        body_of_all = renderer.whole(whole, _usage(producer, job), echoes())
+        return JSONResponse(body_of_all, headers=_notes(producer))
     except ClientLeftError:
         job.cancel()
         serving.metrics.cancelled.inc()
@@ -137,6 +141,12 @@ async def _answer(
         if not is_streamed:
             first.cancel()
             serving.note_end(endpoint, job)
+
+
+def _notes(producer: Producer) -> dict[str, str]:
+    """The header that says what of a request was not followed; a stream need not have a usage."""
+    text = "; ".join(producer.spent.notes).encode("ascii", "backslashreplace").decode()
+    return {NOTES_HEADER: text[:_NOTES_LENGTH]} if text else {}
 
 
 def _usage(producer: Producer, job: Job[Event]) -> dict[str, Any]:

@@ -13,7 +13,14 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
-from mobile_gguf.errors import MobileError, ModelBusyError, PromptTooLongError, QueueFullError, UsageError
+from mobile_gguf.errors import (
+    GrammarError,
+    MobileError,
+    ModelBusyError,
+    PromptTooLongError,
+    QueueFullError,
+    UsageError,
+)
 
 logger = logging.getLogger("mobile_gguf")
 
@@ -71,10 +78,9 @@ class ApiError(Exception):
     def body(self) -> dict[str, Any]:
         """The error object."""
         detail = {
-            # what a client sent may hold half a surrogate pair, which no response can
-            "message": self.message.encode(errors="backslashreplace").decode(),
+            "message": _printable(self.message),
             "type": _TYPES.get(self.status, "server_error"),
-            "param": self.param,
+            "param": None if self.param is None else _printable(self.param),
             "code": self.code,
         }
         return {"error": detail}
@@ -82,6 +88,11 @@ class ApiError(Exception):
     def response(self) -> JSONResponse:
         """The whole answer to the request."""
         return JSONResponse(self.body(), self.status, self.headers)
+
+
+def _printable(text: str) -> str:
+    """What a client sent may hold anything: half a surrogate pair, a NUL, a colour of a terminal."""
+    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
 
 
 def as_api_error(error: BaseException) -> ApiError:
@@ -94,6 +105,8 @@ def as_api_error(error: BaseException) -> ApiError:
         return ApiError(503, str(error), code="model_unavailable")
     if isinstance(error, PromptTooLongError):
         return ApiError(400, str(error), code=TOO_LONG)
+    if isinstance(error, GrammarError):
+        return ApiError(400, str(error), code="grammar_stuck")
     if isinstance(error, UsageError):
         return ApiError(400, str(error), code="invalid_value")
     if isinstance(error, MobileError):
@@ -119,7 +132,7 @@ def add_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_request: Request, error: RequestValidationError) -> JSONResponse:
-        return _from_validation(error).response()
+        return from_validation(error).response()
 
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> JSONResponse:
@@ -131,7 +144,8 @@ def add_handlers(app: FastAPI) -> None:
         return ApiError(error.status_code, message or str(error.detail), headers=error.headers).response()
 
 
-def _from_validation(error: RequestValidationError) -> ApiError:
+def from_validation(error: RequestValidationError) -> ApiError:
+    """The first thing that is wrong with a request, by its place."""
     first = error.errors()[0]
     # "body" first; the names of union members and validators are pydantic's own business
     where = [part for part in first["loc"][1:] if isinstance(part, int) or "[" not in part]
@@ -144,6 +158,9 @@ def _from_validation(error: RequestValidationError) -> ApiError:
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}")
     if first["type"] == "extra_forbidden":
+        # a name that looks like those of union members is one all the same
+        name = str(first["loc"][-1])
+        param = param if where and str(where[-1]) == name else ".".join([*map(str, where), name])
         return ApiError(400, f"unrecognized request argument: {param}", param=param, code="unknown_parameter")
     message = first["msg"].removeprefix("Value error, ")
     if param is None:

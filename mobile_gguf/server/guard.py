@@ -53,7 +53,7 @@ class Guard:
         try:
             try:
                 body = await self._body(headers, receive, held)
-                _check_values(body)
+                check_values(body)
             except ApiError as error:
                 await _refuse(error, scope, receive, send)
                 return
@@ -159,7 +159,7 @@ def _check_encoding(headers: Headers) -> None:
         )
 
 
-def _check_values(body: bytes) -> None:
+def check_values(body: bytes) -> None:
     """Raise ApiError for a body of more values than may be: each takes some 20 times its bytes."""
     if _n_values(body) > MAX_VALUES and _n_values(_STRINGS.sub(b"", body)) > MAX_VALUES:
         raise ApiError(413, f"the request holds more than {MAX_VALUES} values", code="request_too_large")

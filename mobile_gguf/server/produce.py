@@ -10,7 +10,7 @@ from typing import Any
 from mobile_gguf.api.aio import Job
 from mobile_gguf.api.context import ChatPrompt, of_a_chat
 from mobile_gguf.api.model import Model
-from mobile_gguf.errors import PromptTooLongError
+from mobile_gguf.errors import AnswerStopped, PromptTooLongError
 from mobile_gguf.generate.answer import INTERRUPTED, LENGTH, STOP, Chunk
 from mobile_gguf.generate.chat_prompt import OWN_NAMES
 from mobile_gguf.generate.text import TextStream
@@ -108,8 +108,8 @@ class Producer:
             return
         if "grammar" in options or "json_schema" in options:
             raise ApiError(400, "a grammar cannot go with tools: set tool_choice to none", param="tools")
-        schema = plan.schema()
-        check_schema(schema, "tools")
+        schema, notes = plan.schema()
+        self.spent.notes += notes
         self._admit(prompt, "messages")
         yield BEGUN
         for choice in range(request.n or 1):
@@ -136,6 +136,8 @@ class Producer:
     def _options(self, request: Generation) -> dict[str, Any]:
         given = request.model_dump(exclude_none=True, include=OPTION_NAMES - NOT_SAMPLING)
         options = {**self._defaults, **given}
+        if not options.get("grammar"):  # llama.cpp's clients send an empty one for none
+            options.pop("grammar", None)
         if request.stop is not None:
             options["stop"] = [request.stop] if isinstance(request.stop, str) else request.stop
         if request.json_schema is not None:
@@ -194,7 +196,11 @@ class Producer:
 
         ``is_first`` of those to its prompt: only of that one what was in the context already is of interest.
         """
-        return self._counted(self._model.stream(prompt, should_stop=job.is_cancelled, **options), is_first)
+        try:
+            chunks = self._model.stream(prompt, should_stop=job.is_cancelled, **options)
+        except AnswerStopped:
+            raise _cut() from None
+        return self._counted(chunks, is_first)
 
     def _counted(self, chunks: Any, is_first: bool) -> Generator[Chunk, None, None]:
         last: Chunk | None = None
@@ -205,7 +211,7 @@ class Producer:
                     self.spent.note(chunk, is_first)
                     self._experts.add_token()
                     if chunk.finish_reason == INTERRUPTED:
-                        raise ApiError(503, "the answer was cut: the server is shutting down", code="cut")
+                        raise _cut()
                     yield chunk
             finally:
                 if last is not None:
@@ -319,6 +325,10 @@ class _Turn:
                     if not model.is_end(chunk.token):
                         self.tokens.append(chunk.token)
                 yield chunk
+
+
+def _cut() -> ApiError:
+    return ApiError(503, "the answer was cut: the server is shutting down", code="cut")
 
 
 def _seeded(options: dict[str, Any], i: int) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any
 
 from .failures import ApiError
 from .requests import ChatRequest, Message, NamedTool, Tool
+from .schemas import call_schema
 
 MARK, END_MARK = "<tool_call>", "</tool_call>"
 MAX_CALLS = 16
@@ -38,33 +39,9 @@ class ToolPlan:
     forced: bool
     parallel: bool
 
-    def schema(self) -> dict[str, Any]:
-        """JSON schema of one call."""
-        definitions: dict[str, Any] = {}
-        calls = []
-        for i, tool in enumerate(self.callable):
-            arguments = _moved(tool.function.parameters or {"type": "object"}, f"#/$defs/tool{i}")
-            definitions[f"tool{i}"] = arguments
-            calls.append(
-                {
-                    "type": "object",
-                    "properties": {"name": {"const": tool.function.name}, "arguments": arguments},
-                    "required": ["name", "arguments"],
-                    "additionalProperties": False,
-                }
-            )
-        return {**(calls[0] if len(calls) == 1 else {"anyOf": calls}), "$defs": definitions}
-
-
-def _moved(schema: Any, root: str) -> Any:
-    """A schema whose references to itself lead to ``root``."""
-    if isinstance(schema, dict):
-        reference = schema.get("$ref")
-        own = {"$ref": root + reference[1:]} if isinstance(reference, str) and reference[:1] == "#" else {}
-        return {name: _moved(value, root) for name, value in schema.items()} | own
-    if isinstance(schema, list):
-        return [_moved(item, root) for item in schema]
-    return schema
+    def schema(self) -> tuple[dict[str, Any], list[str]]:
+        """JSON schema of one call, and what of the tools' parameters it leaves free, a line each."""
+        return call_schema([(tool.function.name, tool.function.parameters) for tool in self.callable])
 
 
 def plan_tools(request: ChatRequest) -> ToolPlan | None:

@@ -41,6 +41,7 @@ class Spent:
         self.cached_tokens = 0
         self.completion_tokens = 0
         self.turns_left_out = 0
+        self.notes: list[str] = []  # what of the request was not followed, a line each
         self._seconds = 0.0
         self._receipts: list[dict[str, Any]] = []
         self._running: tuple[Chunk, bool] | None = None
@@ -74,8 +75,9 @@ class Spent:
         self._receipts.append(last.receipt.to_dict())
 
     def usage(self) -> dict[str, Any]:
-        """OpenAI's ``usage``, with ``receipt`` and ``tokens_per_second``."""
-        return {
+        """OpenAI's ``usage``, with ``receipt``, ``tokens_per_second``, and ``notes`` where there are some."""
+        notes = {"notes": list(self.notes)} if self.notes else {}
+        return notes | {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,

@@ -80,12 +80,10 @@ def test_a_token_list_is_a_prompt_as_it_is(fake_model):
     assert [row[0] for row in backend.rows[:3]] == [1, 2, 3]
 
 
-def test_an_empty_prompt_begins_at_the_beginning(fake_model):
-    backend = FakeBackend(scripted("a"))
-    fake_model(backend).generate("")
-    assert backend.rows[0] == (BOS, 0)
+@pytest.mark.parametrize("prompt", ["", []])
+def test_an_empty_prompt_is_refused_in_either_form(fake_model, prompt):
     with pytest.raises(UsageError, match="prompt is empty"):
-        fake_model().generate([])
+        fake_model().generate(prompt)
 
 
 def test_sampling_is_passed_on_and_defaults_are_the_declared(fake_model):
@@ -159,7 +157,6 @@ def test_facts_of_tokens(fake_model):
     assert (model.piece(ord("h")), model.piece(EOS), model.is_end(EOS), model.is_end(5)) == (
         b"h", b"", True, False,
     )  # fmt: skip
-    assert model.prompt_tokens("") == [BOS]
     assert model.prompt_tokens([np.int32(5), 6]) == [5, 6]
     chunks = model.stream("x")
     first = next(chunks)

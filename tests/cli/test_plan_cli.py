@@ -195,7 +195,7 @@ def test_the_workload_counts_every_weight_that_a_token_meets(tmp_path, merged):
     layer = info.expert_layers[0]
     assert work.expert_bytes == layer.file_bytes / layer.n_expert
     # routers, and the embedding, which is the output matrix as well
-    assert work.dense_bytes == 4 * (2 * 4 * 32 + 100 * 32)
+    assert work.dense_bytes == 4 * (2 * 4 * 32 + info.n_vocab * 32)
     assert 4 * count_weights(info) == info.tensor_bytes
 
 

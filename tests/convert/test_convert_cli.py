@@ -55,7 +55,7 @@ def test_there_and_back(convert, sample):
         "written": "model.mobile.gguf",
         "layout": "per-expert",
         "tensors": str(n_tensors),
-        "size": f"{size} ({size / 1024:.1f} KiB)",
+        "size": f"{size / 1024:.1f} KiB ({size} bytes)",
     }
     assert err.startswith(f"converting model.gguf: tensor 1/{n_tensors}, 512 B of ")
     assert len(err.splitlines()) <= 12
@@ -98,7 +98,7 @@ def test_a_dry_run(convert, sample):
 def test_a_dry_run_for_a_small_disk(convert, sample, monkeypatch):
     monkeypatch.setattr(atomic.shutil, "disk_usage", lambda _path: SimpleNamespace(free=999))
     code, out, _ = convert("model.gguf", "--dry-run")
-    assert (code, rows(out)["disk free"]) == (0, "999 (999 B): NOT ENOUGH")
+    assert (code, rows(out)["disk free"]) == (0, "999 B (999 bytes): NOT ENOUGH")
     code, out, err = convert("model.gguf")
     assert (code, out) == (1, "")
     assert "cannot write model.mobile.gguf: it needs" in err
@@ -179,7 +179,7 @@ def test_a_checkpoint_goes_to_the_pipeline(convert, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "mobile_gguf.convert.pipeline", module)
     (tmp_path / "checkpoint").mkdir()
     flags = "--outtype q4_k_m --experts q3_k --attention q8_0 --tensor-type a=q8_0 --tensor-type b.*=f16"
-    flags += " --imatrix i.gguf --pure --no-verify --keep-intermediate -f -t 3 -o out.gguf"
+    flags += " --imatrix i.gguf --pure --no-verify --keep-intermediate --force -t 3 -o out.gguf"
     code, out, _ = convert("checkpoint", *flags.split())
     assert code == 1
     assert rows(out)["outtype"] == "q4_k_m"

@@ -21,7 +21,7 @@ def installed(monkeypatch):
     def install(library):
         inner = types.ModuleType("llama_cpp.llama_cpp")
         inner._lib = library  # type: ignore[attr-defined]
-        inner.llama_batch = ctypes.c_int32  # type: ignore[attr-defined]
+        inner.llama_batch = ctypes.Structure  # type: ignore[attr-defined]
         outer = types.ModuleType("llama_cpp")
         outer.llama_cpp = inner  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, "llama_cpp", outer)
@@ -31,7 +31,8 @@ def installed(monkeypatch):
 
 
 def test_every_function_of_the_header_is_bound():
-    names = set(re.findall(r"\b(mobile_\w+)\s*\(", HEADER)) - {"mobile_abi_version"}
+    # the version is asked for first; a file is tried by a child, which has nothing of this package
+    names = set(re.findall(r"\b(mobile_\w+)\s*\(", HEADER)) - {"mobile_abi_version", "mobile_try_file"}
     assert {f"mobile_{name}" for name in Engine(fake_library())._functions} == names
 
 

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
+from fake_backend import fake_info
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,6 +16,8 @@ from mobile_gguf.plan.machine import (
     correct,
     improved,
     learn,
+    lesson_for,
+    lesson_name,
     measurements_path,
     read_lesson,
     read_measurements,
@@ -113,3 +116,18 @@ def test_a_damaged_lesson_is_none(lesson, own_directories):
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps({"m": lesson}))
     assert read_lesson(known, "m") == Lesson()
+
+
+def test_what_one_mode_has_learnt_corrects_the_others_that_have_not():
+    known, info = Measurements({"machine": "test"}), fake_info()
+    for _ in range(3):
+        learn(known, lesson_name(info, "exact", "", 1.0), 10.0, 20.0)
+    learn(known, lesson_name(info, "big-little", "", 1.0), 10.0, 8.0, 0.25)
+    exact, of_exact = lesson_for(known, info, "exact", "", 1.0)
+    little, of_little = lesson_for(known, info, "little", "", 1.0)
+    assert (of_exact, of_little) == ("exact", "exact")
+    assert little.correction == exact.correction == pytest.approx(2.0)
+    own, teacher = lesson_for(known, info, "big-little", "", 1.0)
+    assert (own.n_runs, own.big_share, teacher) == (1, 0.25, "big-little")
+    # what is read from the disk is another matter
+    assert lesson_for(known, info, "little", "", 0.5)[0].n_runs == 0

@@ -22,4 +22,5 @@ def test_page_is_up_to_date():
 
 def test_every_public_name_is_on_the_page():
     names = {name for _, module, names in _make_api().SECTIONS if module == "mobile_gguf" for name in names}
-    assert names == set(mobile_gguf.__all__)
+    # the module of asyncio has a section of its own
+    assert names | {"aio"} == set(mobile_gguf.__all__)

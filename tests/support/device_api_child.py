@@ -2,7 +2,8 @@
 
 stdin: {"out": npz path, "runs": [{"name", "model", "options", "prompt", "n" or "forced", ...}]}; stdout: one
 line with results by name. ``forced`` tokens are decoded one by one and their logits saved as the array
-"name". A run with ``stock`` set is llama-cpp-python's own, with all layers on the server that it names.
+"name"; of n generated ones the logits that chose them, as "name-choices".
+A run with ``stock`` set is llama-cpp-python's own, with all layers on the server that it names.
 """
 
 from __future__ import annotations
@@ -30,6 +31,15 @@ def forced_logits(llama: Any, prompt: list[int], tokens: list[int]) -> np.ndarra
         logits = llama._ctx.get_logits_ith(-1)
         rows.append(np.ctypeslib.as_array(logits, shape=(llama.n_vocab(),)).copy())
     return np.stack(rows)
+
+
+def answer(
+    model: mobile_gguf.Model, prompt: list[int], options: dict[str, Any]
+) -> tuple[mobile_gguf.Reply, np.ndarray]:
+    """A reply, and the logits [n, n_vocab] that chose its tokens."""
+    rows: list[np.ndarray] = []
+    reply = model.generate(prompt, on_chunk=lambda _: rows.append(np.array(model.last_logits())), **options)
+    return reply, np.stack(rows)
 
 
 def watched(spec: dict[str, Any]) -> int:
@@ -63,7 +73,7 @@ def run_ours(spec: dict[str, Any], arrays: dict[str, np.ndarray]) -> dict[str, A
                 else:
                     mode = spec.get("mode", "exact")
                     options = {"temperature": 0, "max_tokens": spec["n"], "cache_prompt": False, "mode": mode}
-                    reply = model.generate(spec["prompt"], **options)
+                    reply, arrays[f"{spec['name']}-choices"] = answer(model, spec["prompt"], options)
                     result["answers"].append(
                         {"tokens": reply.tokens, "receipt": reply.receipt.to_dict(), "text": reply.text}
                     )

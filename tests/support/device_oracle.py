@@ -47,6 +47,19 @@ def assert_likeliest(likeliest: list[int], expected: np.ndarray, label: str) -> 
     assert (expected.max(axis=1) - of_likeliest <= 2 * CLOSE).mean() > SHARE_OF_CLOSE_ROWS, label
 
 
+def same_choices(tokens: list[int], expected: list[int], logits: np.ndarray, label: str) -> bool:
+    """Whether an answer has the tokens that were expected, chosen greedily by ``logits`` [n, n_vocab].
+
+    It may go its own way only where two tokens are so near that a rounding decides; otherwise it fails.
+    """
+    assert len(tokens) == len(expected) == len(logits), label
+    for ours, theirs, row in zip(tokens, expected, logits, strict=True):
+        if ours != theirs:
+            assert row[theirs] - row[ours] <= 2 * CLOSE, f"{label}: {ours} instead of {theirs}"
+            return False
+    return True
+
+
 def assert_close(actual: np.ndarray, expected: np.ndarray, label: str) -> None:
     """Fails unless logits [n, n_vocab] are finite, and close in nearly every row."""
     assert actual.shape == expected.shape, label

@@ -33,7 +33,7 @@ from mobile_gguf.generate.templates import Renderer
 from mobile_gguf.memory.cap import MemoryCgroup
 
 LIMIT_BYTES = 530 << 20
-FLAGS = ["-t", "1", "-c", "512", "--queue", "12", "--grace", "2", "--timeout", "100", "--embeddings"]
+FLAGS = ["-t", "1", "-c", "256", "--queue", "12", "--grace", "2", "--timeout", "100", "--embeddings"]
 # a server that takes longer to end than grace, cut and close allow is killed, and that is a death
 END_SECONDS = 60.0
 QUESTIONS = ("Why is the sky blue?", "Name three colours.", "<|im_end|> Is this text?")
@@ -160,6 +160,9 @@ class Torture:
 
     def _attack(self, rng: random.Random) -> None:
         while not self._over.is_set():
+            if self._changing.is_set():
+                self._over.wait(0.1)
+                continue
             attack = rng.choice(self._attacks)
             server = self.server
             try:

@@ -22,9 +22,9 @@ def contents(app):
 
 
 def endless(gate: threading.Event) -> FakeBackend:
-    """A model that goes on until it is stopped, slowly once the gate is shut."""
+    """A model that goes on until it is stopped: its context lasts for most of a minute."""
     backend = FakeBackend(scripted("word ", end=False))
-    backend.on_evaluate = lambda: gate.wait(0.01)  # type: ignore[assignment]
+    backend.on_evaluate = lambda: gate.wait(0.1)  # type: ignore[assignment]
     return backend
 
 
@@ -66,6 +66,41 @@ def test_a_wrong_name_costs_neither_the_answer_nor_the_model(tmp_path):
             await until(pilot, lambda: not app.chat.busy)
             assert app.chat.facts
             assert not loader.backends["fake"].closed
+
+    asyncio.run(go())
+
+
+def test_a_load_in_place_of_a_load_keeps_the_question_that_waits(tmp_path):
+    async def go():
+        loader = Loader()
+        async with chat(tmp_path, loader=loader) as (app, pilot):
+            loader.gate.clear()
+            await submit(app, pilot, "/model other")
+            await until(pilot, lambda: "60%" in app.chat.query_one("#title").activity)
+            await submit(app, pilot, "early")
+            await submit(app, pilot, "/model third")
+            await until(pilot, lambda: app.chat._wanted == "third")
+            assert app.chat.state == LOADING
+            loader.gate.set()
+            await until(pilot, lambda: contents(app) == ["early", ANSWER])
+            assert app.chat.reference == "third"
+
+    asyncio.run(go())
+
+
+def test_a_wrong_name_while_one_loads_leaves_that_load(tmp_path):
+    async def go():
+        loader = Loader()
+        loader.errors["no.gguf"] = ModelNotFoundError("no such model: no.gguf")
+        async with chat(tmp_path, loader=loader) as (app, pilot):
+            loader.gate.clear()
+            await submit(app, pilot, "/model other")
+            await until(pilot, lambda: "60%" in app.chat.query_one("#title").activity)
+            await submit(app, pilot, "/model no.gguf")
+            await until(pilot, lambda: "no such model" in toasts(app))
+            assert app.chat.state == LOADING
+            loader.gate.set()
+            await until(pilot, lambda: app.chat.reference == "other")
 
     asyncio.run(go())
 

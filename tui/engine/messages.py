@@ -42,6 +42,7 @@ class ModelLoaded(Message):
     notices: list[str]
     experts: Experts
     sampling: dict[str, Any] = field(default_factory=dict)  # what its file asks for
+    number: int = 0  # of the load, as it was asked for
 
 
 @dataclass
@@ -52,6 +53,8 @@ class LoadFailed(Message):
     error: str
     cancelled: bool = False
     keeps_model: bool = False  # the one that was there before still is
+    about_option: bool = False  # which here is a setting
+    number: int = 0  # of the load, as it was asked for
 
 
 @dataclass

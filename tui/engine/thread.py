@@ -7,6 +7,7 @@ ending. The library computes with the interpreter's lock released: the screen st
 from __future__ import annotations
 
 import contextlib
+import functools
 import queue
 import threading
 import time
@@ -17,8 +18,9 @@ from textual.message import Message
 
 from mobile_gguf.api.context import of_a_chat
 from mobile_gguf.api.model import Model, check_model, load
+from mobile_gguf.api.words import python_words
 from mobile_gguf.engine.experts import Asked, Experts, Places, Watch
-from mobile_gguf.errors import EngineMemoryError, MobileError
+from mobile_gguf.errors import EngineMemoryError, MobileError, UsageError
 from mobile_gguf.generate.answer import INTERRUPTED, Chunk
 from mobile_gguf.generate.decode import Pass
 from mobile_gguf.generate.receipt import Receipt
@@ -60,11 +62,14 @@ class EngineThread(threading.Thread):
 
     # what the screen calls
 
-    def load(self, reference: str, options: dict[str, Any]) -> None:
-        """End a running answer, close the model and load another; ends in ModelLoaded or LoadFailed."""
+    def load(self, reference: str, options: dict[str, Any], number: int = 0) -> None:
+        """End a running answer or load, close the model and load another.
+
+        Ends in ModelLoaded or LoadFailed, which have the ``number``.
+        """
         self.stop()
         self._last = stop = Stop()
-        self._commands.put(lambda: self._load(reference, options, stop))
+        self._commands.put(lambda: self._load(reference, options, stop, number))
 
     def generate(self, answer_id: int, messages: list[dict[str, Any]], options: dict[str, Any]) -> None:
         """Answer ``messages``; AnswerProgressed while tokens come, then one AnswerEnded."""
@@ -106,8 +111,9 @@ class EngineThread(threading.Thread):
         if model is not None:
             model.close()
 
-    def _load(self, reference: str, options: dict[str, Any], stop: Stop) -> None:
+    def _load(self, reference: str, options: dict[str, Any], stop: Stop, number: int) -> None:
         told = 0.0
+        fail = functools.partial(self._fail, reference, number)
 
         def progress(phase: str, share: float) -> None:
             nonlocal told
@@ -125,19 +131,30 @@ class EngineThread(threading.Thread):
             self._close()
             model = self._loader(reference, progress=progress, **options)
         except Cancelled:
-            self._fail(reference, "loading was cancelled", cancelled=True)
+            fail("loading was cancelled", cancelled=True)
         except MobileError as error:
-            self._fail(reference, str(error))
+            fail(python_words(str(error)), about_option=isinstance(error, UsageError))
         except Exception as error:  # whatever it is, the screen must live to show it
-            self._fail(reference, unexpected(error))
+            fail(unexpected(error))
         else:
             self._model, self._experts = model, (experts := model.experts())
             asked = recommended(model.info)[0]
-            loaded = ModelLoaded(reference, model.info, model.stats(), list(model.notices), experts, asked)
+            loaded = ModelLoaded(
+                reference, model.info, model.stats(), list(model.notices), experts, asked, number
+            )
             self._post(loaded)
 
-    def _fail(self, reference: str, error: str, *, cancelled: bool = False) -> None:
-        self._post(LoadFailed(reference, error, cancelled, keeps_model=self._model is not None))
+    def _fail(
+        self,
+        reference: str,
+        number: int,
+        error: str,
+        *,
+        cancelled: bool = False,
+        about_option: bool = False,
+    ) -> None:
+        kept = self._model is not None
+        self._post(LoadFailed(reference, error, cancelled, kept, about_option, number))
 
     def _generate(
         self, answer_id: int, messages: list[dict[str, Any]], options: dict[str, Any], stop: Stop
@@ -150,7 +167,7 @@ class EngineThread(threading.Thread):
                 raise MobileError("no model is loaded")
             last = self._stream(model, Outbox(answer_id), messages, options, stop)
         except MobileError as failure:
-            error = str(failure)
+            error = python_words(str(failure))
         except Exception as failure:
             error = unexpected(failure)
         facts: dict[str, Any] = {}

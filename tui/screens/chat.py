@@ -115,9 +115,8 @@ class ChatScreen(ChatCommands):
 
     def load_model(self, reference: str) -> None:
         """Load a model, in place of the one that is there, once it is seen to be one."""
-        self._wanted, self._finding = reference, True
         if self.state == IDLE:
-            self.state = LOADING
+            self.state, self._wanted, self._finding = LOADING, reference, True
             self.query_one(TitleBar).activity = f"looking for {reference} · Esc cancels"
             self._update_title()
         self._find_model(reference)
@@ -136,19 +135,22 @@ class ChatScreen(ChatCommands):
 
     @on(ModelFound)
     def _model_found(self, event: ModelFound) -> None:
-        self._finding = False
+        alone, self._finding = self._finding, False
         if event.error:
-            failed = LoadFailed(event.reference, event.error, keeps_model=bool(self.facts))
-            if self.state == LOADING:
+            failed = LoadFailed(
+                event.reference, event.error, keeps_model=bool(self.facts), number=self._load_number
+            )
+            if alone:
                 self._load_failed(failed)
             else:
                 self._say_failure(failed)
             return
         # what is not answered to its end has its words kept
-        self.state, self._started = LOADING, time.monotonic()
+        self.state, self._wanted, self._started = LOADING, event.reference, time.monotonic()
         self.query_one(TitleBar).activity = f"loading {event.reference} · Esc cancels"
         self._update_title()
-        self.app.engine.load(event.reference, self.app.settings.load_options())
+        self._load_number += 1
+        self.app.engine.load(event.reference, self.app.settings.load_options(), self._load_number)
 
     @on(LoadProgressed)
     def _load_progressed(self, event: LoadProgressed) -> None:
@@ -157,6 +159,8 @@ class ChatScreen(ChatCommands):
 
     @on(ModelLoaded)
     def _model_loaded(self, event: ModelLoaded) -> None:
+        if event.number != self._load_number:
+            return  # another one is on its way in its place
         self.reference, self.facts = event.reference, event.facts
         self.app.settings.of_model = event.sampling
         self.model_name = event.info.name or event.reference
@@ -177,6 +181,8 @@ class ChatScreen(ChatCommands):
 
     @on(LoadFailed)
     def _load_failed(self, event: LoadFailed) -> None:
+        if event.number != self._load_number:
+            return
         if self._pending:
             self.prompt.put(self._pending)
             self._pending = ""
@@ -191,8 +197,7 @@ class ChatScreen(ChatCommands):
 
     def _say_failure(self, event: LoadFailed) -> None:
         severity = "warning" if event.cancelled else "error"
-        # what begins with a flag is about an option, which here is a setting
-        hint = " · Ctrl-S changes it, /reload tries again" if event.error.startswith("--") else ""
+        hint = " · Ctrl-S changes it, /reload tries again" if event.about_option else ""
         if event.keeps_model and not event.cancelled:
             hint += f" · {self.model_name} stays"
         elif self._before and not event.keeps_model:
@@ -380,8 +385,8 @@ class ChatScreen(ChatCommands):
         elif self._finding and self.state == LOADING:
             self.workers.cancel_group(self, "find")
             self._finding = False
-            error = "loading was cancelled"
-            self._load_failed(LoadFailed(self._wanted, error, cancelled=True, keeps_model=bool(self.facts)))
+            error, kept = "loading was cancelled", bool(self.facts)
+            self._load_failed(LoadFailed(self._wanted, error, True, kept, number=self._load_number))
         elif self.busy:
             self.app.engine.stop()
             self.query_one(TitleBar).activity = "cancelling" if self.state == LOADING else "stopping"

@@ -36,7 +36,8 @@ class ChatState(Screen[None]):
         self._prompt_done = ""  # how far the prompt is, in words
         self._drafted = 0.0  # when the words so far were saved
         self._wanted = ""  # the model that is looked for or loading
-        self._finding = False
+        self._finding = False  # it is looked for, and nothing else is going on
+        self._load_number = 0
         self._before = ""  # the model that a failed load has cost
         self._map_wanted: bool | None = None  # None: by the width
         self._editing: int | None = None

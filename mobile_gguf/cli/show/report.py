@@ -121,14 +121,16 @@ def rows(info: GgufInfo) -> list[tuple[str, str]]:
         ("experts", f"{info.n_expert} in each of {info.n_layer_moe} layers"),
         ("layout", layout(info)),
         ("top-k", f"{info.n_expert_used} (little: {default_little_k(info.n_expert_used)})"),
-        ("expert bytes", f"{info.expert_bytes} ({format_bytes(info.expert_bytes)})"),
-        ("dense bytes", f"{info.dense_bytes} ({format_bytes(info.dense_bytes)})"),
+        ("expert bytes", _bytes(info.expert_bytes)),
+        ("in slots", f"{_bytes(info.budget_all_bytes)}: memory is taken in whole pages"),
+        ("dense bytes", _bytes(info.dense_bytes)),
         *([("mapped bytes", mapped(info))] if info.lazy_bytes else []),
-        (
-            "smallest --ram-budget",
-            f"{smallest} ({format_bytes(smallest)}, {share:.1f}%)",
-        ),
+        ("smallest --ram-budget", f"{format_bytes(smallest)} ({smallest} bytes, {share:.1f}%)"),
     ]
+
+
+def _bytes(n: int) -> str:
+    return f"{format_bytes(n)} ({n} bytes)"
 
 
 def sampling_rows(info: GgufInfo) -> list[tuple[str, str]]:
@@ -151,7 +153,7 @@ def layers(info: GgufInfo) -> str:
 
 def mapped(info: GgufInfo) -> str:
     """The tables that take no memory of ours."""
-    return f"{info.lazy_bytes} ({format_bytes(info.lazy_bytes)}), read from the file row by row"
+    return f"{_bytes(info.lazy_bytes)}, read from the file row by row"
 
 
 def layout(info: GgufInfo) -> str:

@@ -96,4 +96,5 @@ def _held(info: GgufInfo, tier: Tier) -> str:
     if tier.n_experts == n_all:
         return f"{format_bytes(tier.budget_bytes)}: all {n_all} experts"
     layers = f"as many as {tier.n_layers:.1f} of {info.n_layer_moe} layers have"
-    return f"{format_bytes(tier.budget_bytes)}: {tier.n_experts} of {n_all} experts, {layers}"
+    share = f"{100 * tier.n_experts / n_all:.0f}%"
+    return f"{format_bytes(tier.budget_bytes)}: {tier.n_experts} of {n_all} experts ({share}), {layers}"

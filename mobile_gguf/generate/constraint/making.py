@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 from llguidance import LLMatcher
@@ -11,19 +12,19 @@ from llguidance import LLMatcher
 from mobile_gguf.errors import UsageError
 
 from .lark import gbnf_to_lark
-from .matching import Constraint, make_constraint
-from .reading import read_schema
-from .schema import prepare
+from .matching import Constraint, check_grammar, make_constraint
+from .reading import check_size, read_schema
+from .schema import loosened, prepare
 from .tokens import TokenTable
 
 # A token may be any that fits, not only the one that the tokenizer would choose.
 HEAD = '%llguidance {"no_forcing": true}\n'
-# Between the parts of JSON: a model that likes blanks has to go on.
-_SPACE = r"\x20|\n[\x20\t]{0,20}"
+# Between the parts of JSON, at most: a model that likes blanks has to go on.
+_SPACE = r"\x20"
 
 
 def schema_grammar(schema: dict[str, Any]) -> str:
-    """What the library compiles, of a prepared schema."""
+    """What the library compiles, of what ``prepare`` makes."""
     text = json.dumps({"x-guidance": {"whitespace_pattern": _SPACE}, **schema}, allow_nan=False)
     return LLMatcher.grammar_from_lark(f"{HEAD}start: %json {text}")
 
@@ -41,5 +42,25 @@ def constraint_of(
         made = LLMatcher.grammar_from_lark(HEAD + gbnf_to_lark(grammar, table))
         return make_constraint(made, table, "grammar", should_stop)
     schema = read_schema(json_schema) if isinstance(json_schema, str) else json_schema
-    made = schema_grammar(prepare(schema).schema)
+    made = schema_grammar(prepare(schema))
     return make_constraint(made, table, "JSON schema", should_stop)
+
+
+@lru_cache(maxsize=256)
+def _loosened(text: str) -> tuple[str, tuple[str, ...]]:
+    schema, notes = loosened(json.loads(text))
+    check_grammar(schema_grammar(prepare(schema)), "JSON schema")
+    return json.dumps(schema), notes
+
+
+def followable(schema: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """A schema of which all can be followed, and what was left out of ``schema`` for that, a line each.
+
+    Where more than single keywords is in the way, it is any object.
+    """
+    try:
+        check_size(schema)
+        text, notes = _loosened(json.dumps(schema))
+    except (UsageError, RecursionError) as error:
+        return {"type": "object"}, (str(error),)
+    return json.loads(text), notes

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import threading
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLMatcher
 
 from mobile_gguf.errors import AnswerStopped, GrammarError, UsageError
 
 from .limits import MAKING_SECONDS, MAKING_STACK, library_limits
 from .tokens import TokenTable
 
+_Result = TypeVar("_Result")
 _POLL_SECONDS = 0.02
 # The stack size of new threads is the whole process's.
 _starting = threading.Lock()
@@ -35,12 +38,11 @@ class Constraint:
         no more.
         """
         ids = self._mask()
-        if self._matcher.is_error() and not self._matcher.is_accepting():
-            raise GrammarError(f"the {self._what} cannot be followed further: {_reason(self._matcher)}")
+        if self._matcher.is_error():
+            reason = _reason(self._matcher.get_error() or self._matcher.stop_reason())
+            raise GrammarError(f"the {self._what} cannot be followed further: {reason}")
         if not len(ids):
-            raise GrammarError(
-                f"the {self._what} allows no token of this model here: no token fits what it wants next"
-            )
+            raise GrammarError(f"the {self._what} cannot be followed further: {_NO_TOKEN}")
         return ids
 
     def has_tokens(self) -> bool:
@@ -75,49 +77,65 @@ def make_constraint(
     It is done in a thread of its own, with a stack for deep grammars, which is left to itself where it takes
     longer than ``seconds`` or nobody waits for it any more: the library's fuel ends it.
     """
-    job = _Making(grammar, table.tokenizer)
-    with _starting:
-        usual = threading.stack_size(MAKING_STACK)
-        try:
-            job.start()
-        finally:
-            threading.stack_size(usual)
-    ends = time.monotonic() + seconds
-    while job.is_alive():
-        job.join(_POLL_SECONDS)
-        if should_stop is not None and should_stop():
-            raise AnswerStopped(f"the answer was stopped while its {what} was compiled")
-        if time.monotonic() > ends and job.is_alive():
-            raise UsageError(f"the {what} takes longer than {seconds:g} s to compile: make it simpler")
-    if job.error is not None:
-        raise job.error
-    assert job.matcher is not None
-    if job.matcher.is_error():
-        raise UsageError(f"the {what} cannot be followed: {_reason(job.matcher)}")
-    made = Constraint(job.matcher, table, what)
+
+    def compile_it() -> LLMatcher:
+        matcher = LLMatcher(table.tokenizer, grammar, log_level=0, limits=library_limits())
+        if not matcher.is_error():
+            matcher.compute_bitmask()  # the first step is the dearest
+        return matcher
+
+    matcher = _run(compile_it, what, should_stop, seconds)
+    if matcher.is_error():
+        reason = _reason(matcher.get_error() or matcher.stop_reason())
+        raise UsageError(f"the {what} cannot be followed: {reason}")
+    made = Constraint(matcher, table, what)
     if not made.has_tokens():
-        raise UsageError(f"the {what} cannot be followed: no token of this model can begin what satisfies it")
+        raise UsageError(f"the {what} cannot be followed: {_NO_TOKEN}")
     return made
 
 
-class _Making(threading.Thread):
-    def __init__(self, grammar: str, tokenizer: LLTokenizer) -> None:
-        super().__init__(name="constraint", daemon=True)
-        self._grammar = grammar
-        self._tokenizer = tokenizer
-        self.matcher: LLMatcher | None = None
-        self.error: BaseException | None = None
+def check_grammar(grammar: str, what: str) -> None:
+    """Raise UsageError if the library cannot compile a grammar for any vocabulary."""
 
-    def run(self) -> None:
+    def check() -> tuple[bool, list[str]]:
+        return LLMatcher.validate_grammar_with_warnings(grammar, None, limits=library_limits())
+
+    failed, reasons = _run(check, what, None, MAKING_SECONDS)
+    if failed:
+        raise UsageError(f"the {what} cannot be followed: {_reason(reasons[0])}")
+
+
+def _run(
+    work: Callable[[], _Result], what: str, should_stop: Callable[[], bool] | None, seconds: float
+) -> _Result:
+    done: list[_Result] = []
+
+    def run() -> None:
+        with contextlib.suppress(BaseException):  # a panic of the library is one
+            done.append(work())
+
+    thread = threading.Thread(target=run, name="constraint", daemon=True)
+    with _starting:
+        usual = threading.stack_size(MAKING_STACK)
         try:
-            matcher = LLMatcher(self._tokenizer, self._grammar, log_level=0, limits=library_limits())
-            if not matcher.is_error():
-                matcher.compute_bitmask()  # the first step is the dearest
-            self.matcher = matcher
-        except BaseException as error:
-            self.error = error
+            thread.start()
+        finally:
+            threading.stack_size(usual)
+    ends = time.monotonic() + seconds
+    going = True
+    while going:
+        thread.join(_POLL_SECONDS)
+        going = thread.is_alive()
+        if should_stop is not None and should_stop():
+            raise AnswerStopped(f"the answer was stopped while its {what} was compiled")
+        if going and time.monotonic() > ends:
+            raise UsageError(f"the {what} takes longer than {seconds:g} s to compile: make it simpler")
+    if not done:
+        raise UsageError(f"the {what} cannot be followed: compiling it failed")
+    return done[0]
 
 
+_NO_TOKEN = "no token of this model fits what it wants next"
 # What the library says, and how it is said here.
 _REASONS = (
     ("too many expressions", "it needs more memory than it may have"),
@@ -125,14 +143,13 @@ _REASONS = (
     ("Current row has", "it is too ambiguous, or has too many alternatives in one place"),
     ("too big", "it is too large"),
     ("too large", "it is too large"),
-    ("NoExtension", "no token of this model can begin what satisfies it"),
+    ("NoExtension", _NO_TOKEN),
 )
 _PLACE = re.compile(r"^(?:at )?\d+\(\d+\): |failed to compile JSON schema: ")
 
 
-def _reason(matcher: LLMatcher) -> str:
+def _reason(text: str) -> str:
     """The library's reason, in one line without its dumps and places in text that nobody wrote."""
-    text = matcher.get_error() or str(matcher.stop_reason())
     line = text.split("<non-verbose/>")[0].split("\n")[0]
     for mark, words in _REASONS:
         if mark in line:

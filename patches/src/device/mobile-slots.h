@@ -39,6 +39,7 @@
 //     ├──── miss, computed on the CPU, earned a slot ──► SENDING ──► IDLE
 //     └──── hint ──► SENDING_AHEAD ──► AWAITED ──► IDLE        (the layer begins; IN_USE if it needs it)
 //                         └── the layer begins before it is there ──► SENDING
+//   FETCHING, SENDING, SENDING_AHEAD ── its upload failed ──► NONE
 enum mobile_slot_state : uint8_t {
     MOBILE_SLOT_NONE,          // in no slot
     MOBILE_SLOT_FETCHING,      // the running layer uses it, and its upload is yet to be queued on the computing stream

@@ -77,9 +77,9 @@ static uint32_t metadata_u32(const gguf_context * meta, const std::string & fnam
     return gguf_get_val_u32(meta, id);
 }
 
-// the number of experts that the model claims; 0: unknown
-static uint32_t metadata_n_expert(const llama_model_loader & ml) {
-    const int64_t id = gguf_find_key(ml.metadata, (ml.arch_name + ".expert_count").c_str());
+// one of the model's own numbers; 0: the file does not say
+static uint32_t metadata_of_model(const llama_model_loader & ml, const char * name) {
+    const int64_t id = gguf_find_key(ml.metadata, (ml.arch_name + "." + name).c_str());
     return id >= 0 && gguf_get_kv_type(ml.metadata, id) == GGUF_TYPE_UINT32 ? gguf_get_val_u32(ml.metadata, id) : 0;
 }
 
@@ -129,7 +129,7 @@ static void gather(llama_model_loader & ml, const std::string & fname, ggml_cont
     if (n_parts % n_segments != 0) {
         refuse(fname, where + mobile_part_name(next, n_segments) + " is missing");
     }
-    const uint32_t n_expert = metadata_n_expert(ml);
+    const uint32_t n_expert = metadata_of_model(ml, "expert_count");
     if (n_expert > 0 && (uint32_t) (n_parts/n_segments) != n_expert) {
         refuse(fname, where + (n_parts/n_segments < (int) n_expert ? mobile_part_name(next, n_segments) + " is missing" :
             std::to_string(n_parts/n_segments) + " experts in a model of " + std::to_string(n_expert)));
@@ -163,9 +163,36 @@ static void refuse_with_segments(const llama_model_loader & ml, const std::strin
     }
 }
 
-void mobile_layout_begin(llama_model_loader & ml, const std::string & fname) {
+// where llama.cpp forgets to leave out the feed-forward of the blocks that nothing runs: such a file becomes one
+// without them, which it can load
+static void drop_mtp_blocks(llama_model_loader & ml) {
+    if (ml.arch_name != "step35" && ml.arch_name != "hy_v3") {
+        return;
+    }
+    const uint32_t n_block = metadata_of_model(ml, "block_count");
+    const uint32_t n_nextn = metadata_of_model(ml, "nextn_predict_layers");
+    if (n_nextn == 0 || n_nextn >= n_block) {
+        return;
+    }
+    for (auto it = ml.weights_map.begin(); it != ml.weights_map.end();) {
+        const char * name = it->first.c_str();
+        int block = -1;
+        if (parse_text(name, "blk.") && parse_number(name, block) && block >= (int) (n_block - n_nextn)) {
+            ml.n_elements -= ggml_nelements(it->second.tensor);
+            ml.n_bytes    -= ggml_nbytes(it->second.tensor);
+            it = ml.weights_map.erase(it);
+        } else {
+            ++it;
+        }
+    }
+}
+
+void mobile_layout_begin(llama_model_loader & ml, const std::string & fname, bool load_mtp) {
     if (ml.files.empty()) {
         return;
+    }
+    if (!load_mtp) {
+        drop_mtp_blocks(ml);
     }
     const uint32_t version = metadata_u32(ml.metadata, fname, "mobile.version", VERSION);
     if (version > VERSION) {

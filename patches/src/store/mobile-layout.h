@@ -44,8 +44,9 @@ struct mobile_layout {
 int64_t mobile_layout_tensor_index(const gguf_context * meta, const char * name);
 
 // for the loader's constructor, when all tables are read. throws std::runtime_error with the reason if the file
-// is newer than this code or its experts do not make up stacked tensors
-void mobile_layout_begin(llama_model_loader & ml, const std::string & fname);
+// is newer than this code or its experts do not make up stacked tensors. load_mtp: whether the blocks behind the
+// model's layers (multi-token prediction) are wanted; without it they take no memory
+void mobile_layout_begin(llama_model_loader & ml, const std::string & fname, bool load_mtp);
 
 // true if the tensor was put together from its parts
 bool mobile_layout_load(llama_model_loader & ml, ggml_tensor * tensor);
