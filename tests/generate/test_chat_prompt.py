@@ -152,7 +152,7 @@ def test_a_text_that_cannot_fit_is_not_tokenized(
 
     monkeypatch.setattr(backend_of(model), "tokenize", no_tokens)
     for ask in (model.chat, model.generate, lambda text: model.embed(text, pooling="mean")):
-        with pytest.raises(mobile_gguf.PromptTooLongError, match="ctx-size"):
+        with pytest.raises(mobile_gguf.PromptTooLongError, match="n_ctx"):
             ask(text)
 
 
