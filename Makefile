@@ -6,7 +6,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := run
-.PHONY: run test quick test-portable lint docs fuzz torture torture-headers bench engine stock clean help
+.PHONY: run test quick test-portable lint docs fuzz torture torture-headers torture-schemas bench engine stock clean help
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -73,10 +73,13 @@ lint: $(VENV)/.dev ## ruff, pyright and the import contracts
 docs: $(VENV)/.dev ## write docs/api.md from the docstrings
 	$(BIN)/python docs/make_api.py
 
+torture-schemas: $(VENV)/.dev ## 5,000 answers under schemas, judged by jsonschema
+	MOBILE_GGUF_SCHEMA_WALKS=5000 $(BIN)/python -m pytest tests/generate/test_schema_answers.py -q $(PYTEST)
+
 FUZZ_SECONDS ?= 600
-fuzz: $(VENV)/.dev ## hostile headers, requests and templates, FUZZ_SECONDS each; build/fuzz remembers what was found
+fuzz: $(VENV)/.dev ## hostile headers, requests, templates, schemas and grammars, FUZZ_SECONDS each; build/fuzz remembers what was found
 	@mkdir -p build/fuzz
-	for target in gguf safetensors requests templates; do \
+	for target in gguf safetensors requests templates schema grammar; do \
 		PYTHONPATH=tests/support $(BIN)/python tests/support/fuzz.py $$target build/fuzz/$$target -max_total_time=$(FUZZ_SECONDS) \
 			-artifact_prefix=build/fuzz/ || exit 1; \
 	done

@@ -30,7 +30,7 @@ SECTIONS = (
         (
             *("MobileError", "UsageError", "BudgetError", "ModelNotFoundError", "ModelFormatError"),
             *("PromptTooLongError", "EngineError", "EngineBuildError", "EngineMemoryError"),
-            *("ExpertReadError", "ModelBusyError", "QueueFullError", "AnswerStopped"),
+            *("ExpertReadError", "GrammarError", "ModelBusyError", "QueueFullError", "AnswerStopped"),
         ),
     ),
 )

@@ -226,7 +226,7 @@ class Model:
         Closing the generator ends the answer, and so does ``should_stop`` when it returns True: it is asked
         before every token and, while a prompt is computed, after every operation. ``on_prompt`` is called
         with the prompt's tokens done and to do, as they are computed. Raises UsageError, ModelBusyError,
-        ExpertReadError, EngineError; a failed answer leaves the Model usable.
+        GrammarError, ExpertReadError, EngineError; a failed answer leaves the Model usable.
         """
         settings = make_options(GenerateOptions, options, self.defaults)
         return self._stream(self._answer(self._prompt(prompt), settings, should_stop, on_prompt))

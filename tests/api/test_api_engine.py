@@ -16,7 +16,7 @@ from places import DATA, TESTS
 
 import mobile_gguf
 from mobile_gguf.api.model import backend_of
-from mobile_gguf.errors import BudgetError, ExpertReadError, ModelFormatError, UsageError
+from mobile_gguf.errors import BudgetError, ExpertReadError, GrammarError, ModelFormatError, UsageError
 from mobile_gguf.generate.decode import Pass, Policy
 
 EXPECTED = json.loads((DATA / "demo-expected.json").read_text())
@@ -153,9 +153,33 @@ def test_json_schema_and_grammar(any_model):
 
 @pytest.mark.parametrize("bad", [{"grammar": "root ::= ("}, {"grammar": ""}, {"json_schema": "{"}])
 def test_a_bad_grammar_is_refused_and_nothing_crashes(any_model, bad):
-    with pytest.raises(UsageError, match="grammar"):
+    with pytest.raises(UsageError, match=r"grammar|JSON schema"):
         any_model.generate("x", **bad)
     assert any_model.generate("x", max_tokens=1).usage["completion_tokens"] == 1
+
+
+def test_a_constraint_that_no_token_can_follow_ends_in_an_error_and_the_model_goes_on(any_model):
+    greedy = any_model.generate("Once", **GREEDY).tokens
+    with pytest.raises(GrammarError, match="no token of this model fits"):
+        any_model.generate("x", grammar=r'root ::= "a" "\x04"', max_tokens=9)
+    with pytest.raises(UsageError, match="no token of this model fits"):
+        any_model.generate("x", grammar=r'root ::= "\x04"')
+    with pytest.raises(UsageError, match="minimum at #/properties/a"):
+        any_model.generate("x", json_schema={"properties": {"a": {"minimum": "b"}}})
+    assert (
+        any_model.generate("x", grammar='root ::= "a" <|im_end|> "b"', max_tokens=9).finish_reason == "stop"
+    )
+    assert any_model.generate("Once", **GREEDY).tokens == greedy
+
+
+def test_sampling_settings_choose_among_what_fits(any_model):
+    for options in ({"temperature": 0}, {"top_k": 1}, {"temperature": 1.5, "top_p": 1.0, "min_p": 0}):
+        reply = any_model.generate("x", grammar='root ::= "yes" | "no"', max_tokens=9, seed=3, **options)
+        assert reply.text in ("yes", "no")
+        assert reply.finish_reason == "stop"
+    free = any_model.generate("Once upon a time", seed=4, temperature=0, max_tokens=8, stop=None)
+    held = any_model.generate("Once upon a time", grammar="root ::= .*", seed=4, temperature=0, max_tokens=8)
+    assert held.tokens == free.tokens  # what allows everything changes nothing
 
 
 def test_two_models_at_once(any_model, demo_gguf):

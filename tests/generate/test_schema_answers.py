@@ -1,4 +1,5 @@
-"""Answers under JSON schemas: jsonschema says whether they hold, a random walk over allowed tokens makes them."""
+# ruff: noqa: E501  (tables)
+"""Answers under JSON schemas: jsonschema judges them, a random walk over allowed tokens makes them."""
 
 from __future__ import annotations
 

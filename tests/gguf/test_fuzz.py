@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from places import SUPPORT
 
 # a number of inputs and a seed: the same ones on every machine; long runs are `make fuzz FUZZ_SECONDS=600`
-RUNS = {"gguf": 2000, "safetensors": 50_000}
+RUNS = {"gguf": 2000, "safetensors": 50_000, "schema": 600, "grammar": 1500}
 
 
 @pytest.fixture(scope="module")

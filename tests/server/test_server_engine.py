@@ -120,6 +120,49 @@ def test_a_required_tool_call_follows_its_schema(command, choice):
     assert json.loads(arguments).keys() == {"name", "age"}
 
 
+def test_one_odd_tool_costs_no_request(command):
+    odd = {
+        "type": "object",
+        "properties": {"x": {"title": "X"}, "tags": {"type": "array", "uniqueItems": True}},
+    }
+    odd_tool = {"type": "function", "function": {"name": "odd", "parameters": odd}}
+    answer = command.client().chat.completions.with_raw_response.create(
+        model="demo", messages=USER, tools=[odd_tool, TOOL], seed=2, max_tokens=100,
+        tool_choice={"type": "function", "function": {"name": "note_person"}},
+    )  # fmt: skip
+    assert "x-mobile-gguf-note" not in answer.headers
+    answer = command.client().chat.completions.with_raw_response.create(
+        model="demo", messages=USER, tools=[odd_tool, TOOL], tool_choice="required", seed=2, max_tokens=100
+    )
+    assert (
+        answer.headers["x-mobile-gguf-note"] == "tool odd: uniqueItems at #/properties/tags is not supported"
+    )
+    usage = answer.parse().usage
+    assert usage.notes == ["tool odd: uniqueItems at #/properties/tags is not supported"]
+
+
+HOSTILE = [
+    ({"grammar": "root ::= " + "(" * 20_000 + '"a"' + ")" * 20_000}, 400),
+    ({"grammar": r'root ::= "\x04"'}, 400),
+    ({"grammar": r'root ::= "a" "\x04"'}, 400),
+    ({"grammar": 'root ::= "a" <|im_end|>'}, 200),
+    ({"grammar": 'root ::= s\ns ::= [a-z ] s x | [a-z ] s y | [a-z ]\nx ::= "1"\ny ::= "2"'}, 200),
+    ({"json_schema": {"type": "string", "pattern": r"^\u0000$"}}, 400),
+    ({"json_schema": {"type": "string", "pattern": "^((a{0,100}){0,100})$"}}, 200),
+    ({"json_schema": {"type": "integer", "minimum": -1e30, "maximum": -1e25}}, 400),
+    ({"json_schema": {"not": {}}}, 400),
+]
+
+
+@pytest.mark.parametrize(("options", "status"), HOSTILE, ids=lambda one: str(one)[:40])
+def test_no_grammar_ends_the_server(command, options, status):
+    body = {"messages": USER, "max_tokens": 24, "seed": 1, **options}
+    answer = httpx.post(f"{command.url}/v1/chat/completions", json=body, timeout=SECONDS)
+    assert answer.status_code == status, answer.text
+    assert "\n" not in answer.json().get("error", {}).get("message", "")
+    assert command.process.poll() is None
+
+
 def test_big_little_and_the_receipt(command):
     answer = command.client().chat.completions.create(
         model="demo", messages=USER, max_tokens=8, extra_body={"mode": "little"}

@@ -1,9 +1,9 @@
 """Coverage-guided fuzzing (atheris) of what others' files pass through first, as long as is asked for.
 
 ``python tests/support/fuzz.py TARGET CORPUS [libFuzzer options]``. The targets, ``fuzz_target.TARGETS``, are
-GGUF headers with conversion plans, and safetensors headers; those of ``fuzz_server`` are the server's
-requests, and chat templates. Sample files, and what earlier runs found, are put into an empty corpus. Only
-MobileError may come out, within 20 s and 2 GiB of address space beyond what the program itself needs.
+GGUF headers with conversion plans, safetensors headers, JSON schemas and grammars; those of ``fuzz_server``
+are the server's requests, and chat templates. Samples, and what earlier runs found, are put into an empty
+corpus. Only MobileError may come out, within 20 s and 2 GiB of address space beyond what the program needs.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""What the fuzzer and the property tests run: from a GGUF's first byte to a planned conversion, and what a
-safetensors file says about itself.
+"""What the fuzzer and the property tests run: from a GGUF's first byte to a planned conversion, what a
+safetensors file says about itself, and from a schema or a grammar to an answer that follows it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,11 +13,14 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 from gguf_samples import N_EXPERT, N_FF, N_LAYER, write_sample
+from grammar_walk import byte_table, walk
+from schema_samples import SCHEMAS
 
 from mobile_gguf.convert.gguf.file import GgufSource, write_gguf
 from mobile_gguf.convert.gguf.layout import FilePlan, plan_mobile, plan_stacked
 from mobile_gguf.convert.hf.safetensors_header import read_safetensors_header
 from mobile_gguf.errors import MobileError
+from mobile_gguf.generate.constraint.making import constraint_of, followable
 from mobile_gguf.gguf.info import read_gguf_info
 
 _READ_UP_TO = 1 << 20  # bytes of a planned file that are really read
@@ -110,6 +114,49 @@ def check_safetensors(path: Path) -> int:
     return len(found)
 
 
+def schema_samples(folder: Path) -> list[Path]:
+    """Schemas that a corpus starts from: one of each in the list."""
+    return _written(folder, (json.dumps(schema).encode() for schema in SCHEMAS))
+
+
+def grammar_samples(folder: Path) -> list[Path]:
+    """Grammars that a corpus starts from."""
+    texts = (
+        r'root ::= "{" [ \t\n]* (pair ("," pair)*)? "}"' + '\npair ::= [a-z]+ ":" ([0-9]{1,3} | root)',
+        'root ::= (x "=" [0-9]+ "\\n")+ # words\nx ::= y ([-+*/] y)*\ny ::= "(" x ")" | [a-z] [a-z0-9_]*',
+        r'root ::= <think> !<think>* <|im_end|> | . [^\x00-\u00ff\U0001F600]{2,} | "" | <[257]>',
+    )
+    return _written(folder, (text.encode() for text in texts))
+
+
+def _written(folder: Path, texts: Iterable[bytes]) -> list[Path]:
+    made = []
+    for number, text in enumerate(texts):
+        made.append(folder / f"{number}.txt")
+        made[-1].write_bytes(text)
+    return made
+
+
+def check_schema(path: Path) -> int:
+    """Make a constraint of a file as a JSON schema and walk along it, then again without what is refused."""
+    text = path.read_text(errors="replace")
+    made = _is_planned(lambda: walk(constraint_of(byte_table(), None, text), 1, 40))
+    try:
+        schema = json.loads(text)
+    except (ValueError, RecursionError):
+        return made
+    if isinstance(schema, dict):
+        loose, _notes = followable(schema)
+        _is_planned(lambda: walk(constraint_of(byte_table(), None, loose), 2, 40))
+    return made
+
+
+def check_grammar(path: Path) -> int:
+    """Make a constraint of a file as a grammar and walk along it."""
+    text = path.read_text(errors="replace")
+    return _is_planned(lambda: walk(constraint_of(byte_table(), text, None), 1, 40))
+
+
 class Target(NamedTuple):
     """Something to fuzz: where a corpus starts, and what is done with every file."""
 
@@ -117,4 +164,9 @@ class Target(NamedTuple):
     check: Callable[[Path], int]
 
 
-TARGETS = {"gguf": Target(samples, check), "safetensors": Target(safetensors_samples, check_safetensors)}
+TARGETS = {
+    "gguf": Target(samples, check),
+    "safetensors": Target(safetensors_samples, check_safetensors),
+    "schema": Target(schema_samples, check_schema),
+    "grammar": Target(grammar_samples, check_grammar),
+}

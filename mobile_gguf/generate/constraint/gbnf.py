@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NoReturn
 
 from mobile_gguf.errors import UsageError, shown
@@ -73,6 +74,8 @@ _HEX = {"x": 2, "u": 4, "U": 8}
 _BLANK = re.compile(r"(?:[ \t]|#[^\r\n]*)*")
 _BLANK_LINES = re.compile(r"(?:[ \t\r\n]|#[^\r\n]*)*")
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
+# In quotes; half surrogates are looked at one by one.
+_PLAIN = re.compile(r"[^\"\\\ud800-\udfff]+")
 _DIGITS = re.compile(r"[0-9]+")
 _HEX_DIGITS = re.compile(r"[0-9a-fA-F]+")
 
@@ -102,6 +105,11 @@ def ranges_of(pairs: list[tuple[int, int]], negated: bool = False) -> Ranges:
         joined = [(a + 1, b - 1) for a, b in zip(edges[::2], edges[1::2], strict=True)]
     parts = [part for a, b in joined for part in ((a, min(b, 0xD7FF)), (max(a, 0xE000), min(b, MAX_CODE)))]
     return tuple((a, b) for a, b in parts if a <= b)
+
+
+@lru_cache(maxsize=4096)
+def _single(char: str) -> Chars:
+    return Chars(((ord(char), ord(char)),))
 
 
 class _Reader:
@@ -149,8 +157,8 @@ class _Reader:
         assert found is not None  # it matches nothing, too
         self._at = found.end()
 
-    def _count(self) -> None:
-        self._n_nodes += 1
+    def _count(self, n: int = 1) -> None:
+        self._n_nodes += n
         if self._n_nodes > MAX_NODES:
             self._fail(f"it has more than {MAX_NODES:,} parts")
 
@@ -254,6 +262,11 @@ class _Reader:
         self._at += 1
         chars: list[Node] = []
         while not self._take('"'):
+            if plain := _PLAIN.match(self._text, self._at):
+                self._at = plain.end()
+                self._count(len(plain[0]))
+                chars += map(_single, plain[0])
+                continue
             start = self._at
             self._count()
             code = self._character()

@@ -11,6 +11,7 @@ from .tokens import TokenTable
 
 # Deeper groups get a name: the library reads about thirty.
 _MAX_NESTED = 10
+_NOTHING = '""'
 
 
 def gbnf_to_lark(text: str, table: TokenTable) -> str:
@@ -57,6 +58,8 @@ class _Writer:
         if isinstance(shape, Token):
             return self._token(shape), 0
         if isinstance(shape, Many):
+            if shape.most == 0:
+                return _NOTHING, 0
             text, nested = self._named(self._rule(shape.node), "x")
             return f"({text}){_times(shape.least, shape.most)}", nested + 1
         parts = shape.parts if isinstance(shape, Row) else shape.choices
@@ -91,6 +94,8 @@ class _Writer:
                 self._lines.append(f"{name}: {text}")
             return self._terminals[node.name], 0
         if isinstance(node, Repeat):
+            if node.most == 0:
+                return _NOTHING, 0
             text, nested = self._named(self._terminal(node.node), "X")
             return f"({text}){_times(node.least, node.most)}", nested + 1
         if isinstance(node, Alt):
@@ -112,7 +117,7 @@ class _Writer:
 
 def _joined(made: list[tuple[str, int]], between: str) -> tuple[str, int]:
     if not made:
-        return '""', 0
+        return _NOTHING, 0
     if len(made) == 1:
         return made[0]
     return f"({between.join(text for text, _ in made)})", 1 + max(nested for _, nested in made)

@@ -9,14 +9,18 @@ for the automata (first, last, following positions) and for first and following 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from mobile_gguf.errors import UsageError
+
 from .gbnf import MAX_CODE, Alt, Chars, Node, Ref, Repeat, Seq, Token
+from .limits import MAX_NODES
 from .rules import walk
 
-_MAX_POSITIONS = 3_000
-_MAX_PAIRS = 60_000
+_MAX_POSITIONS = 2_000
+_MAX_PAIRS = 20_000
 _MAX_ROUNDS = 40
 
 
@@ -56,11 +60,14 @@ Shape = Word | Many | Row | Choice | Ref | Token
 def shape_rules(rules: dict[str, Node], order: list[str], recursive: set[str]) -> dict[str, Shape]:
     """The rules that stay rules, ``root`` among them, with the words in them."""
     shaper = _Shaper(rules, order, recursive)
-    for _ in range(_MAX_ROUNDS):
-        split = _conflicts(shaper.shapes, rules)
-        if not split:
-            return shaper.shapes
-        shaper.split(split)
+    if isinstance(shaper.shapes["root"], Word):  # all of it is one
+        return {"root": shaper.shapes["root"]}
+    with contextlib.suppress(_TooLarge):
+        for _ in range(_MAX_ROUNDS):
+            split = _conflicts(shaper.shapes, rules)
+            if not split:
+                return shaper.shapes
+            shaper.split(split)
     while words := {word for word in _words(shaper.shapes) if not isinstance(word.node, Chars)}:
         shaper.split(words)
     return shaper.shapes
@@ -70,9 +77,17 @@ class _Shaper:
     def __init__(self, rules: dict[str, Node], order: list[str], recursive: set[str]) -> None:
         self._rules = rules
         self._regular: set[str] = set()
+        sizes: dict[str, int] = {}
         for name in order:
             if name not in recursive and self._is_regular(rules[name]):
                 self._regular.add(name)
+                sizes[name] = sum(
+                    sizes[part.name] if isinstance(part, Ref) else 1 for part in walk(rules[name])
+                )
+                if sizes[name] > MAX_NODES:
+                    raise UsageError(
+                        f"the grammar's rule {name} has more than {MAX_NODES:,} parts, all in all"
+                    )
         self.shapes = {"root": self._shape(rules["root"])}
         for name in reversed(order):
             if name not in self._regular and name != "root":
@@ -194,7 +209,7 @@ class _Ends:
 
 
 class _TooLarge(Exception):
-    """A word has more positions than can be looked at."""
+    """There is more to compare than is worth it."""
 
 
 class _Builder:
@@ -247,16 +262,16 @@ class _Builder:
 
 
 def _conflicts(shapes: dict[str, Shape], rules: dict[str, Node]) -> set[Word]:
-    """Words that go on where another, or they themselves, may be followed by the same character."""
+    """Words that go on where another, or they themselves, may be followed by the same character.
+
+    Raises _TooLarge.
+    """
     words = list(_words(shapes))
     builder = _Builder(rules, _Alphabet(rules))
     ends: dict[Word, _Ends] = {}
     owner: list[Word] = []
     for word in words:
-        try:
-            ends[word] = builder.build(word.node, _MAX_POSITIONS)
-        except _TooLarge:
-            return {word for word in words if not isinstance(word.node, Chars)}
+        ends[word] = builder.build(word.node, _MAX_POSITIONS)
         owner += [word] * (len(builder.automaton.masks) - len(owner))
     masks, following = builder.automaton.masks, builder.automaton.following
     behind = _following(shapes, ends, masks)
@@ -275,7 +290,7 @@ def _conflicts(shapes: dict[str, Shape], rules: dict[str, Node]) -> set[Word]:
                     seen.add((p2, q2))
                     pending.append((p2, q2))
         if len(seen) > _MAX_PAIRS:
-            return {word for word in words if not isinstance(word.node, Chars)}
+            raise _TooLarge
     return found
 
 

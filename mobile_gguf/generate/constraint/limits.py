@@ -31,7 +31,7 @@ def library_limits() -> LLParserLimits:
     """What the library may use up: about 0.1 s to begin, 50 ms at a step."""
     return LLParserLimits(
         max_items_in_row=10_000,
-        initial_lexer_fuel=4_000_000,
+        initial_lexer_fuel=1_000_000,
         step_lexer_fuel=500_000,
         step_max_items=500_000,
         max_lexer_states=150_000,

@@ -122,11 +122,13 @@ def _run(
         finally:
             threading.stack_size(usual)
     ends = time.monotonic() + seconds
-    while thread.is_alive():
+    going = True
+    while going:
         thread.join(_POLL_SECONDS)
+        going = thread.is_alive()
         if should_stop is not None and should_stop():
             raise AnswerStopped(f"the answer was stopped while its {what} was compiled")
-        if time.monotonic() > ends and thread.is_alive():
+        if going and time.monotonic() > ends:
             raise UsageError(f"the {what} takes longer than {seconds:g} s to compile: make it simpler")
     if not done:
         raise UsageError(f"the {what} cannot be followed: compiling it failed")
