@@ -199,3 +199,37 @@ def test_stats_say_the_mode_of_the_last_answer(tmp_path):
             assert f"{gauge.latest:.1f} tok/s" in str(receipt.content)
 
     asyncio.run(go())
+
+
+def test_a_full_context_leaves_out_the_oldest_turns_and_says_so(tmp_path):
+    async def go():
+        async with chat(tmp_path) as (app, pilot):
+            app.chat.session.turns = [
+                Turn(role, f"{role} {at}") for at in range(30) for role in ("user", "assistant")
+            ]
+            await say(app, pilot, "and now?")
+            assert contents(app)[-2:] == ["and now?", ANSWER]
+            assert len(contents(app)) == 62  # the screen forgets nothing
+            receipt = app.chat.query("AnswerView").last().receipt
+            assert "turns were left out" in str(receipt.content)
+            await say(app, pilot, "too long " * 100)
+            assert "/set n_ctx and /reload make room, /new begins again" in toasts(app)
+            assert app.chat.prompt.text.startswith("too long")
+
+    asyncio.run(go())
+
+
+def test_an_answer_at_the_end_of_the_context_names_the_way_out(tmp_path):
+    async def go():
+        loader = Loader()
+        loader.backends["fake"] = FakeBackend(scripted("word ", end=False))
+        async with chat(tmp_path, loader=loader) as (app, pilot):
+            await say(app, pilot, "go on")
+            receipt = str(app.chat.query_one("AnswerView").receipt.content)
+            assert "the context of 512 is full; /set n_ctx 1024 and /reload, or /new" in receipt
+            await say(app, pilot, "/set max_tokens 3")
+            await say(app, pilot, "/regenerate")
+            receipt = str(app.chat.query_one("AnswerView").receipt.content)
+            assert receipt.endswith("cut at max_tokens")
+
+    asyncio.run(go())
