@@ -12,6 +12,7 @@ from tui_app import ANSWER, Loader, chat, say, submit, toasts, until
 
 from mobile_gguf.api.stats import stats_lines
 from mobile_gguf.errors import ModelNotFoundError
+from mobile_gguf.files.paths import models_dir
 from mobile_gguf.tui.screens.chat_state import ANSWERING, LOADING
 from mobile_gguf.tui.store.conversations import ConversationStore, Turn, local_time
 from mobile_gguf.tui.store.session import Session
@@ -231,5 +232,20 @@ def test_an_answer_at_the_end_of_the_context_names_the_way_out(tmp_path):
             await say(app, pilot, "/regenerate")
             receipt = str(app.chat.query_one("AnswerView").receipt.content)
             assert receipt.endswith("cut at max_tokens")
+
+    asyncio.run(go())
+
+
+def test_the_palette_has_the_models_whose_names_are_no_markup(tmp_path):
+    async def go():
+        (models_dir() / "Q[").mkdir(parents=True)
+        (models_dir() / "Q[" / "4][red].gguf").write_text("")  # its name is Q[/4][red]
+        (models_dir() / "good.gguf").write_text("")
+        async with chat(tmp_path) as (app, _pilot):
+            titles = [command.title for command in app.get_system_commands(app.screen)]
+            assert "/model good" in titles
+            # Textual takes the titles for markup; the picker and /model have all names
+            assert not any("[" in title for title in titles)
+            assert "Q[/4][red]" in app.model_names()
 
     asyncio.run(go())
