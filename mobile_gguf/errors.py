@@ -4,6 +4,7 @@ A message says what is wrong, with which file or value, and what to do, in one l
 """
 
 import reprlib
+import sys
 
 
 class MobileError(Exception):
@@ -89,14 +90,14 @@ def install_hint(extra: str = "") -> str:
     return f"`pip install -e {what}` in mobile-gguf's folder"
 
 
-# What `pip install` brings; a module that is missing otherwise is a fault of ours.
-_PACKAGES = ("llama_cpp", "gguf", "numpy", "jinja2", "huggingface_hub", "tomli")
-
-
 def missing_package(error: ImportError) -> str | None:
-    """What to do about a package that is not installed; None where the error is of another kind."""
+    """What to do about a package that is not installed; None where the error is of another kind.
+
+    A module of ours or of Python's that is missing is a fault, and no package.
+    """
     name = (error.name or "").partition(".")[0]
-    if name not in _PACKAGES or not isinstance(error, ModuleNotFoundError):
+    is_package = isinstance(error, ModuleNotFoundError) and name and name not in sys.stdlib_module_names
+    if not is_package or name == "mobile_gguf":
         return None
     if name == "llama_cpp":
         return "the engine is not installed (no llama_cpp): run `mobile-gguf engine build`"

@@ -21,6 +21,8 @@ _CERTAIN: dict[str, dict[str, Any]] = {
     "DeepseekV32ForCausalLM": {"scoring_func": "sigmoid"},
     "KimiLinearForCausalLM": {"moe_router_activation_func": "sigmoid"},
 }
+# What transformers calls otherwise when it saves again
+_RENAMED = {"Qwen4ExpForCausalLM": {"indexed_attention": "full_attention"}}
 # llama.cpp loads no file of these, or ends the process, where it does not say how its router scores experts
 _GATED = frozenset(
     {
@@ -56,6 +58,9 @@ class PublishedConfig:
         for architecture in values.get("architectures") or ():
             for key, value in _CERTAIN.get(architecture, {}).items():
                 part.setdefault(key, value)
+            names = _RENAMED.get(architecture)
+            if names and isinstance(part.get("layer_types"), list):
+                part["layer_types"] = [names.get(kind, kind) for kind in part["layer_types"]]
         return cls(values)
 
     def to_dict(self) -> dict[str, Any]:

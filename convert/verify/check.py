@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mobile_gguf.errors import UsageError
@@ -21,6 +21,8 @@ from mobile_gguf.memory.threads import default_threads
 from mobile_gguf.progress import Progress, no_progress
 
 from ..engine_task import EngineDiedError, in_child
+from ..hf.checkpoint import read_json
+from .hyperparameters import differences
 from .judge import judge
 from .reference import Question, ask_transformers, can_verify
 from .result import FAILED, NOT_VERIFIED, VerifyResult
@@ -93,16 +95,20 @@ def verify_each(
             progress=lambda phase, done: progress(phase, 0.6 * done),
         )  # fmt: skip
         results = []
-        for (subject, exact), reference in zip(files, references, strict=True):
+        for pair, (subject, exact), reference in zip(pairs, files, references, strict=True):
+            wrong = tuple(differences(subject.info, read_json(pair.checkpoint / "config.json")))
             if reference.reason:
-                results.append(VerifyResult(NOT_VERIFIED, (reference.reason,)))
+                reasons = (*wrong, reference.reason)
+                results.append(VerifyResult(FAILED if wrong else NOT_VERIFIED, reasons))
                 continue
             task = (subject, exact, reference, n_threads, tokens is None)
             try:
-                results.append(in_child(judge, *task, progress=progress))
+                found = in_child(judge, *task, progress=progress)
+                status = FAILED if wrong else found.status
+                results.append(replace(found, status=status, reasons=(*wrong, *found.reasons)))
             except EngineDiedError as error:
                 facts = {"architecture": subject.info.architecture}
-                results.append(VerifyResult(FAILED, (str(error),), facts=facts, engine_died=True))
+                results.append(VerifyResult(FAILED, (*wrong, str(error)), facts=facts, engine_died=True))
     return results
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
-from typing import NoReturn
+from typing import Any, NoReturn
 
 PROGRAM = "mobile-gguf"
 EXIT_USAGE = 2
@@ -87,7 +87,7 @@ def _with_hint(text: str) -> str:
     return f"{text}; did you mean {near[0]}?" if near else text
 
 
-def finish(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def finish(subparsers: argparse._SubParsersAction[Any]) -> None:
     """What all verbs have alike: --quiet, a usage of one line, examples."""
     for verb, parser in subparsers.choices.items():
         if parser.usage is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mobile_gguf.api.model import Model
@@ -75,8 +76,8 @@ def run(args: argparse.Namespace) -> int:
             print(json.dumps(reply.to_dict() | {"plan": plan}, ensure_ascii=False))
             reason = reply.finish_reason
         else:
-            ask, asked = (model.stream, prompt) if raw else (model.stream_chat, messages)
-            last = show_answer(lambda told: ask(asked, on_prompt=told, **options), sys.stdout)
+            ask = partial(model.stream, prompt) if raw else partial(model.stream_chat, messages)
+            last = show_answer(lambda told: ask(on_prompt=told, **options), sys.stdout)
             foreseen = None
             if last is not None:
                 foreseen = compare(model, last.receipt, last.completion_tokens, last.tokens_per_second)

@@ -29,7 +29,7 @@ class GuardedCalls:
 
         self._llama = llama_cpp
         self._engine = engine
-        self._vocab = llama_cpp.llama_model_get_vocab(model)
+        self._vocab: Any = llama_cpp.llama_model_get_vocab(model)
         self._ctx = ctx
         self._is_forked = False
         abandon_in_children(self)
@@ -72,9 +72,10 @@ class GuardedCalls:
         return n.value
 
     def piece(self, token: int, special: bool = False) -> bytes:
-        """A token's bytes; control tokens are empty unless ``special``."""
-        self._require_tokenizer()
+        """A token's bytes; control tokens are empty unless ``special``, all without a tokenizer."""
         self._require_token(token)
+        if not self.has_tokenizer:
+            return b""
         size = 64
         while True:
             buffer = ctypes.create_string_buffer(size)
@@ -103,6 +104,17 @@ class GuardedCalls:
         """Whether ``token`` ends an answer (any of the model's end-of-generation tokens)."""
         self._require_token(token)
         return bool(self._llama.llama_vocab_is_eog(self._vocab, token))
+
+    def attributes(self, token: int) -> int:
+        """Bits of llama.cpp's ``llama_token_attr``; none without a tokenizer."""
+        self._require_token(token)
+        return int(self._llama.llama_vocab_get_attr(self._vocab, token)) if self.has_tokenizer else 0
+
+    def text(self, token: int) -> str:
+        """A token as the vocabulary writes it; empty without a tokenizer."""
+        self._require_token(token)
+        raw = self._llama.llama_vocab_get_text(self._vocab, token) if self.has_tokenizer else b""
+        return raw.decode(errors="replace")
 
     def decode(self, batch: Any) -> None:
         """Run llama-cpp-python's batch. Raises RuntimeError with llama.cpp's number where it failed."""
@@ -142,4 +154,4 @@ class GuardedCalls:
     def _require_tokenizer(self) -> None:
         self._require_own()
         if not self.has_tokenizer:
-            raise UsageError("the model has no tokenizer: give it token ids, and take them")
+            raise UsageError("the model has no tokenizer: give it token ids")

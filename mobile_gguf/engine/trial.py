@@ -125,7 +125,7 @@ def _reason(end: int, text: str) -> str:
     if asserted:
         # "/where/it/was/built/src/llama-vocab.cpp:3422: GGML_ASSERT(...) failed"
         return f"llama.cpp ends on it ({asserted[0].rpartition('/')[2].strip()}): its header is damaged"
-    name = signal.Signals(-end).name if -end in iter(signal.Signals) else f"signal {-end}"
+    name = signal.Signals(-end).name if -end in set(signal.Signals) else f"signal {-end}"
     what = "too little memory, or its header is damaged" if name == "SIGKILL" else "its header is damaged"
     return f"llama.cpp ends on it ({name}): {what}"
 

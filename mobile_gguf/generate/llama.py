@@ -102,11 +102,7 @@ class MobileLlama(Llama):
         # llama.cpp does not notice that a server is gone once it has the memory.
         if self.devices and (lost := context_loss(self.ctx)):
             raise EngineError(f"{model_path} cannot be loaded: {lost}")
-        self.vocabulary = Vocabulary(
-            self._model.vocab,
-            self.metadata.get("tokenizer.ggml.model", ""),
-            lambda token: self.piece(token, special=True),
-        )
+        self.vocabulary = Vocabulary(self.calls, self.metadata.get("tokenizer.ggml.model", ""))
         self._prompts = ChatPrompts(
             self,
             self.vocabulary,
@@ -434,15 +430,14 @@ class MobileLlama(Llama):
         if self._token_table is None:
             ids = range(self._n_vocab)
             unused = llama_cpp.LLAMA_TOKEN_ATTR_UNUSED
-            vocab = self._model.vocab
             self._token_table = TokenTable(
                 pieces=[self.piece(token, special=True) for token in ids],
                 special=self.vocabulary.controls.union(
-                    token for token in ids if llama_cpp.llama_vocab_get_attr(vocab, token) & unused
+                    token for token in ids if self.calls.attributes(token) & unused
                 ),
                 ends=frozenset(filter(self.is_end, ids)),
             )
         return self._token_table
 
     def _token_text(self, token: int) -> str:
-        return self._model.token_get_text(token) if token >= 0 else ""
+        return self.calls.text(token) if token >= 0 else ""

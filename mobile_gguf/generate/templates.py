@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mobile_gguf.engine.forks import abandon_in_children
 from mobile_gguf.errors import EngineError, PromptTooLongError, UsageError
 
 from . import template_child
@@ -46,7 +47,7 @@ class Renderer:
         self._lock = threading.Lock()
         self._child: subprocess.Popen[bytes] | None = None
         self._finalizer: weakref.finalize[..., Any] | None = None
-        self._pid = os.getpid()
+        abandon_in_children(self)
 
     def render(self, template: str, names: Mapping[str, Any], max_characters: int) -> str:
         """``template`` with ``names``, at most ``max_characters`` of text.
@@ -83,6 +84,13 @@ class Renderer:
         with self._lock:
             self._end()
 
+    def abandon(self) -> None:
+        """In a forked child: the process is the parent's, and the lock may be a thread's that is not here."""
+        self._lock = threading.Lock()
+        if self._finalizer is not None:
+            self._finalizer.detach()
+        self._child = self._finalizer = None
+
     def _ask(self, *lines: bytes) -> dict[str, Any]:
         child = self._running()
         assert child.stdin is not None
@@ -106,8 +114,6 @@ class Renderer:
                 self._end()
 
     def _running(self) -> subprocess.Popen[bytes]:
-        if self._pid != os.getpid():  # a fork: the process is the parent's
-            self._pid, self._child, self._finalizer = os.getpid(), None, None
         if self._child is not None and self._child.poll() is not None:
             self._end()
         if self._child is None:
@@ -121,7 +127,7 @@ class Renderer:
                 )  # fmt: skip
             except OSError as error:
                 raise EngineError(f"no process can be started for the chat template: {error}") from None
-            self._finalizer = weakref.finalize(self, _end, self._child, self._pid)
+            self._finalizer = weakref.finalize(self, _end, self._child)
         return self._child
 
     def _end(self) -> None:
@@ -160,9 +166,7 @@ def _how_it_ended(status: int) -> str:
     return f"its process ended with {status}"
 
 
-def _end(child: subprocess.Popen[bytes], pid: int) -> None:
-    if pid != os.getpid():
-        return
+def _end(child: subprocess.Popen[bytes]) -> None:
     if child.poll() is None:
         child.kill()
     child.wait()

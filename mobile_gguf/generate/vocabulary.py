@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cached_property
-from typing import Any
 
 from llama_cpp import llama_cpp
 
+from mobile_gguf.engine.guarded import GuardedCalls
 from mobile_gguf.errors import PromptTooLongError
 
 from .control_text import ControlTexts
@@ -20,33 +19,30 @@ _VERBATIM = {"gpt2", "llama"}
 
 
 class Vocabulary:
-    """Facts of llama.cpp's ``vocab``, each found out when it is first asked for.
+    """Facts of a model's vocabulary, each found out when it is first asked for.
 
-    ``tokenizer`` is what the file calls it, ``piece`` gives a token's bytes, control tokens' too.
+    ``tokenizer`` is what the file calls it.
     """
 
-    def __init__(self, vocab: Any, tokenizer: str, piece: Callable[[int], bytes]) -> None:
-        self._vocab = vocab
+    def __init__(self, calls: GuardedCalls, tokenizer: str) -> None:
+        self._calls = calls
         self._tokenizer = tokenizer
-        self._piece = piece
-        self._n_tokens = llama_cpp.llama_vocab_n_tokens(vocab)
 
     @cached_property
     def controls(self) -> frozenset[int]:
         """Tokens that no text of a person's may become: control tokens, unknown ones, ends of an answer."""
-        attributes = (llama_cpp.llama_vocab_get_attr(self._vocab, token) for token in range(self._n_tokens))
+        attributes = map(self._calls.attributes, range(self._calls.n_vocab))
         of_ends = llama_cpp.LLAMA_TOKEN_ATTR_USER_DEFINED
         return frozenset(
             token
             for token, attribute in enumerate(attributes)
-            if attribute & _CONTROLS
-            or (attribute & of_ends and llama_cpp.llama_vocab_is_eog(self._vocab, token))
+            if attribute & _CONTROLS or (attribute & of_ends and self._calls.is_end(token))
         )
 
     @cached_property
     def control_texts(self) -> ControlTexts:
         """The texts of the control tokens."""
-        texts = {token: self._text(token) for token in self.controls}
+        texts = {token: self._calls.text(token) for token in self.controls}
         return ControlTexts(
             texts.values(),
             strips_after=self._with(texts, llama_cpp.LLAMA_TOKEN_ATTR_RSTRIP),
@@ -54,19 +50,13 @@ class Vocabulary:
         )
 
     def _with(self, texts: dict[int, str], attribute: int) -> list[str]:
-        return [
-            text
-            for token, text in texts.items()
-            if llama_cpp.llama_vocab_get_attr(self._vocab, token) & attribute
-        ]
-
-    def _text(self, token: int) -> str:
-        return llama_cpp.llama_vocab_get_text(self._vocab, token).decode(errors="replace")
+        return [text for token, text in texts.items() if self._calls.attributes(token) & attribute]
 
     @cached_property
     def limit(self) -> TextLimit:
         """How many tokens a text has at least."""
-        return TextLimit(map(self._piece, range(self._n_tokens)), self._tokenizer in _VERBATIM)
+        pieces = (self._calls.piece(token, special=True) for token in range(self._calls.n_vocab))
+        return TextLimit(pieces, self._tokenizer in _VERBATIM)
 
     def check_fits(self, text: bytes, n_tokens: int) -> None:
         """Raise PromptTooLongError for a text that cannot be ``n_tokens`` tokens or fewer.

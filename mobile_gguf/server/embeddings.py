@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator
+import json
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel
 
 from mobile_gguf.api.aio import Job
@@ -69,7 +70,9 @@ async def embeddings(request: Request, body: Annotated[EmbeddingRequest, JsonBod
     events = Events(job, serving.settings.timeout)
     try:
         vectors = await unless_client_leaves(request, _collect(events))
-        return JSONResponse(_answer(serving.settings.names[0], body, vectors))
+        _check_dimensions(body, vectors)
+        pieces = _answer(serving.settings.names[0], body, vectors)
+        return StreamingResponse(pieces, media_type="application/json")
     except ClientLeftError:
         job.cancel()
         serving.metrics.cancelled.inc()
@@ -120,25 +123,30 @@ async def _collect(events: Events[Vector]) -> list[Vector]:
     return [event async for event in events]
 
 
-def _answer(model: str, body: EmbeddingRequest, vectors: list[Vector]) -> dict[str, Any]:
-    data = [
-        {"object": "embedding", "index": vector.choice, "embedding": _written(vector.values, body)}
-        for vector in vectors
-    ]
+def _check_dimensions(body: EmbeddingRequest, vectors: list[Vector]) -> None:
+    n, length = body.dimensions, len(vectors[0].values)
+    if n is not None and n > length:
+        raise ApiError(
+            400, f"dimensions is {n}: the model makes {length}", param="dimensions", code="invalid_value"
+        )
+
+
+async def _answer(model: str, body: EmbeddingRequest, vectors: list[Vector]) -> AsyncIterator[str]:
+    """The JSON of an EmbeddingList in pieces: in one, many vectors would take twenty times their memory."""
     n_tokens = sum(vector.n_tokens for vector in vectors)
     receipt = sum_receipts(vector.receipt for vector in vectors)
     usage = {"prompt_tokens": n_tokens, "total_tokens": n_tokens, "receipt": receipt}
-    return {"object": "list", "model": model, "data": data, "usage": usage}
+    yield f'{{"object":"list","model":{json.dumps(model)},"usage":{json.dumps(usage)},"data":['
+    for i, vector in enumerate(vectors):
+        entry = {"object": "embedding", "index": vector.choice, "embedding": _written(vector.values, body)}
+        yield ("," if i else "") + json.dumps(entry, separators=(",", ":"))
+    yield "]}"
 
 
 def _written(values: Any, body: EmbeddingRequest) -> list[float] | str:
     import numpy as np
 
     n = body.dimensions
-    if n is not None and n > len(values):
-        raise ApiError(
-            400, f"dimensions is {n}: the model makes {len(values)}", param="dimensions", code="invalid_value"
-        )
     if n is not None and n < len(values):
         values = values[:n]
         length = np.linalg.norm(values)

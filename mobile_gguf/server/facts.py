@@ -53,7 +53,7 @@ class ModelCard(BaseModel):
 
 
 class ModelList(BaseModel):
-    """The models of this server: one."""
+    """The models of this server: one, by each of its names."""
 
     object: Literal["list"]
     data: list[ModelCard]
@@ -89,7 +89,7 @@ class Experts(BaseModel):
     n_tokens: int
 
 
-def _card(serving: Serving) -> dict[str, Any]:
+def _card(serving: Serving, name: str) -> dict[str, Any]:
     model = serving.model
     info = model.info
     meta = {
@@ -111,7 +111,7 @@ def _card(serving: Serving) -> dict[str, Any]:
         "modes": ["exact", "little", "big-little"] if info.is_moe and info.n_expert_used > 1 else ["exact"],
     }
     return {
-        "id": serving.settings.names[0],
+        "id": name,
         "object": "model",
         "created": serving.started,
         "owned_by": "mobile-gguf",
@@ -121,8 +121,9 @@ def _card(serving: Serving) -> dict[str, Any]:
 
 @router.get("/v1/models", response_model=ModelList, responses=_GUARDED, summary="The model served")
 async def models(request: Request) -> dict[str, Any]:
-    """A list of one."""
-    return {"object": "list", "data": [_card(request.app.state.serving)]}
+    """The one model, by each of its names."""
+    serving: Serving = request.app.state.serving
+    return {"object": "list", "data": [_card(serving, name) for name in serving.settings.listed_names]}
 
 
 @router.get(
@@ -135,7 +136,7 @@ async def model_by_name(request: Request, name: str) -> dict[str, Any]:
     """The card of the model, by any of its names."""
     serving: Serving = request.app.state.serving
     serving.check_model(name)
-    return _card(serving)
+    return _card(serving, name if name in serving.settings.names else serving.settings.names[0])
 
 
 @router.head("/health", include_in_schema=False)

@@ -78,10 +78,9 @@ class ApiError(Exception):
     def body(self) -> dict[str, Any]:
         """The error object."""
         detail = {
-            # what a client sent may hold half a surrogate pair, which no response can
-            "message": self.message.encode(errors="backslashreplace").decode(),
+            "message": _printable(self.message),
             "type": _TYPES.get(self.status, "server_error"),
-            "param": self.param,
+            "param": None if self.param is None else _printable(self.param),
             "code": self.code,
         }
         return {"error": detail}
@@ -89,6 +88,11 @@ class ApiError(Exception):
     def response(self) -> JSONResponse:
         """The whole answer to the request."""
         return JSONResponse(self.body(), self.status, self.headers)
+
+
+def _printable(text: str) -> str:
+    """What a client sent may hold anything: half a surrogate pair, a NUL, a colour of a terminal."""
+    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
 
 
 def as_api_error(error: BaseException) -> ApiError:
@@ -154,6 +158,9 @@ def from_validation(error: RequestValidationError) -> ApiError:
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}")
     if first["type"] == "extra_forbidden":
+        # a name that looks like those of union members is one all the same
+        name = str(first["loc"][-1])
+        param = param if where and str(where[-1]) == name else ".".join([*map(str, where), name])
         return ApiError(400, f"unrecognized request argument: {param}", param=param, code="unknown_parameter")
     message = first["msg"].removeprefix("Value error, ")
     if param is None:

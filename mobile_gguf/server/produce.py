@@ -136,6 +136,8 @@ class Producer:
     def _options(self, request: Generation) -> dict[str, Any]:
         given = request.model_dump(exclude_none=True, include=OPTION_NAMES - NOT_SAMPLING)
         options = {**self._defaults, **given}
+        if not options.get("grammar"):  # llama.cpp's clients send an empty one for none
+            options.pop("grammar", None)
         if request.stop is not None:
             options["stop"] = [request.stop] if isinstance(request.stop, str) else request.stop
         if request.json_schema is not None:

@@ -8,7 +8,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    create_model,
+    field_validator,
+    model_validator,
+)
 
 from mobile_gguf.options import GenerateOptions, Opt, declared
 
@@ -30,6 +38,13 @@ _MAX_TEMPLATE_VALUES, _MAX_TEMPLATE_DEPTH = 10_000, 64
 _EFFORTS = {"minimal": "low", "xhigh": "high"}
 NOT_SAMPLING = {"stop", "json_schema"}
 
+
+def _whole(value: Any) -> Any:
+    """12.0 is 12 in JSON; 12.5, true and "12" are no whole numbers."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
 Text = Annotated[str, Field(max_length=1 << 22)]
 Token = Annotated[int, Field(ge=0, le=MAX_INT)]
 Tokens = Annotated[list[Token], Field(min_length=1)]
@@ -74,7 +89,7 @@ def _field(opt: Opt) -> Any:
         kind = bool
     elif opt.read is int:
         low = None if opt.low is None else int(opt.low)
-        kind = Annotated[int, Field(ge=low, le=MAX_INT if opt.high is None else int(opt.high))]
+        kind = Annotated[Whole, Field(ge=low, le=MAX_INT if opt.high is None else int(opt.high))]
     elif opt.read is float:
         kind = Annotated[float, Field(ge=opt.low, le=opt.high, allow_inf_nan=False)]
     return kind | None
@@ -110,15 +125,17 @@ class Generation(_Sampling):
     """What both kinds of completion take."""
 
     model: str | None = Field(default=None, max_length=1000, description="the model's id, or nothing")
-    max_tokens: int | None = Field(default=None, ge=0, le=MAX_INT, description="tokens at most")
-    seed: int | None = Field(default=None, ge=-(1 << 63), le=(1 << 63) - 1, description="random seed")
+    max_tokens: Whole | None = Field(
+        default=None, ge=-1, le=MAX_INT, description="tokens at most; -1: as many as there is room for"
+    )
+    seed: Whole | None = Field(default=None, ge=-(1 << 63), le=(1 << 63) - 1, description="random seed")
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = Field(
         default=None, description="texts that end the answer"
     )
     logit_bias: dict[Id, Bias] | None = Field(
         default=None, max_length=MAX_BIASES, description="added to the logits of tokens, by token id"
     )
-    n: int | None = Field(default=None, ge=1, le=MAX_CHOICES, description="answers to the same prompt")
+    n: Whole | None = Field(default=None, ge=1, le=MAX_CHOICES, description="answers to the same prompt")
     stream: bool | None = Field(default=None, description="send the answer as server-sent events")
     stream_options: StreamOptions | None = None
     json_schema: dict[str, Any] | None = Field(default=None, description="JSON schema the answer follows")
@@ -227,13 +244,13 @@ class ChatRequest(Generation):
     """``POST /v1/chat/completions``."""
 
     messages: list[Message] = Field(min_length=1, max_length=10_000)
-    max_completion_tokens: int | None = Field(default=None, ge=0, le=MAX_INT)
+    max_completion_tokens: Whole | None = Field(default=None, ge=-1, le=MAX_INT)
     tools: list[Tool] | None = Field(default=None, max_length=128)
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    top_logprobs: Whole | None = Field(default=None, ge=0, le=20)
     chat_template_kwargs: dict[str, Any] | None = Field(
         default=None, description="values for the chat template, such as enable_thinking"
     )

@@ -74,7 +74,8 @@ class Serving:
     def check_model(self, name: str | None) -> None:
         """Raise ApiError if ``name`` is another model."""
         names = self.settings.names
-        if name and name not in names:
+        # some clients leave the provider before the name
+        if name and name not in names and name.removeprefix("openai/") not in names:
             raise ApiError(
                 404,
                 f"the model {ascii(name)[:80]} is not here: this server has {names[0]}",

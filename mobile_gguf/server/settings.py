@@ -42,6 +42,11 @@ class ServerSettings:
     pooling: str | None = None
 
     @property
+    def listed_names(self) -> tuple[str, ...]:
+        """The names that are told to clients: paths are nobody's business."""
+        return tuple(name for name in self.names if name == self.names[0] or not name.endswith(".gguf"))
+
+    @property
     def all_bytes(self) -> int:
         """Bytes that the bodies of all requests may have together."""
         return self.max_bytes or self.max_request_bytes + _SMALL_REQUESTS

@@ -108,7 +108,7 @@ def test_errors_name_options_as_their_caller_writes_them(fake_load, monkeypatch,
     def refuse(*_):
         raise BudgetError(text)
 
-    monkeypatch.setattr(mobile_gguf.api.loading, "open_backend", refuse)
+    monkeypatch.setattr("mobile_gguf.api.loading.open_backend", refuse)
     with pytest.raises(BudgetError, match=r"^ram_budget 1\.0 KiB is too small: a smaller n_ctx"):
         mobile_gguf.load("m.gguf")
     from mobile_gguf.cli import main

@@ -13,6 +13,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any, NoReturn
 
 import gguf_samples
@@ -21,6 +22,7 @@ import tiny_models
 
 import mobile_gguf
 from mobile_gguf import EngineError, Model, aio
+from mobile_gguf.api.model import backend_of
 
 _SECONDS = 60
 _REFUSED = "this model was loaded before a fork: load it in the child process"
@@ -29,7 +31,7 @@ _REFUSED = "this model was loaded before a fork: load it in the child process"
 @pytest.fixture(params=["40%", "auto"])
 def model(request: pytest.FixtureRequest) -> Iterator[Model]:
     with mobile_gguf.load(tiny_models.path("qwen3moe"), ram_budget=request.param) as loaded:
-        loaded.generate("ab", max_tokens=2)
+        loaded.chat("ab", max_tokens=2)
         yield loaded
 
 
@@ -90,7 +92,22 @@ def test_every_call_is_refused_and_the_parent_goes_on(model: Model) -> None:
     assert in_child(work) == 0
     stream.close()
     watch.close()
-    assert len(model.generate("ab", max_tokens=2).tokens) == 2
+    # the process that renders the template is the parent's still
+    assert len(model.chat("ab", max_tokens=2).tokens) == 2
+
+
+def test_locks_that_another_thread_holds_at_the_fork(model: Model) -> None:
+    locks = [backend_of(model)._prompts._renderer._lock, model.experts()._lock, model._lock]
+
+    def work() -> None:
+        refused(lambda: model.generate("x"))
+        assert model.experts().places() is None
+        model.close()
+
+    with ExitStack() as held:
+        for lock in locks:
+            held.enter_context(lock)
+        assert in_child(work) == 0
 
 
 def test_a_child_may_load_for_itself(model: Model) -> None:

@@ -156,7 +156,9 @@ def test_output_has_the_same_names_everywhere():
 
 
 def test_a_package_that_is_missing_says_what_to_do(monkeypatch, capsys):
-    assert missing_package(ModuleNotFoundError("no", name="torch")) is None
+    assert missing_package(ModuleNotFoundError("no", name="mobile_gguf.nothing")) is None
+    assert missing_package(ModuleNotFoundError("no", name="asyncio.nothing")) is None
+    assert missing_package(ImportError("no name in it", name="numpy")) is None
     missing = ModuleNotFoundError("No module named 'gguf'", name="gguf.constants")
 
     def load(*_args, **_more):

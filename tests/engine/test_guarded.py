@@ -99,6 +99,46 @@ def with_a_nan(path: Path) -> Path:
     return path
 
 
+def without_tokenizer(path: Path) -> Path:
+    """A tiny model that knows token ids and no texts."""
+    reader = gguf.GGUFReader(tiny_models.path("dense"))
+    writer = gguf.GGUFWriter(path, "qwen3")
+    for name, field in reader.fields.items():
+        if name.startswith("qwen3.") and name != "qwen3.vocab_size":
+            writer.add_key_value(name, field.contents(), field.types[0], field.types[-1])
+    writer.add_vocab_size(tiny_models.VOCAB)
+    writer.add_tokenizer_model("none")
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_a_model_without_a_tokenizer(tmp_path: Path) -> None:
+    # llama.cpp asserts that nobody asks one for texts
+    with mobile_gguf.load(without_tokenizer(tmp_path / "ids.gguf"), n_ctx=64) as ids:
+        for call in (
+            lambda: ids.generate("hi"), lambda: ids.chat("hi"), lambda: ids.tokenize("hi"),
+            lambda: ids.embed("hi", pooling="mean"), lambda: ids.generate([1], grammar='root ::= "a"'),
+        ):  # fmt: skip
+            with pytest.raises(UsageError):
+                call()
+        assert ids.detokenize([1, 2], special=True) == ""
+        assert not ids.is_end(1)
+        assert len(ids.generate([1, 2], max_tokens=3).tokens) == 3
+
+
+def test_logits_before_there_are_any() -> None:
+    with (
+        mobile_gguf.load(tiny_models.path("dense")) as fresh,
+        pytest.raises(UsageError, match="there are no logits: ask for a token first"),
+    ):
+        fresh.last_logits()
+
+
 def test_long_pieces_and_texts(model: Model) -> None:
     llama = backend_of(model)
     text = "é " * 3000

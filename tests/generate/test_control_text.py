@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mobile_gguf.generate.control_text import ControlTexts, Piece, text_length
@@ -40,6 +40,7 @@ HOSTILE = st.lists(st.sampled_from(PARTS)).map("".join)
 
 
 @pytest.mark.parametrize("change", FILTERS)
+@settings(max_examples=40)
 @given(content=HOSTILE)
 def test_no_filter_makes_a_control_token_of_content(change: str, content: str) -> None:
     template = PLAIN.replace("FILTER", change)

@@ -70,6 +70,15 @@ def test_what_would_change_the_answer_or_is_unknown_is_not(server: Any, name: st
     assert name in answer.json()["error"]["param"]
 
 
+@pytest.mark.parametrize("name", ["\x00", "\x1b[31m", "a\nb", "\ud800"])
+def test_an_error_is_a_printable_line(server: Any, name: str) -> None:
+    answer = server.post("/v1/chat/completions", {"messages": USER, name: 1})
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["message"].isprintable()
+    assert error["param"].isprintable()
+
+
 def test_completions_take_what_says_nothing(server: Any) -> None:
     body = {"prompt": "x", "suffix": None, "best_of": 1, "prompt_cache_retention": None}
     assert server.post("/v1/completions", body).status_code == 200
@@ -146,3 +155,22 @@ def test_the_document_knows_that_health_needs_no_key(fake_model: Any) -> None:
     assert document["paths"]["/health"]["get"]["security"] == []
     assert document["security"] == [{"key": []}]
     assert document["paths"]["/health"].keys() == {"get"}
+
+
+def test_whole_numbers_as_other_languages_write_them(server: Any, backend: Noting) -> None:
+    assert server.chat(max_tokens=-1, top_k=-1).json()["choices"][0]["finish_reason"] == "stop"
+    assert server.chat(max_completion_tokens=-1, n=1.0).status_code == 200
+    assert server.chat(max_tokens=1.0).json()["usage"]["completion_tokens"] == 1
+    for body in ({"max_tokens": 1.5}, {"max_tokens": "1"}, {"n": True}, {"max_tokens": -2}, {"seed": 1e300}):
+        assert server.chat(**body).status_code == 400, body
+    assert server.chat(grammar="").status_code == 200
+
+
+def test_every_name_is_listed_but_no_path(fake_model: Any) -> None:
+    names = ("one", "two", "/models/one.gguf")
+    with running(fake_model(FakeBackend(scripted("ok"))), names=names) as server:
+        assert [card["id"] for card in get(f"{server.url}/v1/models").json()["data"]] == ["one", "two"]
+        assert get(f"{server.url}/v1/models/two").json()["id"] == "two"
+        for name in (*names, "openai/two"):
+            assert server.chat(model=name).status_code == 200
+        assert server.chat(model="openai/other").status_code == 404

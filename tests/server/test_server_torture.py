@@ -23,7 +23,7 @@ pytest.importorskip("llama_cpp", reason="run `mobile-gguf engine build`")
 
 def test_a_server_under_hostile_clients(demo_gguf: Path) -> None:
     with capped(torture.LIMIT_BYTES) as group:
-        report = torture.Torture(demo_gguf, group, 1, tuple(hostile.ATTACKS)).run(60, 35)
+        report = torture.Torture(demo_gguf, group, 1, tuple(hostile.ATTACKS)).run(50, 25)
     assert report["problems"] == [], report
     assert report["oom_kills"] == 0
     assert report["outcomes"]["good answers"] > 0

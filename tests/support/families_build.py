@@ -105,7 +105,7 @@ def make_checkpoint(family: family_table.Family, folder: Path) -> None:
             if not torch.isfinite(tensor).all():
                 tensor.zero_()
     model.save_pretrained(folder)
-    tiny_build.write_tokenizer(folder, _N_VOCAB)
+    tiny_build.write_tokenizer(folder, family_table.N_TOKENS)
     tokenizer = folder / "tokenizer_config.json"
     tokenizer.write_text(json.dumps(json.loads(tokenizer.read_text()) | {"add_bos_token": True}))
     path = folder / "config.json"
@@ -150,6 +150,9 @@ def main() -> int:
     request = json.load(sys.stdin)
     logging.basicConfig(level=logging.ERROR, stream=sys.stderr)
     torch.set_num_threads(1)
+    import conversion  # type: ignore[import-not-found]
+
+    conversion.load_all_models()
     cache = Path(request["cache"])
     for name in request["names"]:
         child = os.fork()

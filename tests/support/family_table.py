@@ -12,7 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-VOCAB = 320
+# of the embedding; the tokenizer has fewer, and some families' tokenizers add words of their own
+VOCAB, N_TOKENS = 384, 320
 _COMMON = {
     "vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 2048, "tie_word_embeddings": False,
@@ -80,7 +81,9 @@ _GEMMA4 = {
     "layer_types": ["sliding_attention", "full_attention"] * 3, "enable_moe_block": True, "num_experts": 8,
     "top_k_experts": 4, "moe_intermediate_size": 32, "tie_word_embeddings": True,
     "hidden_size_per_layer_input": 16,
-    "vocab_size_per_layer_input": VOCAB, "num_kv_shared_layers": 2,
+    "vocab_size_per_layer_input": N_TOKENS, "num_kv_shared_layers": 2,
+    # the converter cuts the embedding to the tokenizer's words
+    "vocab_size": N_TOKENS, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3,
 }  # fmt: skip
 _KDA = {
     "intermediate_size": 96, "moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_token": 4,

@@ -35,7 +35,10 @@ _MARKED_BY = {
     "device": {"device_jobs", "device_oracle", "device_server"},
     "convert": {"checkpoints", "convert_checkpoints", "convert_runs", "verify_models"},
     "browser": {"browser"},
-    "slow": {"engine_source", "fuzz_target", "lint_tree", "server_harness", "tui_app"},
+    "slow": {
+        "engine_source", "fuzz_server", "fuzz_target", "lint_tree", "mobile_gguf.generate.templates",
+        "server_harness", "tui_app",
+    },
 }  # fmt: skip
 _MARKED_FOLDERS = {"device", "convert"}
 
@@ -105,15 +108,17 @@ def pytest_configure() -> None:
 def pytest_sessionfinish(session: pytest.Session) -> Any:
     answer = yield
     left = _left_behind()
-    until = time.monotonic() + session.config.getoption("--end-seconds")
+    seconds: Any = session.config.getoption("--end-seconds")
+    until = time.monotonic() + seconds
     while left and time.monotonic() < until:  # one that is ending may take its time
         time.sleep(0.05)
         left = _left_behind()
     for pid in left:
         with contextlib.suppress(OSError):
             os.kill(pid, signal.SIGKILL)
-    if hasattr(session.config, "workeroutput"):  # one of pytest-xdist's processes: the first one tells
-        session.config.workeroutput[_RUN[0]] = left
+    told = getattr(session.config, "workeroutput", None)
+    if told is not None:  # one of pytest-xdist's processes: the first one tells
+        told[_RUN[0]] = left
         return answer
     left |= session.config.stash.get(_LEFT, {})
     if left:

@@ -107,7 +107,7 @@ def _numbers(chance: random.Random, _depth: int) -> Any:
 
 
 def _texts(chance: random.Random, _depth: int) -> Any:
-    made = {"minLength": chance.randint(0, 3), "maxLength": chance.randint(3, 8)}
+    made: dict[str, Any] = {"minLength": chance.randint(0, 3), "maxLength": chance.randint(3, 8)}
     made["pattern"] = chance.choice(["^[a-c]+$", "b", r"^\S*$", '^[^"x]*$', "^(?:a|bc){1,3}$", r"^\w+\.?$"])
     return {name: made[name] for name in chance.sample(sorted(made), chance.randint(1, 3))}
 

@@ -79,7 +79,7 @@ def test_a_load_in_place_of_a_load_keeps_the_question_that_waits(tmp_path):
             await until(pilot, lambda: "60%" in app.chat.query_one("#title").activity)
             await submit(app, pilot, "early")
             await submit(app, pilot, "/model third")
-            await until(pilot, lambda: "third" in app.chat.query_one("#title").activity)
+            await until(pilot, lambda: app.chat._wanted == "third")
             assert app.chat.state == LOADING
             loader.gate.set()
             await until(pilot, lambda: contents(app) == ["early", ANSWER])

@@ -1,0 +1,63 @@
+"""What llama.cpp allocates for contexts: loads models, makes contexts, and reads the sizes that it logs.
+
+stdin: {"models": {name: path}, "contexts": [[n_ctx, n_ubatch, flash_attn], ...]}. stdout: by model a list of
+{"caches": MiB, "n": buffers of caches, "compute": MiB} in the order of the contexts, or the end of the log.
+The library is the one in $LLAMA_CPP_LIB_PATH.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from typing import Any
+
+import llama_cpp.llama_cpp as lib
+
+_SIZE = re.compile(r"(KV|RS|state|compute) buffer size =\s*([\d.]+) MiB")
+lines: list[str] = []
+
+
+@lib.llama_log_callback
+def keep_log(level: int, text: bytes, user_data: Any) -> None:
+    lines.append(text.decode(errors="replace"))
+
+
+def sizes(model: Any, n_ctx: int, n_ubatch: int, flash_attn: bool) -> dict[str, Any]:
+    params = lib.llama_context_default_params()
+    params.n_ctx, params.n_batch, params.n_ubatch, params.n_threads = n_ctx, n_ubatch, n_ubatch, 1
+    kinds = (lib.LLAMA_FLASH_ATTN_TYPE_DISABLED, lib.LLAMA_FLASH_ATTN_TYPE_ENABLED)
+    params.flash_attn_type = kinds[flash_attn]
+    lines.clear()
+    context = lib.llama_init_from_model(model, params)
+    assert context, "".join(lines)[-2000:]
+    lib.llama_free(context)
+    found = [(kind, float(size)) for kind, size in _SIZE.findall("".join(lines))]
+    caches = [size for kind, size in found if kind != "compute"]
+    return {
+        "caches": sum(caches),
+        "n": len(caches),
+        "compute": sum(size for kind, size in found if kind == "compute"),
+    }
+
+
+def main() -> None:
+    job = json.load(sys.stdin)
+    lib.llama_log_set(keep_log, None)
+    lib.llama_backend_init()
+    params = lib.llama_model_default_params()
+    params.n_gpu_layers = 0
+    answers: dict[str, Any] = {}
+    for name, path in job["models"].items():
+        lines.clear()
+        model = lib.llama_model_load_from_file(path.encode(), params)
+        if not model:
+            answers[name] = "".join(lines)[-2000:]
+            continue
+        answers[name] = [sizes(model, *context) for context in job["contexts"]]
+        lib.llama_model_free(model)
+    print(json.dumps(answers))
+
+
+if __name__ == "__main__":
+    main()
