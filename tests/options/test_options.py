@@ -91,8 +91,8 @@ def test_help_shows_every_option_and_its_default(capsys):
 
 
 def test_keywords_have_the_same_checks():
-    with pytest.raises(UsageError, match="top_k is -1"):
-        make_options(GenerateOptions, {"top_k": -1})
+    with pytest.raises(UsageError, match="top_k is -2"):
+        make_options(GenerateOptions, {"top_k": -2})
     with pytest.raises(UsageError, match="temperature is 'hot': it must be a number"):
         make_options(GenerateOptions, {"temperature": "hot"})
     with pytest.raises(UsageError, match=r"unknown option 'temprature'; did you mean temperature\?"):
