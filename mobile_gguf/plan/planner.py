@@ -220,7 +220,7 @@ def plan_lines(plan: Plan) -> list[str]:
     rows.append(("dense weights", f"{format_bytes(rest.dense_bytes)} in {where}"))
     if info.lazy_bytes:
         cached = f"{format_bytes(info.lazy_bytes)} read row by row, in memory only as page cache"
-        rows.append(("tables in the file", cached))
+        rows.append(("tables on disk", cached))
     context = f"{format_bytes(rest.kv_bytes)} KV, {format_bytes(rest.compute_bytes)} buffers in {where}"
     rows.append(("context", f"{fit.asked.n_ctx} tokens, micro-batches of {fit.asked.n_ubatch}: {context}"))
     if info.is_moe:

@@ -10,6 +10,7 @@ import pytest
 from places import SUPPORT
 
 from mobile_gguf.convert.engine_task import EngineDiedError, in_child
+from mobile_gguf.convert.verify.result import FAILED, NOT_VERIFIED, PASSED, VerifyResult
 from mobile_gguf.errors import BudgetError, EngineError
 from mobile_gguf.progress import Progress, no_progress
 
@@ -55,3 +56,8 @@ def test_a_death_says_the_last_line() -> None:
         in_child(aborts, progress=no_progress)
     assert str(caught.value) == "the engine died: llama-graph.cpp:2079: fatal error"
     assert caught.value.exit_code == EngineError.exit_code == 4
+
+
+def test_such_a_verdict_ends_a_command_with_4() -> None:
+    assert VerifyResult(FAILED, ("the engine died: x",), engine_died=True).exit_code == 4
+    assert [VerifyResult(status).exit_code for status in (PASSED, FAILED, NOT_VERIFIED)] == [0, 1, 1]

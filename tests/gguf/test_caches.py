@@ -5,6 +5,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+from places import ROOT
 
 from mobile_gguf.gguf.caches import Caches, layers_that_run, read_caches
 from mobile_gguf.gguf.facts import Facts
@@ -12,6 +13,7 @@ from mobile_gguf.gguf.info import read_gguf_info
 from mobile_gguf.hub.facts import FactsCache
 from mobile_gguf.memory.demand import estimate_demand
 
+DOCS = ROOT / "docs"
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 _DELTA_NET = {
     "ssm.conv_kernel": 4, "ssm.inner_size": 4096, "ssm.state_size": 128, "ssm.group_count": 16,
@@ -208,3 +210,24 @@ def test_lists_remember_all_of_it(tmp_path: Path) -> None:
     first.save()
     assert FactsCache().read(path, (path,)) == (info, "")
     assert info == read_gguf_info(path)
+
+
+# the page
+
+
+def rows() -> list[str]:
+    """The table of docs/families.md."""
+    lines = []
+    for name, (architecture, numbers, *_) in MODELS.items():
+        found = caches(architecture, numbers)
+        token = found.token_bytes(True)
+        lines.append(
+            f"| {name} | {token / KIB:.4g} KiB | {1000 * token / MIB:.4g} MiB |"
+            f" {found.state_bytes / MIB:.4g} MiB | {found.n_bytes(32768, True) / GIB:.3g} GiB |"
+        )
+    return lines
+
+
+def test_the_page_has_these_numbers() -> None:
+    page = (DOCS / "families.md").read_text(encoding="utf-8").splitlines()
+    assert [line for line in page if line.startswith("| ") and "KiB" in line] == rows()

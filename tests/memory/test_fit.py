@@ -21,11 +21,11 @@ from mobile_gguf.errors import BudgetError
 from mobile_gguf.flags import add_arguments
 from mobile_gguf.flags import given as given_by
 from mobile_gguf.gguf.info import ExpertLayer
-from mobile_gguf.memory.fit import asked_of, fit_model
+from mobile_gguf.memory.fit import Asked, asked_of, fit_model
 from mobile_gguf.memory.machine import Memory
 from mobile_gguf.memory.pools import pool_all_bytes
 from mobile_gguf.options import LoadOptions, make_options
-from mobile_gguf.plan.planner import suggest
+from mobile_gguf.plan.planner import Plan, plan_facts, plan_lines, suggest
 from mobile_gguf.plan.refusal import FitError, plan_fit
 from mobile_gguf.sizes import GIB, MIB, Size
 
@@ -305,3 +305,13 @@ def test_a_budget_beyond_memory_is_kept_by_a_load_and_refused_by_a_plan():
     assert "may not fit" in fit.warning
     with pytest.raises(FitError):
         plan_fit(INFO, asked, memory)
+
+
+def test_tables_on_disk_take_no_memory_and_a_plan_says_where_they_are():
+    table = 40 * GIB
+    info = replace(INFO, tensor_bytes=INFO.tensor_bytes + table, lazy_bytes=table)
+    fit = fit_model(info, Asked(n_ctx=512, n_ubatch=64), Memory(20 * GIB, 20 * GIB, "the machine"))
+    assert fit.demand.dense_bytes == INFO.dense_bytes
+    plan = Plan(info, fit, (), None, "run", "", {})
+    assert "tables on disk    40.00 GiB read row by row, in memory only as page cache" in plan_lines(plan)
+    assert plan_facts(plan)["mapped_bytes"] == table
