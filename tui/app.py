@@ -214,7 +214,8 @@ class ChatApp(App[int]):
         for command in COMMANDS:
             if not command.argument or command.argument.startswith("["):
                 yield SystemCommand(command.name, command.help, lambda name=command.name: self._obey(name))
-        for name in self.model_names():
+        # Textual takes these names for markup: one with brackets is left to /model and the picker
+        for name in (name for name in self.model_names() if "[" not in name):
             yield SystemCommand(f"/model {name}", "load it", lambda name=name: self._obey(f"/model {name}"))
 
     def _obey(self, line: str) -> None:

@@ -126,7 +126,7 @@ class Worker:
         self._thread.start()
         abandon_in_children(self)
 
-    def abandon(self) -> None:
+    def _abandon(self) -> None:
         """In a forked child, which has no such thread: jobs are refused."""
         self._is_forked = True
         self._changed = threading.Condition()

@@ -533,7 +533,7 @@ class Model:
     def __exit__(self, *_exception: object) -> None:
         self.close()
 
-    def abandon(self) -> None:
+    def _abandon(self) -> None:
         """In a forked child: every call is refused, and nothing is freed."""
         self._is_forked = True
         self._backend = self._active = None

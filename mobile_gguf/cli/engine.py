@@ -16,7 +16,12 @@ BACKENDS = ("cpu", "cuda", "vulkan", "hip", "metal")
 
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the verb to the command line."""
-    parser = subparsers.add_parser("engine", help="build and inspect the patched llama.cpp")
+    parser = subparsers.add_parser(
+        "engine",
+        help="build and inspect the patched llama.cpp",
+        description="Build the patched llama.cpp that mobile-gguf runs on, say what is installed, or lend "
+        "this machine's devices to others.",
+    )
     verbs = parser.add_subparsers(dest="engine_verb", metavar="{build,info,rpc-server}", required=True)
 
     build = verbs.add_parser(

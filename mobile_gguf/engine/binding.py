@@ -201,7 +201,7 @@ class Engine:
         """The engine's own settings of a device tier."""
         return self._call("device_default_params")
 
-    def abandon(self) -> None:
+    def _abandon(self) -> None:
         """In a forked child: no more calls."""
         self._is_forked = True
 

@@ -165,7 +165,7 @@ class Experts:
         with self._lock:
             self._source = None
 
-    def abandon(self) -> None:
+    def _abandon(self) -> None:
         """In a forked child: nothing to see, and a lock that nobody holds."""
         self._lock = threading.Lock()
         self._source = None
@@ -210,7 +210,7 @@ class Watch:
         self._open = True
         abandon_in_children(self)
 
-    def abandon(self) -> None:
+    def _abandon(self) -> None:
         """In a forked child: a lock that nobody holds."""
         self._lock = threading.Lock()
 

@@ -13,7 +13,7 @@ from mobile_gguf.errors import EngineError
 class Owner(Protocol):
     """What holds handles of the engine, or a lock that another thread may hold at a fork."""
 
-    def abandon(self) -> None:
+    def _abandon(self) -> None:
         """In a forked child, before anything else: refuse every use and free nothing. Must not raise."""
         ...
 
@@ -25,7 +25,7 @@ _owners: weakref.WeakSet[Owner] = weakref.WeakSet()
 
 
 def abandon_in_children(owner: Owner) -> None:
-    """Call ``owner.abandon()`` in every process that is forked from this one while it lives."""
+    """Call ``owner._abandon()`` in every process that is forked from this one while it lives."""
     _owners.add(owner)
 
 
@@ -52,7 +52,7 @@ def _give_threads_back() -> None:
 
 def _abandon() -> None:
     for owner in list(_owners):
-        owner.abandon()
+        owner._abandon()
     _owners.clear()
 
 

@@ -36,7 +36,7 @@ class GuardedCalls:
         self.n_vocab = int(llama_cpp.llama_vocab_n_tokens(self._vocab))
         self.has_tokenizer = llama_cpp.llama_vocab_type(self._vocab) != llama_cpp.LLAMA_VOCAB_TYPE_NONE
 
-    def abandon(self) -> None:
+    def _abandon(self) -> None:
         """In a forked child: no more calls."""
         self._is_forked = True
 

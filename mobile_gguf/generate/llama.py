@@ -149,7 +149,7 @@ class MobileLlama(Llama):
             prompts.close()
         super().close()
 
-    def abandon(self) -> None:
+    def _abandon(self) -> None:
         """In a forked child: what the parent loaded is not freed, for that would wait for its threads."""
         for stack in (self._stack, *(part._exit_stack for part in (self._batch, self._ctx, self._model))):
             stack.pop_all()

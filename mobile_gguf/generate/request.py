@@ -39,7 +39,7 @@ def make_request(
     if room <= 0:
         raise PromptTooLongError(
             f"the prompt has {len(prompt)} tokens and the context only {n_ctx}: shorten it, or load the "
-            "model with a larger n_ctx (-c; /set n_ctx and /reload in the chat)"
+            "model with a larger --ctx-size"
         )
     asked = options.max_tokens
     seed = options.seed if options.seed is not None else seed

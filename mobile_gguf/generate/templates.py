@@ -84,7 +84,7 @@ class Renderer:
         with self._lock:
             self._end()
 
-    def abandon(self) -> None:
+    def _abandon(self) -> None:
         """In a forked child: the process is the parent's, and the lock may be a thread's that is not here."""
         self._lock = threading.Lock()
         if self._finalizer is not None:

@@ -23,6 +23,8 @@ from .connections import protocol_of
 from .serving import CUT_SECONDS, Serving
 from .settings import ServerSettings
 
+logger = logging.getLogger("mobile_gguf")
+
 # For connections to end by themselves, once the model is at rest.
 _CLOSE_SECONDS = 3
 _STOPPED_BY_FORCE = 4
@@ -64,9 +66,7 @@ def serve(
 
 def _end_by_force() -> None:
     """End the process while the engine computes: nothing can be freed under it."""
-    print(
-        "mobile-gguf: the model could not be stopped: the server ends without it", file=sys.stderr, flush=True
-    )
+    logger.error("the model could not be stopped: the server ends without it")
     with contextlib.suppress(Exception):
         sys.stdout.flush()
     os._exit(_STOPPED_BY_FORCE)

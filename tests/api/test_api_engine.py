@@ -307,6 +307,18 @@ def command(*argv, **environment):
     )
 
 
+def test_a_prompt_says_how_far_it_is_and_that_changes_no_answer(engine, demo_gguf):
+    with mobile_gguf.load(demo_gguf, ram_budget="40%", n_batch=32, n_ubatch=32, **FAST) as small:
+        prompt = small.prompt_tokens("Tell me about the sea, and the sky. " * 10)[:70]
+        told: list[tuple[int, int]] = []
+        heard = small.generate(prompt, **GREEDY, on_prompt=lambda done, total: told.append((done, total)))
+        assert told == [(0, 70), (32, 70), (64, 70), (70, 70)]
+        assert heard.tokens == small.generate(prompt, **GREEDY).tokens
+        told.clear()
+        small.generate(prompt, **GREEDY | {"cache_prompt": True}, on_prompt=lambda *at: told.append(at))
+        assert told[0][1] < 70  # what is in the context already is not counted
+
+
 def test_run_json(demo_gguf):
     process = command("run", str(demo_gguf), "Hi", "--json", "-n", "8", "-t", "1", "--mode", "big-little")
     out, err = process.communicate()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from fake_backend import FakeBackend, scripted
 from hypothesis import given
@@ -16,7 +18,7 @@ from mobile_gguf.api.context import (
     without_turns,
 )
 from mobile_gguf.api.conversation import Conversation
-from mobile_gguf.errors import UsageError
+from mobile_gguf.errors import PromptTooLongError, UsageError
 
 
 def message(role: str, content: str = "x") -> dict[str, str]:
@@ -97,3 +99,18 @@ def test_the_end_of_the_context_is_told_from_a_limit(fake_model):
     assert model.generate("prompt", max_tokens=500).receipt.context_full
     cut = model.generate("prompt", max_tokens=5)
     assert (cut.finish_reason, cut.receipt.context_full) == ("length", False)
+
+
+def test_a_chat_that_is_too_long_to_count_is_trimmed_and_a_question_is_not() -> None:
+    def render(messages: list[dict[str, Any]]) -> list[int]:
+        n = sum(len(message["content"]) for message in messages)
+        if n > 100:
+            raise PromptTooLongError("far too long")
+        return [0] * n
+
+    talk = [{"role": "user", "content": "x" * 40} for _ in range(9)]
+    made = fit_chat(talk, render, len, 60)
+    assert (len(made), made.turns_left_out) == (40, 8)
+    for question in (talk[:1], talk):
+        with pytest.raises(PromptTooLongError):
+            fit_chat([*question[1:], {"role": "user", "content": "x" * 101}], render, len, 60)

@@ -152,5 +152,13 @@ def test_a_text_that_cannot_fit_is_not_tokenized(
 
     monkeypatch.setattr(backend_of(model), "tokenize", no_tokens)
     for ask in (model.chat, model.generate, lambda text: model.embed(text, pooling="mean")):
-        with pytest.raises(mobile_gguf.PromptTooLongError, match="ctx-size"):
+        with pytest.raises(mobile_gguf.PromptTooLongError, match="n_ctx"):
             ask(text)
+
+
+def test_llama_cpp_python_is_not_given_the_templates(model: Model) -> None:
+    # it would compile, and in part run, them where the model is loaded
+    backend = backend_of(model)
+    assert not backend._chat_handlers
+    assert backend._template == model.info.chat_template
+    assert not [name for name in backend.metadata if "chat_template" in name]

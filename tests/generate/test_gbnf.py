@@ -200,6 +200,10 @@ BOMBS = {
     "20,000 groups": "root ::= " + "(" * 20_000 + '"a"' + ")" * 20_000,
     "a chain of 30,000 rules": _chain(30_000),
     "a chain within the bounds": _chain(390),
+    "groups in a chain": "root ::= r0\n"
+    + "".join(f'r{i} ::= ("(" (r{i + 1} | "x"){{0,3}} ")" | "y")*\n' for i in range(390)) + 'r390 ::= "a"',
+    "groups in a circle": "root ::= r0\n"
+    + "".join(f'r{i} ::= ("(" (r{(i + 1) % 390} | "x"){{0,3}} ")" | "y")*\n' for i in range(390)),
     "text without an end": "root ::= " + '"a" ' * 200_000,
     "many parts": "root ::= " + '"a" ' * 60_000,
     "stacked repetitions": "root ::= [a]" + "*" * 1000,
@@ -271,6 +275,15 @@ def test_compiling_has_a_limit(monkeypatch):
     monkeypatch.setattr(matching, "LLMatcher", slow)
     with pytest.raises(UsageError, match=r"takes longer than 0\.05 s to compile"):
         matching.make_constraint("start: /a/", byte_table(), "grammar", None, 0.05)
+
+
+def test_a_step_has_a_limit(monkeypatch):
+    from mobile_gguf.generate.constraint import matching
+
+    made = constraint("root ::= root root | [a-z ]")
+    monkeypatch.setattr(matching, "STEP_SECONDS", -1.0)
+    with pytest.raises(GrammarError, match="too ambiguous"):
+        made.allowed()
 
 
 def test_one_of_grammar_and_schema():

@@ -25,7 +25,7 @@ def test_some_changes_of_a_header(name: str) -> None:
     n = len(Header(tiny_models.path(name)).changes)
     step = n // N_CHANGES
     done = subprocess.run(
-        [sys.executable, header_torture.__file__, name, "--every", str(step), "--first", str(step // 2)],
+        [sys.executable, str(header_torture.__file__), name, "--every", str(step), "--first", str(step // 2)],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -85,7 +85,7 @@ print(json.dumps(ends))
 """
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path,
-        env={"PYTHONPATH": str(Path(header_torture.__file__).parent)},
+        env={"PYTHONPATH": str(Path(str(header_torture.__file__)).parent)},
     )  # fmt: skip
     ends = json.loads(done.stdout)
     assert ends["show"].startswith("exit code -6")

@@ -102,6 +102,14 @@ def test_a_process_that_nobody_waits_for_fails_the_run(workers: tuple[str, ...],
 
 
 @WORKERS
+def test_what_is_no_text_can_be_told(workers: tuple[str, ...], tmp_path: Path) -> None:
+    source = "def test_tells():\n    print('caf\\udce9')\n    assert not 'caf\\udce9'\n"
+    code, output = pytest_run(tmp_path, source, *workers)
+    assert code == pytest.ExitCode.TESTS_FAILED
+    assert "1 failed" in output
+
+
+@WORKERS
 def test_a_run_that_cleans_up_passes(workers: tuple[str, ...], tmp_path: Path) -> None:
     source = LEFT.format(start="subprocess.run([sys.executable, '-c', ''])")
     assert pytest_run(tmp_path, source, *workers)[0] == 0

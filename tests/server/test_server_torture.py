@@ -86,8 +86,8 @@ def test_it_sees_a_server_that_is_gone() -> None:
     ("script", "seen"),
     [
         ("echo http://x; echo Traceback >&2; cat", "a traceback"),
-        ("echo http://x; trap 'exit 3' TERM; while :; do sleep 0.1; done", "ended it with 3"),
-        ("echo http://x; trap '' TERM; while :; do sleep 0.1; done", "it had to be killed"),
+        ("trap 'exit 3' TERM; echo http://x; while :; do sleep 0.1; done", "ended it with 3"),
+        ("trap '' TERM; echo http://x; while :; do sleep 0.1; done", "it had to be killed"),
     ],
 )
 def test_it_sees_an_end_that_is_none(script: str, seen: str, monkeypatch: pytest.MonkeyPatch) -> None:

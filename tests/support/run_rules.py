@@ -97,6 +97,25 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Any:
     return report
 
 
+# pytest-xdist's processes
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_report_to_serializable() -> Any:
+    """A report may hold names of files that are no UTF-8, and pytest-xdist sends nothing else."""
+    return _printable((yield))
+
+
+def _printable(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode(errors="backslashreplace").decode()
+    if isinstance(value, dict):
+        return {_printable(name): _printable(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_printable, value))
+    return value
+
+
 # processes
 
 

@@ -55,8 +55,9 @@ async def answered(app, pilot):
     view = app.chat.query_one(AnswerView)
     view.finish("73 big | 75% hits | 108.0 KiB read | 54 ms stalled | 21.3 tok/s")
     for gauge in app.chat.query("Gauge"):
-        gauge.values.clear()
+        gauge.clear()
         gauge.add([float(i % 7) for i in range(40)])
+    app.chat.query_one("#experts", SidePanel).set_rate(21.3)
 
 
 async def with_map(app, pilot):

@@ -12,6 +12,7 @@ from tui_app import ANSWER, Loader, chat, say, submit, toasts, until
 
 from mobile_gguf.api.stats import stats_lines
 from mobile_gguf.errors import ModelNotFoundError
+from mobile_gguf.files.paths import models_dir
 from mobile_gguf.tui.screens.chat_state import ANSWERING, LOADING
 from mobile_gguf.tui.store.conversations import ConversationStore, Turn, local_time
 from mobile_gguf.tui.store.session import Session
@@ -197,5 +198,54 @@ def test_stats_say_the_mode_of_the_last_answer(tmp_path):
             gauge = app.chat.query_one("#speed")
             receipt = app.chat.query_one("AnswerView .receipt")
             assert f"{gauge.latest:.1f} tok/s" in str(receipt.content)
+
+    asyncio.run(go())
+
+
+def test_a_full_context_leaves_out_the_oldest_turns_and_says_so(tmp_path):
+    async def go():
+        async with chat(tmp_path) as (app, pilot):
+            app.chat.session.turns = [
+                Turn(role, f"{role} {at}") for at in range(30) for role in ("user", "assistant")
+            ]
+            await say(app, pilot, "and now?")
+            assert contents(app)[-2:] == ["and now?", ANSWER]
+            assert len(contents(app)) == 62  # the screen forgets nothing
+            receipt = app.chat.query("AnswerView").last().receipt
+            assert "turns were left out" in str(receipt.content)
+            await say(app, pilot, "too long " * 100)
+            assert "/set n_ctx and /reload make room, /new begins again" in toasts(app)
+            assert app.chat.prompt.text.startswith("too long")
+
+    asyncio.run(go())
+
+
+def test_an_answer_at_the_end_of_the_context_names_the_way_out(tmp_path):
+    async def go():
+        loader = Loader()
+        loader.backends["fake"] = FakeBackend(scripted("word ", end=False))
+        async with chat(tmp_path, loader=loader) as (app, pilot):
+            await say(app, pilot, "go on")
+            receipt = str(app.chat.query_one("AnswerView").receipt.content)
+            assert "the context of 512 is full; /set n_ctx 1024 and /reload, or /new" in receipt
+            await say(app, pilot, "/set max_tokens 3")
+            await say(app, pilot, "/regenerate")
+            receipt = str(app.chat.query_one("AnswerView").receipt.content)
+            assert receipt.endswith("cut at max_tokens")
+
+    asyncio.run(go())
+
+
+def test_the_palette_has_the_models_whose_names_are_no_markup(tmp_path):
+    async def go():
+        (models_dir() / "Q[").mkdir(parents=True)
+        (models_dir() / "Q[" / "4][red].gguf").write_text("")  # its name is Q[/4][red]
+        (models_dir() / "good.gguf").write_text("")
+        async with chat(tmp_path) as (app, _pilot):
+            titles = [command.title for command in app.get_system_commands(app.screen)]
+            assert "/model good" in titles
+            # Textual takes the titles for markup; the picker and /model have all names
+            assert not any("[" in title for title in titles)
+            assert "Q[/4][red]" in app.model_names()
 
     asyncio.run(go())

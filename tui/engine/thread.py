@@ -20,7 +20,7 @@ from mobile_gguf.api.context import of_a_chat
 from mobile_gguf.api.model import Model, check_model, load
 from mobile_gguf.api.words import python_words
 from mobile_gguf.engine.experts import Asked, Experts, Places, Watch
-from mobile_gguf.errors import EngineMemoryError, MobileError, UsageError
+from mobile_gguf.errors import EngineMemoryError, MobileError, PromptTooLongError, UsageError
 from mobile_gguf.generate.answer import INTERRUPTED, Chunk
 from mobile_gguf.generate.decode import Pass
 from mobile_gguf.generate.receipt import Receipt
@@ -168,6 +168,8 @@ class EngineThread(threading.Thread):
             last = self._stream(model, Outbox(answer_id), messages, options, stop)
         except MobileError as failure:
             error = python_words(str(failure))
+            if isinstance(failure, PromptTooLongError):
+                error += " · /set n_ctx and /reload make room, /new begins again"
         except Exception as failure:
             error = unexpected(failure)
         facts: dict[str, Any] = {}

@@ -6,11 +6,12 @@ import contextlib
 import json
 import os
 import sqlite3
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlite_utils import Database
 
@@ -19,8 +20,10 @@ from mobile_gguf.files.lock import exclusive
 
 from ..engine.outbox import Token
 
+Opened = TypeVar("Opened")
 MAX_TITLE = 60
-_BUSY_SECONDS = 2.0
+_BUSY_SECONDS = 5.0
+_OPEN_TRIES = 20  # SQLite says "locked" at once, and does not wait, while the last other one closes the file
 _OF_THE_MOMENT = (sqlite3.OperationalError, sqlite3.ProgrammingError, sqlite3.InterfaceError)
 
 
@@ -66,12 +69,20 @@ class ConversationStore:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 # SQLite lets nobody wait for the change of its journal, nor for a table that another makes
                 with exclusive(path.with_name(path.name + ".lock")):
-                    self._db = Database(sqlite3.connect(path, timeout=_BUSY_SECONDS))
-                    self._db.enable_wal()
-                    self._migrate()
+                    self._db = _patiently(lambda: self._open(path))
             else:
                 self._db = Database(memory=True)
                 self._migrate()
+
+    def _open(self, path: Path) -> Database:
+        self._db = Database(sqlite3.connect(path, timeout=_BUSY_SECONDS))
+        try:
+            self._db.enable_wal()
+            self._migrate()
+        except BaseException:
+            self._db.close()
+            raise
+        return self._db
 
     def _migrate(self) -> None:
         conversations, messages = self._table("conversations"), self._table("messages")
@@ -185,6 +196,17 @@ class ConversationStore:
     def close(self) -> None:
         """Close the file."""
         self._db.close()
+
+
+def _patiently(step: Callable[[], Opened]) -> Opened:
+    for _ in range(_OPEN_TRIES - 1):
+        try:
+            return step()
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error):
+                raise
+        time.sleep(0.1)
+    return step()
 
 
 _LATEST = """

@@ -25,15 +25,17 @@ MAX_ENUM = 20_000
 # Compilation runs in a thread with this stack: several times what MAX_CHAIN takes.
 MAKING_STACK = 64 << 20
 MAKING_SECONDS = 10.0
+# Of a processor, for one token: the work of an ambiguous grammar grows with the cube of the answer's length.
+STEP_SECONDS = 1.0
 
 
 def library_limits() -> LLParserLimits:
     """What the library may use up: about 0.1 s to begin, 50 ms at a step."""
     return LLParserLimits(
-        max_items_in_row=10_000,
+        max_items_in_row=5_000,
         initial_lexer_fuel=1_000_000,
         step_lexer_fuel=500_000,
-        step_max_items=500_000,
+        step_max_items=250_000,
         max_lexer_states=150_000,
         max_grammar_size=500_000,
         verbose_errors=False,

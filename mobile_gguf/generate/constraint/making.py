@@ -38,12 +38,16 @@ def constraint_of(
     """The Constraint of one of the two. Raises UsageError for both, and for what cannot be followed."""
     if grammar is not None and json_schema is not None:
         raise UsageError("give a grammar or a JSON schema, not both")
-    if grammar is not None:
-        made = LLMatcher.grammar_from_lark(HEAD + gbnf_to_lark(grammar, table))
-        return make_constraint(made, table, "grammar", should_stop)
-    schema = read_schema(json_schema) if isinstance(json_schema, str) else json_schema
-    made = schema_grammar(prepare(schema))
-    return make_constraint(made, table, "JSON schema", should_stop)
+    what = "grammar" if grammar is not None else "JSON schema"
+    try:
+        if grammar is not None:
+            made = LLMatcher.grammar_from_lark(HEAD + gbnf_to_lark(grammar, table))
+        else:
+            schema = read_schema(json_schema) if isinstance(json_schema, str) else json_schema
+            made = schema_grammar(prepare(schema))
+    except RecursionError:
+        raise UsageError(f"the {what} has too many parts one in the other") from None
+    return make_constraint(made, table, what, should_stop)
 
 
 @lru_cache(maxsize=256)

@@ -14,7 +14,7 @@ from llguidance import LLMatcher
 
 from mobile_gguf.errors import AnswerStopped, GrammarError, UsageError
 
-from .limits import MAKING_SECONDS, MAKING_STACK, library_limits
+from .limits import MAKING_SECONDS, MAKING_STACK, STEP_SECONDS, library_limits
 from .tokens import TokenTable
 
 _Result = TypeVar("_Result")
@@ -37,7 +37,11 @@ class Constraint:
         Tokens that end an answer are among them where the grammar is satisfied, and they only where it allows
         no more.
         """
+        started = time.thread_time()
         ids = self._mask()
+        if time.thread_time() - started > STEP_SECONDS:
+            why = f"one token takes longer than {STEP_SECONDS:g} s, it is too ambiguous"
+            raise GrammarError(f"the {self._what} cannot be followed further: {why}")
         if self._matcher.is_error():
             reason = _reason(self._matcher.get_error() or self._matcher.stop_reason())
             raise GrammarError(f"the {self._what} cannot be followed further: {reason}")
