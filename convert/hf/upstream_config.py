@@ -54,13 +54,13 @@ class PublishedConfig:
             defaults = {}
         values = _with_defaults(_read_json(Path(folder) / "config.json"), defaults)
         text = values.get("text_config")
-        part = text if isinstance(text, dict) else values
+        part: dict[str, Any] = text if isinstance(text, dict) else values
         for architecture in values.get("architectures") or ():
             for key, value in _CERTAIN.get(architecture, {}).items():
                 part.setdefault(key, value)
-            names = _RENAMED.get(architecture)
-            if names and isinstance(part.get("layer_types"), list):
-                part["layer_types"] = [names.get(kind, kind) for kind in part["layer_types"]]
+            names, kinds = _RENAMED.get(architecture), part.get("layer_types")
+            if names and isinstance(kinds, list):
+                part["layer_types"] = [names.get(str(kind), kind) for kind in kinds]
         return cls(values)
 
     def to_dict(self) -> dict[str, Any]:

@@ -315,7 +315,8 @@ def test_a_prompt_says_how_far_it_is_and_that_changes_no_answer(engine, demo_ggu
         assert told == [(0, 70), (32, 70), (64, 70), (70, 70)]
         assert heard.tokens == small.generate(prompt, **GREEDY).tokens
         told.clear()
-        small.generate(prompt, **GREEDY | {"cache_prompt": True}, on_prompt=lambda *at: told.append(at))
+        again: dict[str, Any] = GREEDY | {"cache_prompt": True}
+        small.generate(prompt, **again, on_prompt=lambda done, total: told.append((done, total)))
         assert told[0][1] < 70  # what is in the context already is not counted
 
 

@@ -60,11 +60,10 @@ def test_a_router_that_nobody_could_run_is_refused_with_the_keys() -> None:
 
 
 def test_an_assertion_without_words_says_its_line() -> None:
-    try:
+    with pytest.raises(AssertionError) as caught:
         assert not json.loads("[1]")
-    except AssertionError as error:
-        error.args = ()
-        said = _explain(error, {"folder": "ck"})
+    caught.value.args = ()
+    said = _explain(caught.value, {"folder": "ck"})
     assert "test_upstream_config.py" in said
     assert said.endswith('assert not json.loads("[1]")')
 

@@ -1,6 +1,8 @@
 """What a context keeps, of the models that people run, by the numbers in their headers."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -64,7 +66,7 @@ MODELS = {
 }  # fmt: skip
 
 
-def caches(architecture: str, numbers: dict[str, object]) -> Caches:
+def caches(architecture: str, numbers: Mapping[str, object]) -> Caches:
     metadata = {f"{architecture}.{name}": value for name, value in numbers.items()}
     facts = Facts(Path("model.gguf"), architecture, metadata)
     return read_caches(facts, layers_that_run(facts, ()))
@@ -150,7 +152,7 @@ def write(path: Path, architecture: str, n_block: int, n_mtp: int, table_rows: i
     writer.add_expert_used_count(2)
     if n_mtp:
         writer.add_uint32(f"{architecture}.nextn_predict_layers", n_mtp)
-    arrays = {"token_embd.weight": np.zeros((100, 64), np.float32)}
+    arrays: dict[str, Any] = {"token_embd.weight": np.zeros((100, 64), np.float32)}
     for block in range(n_block):
         for name in ("gate", "up", "down"):
             arrays[f"blk.{block}.ffn_{name}_exps.weight"] = np.zeros((4, 64, 64), np.float32)

@@ -7,6 +7,7 @@ The library is the one in $LLAMA_CPP_LIB_PATH.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import re
 import sys
@@ -43,7 +44,7 @@ def sizes(model: Any, n_ctx: int, n_ubatch: int, flash_attn: bool) -> dict[str, 
 
 def main() -> None:
     job = json.load(sys.stdin)
-    lib.llama_log_set(keep_log, None)
+    lib.llama_log_set(keep_log, ctypes.c_void_p(0))
     lib.llama_backend_init()
     params = lib.llama_model_default_params()
     params.n_gpu_layers = 0
