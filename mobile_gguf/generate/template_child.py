@@ -3,15 +3,14 @@
 Run by ``templates.py``; imports nothing of this package, so that it starts quickly. On standard input come
 lines of JSON, an ``Order`` and the names that its template may use, which are answered by one line. Jinja's
 sandbox keeps a template from the process; the limits that the kernel holds for the process keep it from the
-machine: loops, recursion and texts that grow end the child at worst. The names that templates may use are
-those of Transformers.
+machine: loops, recursion and texts that grow end the child at worst (Windows has no such limits: there it is
+ended after a time). The names that templates may use are those of Transformers.
 """
 
 from __future__ import annotations
 
 import datetime
 import json
-import resource
 import signal
 import sys
 from typing import Any, TypedDict
@@ -21,6 +20,9 @@ import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
+
+if sys.platform != "win32":
+    import resource
 
 # What an order may be answered with beside a text.
 REFUSED, FAILED, TOO_LONG = "refused", "failed", "too long"
@@ -114,6 +116,8 @@ def _line(error: Exception) -> str:
 
 
 def _limit(cpu_seconds: int, memory_bytes: int) -> None:
+    if sys.platform == "win32":
+        return
     spent = resource.getrusage(resource.RUSAGE_SELF)
     _, hard = resource.getrlimit(resource.RLIMIT_CPU)
     seconds = int(spent.ru_utime + spent.ru_stime) + 1 + cpu_seconds
@@ -126,6 +130,8 @@ def _limit(cpu_seconds: int, memory_bytes: int) -> None:
 
 
 def _unlimited() -> None:
+    if sys.platform == "win32":
+        return
     for kind in (resource.RLIMIT_CPU, resource.RLIMIT_AS):
         _, hard = resource.getrlimit(kind)
         resource.setrlimit(kind, (hard, hard))
@@ -134,7 +140,8 @@ def _unlimited() -> None:
 def main() -> None:
     """Answer orders until standard input ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for whoever asks
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if sys.platform != "win32":
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     templates = Templates()
     while line := sys.stdin.buffer.readline():
         order: Order = json.loads(line)

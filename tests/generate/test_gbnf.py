@@ -105,6 +105,7 @@ def test_whatever_the_grammar_an_answer_or_one_line_comes_of_it(grammar, seed):
     assert answer is None or len(answer) > 6 or accepts(grammar, answer.decode())
 
 
+@pytest.mark.slow
 @settings(max_examples=200, suppress_health_check=SLOW_ONES)
 @given(st.text(alphabet='root:=\n "[]()|*+?{},\\xu0a<>!#.^-', max_size=60).map("root ::= ".__add__))
 def test_any_text_is_a_grammar_or_one_clear_line(text):

@@ -52,6 +52,7 @@ def test_sigmoid(score: float, expected: float) -> None:
     assert sigmoid(score) == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_area_under_curve_equals_scikit_learn() -> None:
     metrics = pytest.importorskip("sklearn.metrics")
     random = np.random.default_rng(1)
