@@ -80,6 +80,7 @@ GRAMMARS = st.builds("root ::= {}\nr1 ::= {}\nr2 ::= {}\n".format, BODIES, BODIE
 TEXTS = ["".join(chars) for n in range(5) for chars in itertools.product("abc", repeat=n)]
 
 
+@pytest.mark.slow
 @settings(max_examples=50, suppress_health_check=SLOW_ONES)
 @example('root ::= [a-c]+ "b" | "a" root "c"\nr1 ::= "a"\nr2 ::= "a"\n')
 @example('root ::= "a" "bc" | "ab" "a" | "c" root "c"\nr1 ::= "a"\nr2 ::= "a"\n')
@@ -105,7 +106,6 @@ def test_whatever_the_grammar_an_answer_or_one_line_comes_of_it(grammar, seed):
     assert answer is None or len(answer) > 6 or accepts(grammar, answer.decode())
 
 
-@pytest.mark.slow
 @settings(max_examples=200, suppress_health_check=SLOW_ONES)
 @given(st.text(alphabet='root:=\n "[]()|*+?{},\\xu0a<>!#.^-', max_size=60).map("root ::= ".__add__))
 def test_any_text_is_a_grammar_or_one_clear_line(text):
