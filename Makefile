@@ -54,7 +54,7 @@ test: $(VENV)/.dev stock ## run all tests
 	$(RUN_TESTS) $(PYTEST)
 
 quick: $(VENV)/.dev ## run the tests that need no engine, converter, browser or GPU, and no patience
-	$(RUN_TESTS) -q -p no:schemathesis -m "not (engine or convert or browser or gpu or slow)" --durations=5 $(PYTEST)
+	$(RUN_TESTS) -q -p no:schemathesis --ignore=tests/convert -m "not (engine or convert or browser or gpu or slow)" --durations=5 $(PYTEST)
 
 # a processor of 2009: whatever is expected of this one must hold there, too
 PORTABLE := -DGGML_NATIVE=OFF -DGGML_AVX=OFF -DGGML_AVX2=OFF -DGGML_BMI2=OFF -DGGML_FMA=OFF -DGGML_F16C=OFF
