@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from mobile_gguf.errors import MobileError
+from mobile_gguf.processes import end, how_it_ended
 
 OnEvent = Callable[[dict[str, Any]], bool]
 
@@ -63,12 +63,12 @@ def run_child(
                     _send(child, "go")
             status = child.wait()
         finally:
-            _end(child)
+            end(child)
         if error is not None:
             raise error
         if status != 0:
             log.seek(0)
-            raise ChildDiedError(f"{what} {_how_it_died(status)}", _last_line(log.readlines()))
+            raise ChildDiedError(f"{what} {how_it_ended(status)}", _last_line(log.readlines()))
 
 
 def _parse(line: str) -> dict[str, Any]:
@@ -84,24 +84,6 @@ def _send(child: subprocess.Popen[str], line: str) -> None:
         if child.stdin is not None:
             child.stdin.write(line + "\n")
             child.stdin.flush()
-
-
-def _end(child: subprocess.Popen[str]) -> None:
-    if child.poll() is None:
-        child.kill()
-    child.wait()
-    for stream in (child.stdin, child.stdout):
-        if stream is not None:
-            with contextlib.suppress(OSError):
-                stream.close()
-
-
-def _how_it_died(status: int) -> str:
-    if status == -getattr(signal, "SIGKILL", 9):
-        return "was killed, most likely because the memory ran out"
-    if status < 0:
-        return f"crashed (signal {-status})"
-    return f"failed (exit status {status})"
 
 
 def _last_line(lines: list[str]) -> str:

@@ -13,6 +13,8 @@ from .options import Opt, declared, defaults
 from .options.bias import format_bias, parse_bias
 from .sizes import Size, parse_size, size_flag
 
+# where a verb writes: the same names in all of them
+OUT_FLAGS = ("-o", "--out", "--output")
 _METAVARS: dict[Any, str] = {int: "N", float: "X", Path: "FILE", parse_size: "SIZE"}
 
 

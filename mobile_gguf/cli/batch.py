@@ -18,6 +18,7 @@ from mobile_gguf.api.batch import (
     settings_of,
 )
 from mobile_gguf.errors import UsageError
+from mobile_gguf.flags import OUT_FLAGS
 from mobile_gguf.options import POLICY_OPTIONS, GenerateOptions, make_options
 from mobile_gguf.wording import format_duration
 
@@ -37,9 +38,7 @@ def add_batch_arguments(parser: argparse.ArgumentParser) -> None:
         " their names if need be; - for standard input",
     )
     group.add_argument(
-        "-o",
-        "--out",
-        "--output",
+        *OUT_FLAGS,
         dest="out",
         metavar="FILE",
         help="where the answers go, one JSON line each; goes on with what is there",

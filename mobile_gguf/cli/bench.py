@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mobile_gguf.errors import UsageError
-from mobile_gguf.flags import at_least_one
+from mobile_gguf.flags import OUT_FLAGS, at_least_one
 from mobile_gguf.options.words import DEFAULT_EVICTION, EVICTION, EXACT, LITTLE, OFF, PREFETCH
 from mobile_gguf.sizes import parse_size
 
@@ -60,9 +60,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add("--simulate", action="store_true", help="only count misses of eviction policies on the traces")
     add("--json", action="store_true", help="print one JSON object")
     add(
-        "-o",
-        "--out",
-        "--output",
+        *OUT_FLAGS,
         dest="out",
         metavar="FILE",
         type=Path,

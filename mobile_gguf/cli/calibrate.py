@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from mobile_gguf.errors import UsageError
-from mobile_gguf.flags import at_least_one, reader
+from mobile_gguf.flags import OUT_FLAGS, at_least_one, reader
 from mobile_gguf.hub.cache import is_in_cache
 from mobile_gguf.hub.resolve import resolve_model
 from mobile_gguf.options import LoadOptions
@@ -43,9 +43,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="at most so many tokens (default: 16384)",
     )
     add(
-        "-o",
-        "--out",
-        "--output",
+        *OUT_FLAGS,
         dest="out",
         metavar="FILE",
         type=Path,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mobile_gguf.errors import MobileError, UsageError
-from mobile_gguf.flags import add_arguments, given
+from mobile_gguf.flags import OUT_FLAGS, add_arguments, given
 from mobile_gguf.hub.cache import is_in_cache
 from mobile_gguf.hub.reference import is_reference, parse_reference
 from mobile_gguf.hub.resolve import resolve_model
@@ -55,9 +55,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument("source", metavar="SOURCE", help="a GGUF, a checkpoint's folder, or hf:ORG/REPO")
     parser.add_argument(
-        "-o",
-        "--out",
-        "--output",
+        *OUT_FLAGS,
         metavar="OUT",
         dest="output",
         type=Path,

@@ -7,7 +7,6 @@ and the next rendering has a new one.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import signal
 import subprocess
@@ -21,6 +20,7 @@ from typing import Any
 
 from mobile_gguf.engine.forks import abandon_in_children
 from mobile_gguf.errors import EngineError, PromptTooLongError, UsageError
+from mobile_gguf.processes import end, how_it_ended
 
 from . import template_child
 
@@ -125,7 +125,7 @@ class Renderer:
                 )  # fmt: skip
             except OSError as error:
                 raise EngineError(f"no process can be started for the chat template: {error}") from None
-            self._finalizer = weakref.finalize(self, _end, self._child)
+            self._finalizer = weakref.finalize(self, end, self._child)
         return self._child
 
     def _end(self) -> None:
@@ -157,23 +157,9 @@ def _read_line(child: subprocess.Popen[bytes]) -> bytes:
 
 
 def _how_it_ended(status: int) -> str:
-    if sys.platform == "win32":
-        return f"its process ended with {status}"
-    if status == -signal.SIGXCPU:
+    if sys.platform != "win32" and status == -signal.SIGXCPU:
         return f"it takes more than {CPU_SECONDS} s of computing"
-    if status == -signal.SIGKILL:
-        return "its process was killed, most likely because the memory ran out"
-    return f"its process ended with {status}"
-
-
-def _end(child: subprocess.Popen[bytes]) -> None:
-    if child.poll() is None:
-        child.kill()
-    child.wait()
-    for stream in (child.stdin, child.stdout):
-        if stream is not None:
-            with contextlib.suppress(OSError):
-                stream.close()
+    return f"its process {how_it_ended(status)}"
 
 
 def _plain(value: Any) -> Any:
