@@ -168,7 +168,7 @@ class GenerateOptions(Checked):
     ] = 0.8
     top_k: Annotated[
         int,
-        Opt("--top-k", read=int, low=-1, high=_MAX_INT32, help="keep the k likeliest tokens, 0 or -1: all"),
+        Opt("--top-k", read=int, low=-1, high=_MAX_INT32, help="keep the k likeliest tokens, 0: all"),
     ] = 40
     top_p: Annotated[
         float, Opt("--top-p", read=float, low=0, high=1, help="keep the likeliest of this total probability")

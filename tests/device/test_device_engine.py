@@ -196,7 +196,7 @@ def test_a_device_that_refuses_the_pool():
         automatic = one(spec("r", server, **options, vram_budget="auto"))
         host, choices = one_with_choices(spec("r", None, **options, vram_budget="off"))
     assert asked["error"] == "BudgetError"
-    for part in ("--vram-budget 100%", "RPC0", "bytes", "free", "--vram-budget off"):
+    for part in ("vram_budget 100%", "RPC0", "bytes", "free", "vram_budget off"):
         assert part in asked["message"]
     assert 0 < automatic["stats"]["device"]["budget_bytes"] < host["stats"]["store"]["expert_bytes"]
     assert any("less room for experts" in notice for notice in automatic["notices"])

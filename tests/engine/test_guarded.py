@@ -187,6 +187,6 @@ def test_a_stock_library_is_called_after_checks() -> None:
     piece, end, prompt, sample, n_tokens = json.loads(done.stdout)
     assert piece == f"token {tiny_models.VOCAB} is not in the vocabulary of {tiny_models.VOCAB}"
     assert end == f"token -1 is not in the vocabulary of {tiny_models.VOCAB}"
-    assert prompt == f"the prompt: {end}"
+    assert prompt == end
     assert sample == "there are no logits to sample from"
     assert n_tokens == 3

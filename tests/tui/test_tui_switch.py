@@ -35,7 +35,7 @@ def test_another_model_ends_the_answer_and_escape_only_its_load(tmp_path):
         loader.backends["fake"] = endless(threading.Event())
         async with chat(tmp_path, loader=loader) as (app, pilot):
             await submit(app, pilot, "go on")
-            await until(pilot, lambda: app.chat._answer is not None and app.chat._answer.tokens)
+            await until(pilot, lambda: app.chat._answer is not None and len(app.chat._answer.tokens) > 5)
             loader.gate.clear()
             await submit(app, pilot, "/model other")
             await until(pilot, lambda: app.chat.state == LOADING and len(contents(app)) == 2)

@@ -22,7 +22,7 @@ from ..engine.outbox import Token
 
 Opened = TypeVar("Opened")
 MAX_TITLE = 60
-_BUSY_SECONDS = 5.0
+_BUSY_SECONDS = 30.0  # others write for milliseconds, but a busy disk takes its time
 _OPEN_TRIES = 20  # SQLite says "locked" at once, and does not wait, while the last other one closes the file
 _OF_THE_MOMENT = (sqlite3.OperationalError, sqlite3.ProgrammingError, sqlite3.InterfaceError)
 
