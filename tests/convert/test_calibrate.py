@@ -307,9 +307,7 @@ def test_a_file_that_may_not_be_written(demo_gguf: Path, monkeypatch: pytest.Mon
 def test_without_the_packages_it_says_which(demo_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(
-        MobileError, match=r"needs scikit-learn: `pip install .*\[calibrate\]'`"
-    ):
+    with pytest.raises(MobileError, match=r"needs scikit-learn: `pip install .*\[calibrate\]'`"):
         check_model(read_gguf_info(demo_gguf), None)
     with pytest.raises(MobileError, match="--plot needs matplotlib"):
         check_plot(Path("x.png"))
