@@ -23,7 +23,9 @@ from ..engine.outbox import Token
 Opened = TypeVar("Opened")
 MAX_TITLE = 60
 _BUSY_SECONDS = 30.0  # others write for milliseconds, but a busy disk takes its time
-_OPEN_TRIES = 20  # SQLite says "locked" at once, and does not wait, while the last other one closes the file
+_TRIES = (
+    20  # of 0.1 s: SQLite says "locked" at once, and does not wait, while another opens or closes the file
+)
 _OF_THE_MOMENT = (sqlite3.OperationalError, sqlite3.ProgrammingError, sqlite3.InterfaceError)
 
 
@@ -106,8 +108,22 @@ class ConversationStore:
         now = _now()
         row = {"title": shorten(title), "system": storable(system), "model": storable(model)}
         row |= {"created": now, "updated": now}
+        return self._write(lambda: int(self._table("conversations").insert(row).last_pk))
+
+    def _write(self, step: Callable[[], Opened]) -> Opened:
+        """Do a step whole or not at all.
+
+        The write lock comes first: who begins by reading is refused where another has written meanwhile. And
+        SQLite does not wait in every case, such as while another opens or closes the file.
+        """
+
+        def whole() -> Opened:
+            with self._db.conn:
+                self._db.conn.execute("begin immediate")
+                return step()
+
         with _as_store_error(self.path):
-            return int(self._table("conversations").insert(row).last_pk)
+            return _patiently(whole)
 
     def append(self, conversation: int, position: int, turn: Turn) -> None:
         """Save a turn at ``position``, 0 first, in place of it and all later ones."""
@@ -121,38 +137,44 @@ class ConversationStore:
             "model": storable(turn.model),
             "created": _now(),
         }
-        with _as_store_error(self.path), self._db.conn:
+
+        def step() -> None:
             self._cut(conversation, position)
             self._table("messages").insert(row)
             self._touch(conversation, turn.model)
 
+        self._write(step)
+
     def cut(self, conversation: int, position: int) -> None:
         """Forget the turns from ``position`` on."""
-        with _as_store_error(self.path), self._db.conn:
-            self._cut(conversation, position)
+        self._write(lambda: self._cut(conversation, position))
 
     def _cut(self, conversation: int, position: int) -> None:
         self._table("messages").delete_where("conversation = ? and position >= ?", [conversation, position])
 
     def _touch(self, conversation: int, model: str) -> None:
         changes = {"updated": _now()} | ({"model": storable(model)} if model else {})
+        self._update(conversation, changes)
+
+    def _update(self, conversation: int, changes: dict[str, str]) -> None:
         self._table("conversations").update(conversation, changes)
 
     def rename(self, conversation: int, title: str) -> None:
         """Give a conversation another title."""
-        with _as_store_error(self.path):
-            self._table("conversations").update(conversation, {"title": shorten(title)})
+        self._write(lambda: self._update(conversation, {"title": shorten(title)}))
 
     def set_system(self, conversation: int, system: str) -> None:
         """Save a conversation's system message."""
-        with _as_store_error(self.path):
-            self._table("conversations").update(conversation, {"system": storable(system)})
+        self._write(lambda: self._update(conversation, {"system": storable(system)}))
 
     def delete(self, conversation: int) -> None:
         """Forget a conversation."""
-        with _as_store_error(self.path), self._db.conn:
+
+        def step() -> None:
             self._cut(conversation, 0)
             self._table("conversations").delete_where("id = ?", [conversation])
+
+        self._write(step)
 
     def open(self, conversation: int) -> tuple[str, str, list[Turn]]:
         """Title, system message and turns. Raises StoreError if there is no such conversation."""
@@ -199,7 +221,7 @@ class ConversationStore:
 
 
 def _patiently(step: Callable[[], Opened]) -> Opened:
-    for _ in range(_OPEN_TRIES - 1):
+    for _ in range(_TRIES - 1):
         try:
             return step()
         except sqlite3.OperationalError as error:
