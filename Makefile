@@ -63,7 +63,7 @@ test-portable: $(VENV)/.dev ## run the engine's tests with kernels without AVX
 	CMAKE_ARGS="$(PORTABLE)" $(BIN)/python -m mobile_gguf.vendor libraries build/portable
 	MOBILE_GGUF_ENGINE_LIB=$(CURDIR)/build/portable/engine LLAMA_CPP_LIB_PATH=$(CURDIR)/build/portable/engine \
 		MOBILE_GGUF_STOCK_LIB=$(CURDIR)/build/portable/stock \
-		$(BIN)/python -m pytest -m "engine and not gpu" $(PORTABLE_TESTS) $(PYTEST)
+		$(RUN_TESTS) -m "engine and not gpu" $(PORTABLE_TESTS) $(PYTEST)
 
 lint: $(VENV)/.dev ## ruff, pyright and the import contracts
 	$(BIN)/ruff check .
