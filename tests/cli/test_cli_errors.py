@@ -11,6 +11,8 @@ import pytest
 
 from mobile_gguf.cli import VERBS, main
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = [sys.executable, "-m", "mobile_gguf"]
 
 

@@ -20,6 +20,8 @@ from mobile_gguf.hub.resolve import local_models, model_name, resolve_model
 from mobile_gguf.memory.threads import bounded_threads
 from mobile_gguf.wording import shell_command
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = [sys.executable, "-m", "mobile_gguf"]
 
 

@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 from mobile_gguf.errors import AnswerStopped, GrammarError, UsageError
 from mobile_gguf.generate.constraint.making import constraint_of
 
+pytestmark = pytest.mark.slow
+
 JSON = r"""
 root   ::= object
 value  ::= object | array | string | number | ("true" | "false" | "null") ws
@@ -80,7 +82,6 @@ GRAMMARS = st.builds("root ::= {}\nr1 ::= {}\nr2 ::= {}\n".format, BODIES, BODIE
 TEXTS = ["".join(chars) for n in range(5) for chars in itertools.product("abc", repeat=n)]
 
 
-@pytest.mark.slow
 @settings(max_examples=50, suppress_health_check=SLOW_ONES)
 @example('root ::= [a-c]+ "b" | "a" root "c"\nr1 ::= "a"\nr2 ::= "a"\n')
 @example('root ::= "a" "bc" | "ab" "a" | "c" root "c"\nr1 ::= "a"\nr2 ::= "a"\n')

@@ -18,6 +18,8 @@ from mobile_gguf.hub.download import DamagedError
 from mobile_gguf.hub.meter import Meter
 from mobile_gguf.wording import format_duration
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("huggingface_hub")
 Command = Callable[..., tuple[int, str, str]]
 
