@@ -64,7 +64,8 @@ def folder(name: str) -> Path:
     """checkpoint/ and model.gguf of a family; skips without torch or Transformers."""
     for package in ("torch", "transformers"):
         pytest.importorskip(package, reason="pip install 'mobile-gguf[convert]'")
-    said = _build()
+    with tiny_models.one_builder():
+        said = _build()
     error = _folder() / f"{name}.error"
     if not (_folder() / name).is_dir():
         pytest.fail(f"{name} was not built: {error.read_text() if error.exists() else said}")

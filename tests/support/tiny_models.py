@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib import metadata
@@ -22,6 +23,7 @@ import engine_libs
 import numpy as np
 import pytest
 
+from mobile_gguf.files.lock import exclusive
 from mobile_gguf.files.paths import engine_cache_dir
 
 VOCAB = 320
@@ -229,6 +231,12 @@ def _gguf(model: TinyModel) -> Path | None:
     return min(_folder(model).glob("*.gguf"), default=None)
 
 
+def one_builder() -> AbstractContextManager[None]:
+    """For who builds what is missing in the cache: the tests run in several processes."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    return exclusive(CACHE / ".lock")
+
+
 def _build(models: list[TinyModel]) -> str:
     """Builds ``models`` in one process and returns its narration; what failed says so in an .error file."""
     CACHE.mkdir(parents=True, exist_ok=True)
@@ -265,8 +273,10 @@ def path(name: str) -> Path:
             pytest.skip(f"{package} is not installed: pip install 'mobile-gguf[convert]'")
     model = MODELS[name]
     if _gguf(model) is None:
-        wanted = [model] if model.on_demand else [m for m in MODELS.values() if not m.on_demand]
-        _build([m for m in wanted if _gguf(m) is None])
+        with one_builder():
+            wanted = [model] if model.on_demand else [m for m in MODELS.values() if not m.on_demand]
+            if missing := [m for m in wanted if _gguf(m) is None]:
+                _build(missing)
     gguf = _gguf(model)
     if gguf is None:
         pytest.fail(f"the tiny model {name} was not built: {_error(model).read_text()}")

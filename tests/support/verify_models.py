@@ -75,7 +75,8 @@ def folder(name: str) -> Path:
     """checkpoint/ and model-<outtype>.gguf of a tiny model; skips without torch or Transformers."""
     for package in ("torch", "transformers"):
         pytest.importorskip(package, reason="pip install 'mobile-gguf[convert]'")
-    problem = _build()
+    with tiny_models.one_builder():
+        problem = _build()
     if not _folder(name).is_dir():
         pytest.fail(f"the checkpoint of {name} was not built: {problem}")
     return _folder(name)
