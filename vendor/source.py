@@ -14,6 +14,7 @@ from pathlib import Path
 
 from mobile_gguf.errors import EngineBuildError
 from mobile_gguf.files import paths
+from mobile_gguf.files.lock import exclusive
 
 from . import failures, patchset, process
 from .pin import Pin
@@ -98,13 +99,15 @@ def source_path(pin: Pin) -> Path:
 def unpacked_source(pin: Pin, *, narrate: Narrate = lambda text: None) -> Path:
     """The stock source tree in the cache; never change it. llama.cpp is in ``vendor/llama.cpp``."""
     target = source_path(pin)
-    if not target.exists():
-        sdist = fetch_sdist(pin, narrate=narrate)
-        narrate(f"unpacking {sdist.name}")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix="tmp-") as scratch:
-            _unpack(sdist, Path(scratch))
-            os.replace(Path(scratch) / pin.directory, target)
+    if target.exists():
+        return target
+    with exclusive(target.parent / "lock"):
+        if not target.exists():
+            sdist = fetch_sdist(pin, narrate=narrate)
+            narrate(f"unpacking {sdist.name}")
+            with tempfile.TemporaryDirectory(dir=target.parent, prefix="tmp-") as scratch:
+                _unpack(sdist, Path(scratch))
+                os.replace(Path(scratch) / pin.directory, target)
     return target
 
 
