@@ -40,7 +40,7 @@ NUMBERED = frozenset(
         "Lfm2MoeForCausalLM", "MiniMaxM3SparseForConditionalGeneration", "MiniMaxM3SparseForCausalLM",
     }
 )  # fmt: skip
-_JOINED = re.compile(r"^(?P<stem>.*experts)\.(?P<part>gate_up_proj|down_proj)(?:\.weight)?$")
+_JOINED = re.compile(r"^(?P<stem>(?:.*\.)?experts)\.(?P<part>gate_up_proj|down_proj)(?:\.weight)?$")
 
 _SCALES = ("_scale_inv", "_scale", "_scales", "_blocks")
 

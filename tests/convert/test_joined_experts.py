@@ -85,6 +85,14 @@ def test_what_is_not_certain_is_refused_by_name():
         as_read(tensors, "Glm4MoeForCausalLM")
 
 
+def test_shared_experts_are_no_joined_ones():
+    tensors, *_ = experts(False)
+    shared = {
+        f"model.layers.1.mlp.shared_experts.{part}_proj.weight": lambda: None for part in ("gate", "down")
+    }
+    assert set(as_read(shared | tensors, "Glm4MoeForCausalLM")) >= set(shared)
+
+
 def test_quantised_ones_are_the_converters():
     tensors, *_ = experts(False)
     scales = {f"{STEM}.{part}_proj_scale_inv": lambda: torch.ones(1) for part in ("gate_up", "down")}

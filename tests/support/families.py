@@ -74,7 +74,7 @@ def folder(name: str) -> Path:
         pytest.importorskip(package, reason="pip install 'mobile-gguf[convert]'")
     with tiny_models.one_builder():
         said = _build()
-    error = _place(name).with_suffix(".error")
+    error = _place(name).with_name(f"{_place(name).name}.error")
     if not _place(name).is_dir():
         pytest.fail(f"{name} was not built: {error.read_text() if error.exists() else said}")
     return _place(name)

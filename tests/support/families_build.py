@@ -241,14 +241,16 @@ def main() -> int:
     places = {name: Path(place) for name, place in json.load(sys.stdin).items()}
     logging.basicConfig(level=logging.ERROR, stream=sys.stderr)
     torch.set_num_threads(1)
+    # what takes seconds to import is there before the forks
     import conversion  # type: ignore[import-not-found]
+    from transformers import AutoConfig, AutoTokenizer, modeling_utils  # noqa: F401
 
     conversion.load_all_models()
     for name, place in places.items():
         try:
             in_fork(lambda n=name, p=place: build(n, p))
         except RuntimeError as error:  # one family must not hide the others
-            place.with_suffix(".error").write_text(str(error))
+            place.with_name(f"{place.name}.error").write_text(str(error))
     return 0
 
 
