@@ -126,8 +126,8 @@ FAMILIES: dict[str, Family] = {
     "step-3.7": Family(
         "Step3p7Config", "Step3p7ForConditionalGeneration",
         {
-            "textconfig": config(_STEP),
-            "visionconfig": {
+            "text_config": config(_STEP),
+            "vision_config": {
                 "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
                 "image_size": 28, "max_position_embeddings": 4,
             },
