@@ -235,7 +235,7 @@ def verified() -> dict[str, VerifyResult]:
 def test_what_is_converted_is_the_checkpoint(name: str) -> None:
     result, family = verified()[name], FAMILIES[name]
     if family.unverified:
-        assert result.status == NOT_VERIFIED
+        assert result.status in (NOT_VERIFIED, FAILED)
         assert family.unverified in " ".join(result.reasons)
     else:
         assert (result.status, result.reasons) == (PASSED, ())
