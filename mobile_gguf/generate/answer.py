@@ -80,6 +80,7 @@ class Backend(Protocol):
     prompt_done: float
     should_stop: Callable[[], bool] | None  # asked while a prompt is computed
     on_prompt: Callable[[int, int], object] | None  # told how many of its tokens are done, of how many
+    on_logits: Callable[[int, Any], object] | None  # given a prompt token's place, and the logits after it
 
     store: ModelInfo | None  # None without an expert store
     has_engine: bool
@@ -133,6 +134,7 @@ class Request:
     cache_prompt: bool = True
     should_stop: Callable[[], bool] | None = None
     on_prompt: Callable[[int, int], object] | None = None
+    on_logits: Callable[[int, Any], object] | None = None
     turns_left_out: int = 0
     fills_context: bool = False  # max_tokens is what the context has room for, and not what was asked for
 
@@ -142,6 +144,7 @@ def generate_steps(backend: Backend, request: Request) -> Generator[tuple[int, P
     backend.policy = request.policy
     backend.should_stop = request.should_stop
     backend.on_prompt = request.on_prompt
+    backend.on_logits = request.on_logits
     backend.set_seed(request.seed)
     if not request.cache_prompt:
         backend.forget()
@@ -201,8 +204,6 @@ class Answer:
         self._backend.prompt_evaluated = 0
         should_stop = self._request.should_stop or _never
         with closing(generate_steps(self._backend, self._request)) as steps:
-            if self._request.max_tokens <= 0:
-                yield self._end(LENGTH)
             while self.finish_reason is None:
                 try:
                     chunk = self._end(INTERRUPTED) if should_stop() else self._advance(steps)
@@ -211,18 +212,11 @@ class Answer:
                 yield chunk
 
     def _advance(self, steps: Iterator[tuple[int, Pass]]) -> Chunk:
-        started = time.perf_counter()
-        try:
-            token, kind = next(steps)
-        finally:
-            ended = time.perf_counter()
-            self._busy_seconds += ended - started
-            self._counters = self._backend.counters()
-            self._device_counters = self._backend.device_counters()
-            self._ahead = self._backend.prefetch_counters()
-        if not self._tokens:
-            # Sampling the first token belongs to the generation, as in llama-server.
-            self._prompt_seconds = max(0.0, min(self._backend.prompt_done, ended) - started)
+        if self._request.max_tokens <= 0:
+            if self._request.on_logits is not None:
+                self._step(steps)  # for its prompt: the token is not wanted
+            return self._end(LENGTH)
+        token, kind = self._step(steps)
         self._tokens.append(token)
         self._passes[kind] += 1
         if self._backend.is_end(token):
@@ -233,6 +227,22 @@ class Answer:
         elif len(self._tokens) >= self._request.max_tokens:
             return self._end(LENGTH, token, text)
         return self._chunk(text, token)
+
+    def _step(self, steps: Iterator[tuple[int, Pass]]) -> tuple[int, Pass]:
+        """The next token; what it took is counted."""
+        started = time.perf_counter()
+        try:
+            made = next(steps)
+        finally:
+            ended = time.perf_counter()
+            self._busy_seconds += ended - started
+            self._counters = self._backend.counters()
+            self._device_counters = self._backend.device_counters()
+            self._ahead = self._backend.prefetch_counters()
+        if not self._tokens:
+            # Sampling the first token belongs to the generation, as in llama-server.
+            self._prompt_seconds = max(0.0, min(self._backend.prompt_done, ended) - started)
+        return made
 
     def _end(self, reason: str, token: int | None = None, text: str = "") -> Chunk:
         self.finish_reason = reason

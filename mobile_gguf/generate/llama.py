@@ -31,7 +31,6 @@ from mobile_gguf.errors import EngineError, ExpertReadError, MobileError, UsageE
 from mobile_gguf.gguf.info import GgufInfo
 
 from .chat_prompt import ChatPrompts
-from .constraint.candidates import sample_among
 from .constraint.making import constraint_of
 from .constraint.matching import Constraint
 from .constraint.tokens import TokenTable
@@ -43,6 +42,8 @@ from .pooling import clear_memory, file_pooling, has_memory, longest_text, poole
 from .vocabulary import Vocabulary
 
 _TEMPLATES = "tokenizer.chat_template"
+# The engine keeps this much more memory for logits where those of a whole prompt are asked for.
+_LOGITS_BYTES = 16 << 20
 # A prompt that is all in the context already is computed anew from here before its end.
 _MIN_PROMPT = 2
 
@@ -85,6 +86,7 @@ class MobileLlama(Llama):
         self.prompt_done = 0.0
         self.should_stop: Callable[[], bool] | None = None
         self.on_prompt: Callable[[int, int], object] | None = None
+        self.on_logits: Callable[[int, Any], object] | None = None
         self._prompt_pending = False
         self._experts = ALL_EXPERTS
         self.head: Head | None = None
@@ -171,6 +173,8 @@ class MobileLlama(Llama):
         self._prompt_pending = True
         self._biases = logit_bias or {}
         self._constraint = grammar
+        if self.on_logits is not None:
+            self.forget()  # it is shown those of all the prompt
         self._limit_reuse(list(tokens))
         try:
             yield from super().generate(tokens, *args, **options)
@@ -189,7 +193,7 @@ class MobileLlama(Llama):
         sampler = self._sampler or self._init_sampler(*args, **options)
         if self._constraint is None:
             return self.calls.sample(sampler.sampler, idx - self.n_tokens if idx is not None else -1)
-        token = sample_among(sampler.sampler, self.last_logits(), self._constraint.allowed())
+        token = self.calls.sample_among(sampler.sampler, self._constraint.allowed())
         self._constraint.accept(token)
         return token
 
@@ -270,15 +274,35 @@ class MobileLlama(Llama):
 
     def _eval_in_pieces(self, tokens: list[int]) -> None:
         """Llama.eval, which decodes ``n_batch`` tokens at a time; of a prompt each time is told."""
-        tell = self.on_prompt if self._prompt_pending else None
-        if tell is None:
+        tell, show = (self.on_prompt, self.on_logits) if self._prompt_pending else (None, None)
+        if tell is None and show is None:
             super().eval(tokens)
             return
-        tell(0, len(tokens))
-        for start in range(0, len(tokens), self.n_batch):
-            piece = tokens[start : start + self.n_batch]
-            super().eval(piece)
-            tell(start + len(piece), len(tokens))
+        if tell is not None:
+            tell(0, len(tokens))
+        n = self.n_batch
+        if show is not None:
+            n = max(1, min(n, _LOGITS_BYTES // (4 * self._n_vocab)))
+        for start in range(0, len(tokens), n):
+            piece = tokens[start : start + n]
+            if show is None:
+                super().eval(piece)
+            else:
+                self._eval_showing(piece, show)
+            if tell is not None:
+                tell(start + len(piece), len(tokens))
+
+    def _eval_showing(self, tokens: list[int], show: Callable[[int, Any], object]) -> None:
+        """Llama.eval of one batch, of which the logits after every token are shown."""
+        start, end = self.n_tokens, self.n_tokens + len(tokens)
+        self._ctx.kv_cache_seq_rm(-1, start, -1)
+        self._batch.set_batch(batch=tokens, n_past=start, logits_all=True)
+        self._ctx.decode(self._batch)
+        self.input_ids[start:end] = tokens
+        self.n_tokens = end
+        self._requires_eval = False
+        for i in range(len(tokens)):
+            show(start + i, self._logits(i))
 
     def _interruptible(self) -> contextlib.AbstractContextManager[None]:
         return stopping_on_request(self.ctx, self.should_stop)
@@ -298,7 +322,10 @@ class MobileLlama(Llama):
             self.engine.prefetch_masked(self.ctx)
 
     def last_logits(self) -> Any:
-        logits = self._ctx.get_logits_ith(-1)
+        return self._logits(-1)
+
+    def _logits(self, i: int) -> Any:
+        logits = self._ctx.get_logits_ith(i)
         if not logits:
             raise UsageError("there are no logits: ask for a token first")
         return np.ctypeslib.as_array(logits, shape=(self._n_vocab,))
