@@ -449,6 +449,14 @@ class Model:
             return ChatPrompt(render(checked))
         return fit_chat(checked, render, count, self.n_ctx - reserve_for(self.n_ctx, max_tokens))
 
+    def prepare_constraints(self) -> None:
+        """Make now what the first answer under a grammar or a schema needs of the vocabulary, once.
+
+        Seconds for a large one, in which no thread of Python runs: better while nobody waits.
+        """
+        with self._taken() as backend:
+            backend.prepare_constraints()
+
     @property
     def can_generate(self) -> bool:
         """Whether the model continues texts; one that only makes embeddings does not."""

@@ -27,7 +27,7 @@ from mobile_gguf.engine.log import clear_errors, last_errors
 from mobile_gguf.engine.prefetch import prefetch_counters
 from mobile_gguf.engine.rpc import context_loss
 from mobile_gguf.engine.structs import Counters, DeviceCounters, ModelInfo, PrefetchCounters
-from mobile_gguf.errors import EngineError, ExpertReadError, MobileError, UsageError
+from mobile_gguf.errors import AnswerStopped, EngineError, ExpertReadError, MobileError, UsageError
 from mobile_gguf.gguf.info import GgufInfo
 
 from .chat_prompt import ChatPrompts
@@ -44,6 +44,8 @@ from .vocabulary import Vocabulary
 _TEMPLATES = "tokenizer.chat_template"
 # The engine keeps this much more memory for logits where those of a whole prompt are asked for.
 _LOGITS_BYTES = 16 << 20
+# While a vocabulary is read it is asked for whether to stop after so many tokens, some 20 ms.
+_TOKENS_BETWEEN = 1024
 # A prompt that is all in the context already is computed anew from here before its end.
 _MIN_PROMPT = 2
 
@@ -94,6 +96,7 @@ class MobileLlama(Llama):
         self._biases: Mapping[int, float] = {}
         self._constraint: Constraint | None = None
         self._token_table: TokenTable | None = None
+        self._table_parts: tuple[list[bytes], set[int], set[int]] = ([], set(), set())
         # The position whose token comes next, if the last pass left its hidden state.
         self._state_at = -1
         self._template: str | None = None
@@ -450,21 +453,30 @@ class MobileLlama(Llama):
         """What an answer is to follow, of GBNF text or a JSON schema; raises UsageError if it cannot."""
         if grammar is None and json_schema is None:
             return None
-        return constraint_of(self.token_table(), grammar, json_schema, should_stop)
+        return constraint_of(self.token_table(should_stop), grammar, json_schema, should_stop)
 
-    def token_table(self) -> TokenTable:
-        """What a grammar is matched against, read once."""
+    def token_table(self, should_stop: Callable[[], bool] | None = None) -> TokenTable:
+        """What a grammar is matched against, read once: seconds for a large vocabulary.
+
+        Raises AnswerStopped if ``should_stop`` ends it; what was read is kept.
+        """
         if self._token_table is None:
-            ids = range(self._n_vocab)
-            unused = llama_cpp.LLAMA_TOKEN_ATTR_UNUSED
-            self._token_table = TokenTable(
-                pieces=[self.piece(token, special=True) for token in ids],
-                special=self.vocabulary.controls.union(
-                    token for token in ids if self.calls.attributes(token) & unused
-                ),
-                ends=frozenset(filter(self.is_end, ids)),
-            )
+            pieces, unused, ends = self._table_parts
+            for token in range(len(pieces), self._n_vocab):
+                if should_stop is not None and token % _TOKENS_BETWEEN == 0 and should_stop():
+                    raise AnswerStopped("the answer was stopped while the vocabulary was read")
+                pieces.append(self.piece(token, special=True))
+                if self.calls.attributes(token) & llama_cpp.LLAMA_TOKEN_ATTR_UNUSED:
+                    unused.add(token)
+                if self.is_end(token):
+                    ends.add(token)
+            self._token_table = TokenTable(pieces, self.vocabulary.controls | unused, frozenset(ends))
         return self._token_table
+
+    def prepare_constraints(self) -> None:
+        """Make what the first answer under a grammar would wait for, and all threads with it."""
+        if self.calls.has_tokenizer:
+            self.token_table().tokenizer  # noqa: B018
 
     def _token_text(self, token: int) -> str:
         return self.calls.text(token) if token >= 0 else ""

@@ -18,7 +18,7 @@ import pytest
 import tiny_models
 
 import mobile_gguf
-from mobile_gguf import EngineError, Model, UsageError
+from mobile_gguf import AnswerStopped, EngineError, Model, UsageError
 from mobile_gguf.api.model import backend_of
 from mobile_gguf.generate.llama import MobileLlama
 
@@ -161,6 +161,27 @@ def test_logits_before_there_are_any() -> None:
         pytest.raises(UsageError, match="there are no logits: ask for a token first"),
     ):
         fresh.last_logits()
+
+
+def test_reading_the_vocabulary_ends_when_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was read is kept, so that clients who leave do not keep the others from ever having a table."""
+    monkeypatch.setattr("mobile_gguf.generate.llama._TOKENS_BETWEEN", 100)
+    asked: list[int] = []
+    with mobile_gguf.load(tiny_models.path("dense"), n_ctx=64) as fresh:
+        pieces = backend_of(fresh)._table_parts[0]
+
+        def leaves() -> bool:
+            asked.append(len(pieces))
+            return len(asked) > 2
+
+        options: dict[str, Any] = {"grammar": 'root ::= "a"+', "max_tokens": 3, "should_stop": leaves}
+        for n_read in (200, 200):
+            with pytest.raises(AnswerStopped, match="while the vocabulary was read"):
+                fresh.generate("ab", **options)
+            assert len(pieces) == n_read
+        assert fresh.generate("ab", **options | {"should_stop": None}).text.strip("a") == ""
+        fresh.prepare_constraints()
+    assert asked == [0, 100, 200, 200]
 
 
 def test_long_pieces_and_texts(model: Model) -> None:

@@ -83,7 +83,13 @@ def test_log_probabilities_of_a_prompt(fake_model):
     """As OpenAI's legacy API has them, and evaluation harnesses ask for them."""
     with running(fake_model(FakeBackend())) as server:
         client = server.openai()
-        ask = {"model": "fake", "prompt": [[BOS, *"aé".encode()], [98, 99, 100]], "echo": True, "logprobs": 2, "seed": 1}
+        ask = {
+            "model": "fake",
+            "prompt": [[BOS, *"aé".encode()], [98, 99, 100]],
+            "echo": True,
+            "logprobs": 2,
+            "seed": 1,
+        }
         only = client.completions.create(**ask, max_tokens=0)
         more = client.completions.create(**ask, max_tokens=2, n=2)
         streamed = list(client.completions.create(**ask, max_tokens=2, n=2, stream=True))

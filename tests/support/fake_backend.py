@@ -253,6 +253,9 @@ class FakeBackend:
     def make_grammar(self, grammar: str | None, json_schema: Any, should_stop: Any = None) -> Any:
         return (grammar, json_schema) if grammar or json_schema else None
 
+    def prepare_constraints(self) -> None:
+        self.log.append("prepared")
+
     def token_bos(self) -> int:
         return BOS
 
