@@ -72,7 +72,7 @@ def template_messages(
     messages: Sequence[Message], plan: ToolPlan | None, native: bool
 ) -> list[dict[str, Any]]:
     """Messages for the chat template; with tools told in words unless it is ``native`` to them."""
-    made = [_native(message) if native else _in_words(message) for message in messages]
+    made = [_native(message) for message in messages] if native else _all_in_words(messages)
     if plan is not None and not native:
         lines = "\n".join(json.dumps(tool.function.model_dump(exclude_none=True)) for tool in plan.tools)
         text = _TEACHING.format(tools=lines, mark=MARK, end=END_MARK)
@@ -127,6 +127,24 @@ def _native(message: Message) -> dict[str, Any]:
             }
             for call in message.tool_calls
         ]
+    return made
+
+
+def _all_in_words(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Messages without tools, in which what tools and the user say one after the other is one message.
+
+    Many templates want the user and the assistant to take turns.
+    """
+    made: list[dict[str, Any]] = []
+    after_tool = False
+    for message in messages:
+        told, is_tool = _in_words(message), _role(message) == "tool"
+        if made and told["role"] == made[-1]["role"] == "user" and (is_tool or after_tool):
+            made[-1]["content"] += f"\n{told['content']}"
+            after_tool = True
+        else:
+            made.append(told)
+            after_tool = is_tool
     return made
 
 

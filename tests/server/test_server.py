@@ -18,6 +18,8 @@ from server_harness import SECONDS, Gate, get, phases, post, running, until
 
 from mobile_gguf.errors import ExpertReadError
 from mobile_gguf.generate.decode import ALL_EXPERTS
+from mobile_gguf.server.requests import ChatRequest
+from mobile_gguf.server.tools import template_messages
 
 ROOMY = fake_info(n_ctx_train=4096)
 USER = [{"role": "user", "content": "hi"}]
@@ -459,3 +461,22 @@ def test_many_threads_get_their_own_answers(fake_model):
         answers = list(pool.map(lambda text: server.chat(text).json(), texts))
     assert [answer["choices"][0]["message"]["content"] for answer in answers] == texts
     assert threading.active_count() < 50
+
+
+def test_tools_in_words_and_the_user_take_turns_with_the_assistant():
+    """Mistral's templates, for one, refuse two messages of the user's in a row."""
+    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": "{}"}}
+    said = [
+        {"role": "user", "content": "add"},
+        {"role": "assistant", "content": "", "tool_calls": [call, call]},
+        {"role": "tool", "tool_call_id": "1", "content": "4"},
+        {"role": "tool", "tool_call_id": "1", "content": "5"},
+        {"role": "user", "content": "and?"},
+    ]
+    made = template_messages(ChatRequest.model_validate({"messages": said}).messages, None, False)
+    assert [message["role"] for message in made] == ["user", "assistant", "user"]
+    result = "<tool_response>\n{}\n</tool_response>\n"
+    assert made[-1]["content"] == result.format(4) + result.format(5) + "and?"
+    twice = [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]
+    asked = ChatRequest.model_validate({"messages": twice}).messages
+    assert template_messages(asked, None, False) == twice  # what the user says is the user's to order
