@@ -121,7 +121,8 @@ def rendered(model: Model, template: str, messages: list[dict[str, Any]]) -> str
 
 STRICT = (
     "Qwen3.5-4B", "MiniMax-M2", "google-gemma-2-2b-it", "openai-gpt-oss-120b", "Apertus-8B-Instruct",
-    "Mistral-Small-3.2-24B-Instruct-2506", "deepseek-ai-DeepSeek-R1-Distill-Llama-8B", "NVIDIA-Nemotron-Nano-v2",
+    "Mistral-Small-3.2-24B-Instruct-2506", "deepseek-ai-DeepSeek-R1-Distill-Llama-8B",
+    "NVIDIA-Nemotron-Nano-v2",
 )  # fmt: skip
 
 
