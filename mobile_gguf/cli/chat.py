@@ -10,10 +10,11 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from mobile_gguf.api.context import way_out
 from mobile_gguf.api.conversation import Conversation
 from mobile_gguf.api.model import Model
 from mobile_gguf.api.stats import stats_lines
-from mobile_gguf.errors import MobileError, UsageError, require_unicode
+from mobile_gguf.errors import MobileError, PromptTooLongError, UsageError, require_unicode
 from mobile_gguf.files.paths import data_dir
 from mobile_gguf.flags import given, parse_setting
 from mobile_gguf.generate.answer import Chunk
@@ -135,6 +136,8 @@ class Repl:
                 from . import print_error
 
                 print_error(error)
+                if isinstance(error, PromptTooLongError):
+                    narrate(way_out(self.options, MORE_CONTEXT, "/clear"))
 
     def serve(self, line: str) -> None:
         """Answer one line or obey it."""

@@ -69,6 +69,26 @@ def test_a_line_of_a_chat_that_is_not_utf8_costs_only_itself(fake_load, monkeypa
     assert "that line is not UTF-8 text" in err
 
 
+@pytest.mark.parametrize(("context_full", "trims"), [("stop", True), ("trim", False)])
+def test_a_question_without_room_names_the_ways_out_of_the_chat(
+    fake_load, monkeypatch, capsys, context_full, trims
+):
+    fake_load(FakeBackend(scripted("ok"), n_ctx=60))
+    lines = iter(["long " * 50])
+
+    def read(_prompt=""):
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", read)
+    assert main(["chat", "m.gguf", "--plain", "-c", "60", "--context-full", context_full]) == 0
+    err = capsys.readouterr().err
+    assert "-c makes it larger, /clear begins again" in err
+    assert ("/set context_full trim leaves out the oldest turns" in err) == trims
+
+
 def test_a_command_to_copy_keeps_the_bytes_of_a_name(tmp_path):
     name = os.fsdecode(b"mod\xe9l '\n.gguf")
     (tmp_path / name).write_text("")
