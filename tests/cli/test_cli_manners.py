@@ -212,6 +212,24 @@ def test_ctrl_c_while_the_command_is_imported_is_no_traceback(tmp_path):
     assert signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
 
 
+def test_a_standard_stream_that_is_closed_leads_nowhere(tmp_path):
+    """Not into the next file that is opened, which would get its number; and no traceback comes of it."""
+    code = (
+        "import os, sys; from mobile_gguf.__main__ import fill_closed_streams; fill_closed_streams()\n"
+        "sys.stdout.write('lost'); print('lost', file=sys.stderr); os.write(1, b'lost')\n"
+        "with open('found', 'w') as f:\n"
+        "    f.write(repr([f.fileno() > 2, sys.stdin.read(), *(os.readlink(f'/proc/self/fd/{n}') "
+        "for n in (0, 1, 2))]))"
+    )
+    shell = 'exec "$0" -c "$1" <&- >&- 2>&-'
+    subprocess.run(["bash", "-c", shell, sys.executable, code], cwd=tmp_path, check=True, timeout=120)
+    assert (tmp_path / "found").read_text() == repr([True, "", *[os.devnull] * 3])
+    closed = subprocess.run(
+        ["bash", "-c", 'exec "$@" <&- >&-', "bash", *PROGRAM, "chat", "none.gguf"], timeout=120
+    )
+    assert closed.returncode == 3
+
+
 def test_the_package_gives_what_it_names():
     assert [name for name in mobile_gguf.__all__ if not hasattr(mobile_gguf, name)] == []
     assert mobile_gguf.aio.AsyncModel
