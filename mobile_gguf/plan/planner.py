@@ -10,7 +10,7 @@ from mobile_gguf.engine.devices import Device
 from mobile_gguf.flags import arguments
 from mobile_gguf.gguf import keys
 from mobile_gguf.gguf.info import GgufInfo
-from mobile_gguf.memory.fit import Fit, asked_of
+from mobile_gguf.memory.fit import Asked, Fit, asked_of
 from mobile_gguf.memory.machine import Memory, read_memory
 from mobile_gguf.memory.pools import pool_min_bytes
 from mobile_gguf.options import LoadOptions
@@ -62,12 +62,14 @@ def make_plan(
     n_bits: float = 0.0,
     notes: Sequence[str] = (),
     reference: str = "",
+    asked: Asked | None = None,
 ) -> Plan:
     """Plan a model by its header, the memory there is and what was measured. Raises FitError.
 
-    ``reference`` is the model's name in the command that is suggested; without it that is the path.
+    ``reference`` is the model's name in the command that is suggested; without it that is the path. ``asked``
+    is what the options ask for, if that is known already.
     """
-    fit = plan_fit(info, asked_of(info, options), memory or read_memory(), devices, n_bits)
+    fit = plan_fit(info, asked or asked_of(info, options), memory or read_memory(), devices, n_bits)
     modes = (EXACT, BIG_LITTLE, LITTLE) if info.is_moe and info.n_expert_used > 1 else (EXACT,)
     found: list[Prediction] = []
     lessons: dict[str, tuple[int, str]] = {}
@@ -182,6 +184,8 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
         "dense_bytes": fit.demand.dense_bytes,
         "kv_bytes": fit.demand.kv_bytes,
         "compute_bytes": fit.demand.compute_bytes,
+        "idle_bytes": fit.demand.idle_bytes,
+        "vocabulary_bytes": fit.demand.vocabulary_bytes,
         "mapped_bytes": plan.info.lazy_bytes,
         "expert_bytes": plan.info.expert_bytes,
         "ram_budget_bytes": fit.ram_budget_bytes,
@@ -221,7 +225,7 @@ def plan_lines(plan: Plan) -> list[str]:
     if info.lazy_bytes:
         cached = f"{format_bytes(info.lazy_bytes)} read row by row, in memory only as page cache"
         rows.append(("tables on disk", cached))
-    context = f"{format_bytes(rest.kv_bytes)} KV, {format_bytes(rest.compute_bytes)} buffers in {where}"
+    context = f"{format_bytes(rest.kv_bytes)} KV, {format_bytes(rest.buffer_bytes)} buffers in {where}"
     rows.append(("context", f"{fit.asked.n_ctx} tokens, micro-batches of {fit.asked.n_ubatch}: {context}"))
     if info.is_moe:
         if fit.devices:

@@ -10,12 +10,11 @@ from mobile_gguf.errors import BudgetError, MobileError
 from mobile_gguf.gguf.caches import CONTEXT_MULTIPLE
 from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.memory.budget import reserve_bytes
-from mobile_gguf.memory.demand import estimate_demand
-from mobile_gguf.memory.fit import Asked, Fit, fit_model
+from mobile_gguf.memory.fit import Asked, Fit, fit_model, host_demand
 from mobile_gguf.memory.machine import Memory
 from mobile_gguf.sizes import AUTO, format_bytes, mebibytes
 
-_SMALL_UBATCH = 128
+SMALL_UBATCH = 128
 _PLENTY = Memory(1 << 62, 1 << 62, "")
 
 
@@ -70,10 +69,10 @@ def _host_refusal(info: GgufInfo, asked: Asked, memory: Memory, n_bits: float) -
     """Why a model does not fit on the host, and what would."""
     free, smallest = memory.available_bytes, info.budget_min_bytes
     reserve = reserve_bytes(free)
-    demand = estimate_demand(info, n_ctx=asked.n_ctx, n_ubatch=asked.n_ubatch, flash_attn=asked.flash_attn)
+    demand = host_demand(info, asked)
     least = f", one layer's experts {format_bytes(smallest)}" if info.is_moe else ""
     ways = [_smaller_context(info, asked, memory, ())]
-    fixed = demand.kv_bytes + demand.compute_bytes + reserve
+    fixed = demand.kv_bytes + demand.buffer_bytes + reserve
     if n_bits and free > fixed:
         bits = n_bits * (free - fixed) / (demand.dense_bytes + smallest)
         if bits >= 1:
@@ -108,7 +107,7 @@ def largest_context(
     info: GgufInfo, asked: Asked, memory: Memory, devices: Sequence[Device] = ()
 ) -> tuple[int, int] | None:
     """The largest context up to what was asked, and the micro-batch with it, that fit; None if none does."""
-    for n_ubatch in dict.fromkeys((asked.n_ubatch, min(asked.n_ubatch, _SMALL_UBATCH))):
+    for n_ubatch in dict.fromkeys((asked.n_ubatch, min(asked.n_ubatch, SMALL_UBATCH))):
         low, high = 0, -(-asked.n_ctx // CONTEXT_MULTIPLE)
         while low < high:
             middle = (low + high + 1) // 2
