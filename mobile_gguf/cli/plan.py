@@ -111,7 +111,7 @@ def _measure_buffers(info: GgufInfo, asked: Asked) -> Asked:
     """What a context's buffers take is asked of the engine, where there is one; a child reads the header."""
     from mobile_gguf.engine.binding import find_engine
     from mobile_gguf.memory.buffers import with_buffers
-    from mobile_gguf.plan.refusal import SMALL_UBATCH
+    from mobile_gguf.plan.refusal import compared
 
     try:
         engine = find_engine()
@@ -119,7 +119,7 @@ def _measure_buffers(info: GgufInfo, asked: Asked) -> Asked:
         engine = None
     if engine is None:
         return asked
-    return with_buffers(engine, info, asked, ubatches=(asked.n_ubatch, min(asked.n_ubatch, SMALL_UBATCH)))
+    return with_buffers(engine, info, asked, others=compared(asked))
 
 
 def _measure(

@@ -124,7 +124,7 @@ def _estimated(info: GgufInfo, context: Context) -> Buffers:
     logits = info.n_vocab * _F32
     used = _activation_bytes(info, n_ctx, n_ubatch, flash_attn) + min(n_ubatch, 2) * logits
     # when the logits are made, hardly anything else is needed any more
-    return Buffers(max(used, n_ubatch * (logits + 8 * info.n_embd * _F32)), used)
+    return Buffers(max(used, n_ubatch * (logits + 10 * info.n_embd * _F32)), used)
 
 
 def _activation_bytes(info: GgufInfo, n_ctx: int, n_ubatch: int, flash_attn: bool) -> int:

@@ -10,7 +10,7 @@ from mobile_gguf.engine.devices import Device
 from mobile_gguf.flags import arguments
 from mobile_gguf.gguf import keys
 from mobile_gguf.gguf.info import GgufInfo
-from mobile_gguf.memory.fit import Asked, Fit, asked_of
+from mobile_gguf.memory.fit import Asked, Fit, asked_of, host_demand
 from mobile_gguf.memory.machine import Memory, read_memory
 from mobile_gguf.memory.pools import pool_min_bytes
 from mobile_gguf.options import LoadOptions
@@ -28,6 +28,8 @@ from .workload import Settings, Workload, make_settings, read_hotness
 
 # A lossy mode is suggested only where it is this much faster.
 _WORTH = 1.2
+# Memory is worth a word where it is this share of what there is.
+_WORTH_SAYING = 0.05
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,22 @@ def make_plan(
         measured=measurements.date() if found else "",
         lessons=lessons,
         n_bits=n_bits,
-        notes=(*fit.notes, *notes),
+        notes=(*fit.notes, *_advice(info, fit), *notes),
     )
+
+
+def _advice(info: GgufInfo, fit: Fit) -> list[str]:
+    """What flash attention would leave for experts, where that is much."""
+    if fit.asked.flash_attn or fit.devices or fit.ram_share >= 1 or not info.is_moe:
+        return []
+    now, then = fit.demand, host_demand(info, replace(fit.asked, flash_attn=True))
+    saved = now.total_bytes - then.total_bytes
+    if saved < _WORTH_SAYING * fit.memory.available_bytes:
+        return []
+    return [
+        f"with --flash-attn buffers take {format_bytes(then.buffer_bytes)} instead of "
+        f"{format_bytes(now.buffer_bytes)}: room for experts"
+    ]
 
 
 def predict_fit(
@@ -225,6 +241,9 @@ def plan_lines(plan: Plan) -> list[str]:
     if info.lazy_bytes:
         cached = f"{format_bytes(info.lazy_bytes)} read row by row, in memory only as page cache"
         rows.append(("tables on disk", cached))
+    if info.mtp_bytes:
+        idle = f"{format_bytes(info.mtp_bytes)} of blocks that predict several tokens at once (MTP)"
+        rows.append(("not loaded", idle))
     context = f"{format_bytes(rest.kv_bytes)} KV, {format_bytes(rest.buffer_bytes)} buffers in {where}"
     rows.append(("context", f"{fit.asked.n_ctx} tokens, micro-batches of {fit.asked.n_ubatch}: {context}"))
     if info.is_moe:

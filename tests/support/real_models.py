@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
@@ -46,6 +46,16 @@ class Tensor:
         return self.n_values // block * size
 
 
+class Counts(NamedTuple):
+    """Parameters. ``active``: what a token is multiplied with, so without embeddings that are looked up."""
+
+    total: int
+    experts: int
+    dense: int
+    table: int
+    active: int
+
+
 @dataclass(frozen=True)
 class RealModel:
     """``total`` and ``active`` are parameters as the makers state them, in billions; ``total`` is of what the
@@ -76,6 +86,19 @@ class RealModel:
     @property
     def n_layer(self) -> int:
         return self.n_block - self.get("nextn_predict_layers")
+
+    @property
+    def counts(self) -> Counts:
+        """Of the layers that run."""
+        idle = tuple(f"blk.{block}." for block in range(self.n_layer, self.n_block))
+        running = [tensor for tensor in self.tensors() if not tensor.name.startswith(idle or "-")]
+        total = sum(tensor.n_values for tensor in running)
+        experts = sum(tensor.n_values for tensor in running if "_exps.weight" in tensor.name)
+        table = sum(tensor.n_values for tensor in running if tensor.name.startswith("per_layer_token_embd"))
+        looked_up = 0 if self.tied else self.n_embd * self["vocab_size"]
+        chosen = experts * self["expert_used_count"] // self["expert_count"]
+        dense = total - experts - table
+        return Counts(total, experts, dense, table, dense - looked_up + chosen)
 
     def tensors(self) -> Iterator[Tensor]:
         yield Tensor("token_embd.weight", (self.n_embd, self["vocab_size"]))
