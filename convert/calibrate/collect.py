@@ -88,7 +88,7 @@ def _open(info: GgufInfo, n_ctx: int, budget: Size, threads: int | None) -> Mobi
     if budget.is_auto:
         fit = fit_model(info, asked_of(info, LoadOptions(vram_budget=OFF, **options)), read_memory())
         room = fit.memory.available_bytes - fit.demand.total_bytes
-        spare = 2 * batch * info.n_vocab * 4
+        spare = fit.demand.idle_bytes + batch * info.n_vocab * 4  # in the buffers, and as they are read out
         kept = min(room, fit.ram_budget_bytes)
         if fit.store_bytes or kept + spare > room:
             budget = Size(n_bytes=max(kept - spare, info.budget_min_bytes))

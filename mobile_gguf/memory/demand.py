@@ -85,10 +85,15 @@ def estimate_demand(
 def estimate_device_demand(
     info: GgufInfo, *, n_ctx: int, n_ubatch: int, flash_attn: bool = False, measured: Measured = NOT_MEASURED
 ) -> Demand:
-    """The demand on devices that have all layers; what is reserved has real memory there."""
+    """The demand on devices that have all layers; what is reserved has real memory there.
+
+    Measured is the host's graph. With slots a layer's experts are computed in two chains, so the estimate
+    counts where it is higher.
+    """
     context = context_of(n_ctx, n_ubatch, flash_attn)
     kept = kv_cache_bytes(info, context.n_ctx, flash_attn)
-    return Demand(_dense_bytes(info), kept, compute_buffers(info, context, measured).reserved)
+    reserved = max(compute_buffers(info, context, one).reserved for one in (measured, NOT_MEASURED))
+    return Demand(_dense_bytes(info), kept, reserved)
 
 
 def host_share(demand: Demand, info: GgufInfo) -> Demand:
