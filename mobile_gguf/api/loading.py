@@ -16,6 +16,7 @@ from mobile_gguf.engine.rpc import clear_loss, last_loss
 from mobile_gguf.engine.trial import try_file
 from mobile_gguf.errors import BudgetError, EngineError, MobileError, ModelFormatError
 from mobile_gguf.gguf.info import GgufInfo
+from mobile_gguf.memory.buffers import with_buffers
 from mobile_gguf.memory.fit import Fit, asked_of, fit_model
 from mobile_gguf.memory.machine import read_memory
 from mobile_gguf.memory.threads import bounded_threads, default_threads
@@ -46,7 +47,13 @@ def open_backend(
         )
     capture_log(options.verbose)
     if engine is not None:
-        try_file(engine, info.path, info.files, lambda: progress is None or progress("loading", 0.0))
+
+        def keep_on() -> None:
+            if progress is not None:
+                progress("loading", 0.0)
+
+        try_file(engine, info.path, info.files, keep_on)
+        asked = with_buffers(engine, info, asked, keep_on)
     if progress is not None:
         more["progress"] = progress
     notices: list[str] = []
