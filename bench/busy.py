@@ -54,9 +54,15 @@ def _arms(budgets: Sequence[str], expert_bytes: int, threads: int, before: bool)
         n_bytes = int(expert_bytes * (size.fraction or 0)) if size.n_bytes is None else size.n_bytes
         resident = n_bytes >= expert_bytes
         arm = Arm(
-            "engine", "exact", budget, n_bytes, n_bytes + (4 * GIB if resident else _CAP_SLACK_BYTES), resident, threads
+            "engine",
+            "exact",
+            budget,
+            n_bytes,
+            n_bytes + (4 * GIB if resident else _CAP_SLACK_BYTES),
+            resident,
+            threads,
         )
-        arms += [("engine", arm), ("engine", arm.tuned(threads=1))]
+        arms += [("engine", arm.tuned(threads_auto=True)), ("engine", arm), ("engine", arm.tuned(threads=1))]
         if before:
             arms.append(("before", arm))
         if resident:
@@ -65,7 +71,7 @@ def _arms(budgets: Sequence[str], expert_bytes: int, threads: int, before: bool)
 
 
 def _name(library: str, arm: Arm) -> str:
-    return f"{library} {arm.budget} -t {arm.threads}"
+    return f"{library} {arm.budget} -t {arm.threads}{' auto' if arm.threads_auto else ''}"
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -88,7 +94,11 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
                     result = runners[library].run(arm, args.tokens, args.limit)
                 speed = result.tokens_per_s
                 said = f"{speed:.2f} tokens/s" if speed else result.error
-                print(f"{round_number + 1}: {loops} loops, {_name(library, arm)}: {said}", file=sys.stderr, flush=True)
+                print(
+                    f"{round_number + 1}: {loops} loops, {_name(library, arm)}: {said}",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 runs.append(
                     {"round": round_number, "loops": loops, "arm": _name(library, arm), "tokens_per_s": speed}
                     | {"run": asdict(result)}
@@ -103,8 +113,12 @@ def page(result: dict[str, Any]) -> str:
     names = list(dict.fromkeys(run["arm"] for run in runs))
 
     def cell(name: str, number: int) -> str:
-        speeds = [r["tokens_per_s"] for r in runs if r["arm"] == name and r["loops"] == number and r["tokens_per_s"]]
-        return f"{statistics.median(speeds):.1f} ({min(speeds):.1f}-{max(speeds):.1f})" if speeds else "failed"
+        speeds = [
+            r["tokens_per_s"] for r in runs if r["arm"] == name and r["loops"] == number and r["tokens_per_s"]
+        ]
+        return (
+            f"{statistics.median(speeds):.1f} ({min(speeds):.1f}-{max(speeds):.1f})" if speeds else "failed"
+        )
 
     heads = ["quiet" if number == 0 else f"{number} busy" for number in loops]
     lines = [
@@ -132,7 +146,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--limit", type=float, default=60.0, help="seconds of decoding in one run")
-    parser.add_argument("--engine", type=Path, help="folder of the engine's libraries, if not the installed one's")
+    parser.add_argument(
+        "--engine", type=Path, help="folder of the engine's libraries, if not the installed one's"
+    )
     parser.add_argument("--before", type=Path, help="folder of another build's libraries, to compare with")
     parser.add_argument("--out", type=Path, help="folder for busy.json and busy.md")
     args = parser.parse_args(argv)

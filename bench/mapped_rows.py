@@ -83,7 +83,9 @@ def _build(folder: Path) -> Path:
     return program
 
 
-def _run(program: Path, arm: str, table: Path, batches: list[list[int]], memory: int, args: argparse.Namespace) -> list[float]:
+def _run(
+    program: Path, arm: str, table: Path, batches: list[list[int]], memory: int, args: argparse.Namespace
+) -> list[float]:
     """Microseconds of each batch."""
     drop_page_cache(table)
     job = b"".join(struct.pack(f"<{len(rows) + 1}I", len(rows), *rows) for rows in batches)
@@ -107,7 +109,9 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         program = _build(Path(folder))
         for memory in (parse_size(text).n_bytes for text in args.memory.split(",")):
-            found: dict[str, dict[str, list[float]]] = {arm: {"token": [], "p99": [], "prompt": []} for arm in _ARMS}
+            found: dict[str, dict[str, list[float]]] = {
+                arm: {"token": [], "p99": [], "prompt": []} for arm in _ARMS
+            }
             for _round in range(args.rounds):
                 for arm in _ARMS:
                     tokens = sorted(_run(program, arm, table, rows, memory, args)[len(rows) // 2 :])

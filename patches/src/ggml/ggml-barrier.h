@@ -2,9 +2,10 @@
 //
 // Mechanism: a thread that comes early polls for some microseconds, then sleeps until the last one has come. Yielding
 // instead would give a whole time slice to whoever else wants to run, at each of the hundreds of barriers of a token.
-// One that wakes from sleep is preferred to those that computed all the time.
+// One that wakes from sleep is preferred to those that computed all the time. How long polling pays is learnt from how
+// long the waits were: beside others, or a disk, the last thread comes late, and polling is in its way.
 // Invariant: nobody sleeps once `word` has changed; the last thread makes no system call where nobody sleeps.
-// Limits: one count of sleepers for the process: with two graphs at once a wake may find nobody.
+// Limits: one count of sleepers and one time to poll for the process.
 
 #pragma once
 
@@ -15,14 +16,11 @@ extern "C" {
 #else
 #include <stdatomic.h>
 
-// returns once *word differs from `seen`; may also return before
-GGML_API void ggml_barrier_sleep(atomic_int * word, int seen);
+// returns once *word differs from `seen`
+GGML_API void ggml_barrier_wait(atomic_int * word, int seen);
 // after *word was changed (seq_cst): wakes all that sleep for it
 GGML_API void ggml_barrier_wake(atomic_int * word);
 #endif
-
-// polls before the sleep
-#define GGML_BARRIER_POLLS 500
 
 #ifdef __cplusplus
 }
