@@ -21,6 +21,7 @@ from mobile_gguf.memory.fit import Fit, asked_of, fit_model
 from mobile_gguf.memory.machine import read_memory
 from mobile_gguf.memory.threads import bounded_threads, default_threads
 from mobile_gguf.options import LoadOptions
+from mobile_gguf.options.words import ON
 from mobile_gguf.progress import Progress
 
 if TYPE_CHECKING:
@@ -175,6 +176,8 @@ def _construct(
             if watch is not None:
                 watch.interrupted = interrupted
             llama.__init__(str(info.path), engine=engine, keep_loading=watch, **arguments)
+        if options.threads_auto == ON:
+            llama.follow_machine()
     except TemplateError as error:
         _discard(llama)
         raise ModelFormatError(f"{info.path} cannot be used: its chat template is broken: {error}") from None
