@@ -1,9 +1,10 @@
 """Speed on a machine that is not idle: ``python -m mobile_gguf.bench.busy``.
 
-The replay model (``bench --trace``) beside none, one and two loops that never sleep, each a process of its own: the
-engine at a budget and with everything in memory, with all threads and with one, stock llama.cpp with everything in
-memory, and with ``--before FOLDER`` another build of the engine. All arms run in turn, round after round, each in a
-process under its own memory cap. Prints tokens per second and the ratios of a round; ``--out FOLDER`` keeps them.
+The replay model (``bench --trace``) beside none, one and two loops that never sleep, each a process of its
+own: the engine at a budget and with everything in memory, with threads that follow the machine, with all
+and with one; stock llama.cpp with everything in memory; with ``--before FOLDER`` another build of the
+engine. All arms run in turn, round after round, each in a process under its own memory cap. Prints tokens
+per second; ``--out FOLDER`` keeps them.
 """
 
 from __future__ import annotations
@@ -124,9 +125,9 @@ def page(result: dict[str, Any]) -> str:
     lines = [
         "# Speed beside busy loops",
         "",
-        f"{result['hardware']}. Replay of {result['trace']}, {result['tokens']} tokens after the prompt, exact,"
-        f" {result['rounds']} interleaved rounds; tokens per second, median (range). The other work of a shared machine"
-        " is in all of them alike: take the ratios.",
+        f"{result['hardware']}. Replay of {result['trace']}, {result['tokens']} tokens after the prompt,"
+        f" exact, {result['rounds']} interleaved rounds; tokens per second, median (range). The other work of"
+        " a shared machine is in all of them alike: take the ratios.",
         "",
         "| arm | " + " | ".join(heads) + " |",
         "|---|" + "---|" * len(heads),

@@ -1,12 +1,13 @@
-"""Rows of tables beyond memory: mapped, or read past the page cache: ``python -m mobile_gguf.bench.mapped_rows``.
+"""Rows of tables beyond memory, mapped or read: ``python -m mobile_gguf.bench.mapped_rows TEXT...``.
 
-Models with n-gram embeddings (Qwen3.8-Flash-Next: 320 million rows) look up rows of a table that llama.cpp leaves in the
-file. Is a cache of rows inside the budget, filled by unbuffered reads, worth having beside the system's page cache? Both
-look up the same rows under the same memory cap (``mapped_rows.c``), in turn, round after round: what a token costs once
-the cache is full (second half of the text), and what each token of a prompt costs from an empty cache.
+Models with n-gram embeddings (Qwen3.8-Flash-Next: 320 million rows) look up rows of a table that llama.cpp
+leaves in the file. Is a cache of rows inside the budget, filled by unbuffered reads, worth having beside
+the system's page cache? Both look up the same rows under the same memory cap (``mapped_rows.c``), in turn,
+round after round: what a token costs once the cache is full (second half of the text), and what each token
+of a prompt costs from an empty cache.
 
-The rows are those of a text's bigrams and trigrams, 8 hashes of each, as that model has them. ``--out FOLDER`` writes
-the page and its figures.
+The rows are those of a text's bigrams and trigrams, 8 hashes of each, as that model has them. ``--out
+FOLDER`` writes the page and its figures.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +106,10 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     table = _table(parse_size(args.table).n_bytes)
     words = words_of(args.text)
     rows = rows_of(words, table.stat().st_size // args.row_bytes)
-    prompts = [sum(rows[at : at + _PROMPT_TOKENS], []) for at in range(0, len(rows), _PROMPT_TOKENS)]
+    prompts = [
+        list(chain.from_iterable(rows[at : at + _PROMPT_TOKENS]))
+        for at in range(0, len(rows), _PROMPT_TOKENS)
+    ]
     results = []
     with tempfile.TemporaryDirectory() as folder:
         program = _build(Path(folder))
@@ -132,11 +137,11 @@ def page(result: dict[str, Any]) -> str:
     lines = [
         "# Rows of a table beyond memory",
         "",
-        f"{result['hardware']}. A table of {result['table']}, rows of {result['row_bytes']} bytes, {2 * _HASHES} a token"
-        f" (of {result['caps'][0]['n_tokens']} tokens of text), {result['rounds']} rounds in turn; microseconds a token,"
-        " median (range).",
+        f"{result['hardware']}. A table of {result['table']}, rows of {result['row_bytes']} bytes,"
+        f" {2 * _HASHES} a token (of {result['caps'][0]['n_tokens']} tokens of text), {result['rounds']}"
+        " rounds in turn; microseconds a token, median (range).",
         "",
-        "| memory for rows | arm | a token, cache full | its 99th percentile | a token of a prompt, cache empty |",
+        "| memory for rows | arm | a token, cache full | 99th percentile | a prompt's token, cache empty |",
         "|---|---|---|---|---|",
     ]
     for cap in result["caps"]:

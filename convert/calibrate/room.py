@@ -10,8 +10,9 @@ from mobile_gguf.sizes import AUTO, Size
 
 
 def budget_beside(info: GgufInfo, options: LoadOptions, spare_bytes: int) -> Size:
-    """What ``auto`` leaves to experts if all of the buffers and ``spare_bytes`` more are taken; ``auto`` if all fit.
+    """What ``auto`` leaves to experts if all of the buffers and ``spare_bytes`` more are taken.
 
+    ``auto`` if all experts fit beside them.
     Raises BudgetError where not even the smallest budget fits.
     """
     fit = fit_model(info, asked_of(info, options), read_memory())

@@ -70,8 +70,8 @@ class RouteCounts:
     def add(self, ids: Ids, weights: Floats) -> None:
         """Count a batch: ``ids`` and ``weights`` [n_layer_moe, n_tokens, k]; an id below 0 is no expert.
 
-        An expert that a token's set names twice, as tables of DeepSeek-V4 may, is used once. Raises UsageError
-        for other shapes or ids that are too large.
+        An expert that a token's set names twice, as tables of DeepSeek-V4 may, is used once. Raises
+        UsageError for other shapes or ids that are too large.
         """
         if ids.ndim != 3 or ids.shape[0] != len(self.layers) or ids.shape != weights.shape:
             raise UsageError(f"routed ids have the shape {ids.shape} and weights {weights.shape}")

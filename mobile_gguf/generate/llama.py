@@ -247,8 +247,8 @@ class MobileLlama(Llama):
     def follow_machine(self) -> None:
         """Generate with fewer threads while others want the processors.
 
-        Not with flash attention, which adds up in another order with another number: a seed must give one text. Nor
-        with a device, whose own trials compare times.
+        Not with flash attention, which adds up in another order with another number: a seed must
+        give one text. Nor with a device, whose own trials compare times.
         """
         limit = self.context_params.n_threads
         flash = self.context_params.flash_attn_type == llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED

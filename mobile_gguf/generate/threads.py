@@ -1,9 +1,10 @@
 """A number of threads that follows the machine.
 
-Beside others who want the processors, each of a token's hundreds of barriers waits for the thread that was put off last:
-two threads on two processors with a busy loop beside them are half as fast as one. How much others want shows in the
-time that the decoding thread could have run and did not; whether fewer threads are better is then tried, and whether
-more are better again once processors are idle. Pure rules here, so that they can be tested without a machine.
+Beside others who want the processors, each of a token's hundreds of barriers waits for the thread that was
+put off last: two threads on two processors with a busy loop beside them are half as fast as one. How much
+others want shows in the time that the decoding thread could have run and did not; whether fewer threads are
+better is then tried, and whether more are better again once processors are idle. The rule knows no machine,
+so that it can be tested.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class ThreadRule:
         self.threads = self._settled = self.limit
 
     def observe(self, seconds: float, waited_s: float, idle_s: float) -> int:
-        """Take a token's time, its time on a run queue and the idle processor seconds; returns ``threads``."""
+        """Take a token's seconds, those on a run queue, those of idle processors; returns ``threads``."""
         if self._skip:
             self._skip -= 1
             return self.threads
@@ -117,7 +118,7 @@ class ThreadRule:
 
 
 class FollowingThreads:
-    """A context's threads under the rule: ``set_threads(n)`` changes them, ``competition`` says what others take.
+    """A context's threads under the rule: ``set_threads(n)`` changes them, ``competition`` tells of others.
 
     Call ``before`` and ``after`` around each token, on the thread that decodes.
     """

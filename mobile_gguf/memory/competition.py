@@ -15,8 +15,10 @@ _NS = 1e-9
 
 @dataclass(frozen=True)
 class Processors:
-    """``waited_s``: how long this thread could have run and had no processor; ``idle_s``: processor seconds that nobody
-    used; ``at``: when. Sums since some start: differences count."""
+    """``waited_s``: how long this thread could have run and had no processor; ``at``: when.
+
+    ``idle_s``: processor seconds that nobody used. Sums since some start: differences count.
+    """
 
     waited_s: float
     idle_s: float

@@ -1,7 +1,8 @@
-"""The number of threads follows the machine: the rule on simulated machines, the readings on a tree of files."""
+"""The number of threads follows the machine: the rule on simulated ones, the readings on a tree of files."""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from threading import get_native_id
 from typing import Any
@@ -16,8 +17,8 @@ from mobile_gguf.memory.competition import Competition, Processors
 class Machine:
     """So many processors and busy loops; ``run`` decodes tokens on it.
 
-    Every thread and loop gets an equal share of the processors. A barrier holds all threads up until the slowest has
-    come, the more of them wait, the longer: what was measured on two cores.
+    Every thread and loop gets an equal share of the processors. A barrier holds all threads up until
+    the slowest has come, the more of them wait, the longer: what was measured on two cores.
     """
 
     def __init__(self, processors: int, loops: int = 0) -> None:
@@ -70,7 +71,7 @@ def test_fewer_threads_that_do_not_help_are_left_and_tried_ever_less_often() -> 
     tried = [at for at in range(1, 2000) if used[at] == 1 and used[at - 1] == 2]
     assert used[-1] == 2
     assert rule.n_changes == 0
-    gaps = [after - before for before, after in zip(tried, tried[1:], strict=False)]
+    gaps = [after - before for before, after in pairwise(tried)]
     assert len(gaps) >= 2
     assert gaps == sorted(gaps)
     assert used.count(1) < 100
