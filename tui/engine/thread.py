@@ -140,15 +140,7 @@ class EngineThread(threading.Thread):
             self._model, self._experts = model, (experts := model.experts())
             asked = recommended(model.info)[0]
             notices = list(map(with_flags, model.notices))
-            loaded = ModelLoaded(
-                reference, model.info, model.stats(), notices, experts, asked, number
-            )
-                model.stats(),
-                list(map(with_flags, model.notices)),
-                experts,
-                asked,
-                number,
-            )
+            loaded = ModelLoaded(reference, model.info, model.stats(), notices, experts, asked, number)
             self._post(loaded)
 
     def _fail(
