@@ -13,14 +13,13 @@ from mobile_gguf.engine.binding import find_engine, needs_engine
 from mobile_gguf.engine.observe import INPUTS, NEURONS, ROUTES, Observation, ObservedRoute
 from mobile_gguf.errors import EngineError, ModelFormatError, UsageError
 from mobile_gguf.gguf.info import GgufInfo, read_gguf_info
-from mobile_gguf.memory.fit import asked_of, fit_model
-from mobile_gguf.memory.machine import read_memory
 from mobile_gguf.options import LoadOptions
 from mobile_gguf.progress import Progress, no_progress
 from mobile_gguf.sizes import AUTO, MIB, OFF, Size
 
 from ..gguf.file import GgufSource
 from .importance import neuron_importance
+from .room import budget_beside
 from .statistics import Floats, Ids, RouteCounts, Statistics
 
 if TYPE_CHECKING:
@@ -86,12 +85,8 @@ def _open(info: GgufInfo, n_ctx: int, budget: Size, threads: int | None) -> Mobi
     batch = _batch_size(info)
     options = {"n_ctx": n_ctx, "n_batch": batch, "n_ubatch": batch, "threads": threads}
     if budget.is_auto:
-        fit = fit_model(info, asked_of(info, LoadOptions(vram_budget=OFF, **options)), read_memory())
-        room = fit.memory.available_bytes - fit.demand.total_bytes
-        spare = 2 * batch * info.n_vocab * 4
-        kept = min(room, fit.ram_budget_bytes)
-        if fit.store_bytes or kept + spare > room:
-            budget = Size(n_bytes=max(kept - spare, info.budget_min_bytes))
+        # logits are read out of buffers that other runs leave idle
+        budget = budget_beside(info, LoadOptions(vram_budget=OFF, **options), batch * info.n_vocab * 4)
     return open_backend(info, LoadOptions(ram_budget=budget, vram_budget=OFF, **options))[0]
 
 

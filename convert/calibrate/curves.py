@@ -68,17 +68,22 @@ class Point:
         return vars(self.setting) | own
 
 
-def make_settings(top_k: int, thresholds: dict[int, float]) -> list[Setting]:
-    """All big, and then the grid: gammas and head thresholds (by share), coarser for the larger little_k."""
+def make_settings(top_k: int, thresholds: dict[int, float], *, with_confidence: bool = True) -> list[Setting]:
+    """All big, and then the grid: gammas and head thresholds (by share), coarser for the larger little_k.
+
+    with_confidence: whether the memory can be rolled back, as a second pass of a position needs.
+    """
     half = default_little_k(top_k)
     shares = sorted(thresholds.items())
     larger = max(half, 3 * top_k // 4)
     settings = [Setting(BIG, top_k), Setting(LITTLE, half)]
     settings += [Setting(HEAD, half, value, share) for share, value in shares]
     # Runs of neighbouring sequences are computed together, and the high gammas are those that run again.
-    settings += [Setting(CONFIDENCE, half, gamma) for gamma in GAMMAS]
+    if with_confidence:
+        settings += [Setting(CONFIDENCE, half, gamma) for gamma in GAMMAS]
     if larger > half:
-        settings += [Setting(CONFIDENCE, larger, gamma) for gamma in GAMMAS[:0:-1] or GAMMAS]
+        if with_confidence:
+            settings += [Setting(CONFIDENCE, larger, gamma) for gamma in GAMMAS[:0:-1] or GAMMAS]
         settings += [Setting(HEAD, larger, value, share) for share, value in shares[::2]]
         settings.append(Setting(LITTLE, larger))
     return settings

@@ -24,10 +24,13 @@ Floats = npt.NDArray[np.float32]
 class Lockstep:
     """A context of ``n_seq`` sequences of ``n_ctx`` tokens beside that of ``llama``; free it with ``close``.
 
-    ``ctx`` is the context's address. Raises EngineError if there is no memory for it.
+    ``twice``: ``run_twice`` will be asked for. ``ctx`` is the context's address. Raises EngineError if there
+    is no memory for it.
     """
 
-    def __init__(self, llama: MobileLlama, *, n_seq: int, n_ctx: int, threads: int) -> None:
+    def __init__(
+        self, llama: MobileLlama, *, n_seq: int, n_ctx: int, threads: int, twice: bool = False
+    ) -> None:
         from llama_cpp import llama_cpp
 
         if llama.engine is None:
@@ -35,9 +38,11 @@ class Lockstep:
         self._api: Any = llama_cpp
         self.engine = llama.engine
         self._n_vocab, self._n_embd = llama.n_vocab(), llama_cpp.llama_model_n_embd_out(llama.model)
+        self._n_seq, self._can_step_back = n_seq, llama.can_step_back
+        n_kept = sequences_kept(n_seq, twice and not self._can_step_back)
         params = llama_cpp.llama_context_default_params()
-        params.n_ctx, params.n_seq_max = n_seq * n_ctx, n_seq
-        params.n_batch = params.n_ubatch = n_seq
+        params.n_ctx, params.n_seq_max = n_kept * n_ctx, n_kept
+        params.n_batch = params.n_ubatch = n_kept  # llama.cpp keeps room for an output of every sequence
         params.n_threads = params.n_threads_batch = threads
         params.embeddings, params.pooling_type = True, llama_cpp.LLAMA_POOLING_TYPE_NONE
         clear_errors()
@@ -74,6 +79,30 @@ class Lockstep:
             self._api.llama_get_embeddings, n, self._n_embd
         )
 
+    def run_twice(
+        self,
+        tokens: Sequence[int],
+        sequences: Sequence[int],
+        position: int,
+        first: Sequence[int],
+        second: Sequence[int],
+    ) -> tuple[Floats, Floats, Floats]:
+        """Run a token with ``first`` experts of it and, from the same memory, with ``second``, which stays.
+
+        Returns the logits of both and the hidden states that the second left. A memory that cannot be rolled
+        back has the first in copies of the sequences.
+        """
+        if self._can_step_back:
+            once, _ = self.run(tokens, sequences, position, first)
+            self.step_back(sequences, position)
+        else:
+            copies = [self._n_seq + sequence for sequence in sequences]
+            for sequence, copy in zip(sequences, copies, strict=True):
+                self._api.llama_memory_seq_cp(self._memory, int(sequence), copy, -1, -1)
+            once, _ = self.run(tokens, copies, position, first)
+        again, left = self.run(tokens, sequences, position, second)
+        return once, again, left
+
     def step_back(self, sequences: Sequence[int], position: int) -> None:
         """Forget ``position`` in ``sequences``."""
         for sequence in sequences:
@@ -98,6 +127,11 @@ class Lockstep:
         if not address:
             raise EngineError("this model gives no hidden states")
         return np.ctypeslib.as_array(address, shape=(n, width)).copy()
+
+
+def sequences_kept(n_seq: int, has_copies: bool) -> int:
+    """How many sequences a context needs."""
+    return 2 * n_seq if has_copies else n_seq
 
 
 def log_softmax(logits: Floats) -> Floats:

@@ -42,6 +42,8 @@ def _curve(axis: Any, points: list[Point], big: Point, label: str, value: Any) -
     styles = {HEAD: "o-", CONFIDENCE: "s--"}
     for i, k in enumerate(sorted({point.setting.little_k for point in points if point is not big})):
         for kind, style in styles.items():
+            if all(point.setting.kind != kind for point in points):
+                continue
             line = [p for p in points if p.setting.little_k == k and p.setting.kind in (kind, LITTLE)]
             line = sorted([*line, big], key=lambda p: p.expert_bytes)
             shares = [point.expert_bytes / big.expert_bytes for point in line]

@@ -68,6 +68,8 @@ def comparison(points: list[Point]) -> list[str]:
             head, confidence = (bytes_at_kl(points, kind, point.kl) for kind in (HEAD, CONFIDENCE))
             if head is not None and confidence is not None:
                 found.append((point.kl, head, confidence))
+    if all(point.setting.kind != CONFIDENCE for point in points):
+        return ["confidence needs a memory that can be rolled back, which this model has not"]
     if not found:
         return ["head and confidence have no mean KL in common"]
     shown = [

@@ -22,8 +22,6 @@ from mobile_gguf.generate.decode import default_little_k
 from mobile_gguf.generate.head import Head
 from mobile_gguf.gguf import keys
 from mobile_gguf.gguf.info import GgufInfo, read_gguf_info
-from mobile_gguf.memory.fit import asked_of, fit_model
-from mobile_gguf.memory.machine import read_memory
 from mobile_gguf.memory.threads import default_threads
 from mobile_gguf.options import LoadOptions
 from mobile_gguf.progress import Progress, no_progress
@@ -36,7 +34,8 @@ from .collect import collect
 from .curves import Point, choose_default, make_points, make_settings, measure_block
 from .head import SHARES, Fit, fit_head
 from .imatrix_file import check_imatrix_target, write_imatrix
-from .lockstep import Lockstep
+from .lockstep import Lockstep, sequences_kept
+from .room import budget_beside
 from .samples import Samples, collect_samples, join
 from .statistics import Statistics
 from .store import PREFIXES, statistics_metadata, statistics_tensors
@@ -115,7 +114,7 @@ def calibrate(path: Path, options: CalibrateOptions, progress: Progress = no_pro
     """Calibrate the model at ``path`` and write the results into its file, or into a copy at ``options.out``.
 
     A run that was stopped goes on where it was. The file is complete or as it was. Raises UsageError (a model
-    without experts or whose memory cannot be rolled back, too little text), EngineError, MobileError.
+    without experts, too little text), EngineError, MobileError.
     """
     info = read_gguf_info(path)
     check_model(info, options.out)
@@ -232,11 +231,6 @@ class _Run:
 
     def measure(self, source: GgufSource) -> None:
         with self._load() as model:
-            if not backend_of(model).can_step_back:
-                raise UsageError(
-                    f"{self.info.path.name} is a {self.info.architecture} model, whose memory cannot be "
-                    "rolled back: only modes exact and little work with it, and neither needs calibration"
-                )
             start = model.tokenize("", add_bos=True)
             self.blocks = cut_blocks(
                 self.text, lambda part: model.tokenize(part, special=False), start, self.options.tokens
@@ -267,20 +261,18 @@ class _Run:
         own: dict[str, Any] = {"n_ctx": BLOCK, "n_batch": BLOCK, "n_ubatch": BLOCK, "threads": self.threads}
         budget = self.options.ram_budget
         if budget.is_auto:
-            n_seq = max(
-                _SIDE_BY_SIDE, len(make_settings(self.info.n_expert_used, dict.fromkeys(SHARES, 0.0)))
-            )
+            n_settings = len(make_settings(self.info.n_expert_used, dict.fromkeys(SHARES, 0.0)))
+            n_seq = max(sequences_kept(_SIDE_BY_SIDE, has_copies=True), n_settings)
             counted = LoadOptions(**own | {"n_ctx": (1 + n_seq) * BLOCK, "vram_budget": OFF})
-            fit = fit_model(self.info, asked_of(self.info, counted), read_memory())
-            if fit.store_bytes:
-                budget = Size(n_bytes=fit.store_bytes)
+            # a state that does not grow with the context is every sequence's own
+            budget = budget_beside(self.info, counted, n_seq * self.info.caches.state_bytes)
         return load(self.info.path, ram_budget=budget, **own)
 
     def _samples(self, model: Model) -> Samples:
         numbers = list(range(len(self.blocks)))
         groups = [numbers[i : i + _SIDE_BY_SIDE] for i in range(0, len(numbers), _SIDE_BY_SIDE)]
         parts = []
-        with self._lockstep(model, _SIDE_BY_SIDE) as lockstep:
+        with self._lockstep(model, _SIDE_BY_SIDE, twice=True) as lockstep:
             for i, group in enumerate(groups):
                 self.progress("big and little passes", i / len(groups))
 
@@ -293,7 +285,11 @@ class _Run:
         return join(parts)
 
     def _curves(self, model: Model, head: Head) -> list[Point]:
-        settings = make_settings(self.info.n_expert_used, self.fit.thresholds)
+        settings = make_settings(
+            self.info.n_expert_used,
+            self.fit.thresholds,
+            with_confidence=backend_of(model).can_step_back,
+        )
         chosen = held_out(len(self.blocks))[: self.options.curve_blocks]
         # With other settings, or another head, other results.
         series = hashlib.sha256(repr((settings, head.bias)).encode()).hexdigest()[:8]
@@ -310,8 +306,9 @@ class _Run:
         self.progress("trade-off curves", 1.0)
         return make_points(settings, measured)
 
-    def _lockstep(self, model: Model, n_seq: int) -> Lockstep:
-        return Lockstep(backend_of(model), n_seq=n_seq, n_ctx=len(self.blocks[0]), threads=self.threads)
+    def _lockstep(self, model: Model, n_seq: int, *, twice: bool = False) -> Lockstep:
+        n_ctx = len(self.blocks[0])
+        return Lockstep(backend_of(model), n_seq=n_seq, n_ctx=n_ctx, threads=self.threads, twice=twice)
 
 
 def _write(

@@ -69,9 +69,10 @@ def collect_samples(
         keep = kept_big[:, position]
         column = tokens[:, position]
         ids = column.tolist()
-        first, _ = lockstep.run(ids, sequences, position, np.where(keep, little_k, 0).tolist())
-        lockstep.step_back(sequences, position)
-        second, left = lockstep.run(ids, sequences, position, np.where(keep, 0, little_k).tolist())
+        first, second, left = lockstep.run_twice(
+            ids, sequences, position,
+            np.where(keep, little_k, 0).tolist(), np.where(keep, 0, little_k).tolist(),
+        )  # fmt: skip
         if position >= N_PROMPT and state is not None:
             big = log_softmax(np.where(keep[:, None], second, first))
             little = log_softmax(np.where(keep[:, None], first, second))

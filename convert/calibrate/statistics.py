@@ -70,7 +70,8 @@ class RouteCounts:
     def add(self, ids: Ids, weights: Floats) -> None:
         """Count a batch: ``ids`` and ``weights`` [n_layer_moe, n_tokens, k]; an id below 0 is no expert.
 
-        Raises UsageError for other shapes, ids that are too large, or an expert twice in a token's set.
+        An expert that a token's set names twice, as tables of DeepSeek-V4 may, is used once. Raises UsageError
+        for other shapes or ids that are too large.
         """
         if ids.ndim != 3 or ids.shape[0] != len(self.layers) or ids.shape != weights.shape:
             raise UsageError(f"routed ids have the shape {ids.shape} and weights {weights.shape}")
@@ -92,9 +93,7 @@ class RouteCounts:
     def _one_hot(self, ids: Ids) -> npt.NDArray[np.float32]:
         """[n_tokens, n_expert], 1 where a token is routed."""
         routed = np.zeros((len(ids), self.n_expert + 1), np.float32)
-        np.add.at(routed, (np.arange(len(ids))[:, None], np.where(ids < 0, self.n_expert, ids)), 1)
-        if (routed[:, : self.n_expert] > 1).any():
-            raise UsageError("a token was routed to the same expert twice")
+        routed[np.arange(len(ids))[:, None], np.where(ids < 0, self.n_expert, ids)] = 1
         return routed[:, : self.n_expert]
 
     def statistics(

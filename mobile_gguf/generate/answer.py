@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mobile_gguf.gguf.info import GgufInfo
 
     from .head import Head
+    from .threads import FollowingThreads
 
 STOP, LENGTH, INTERRUPTED = "stop", "length", "interrupted"
 
@@ -86,6 +87,7 @@ class Backend(Protocol):
     has_engine: bool
     head: Head | None  # None for a model that was not calibrated
     device: DeviceTier | None  # None without slots on a device
+    threads: FollowingThreads | None  # None where their number is fixed
     devices: tuple[Device, ...]  # that the model is on; none: the host alone
 
     @property
@@ -190,6 +192,7 @@ class Answer:
         self._passes = dict.fromkeys(Pass, 0)
         self._pieces: list[str] = []
         self._tokens: list[int] = []
+        self._thread_changes = backend.threads.n_changes if backend.threads is not None else 0
         self._busy_seconds = 0.0
         self._prompt_seconds = 0.0
         self._counters = Counters()
@@ -274,7 +277,7 @@ class Answer:
 
     def receipt(self) -> Receipt:
         """The receipt so far."""
-        policy = self._request.policy
+        policy, threads = self._request.policy, self._backend.threads
         return Receipt(
             mode=policy.mode,
             n_expert_used=self._n_expert_used,
@@ -284,6 +287,8 @@ class Answer:
             tokens_fallback=self._passes[Pass.FALLBACK],
             budget_bytes=self._budget_bytes,
             turns_left_out=self._request.turns_left_out,
+            threads=threads.threads if threads is not None else 0,
+            thread_changes=threads.n_changes - self._thread_changes if threads is not None else 0,
             context_full=self.finish_reason == LENGTH and self._request.fills_context,
             **read_traffic(self._backend, self._counters, self._device_counters, self._ahead),
         )

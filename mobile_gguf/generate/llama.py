@@ -29,6 +29,7 @@ from mobile_gguf.engine.rpc import context_loss
 from mobile_gguf.engine.structs import Counters, DeviceCounters, ModelInfo, PrefetchCounters
 from mobile_gguf.errors import AnswerStopped, EngineError, ExpertReadError, MobileError, UsageError
 from mobile_gguf.gguf.info import GgufInfo
+from mobile_gguf.memory.competition import Competition
 
 from .chat_prompt import ChatPrompts
 from .constraint.making import constraint_of
@@ -39,6 +40,7 @@ from .head import Head
 from .interrupt import stopping_on_request
 from .logit_bias import biased
 from .pooling import clear_memory, file_pooling, has_memory, longest_text, pooled_state
+from .threads import FollowingThreads
 from .vocabulary import Vocabulary
 
 _TEMPLATES = "tokenizer.chat_template"
@@ -79,6 +81,7 @@ class MobileLlama(Llama):
         self.devices = tuple(devices or ())
         self._device_array = device_array(self.devices)
         self.device: DeviceTier | None = None  # set by loading, when there are slot pools
+        self.threads: FollowingThreads | None = None  # set by loading, where they follow the machine
         self.engine: Engine | None = None  # while there is a store to ask it about
         self.store: ModelInfo | None = None
         self.has_engine = engine is not None
@@ -241,7 +244,27 @@ class MobileLlama(Llama):
             self._prompt_pending = False
             self.prompt_done = time.perf_counter()
 
+    def follow_machine(self) -> None:
+        """Generate with fewer threads while others want the processors.
+
+        Not with flash attention, which adds up in another order with another number: a seed must give one text. Nor
+        with a device, whose own trials compare times.
+        """
+        limit = self.context_params.n_threads
+        flash = self.context_params.flash_attn_type == llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        if limit > 1 and not flash and not self.devices:
+            self.threads = FollowingThreads(
+                limit,
+                lambda n: llama_cpp.llama_set_n_threads(self.ctx, n, self.n_threads_batch),
+                Competition(),
+            )
+
     def _decode_token(self, token: int) -> Pass:
+        if self.threads is not None:
+            self.threads.before()
+            kind = decode_token(self, token, self.policy)
+            self.threads.after()
+            return kind
         if self.device is None:
             return decode_token(self, token, self.policy)
         self.device.controller.before_step(self.policy.mode)

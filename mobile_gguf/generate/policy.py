@@ -45,9 +45,13 @@ def choose_policy(
             "or use importance confidence"
         )
     if mode == BIG_LITTLE and not backend.can_step_back:
+        if backend.head is not None:
+            remedy = "use importance head, which this file has"
+        else:
+            remedy = f"run `mobile-gguf calibrate {info.path}` for an importance head, which needs one pass"
         raise UsageError(
-            f"mode big-little runs a position twice, and the memory of a {info.architecture} "
-            "model cannot be rolled back: use mode exact or little"
+            f"mode big-little by confidence runs a position twice, and the memory of a {info.architecture} "
+            f"model cannot be rolled back: {remedy}, or mode exact or little"
         )
     return Policy(mode, gamma, k)
 

@@ -226,6 +226,12 @@ LLAMA_API int32_t mobile_sample_among(struct llama_sampler * sampler, struct lla
 // process of its own: a file whose header llama.cpp aborts on ends it. an error is one that a load would report
 LLAMA_API int32_t mobile_try_file(const char * path);
 
+// what compute buffers of contexts of a file take on the CPU: nothing is allocated for weights or run. contexts [n][3]:
+// tokens of context, of a micro-batch, and whether flash attention is on. n_bytes [n][2]: as llama.cpp reserves them, for
+// logits of all tokens of a micro-batch, and what of it is used where only the last one's are asked for. for a process
+// of its own, as above
+LLAMA_API int32_t mobile_measure_file(const char * path, const uint32_t * contexts, int32_t n, uint64_t * n_bytes);
+
 //
 // device tier: some routed experts in slots of a device's memory as well, under a byte budget of its own.
 // changes where experts are computed, so results differ as far as devices do

@@ -387,7 +387,7 @@ def test_gamma_without_effect_is_said(fake_model):
 def test_a_memory_that_cannot_be_rolled_back_will_do_for_the_head(fake_model):
     backend = FakeBackend(head=head_of(), can_step_back=False)
     assert fake_model(backend, mode="big-little").mode == "big-little"
-    with pytest.raises(UsageError, match="cannot be rolled back"):
+    with pytest.raises(UsageError, match="cannot be rolled back: use importance head, which this file has"):
         fake_model(backend, mode="big-little", importance="confidence")
 
 

@@ -67,8 +67,8 @@ def test_little_without_the_engine_says_how_to_build_it(fake_model):
         model.generate("x", mode="big-little")
 
 
-def test_a_recurrent_model_refuses_big_little_only(fake_model):
-    with pytest.raises(UsageError, match="cannot be rolled back: use mode exact or little"):
+def test_a_recurrent_model_refuses_big_little_by_confidence_only(fake_model):
+    with pytest.raises(UsageError, match="cannot be rolled back: run `mobile-gguf calibrate"):
         fake_model(FakeBackend(can_step_back=False), mode="big-little")
     assert fake_model(FakeBackend(can_step_back=False), mode="little").mode == "little"
 

@@ -19,6 +19,7 @@ from places import SUPPORT
 
 import mobile_gguf
 from mobile_gguf.api.model import backend_of
+from mobile_gguf.convert.calibrate.lockstep import Lockstep
 from mobile_gguf.convert.calibrate.plot import check_plot
 from mobile_gguf.convert.calibrate.run import check_model
 from mobile_gguf.convert.calibrate.store import read_statistics
@@ -276,9 +277,26 @@ def test_a_split_model_needs_an_output(tmp_path: Path) -> None:
     assert re.search(r"is split into \d+ files: give --out FILE", line)
 
 
-def test_a_hybrid_model(tmp_path: Path) -> None:
-    line = refused(tmp_path, tiny_models.path("nemotron-h"), "--out", tmp_path / "x.gguf")
-    assert "whose memory cannot be rolled back: only modes exact and little work with it" in line
+@pytest.mark.parametrize("name", ["nemotron-h", "qwen3moe"])
+def test_two_passes_start_from_the_same_memory(name: str) -> None:
+    """Also where it cannot be rolled back; the second stays, the first leaves no trace."""
+    tokens, all_experts, little = [[3, 70], [14, 15], [92, 65], [35, 89]], [0, 0], [2, 2]
+    with mobile_gguf.load(tiny_models.path(name), n_ctx=256, threads=1) as model:
+        backend = backend_of(model)
+        assert backend.can_step_back == (name == "qwen3moe")
+        with Lockstep(backend, n_seq=2, n_ctx=16, threads=1, twice=True) as both:
+            twice = [both.run_twice(ids, [0, 1], at, little, all_experts) for at, ids in enumerate(tokens)]
+        with Lockstep(backend, n_seq=2, n_ctx=16, threads=1) as once:
+            for at, ids in enumerate(tokens):
+                logits, states = once.run(ids, [0, 1], at, all_experts)
+                assert np.array_equal(twice[at][1], logits)
+                assert np.array_equal(twice[at][2], states)
+            once.clear()
+            for at, ids in enumerate(tokens[:-1]):
+                once.run(ids, [0, 1], at, all_experts)
+            little_logits, _ = once.run(tokens[-1], [0, 1], len(tokens) - 1, little)
+    assert np.array_equal(twice[-1][0], little_logits)
+    assert not np.array_equal(twice[-1][0], twice[-1][1])
 
 
 def test_a_short_text(tmp_path: Path, demo_gguf: Path) -> None:

@@ -200,6 +200,8 @@ def test_settings_are_big_first_and_cover_both_little_k() -> None:
     assert [s.value for s in settings if s.kind == "head" and s.little_k == 4] == [0.6, 0.4]
     assert len({s.value for s in settings if s.kind == "head" and s.little_k == 6}) == 1
     assert {setting.little_k for setting in make_settings(2, {30: 0.4})[1:]} == {1}
+    one_pass = make_settings(8, {30: 0.4, 10: 0.6}, with_confidence=False)
+    assert one_pass == [setting for setting in settings if setting.kind != "confidence"]
 
 
 def test_points_are_means_over_positions() -> None:

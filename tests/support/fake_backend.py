@@ -139,6 +139,7 @@ class FakeBackend:
         self._counters = Counters()
         self._device_counters = DeviceCounters()
         self.device: Any = None
+        self.threads: Any = None
         self.devices: tuple[Any, ...] = ()
         self.expert_source: ExpertSource | None = None
         self.ctx = 1

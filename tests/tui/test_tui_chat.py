@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 
 import pytest
 from fake_backend import FakeBackend, scripted
 from textual import events
-from tui_app import ANSWER, Loader, chat, say, submit, toasts, until
+from tui_app import ANSWER, Loader, chat, loader_of, say, slow_backend, submit, toasts, until
 
 from mobile_gguf.errors import ExpertReadError, ModelNotFoundError, UsageError
 from mobile_gguf.tui.screens.help import Help
@@ -24,19 +23,6 @@ def run(coroutine):
 
 def contents(app):
     return [turn.content for turn in app.chat.session.turns]
-
-
-def slow_backend(text="abc " * 200):
-    """A model that takes its time and never ends by itself."""
-    backend = FakeBackend(scripted(text, end=False), n_ctx=8192)
-    backend.on_evaluate = lambda: time.sleep(0.1)
-    return backend
-
-
-def loader_of(backend):
-    loader = Loader()
-    loader.backends["fake"] = backend
-    return loader
 
 
 def test_an_answer_is_shown_saved_and_has_a_receipt(tmp_path):

@@ -16,7 +16,7 @@ from typing import Any
 
 from textual.message import Message
 
-from mobile_gguf.api.context import of_a_chat
+from mobile_gguf.api.context import of_a_chat, way_out
 from mobile_gguf.api.model import Model, check_model, load
 from mobile_gguf.api.words import python_words, with_flags
 from mobile_gguf.engine.experts import Asked, Experts, Places, Watch
@@ -168,7 +168,7 @@ class EngineThread(threading.Thread):
         except MobileError as failure:
             error = python_words(str(failure))
             if isinstance(failure, PromptTooLongError):
-                error += " · /set n_ctx and /reload make room, /new begins again"
+                error += f" · {way_out(options, '/set n_ctx and /reload make room', '/new')}"
         except Exception as failure:
             error = unexpected(failure)
         facts: dict[str, Any] = {}
