@@ -45,7 +45,7 @@ from .context import ChatPrompt, fit_chat, reserve_for
 from .embedding import Embedding, embed
 from .messages import Messages, as_messages
 from .stats import model_stats
-from .words import speaks_python
+from .words import Notice, speaks_python
 
 if TYPE_CHECKING:
     from mobile_gguf.engine.experts import Experts
@@ -207,7 +207,8 @@ class Model:
     def _make_policy(self, options: LoadOptions) -> Policy:
         return choose_policy(options, self.info, self._require_open(), self._notify)
 
-    def _notify(self, notice: str) -> None:
+    def _notify(self, text: str) -> None:
+        notice = Notice(text)
         if notice not in self.notices:
             self.notices.append(notice)
             logger.warning(notice)

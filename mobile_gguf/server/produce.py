@@ -18,7 +18,7 @@ from mobile_gguf.generate.text import TextStream
 from mobile_gguf.options.words import TRIM
 
 from .experts import ExpertMap
-from .failures import TOO_LONG, ApiError
+from .failures import TOO_LONG, ApiError, too_long
 from .metrics import Metrics
 from .requests import NOT_SAMPLING, OPTION_NAMES, ChatRequest, CompletionRequest, Generation
 from .schemas import check_schema
@@ -100,7 +100,7 @@ class Producer:
                 **values,
             )
         except PromptTooLongError as error:
-            raise ApiError(400, str(error), param="messages", code=TOO_LONG) from None
+            raise too_long(error, "messages") from None
         n_top = (request.top_logprobs or 0) if request.logprobs else None
         if plan is None:
             yield from self._plain(job, [prompt], request, options, n_top)
@@ -131,7 +131,7 @@ class Producer:
         try:
             return self._model.prompt_tokens(prompt)
         except PromptTooLongError as error:
-            raise ApiError(400, str(error), param="prompt", code=TOO_LONG) from None
+            raise too_long(error, "prompt") from None
 
     def _options(self, request: Generation) -> dict[str, Any]:
         given = request.model_dump(exclude_none=True, include=OPTION_NAMES - NOT_SAMPLING)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .failures import ApiError
-from .requests import ChatRequest, Message, NamedTool, Tool
+from .requests import AllowedToolsChoice, ChatRequest, Message, NamedTool, Tool
 from .schemas import call_schema
 
 MARK, END_MARK = "<tool_call>", "</tool_call>"
@@ -55,12 +55,23 @@ def plan_tools(request: ChatRequest) -> ToolPlan | None:
         return None
     parallel = request.parallel_tool_calls is not False
     if isinstance(choice, NamedTool):
-        name = choice.function.name
-        named = tuple(tool for tool in tools if tool.function.name == name)
-        if not named:
-            raise ApiError(400, f"tool_choice {name!r} is not among the tools", param="tool_choice")
-        return ToolPlan(tools, named[:1], forced=True, parallel=False)
+        return ToolPlan(tools, _named(tools, [choice])[:1], forced=True, parallel=False)
+    if isinstance(choice, AllowedToolsChoice):
+        allowed = choice.allowed_tools
+        return ToolPlan(tools, _named(tools, allowed.tools), allowed.mode == "required", parallel)
     return ToolPlan(tools, tools, forced=choice == "required", parallel=parallel)
+
+
+def _named(tools: Sequence[Tool], chosen: Sequence[NamedTool]) -> tuple[Tool, ...]:
+    """Those of ``tools`` that are chosen. Raises ApiError for one that is not among them."""
+    names = {tool.function.name for tool in tools}
+    for choice in chosen:
+        if choice.function.name not in names:
+            raise ApiError(
+                400, f"tool_choice {choice.function.name!r} is not among the tools", param="tool_choice"
+            )
+    wanted = {choice.function.name for choice in chosen}
+    return tuple(tool for tool in tools if tool.function.name in wanted)
 
 
 def speaks_tools(template: str | None) -> bool:

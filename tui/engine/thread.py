@@ -18,7 +18,7 @@ from textual.message import Message
 
 from mobile_gguf.api.context import of_a_chat, way_out
 from mobile_gguf.api.model import Model, check_model, load
-from mobile_gguf.api.words import python_words
+from mobile_gguf.api.words import python_words, with_flags
 from mobile_gguf.engine.experts import Asked, Experts, Places, Watch
 from mobile_gguf.errors import EngineMemoryError, MobileError, PromptTooLongError, UsageError
 from mobile_gguf.generate.answer import INTERRUPTED, Chunk
@@ -139,9 +139,8 @@ class EngineThread(threading.Thread):
         else:
             self._model, self._experts = model, (experts := model.experts())
             asked = recommended(model.info)[0]
-            loaded = ModelLoaded(
-                reference, model.info, model.stats(), list(model.notices), experts, asked, number
-            )
+            notices = list(map(with_flags, model.notices))
+            loaded = ModelLoaded(reference, model.info, model.stats(), notices, experts, asked, number)
             self._post(loaded)
 
     def _fail(
