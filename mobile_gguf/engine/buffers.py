@@ -1,4 +1,4 @@
-"""Compute buffers of contexts, as the engine says them for a file (``mobile_measure_file``), and between."""
+"""Compute buffers of contexts, as the engine says them for a file (``mobile_measure_file``)."""
 
 from __future__ import annotations
 
@@ -39,22 +39,11 @@ class Measured:
     known: Mapping[Context, Buffers] = field(default_factory=dict)
 
     def at(self, context: Context) -> Buffers | None:
-        """As it was measured, or between two contexts that differ in nothing but their length.
+        """Of that very context.
 
-        A buffer is as large as the largest moment of its graph, and each moment grows evenly with the
-        context: the line between two lengths is never below it.
+        Nothing is said of those between: buffers grow by steps, and some are smaller for a longer context.
         """
-        if context in self.known:
-            return self.known[context]
-        lengths = sorted(one.n_ctx for one in self.known if one[1:] == context[1:])
-        below = [n for n in lengths if n < context.n_ctx]
-        above = [n for n in lengths if n > context.n_ctx]
-        if not below or not above:
-            return None
-        low, high = below[-1], above[0]
-        first, last = (self.known[context._replace(n_ctx=n)] for n in (low, high))
-        share = (context.n_ctx - low) / (high - low)
-        return Buffers(*(int(a + share * (b - a)) + 1 for a, b in zip(first, last, strict=True)))
+        return self.known.get(context)
 
 
 NOT_MEASURED = Measured()

@@ -98,14 +98,12 @@ def _largest_budget(info: GgufInfo, asked: Asked, memory: Memory, devices: Seque
 
 
 def compared(asked: Asked) -> list[Context]:
-    """The contexts that are looked at beside what is asked for: the shortest and the longest ones."""
-    ends = [
-        context_of(n_ctx, n_ubatch, flash_attn)
+    """The contexts that are looked at beside what is asked for: as long, but smaller."""
+    return [
+        context_of(asked.n_ctx, n_ubatch, flash_attn)
         for flash_attn in dict.fromkeys((asked.flash_attn, True))
         for n_ubatch in _ubatches(asked)
-        for n_ctx in (n_ubatch, asked.n_ctx)
     ]
-    return list(dict.fromkeys(ends))
 
 
 def _ubatches(asked: Asked) -> list[int]:
@@ -142,8 +140,9 @@ def largest_context(
     A smaller micro-batch costs prompts time, a smaller context what can be said at all.
     """
     ubatches = _ubatches(asked)
-    if _fits(info, replace(asked, n_ubatch=ubatches[-1]), memory, devices):
-        ubatches = ubatches[::-1] if not _fits(info, asked, memory, devices) else ubatches
+    for n_ubatch in ubatches:
+        if _fits(info, replace(asked, n_ubatch=n_ubatch), memory, devices):
+            return asked.n_ctx, n_ubatch
     for n_ubatch in ubatches:
         low, high = 0, -(-asked.n_ctx // CONTEXT_MULTIPLE)
         while low < high:

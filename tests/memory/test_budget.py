@@ -138,15 +138,10 @@ def test_what_was_measured_is_what_counts():
     assert demand.total_bytes == demand.dense_bytes + demand.kv_bytes + 1400 + demand.vocabulary_bytes
 
 
-def test_between_two_contexts_it_is_not_below_either_line():
-    between = compute_buffers(INFO, Context(768, 256, False), _MEASURED)
-    assert (1500 <= between.reserved <= 1501, 900 <= between.used <= 901) == (True, True)
-
-
 @pytest.mark.parametrize(
-    "context", [Context(256, 256, False), Context(2048, 256, False), Context(768, 128, False)]
+    "context", [Context(256, 256, False), Context(768, 256, False), Context(1024, 128, False)]
 )
-def test_beyond_what_was_measured_it_is_estimated(context: Context):
+def test_what_was_not_measured_is_estimated(context: Context):
     assert compute_buffers(INFO, context, _MEASURED) == compute_buffers(INFO, context)
 
 
