@@ -70,8 +70,9 @@ lint: $(VENV)/.dev ## ruff, pyright and the import contracts
 	$(BIN)/ruff format --check .
 	$(BIN)/python tests/support/lint_tree.py build/types
 
-docs: $(VENV)/.dev ## write docs/api.md from the docstrings
+docs: $(VENV)/.dev ## write docs/api.md from the docstrings, and the table of docs/families.md
 	$(BIN)/python docs/make_api.py
+	$(BIN)/python docs/make_families.py
 
 torture-schemas: $(VENV)/.dev ## 5,000 answers under schemas, judged by jsonschema
 	MOBILE_GGUF_SCHEMA_WALKS=5000 $(BIN)/python -m pytest tests/generate/test_schema_answers.py -q $(PYTEST)

@@ -37,6 +37,7 @@ class Arm:
     cap_bytes: int
     resident: bool = False  # all experts fit
     threads: int = 1
+    threads_auto: bool = False  # the engine's: fewer while others compete
     io_threads: int = DEFAULT_IO_THREADS
     load_mode: str = "mmap"
     repack: bool = False
@@ -198,6 +199,7 @@ class Runner:
             load_mode=arm.load_mode,
             repack=arm.repack,
             threads=arm.threads,
+            threads_auto=arm.threads_auto,
             decode_k=self.little_k if arm.mode == "little" else 0,
             budget_bytes=0 if arm.resident else arm.budget_bytes,
             io_threads=arm.io_threads,

@@ -36,6 +36,7 @@ class Job:
     load_mode: str = "mmap"
     repack: bool = False
     threads: int = 1
+    threads_auto: bool = False
     decode_k: int = 0
     budget_bytes: int = 0
     io_threads: int = DEFAULT_IO_THREADS
@@ -90,8 +91,13 @@ def _run(job: Job) -> None:
         engine.reset_counters(ctx)
     before = _Usage.now()
     started = time.perf_counter()
+    following = _following(llama_cpp, ctx, job) if job.threads_auto else None
     for token in job.decode:
+        if following is not None:
+            following.before()
         _decode(llama_cpp, engine, ctx, [token])
+        if following is not None:
+            following.after()
         _emit("token", seconds=time.perf_counter() - started, **_spent(before, engine, ctx))
     ahead = asdict(prefetch.prefetch_counters(engine, ctx)) if engine is not None else None
     _emit("done", prefetch=ahead, ids=recorder.ids if recorder else None)
@@ -136,6 +142,15 @@ def _new_context(llama_cpp: Any, model: Any, job: Job, recorder: _IdRecorder | N
     if not ctx:
         raise EngineError(f"no context for {job.model}: {llama_log.last_errors() or 'no reason given'}")
     return ctx
+
+
+def _following(llama_cpp: Any, ctx: Any, job: Job) -> Any:
+    from mobile_gguf.generate.threads import FollowingThreads
+    from mobile_gguf.memory.competition import Competition
+
+    return FollowingThreads(
+        job.threads, lambda n: llama_cpp.llama_set_n_threads(ctx, n, job.threads), Competition()
+    )
 
 
 def _decode(llama_cpp: Any, engine: Any, ctx: Any, tokens: list[int]) -> None:

@@ -21,7 +21,7 @@ PAGE = Path(__file__).with_name("api.md")
 # (heading, module, names); the order in which a reader needs them
 SECTIONS = (
     ("Loading a model", "mobile_gguf", ("load", "Model")),
-    ("Answers", "mobile_gguf", ("Reply", "Chunk", "Receipt", "Embedding", "Conversation")),
+    ("Answers", "mobile_gguf", ("Reply", "Chunk", "Receipt", "TokenLogprob", "Embedding", "Conversation")),
     ("The live expert map", "mobile_gguf.engine.experts", ("Experts", "Places", "Watch", "Asked")),
     ("Asyncio", "mobile_gguf.api.aio", ("load", "AsyncModel")),
     (

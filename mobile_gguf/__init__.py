@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         UsageError,
     )
     from .generate.answer import Chunk, Reply
+    from .generate.logprobs import TokenLogprob
     from .generate.receipt import Receipt
 
 __version__ = "0.1.0"
@@ -47,6 +48,7 @@ _WHERE = {
     "Chunk": "generate.answer",
     "Reply": "generate.answer",
     "Receipt": "generate.receipt",
+    "TokenLogprob": "generate.logprobs",
 }
 
 
@@ -84,6 +86,7 @@ __all__ = [
     "QueueFullError",
     "Receipt",
     "Reply",
+    "TokenLogprob",
     "UsageError",
     "aio",
     "load",

@@ -1,11 +1,29 @@
 """``python -m mobile_gguf`` is the ``mobile-gguf`` command."""
 
+import os
 import sys
+
+
+def fill_closed_streams() -> None:
+    """Make a standard stream that is closed lead nowhere.
+
+    Else the next file that is opened gets its number, and what native code prints.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            # the lowest number that is free is this one, because those below it are open by now
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
 
 
 def main() -> int:
     """Run the command line; Ctrl-C ends it quietly from its first import on."""
     try:
+        fill_closed_streams()
         from .cli import main as run
     except KeyboardInterrupt:
         return 130

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import os
+import signal
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
 from textual import on
-from textual.app import App, SystemCommand
+from textual.app import App, SuspendNotSupported, SystemCommand
 from textual.binding import Binding, BindingType
 from textual.screen import Screen
 
@@ -22,6 +26,7 @@ from .screens.map import MapScreen
 from .store.conversations import ConversationStore, StoreError, move_aside, storable
 from .store.models import names
 from .store.settings import Settings
+from .terminal import stop_as_a_shell_does
 
 DEFAULT_THEME = "textual-dark"
 # How long the engine may take to come back when the program ends.
@@ -52,6 +57,15 @@ class ChatApp(App[int]):
             "Palette",
             id="app.palette",
             tooltip="Search all commands",
+            show=False,
+            priority=True,
+        ),
+        Binding(
+            "ctrl+z",
+            "suspend_process",
+            "Suspend",
+            id="app.suspend",
+            tooltip="Back to the shell; fg comes back, and an answer goes on",
             show=False,
             priority=True,
         ),
@@ -118,6 +132,7 @@ class ChatApp(App[int]):
         self.theme = theme if theme in self.available_themes else DEFAULT_THEME
         self.theme_changed_signal.subscribe(self, self._remember_theme)
         self.engine.start()
+        self._hear_signals()
         self.push_screen(self.chat)
         if self.settings.problem:
             self.notify(self.settings.problem, severity="warning", timeout=12)
@@ -208,6 +223,16 @@ class ChatApp(App[int]):
         else:
             self.notify("Ctrl-Q leaves", timeout=3)
 
+    def action_suspend_process(self) -> None:
+        """What Ctrl-Z does: give the terminal back to the shell until it continues the program."""
+        try:
+            with self.suspend():
+                stopped = stop_as_a_shell_does()
+        except SuspendNotSupported:
+            stopped = False
+        if not stopped:
+            self.notify("no shell waits for the chat: Ctrl-Q leaves", timeout=5)
+
     def get_system_commands(self, screen: Screen[Any]) -> Iterable[SystemCommand]:
         """The palette: Textual's own commands and ours."""
         yield from super().get_system_commands(screen)
@@ -222,6 +247,27 @@ class ChatApp(App[int]):
         self.run_worker(self.chat.obey(line))
 
     # the end
+
+    def _hear_signals(self) -> None:
+        """What ends the program from outside keeps the words so far; an ignored signal stays so."""
+        for name, heard in (("SIGHUP", self._hung_up), ("SIGTERM", self._terminated)):
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+                with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
+                    asyncio.get_running_loop().add_signal_handler(number, heard, number)
+
+    def _terminated(self, number: signal.Signals) -> None:
+        self.chat.keep_answer()
+        self.engine.stop()
+        self.exit(128 + number)
+
+    def _hung_up(self, number: signal.Signals) -> None:
+        # The terminal is gone, and a screen that waits for it to be written would never end.
+        self.chat.keep_answer()
+        self.jobs.close()
+        self.store.close()
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
 
     async def action_quit(self) -> None:
         """Leave; with jobs running only when asked twice."""

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
@@ -44,6 +46,30 @@ def own_terminal(log: Path) -> Iterator[None]:
         for screen in screens:
             with contextlib.suppress(OSError, ValueError):
                 screen.close()
+
+
+def stop_as_a_shell_does() -> bool:
+    """Stop this process and the others of its group until they are continued, as a terminal's Ctrl-Z does.
+
+    Returns False at once where nobody could continue them: without a shell that holds jobs the system leaves
+    SIGTSTP without effect, which it would not do with SIGSTOP. Main thread only.
+    """
+    if not hasattr(signal, "SIGTSTP"):
+        return False
+    continued = False
+
+    def hear(_number: int, _frame: object) -> None:
+        nonlocal continued
+        continued = True
+
+    before = signal.signal(signal.SIGTSTP, signal.SIG_DFL), signal.signal(signal.SIGCONT, hear)
+    try:
+        os.kill(0, signal.SIGTSTP)
+        time.sleep(0)  # a handler runs between two steps of Python
+    finally:
+        signal.signal(signal.SIGTSTP, before[0])
+        signal.signal(signal.SIGCONT, before[1])
+    return continued
 
 
 def _stream(descriptor: int) -> TextIO:

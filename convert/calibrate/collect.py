@@ -85,7 +85,8 @@ def _open(info: GgufInfo, n_ctx: int, budget: Size, threads: int | None) -> Mobi
     batch = _batch_size(info)
     options = {"n_ctx": n_ctx, "n_batch": batch, "n_ubatch": batch, "threads": threads}
     if budget.is_auto:
-        budget = budget_beside(info, LoadOptions(vram_budget=OFF, **options), 2 * batch * info.n_vocab * 4)
+        # logits are read out of buffers that other runs leave idle
+        budget = budget_beside(info, LoadOptions(vram_budget=OFF, **options), batch * info.n_vocab * 4)
     return open_backend(info, LoadOptions(ram_budget=budget, vram_budget=OFF, **options))[0]
 
 

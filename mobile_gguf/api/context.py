@@ -40,6 +40,14 @@ def of_a_chat(options: Mapping[str, Any]) -> dict[str, Any]:
     return {**options, "context_full": TRIM if asked in (None, "auto") else asked}
 
 
+def way_out(options: Mapping[str, Any], make_room: str, begin_again: str) -> str:
+    """What helps a chat whose question found no room, in the words of the chat it is."""
+    ways = [make_room, f"{begin_again} begins again"]
+    if of_a_chat(options)["context_full"] != TRIM:
+        ways.insert(0, "/set context_full trim leaves out the oldest turns")
+    return ", ".join(ways)
+
+
 def reserve_for(n_ctx: int, max_tokens: int | None) -> int:
     """Tokens that are kept free for the answer: what was asked for, within an eighth of the context."""
     asked = _ANSWER_TOKENS if max_tokens is None or max_tokens < 0 else max_tokens

@@ -16,10 +16,12 @@ from mobile_gguf.engine.rpc import clear_loss, last_loss
 from mobile_gguf.engine.trial import try_file
 from mobile_gguf.errors import BudgetError, EngineError, MobileError, ModelFormatError
 from mobile_gguf.gguf.info import GgufInfo
+from mobile_gguf.memory.buffers import with_buffers
 from mobile_gguf.memory.fit import Fit, asked_of, fit_model
 from mobile_gguf.memory.machine import read_memory
 from mobile_gguf.memory.threads import bounded_threads, default_threads
 from mobile_gguf.options import LoadOptions
+from mobile_gguf.options.words import ON
 from mobile_gguf.progress import Progress
 
 if TYPE_CHECKING:
@@ -46,7 +48,13 @@ def open_backend(
         )
     capture_log(options.verbose)
     if engine is not None:
-        try_file(engine, info.path, info.files, lambda: progress is None or progress("loading", 0.0))
+
+        def keep_on() -> None:
+            if progress is not None:
+                progress("loading", 0.0)
+
+        try_file(engine, info.path, info.files, keep_on)
+        asked = with_buffers(engine, info, asked, keep_on)
     if progress is not None:
         more["progress"] = progress
     notices: list[str] = []
@@ -168,6 +176,8 @@ def _construct(
             if watch is not None:
                 watch.interrupted = interrupted
             llama.__init__(str(info.path), engine=engine, keep_loading=watch, **arguments)
+        if options.threads_auto == ON:
+            llama.follow_machine()
     except TemplateError as error:
         _discard(llama)
         raise ModelFormatError(f"{info.path} cannot be used: its chat template is broken: {error}") from None

@@ -18,6 +18,7 @@ from mobile_gguf.engine.devices import Device
 from mobile_gguf.engine.forks import abandon_in_children, forked
 from mobile_gguf.engine.structs import Counters, DeviceCounters
 from mobile_gguf.errors import (
+    AnswerStopped,
     EngineError,
     ModelBusyError,
     PromptTooLongError,
@@ -25,8 +26,9 @@ from mobile_gguf.errors import (
     missing_package,
     shown,
 )
-from mobile_gguf.generate.answer import Answer, Backend, Chunk, Reply
+from mobile_gguf.generate.answer import INTERRUPTED, Answer, Backend, Chunk, Reply
 from mobile_gguf.generate.decode import Policy
+from mobile_gguf.generate.logprobs import PromptLogprobs, TokenLogprob
 from mobile_gguf.generate.policy import choose_policy
 from mobile_gguf.generate.recommended import recommended
 from mobile_gguf.generate.request import make_request, prompt_tokens, token_ids
@@ -43,7 +45,7 @@ from .context import ChatPrompt, fit_chat, reserve_for
 from .embedding import Embedding, embed
 from .messages import Messages, as_messages
 from .stats import model_stats
-from .words import speaks_python
+from .words import Notice, speaks_python
 
 if TYPE_CHECKING:
     from mobile_gguf.engine.experts import Experts
@@ -53,6 +55,7 @@ logger = logging.getLogger("mobile_gguf")
 ShouldStop = Callable[[], bool] | None
 OnChunk = Callable[[Chunk], object] | None
 OnPrompt = Callable[[int, int], object] | None
+OnLogits = Callable[[int, Any], object] | None
 
 _BUSY = """this Model is already generating: use it from one thread at a time, and finish or close a stream \
 before the next answer"""
@@ -204,7 +207,8 @@ class Model:
     def _make_policy(self, options: LoadOptions) -> Policy:
         return choose_policy(options, self.info, self._require_open(), self._notify)
 
-    def _notify(self, notice: str) -> None:
+    def _notify(self, text: str) -> None:
+        notice = Notice(text)
         if notice not in self.notices:
             self.notices.append(notice)
             logger.warning(notice)
@@ -219,17 +223,20 @@ class Model:
         *,
         should_stop: ShouldStop = None,
         on_prompt: OnPrompt = None,
+        on_logits: OnLogits = None,
         **options: Any,
     ) -> Generator[Chunk, None, None]:
         """Continue ``prompt``, text or token ids, yielding a Chunk per token.
 
         Closing the generator ends the answer, and so does ``should_stop`` when it returns True: it is asked
         before every token and, while a prompt is computed, after every operation. ``on_prompt`` is called
-        with the prompt's tokens done and to do, as they are computed. Raises UsageError, ModelBusyError,
+        with the prompt's tokens done and to do, as they are computed. ``on_logits`` is called with the place
+        of every prompt token and the logits [n_vocab] after it, which are good until it returns: no part of
+        the prompt is taken from the context then. Raises UsageError, ModelBusyError,
         GrammarError, ExpertReadError, EngineError; a failed answer leaves the Model usable.
         """
         settings = make_options(GenerateOptions, options, self.defaults)
-        return self._stream(self._answer(self._prompt(prompt), settings, should_stop, on_prompt))
+        return self._stream(self._answer(self._prompt(prompt), settings, should_stop, on_prompt, on_logits))
 
     @takes(GenerateOptions)
     @speaks_python
@@ -240,6 +247,7 @@ class Model:
         on_chunk: OnChunk = None,
         should_stop: ShouldStop = None,
         on_prompt: OnPrompt = None,
+        on_logits: OnLogits = None,
         **options: Any,
     ) -> Reply:
         """Continue ``prompt`` and return the whole Reply; raises as ``stream`` does.
@@ -248,7 +256,28 @@ class Model:
         ``finish_reason`` ``interrupted``.
         """
         settings = make_options(GenerateOptions, options, self.defaults)
-        return self._join(self._answer(self._prompt(prompt), settings, should_stop, on_prompt), on_chunk)
+        answer = self._answer(self._prompt(prompt), settings, should_stop, on_prompt, on_logits)
+        return self._join(answer, on_chunk)
+
+    @speaks_python
+    def prompt_logprobs(
+        self, prompt: str | Sequence[int], *, n_top: int = 0, should_stop: ShouldStop = None
+    ) -> tuple[TokenLogprob, ...]:
+        """How likely ``prompt`` is to the model, with all experts: a TokenLogprob for each of its tokens.
+
+        ``n_top``: with the likeliest so many at each place. The first token has no log probability. Raises as
+        ``generate`` does, and AnswerStopped where ``should_stop`` ended it.
+        """
+        if not isinstance(n_top, int) or isinstance(n_top, bool) or n_top < 0:
+            raise UsageError(f"n_top is {shown(n_top)}: it must be a whole number of at least 0")
+        tokens = self._prompt(prompt)
+        if not tokens:
+            raise UsageError("the prompt is empty")
+        made = PromptLogprobs(self, tokens, n_top)
+        reply = self.generate(tokens, max_tokens=0, on_logits=made, should_stop=should_stop)
+        if reply.finish_reason == INTERRUPTED:
+            raise AnswerStopped("the prompt was not computed to its end")
+        return tuple(made.tokens)
 
     @takes(GenerateOptions)
     @speaks_python
@@ -297,9 +326,14 @@ class Model:
         return self.chat_prompt(messages, special=special, trim=trim, max_tokens=options.max_tokens)
 
     def _answer(
-        self, prompt: ChatPrompt, options: GenerateOptions, should_stop: ShouldStop, on_prompt: OnPrompt
+        self,
+        prompt: ChatPrompt,
+        options: GenerateOptions,
+        should_stop: ShouldStop,
+        on_prompt: OnPrompt,
+        on_logits: OnLogits = None,
     ) -> Answer:
-        check_callables(should_stop=should_stop, on_prompt=on_prompt)
+        check_callables(should_stop=should_stop, on_prompt=on_prompt, on_logits=on_logits)
         request = make_request(
             self._require_open(),
             self.info,
@@ -310,6 +344,7 @@ class Model:
             seed=self.options.seed,
             should_stop=should_stop,
             on_prompt=on_prompt,
+            on_logits=on_logits,
             turns_left_out=prompt.turns_left_out,
         )
         return Answer(self._require_open(), request, self.info.n_expert_used)
@@ -414,6 +449,14 @@ class Model:
         if not trim:
             return ChatPrompt(render(checked))
         return fit_chat(checked, render, count, self.n_ctx - reserve_for(self.n_ctx, max_tokens))
+
+    def prepare_constraints(self) -> None:
+        """Make now what the first answer under a grammar or a schema needs of the vocabulary, once.
+
+        Seconds for a large one, in which no thread of Python runs: better while nobody waits.
+        """
+        with self._taken() as backend:
+            backend.prepare_constraints()
 
     @property
     def can_generate(self) -> bool:

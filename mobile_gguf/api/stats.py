@@ -11,7 +11,7 @@ from mobile_gguf.generate.answer import Backend
 from mobile_gguf.generate.decode import Policy
 from mobile_gguf.sizes import format_bytes
 
-_WIDTH = 26
+_WIDTH = 32  # the longest name, and a gap
 
 
 def stats_lines(stats: dict[str, Any]) -> list[str]:

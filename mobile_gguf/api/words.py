@@ -1,4 +1,4 @@
-"""Errors in the words of whoever reads them: options by their names in Python, by their flags in a shell."""
+"""Errors and notices in their reader's words: options by name in Python, by flag in a shell."""
 
 from __future__ import annotations
 
@@ -28,6 +28,22 @@ def _names() -> dict[str, str]:
 def python_words(text: str) -> str:
     """``text`` with ``ram_budget`` for ``--ram-budget``, and so on for every declared option."""
     return _FLAG.sub(lambda found: _names().get(found[0], found[0]), text)
+
+
+class Notice(str):
+    """What could not be done as asked, in Python's words; ``command_line`` says it with flags."""
+
+    command_line: str
+
+    def __new__(cls, text: str) -> Notice:
+        made = super().__new__(cls, python_words(text))
+        made.command_line = text
+        return made
+
+
+def with_flags(text: str) -> str:
+    """A notice for who gave flags."""
+    return text.command_line if isinstance(text, Notice) else text
 
 
 def speaks_python(function: Function) -> Function:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import importlib
 import io
 import json
@@ -150,7 +151,12 @@ class _NoteHandler(logging.StreamHandler[TextIO]):
     """Writes over a line of progress, where there may be one."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        from mobile_gguf.api.words import with_flags
+
         erase(self.stream)
+        if isinstance(record.msg, str):
+            record = copy.copy(record)
+            record.msg = with_flags(record.msg)
         super().emit(record)
 
 

@@ -10,10 +10,11 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from mobile_gguf.api.context import way_out
 from mobile_gguf.api.conversation import Conversation
 from mobile_gguf.api.model import Model
 from mobile_gguf.api.stats import stats_lines
-from mobile_gguf.errors import MobileError, UsageError, require_unicode
+from mobile_gguf.errors import MobileError, PromptTooLongError, UsageError, require_unicode
 from mobile_gguf.files.paths import data_dir
 from mobile_gguf.flags import given, parse_setting
 from mobile_gguf.generate.answer import Chunk
@@ -88,11 +89,17 @@ def _run_screen(args: argparse.Namespace) -> int:
 def _run_plain(args: argparse.Namespace) -> int:
     interactive = sys.stdin.isatty()
     options = generate_options(args)
-    with load_model(args) as model, _history(interactive):
+    with load_model(args) as model, _history(interactive) as save_line:
+
+        def read_line() -> str:
+            line = input(PROMPT if interactive else "")
+            save_line()
+            return line
+
         if interactive:
             narrate(f"{model.info.name} ({model.mode}); /help for commands, Ctrl-D to leave")
         repl = Repl(model, Conversation(args.system or ""), options)
-        return repl.run(lambda: input(PROMPT if interactive else ""))
+        return repl.run(read_line)
 
 
 class Repl:
@@ -135,6 +142,8 @@ class Repl:
                 from . import print_error
 
                 print_error(error)
+                if isinstance(error, PromptTooLongError):
+                    narrate(way_out(self.options, MORE_CONTEXT, "/clear"))
 
     def serve(self, line: str) -> None:
         """Answer one line or obey it."""
@@ -200,26 +209,36 @@ class Repl:
 
 
 @contextlib.contextmanager
-def _history(interactive: bool) -> Iterator[None]:
-    """Line editing with a history kept in the data directory; nothing without a terminal."""
+def _history(interactive: bool) -> Iterator[Callable[[], None]]:
+    """Line editing with a history kept in the data directory; nothing without a terminal.
+
+    Gives what saves the line that was read last: at once, because the terminal may die, and behind what
+    another chat has saved meanwhile.
+    """
     readline = _readline() if interactive else None
     if readline is None:
-        yield
+        yield lambda: None
         return
     file = data_dir() / "chat_history"
     words = [*_COMMANDS, *declared(GenerateOptions)]
     readline.set_completer(_completer(words))
     readline.set_completer_delims(" ")
     readline.parse_and_bind("tab: complete")
+    readline.set_history_length(1000)
     with contextlib.suppress(OSError):
         readline.read_history_file(file)
-    try:
-        yield
-    finally:
-        readline.set_history_length(1000)
+    n_saved = readline.get_current_history_length()
+
+    def save() -> None:
+        nonlocal n_saved
+        n_lines = readline.get_current_history_length()
         with contextlib.suppress(OSError):
             file.parent.mkdir(parents=True, exist_ok=True)
-            readline.write_history_file(file)
+            file.touch(0o600)
+            readline.append_history_file(n_lines - n_saved, file)
+        n_saved = n_lines
+
+    yield save
 
 
 def _readline() -> Any:

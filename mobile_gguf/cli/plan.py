@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     info = read_gguf_info(path)
     workload = read_workload(info)
     n_bits = 8 * info.tensor_bytes / max(1, count_weights(info))
-    asked = asked_of(info, options)
+    asked = _measure_buffers(info, asked_of(info, options))
     devices, notes = _devices(options, asked)
     # what does not fit is refused before a minute is spent on measuring
     fit = plan_fit(info, asked, read_memory(), devices, n_bits)
@@ -84,6 +84,7 @@ def run(args: argparse.Namespace) -> int:
         n_bits=n_bits,
         notes=notes,
         reference=args.model,
+        asked=asked,
     )
     print(json.dumps(plan_facts(plan), ensure_ascii=False) if args.json else "\n".join(plan_lines(plan)))
     return 0
@@ -104,6 +105,21 @@ def _devices(options: LoadOptions, asked: Asked) -> tuple[list[Device], list[str
         return [], []  # without an engine nothing is measured either, and a note says so
     except UsageError as error:
         raise FitError(str(error)) from None
+
+
+def _measure_buffers(info: GgufInfo, asked: Asked) -> Asked:
+    """What a context's buffers take is asked of the engine, where there is one; a child reads the header."""
+    from mobile_gguf.engine.binding import find_engine
+    from mobile_gguf.memory.buffers import with_buffers
+    from mobile_gguf.plan.refusal import compared
+
+    try:
+        engine = find_engine()
+    except EngineError:
+        engine = None
+    if engine is None:
+        return asked
+    return with_buffers(engine, info, asked, others=compared(asked))
 
 
 def _measure(

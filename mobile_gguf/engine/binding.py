@@ -87,6 +87,7 @@ class Engine:
             "token_to_piece": (status, [address, n, address, n, ctypes.c_bool, address]),
             "decode": (status, [address, llama_cpp.llama_batch, address]),
             "sample": (status, [address, address, n, address]),
+            "sample_among": (status, [address, address, n, address, n, address]),
             "observe_start": (status, [address, n]),
             "observe_stop": (status, [address]),
             "observe_n_inputs": (n, [address]),

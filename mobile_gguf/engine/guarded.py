@@ -7,7 +7,7 @@ library is called itself, after what it asserts was checked here.
 from __future__ import annotations
 
 import ctypes
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mobile_gguf.errors import EngineError, UsageError
 from mobile_gguf.options.bias import check_tokens
@@ -15,7 +15,13 @@ from mobile_gguf.options.bias import check_tokens
 from .binding import Engine
 from .forks import abandon_in_children, forked
 
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
 _MAX_TEXT = (1 << 31) - 1
+_NO_NUMBERS = (
+    "the model computes no numbers (NaN or infinity): its weights or the numbers of its header are damaged"
+)
 
 
 class GuardedCalls:
@@ -137,15 +143,63 @@ class GuardedCalls:
             raise RuntimeError(f"llama_decode returned {result}")
 
     def sample(self, sampler: Any, index: int = -1) -> int:
-        """The next token by a sampler, llama-cpp-python's address of it, from the logits of ``index``."""
+        """The next token by a sampler, llama-cpp-python's address of it, from the logits of ``index``.
+
+        Raises EngineError where there are none, or some are no numbers.
+        """
         self._require_own()
         if self._engine is None:
-            if not self._llama.llama_get_logits_ith(self._ctx, index):
-                raise EngineError("there are no logits to sample from")
+            self._stock_logits(index)
             return self._llama.llama_sampler_sample(sampler, self._ctx, index)
         token = ctypes.c_int32()
         self._engine.checked("sample", "sampling", sampler, self._ctx, index, ctypes.byref(token))
         return token.value
+
+    def sample_among(self, sampler: Any, allowed: npt.NDArray[Any]) -> int:
+        """The same from the last logits, with no candidates but ``allowed``, ids [n].
+
+        The others do not compete in top-k, top-p or any other sampler, as if their logits were -inf.
+        """
+        self._require_own()
+        ids = allowed.astype("int32")
+        token = ctypes.c_int32()
+        if self._engine is None:
+            return self._stock_sample_among(sampler, ids)
+        self._engine.checked(
+            "sample_among", "sampling", sampler, self._ctx, -1, ids.ctypes.data, len(ids), ctypes.byref(token)
+        )
+        return token.value
+
+    def _stock_sample_among(self, sampler: Any, ids: npt.NDArray[Any]) -> int:
+        import numpy as np
+
+        candidates = np.zeros(len(ids), [("id", np.int32), ("logit", np.float32), ("p", np.float32)])
+        candidates["id"] = ids
+        candidates["logit"] = self._stock_logits(-1)[ids]
+        array = self._llama.llama_token_data_array(
+            data=ctypes.cast(candidates.ctypes.data, ctypes.POINTER(self._llama.llama_token_data)),
+            size=len(candidates),
+            selected=-1,
+            sorted=False,
+        )
+        self._llama.llama_sampler_apply(sampler, ctypes.byref(array))
+        if not 0 <= array.selected < array.size:
+            raise EngineError("the sampling settings leave no token to choose")
+        token = int(array.data[array.selected].id)
+        self._llama.llama_sampler_accept(sampler, token)
+        return token
+
+    def _stock_logits(self, index: int) -> npt.NDArray[Any]:
+        """The logits that a stock library would sample from, all of them numbers."""
+        import numpy as np
+
+        found = self._llama.llama_get_logits_ith(self._ctx, index)
+        if not found:
+            raise EngineError("there are no logits to sample from")
+        logits = np.ctypeslib.as_array(found, shape=(self.n_vocab,))
+        if not np.isfinite(logits.max()):  # the maximum of what holds a NaN is one
+            raise EngineError(_NO_NUMBERS)
+        return logits
 
     def _require_token(self, token: int) -> None:
         self._require_own()

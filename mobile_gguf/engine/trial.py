@@ -4,14 +4,15 @@ llama.cpp asserts what it takes for granted, and an assertion ends the process. 
 what holds for every architecture; what it cannot, a child meets first: it loads the file with zeros for
 weights, tokenises, and runs a prompt and a token (``mobile_try_file`` of ``patches/src/mobile.h``). That
 reads the header alone, so it does not grow with the file: a tenth of a second and what computing ten tokens
-takes. What was tried is remembered until the file or the engine changes.
+takes. What was tried is remembered until the file or the engine changes (``tried.py``).
+
+Another child says what compute buffers a context takes, from the header as well (``mobile_measure_file``):
+the graphs are made, and nothing is allocated for weights, caches or buffers.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import os
 import signal
 import subprocess
@@ -20,21 +21,19 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
-from mobile_gguf.errors import MobileError, ModelFormatError
-from mobile_gguf.files.atomic import complete_or_absent
-from mobile_gguf.files.paths import cache_dir
-from mobile_gguf.files.stamps import stamps
+from mobile_gguf.errors import ModelFormatError
 
 from .binding import Engine
+from .buffers import Buffers, Context
 from .log import as_one_line
+from .tried import TriedFiles
 
 _TOO_LONG = 1 << 16  # no exit code
 _SECONDS = 300.0  # a header that keeps llama.cpp busy for longer is as good as one that ends it
 _POLL_SECONDS = 0.02
-_MAX_FILES = 1000
-_MAX_STDERR = 1 << 16
+_MAX_TEXT = 1 << 16
 # neither site-packages nor llama-cpp-python: only the library, which finds its own beside it
 _CHILD = """\
 import ctypes, os, sys
@@ -49,9 +48,18 @@ try:
 except OSError:
     pass
 library = ctypes.CDLL(sys.argv[1])
-library.mobile_try_file.argtypes = [ctypes.c_char_p]
 library.mobile_last_error.restype = ctypes.c_char_p
-if library.mobile_try_file(os.fsencode(sys.argv[2])) != 0:
+path, contexts = os.fsencode(sys.argv[2]), [int(word) for word in sys.argv[3:]]
+if contexts:
+    n = len(contexts) // 3
+    asked, found = (ctypes.c_uint32 * len(contexts))(*contexts), (ctypes.c_uint64 * (2 * n))()
+    library.mobile_measure_file.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p]
+    status = library.mobile_measure_file(path, asked, n, found)
+    print(*found)
+else:
+    library.mobile_try_file.argtypes = [ctypes.c_char_p]
+    status = library.mobile_try_file(path)
+if status != 0:
     sys.stderr.buffer.write(library.mobile_last_error())
     sys.exit(1)
 """
@@ -75,31 +83,68 @@ def check_file(engine: Engine, path: Path, keep_on: Callable[[], object] = lambd
 
     Raises ModelFormatError if loading it ended the child.
     """
-    end, text = _end_of_child(engine.path, path, keep_on)
+    end, text, _ = _end_of_child(engine.path, path, keep_on)
     if end < 0 or end == _TOO_LONG:
         raise ModelFormatError(f"{path} cannot be used: {_reason(end, text)}")
     return as_one_line(text) or f"exit code {end}" if end else ""
 
 
-def _end_of_child(library: str, path: Path, keep_on: Callable[[], object]) -> tuple[int, str]:
-    """The child's exit code, below 0 for a signal, and what it wrote to stderr."""
-    command = [sys.executable or "python", "-I", "-S", "-c", _CHILD, library, os.fspath(path.absolute())]
+def measure_buffers(
+    engine: Engine,
+    path: Path,
+    files: Sequence[Path],
+    contexts: Sequence[Context],
+    keep_on: Callable[[], object] = lambda: None,
+) -> dict[Context, Buffers]:
+    """What contexts of a file take of memory for computing, asked of a child where it is not known.
+
+    Empty where the engine cannot say it, of a file that it does not load.
+    """
+    tried = TriedFiles(engine.path)
+    known = tried.buffers(path, files)
+    missing = [context for context in contexts if context not in known]
+    if not missing:
+        return known
+    words = [str(int(number)) for context in missing for number in context]
+    end, _, text = _end_of_child(engine.path, path, keep_on, words)
+    numbers = [int(word) for word in text.split()] if end == 0 else []
+    if len(numbers) != 2 * len(missing):
+        return {}
+    found = dict(zip(missing, map(Buffers, numbers[::2], numbers[1::2]), strict=True))
+    tried.add_buffers(path, files, found)
+    return known | found
+
+
+def _end_of_child(
+    library: str, path: Path, keep_on: Callable[[], object], words: Sequence[str] = ()
+) -> tuple[int, str, str]:
+    """The child's exit code, below 0 for a signal, and what it wrote to stderr and to stdout."""
+    command = [
+        sys.executable or "python",
+        "-I",
+        "-S",
+        "-c",
+        _CHILD,
+        library,
+        os.fspath(path.absolute()),
+        *words,
+    ]
     environment = {**os.environ, "GGML_NO_BACKTRACE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    with tempfile.TemporaryFile() as stderr:
+    with tempfile.TemporaryFile() as stderr, tempfile.TemporaryFile() as stdout:
         try:
             child = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=stderr,
+                command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr,
                 env=environment, start_new_session=True,
             )  # fmt: skip
         except OSError:
-            return 1, ""  # no processes to be had: the load goes on without
+            return 1, "", ""  # no processes to be had: the load goes on without
         with child:
             try:
                 end = _wait(child, keep_on)
             except BaseException:
                 child.kill()
                 raise
-        return end, _tail(stderr)
+        return end, _tail(stderr), _tail(stdout)
 
 
 def _wait(child: subprocess.Popen[bytes], keep_on: Callable[[], object]) -> int:
@@ -114,7 +159,7 @@ def _wait(child: subprocess.Popen[bytes], keep_on: Callable[[], object]) -> int:
 
 def _tail(file: IO[bytes]) -> str:
     size = file.seek(0, os.SEEK_END)
-    file.seek(max(0, size - _MAX_STDERR))
+    file.seek(max(0, size - _MAX_TEXT))
     return file.read().decode(errors="replace")
 
 
@@ -128,44 +173,3 @@ def _reason(end: int, text: str) -> str:
     name = signal.Signals(-end).name if -end in set(signal.Signals) else f"signal {-end}"
     what = "too little memory, or its header is damaged" if name == "SIGKILL" else "its header is damaged"
     return f"llama.cpp ends on it ({name}): {what}"
-
-
-class TriedFiles:
-    """The files that load, with sizes and times, in ``cache_dir()/tried-files.json``; for one engine."""
-
-    def __init__(self, library: str) -> None:
-        self._path = cache_dir() / "tried-files.json"
-        self._engine = _identity(library)
-
-    def holds(self, path: Path, files: Sequence[Path]) -> bool:
-        """Whether a file is known to load, unchanged since."""
-        with contextlib.suppress(OSError):
-            return self._load().get(_key(path)) == stamps(files)
-        return False
-
-    def add(self, path: Path, files: Sequence[Path]) -> None:
-        """Remember that a file loads; a cache that cannot be written is none."""
-        known = self._load()
-        known.pop(_key(path), None)
-        with contextlib.suppress(MobileError, OSError), complete_or_absent(self._path) as partial:
-            newest = dict([*known.items(), (_key(path), stamps(files))][-_MAX_FILES:])
-            partial.write_text(json.dumps({"engine": self._engine, "files": newest}), encoding="utf-8")
-
-    def _load(self) -> dict[str, Any]:
-        try:
-            stored = json.loads(self._path.read_text(encoding="utf-8"))
-            known = stored["files"] if stored["engine"] == self._engine else {}
-        except (OSError, ValueError, KeyError, TypeError):
-            return {}
-        return known if isinstance(known, dict) else {}
-
-
-def _key(path: Path) -> str:
-    return hashlib.sha256(os.fsencode(path.absolute())).hexdigest()
-
-
-def _identity(library: str) -> str:
-    """Of an engine: its libraries, which lie beside each other."""
-    found = [*sorted(Path(library).parent.glob("*ggml*")), Path(library)]
-    facts = [[file.name for file in found], stamps(file for file in found if file.exists())]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mobile_gguf.gguf.info import GgufInfo
 
     from .head import Head
+    from .threads import FollowingThreads
 
 STOP, LENGTH, INTERRUPTED = "stop", "length", "interrupted"
 
@@ -80,11 +81,13 @@ class Backend(Protocol):
     prompt_done: float
     should_stop: Callable[[], bool] | None  # asked while a prompt is computed
     on_prompt: Callable[[int, int], object] | None  # told how many of its tokens are done, of how many
+    on_logits: Callable[[int, Any], object] | None  # given a prompt token's place, and the logits after it
 
     store: ModelInfo | None  # None without an expert store
     has_engine: bool
     head: Head | None  # None for a model that was not calibrated
     device: DeviceTier | None  # None without slots on a device
+    threads: FollowingThreads | None  # None where their number is fixed
     devices: tuple[Device, ...]  # that the model is on; none: the host alone
 
     @property
@@ -110,6 +113,7 @@ class Backend(Protocol):
     def make_grammar(
         self, grammar: str | None, json_schema: Any, should_stop: Callable[[], bool] | None = ...
     ) -> Any: ...
+    def prepare_constraints(self) -> None: ...
     def token_bos(self) -> int: ...
     def set_seed(self, seed: int) -> None: ...
     def counters(self) -> Counters: ...
@@ -133,6 +137,7 @@ class Request:
     cache_prompt: bool = True
     should_stop: Callable[[], bool] | None = None
     on_prompt: Callable[[int, int], object] | None = None
+    on_logits: Callable[[int, Any], object] | None = None
     turns_left_out: int = 0
     fills_context: bool = False  # max_tokens is what the context has room for, and not what was asked for
 
@@ -142,6 +147,7 @@ def generate_steps(backend: Backend, request: Request) -> Generator[tuple[int, P
     backend.policy = request.policy
     backend.should_stop = request.should_stop
     backend.on_prompt = request.on_prompt
+    backend.on_logits = request.on_logits
     backend.set_seed(request.seed)
     if not request.cache_prompt:
         backend.forget()
@@ -186,6 +192,7 @@ class Answer:
         self._passes = dict.fromkeys(Pass, 0)
         self._pieces: list[str] = []
         self._tokens: list[int] = []
+        self._thread_changes = backend.threads.n_changes if backend.threads is not None else 0
         self._busy_seconds = 0.0
         self._prompt_seconds = 0.0
         self._counters = Counters()
@@ -201,8 +208,6 @@ class Answer:
         self._backend.prompt_evaluated = 0
         should_stop = self._request.should_stop or _never
         with closing(generate_steps(self._backend, self._request)) as steps:
-            if self._request.max_tokens <= 0:
-                yield self._end(LENGTH)
             while self.finish_reason is None:
                 try:
                     chunk = self._end(INTERRUPTED) if should_stop() else self._advance(steps)
@@ -211,18 +216,11 @@ class Answer:
                 yield chunk
 
     def _advance(self, steps: Iterator[tuple[int, Pass]]) -> Chunk:
-        started = time.perf_counter()
-        try:
-            token, kind = next(steps)
-        finally:
-            ended = time.perf_counter()
-            self._busy_seconds += ended - started
-            self._counters = self._backend.counters()
-            self._device_counters = self._backend.device_counters()
-            self._ahead = self._backend.prefetch_counters()
-        if not self._tokens:
-            # Sampling the first token belongs to the generation, as in llama-server.
-            self._prompt_seconds = max(0.0, min(self._backend.prompt_done, ended) - started)
+        if self._request.max_tokens <= 0:
+            if self._request.on_logits is not None:
+                self._step(steps)  # for its prompt: the token is not wanted
+            return self._end(LENGTH)
+        token, kind = self._step(steps)
         self._tokens.append(token)
         self._passes[kind] += 1
         if self._backend.is_end(token):
@@ -233,6 +231,22 @@ class Answer:
         elif len(self._tokens) >= self._request.max_tokens:
             return self._end(LENGTH, token, text)
         return self._chunk(text, token)
+
+    def _step(self, steps: Iterator[tuple[int, Pass]]) -> tuple[int, Pass]:
+        """The next token; what it took is counted."""
+        started = time.perf_counter()
+        try:
+            made = next(steps)
+        finally:
+            ended = time.perf_counter()
+            self._busy_seconds += ended - started
+            self._counters = self._backend.counters()
+            self._device_counters = self._backend.device_counters()
+            self._ahead = self._backend.prefetch_counters()
+        if not self._tokens:
+            # Sampling the first token belongs to the generation, as in llama-server.
+            self._prompt_seconds = max(0.0, min(self._backend.prompt_done, ended) - started)
+        return made
 
     def _end(self, reason: str, token: int | None = None, text: str = "") -> Chunk:
         self.finish_reason = reason
@@ -263,7 +277,7 @@ class Answer:
 
     def receipt(self) -> Receipt:
         """The receipt so far."""
-        policy = self._request.policy
+        policy, threads = self._request.policy, self._backend.threads
         return Receipt(
             mode=policy.mode,
             n_expert_used=self._n_expert_used,
@@ -273,6 +287,8 @@ class Answer:
             tokens_fallback=self._passes[Pass.FALLBACK],
             budget_bytes=self._budget_bytes,
             turns_left_out=self._request.turns_left_out,
+            threads=threads.threads if threads is not None else 0,
+            thread_changes=threads.n_changes - self._thread_changes if threads is not None else 0,
             context_full=self.finish_reason == LENGTH and self._request.fills_context,
             **read_traffic(self._backend, self._counters, self._device_counters, self._ahead),
         )

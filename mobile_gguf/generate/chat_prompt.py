@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from mobile_gguf.errors import PromptTooLongError
+from mobile_gguf.errors import PromptTooLongError, UsageError
 
 from .control_text import Hidden, Piece, text_length
 from .templates import Renderer
@@ -18,6 +18,37 @@ OWN_NAMES = frozenset(
     {"messages", "tools", "functions", "function_call", "tool_choice", "add_generation_prompt", "special"}
     | {"bos_token", "eos_token", "raise_exception", "strftime_now"}
 )
+
+
+_SYSTEM = ("system", "developer")
+
+
+def _of_system(messages: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [str(message.get("content") or "") for message in messages if message.get("role") in _SYSTEM]
+
+
+def _says_all(text: str, messages: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether of several system messages all are in the prompt: some templates drop all but the first."""
+    said = _of_system(messages)
+    return len(said) < 2 or all(part.strip() in text for part in said)
+
+
+def system_forms(messages: Sequence[Mapping[str, Any]]) -> Iterator[Sequence[Mapping[str, Any]]]:
+    """Messages as they are, then in the forms that templates take that are strict about system messages.
+
+    Several are joined to one at the start; at last, they begin the first of the user's messages.
+    """
+    yield messages
+    said = "\n\n".join(filter(None, _of_system(messages)))
+    others = [message for message in messages if message.get("role") not in _SYSTEM]
+    if not said or not others:
+        return
+    if len(_of_system(messages)) > 1 or messages[0].get("role") != "system":
+        yield [{"role": "system", "content": said}, *others]
+    first = next((i for i, message in enumerate(others) if message.get("role") == "user"), None)
+    if first is not None and isinstance(others[first].get("content"), str):
+        asked = {**others[first], "content": f"{said}\n\n{others[first]['content']}"}
+        yield [*others[:first], asked, *others[first + 1 :]]
 
 
 class Tokenizer(Protocol):
@@ -68,7 +99,7 @@ class ChatPrompts:
             "eos_token": self._eos,
         }
         most = self._most_characters(text_length([messages, values]))
-        prompt = self._renderer.render(self._template, names | dict(values), most)
+        prompt = self._render(messages, names | dict(values), most)
         # Most templates write the beginning-of-sequence token themselves; it must not come twice.
         twice = bool(self._bos) and prompt.startswith(self._bos)
         encoded = prompt.encode(errors="replace")
@@ -81,6 +112,22 @@ class ChatPrompts:
         tokens = [token for piece in pieces for token in self._read(piece, hidden)]
         n_before = min(len(around), 1) if self._bos else 0
         return [*around[:n_before], *tokens, *around[n_before:]]
+
+    def _render(self, messages: Sequence[Mapping[str, Any]], names: dict[str, Any], most: int) -> str:
+        """The prompt's text; what the system says is in it wherever the template has a place for it."""
+        refused: UsageError | None = None
+        for tried in system_forms(messages):
+            try:
+                text = self._renderer.render(self._template, names | {"messages": tried}, most)
+            except PromptTooLongError:
+                raise
+            except UsageError as error:
+                refused = refused or error
+                continue
+            if tried is not messages or _says_all(text, messages):
+                return text
+        assert refused is not None
+        raise refused
 
     def _most_characters(self, n_given: int) -> int:
         """Characters that a prompt may have, of messages of ``n_given``; what is longer is no prompt."""

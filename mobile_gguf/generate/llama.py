@@ -27,11 +27,11 @@ from mobile_gguf.engine.log import clear_errors, last_errors
 from mobile_gguf.engine.prefetch import prefetch_counters
 from mobile_gguf.engine.rpc import context_loss
 from mobile_gguf.engine.structs import Counters, DeviceCounters, ModelInfo, PrefetchCounters
-from mobile_gguf.errors import EngineError, ExpertReadError, MobileError, UsageError
+from mobile_gguf.errors import AnswerStopped, EngineError, ExpertReadError, MobileError, UsageError
 from mobile_gguf.gguf.info import GgufInfo
+from mobile_gguf.memory.competition import Competition
 
 from .chat_prompt import ChatPrompts
-from .constraint.candidates import sample_among
 from .constraint.making import constraint_of
 from .constraint.matching import Constraint
 from .constraint.tokens import TokenTable
@@ -40,9 +40,14 @@ from .head import Head
 from .interrupt import stopping_on_request
 from .logit_bias import biased
 from .pooling import clear_memory, file_pooling, has_memory, longest_text, pooled_state
+from .threads import FollowingThreads
 from .vocabulary import Vocabulary
 
 _TEMPLATES = "tokenizer.chat_template"
+# The engine keeps this much more memory for logits where those of a whole prompt are asked for.
+_LOGITS_BYTES = 16 << 20
+# While a vocabulary is read it is asked for whether to stop after so many tokens, some 20 ms.
+_TOKENS_BETWEEN = 1024
 # A prompt that is all in the context already is computed anew from here before its end.
 _MIN_PROMPT = 2
 
@@ -76,6 +81,7 @@ class MobileLlama(Llama):
         self.devices = tuple(devices or ())
         self._device_array = device_array(self.devices)
         self.device: DeviceTier | None = None  # set by loading, when there are slot pools
+        self.threads: FollowingThreads | None = None  # set by loading, where they follow the machine
         self.engine: Engine | None = None  # while there is a store to ask it about
         self.store: ModelInfo | None = None
         self.has_engine = engine is not None
@@ -85,6 +91,7 @@ class MobileLlama(Llama):
         self.prompt_done = 0.0
         self.should_stop: Callable[[], bool] | None = None
         self.on_prompt: Callable[[int, int], object] | None = None
+        self.on_logits: Callable[[int, Any], object] | None = None
         self._prompt_pending = False
         self._experts = ALL_EXPERTS
         self.head: Head | None = None
@@ -92,6 +99,7 @@ class MobileLlama(Llama):
         self._biases: Mapping[int, float] = {}
         self._constraint: Constraint | None = None
         self._token_table: TokenTable | None = None
+        self._table_parts: tuple[list[bytes], set[int], set[int]] = ([], set(), set())
         # The position whose token comes next, if the last pass left its hidden state.
         self._state_at = -1
         self._template: str | None = None
@@ -171,6 +179,8 @@ class MobileLlama(Llama):
         self._prompt_pending = True
         self._biases = logit_bias or {}
         self._constraint = grammar
+        if self.on_logits is not None:
+            self.forget()  # it is shown those of all the prompt
         self._limit_reuse(list(tokens))
         try:
             yield from super().generate(tokens, *args, **options)
@@ -189,7 +199,7 @@ class MobileLlama(Llama):
         sampler = self._sampler or self._init_sampler(*args, **options)
         if self._constraint is None:
             return self.calls.sample(sampler.sampler, idx - self.n_tokens if idx is not None else -1)
-        token = sample_among(sampler.sampler, self.last_logits(), self._constraint.allowed())
+        token = self.calls.sample_among(sampler.sampler, self._constraint.allowed())
         self._constraint.accept(token)
         return token
 
@@ -234,7 +244,27 @@ class MobileLlama(Llama):
             self._prompt_pending = False
             self.prompt_done = time.perf_counter()
 
+    def follow_machine(self) -> None:
+        """Generate with fewer threads while others want the processors.
+
+        Not with flash attention, which adds up in another order with another number: a seed must
+        give one text. Nor with a device, whose own trials compare times.
+        """
+        limit = self.context_params.n_threads
+        flash = self.context_params.flash_attn_type == llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        if limit > 1 and not flash and not self.devices:
+            self.threads = FollowingThreads(
+                limit,
+                lambda n: llama_cpp.llama_set_n_threads(self.ctx, n, self.n_threads_batch),
+                Competition(),
+            )
+
     def _decode_token(self, token: int) -> Pass:
+        if self.threads is not None:
+            self.threads.before()
+            kind = decode_token(self, token, self.policy)
+            self.threads.after()
+            return kind
         if self.device is None:
             return decode_token(self, token, self.policy)
         self.device.controller.before_step(self.policy.mode)
@@ -270,15 +300,35 @@ class MobileLlama(Llama):
 
     def _eval_in_pieces(self, tokens: list[int]) -> None:
         """Llama.eval, which decodes ``n_batch`` tokens at a time; of a prompt each time is told."""
-        tell = self.on_prompt if self._prompt_pending else None
-        if tell is None:
+        tell, show = (self.on_prompt, self.on_logits) if self._prompt_pending else (None, None)
+        if tell is None and show is None:
             super().eval(tokens)
             return
-        tell(0, len(tokens))
-        for start in range(0, len(tokens), self.n_batch):
-            piece = tokens[start : start + self.n_batch]
-            super().eval(piece)
-            tell(start + len(piece), len(tokens))
+        if tell is not None:
+            tell(0, len(tokens))
+        n = self.n_batch
+        if show is not None:
+            n = max(1, min(n, _LOGITS_BYTES // (4 * self._n_vocab)))
+        for start in range(0, len(tokens), n):
+            piece = tokens[start : start + n]
+            if show is None:
+                super().eval(piece)
+            else:
+                self._eval_showing(piece, show)
+            if tell is not None:
+                tell(start + len(piece), len(tokens))
+
+    def _eval_showing(self, tokens: list[int], show: Callable[[int, Any], object]) -> None:
+        """Llama.eval of one batch, of which the logits after every token are shown."""
+        start, end = self.n_tokens, self.n_tokens + len(tokens)
+        self._ctx.kv_cache_seq_rm(-1, start, -1)
+        self._batch.set_batch(batch=tokens, n_past=start, logits_all=True)
+        self._ctx.decode(self._batch)
+        self.input_ids[start:end] = tokens
+        self.n_tokens = end
+        self._requires_eval = False
+        for i in range(len(tokens)):
+            show(start + i, self._logits(i))
 
     def _interruptible(self) -> contextlib.AbstractContextManager[None]:
         return stopping_on_request(self.ctx, self.should_stop)
@@ -298,7 +348,10 @@ class MobileLlama(Llama):
             self.engine.prefetch_masked(self.ctx)
 
     def last_logits(self) -> Any:
-        logits = self._ctx.get_logits_ith(-1)
+        return self._logits(-1)
+
+    def _logits(self, i: int) -> Any:
+        logits = self._ctx.get_logits_ith(i)
         if not logits:
             raise UsageError("there are no logits: ask for a token first")
         return np.ctypeslib.as_array(logits, shape=(self._n_vocab,))
@@ -423,21 +476,30 @@ class MobileLlama(Llama):
         """What an answer is to follow, of GBNF text or a JSON schema; raises UsageError if it cannot."""
         if grammar is None and json_schema is None:
             return None
-        return constraint_of(self.token_table(), grammar, json_schema, should_stop)
+        return constraint_of(self.token_table(should_stop), grammar, json_schema, should_stop)
 
-    def token_table(self) -> TokenTable:
-        """What a grammar is matched against, read once."""
+    def token_table(self, should_stop: Callable[[], bool] | None = None) -> TokenTable:
+        """What a grammar is matched against, read once: seconds for a large vocabulary.
+
+        Raises AnswerStopped if ``should_stop`` ends it; what was read is kept.
+        """
         if self._token_table is None:
-            ids = range(self._n_vocab)
-            unused = llama_cpp.LLAMA_TOKEN_ATTR_UNUSED
-            self._token_table = TokenTable(
-                pieces=[self.piece(token, special=True) for token in ids],
-                special=self.vocabulary.controls.union(
-                    token for token in ids if self.calls.attributes(token) & unused
-                ),
-                ends=frozenset(filter(self.is_end, ids)),
-            )
+            pieces, unused, ends = self._table_parts
+            for token in range(len(pieces), self._n_vocab):
+                if should_stop is not None and token % _TOKENS_BETWEEN == 0 and should_stop():
+                    raise AnswerStopped("the answer was stopped while the vocabulary was read")
+                pieces.append(self.piece(token, special=True))
+                if self.calls.attributes(token) & llama_cpp.LLAMA_TOKEN_ATTR_UNUSED:
+                    unused.add(token)
+                if self.is_end(token):
+                    ends.add(token)
+            self._token_table = TokenTable(pieces, self.vocabulary.controls | unused, frozenset(ends))
         return self._token_table
+
+    def prepare_constraints(self) -> None:
+        """Make what the first answer under a grammar would wait for, and all threads with it."""
+        if self.calls.has_tokenizer:
+            self.token_table().tokenizer  # noqa: B018
 
     def _token_text(self, token: int) -> str:
         return self.calls.text(token) if token >= 0 else ""

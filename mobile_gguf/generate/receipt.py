@@ -22,7 +22,8 @@ class Receipt:
     most expert bytes in memory during the answer. With a device tier ``device_hits`` and ``device_misses``
     are all needs, and ``expert_hits`` and ``expert_misses`` those that reached the host. ``turns_left_out``
     are a chat's oldest turns that the context had no room for; with ``context_full`` the answer was cut by
-    it.
+    it. ``threads`` is what the last token was generated with, ``thread_changes`` how often another number was
+    found faster; both 0 where the number is fixed.
     """
 
     mode: str = EXACT
@@ -47,6 +48,8 @@ class Receipt:
     prefetch_saved_ms: float = 0.0
     turns_left_out: int = 0
     context_full: bool = False
+    threads: int = 0
+    thread_changes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """The fields by name, for JSON."""
@@ -79,6 +82,10 @@ class Receipt:
             parts.append(f"{self.stall_ms:.0f} ms stalled")
         if tokens_per_second is not None:
             parts.append(f"{tokens_per_second:.1f} tok/s")
+        if self.thread_changes:
+            parts.append(
+                f"{self.threads} {'thread' if self.threads == 1 else 'threads'} since others compute, too"
+            )
         if n := self.turns_left_out:
             parts.append(f"the oldest {f'{n} turns were' if n > 1 else 'turn was'} left out")
         return " | ".join(parts)

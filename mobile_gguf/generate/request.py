@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from mobile_gguf.errors import PromptTooLongError, UsageError, require_unicode, shown
 from mobile_gguf.gguf.info import GgufInfo
@@ -25,6 +26,7 @@ def make_request(
     seed: int | None,
     should_stop: Callable[[], bool] | None,
     on_prompt: Callable[[int, int], object] | None = None,
+    on_logits: Callable[[int, Any], object] | None = None,
     turns_left_out: int = 0,
 ) -> Request:
     """The Request of ``options``; ``seed`` is used where they have none. Raises UsageError."""
@@ -61,6 +63,7 @@ def make_request(
         cache_prompt=options.cache_prompt,
         should_stop=should_stop,
         on_prompt=on_prompt,
+        on_logits=on_logits,
     )
 
 

@@ -1,13 +1,15 @@
-"""What a model takes of memory beside its experts, on the host and on devices: pure arithmetic of its header.
+"""What a model takes of memory beside its experts, on the host and on devices: arithmetic of its header, and
+of what an engine said its compute buffers take.
 
-Estimates err on the high side: a budget that is too large gets the process killed, one that is too small
-costs reads or misses.
+Where it said nothing they are estimated, on the high side: a budget that is too large gets the process
+killed, one that is too small costs reads or misses.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from mobile_gguf.engine.buffers import NOT_MEASURED, Buffers, Context, Measured
 from mobile_gguf.gguf.caches import CONTEXT_MULTIPLE, DSV4, QSA, padded_context
 from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.sizes import format_bytes
@@ -20,27 +22,40 @@ _VOCABULARY_BYTES = 400
 
 @dataclass(frozen=True)
 class Demand:
-    """Weights that are no routed experts, what a context keeps (KV) and compute buffers, in bytes."""
+    """Weights that are no routed experts, what a context keeps (KV) and compute buffers, in bytes.
+
+    ``compute_bytes`` are what llama.cpp reserves and logs. ``idle_bytes`` of it are never written to on the
+    host, so no memory stands behind them: logits that nobody asks for. ``vocabulary_bytes``: token texts.
+    """
 
     dense_bytes: int
     kv_bytes: int
     compute_bytes: int
+    idle_bytes: int = 0
+    vocabulary_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
-        return self.dense_bytes + self.kv_bytes + self.compute_bytes
+        return self.dense_bytes + self.kv_bytes + self.buffer_bytes
+
+    @property
+    def buffer_bytes(self) -> int:
+        """What is neither weights nor kept by a context: buffers as far as they are used, the vocabulary."""
+        return self.compute_bytes - self.idle_bytes + self.vocabulary_bytes
 
     def __add__(self, other: Demand) -> Demand:
         return Demand(
             self.dense_bytes + other.dense_bytes,
             self.kv_bytes + other.kv_bytes,
             self.compute_bytes + other.compute_bytes,
+            self.idle_bytes + other.idle_bytes,
+            self.vocabulary_bytes + other.vocabulary_bytes,
         )
 
     def __str__(self) -> str:
         return (
             f"dense weights {format_bytes(self.dense_bytes)}, KV {format_bytes(self.kv_bytes)}, "
-            f"buffers {format_bytes(self.compute_bytes)}"
+            f"buffers {format_bytes(self.buffer_bytes)}"
         )
 
 
@@ -52,32 +67,38 @@ def context_size(info: GgufInfo, asked: int | None) -> int:
     return asked or trained
 
 
-def estimate_demand(info: GgufInfo, *, n_ctx: int, n_ubatch: int, flash_attn: bool = False) -> Demand:
+def estimate_demand(
+    info: GgufInfo, *, n_ctx: int, n_ubatch: int, flash_attn: bool = False, measured: Measured = NOT_MEASURED
+) -> Demand:
     """The demand with all layers on the host, for a context of ``n_ctx`` tokens."""
-    n_ctx, n_ubatch = _padded(n_ctx, n_ubatch)
+    context = context_of(n_ctx, n_ubatch, flash_attn)
+    buffers = compute_buffers(info, context, measured)
     return Demand(
         _dense_bytes(info),
-        kv_cache_bytes(info, n_ctx, flash_attn),
-        compute_buffer_bytes(info, n_ctx, n_ubatch, flash_attn),
+        kv_cache_bytes(info, context.n_ctx, flash_attn),
+        buffers.reserved,
+        idle_bytes=buffers.reserved - buffers.used,
+        vocabulary_bytes=info.n_vocab * _VOCABULARY_BYTES,
     )
 
 
-def estimate_device_demand(info: GgufInfo, *, n_ctx: int, n_ubatch: int, flash_attn: bool = False) -> Demand:
-    """The demand on devices that have all layers; unlike on the host, logits of a whole batch have real
-    memory there."""
-    n_ctx, n_ubatch = _padded(n_ctx, n_ubatch)
-    logits = n_ubatch * info.n_vocab * _F32
-    activations = _activation_bytes(info, n_ctx, n_ubatch, flash_attn)
-    return Demand(_dense_bytes(info), kv_cache_bytes(info, n_ctx, flash_attn), activations + logits)
+def estimate_device_demand(
+    info: GgufInfo, *, n_ctx: int, n_ubatch: int, flash_attn: bool = False, measured: Measured = NOT_MEASURED
+) -> Demand:
+    """The demand on devices that have all layers; what is reserved has real memory there.
+
+    Measured is the host's graph. With slots a layer's experts are computed in two chains, so the estimate
+    counts where it is higher.
+    """
+    context = context_of(n_ctx, n_ubatch, flash_attn)
+    kept = kv_cache_bytes(info, context.n_ctx, flash_attn)
+    reserved = max(compute_buffers(info, context, one).reserved for one in (measured, NOT_MEASURED))
+    return Demand(_dense_bytes(info), kept, reserved)
 
 
 def host_share(demand: Demand, info: GgufInfo) -> Demand:
     """What stays in host memory when all layers are on devices: the token embedding, and buffers."""
-    return Demand(
-        dense_bytes=min(info.embedding_bytes, demand.dense_bytes),
-        kv_bytes=0,
-        compute_bytes=demand.compute_bytes,
-    )
+    return replace(demand, dense_bytes=min(info.embedding_bytes, demand.dense_bytes), kv_bytes=0)
 
 
 def kv_cache_bytes(info: GgufInfo, n_ctx: int, flash_attn: bool = False) -> int:
@@ -85,14 +106,30 @@ def kv_cache_bytes(info: GgufInfo, n_ctx: int, flash_attn: bool = False) -> int:
     return info.caches.n_bytes(n_ctx, flash_attn)
 
 
-def compute_buffer_bytes(info: GgufInfo, n_ctx: int, n_ubatch: int, flash_attn: bool) -> int:
-    """Activations of one micro-batch of ``n_ubatch`` tokens, one token's logits and the vocabulary.
+def context_of(n_ctx: int, n_ubatch: int, flash_attn: bool) -> Context:
+    """A context as the engine makes it."""
+    n_ctx = padded_context(n_ctx)
+    return Context(n_ctx, min(n_ubatch, n_ctx), flash_attn)
 
-    The engine reserves room for logits of every token of the batch, but what is never written is never
-    resident on the host.
+
+def compute_buffers(info: GgufInfo, context: Context, measured: Measured = NOT_MEASURED) -> Buffers:
+    """As they were measured, else as they are estimated from the header.
+
+    Measured are whole experts; of segments each has an output of its own.
     """
-    logits = 2 * info.n_vocab * _F32
-    return _activation_bytes(info, n_ctx, n_ubatch, flash_attn) + logits + info.n_vocab * _VOCABULARY_BYTES
+    found = measured.at(context)
+    if found is None:
+        return _estimated(info, context)
+    outputs = (info.segments - 1) * info.n_embd * max(1, info.n_expert_used) * context.n_ubatch * _F32
+    return Buffers(found.reserved + outputs, found.used + outputs)
+
+
+def _estimated(info: GgufInfo, context: Context) -> Buffers:
+    n_ctx, n_ubatch, flash_attn = context
+    logits = info.n_vocab * _F32
+    used = _activation_bytes(info, n_ctx, n_ubatch, flash_attn) + min(n_ubatch, 2) * logits
+    # when the logits are made, hardly anything else is needed any more
+    return Buffers(max(used, n_ubatch * (logits + 10 * info.n_embd * _F32)), used)
 
 
 def _activation_bytes(info: GgufInfo, n_ctx: int, n_ubatch: int, flash_attn: bool) -> int:
@@ -103,7 +140,9 @@ def _activation_bytes(info: GgufInfo, n_ctx: int, n_ubatch: int, flash_attn: boo
     transposed = 0 if flash_attn else n_ctx * caches.latent * _F16
     routed = max(1, info.n_expert_used)
     outputs = (info.segments + 1) * info.n_embd  # of each expert: of its segments, and their sum
-    activations = n_ubatch * (8 * info.n_embd + routed * (3 * info.n_ff_expert + outputs)) * _F32
+    streams = info.metadata.get(f"{info.architecture}.hyper_connection.count")
+    streams = streams if isinstance(streams, int) else 0  # of residuals, side by side
+    activations = n_ubatch * ((9 + streams) * info.n_embd + routed * (3 * info.n_ff_expert + outputs)) * _F32
     attention = n_ctx * n_ubatch * (scores + masks)
     return attention + transposed + activations + _sparse_bytes(info, n_ctx, n_ubatch, flash_attn)
 
@@ -113,7 +152,8 @@ def _sparse_bytes(info: GgufInfo, n_ctx: int, n_ubatch: int, flash_attn: bool) -
 
     Bytes per position and token as the pinned llama.cpp allocates them, by its graphs' largest moment.
     """
-    sparse = info.caches.sparse
+    caches = info.caches
+    sparse = caches.sparse
     if not sparse.kind:
         return 0
     chosen = 26 * min(sparse.top_k, n_ctx) * n_ubatch
@@ -121,7 +161,8 @@ def _sparse_bytes(info: GgufInfo, n_ctx: int, n_ubatch: int, flash_attn: bool) -
         return int((7 + 1.25 * sparse.n_head) * n_ctx * n_ubatch) + chosen
     if sparse.kind == DSV4:
         per_position = 4.5 if flash_attn else 7 + 1.25 * max(info.n_head, default=0)
-        return int(per_position * (n_ctx + CONTEXT_MULTIPLE) * n_ubatch) + chosen
+        keys = 3 * n_ctx * caches.attention.keys // max(1, info.n_layer)  # of all kinds, one after another
+        return int(per_position * (n_ctx + CONTEXT_MULTIPLE) * n_ubatch) + keys + chosen
     per_position = 6 if flash_attn else 11
     return per_position * n_ctx * n_ubatch + chosen
 
@@ -129,8 +170,3 @@ def _sparse_bytes(info: GgufInfo, n_ctx: int, n_ubatch: int, flash_attn: bool) -
 def _dense_bytes(info: GgufInfo) -> int:
     """Without experts to route to, all weights are dense."""
     return info.dense_bytes + (0 if info.is_moe else info.expert_bytes)
-
-
-def _padded(n_ctx: int, n_ubatch: int) -> tuple[int, int]:
-    n_ctx = padded_context(n_ctx)
-    return n_ctx, min(n_ubatch, n_ctx)

@@ -8,15 +8,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from mobile_gguf.engine.buffers import NOT_MEASURED, Context, Measured
 from mobile_gguf.engine.devices import Device
 from mobile_gguf.engine.structs import DeviceInfo
+from mobile_gguf.engine.tried import known_buffers
 from mobile_gguf.errors import BudgetError, UsageError
 from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.options import LoadOptions
 from mobile_gguf.sizes import AUTO, OFF, Size
 
 from .budget import plan_budget, stored_share
-from .demand import Demand, context_size, estimate_demand, estimate_device_demand, host_share
+from .demand import (
+    Demand,
+    context_of,
+    context_size,
+    estimate_demand,
+    estimate_device_demand,
+    host_share,
+)
 from .machine import Memory
 from .pools import asked_pool, auto_pool, foreseen, lacking, pool_all_bytes, pool_min_bytes
 
@@ -25,7 +34,8 @@ from .pools import asked_pool, auto_pool, foreseen, lacking, pool_all_bytes, poo
 class Asked:
     """What a model is to be loaded with. ``ram`` and ``vram``: a size, a share of the experts, or auto.
 
-    ``vram`` None: no device. ``servers``: RPC servers were named as devices.
+    ``vram`` None: no device. ``servers``: RPC servers were named as devices. ``measured``: what the engine
+    said of the file's compute buffers.
     """
 
     n_ctx: int
@@ -34,6 +44,12 @@ class Asked:
     ram: Size = AUTO
     vram: Size | None = AUTO
     servers: bool = False
+    measured: Measured = field(default=NOT_MEASURED, repr=False, compare=False)
+
+    @property
+    def context(self) -> Context:
+        """As the engine makes it."""
+        return context_of(self.n_ctx, self.n_ubatch, self.flash_attn)
 
     @property
     def insists(self) -> bool:
@@ -79,17 +95,21 @@ class Fit:
 
 
 def asked_of(info: GgufInfo, options: LoadOptions) -> Asked:
-    """What options ask of memory. Raises UsageError for servers without the use of a device."""
+    """What options ask of memory, with what is known of the file's buffers.
+
+    Raises UsageError for servers without the use of a device.
+    """
     vram = options.vram_budget
     if vram == OFF and options.rpc:
         raise UsageError(f"--rpc names devices, and --vram-budget {OFF} uses none: leave one of them out")
     return Asked(
         n_ctx=context_size(info, options.n_ctx),
-        n_ubatch=options.n_ubatch,
+        n_ubatch=min(options.n_ubatch, options.n_batch),
         flash_attn=options.flash_attn,
         ram=options.ram_budget,
         vram=None if vram == OFF else vram,
         servers=bool(options.rpc),
+        measured=Measured(known_buffers(info.path, info.files)),
     )
 
 
@@ -110,7 +130,7 @@ def fit_model(info: GgufInfo, asked: Asked, memory: Memory, devices: Sequence[De
 
 
 def _fit_host(info: GgufInfo, asked: Asked, memory: Memory, *notes: str) -> Fit:
-    demand = _host_demand(info, asked)
+    demand = host_demand(info, asked)
     if not info.is_moe:
         return Fit(asked, demand, demand, memory, notes=notes)
     plan = plan_budget(asked.ram, info, demand, memory)
@@ -121,15 +141,20 @@ def _fit_host(info: GgufInfo, asked: Asked, memory: Memory, *notes: str) -> Fit:
     )  # fmt: skip
 
 
-def _host_demand(info: GgufInfo, asked: Asked) -> Demand:
-    return estimate_demand(info, n_ctx=asked.n_ctx, n_ubatch=asked.n_ubatch, flash_attn=asked.flash_attn)
+def host_demand(info: GgufInfo, asked: Asked) -> Demand:
+    """The demand with all of the model on the host."""
+    n_ctx, n_ubatch, flash_attn = asked.context
+    return estimate_demand(
+        info, n_ctx=n_ctx, n_ubatch=n_ubatch, flash_attn=flash_attn, measured=asked.measured
+    )
 
 
 def _fit_devices(
     info: GgufInfo, asked: Asked, memory: Memory, devices: tuple[Device, ...], vram: Size
 ) -> Fit:
+    n_ctx, n_ubatch, flash_attn = asked.context
     demand = estimate_device_demand(
-        info, n_ctx=asked.n_ctx, n_ubatch=asked.n_ubatch, flash_attn=asked.flash_attn
+        info, n_ctx=n_ctx, n_ubatch=n_ubatch, flash_attn=flash_attn, measured=asked.measured
     )
     holding = foreseen(devices, info, demand)
     n = max(1, len(holding))
@@ -142,7 +167,7 @@ def _fit_devices(
         advice = f"; try {remedy}, or --vram-budget {OFF}" if asked.insists else ""
         raise BudgetError(f"{problem}{advice}")
     sharing = [device.name for device in devices if device.shares_host_memory]
-    host = host_share(_host_demand(info, asked), info)
+    host = host_share(host_demand(info, asked), info)
     if not info.is_moe:
         notes = () if vram.is_auto else ("--vram-budget has no effect",)
         return Fit(asked, demand, host, memory, devices=devices, notes=notes)

@@ -23,6 +23,8 @@ from .words import (
     IO,
     MISS,
     MODES,
+    OFF,
+    ON,
     PLACEMENTS,
     PREFETCH,
 )
@@ -129,6 +131,14 @@ class LoadOptions(Checked):
     threads_batch: Annotated[
         int | None, _threads("-tb", "--threads-batch", help="... and that process prompts")
     ] = None
+    threads_auto: Annotated[
+        str,
+        Opt(
+            "--threads-auto",
+            choices=(ON, OFF),
+            help="generate with fewer threads while others want the processors",
+        ),
+    ] = ON
     io_threads: Annotated[
         int | None,
         Opt(

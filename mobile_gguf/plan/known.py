@@ -16,8 +16,7 @@ from mobile_gguf.errors import EngineError, MobileError
 from mobile_gguf.generate.receipt import Receipt
 from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.memory.budget import stored_share
-from mobile_gguf.memory.demand import estimate_demand
-from mobile_gguf.memory.fit import Asked, Fit, asked_of, fit_model, pool_share
+from mobile_gguf.memory.fit import Asked, Fit, asked_of, fit_model, host_demand, pool_share
 from mobile_gguf.memory.machine import Memory, read_memory
 from mobile_gguf.options import LoadOptions
 from mobile_gguf.options.words import BIG_LITTLE
@@ -185,7 +184,7 @@ def _fit_of_run(info: GgufInfo, asked: Asked, receipt: Receipt, device: dict[str
             for one in device.get("devices", ())
             if isinstance(one, dict)
         )
-    demand = estimate_demand(info, n_ctx=asked.n_ctx, n_ubatch=asked.n_ubatch, flash_attn=asked.flash_attn)
+    demand = host_demand(info, asked)
     return Fit(
         asked, demand, demand, read_memory(),
         ram_budget_bytes=receipt.budget_bytes, ram_share=stored_share(info, receipt.budget_bytes),

@@ -10,7 +10,7 @@ from mobile_gguf.engine.devices import Device
 from mobile_gguf.flags import arguments
 from mobile_gguf.gguf import keys
 from mobile_gguf.gguf.info import GgufInfo
-from mobile_gguf.memory.fit import Fit, asked_of
+from mobile_gguf.memory.fit import Asked, Fit, asked_of, host_demand
 from mobile_gguf.memory.machine import Memory, read_memory
 from mobile_gguf.memory.pools import pool_min_bytes
 from mobile_gguf.options import LoadOptions
@@ -28,6 +28,8 @@ from .workload import Settings, Workload, make_settings, read_hotness
 
 # A lossy mode is suggested only where it is this much faster.
 _WORTH = 1.2
+# Memory is worth a word where it is this share of what there is.
+_WORTH_SAYING = 0.05
 
 
 @dataclass(frozen=True)
@@ -62,12 +64,14 @@ def make_plan(
     n_bits: float = 0.0,
     notes: Sequence[str] = (),
     reference: str = "",
+    asked: Asked | None = None,
 ) -> Plan:
     """Plan a model by its header, the memory there is and what was measured. Raises FitError.
 
-    ``reference`` is the model's name in the command that is suggested; without it that is the path.
+    ``reference`` is the model's name in the command that is suggested; without it that is the path. ``asked``
+    is what the options ask for, if that is known already.
     """
-    fit = plan_fit(info, asked_of(info, options), memory or read_memory(), devices, n_bits)
+    fit = plan_fit(info, asked or asked_of(info, options), memory or read_memory(), devices, n_bits)
     modes = (EXACT, BIG_LITTLE, LITTLE) if info.is_moe and info.n_expert_used > 1 else (EXACT,)
     found: list[Prediction] = []
     lessons: dict[str, tuple[int, str]] = {}
@@ -88,8 +92,22 @@ def make_plan(
         measured=measurements.date() if found else "",
         lessons=lessons,
         n_bits=n_bits,
-        notes=(*fit.notes, *notes),
+        notes=(*fit.notes, *_advice(info, fit), *notes),
     )
+
+
+def _advice(info: GgufInfo, fit: Fit) -> list[str]:
+    """What flash attention would leave for experts, where that is much."""
+    if fit.asked.flash_attn or fit.devices or fit.ram_share >= 1 or not info.is_moe:
+        return []
+    now, then = fit.demand, host_demand(info, replace(fit.asked, flash_attn=True))
+    saved = now.total_bytes - then.total_bytes
+    if saved < _WORTH_SAYING * fit.memory.available_bytes:
+        return []
+    return [
+        f"with --flash-attn buffers take {format_bytes(then.buffer_bytes)} instead of "
+        f"{format_bytes(now.buffer_bytes)}: room for experts"
+    ]
 
 
 def predict_fit(
@@ -182,6 +200,8 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
         "dense_bytes": fit.demand.dense_bytes,
         "kv_bytes": fit.demand.kv_bytes,
         "compute_bytes": fit.demand.compute_bytes,
+        "idle_bytes": fit.demand.idle_bytes,
+        "vocabulary_bytes": fit.demand.vocabulary_bytes,
         "mapped_bytes": plan.info.lazy_bytes,
         "expert_bytes": plan.info.expert_bytes,
         "ram_budget_bytes": fit.ram_budget_bytes,
@@ -221,7 +241,10 @@ def plan_lines(plan: Plan) -> list[str]:
     if info.lazy_bytes:
         cached = f"{format_bytes(info.lazy_bytes)} read row by row, in memory only as page cache"
         rows.append(("tables on disk", cached))
-    context = f"{format_bytes(rest.kv_bytes)} KV, {format_bytes(rest.compute_bytes)} buffers in {where}"
+    if info.mtp_bytes:
+        idle = f"{format_bytes(info.mtp_bytes)} of blocks that predict several tokens at once (MTP)"
+        rows.append(("not loaded", idle))
+    context = f"{format_bytes(rest.kv_bytes)} KV, {format_bytes(rest.buffer_bytes)} buffers in {where}"
     rows.append(("context", f"{fit.asked.n_ctx} tokens, micro-batches of {fit.asked.n_ubatch}: {context}"))
     if info.is_moe:
         if fit.devices:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from mobile_gguf.engine.buffers import Context
 from mobile_gguf.engine.devices import Device
 from mobile_gguf.errors import BudgetError, MobileError
 from mobile_gguf.gguf.caches import CONTEXT_MULTIPLE
 from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.memory.budget import reserve_bytes
-from mobile_gguf.memory.demand import estimate_demand
-from mobile_gguf.memory.fit import Asked, Fit, fit_model
+from mobile_gguf.memory.demand import context_of
+from mobile_gguf.memory.fit import Asked, Fit, fit_model, host_demand
 from mobile_gguf.memory.machine import Memory
 from mobile_gguf.sizes import AUTO, format_bytes, mebibytes
 
@@ -70,10 +71,12 @@ def _host_refusal(info: GgufInfo, asked: Asked, memory: Memory, n_bits: float) -
     """Why a model does not fit on the host, and what would."""
     free, smallest = memory.available_bytes, info.budget_min_bytes
     reserve = reserve_bytes(free)
-    demand = estimate_demand(info, n_ctx=asked.n_ctx, n_ubatch=asked.n_ubatch, flash_attn=asked.flash_attn)
+    demand = host_demand(info, asked)
     least = f", one layer's experts {format_bytes(smallest)}" if info.is_moe else ""
     ways = [_smaller_context(info, asked, memory, ())]
-    fixed = demand.kv_bytes + demand.compute_bytes + reserve
+    if not asked.flash_attn:
+        ways.append(_with_flash_attention(info, asked, memory))
+    fixed = demand.kv_bytes + demand.buffer_bytes + reserve
     if n_bits and free > fixed:
         bits = n_bits * (free - fixed) / (demand.dense_bytes + smallest)
         if bits >= 1:
@@ -94,12 +97,37 @@ def _largest_budget(info: GgufInfo, asked: Asked, memory: Memory, devices: Seque
     return f"--ram-budget {mebibytes(fit.ram_budget_bytes)} does"
 
 
+def compared(asked: Asked) -> list[Context]:
+    """The contexts that are looked at beside what is asked for: as long, but smaller."""
+    return [
+        context_of(asked.n_ctx, n_ubatch, flash_attn)
+        for flash_attn in dict.fromkeys((asked.flash_attn, True))
+        for n_ubatch in _ubatches(asked)
+    ]
+
+
+def _ubatches(asked: Asked) -> list[int]:
+    return list(dict.fromkeys((asked.n_ubatch, min(asked.n_ubatch, _SMALL_UBATCH))))
+
+
+def _with_flash_attention(info: GgufInfo, asked: Asked, memory: Memory) -> str:
+    """The flags with which more of the context, or a larger micro-batch, fits; empty if none does."""
+    without = largest_context(info, asked, memory)
+    found = largest_context(info, replace(asked, flash_attn=True), memory)
+    if found is None or (without is not None and found <= without):
+        return ""
+    return f"{_flags(asked, *found)} --flash-attn"
+
+
 def _smaller_context(info: GgufInfo, asked: Asked, memory: Memory, devices: Sequence[Device]) -> str:
     """The flags with which the model fits; empty if no context does."""
     found = largest_context(info, asked, memory, devices)
     if found is None:
         return ""
-    n_ctx, n_ubatch = found
+    return _flags(asked, *found)
+
+
+def _flags(asked: Asked, n_ctx: int, n_ubatch: int) -> str:
     ubatch = f" -ub {n_ubatch}" if n_ubatch != asked.n_ubatch else ""
     return f"-c {n_ctx}{ubatch}"
 
@@ -107,8 +135,15 @@ def _smaller_context(info: GgufInfo, asked: Asked, memory: Memory, devices: Sequ
 def largest_context(
     info: GgufInfo, asked: Asked, memory: Memory, devices: Sequence[Device] = ()
 ) -> tuple[int, int] | None:
-    """The largest context up to what was asked, and the micro-batch with it, that fit; None if none does."""
-    for n_ubatch in dict.fromkeys((asked.n_ubatch, min(asked.n_ubatch, _SMALL_UBATCH))):
+    """The largest context up to what was asked, and the micro-batch with it, that fit; None if none does.
+
+    A smaller micro-batch costs prompts time, a smaller context what can be said at all.
+    """
+    ubatches = _ubatches(asked)
+    for n_ubatch in ubatches:
+        if _fits(info, replace(asked, n_ubatch=n_ubatch), memory, devices):
+            return asked.n_ctx, n_ubatch
+    for n_ubatch in ubatches:
         low, high = 0, -(-asked.n_ctx // CONTEXT_MULTIPLE)
         while low < high:
             middle = (low + high + 1) // 2

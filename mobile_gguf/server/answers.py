@@ -9,7 +9,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from .logprobs import TokenLogprob, chat_logprobs, completion_logprobs
+from mobile_gguf.generate.logprobs import TokenLogprob
+
+from .logprobs import TextOffsets, chat_logprobs, completion_logprobs
 from .produce import Event
 
 
@@ -76,24 +78,24 @@ class Renderer:
         self._model = model
         self._created = int(time.time())
         self._begun: set[int] = set()
-        self._written: dict[int, int] = {}
+        self._offsets: dict[int, TextOffsets] = {}
 
-    def whole(self, events: list[Event], usage: dict[str, Any], echoes: list[str]) -> dict[str, Any]:
-        """The completion of all events; ``echoes`` are texts to begin each choice with."""
+    def whole(self, events: list[Event], usage: dict[str, Any]) -> dict[str, Any]:
+        """The completion of all events."""
         choices: dict[int, _ChoiceSoFar] = {}
         for event in events:
             choices.setdefault(event.choice, _ChoiceSoFar()).add(event)
-        made = [self._choice(i, choices[i], echoes[i] if echoes else "") for i in sorted(choices)]
+        made = [self._choice(i, choices[i]) for i in sorted(choices)]
         kind = "chat.completion" if self._chat else "text_completion"
         return self._object(kind, made) | {"usage": usage}
 
-    def _choice(self, index: int, choice: _ChoiceSoFar, echo: str) -> dict[str, Any]:
+    def _choice(self, index: int, choice: _ChoiceSoFar) -> dict[str, Any]:
         made: dict[str, Any] = {"index": index, "finish_reason": choice.finish_reason, "logprobs": None}
         text = "".join(choice.text)
         if not self._chat:
-            made["text"] = echo + text
+            made["text"] = text
             if self._with_logprobs:
-                made["logprobs"] = completion_logprobs(choice.logprobs, len(echo))
+                made["logprobs"] = completion_logprobs(choice.logprobs, TextOffsets())
             return made
         made["message"] = {"role": "assistant", "content": text, "refusal": None}
         if choice.calls:
@@ -102,21 +104,20 @@ class Renderer:
             made["logprobs"] = chat_logprobs(choice.logprobs)
         return made
 
-    def chunks(self, event: Event, echoes: list[str]) -> Iterator[dict[str, Any]]:
+    def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
         """The chunks that an event makes, with the usage so far if the event has it."""
-        for chunk in self._chunks(event, echoes):
+        for chunk in self._chunks(event):
             yield chunk if event.usage is None else chunk | {"usage": event.usage}
 
-    def _chunks(self, event: Event, echoes: list[str]) -> Iterator[dict[str, Any]]:
+    def _chunks(self, event: Event) -> Iterator[dict[str, Any]]:
         index = event.choice
         if index < 0:
             return
+        if not self._chat:
+            yield self._text_chunk(event)
+            return
         first = index not in self._begun
         self._begun.add(index)
-        if not self._chat:
-            echo = echoes[index] if first and echoes else ""
-            yield self._text_chunk(event, echo)
-            return
         if first:
             yield self._chat_chunk(index, {"role": "assistant", "content": ""})
         if event.text or event.logprobs:
@@ -135,13 +136,12 @@ class Renderer:
     def _chunk_kind(self) -> str:
         return "chat.completion.chunk" if self._chat else "text_completion"
 
-    def _text_chunk(self, event: Event, echo: str) -> dict[str, Any]:
-        offset = self._written.get(event.choice, 0) + len(echo)
-        self._written[event.choice] = offset + sum(len(token.text) for token in event.logprobs)
-        logprobs = completion_logprobs(event.logprobs, offset) if event.logprobs else None
+    def _text_chunk(self, event: Event) -> dict[str, Any]:
+        offsets = self._offsets.setdefault(event.choice, TextOffsets())
+        logprobs = completion_logprobs(event.logprobs, offsets) if event.logprobs else None
         choice = {
             "index": event.choice,
-            "text": echo + event.text,
+            "text": event.text,
             "logprobs": logprobs,
             "finish_reason": event.finish_reason,
         }

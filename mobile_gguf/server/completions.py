@@ -93,12 +93,6 @@ async def _answer(
     job = serving.submit(produce)
     events = Events(job, serving.settings.timeout, serving.metrics.first_token.observe)
 
-    def echoes() -> list[str]:
-        if not getattr(body, "echo", None):
-            return []
-        texts = [serving.model.detokenize(prompt) for prompt in producer.prompts]
-        return [text for text in texts for _ in range(body.n or 1)]
-
     is_streamed = False
     first = asyncio.ensure_future(events.next())
     try:
@@ -111,7 +105,7 @@ async def _answer(
         if body.stream:
             is_streamed = True
             include_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-            stream = _stream(serving, job, first, events, renderer, producer, echoes, include_usage, endpoint)
+            stream = _stream(serving, job, first, events, renderer, producer, include_usage, endpoint)
             # The events end by themselves on shutdown: the job is cut when its time is over.
             grace = serving.settings.grace + CUT_SECONDS + 2
 
@@ -128,7 +122,7 @@ async def _answer(
                 shutdown_grace_period=grace,
             )
         whole = await unless_client_leaves(request, _collect(events))
-        body_of_all = renderer.whole(whole, _usage(producer, job), echoes())
+        body_of_all = renderer.whole(whole, _usage(producer, job))
         return JSONResponse(body_of_all, headers=_notes(producer))
     except ClientLeftError:
         job.cancel()
@@ -176,16 +170,14 @@ async def _stream(
     events: Events[Event],
     renderer: Renderer,
     producer: Producer,
-    echoes: Callable[[], list[str]],
     include_usage: bool,
     endpoint: str,
 ) -> AsyncIterator[ServerSentEvent]:
     ended = False
     try:
         await first  # says only that the prompts are known
-        texts = echoes()
         async for event in events:
-            for chunk in renderer.chunks(event, texts):
+            for chunk in renderer.chunks(event):
                 yield _sse(chunk)
         ended = True
         if include_usage:

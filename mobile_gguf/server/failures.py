@@ -95,6 +95,11 @@ def _printable(text: str) -> str:
     return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
 
 
+def too_long(error: PromptTooLongError, param: str | None = None) -> ApiError:
+    """What a client is told whose prompt cannot fit; the context is the server's, so its flag is named."""
+    return ApiError(400, error.command_line or str(error), param=param, code=TOO_LONG)
+
+
 def as_api_error(error: BaseException) -> ApiError:
     """What a client is told of ``error``; one that is nobody's fault but ours is logged as well."""
     if isinstance(error, ApiError):
@@ -104,7 +109,7 @@ def as_api_error(error: BaseException) -> ApiError:
     if isinstance(error, ModelBusyError):
         return ApiError(503, str(error), code="model_unavailable")
     if isinstance(error, PromptTooLongError):
-        return ApiError(400, str(error), code=TOO_LONG)
+        return too_long(error)
     if isinstance(error, GrammarError):
         return ApiError(400, str(error), code="grammar_stuck")
     if isinstance(error, UsageError):

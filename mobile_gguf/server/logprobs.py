@@ -1,52 +1,18 @@
-"""Log probabilities of the tokens that were chosen, in the forms of both endpoints."""
+"""Log probabilities of tokens in the forms of both endpoints."""
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from mobile_gguf.api.model import Model
-
-# What JSON has for a probability of zero; OpenAI's own number.
-_LEAST = -9999.0
-
-
-@dataclass(frozen=True)
-class TokenLogprob:
-    """A token's bytes and log probability, and those of the likeliest tokens at its place."""
-
-    piece: bytes
-    logprob: float
-    top: tuple[tuple[bytes, float], ...] = ()
-
-    @property
-    def text(self) -> str:
-        return self.piece.decode(errors="replace")
-
-
-def read_logprob(model: Model, token: int, n_top: int) -> TokenLogprob:
-    """Log probability of ``token`` by the pass it was just sampled from, before temperature and grammar."""
-    import numpy as np
-
-    logits = np.asarray(model.last_logits(), dtype=np.float64)
-    highest = logits.max()
-    logprobs = logits - highest - np.log(np.exp(logits - highest).sum())
-    n = min(n_top, len(logprobs))
-    best = np.argpartition(-logprobs, n - 1)[:n] if n else np.empty(0, dtype=np.int64)
-    best = best[np.argsort(-logprobs[best], kind="stable")]
-    top = tuple((model.piece(int(i), special=True), _finite(logprobs[i])) for i in best)
-    return TokenLogprob(model.piece(token, special=True), _finite(logprobs[token]), top)
-
-
-def _finite(value: Any) -> float:
-    return max(_LEAST, float(value)) if value == value else _LEAST
+from mobile_gguf.generate.logprobs import TokenLogprob
 
 
 def chat_logprobs(tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
     """``logprobs`` of a chat completion's choice."""
 
-    def entry(piece: bytes, logprob: float) -> dict[str, Any]:
+    def entry(piece: bytes, logprob: float | None) -> dict[str, Any]:
         return {"token": piece.decode(errors="replace"), "logprob": logprob, "bytes": list(piece)}
 
     content = [
@@ -56,17 +22,30 @@ def chat_logprobs(tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
     return {"content": content, "refusal": None}
 
 
-def completion_logprobs(tokens: Sequence[TokenLogprob], offset: int) -> dict[str, Any]:
-    """``logprobs`` of a text completion's choice whose first token begins at character ``offset``."""
-    offsets = []
-    for token in tokens:
-        offsets.append(offset)
-        offset += len(token.text)
+class TextOffsets:
+    """At which character of a text its tokens begin, one after another."""
+
+    def __init__(self) -> None:
+        self._n_characters = 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, text_bytes: bytes) -> int:
+        """Where the next token begins; a character in several tokens is where the first of them is."""
+        offset = self._n_characters
+        self._n_characters += len(self._decoder.decode(text_bytes))
+        return offset
+
+
+def completion_logprobs(tokens: Sequence[TokenLogprob], offsets: TextOffsets) -> dict[str, Any]:
+    """``logprobs`` of a text completion's choice, or of so much of it as comes next."""
     return {
         "tokens": [token.text for token in tokens],
         "token_logprobs": [token.logprob for token in tokens],
         "top_logprobs": [
-            {piece.decode(errors="replace"): logprob for piece, logprob in token.top} for token in tokens
+            None
+            if token.logprob is None
+            else {piece.decode(errors="replace"): logprob for piece, logprob in token.top}
+            for token in tokens
         ],
-        "text_offset": offsets,
+        "text_offset": [offsets.push(token.text_bytes) for token in tokens],
     }

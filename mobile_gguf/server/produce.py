@@ -13,12 +13,12 @@ from mobile_gguf.api.model import Model
 from mobile_gguf.errors import AnswerStopped, PromptTooLongError
 from mobile_gguf.generate.answer import INTERRUPTED, LENGTH, STOP, Chunk
 from mobile_gguf.generate.chat_prompt import OWN_NAMES
+from mobile_gguf.generate.logprobs import PromptLogprobs, TokenLogprob, token_logprob
 from mobile_gguf.generate.text import TextStream
 from mobile_gguf.options.words import TRIM
 
 from .experts import ExpertMap
-from .failures import TOO_LONG, ApiError
-from .logprobs import TokenLogprob, read_logprob
+from .failures import TOO_LONG, ApiError, too_long
 from .metrics import Metrics
 from .requests import NOT_SAMPLING, OPTION_NAMES, ChatRequest, CompletionRequest, Generation
 from .schemas import check_schema
@@ -64,7 +64,6 @@ class Producer:
         self._metrics = metrics
         self._defaults = defaults
         self.spent = Spent()
-        self.prompts: list[list[int]] = []
 
     def chat(self, job: Job[Event], request: ChatRequest) -> Generator[Event, None, None]:
         """The events of a chat completion. Raises ApiError and what the Model raises."""
@@ -101,7 +100,7 @@ class Producer:
                 **values,
             )
         except PromptTooLongError as error:
-            raise ApiError(400, str(error), param="messages", code=TOO_LONG) from None
+            raise too_long(error, "messages") from None
         n_top = (request.top_logprobs or 0) if request.logprobs else None
         if plan is None:
             yield from self._plain(job, [prompt], request, options, n_top)
@@ -116,12 +115,13 @@ class Producer:
             yield from self._with_tools(job, prompt, _seeded(options, choice), plan, schema, choice, n_top)
 
     def completion(self, job: Job[Event], request: CompletionRequest) -> Generator[Event, None, None]:
-        """The events of a text completion; ``prompts`` are its prompts, as tokens."""
+        """The events of a text completion. Raises ApiError and what the Model raises."""
         given: Any = request.prompt
         if isinstance(given, str) or (given and isinstance(given[0], int)):
             given = [given]
         prompts = [self._tokens(prompt) for prompt in given]
-        yield from self._plain(job, prompts, request, self._options(request), request.logprobs)
+        options = self._options(request)
+        yield from self._plain(job, prompts, request, options, request.logprobs, bool(request.echo))
 
     def _tokens(self, prompt: str | list[int]) -> list[int]:
         if not isinstance(prompt, str):
@@ -131,7 +131,7 @@ class Producer:
         try:
             return self._model.prompt_tokens(prompt)
         except PromptTooLongError as error:
-            raise ApiError(400, str(error), param="prompt", code=TOO_LONG) from None
+            raise too_long(error, "prompt") from None
 
     def _options(self, request: Generation) -> dict[str, Any]:
         given = request.model_dump(exclude_none=True, include=OPTION_NAMES - NOT_SAMPLING)
@@ -155,7 +155,6 @@ class Producer:
                 code=TOO_LONG,
             )
         self.spent.add_prompt(len(prompt), prompt.turns_left_out if isinstance(prompt, ChatPrompt) else 0)
-        self.prompts.append(prompt)
 
     def _plain(
         self,
@@ -164,19 +163,33 @@ class Producer:
         request: Generation,
         options: dict[str, Any],
         n_top: int | None,
+        echo: bool = False,
     ) -> Iterator[Event]:
+        """The answers to each prompt in turn; ``echo``: after it, with its log probabilities if asked for."""
         for prompt in prompts:
             self._admit(prompt, "messages" if isinstance(request, ChatRequest) else "prompt")
-        # Made before anything is said, so that a bad option is an error with its status.
-        first = self._chunks(job, prompts[0], options, is_first=True)
-        yield BEGUN
         n = request.n or 1
+        scored: PromptLogprobs | None = None
+
+        def ask(choice: int) -> Generator[Chunk, None, None]:
+            nonlocal scored
+            prompt, i = prompts[choice // n], choice % n
+            more: dict[str, Any] = {}
+            if i == 0 and echo and n_top is not None:
+                scored = more["on_logits"] = PromptLogprobs(self._model, prompt, n_top)
+            return self._chunks(job, prompt, _seeded(options, i) | more, is_first=i == 0)
+
+        # Made before anything is said, so that a bad option is an error with its status.
+        first = ask(0)
+        yield BEGUN
         for choice in range(len(prompts) * n):
-            prompt = prompts[choice // n]
-            i = choice % n
-            chunks = first if choice == 0 else self._chunks(job, prompt, _seeded(options, i), is_first=i == 0)
-            with closing(chunks):
+            is_told = not echo
+            with closing(first if choice == 0 else ask(choice)) as chunks:
                 for chunk in chunks:
+                    if not is_told:
+                        is_told = True
+                        text = self._model.detokenize(prompts[choice // n])
+                        yield Event(choice, text, logprobs=tuple(scored.tokens) if scored else ())
                     yield self._event(choice, chunk, n_top)
 
     def _event(self, choice: int, chunk: Chunk, n_top: int | None) -> Event:
@@ -187,7 +200,7 @@ class Producer:
     def _logprobs(self, chunk: Chunk, n_top: int | None) -> tuple[TokenLogprob, ...]:
         if n_top is None or chunk.token is None or self._model.is_end(chunk.token):
             return ()
-        return (read_logprob(self._model, chunk.token, n_top),)
+        return (token_logprob(self._model, chunk.token, self._model.last_logits(), n_top),)
 
     def _chunks(
         self, job: Job[Event], prompt: list[int], options: dict[str, Any], *, is_first: bool

@@ -36,6 +36,8 @@ _OWN_FORM = ("stop", "json_schema", "seed", "max_tokens", "logit_bias")
 _MAX_TEMPLATE_VALUES, _MAX_TEMPLATE_DEPTH = 10_000, 64
 # What templates know of an effort; gpt-oss has these three.
 _EFFORTS = {"minimal": "low", "xhigh": "high"}
+# What other servers call the same.
+_OTHER_NAMES = {"n_predict": "max_tokens", "repetition_penalty": "repeat_penalty"}
 NOT_SAMPLING = {"stop", "json_schema"}
 
 
@@ -151,14 +153,26 @@ class Generation(_Sampling):
     timings_per_token: bool | None = None
     return_progress: bool | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _by_other_names(cls, given: Any) -> Any:
+        """llama.cpp's and vLLM's names of fields; not beside our own, which would mean two things."""
+        if not isinstance(given, dict):
+            return given
+        renamed = {name: ours for name, ours in _OTHER_NAMES.items() if name in given and ours not in given}
+        return {renamed.get(name, name): value for name, value in given.items()} if renamed else given
+
 
 OPTION_NAMES = Generation.model_fields.keys() - _NO_OPTIONS
 
 
 class TextPart(Loose):
-    """A part of a message; of the kinds that OpenAI has this server takes text."""
+    """A part of a message; of the kinds that OpenAI has this server takes text.
 
-    type: Literal["text", "input_text", "refusal"]
+    What a model thought earlier is taken and left out, as templates leave it out.
+    """
+
+    type: Literal["text", "input_text", "refusal", "thinking"]
     text: Text | None = None
     refusal: Text | None = None
 
@@ -189,7 +203,8 @@ class Message(Loose):
 
     @model_validator(mode="after")
     def _says_something(self) -> Message:
-        if self.content is None and self.role != "assistant":
+        may_be_nothing = self.role in ("assistant", "tool", "function")
+        if self.content is None and not may_be_nothing:
             raise ValueError(f"content is missing from the {self.role}'s message")
         return self
 
@@ -223,6 +238,26 @@ class NamedTool(Loose):
     function: NamedFunction
 
 
+class AllowedTools(Loose):
+    """Which tools may be called of those that are given, and whether one has to be."""
+
+    mode: Literal["auto", "required"]
+    tools: list[NamedTool] = Field(min_length=1, max_length=128)
+
+
+class AllowedToolsChoice(Loose):
+    """OpenAI's ``tool_choice`` of some of the tools."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
+class Thinking(Loose):
+    """Anthropic's switch of thinking, which other servers have taken over."""
+
+    type: Literal["enabled", "disabled", "adaptive"]
+
+
 class JsonSchema(Loose):
     """OpenAI's ``json_schema`` of a response format."""
 
@@ -246,7 +281,7 @@ class ChatRequest(Generation):
     messages: list[Message] = Field(min_length=1, max_length=10_000)
     max_completion_tokens: Whole | None = Field(default=None, ge=-1, le=MAX_INT)
     tools: list[Tool] | None = Field(default=None, max_length=128)
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedToolsChoice | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
     logprobs: bool | None = None
@@ -260,6 +295,7 @@ class ChatRequest(Generation):
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = Field(
         default=None, description="given to the chat template; none and minimal ask it not to think"
     )
+    thinking: Thinking | None = Field(default=None, description="disabled asks the template not to think")
     # taken and without effect here: they change no answer, or ask for what is so anyway
     verbosity: Literal["low", "medium", "high"] | None = None
     modalities: list[Literal["text"]] | None = None
@@ -279,6 +315,8 @@ class ChatRequest(Generation):
     def template_values(self) -> dict[str, Any]:
         """What the chat template may use besides the messages and tools."""
         values: dict[str, Any] = {}
+        if self.thinking is not None and self.thinking.type != "adaptive":
+            values["enable_thinking"] = self.thinking.type == "enabled"
         if self.reasoning_effort in ("none", "minimal"):
             values["enable_thinking"] = False
         if self.reasoning_effort is not None and self.reasoning_effort != "none":

@@ -47,6 +47,8 @@ def serve(
     A model that cannot be stopped does not keep the process: it ends with a line on stderr and exit code 4.
     Raises MobileError if the address cannot be had any more.
     """
+    # later it would hold up every client, and a signal
+    model.prepare_constraints()
     listening = start_listening(bound)
     host, port = listening.getsockname()[:2]
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .failures import ApiError
-from .requests import ChatRequest, Message, NamedTool, Tool
+from .requests import AllowedToolsChoice, ChatRequest, Message, NamedTool, Tool
 from .schemas import call_schema
 
 MARK, END_MARK = "<tool_call>", "</tool_call>"
@@ -55,12 +55,23 @@ def plan_tools(request: ChatRequest) -> ToolPlan | None:
         return None
     parallel = request.parallel_tool_calls is not False
     if isinstance(choice, NamedTool):
-        name = choice.function.name
-        named = tuple(tool for tool in tools if tool.function.name == name)
-        if not named:
-            raise ApiError(400, f"tool_choice {name!r} is not among the tools", param="tool_choice")
-        return ToolPlan(tools, named[:1], forced=True, parallel=False)
+        return ToolPlan(tools, _named(tools, [choice])[:1], forced=True, parallel=False)
+    if isinstance(choice, AllowedToolsChoice):
+        allowed = choice.allowed_tools
+        return ToolPlan(tools, _named(tools, allowed.tools), allowed.mode == "required", parallel)
     return ToolPlan(tools, tools, forced=choice == "required", parallel=parallel)
+
+
+def _named(tools: Sequence[Tool], chosen: Sequence[NamedTool]) -> tuple[Tool, ...]:
+    """Those of ``tools`` that are chosen. Raises ApiError for one that is not among them."""
+    names = {tool.function.name for tool in tools}
+    for choice in chosen:
+        if choice.function.name not in names:
+            raise ApiError(
+                400, f"tool_choice {choice.function.name!r} is not among the tools", param="tool_choice"
+            )
+    wanted = {choice.function.name for choice in chosen}
+    return tuple(tool for tool in tools if tool.function.name in wanted)
 
 
 def speaks_tools(template: str | None) -> bool:
@@ -72,7 +83,7 @@ def template_messages(
     messages: Sequence[Message], plan: ToolPlan | None, native: bool
 ) -> list[dict[str, Any]]:
     """Messages for the chat template; with tools told in words unless it is ``native`` to them."""
-    made = [_native(message) if native else _in_words(message) for message in messages]
+    made = [_native(message) for message in messages] if native else _all_in_words(messages)
     if plan is not None and not native:
         lines = "\n".join(json.dumps(tool.function.model_dump(exclude_none=True)) for tool in plan.tools)
         text = _TEACHING.format(tools=lines, mark=MARK, end=END_MARK)
@@ -127,6 +138,24 @@ def _native(message: Message) -> dict[str, Any]:
             }
             for call in message.tool_calls
         ]
+    return made
+
+
+def _all_in_words(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Messages without tools, in which what tools and the user say one after the other is one message.
+
+    Many templates want the user and the assistant to take turns.
+    """
+    made: list[dict[str, Any]] = []
+    after_tool = False
+    for message in messages:
+        told, is_tool = _in_words(message), _role(message) == "tool"
+        if made and told["role"] == made[-1]["role"] == "user" and (is_tool or after_tool):
+            made[-1]["content"] += f"\n{told['content']}"
+            after_tool = True
+        else:
+            made.append(told)
+            after_tool = is_tool
     return made
 
 

@@ -219,10 +219,18 @@ LLAMA_API int32_t mobile_token_to_piece(const struct llama_vocab * vocab, llama_
 LLAMA_API int32_t mobile_decode(struct llama_context * ctx, struct llama_batch batch, int32_t * result);
 // MOBILE_ERR_STATE if there are no logits at i, or some are no numbers
 LLAMA_API int32_t mobile_sample(struct llama_sampler * sampler, struct llama_context * ctx, int32_t i, llama_token * token);
+// the same among ids [n_ids] only, which the others do not compete with, as if their logits were -inf
+LLAMA_API int32_t mobile_sample_among(struct llama_sampler * sampler, struct llama_context * ctx, int32_t i, const llama_token * ids, int32_t n_ids, llama_token * token);
 
 // loads a file on the CPU with zeros for weights, which are not read, tokenises, and runs a prompt and a token. for a
 // process of its own: a file whose header llama.cpp aborts on ends it. an error is one that a load would report
 LLAMA_API int32_t mobile_try_file(const char * path);
+
+// what compute buffers of contexts of a file take on the CPU: nothing is allocated for weights or run. contexts [n][3]:
+// tokens of context, of a micro-batch, and whether flash attention is on. n_bytes [n][2]: as llama.cpp reserves them, for
+// logits of all tokens of a micro-batch, and what of it is used where only the last one's are asked for. for a process
+// of its own, as above
+LLAMA_API int32_t mobile_measure_file(const char * path, const uint32_t * contexts, int32_t n, uint64_t * n_bytes);
 
 //
 // device tier: some routed experts in slots of a device's memory as well, under a byte budget of its own.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +14,8 @@ from fake_backend import FakeBackend, scripted
 import mobile_gguf
 from mobile_gguf import UsageError
 from mobile_gguf.api.messages import as_messages
-from mobile_gguf.api.words import python_words
+from mobile_gguf.api.words import python_words, with_flags
+from mobile_gguf.cli import _Notes
 from mobile_gguf.errors import BudgetError
 
 HALF = "\ud83d"
@@ -148,3 +151,16 @@ def test_one_waits_while_one_runs(fake_model):
         return done
 
     assert asyncio.run(go()) == [1, 1]
+
+
+def test_notices_name_options_as_their_reader_writes_them(
+    fake_model: Any, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = fake_model()
+    with caplog.at_level("WARNING", logger="mobile_gguf"), _Notes(sys.stderr):
+        model._notify("no experts; --ram-budget has no effect, --verbose neither")
+    said = "no experts; ram_budget has no effect, verbose neither"
+    assert model.notices[-1] == caplog.messages[-1] == said
+    shown = with_flags(model.notices[-1])
+    assert shown == "no experts; --ram-budget has no effect, --verbose neither"
+    assert capsys.readouterr().err == f"mobile-gguf: note: {shown}\n"

@@ -54,6 +54,7 @@ def opening(monkeypatch):
         monkeypatch.setattr(loading, "find_engine", lambda: engine)
         monkeypatch.setattr(loading, "capture_log", lambda _verbose: None)
         monkeypatch.setattr(loading, "try_file", lambda *_arguments: None)
+        monkeypatch.setattr(loading, "with_buffers", lambda _engine, _info, asked, _keep_on: asked)
         monkeypatch.setattr(loading, "_construct", construct)
         monkeypatch.setattr(loading, "read_memory", lambda: Memory(64 << 30, 64 << 30, "the machine"))
         _, notices = open_backend(info, LoadOptions(**options))

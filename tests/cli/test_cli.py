@@ -295,12 +295,27 @@ def test_chat_ctrl_c_at_the_prompt_only_hints(command, fake_load, monkeypatch):
     assert "Ctrl-D or /exit to leave" in err
 
 
-def test_chat_on_a_terminal_keeps_a_history(command, fake_load, monkeypatch, own_directories):
-    pytest.importorskip("readline")
+def test_chat_on_a_terminal_keeps_a_history_line_by_line(command, fake_load, monkeypatch, own_directories):
+    """Whatever ends it, and beside another chat that writes to the same file."""
+    readline = pytest.importorskip("readline")
     fake_load()
-    monkeypatch.setattr("builtins.input", lambda _prompt="": (_ for _ in ()).throw(EOFError()))
+    file = own_directories / "data" / "mobile-gguf" / "chat_history"
+    found, lines = [], iter(["/help", "/stats"])
+
+    def read(_prompt=""):
+        if file.exists():
+            found.append(file.read_text())
+            file.write_text(file.read_text() + "of another\n")
+        line = next(lines, None)
+        if line is None:
+            raise EOFError
+        readline.add_history(line)
+        return line
+
+    monkeypatch.setattr("builtins.input", read)
     command("chat", "m.gguf", terminal=True)
-    assert (own_directories / "data" / "mobile-gguf" / "chat_history").exists()
+    assert found == ["/help\n", "/help\nof another\n/stats\n"]
+    assert file.stat().st_mode & 0o777 == 0o600
 
 
 # show and list

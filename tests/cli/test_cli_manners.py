@@ -69,6 +69,26 @@ def test_a_line_of_a_chat_that_is_not_utf8_costs_only_itself(fake_load, monkeypa
     assert "that line is not UTF-8 text" in err
 
 
+@pytest.mark.parametrize(("context_full", "trims"), [("stop", True), ("trim", False)])
+def test_a_question_without_room_names_the_ways_out_of_the_chat(
+    fake_load, monkeypatch, capsys, context_full, trims
+):
+    fake_load(FakeBackend(scripted("ok"), n_ctx=60))
+    lines = iter(["long " * 50])
+
+    def read(_prompt=""):
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", read)
+    assert main(["chat", "m.gguf", "--plain", "-c", "60", "--context-full", context_full]) == 0
+    err = capsys.readouterr().err
+    assert "-c makes it larger, /clear begins again" in err
+    assert ("/set context_full trim leaves out the oldest turns" in err) == trims
+
+
 def test_a_command_to_copy_keeps_the_bytes_of_a_name(tmp_path):
     name = os.fsdecode(b"mod\xe9l '\n.gguf")
     (tmp_path / name).write_text("")
@@ -190,6 +210,24 @@ def test_ctrl_c_while_the_command_is_imported_is_no_traceback(tmp_path):
         code, lines = lines_of("run", "none.gguf", "hi", env=environment)
         assert (code, lines) == (130, []), module
     assert signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
+
+
+def test_a_standard_stream_that_is_closed_leads_nowhere(tmp_path):
+    """Not into the next file that is opened, which would get its number; and no traceback comes of it."""
+    code = (
+        "import os, sys; from mobile_gguf.__main__ import fill_closed_streams; fill_closed_streams()\n"
+        "sys.stdout.write('lost'); print('lost', file=sys.stderr); os.write(1, b'lost')\n"
+        "with open('found', 'w') as f:\n"
+        "    f.write(repr([f.fileno() > 2, sys.stdin.read(), *(os.readlink(f'/proc/self/fd/{n}') "
+        "for n in (0, 1, 2))]))"
+    )
+    shell = 'exec "$0" -c "$1" <&- >&- 2>&-'
+    subprocess.run(["bash", "-c", shell, sys.executable, code], cwd=tmp_path, check=True, timeout=120)
+    assert (tmp_path / "found").read_text() == repr([True, "", *[os.devnull] * 3])
+    closed = subprocess.run(
+        ["bash", "-c", 'exec "$@" <&- >&-', "bash", *PROGRAM, "chat", "none.gguf"], timeout=120
+    )
+    assert closed.returncode == 3
 
 
 def test_the_package_gives_what_it_names():

@@ -23,12 +23,16 @@ from places import ROOT, SUPPORT
 
 from mobile_gguf.convert.verify.check import Pair, verify, verify_each
 from mobile_gguf.convert.verify.result import FAILED, NOT_VERIFIED, PASSED, VerifyResult
+from mobile_gguf.engine.binding import find_engine
+from mobile_gguf.engine.buffers import Measured
+from mobile_gguf.engine.trial import measure_buffers
 from mobile_gguf.gguf.header import read_header
 from mobile_gguf.gguf.info import GgufInfo, read_gguf_info
-from mobile_gguf.memory.demand import estimate_demand, estimate_device_demand
+from mobile_gguf.memory.demand import compute_buffers, context_of, estimate_demand
 
 MIB = 1 << 20
-CONTEXTS = [(n_ctx, 64, flash_attn) for n_ctx in (512, 4096, 16384) for flash_attn in (False, True)]
+SIZES = [(512, 64), (4096, 64), (16384, 64), (4096, 512)]
+CONTEXTS = [(n_ctx, n_ubatch, flash_attn) for n_ctx, n_ubatch in SIZES for flash_attn in (False, True)]
 # families that were there before, whose caches are of other kinds
 OTHERS = ("mixtral", "deepseek2", "deepseek3", "gpt-oss", "gemma4", "granitemoe-swa")
 WITH_MTP = [name for name, family in FAMILIES.items() if family.mtp]
@@ -105,15 +109,17 @@ def test_caches_are_what_llama_cpp_allocates(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, *OTHERS])
-def test_buffers_are_never_counted_below_what_is_reserved(name: str) -> None:
-    """And not far above it where they are large; small ones are next to nothing either way."""
-    info = facts(name)
-    for (n_ctx, n_ubatch, flash_attn), sizes in zip(CONTEXTS, allocated()[name], strict=True):
-        demand = estimate_device_demand(info, n_ctx=n_ctx, n_ubatch=n_ubatch, flash_attn=flash_attn)
-        counted = demand.compute_bytes / MIB
-        assert counted >= sizes["compute"] - 0.0051, (n_ctx, flash_attn)
-        if n_ctx == 16384 and not flash_attn:
-            assert counted <= 1.1 * sizes["compute"]
+def test_buffers_are_what_llama_cpp_reserves(name: str) -> None:
+    """As the engine says them of the header alone; and where it was not asked, an estimate is never below."""
+    info, engine = facts(name), find_engine()
+    assert engine is not None
+    contexts = [context_of(*context) for context in CONTEXTS]
+    measured = Measured(measure_buffers(engine, info.path, info.files, contexts))
+    for context, sizes in zip(contexts, allocated()[name], strict=True):
+        found, estimated = compute_buffers(info, context, measured), compute_buffers(info, context)
+        assert found.reserved / MIB == pytest.approx(sizes["compute"], abs=0.0051), context
+        assert found.used <= estimated.used, context
+        assert found.reserved <= estimated.reserved, context
 
 
 # what runs

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import verify_models
 
+import mobile_gguf
 from mobile_gguf.cli import main
+from mobile_gguf.convert import engine_task
 from mobile_gguf.convert.verify import reference
 from mobile_gguf.convert.verify.check import Pair, mark, verify, verify_each
 from mobile_gguf.convert.verify.result import (
@@ -213,6 +215,37 @@ class TestWhatKeepsTransformersFromIt:
     def test_too_little_memory(self) -> None:
         with pytest.raises(reference.NotVerifiedError, match=r"4\.00 GiB of memory"):
             reference.keeps_own_dtype(1 << 30, 3 << 30)
+
+
+_ABORTS = """
+import ctypes, pathlib, sys
+from llama_cpp import llama_cpp
+from mobile_gguf.convert import engine_task
+
+base = ctypes.CDLL(str(pathlib.Path(llama_cpp._lib._name).with_name("libggml-base.so")))
+llama_cpp.llama_decode = lambda *_: base.ggml_abort(b"/built/here/llama-graph.cpp", 2079, b"planted")
+sys.exit(engine_task.main())
+"""
+
+
+def test_an_abort_of_ggml_in_the_verification_of_a_conversion(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The file took long to make: it is kept, says what was found, and the command ends with 4."""
+    (tmp_path / "aborts.py").write_text(_ABORTS)
+    monkeypatch.setattr(engine_task, "CHILD_MODULE", "aborts")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    out = tmp_path / "out" / "made.gguf"
+    source = verify_models.folder(MODEL) / "checkpoint"
+    options = ["--pre-tokenizer", "gpt-2", "--outtype", "f32", "-t", "1", "-o", str(out)]
+    assert main(["convert", str(source), *options]) == 4
+    said = capsys.readouterr().out
+    assert "the engine died: llama-graph.cpp:2079: planted" in said
+    assert [path.name for path in out.parent.iterdir()] == ["made.gguf"]
+    stored = read_header(out).metadata[VERIFY_STATUS]
+    assert stored == FAILED
+    with mobile_gguf.load(out, n_ctx=64) as model:
+        assert len(model.generate([1, 2], max_tokens=2).tokens) == 2
 
 
 def test_the_reference_of_a_quantised_file_must_be_exact() -> None:

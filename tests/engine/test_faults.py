@@ -98,6 +98,24 @@ def test_failed_read_fails_the_decode(shim: dict[str, str], mode: int, n_io_thre
     assert decodes[-1]["error"] == "", "the text of an earlier failure outlived a success"
 
 
+def test_a_copy_that_cannot_be_read_fails_every_later_decode(shim: dict[str, str], tmp_path: Path) -> None:
+    """Whoever copies a weight cannot be told that zeros are not what the file holds."""
+    save = {"op": "save", "path": str(tmp_path / "copy.gguf"), "like": str(tiny_models.path(GOOD_MODEL))}
+    outcome = on_engine(run("r", GOOD_MODEL, [
+        *good("before"), save, *good("between"),
+        {"op": "fault", "mode": EIO, "after": 3}, save, {"op": "fault", "mode": OFF},
+        {"op": "clear"}, {"op": "decode", "tokens": PROMPT},
+    ]), environment=shim)  # fmt: skip
+    right, wrong = (op["n_wrong"] for op in outcome.ops("r", "save"))
+    assert (right, wrong > 0) == (0, True)
+    for name in ("before", "between"):
+        assert_good(outcome, "r", name)
+    last = outcome.ops("r", "decode")[-1]
+    assert last["rc"] != 0
+    assert "it was copied, and could not be read" in last["error"]
+    assert_names_expert(last["error"], tiny_models.path(GOOD_MODEL))
+
+
 @pytest.mark.parametrize("mode", [SHORT, EINTR], ids=["short", "interrupted"])
 @pytest.mark.parametrize("io", [0, 2], ids=["direct", "buffered"])
 def test_short_reads_are_continued(shim: dict[str, str], mode: int, io: int) -> None:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import engine_libs
 import gguf
@@ -17,7 +18,7 @@ import pytest
 import tiny_models
 
 import mobile_gguf
-from mobile_gguf import EngineError, Model, UsageError
+from mobile_gguf import AnswerStopped, EngineError, Model, UsageError
 from mobile_gguf.api.model import backend_of
 from mobile_gguf.generate.llama import MobileLlama
 
@@ -83,18 +84,41 @@ def test_sampling_what_is_not_there(model: Model) -> None:
         llama.calls.sample(sampler.sampler, 1 << 20)
 
 
-def test_logits_that_are_no_numbers_are_an_error(tmp_path: Path) -> None:
-    path = with_a_nan(tmp_path / "nan.gguf")
-    with mobile_gguf.load(path) as broken, pytest.raises(EngineError, match="computes no numbers"):
-        broken.generate("ab", max_tokens=2)
+BROKEN = (np.nan, np.inf, -np.inf)
+ASKED: tuple[dict[str, Any], ...] = (
+    {}, {"temperature": 0.0}, {"grammar": 'root ::= [a-z]*'}, {"json_schema": {"type": "string"}},
+    {"logit_bias": {1: 5}}, {"grammar": 'root ::= [a-z]*', "logit_bias": {1: 5}},
+)  # fmt: skip
 
 
-def with_a_nan(path: Path) -> Path:
-    """A tiny model with a weight that is none."""
+@pytest.mark.parametrize("value", BROKEN)
+def test_logits_that_are_no_numbers_are_an_error(value: float, tmp_path: Path) -> None:
+    """However a token is chosen; and the model stays usable, to say it again."""
+    with mobile_gguf.load(with_a_weight(tmp_path / "nan.gguf", value)) as broken:
+        for options in ASKED:
+            with pytest.raises(EngineError, match="computes no numbers"):
+                broken.generate("ab", max_tokens=2, **options)
+        with pytest.raises(EngineError, match="computes no numbers"):
+            broken.prompt_logprobs("ab")
+
+
+def test_choosing_among_tokens_that_are_none(model: Model) -> None:
+    llama = backend_of(model)
+    model.generate("ab", max_tokens=2)
+    sampler = llama._init_sampler(temp=0.0).sampler
+    for ids, said in (([], "no tokens to choose among"), ([1, tiny_models.VOCAB], "is not in the vocabulary"),
+                      ([-1], "is not in the vocabulary")):  # fmt: skip
+        with pytest.raises(UsageError, match=said):
+            llama.calls.sample_among(sampler, np.array(ids, dtype=np.int64))
+    assert llama.calls.sample_among(sampler, np.array([7])) == 7
+
+
+def with_a_weight(path: Path, value: float) -> Path:
+    """A tiny model with a weight that is no number."""
     raw = bytearray(tiny_models.path("dense").read_bytes())
     reader = gguf.GGUFReader(tiny_models.path("dense"))
     norm = next(tensor for tensor in reader.tensors if tensor.name == "output_norm.weight")
-    raw[norm.data_offset : norm.data_offset + 4] = np.float32(np.nan).tobytes()
+    raw[norm.data_offset : norm.data_offset + 4] = np.float32(value).tobytes()
     path.write_bytes(raw)
     return path
 
@@ -139,6 +163,27 @@ def test_logits_before_there_are_any() -> None:
         fresh.last_logits()
 
 
+def test_reading_the_vocabulary_ends_when_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was read is kept, so that clients who leave do not keep the others from ever having a table."""
+    monkeypatch.setattr("mobile_gguf.generate.llama._TOKENS_BETWEEN", 100)
+    asked: list[int] = []
+    with mobile_gguf.load(tiny_models.path("dense"), n_ctx=64) as fresh:
+        pieces = backend_of(fresh)._table_parts[0]
+
+        def leaves() -> bool:
+            asked.append(len(pieces))
+            return len(asked) > 2
+
+        options: dict[str, Any] = {"grammar": 'root ::= "a"+', "max_tokens": 3, "should_stop": leaves}
+        for n_read in (200, 200):
+            with pytest.raises(AnswerStopped, match="while the vocabulary was read"):
+                fresh.generate("ab", **options)
+            assert len(pieces) == n_read
+        assert fresh.generate("ab", **options | {"should_stop": None}).text.strip("a") == ""
+        fresh.prepare_constraints()
+    assert asked == [0, 100, 200, 200]
+
+
 def test_long_pieces_and_texts(model: Model) -> None:
     llama = backend_of(model)
     text = "é " * 3000
@@ -173,20 +218,31 @@ with mobile_gguf.load(sys.argv[1], n_ctx=64) as model:
         except mobile_gguf.MobileError as error:
             said.append(str(error))
     said.append(len(model.generate("ab", max_tokens=3).tokens))
+    said.append(model.generate("ab", max_tokens=3, grammar='root ::= "a"+').text)
+with mobile_gguf.load(sys.argv[3], n_ctx=64) as model:
+    for options in {}, {"grammar": 'root ::= "a"+'}:
+        try:
+            model.generate("ab", max_tokens=2, **options)
+        except mobile_gguf.EngineError as error:
+            said.append(str(error))
 print(json.dumps(said))
 """
 
 
-def test_a_stock_library_is_called_after_checks() -> None:
+def test_a_stock_library_is_called_after_checks(tmp_path: Path) -> None:
+    broken = with_a_weight(tmp_path / "nan.gguf", np.nan)
     environment = engine_libs.child_environment(engine_libs.stock_lib())
     done = subprocess.run(
-        [sys.executable, "-c", _STOCK, str(tiny_models.path("dense")), str(tiny_models.VOCAB)],
+        [sys.executable, "-c", _STOCK, str(tiny_models.path("dense")), str(tiny_models.VOCAB), str(broken)],
         capture_output=True, text=True, check=False, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    piece, end, prompt, sample, n_tokens = json.loads(done.stdout)
+    piece, end, prompt, sample, n_tokens, text, *no_numbers = json.loads(done.stdout)
     assert piece == f"token {tiny_models.VOCAB} is not in the vocabulary of {tiny_models.VOCAB}"
     assert end == f"token -1 is not in the vocabulary of {tiny_models.VOCAB}"
     assert prompt == end
     assert sample == "there are no logits to sample from"
     assert n_tokens == 3
+    assert text == "a" * len(text) != ""
+    assert len(no_numbers) == 2
+    assert all("computes no numbers" in said for said in no_numbers)

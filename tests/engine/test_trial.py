@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import shutil
 import struct
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import tiny_models
 
-from mobile_gguf.engine import trial
+from mobile_gguf.engine import trial, tried
 from mobile_gguf.engine.binding import Engine, find_engine
-from mobile_gguf.engine.trial import TriedFiles, check_file, try_file
+from mobile_gguf.engine.buffers import Context
+from mobile_gguf.engine.trial import check_file, measure_buffers, try_file
+from mobile_gguf.engine.tried import TriedFiles, known_buffers
 from mobile_gguf.errors import ModelFormatError
 from mobile_gguf.gguf.header import read_header
 from mobile_gguf.gguf.info import read_gguf_info
@@ -93,9 +96,42 @@ def test_a_file_is_tried_once(
     os.utime(files[-1], (1, 1))
     try_file(engine, path, files)
     assert len(ended) == 2
-    monkeypatch.setattr(trial, "_identity", lambda _library: "another engine")
+    monkeypatch.setattr(tried, "_identity", lambda _library: "another engine")
     try_file(engine, path, files)
     assert len(ended) == 3
+
+
+def test_buffers_are_measured_once_for_a_context(
+    engine: Engine, own_directories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model.gguf"
+    shutil.copy(tiny_models.path("qwen3moe"), path)
+    asked: list[tuple[str, ...]] = []
+    end_of_child = trial._end_of_child
+
+    def count(library: str, path: Path, keep_on: Callable[[], object], words: Sequence[str] = ()) -> object:
+        asked.append(tuple(words))
+        return end_of_child(library, path, keep_on, words)
+
+    monkeypatch.setattr(trial, "_end_of_child", count)
+    small, large = Context(512, 64, False), Context(4096, 64, False)
+    first = measure_buffers(engine, path, [path], [small])
+    assert measure_buffers(engine, path, [path], [small, large])[small] == first[small]
+    both = measure_buffers(engine, path, [path], [large, small])
+    assert asked == [("512", "64", "0"), ("4096", "64", "0")]
+    assert 0 < both[small].used <= both[small].reserved < both[large].reserved
+    assert known_buffers(path, [path]) == both
+    assert not TriedFiles(engine.path).holds(path, [path]), "it was measured and never loaded"
+    try_file(engine, path, [path])
+    assert known_buffers(path, [path]) == both
+    os.utime(path, (1, 1))
+    assert known_buffers(path, [path]) == {}
+
+
+def test_what_cannot_be_measured_is_not_known(engine: Engine, tmp_path: Path) -> None:
+    for path in (with_a_token_twice(tmp_path / "twice.gguf"), tmp_path / "absent.gguf"):
+        assert measure_buffers(engine, path, [path], [Context(512, 64, False)]) == {}
+        assert known_buffers(path, [path]) == {}
 
 
 def test_whoever_waits_may_end_it(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

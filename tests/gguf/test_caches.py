@@ -7,7 +7,8 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from places import ROOT
+from real_dimensions import BY_NAME, REAL_MODELS
+from real_models import RealModel
 
 from mobile_gguf.gguf.caches import Caches, layers_that_run, read_caches
 from mobile_gguf.gguf.facts import Facts
@@ -15,55 +16,25 @@ from mobile_gguf.gguf.info import read_gguf_info
 from mobile_gguf.hub.facts import FactsCache
 from mobile_gguf.memory.demand import estimate_demand
 
-DOCS = ROOT / "docs"
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
-_DELTA_NET = {
-    "ssm.conv_kernel": 4, "ssm.inner_size": 4096, "ssm.state_size": 128, "ssm.group_count": 16,
-    "attention.head_count": 16, "attention.head_count_kv": 2, "attention.key_length": 256,
-    "attention.value_length": 256, "full_attention_interval": 4, "embedding_length": 2048,
-}  # fmt: skip
-_MLA = {
-    "attention.head_count_kv": 1, "attention.key_length": 576, "attention.value_length": 512,
-    "attention.key_length_mla": 192, "attention.value_length_mla": 128,
-}  # fmt: skip
-_GPT_OSS = {
-    "attention.head_count": 64, "attention.head_count_kv": 8, "attention.key_length": 64,
-    "attention.value_length": 64, "embedding_length": 2880, "attention.sliding_window": 128,
-}  # fmt: skip
-
-# name: architecture, numbers, bytes of a token, bytes of the state
-MODELS = {
-    "Qwen3-30B-A3B": (
-        "qwen3moe",
-        {
-            "block_count": 48, "attention.head_count": 32, "attention.head_count_kv": 4,
-            "attention.key_length": 128, "attention.value_length": 128,
-        },
-        96 * KIB, 0,
+# bytes of a token with flash attention, and of the state
+EXPECTED = {
+    "Qwen3-30B-A3B": (48 * 2 * 4 * 128 * 2, 0),
+    "Qwen3-Next-80B-A3B": (24 * KIB, 36 * 2144 * KIB),
+    "Qwen3.6-35B-A3B": (20 * KIB, 30 * 2144 * KIB),
+    "gpt-oss-20b": (48 * KIB, 0),
+    "gpt-oss-120b": (72 * KIB, 0),
+    "GLM-4.5-Air": (184 * KIB, 0),
+    "GLM-4.7-Flash": (47 * 576 * 2, 0),
+    "Gemma-4-26B-A4B": (2 * 2 * (25 * 8 * 256 + 5 * 2 * 512), 0),
+    # of every position; of every 4 and 128 together; of every 4 an indexer's
+    "DeepSeek-V4-Flash": (2 * (43 * 512 + 21 * 512 / 4 + 20 * 512 / 128 + 21 * 128 / 4), 11.640625 * MIB),
+    # keys and values, an indexer's keys
+    "Qwen3.8-Flash-Next": (
+        12 * 2 * (2 * 2 * 256 + 128),
+        36 * (3 * 10240 + 128 * 6144) * 4 + 3 * 3 * 10240 * 4,
     ),
-    "Qwen3-Next-80B-A3B": ("qwen3next", _DELTA_NET | {"block_count": 48}, 24 * KIB, 36 * 2144 * KIB),
-    "Qwen3.6-35B-A3B": (
-        "qwen35moe", _DELTA_NET | {"block_count": 41, "nextn_predict_layers": 1}, 20 * KIB, 30 * 2144 * KIB
-    ),
-    "gpt-oss-20b": ("gpt-oss", _GPT_OSS | {"block_count": 24}, 48 * KIB, 0),
-    "gpt-oss-120b": ("gpt-oss", _GPT_OSS | {"block_count": 36}, 72 * KIB, 0),
-    "GLM-4.5-Air": (
-        "glm4moe",
-        {
-            "block_count": 47, "nextn_predict_layers": 1, "attention.head_count": 96,
-            "attention.head_count_kv": 8, "attention.key_length": 128, "attention.value_length": 128,
-        },
-        184 * KIB, 0,
-    ),
-    "DeepSeek-V3": (
-        "deepseek2", _MLA | {"block_count": 61, "attention.head_count": 128}, 61 * 576 * 2, 0
-    ),
-    "GLM-4.7-Flash": (
-        "deepseek2",
-        _MLA | {"block_count": 48, "nextn_predict_layers": 1, "attention.head_count": 20},
-        47 * 576 * 2, 0,
-    ),
-}  # fmt: skip
+}
 
 
 def caches(architecture: str, numbers: Mapping[str, object]) -> Caches:
@@ -72,19 +43,29 @@ def caches(architecture: str, numbers: Mapping[str, object]) -> Caches:
     return read_caches(facts, layers_that_run(facts, ()))
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_a_token_and_the_state(name: str) -> None:
-    architecture, numbers, token_bytes, state_bytes = MODELS[name]
-    found = caches(architecture, numbers)
-    assert (found.token_bytes(True), found.state_bytes) == (token_bytes, state_bytes)
-    assert found.token_bytes(False) == token_bytes, "no layer is wider than another"
-    assert found.n_bytes(4096, True) == 4096 * token_bytes + state_bytes
+@pytest.mark.parametrize("model", REAL_MODELS, ids=lambda model: model.name)
+def test_a_token_and_the_state(model: RealModel) -> None:
+    found = caches(model.architecture, model.numbers)
+    assert (found.token_bytes(True), found.state_bytes) == EXPECTED[model.name]
+    if not found.compressed:
+        token_bytes, state_bytes = EXPECTED[model.name]
+        assert found.n_bytes(4096, True) == 4096 * token_bytes + state_bytes
+
+
+def test_mla_keeps_a_latent_vector() -> None:
+    """DeepSeek-V3."""
+    numbers = {
+        "block_count": 61, "attention.head_count": 128, "attention.head_count_kv": 1,
+        "attention.key_length": 576, "attention.value_length": 512, "attention.key_length_mla": 192,
+        "attention.value_length_mla": 128,
+    }  # fmt: skip
+    assert caches("deepseek2", numbers).token_bytes(True) == 61 * 576 * 2
 
 
 def test_a_hybrid_at_its_longest() -> None:
     """Keys and values of every block would be 24.5 GiB."""
-    architecture, numbers, *_ = MODELS["Qwen3-Next-80B-A3B"]
-    assert caches(architecture, numbers).n_bytes(262144, True) == 6 * GIB + 36 * 2144 * KIB
+    model = BY_NAME["Qwen3-Next-80B-A3B"]
+    assert caches(model.architecture, model.numbers).n_bytes(262144, True) == 6 * GIB + 36 * 2144 * KIB
 
 
 def test_without_flash_attention_values_are_as_wide_as_the_widest_layers() -> None:
@@ -212,24 +193,3 @@ def test_lists_remember_all_of_it(tmp_path: Path) -> None:
     first.save()
     assert FactsCache().read(path, (path,)) == (info, "")
     assert info == read_gguf_info(path)
-
-
-# the page
-
-
-def rows() -> list[str]:
-    """The table of docs/families.md."""
-    lines = []
-    for name, (architecture, numbers, *_) in MODELS.items():
-        found = caches(architecture, numbers)
-        token = found.token_bytes(True)
-        lines.append(
-            f"| {name} | {token / KIB:.4g} KiB | {1000 * token / MIB:.4g} MiB |"
-            f" {found.state_bytes / MIB:.4g} MiB | {found.n_bytes(32768, True) / GIB:.3g} GiB |"
-        )
-    return lines
-
-
-def test_the_page_has_these_numbers() -> None:
-    page = (DOCS / "families.md").read_text(encoding="utf-8").splitlines()
-    assert [line for line in page if line.startswith("| ") and "KiB" in line] == rows()

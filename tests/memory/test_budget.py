@@ -1,12 +1,15 @@
 """Budgets: what is left for experts, what is refused and why."""
 
+from dataclasses import replace
+
 import pytest
 from fake_backend import MIB, fake_caches, fake_info
 
+from mobile_gguf.engine.buffers import Buffers, Context, Measured
 from mobile_gguf.errors import BudgetError
 from mobile_gguf.gguf.info import ExpertLayer
 from mobile_gguf.memory.budget import plan_budget
-from mobile_gguf.memory.demand import Demand, compute_buffer_bytes, estimate_demand, kv_cache_bytes
+from mobile_gguf.memory.demand import Demand, compute_buffers, estimate_demand, kv_cache_bytes
 from mobile_gguf.memory.machine import Memory
 from mobile_gguf.sizes import parse_size
 
@@ -103,12 +106,46 @@ def test_the_context_is_padded_as_the_engine_pads_it():
 
 def test_flash_attention_needs_no_score_matrix():
     scores = 4 * 4096 * 512 * 4 + 4096 * 512 * 2  # and its mask is f16
-    with_scores, without = (compute_buffer_bytes(INFO, 4096, 512, flag) for flag in (False, True))
-    assert with_scores - without == scores
+    with_scores, without = (compute_buffers(INFO, Context(4096, 512, flag)) for flag in (False, True))
+    assert with_scores.used - without.used == scores
 
 
 def test_compute_buffers_are_not_below_what_the_engine_reserves():
     # SmolLM2-135M at 4096 tokens, 512 a batch: llama.cpp logs 98.25 MiB, nearly all of it room for
     # logits that are never written; the scores alone are 72 MiB
     info = fake_info(n_head=(9,) * 30, n_embd=576, n_vocab=49152, n_ff_expert=1536, n_expert_used=0)
-    assert compute_buffer_bytes(info, 4096, 512, False) > 98.25 * MIB
+    buffers = compute_buffers(info, Context(4096, 512, False))
+    assert buffers.reserved > 98.25 * MIB
+    assert buffers.used > 72 * MIB
+
+
+# measured
+
+_MEASURED = Measured(
+    {
+        Context(512, 256, False): Buffers(1000, 400),
+        Context(1024, 256, False): Buffers(2000, 1400),
+        Context(1024, 512, False): Buffers(9000, 9000),
+        Context(1024, 256, True): Buffers(5, 5),
+    }
+)
+
+
+def test_what_was_measured_is_what_counts():
+    assert compute_buffers(INFO, Context(1024, 256, True), _MEASURED) == Buffers(5, 5)
+    demand = estimate_demand(INFO, n_ctx=1000, n_ubatch=256, measured=_MEASURED)
+    assert (demand.compute_bytes, demand.idle_bytes) == (2000, 600)
+    assert demand.total_bytes == demand.dense_bytes + demand.kv_bytes + 1400 + demand.vocabulary_bytes
+
+
+@pytest.mark.parametrize(
+    "context", [Context(256, 256, False), Context(768, 256, False), Context(1024, 128, False)]
+)
+def test_what_was_not_measured_is_estimated(context: Context):
+    assert compute_buffers(INFO, context, _MEASURED) == compute_buffers(INFO, context)
+
+
+def test_segments_have_outputs_of_their_own():
+    whole = compute_buffers(INFO, Context(1024, 256, True), _MEASURED)
+    cut = compute_buffers(replace(INFO, segments=3), Context(1024, 256, True), _MEASURED)
+    assert cut.used - whole.used == 2 * INFO.n_embd * INFO.n_expert_used * 256 * 4

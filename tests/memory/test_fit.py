@@ -184,6 +184,7 @@ def loaded(monkeypatch, machine, info, load):
         patch.setattr(loading, "find_engine", lambda: engine)
         patch.setattr(loading, "capture_log", lambda _verbose: None)
         patch.setattr(loading, "try_file", lambda *_arguments: None)
+        patch.setattr(loading, "with_buffers", lambda _engine, _info, asked, _keep_on: asked)
         patch.setattr(loading, "_construct", construct)
         patch.setattr(loading, "read_memory", lambda: machine.memory)
         patch.setattr(loading, "DeviceCalls", make_calls)

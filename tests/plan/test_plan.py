@@ -28,7 +28,7 @@ from mobile_gguf.plan.misses import (
     steady_rate,
 )
 from mobile_gguf.plan.predict import predict
-from mobile_gguf.plan.refusal import FitError, plan_fit
+from mobile_gguf.plan.refusal import FitError, largest_context, plan_fit
 from mobile_gguf.plan.speed import (
     DeviceTier,
     Pass,
@@ -327,6 +327,19 @@ def test_a_refusal_names_a_context_that_does_fit():
     n_ubatch = int(words[words.index("-ub") + 1]) if "-ub" in words else 512
     assert plan_fit(INFO, Asked(n_ctx, n_ubatch), memory(4.5 * GIB)).asked.n_ctx == n_ctx
     assert refused.value.exit_code == 1
+
+
+def test_a_refusal_keeps_the_context_where_a_smaller_micro_batch_does() -> None:
+    asked = Asked(4096, 512)
+    smallest = next(
+        n_bytes
+        for n_bytes in range(2 * GIB, 8 * GIB, 16 * MIB)
+        if largest_context(INFO, asked, memory(n_bytes)) == (4096, 128)
+    )
+    with pytest.raises(FitError, match=r"what would fit: -c 4096 -ub 128; or -c 4096 --flash-attn; "):
+        plan_fit(INFO, asked, memory(smallest), n_bits=BITS)
+    assert plan_fit(INFO, replace(asked, n_ubatch=128), memory(smallest)).asked.n_ctx == 4096
+    assert plan_fit(INFO, replace(asked, flash_attn=True), memory(smallest)).asked.n_ctx == 4096
 
 
 def test_a_refusal_names_bits_and_memory_where_no_context_fits():

@@ -7,8 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 
 import httpx
+import numpy as np
 import pytest
-from fake_backend import FakeBackend, fake_info, scripted
+from fake_backend import BOS, FakeBackend, fake_info, hashed_logits, scripted
 
 pytest.importorskip("fastapi", reason="pip install 'mobile-gguf[server]'")
 pytest.importorskip("openai", reason="pip install 'mobile-gguf[dev]'")
@@ -16,6 +17,9 @@ import openai
 from server_harness import SECONDS, Gate, get, phases, post, running, until
 
 from mobile_gguf.errors import ExpertReadError
+from mobile_gguf.generate.decode import ALL_EXPERTS
+from mobile_gguf.server.requests import ChatRequest
+from mobile_gguf.server.tools import template_messages
 
 ROOMY = fake_info(n_ctx_train=4096)
 USER = [{"role": "user", "content": "hi"}]
@@ -75,6 +79,50 @@ def test_text_completions_with_several_prompts_and_echo(hello):
     assert [choice.text for choice in answer.choices] == ["abhello", "abhello", "cdhello", "cdhello"]
     assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
     assert {choice.finish_reason for choice in answer.choices} == {"length"}
+
+
+def test_log_probabilities_of_a_prompt(fake_model):
+    """As OpenAI's legacy API has them, and evaluation harnesses ask for them."""
+    with running(fake_model(FakeBackend())) as server:
+        client = server.openai()
+        ask = {
+            "model": "fake",
+            "prompt": [[BOS, *"aé".encode()], [98, 99, 100]],
+            "echo": True,
+            "logprobs": 2,
+            "seed": 1,
+        }
+        only = client.completions.create(**ask, max_tokens=0)
+        more = client.completions.create(**ask, max_tokens=2, n=2)
+        streamed = list(client.completions.create(**ask, max_tokens=2, n=2, stream=True))
+        without = client.completions.create(model="fake", prompt="ab", logprobs=2, max_tokens=0)
+        again = client.completions.create(**ask, max_tokens=0)
+    first, second = (choice.logprobs for choice in only.choices)
+    assert [choice.text for choice in only.choices] == ["aé", "bcd"]
+    assert [choice.finish_reason for choice in only.choices] == ["length", "length"]
+    assert second.tokens == ["b", "c", "d"]
+    assert second.text_offset == [0, 1, 2]
+    assert first.text_offset == [0, 0, 1, 1]  # the beginning of text, a, and é in two tokens
+    for told in first, second:
+        assert told.token_logprobs[0] is None
+        assert told.top_logprobs[0] is None
+        assert all(value < 0 for value in told.token_logprobs[1:])
+        assert [len(top) for top in told.top_logprobs[1:]] == [2] * (len(told.tokens) - 1)
+    logits = hashed_logits([(98, ALL_EXPERTS), (99, ALL_EXPERTS)])
+    assert second.token_logprobs[2] == pytest.approx(logits[100] - np.log(np.exp(logits).sum()))
+    assert again.choices[1].logprobs == second  # nothing of it is left out because it is in the context
+    assert only.usage.completion_tokens == 0
+    assert only.usage.receipt["bytes_read"] == 1024 * (4 + 3)
+    assert [len(choice.logprobs.tokens) for choice in more.choices] == [6, 6, 5, 5]
+    assert more.choices[2].logprobs.tokens[:3] == second.tokens
+    assert more.choices[2].logprobs.token_logprobs[:3] == second.token_logprobs
+    for choice in more.choices:
+        mine = [chunk.choices[0] for chunk in streamed if chunk.choices[0].index == choice.index]
+        assert "".join(one.text for one in mine) == choice.text
+        told = [one.logprobs for one in mine if one.logprobs]
+        for name in "text_offset", "token_logprobs":
+            assert [value for one in told for value in getattr(one, name)] == getattr(choice.logprobs, name)
+    assert without.choices[0].logprobs.tokens == []
 
 
 def test_options_reach_the_engine_and_flags_are_defaults(fake_model):
@@ -413,3 +461,22 @@ def test_many_threads_get_their_own_answers(fake_model):
         answers = list(pool.map(lambda text: server.chat(text).json(), texts))
     assert [answer["choices"][0]["message"]["content"] for answer in answers] == texts
     assert threading.active_count() < 50
+
+
+def test_tools_in_words_and_the_user_take_turns_with_the_assistant():
+    """Mistral's templates, for one, refuse two messages of the user's in a row."""
+    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": "{}"}}
+    said = [
+        {"role": "user", "content": "add"},
+        {"role": "assistant", "content": "", "tool_calls": [call, call]},
+        {"role": "tool", "tool_call_id": "1", "content": "4"},
+        {"role": "tool", "tool_call_id": "1", "content": "5"},
+        {"role": "user", "content": "and?"},
+    ]
+    made = template_messages(ChatRequest.model_validate({"messages": said}).messages, None, False)
+    assert [message["role"] for message in made] == ["user", "assistant", "user"]
+    result = "<tool_response>\n{}\n</tool_response>\n"
+    assert made[-1]["content"] == result.format(4) + result.format(5) + "and?"
+    twice = [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]
+    asked = ChatRequest.model_validate({"messages": twice}).messages
+    assert template_messages(asked, None, False) == twice  # what the user says is the user's to order

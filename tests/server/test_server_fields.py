@@ -9,9 +9,13 @@ import pytest
 from fake_backend import FakeBackend, fake_info, scripted
 
 pytest.importorskip("fastapi", reason="pip install 'mobile-gguf[server]'")
+from pydantic import ValidationError
 from server_harness import get, phases, post, running
 
 from mobile_gguf.generate.request import fold_seed
+from mobile_gguf.server.failures import ApiError
+from mobile_gguf.server.requests import ChatRequest
+from mobile_gguf.server.tools import plan_tools, template_messages
 
 ROOMY = fake_info(n_ctx_train=4096)
 USER = [{"role": "user", "content": "hi"}]
@@ -178,3 +182,49 @@ def test_every_name_is_listed_but_no_path(fake_model: Any) -> None:
         for name in (*names, "openai/two"):
             assert server.chat(model=name).status_code == 200
         assert server.chat(model="openai/other").status_code == 404
+
+
+def asked(**more: Any) -> ChatRequest:
+    return ChatRequest.model_validate({"messages": [{"role": "user", "content": "x"}], **more})
+
+
+def test_other_servers_names_of_the_same() -> None:
+    assert asked(n_predict=5).max_tokens == 5
+    assert asked(repetition_penalty=1.2).repeat_penalty == 1.2
+    for both in {"n_predict": 5, "max_tokens": 6}, {"repetition_penalty": 1.2, "repeat_penalty": 1.1}:
+        with pytest.raises(ValidationError, match="Extra inputs"):
+            asked(**both)
+    assert asked(thinking={"type": "disabled"}).template_values() == {"enable_thinking": False}
+    assert asked(thinking={"type": "enabled", "budget_tokens": 9}).template_values() == {
+        "enable_thinking": True
+    }
+    assert asked(thinking={"type": "adaptive"}).template_values() == {}
+
+
+def test_messages_without_words() -> None:
+    thought = [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "so"}]
+    said = [
+        {"role": "assistant", "content": thought},
+        {"role": "tool", "tool_call_id": "1", "content": None},
+    ]
+    made = template_messages(asked(messages=said).messages, None, True)
+    assert [message["content"] for message in made] == ["so", ""]
+
+
+def test_some_of_the_tools_may_be_called() -> None:
+    tools = [{"type": "function", "function": {"name": name}} for name in "abc"]
+
+    def choice(mode: str, *names: str) -> dict[str, Any]:
+        chosen = [{"type": "function", "function": {"name": name}} for name in names]
+        return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": chosen}}
+
+    plan = plan_tools(asked(tools=tools, tool_choice=choice("required", "c", "a")))
+    assert plan is not None
+    assert plan.forced
+    assert [tool.function.name for tool in plan.callable] == ["a", "c"]
+    assert len(plan.tools) == 3  # told to the model, as their order is a part of the prompt that is kept
+    free = plan_tools(asked(tools=tools, tool_choice=choice("auto", "b")))
+    assert free is not None
+    assert not free.forced
+    with pytest.raises(ApiError, match="'d' is not among the tools"):
+        plan_tools(asked(tools=tools, tool_choice=choice("auto", "a", "d")))

@@ -257,7 +257,8 @@ def test_a_signal_ends_a_server_whose_model_is_stuck(grace: str, signals: list[i
     )
     try:
         assert child.stdout is not None
-        url = child.stdout.readline().strip()
+        prepared, url = child.stdout.readline().split()
+        assert prepared == "prepared"  # with no client yet that would be held up by it
         body = {"messages": USER, "stream": True}
         with ThreadPoolExecutor(1) as pool:
             asked = pool.submit(lambda: httpx.post(f"{url}/v1/chat/completions", json=body, timeout=SECONDS))

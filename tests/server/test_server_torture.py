@@ -5,17 +5,21 @@ from __future__ import annotations
 import contextlib
 import http.server
 import json
+import os
 import random
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import hostile
 import pytest
+import tiny_models
 import torture
 from memory_caps import capped
+from places import SUPPORT
 
 pytest.importorskip("fastapi", reason="pip install 'mobile-gguf[server]'")
 pytest.importorskip("llama_cpp", reason="run `mobile-gguf engine build`")
@@ -28,6 +32,32 @@ def test_a_server_under_hostile_clients(demo_gguf: Path) -> None:
     assert report["oom_kills"] == 0
     assert report["outcomes"]["good answers"] > 0
     assert any(what.startswith("ended by") for what in report["outcomes"])
+
+
+FORKS_PLANTED = """
+import sys
+import forking_server
+if sys.argv[2] == "unguarded":
+    forking_server.refused = lambda call: False
+if sys.argv[2] == "hangs":
+    forking_server.CHILD_SECONDS = 0.5
+    forking_server.refused = lambda call: __import__("time").sleep(1000)
+print(*forking_server.attack(sys.argv[1], 0.5), sep="\\n")
+"""
+
+
+@pytest.mark.parametrize(
+    ("planted", "said"),
+    [("nothing", ""), ("unguarded", "was not refused"), ("hangs", "a child hung")],
+)
+def test_forks_beside_a_server_that_answers(planted: str, said: str) -> None:
+    path = os.pathsep.join([str(SUPPORT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, "-c", FORKS_PLANTED, str(tiny_models.path("qwen3moe")), planted],
+        capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": path},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (said in done.stdout) if said else (done.stdout.strip() == ""), done.stdout
 
 
 @contextlib.contextmanager

@@ -306,6 +306,15 @@ class Run:
         error = mobile.mobile_last_error().decode() if mobile is not None else ""
         return {"rc": code, "error": error}
 
+    def op_save(self, op: dict[str, Any]) -> dict[str, Any]:
+        """Copies the weights to a GGUF, through their tensors; n_wrong: values that differ from ``like``."""
+        import gguf
+
+        lib.llama_model_save_to_file(self.model, op["path"].encode())
+        made = {tensor.name: tensor.data for tensor in gguf.GGUFReader(op["path"]).tensors}
+        right = {tensor.name: tensor.data for tensor in gguf.GGUFReader(op["like"]).tensors}
+        return {"n_wrong": int(sum(np.count_nonzero(made[name] != right[name]) for name in right))}
+
     def residency(self, op: dict[str, Any], function: str, of: Any) -> dict[str, Any]:
         """Saves enum mobile_residency, uint8 [n_layer, n_expert]; n_resident: those that have a slot."""
         assert mobile is not None

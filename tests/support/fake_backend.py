@@ -120,6 +120,7 @@ class FakeBackend:
         self.prompt_done = 0.0
         self.should_stop: Callable[[], bool] | None = None
         self.on_prompt: Callable[[int, int], object] | None = None
+        self.on_logits: Callable[[int, Any], object] | None = None
         self.can_step_back = can_step_back
         self.pooling = pooling
         self.can_generate = can_generate
@@ -138,6 +139,7 @@ class FakeBackend:
         self._counters = Counters()
         self._device_counters = DeviceCounters()
         self.device: Any = None
+        self.threads: Any = None
         self.devices: tuple[Any, ...] = ()
         self.expert_source: ExpertSource | None = None
         self.ctx = 1
@@ -195,6 +197,8 @@ class FakeBackend:
     def generate(self, tokens: Sequence[int], **sampling: Any) -> Generator[int, Any, None]:
         self.sampling = sampling
         tokens = list(tokens)
+        if self.on_logits is not None:
+            self.rows.clear()
         common = 0
         for row, token in zip(self.rows, tokens[:-1], strict=False):
             if row[0] != token or (self.policy.always_big and row[1] != ALL_EXPERTS):
@@ -205,6 +209,9 @@ class FakeBackend:
         prompt = tokens[common:]
         if self.on_prompt is not None:
             self.on_prompt(0, len(prompt))
+        for i in range(len(prompt) if self.on_logits is not None else 0):
+            rows = [(token, ALL_EXPERTS) for token in prompt[: i + 1]]
+            self.on_logits(i, self.model(rows))
         self.last_pass = decode_prompt(self, prompt)
         self.prompt_evaluated += len(prompt)
         if self.on_prompt is not None:
@@ -246,6 +253,9 @@ class FakeBackend:
 
     def make_grammar(self, grammar: str | None, json_schema: Any, should_stop: Any = None) -> Any:
         return (grammar, json_schema) if grammar or json_schema else None
+
+    def prepare_constraints(self) -> None:
+        self.log.append("prepared")
 
     def token_bos(self) -> int:
         return BOS

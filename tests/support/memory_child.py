@@ -1,6 +1,7 @@
 """What llama.cpp allocates for contexts: loads models, makes contexts, and reads the sizes that it logs.
 
-stdin: {"models": {name: path}, "contexts": [[n_ctx, n_ubatch, flash_attn], ...]}. stdout: by model a list of
+stdin: {"models": {name: path}, "contexts": [[n_ctx, n_ubatch, flash_attn], ...]}; "no_alloc": true where
+nothing shall be allocated but be said all the same. stdout: by model a list of
 {"caches": MiB, "n": buffers of caches, "compute": MiB} in the order of the contexts, or the end of the log.
 The library is the one in $LLAMA_CPP_LIB_PATH.
 """
@@ -16,6 +17,7 @@ from typing import Any
 import llama_cpp.llama_cpp as lib
 
 _SIZE = re.compile(r"(KV|RS|state|compute) buffer size =\s*([\d.]+) MiB")
+_UNALLOCATED = re.compile(r"llama_kv_cache: size =\s*([\d.]+) MiB")  # its buffer is logged as nothing
 lines: list[str] = []
 
 
@@ -24,7 +26,7 @@ def keep_log(level: int, text: bytes, user_data: Any) -> None:
     lines.append(text.decode(errors="replace"))
 
 
-def sizes(model: Any, n_ctx: int, n_ubatch: int, flash_attn: bool) -> dict[str, Any]:
+def sizes(model: Any, no_alloc: bool, n_ctx: int, n_ubatch: int, flash_attn: bool) -> dict[str, Any]:
     params = lib.llama_context_default_params()
     params.n_ctx, params.n_batch, params.n_ubatch, params.n_threads = n_ctx, n_ubatch, n_ubatch, 1
     kinds = (lib.LLAMA_FLASH_ATTN_TYPE_DISABLED, lib.LLAMA_FLASH_ATTN_TYPE_ENABLED)
@@ -34,6 +36,9 @@ def sizes(model: Any, n_ctx: int, n_ubatch: int, flash_attn: bool) -> dict[str, 
     assert context, "".join(lines)[-2000:]
     lib.llama_free(context)
     found = [(kind, float(size)) for kind, size in _SIZE.findall("".join(lines))]
+    if no_alloc:
+        found = [one for one in found if one[0] != "KV"]
+        found += [("KV", float(size)) for size in _UNALLOCATED.findall("".join(lines))]
     caches = [size for kind, size in found if kind != "compute"]
     return {
         "caches": sum(caches),
@@ -48,6 +53,9 @@ def main() -> None:
     lib.llama_backend_init()
     params = lib.llama_model_default_params()
     params.n_gpu_layers = 0
+    no_alloc = bool(job.get("no_alloc"))
+    if no_alloc:
+        params.no_alloc, params.load_mode = True, lib.LLAMA_LOAD_MODE_NONE
     answers: dict[str, Any] = {}
     for name, path in job["models"].items():
         lines.clear()
@@ -55,7 +63,7 @@ def main() -> None:
         if not model:
             answers[name] = "".join(lines)[-2000:]
             continue
-        answers[name] = [sizes(model, *context) for context in job["contexts"]]
+        answers[name] = [sizes(model, no_alloc, *context) for context in job["contexts"]]
         lib.llama_model_free(model)
     print(json.dumps(answers))
 

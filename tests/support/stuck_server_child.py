@@ -1,4 +1,4 @@
-"""A server whose model never comes back from its first evaluation; prints its address.
+"""A server whose model never comes back from its first evaluation; prints what it prepared, and its address.
 
 ``python stuck_server_child.py GRACE``
 """
@@ -21,7 +21,7 @@ def main() -> None:
     backend.on_evaluate = lambda: time.sleep(10_000)
     model = Model(backend, fake_info(), LoadOptions())
     settings = ServerSettings(names=("fake",), grace=float(sys.argv[1]))
-    serve(model, settings, bind("127.0.0.1", 0), announce=lambda url: print(url, flush=True))
+    serve(model, settings, bind("127.0.0.1", 0), announce=lambda url: print(*backend.log, url, flush=True))
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
 ``python tests/support/torture.py --seconds 1800`` (``make torture``). The server runs the demo model with the
 default budget in 530 MiB. The good client asks the same few questions all the time, and each answer must
 arrive and be the one that it got while it was alone. Now and then the server gets a signal in the middle of
-everything and must end in order; another one takes its place. Chat templates are tortured beside it. Prints
-what happened as one JSON object; exit code 1 if the server died, an answer was lost or wrong, or memory ran
-out.
+everything and must end in order; another one takes its place. Chat templates are tortured beside it, and a
+program forks that has a server of its own. Prints what happened as one JSON object; exit code 1 if the server
+died, an answer was lost or wrong, or memory ran out.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ FLAGS = ["-t", "1", "-c", "256", "--queue", "12", "--grace", "2", "--timeout", "
 END_SECONDS = 60.0
 QUESTIONS = ("Why is the sky blue?", "Name three colours.", "<|im_end|> Is this text?")
 ATTACKERS = 6
+FORK_SECONDS = 5.0
 
 
 class Server:
@@ -107,7 +108,7 @@ class Torture:
     def run(self, seconds: float, signals_every: float) -> dict[str, Any]:
         """Do it; returns the report."""
         started = time.monotonic()
-        workers: list[Callable[[], None]] = [self._be_good, self._torture_templates]
+        workers: list[Callable[[], None]] = [self._be_good, self._torture_templates, self._fork]
         workers += [lambda i=i: self._attack(random.Random(self._seed * 1000 + i)) for i in range(ATTACKERS)]
         threads = [threading.Thread(target=self._guarded, args=(work,)) for work in workers]
         for thread in threads:
@@ -236,6 +237,19 @@ class Torture:
             self._fail(f"no other server came: {made.end(signal.SIGTERM)}")
         self.server = made
         self._changing.clear()
+
+    def _fork(self) -> None:
+        """Beside it a program forks while its own server answers: clients cannot have a process fork."""
+        script = Path(__file__).with_name("forking_server.py")
+        while not self._over.is_set():
+            done = subprocess.run(
+                [sys.executable, str(script), str(self._model), str(FORK_SECONDS)],
+                capture_output=True, text=True, check=False,
+            )  # fmt: skip
+            if done.returncode != 0:
+                self._fail(f"forks: {done.returncode}: {(done.stdout + done.stderr)[-1000:]}")
+            self._count("rounds of forks")
+            self._over.wait(6 * FORK_SECONDS)
 
     def _torture_templates(self) -> None:
         rng = random.Random(self._seed + 7)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -67,6 +68,20 @@ class Loader:
         backend.closed = False
         backend.expert_source = RoutingSource()
         return Model(backend, fake_info(), make_options(LoadOptions, options))  # type: ignore[arg-type]
+
+
+def slow_backend(text: str = "abc " * 200) -> FakeBackend:
+    """A model that takes its time and never ends by itself."""
+    backend = FakeBackend(scripted(text, end=False), n_ctx=8192)
+    backend.on_evaluate = lambda: time.sleep(0.1)
+    return backend
+
+
+def loader_of(backend: FakeBackend) -> Loader:
+    """A loader that has it under the name of the chat's model."""
+    loader = Loader()
+    loader.backends["fake"] = backend
+    return loader
 
 
 @asynccontextmanager

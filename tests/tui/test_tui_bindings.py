@@ -14,12 +14,13 @@ from mobile_gguf.tui.commands.slash import COMMANDS
 
 # Which test presses a binding (its id) or sends a command.
 CHAT, ACTIONS, JOBS = "test_tui_chat", "test_tui_actions", "test_tui_jobs"
-CONVERSATIONS, MAP = "test_tui_conversations", "test_tui_map"
+CONVERSATIONS, MAP, ENDS = "test_tui_conversations", "test_tui_map", "test_tui_ends"
 TESTED = {
     "app.help": (ACTIONS, "test_a_key_opens_a_screen_and_escape_leaves_it"),
     "app.quit": (JOBS, "test_quitting_while_a_job_runs_asks_once_and_ends_it"),
     "app.interrupt": (ACTIONS, "test_the_second_keys_do_what_the_first_do"),
     "app.palette": (ACTIONS, "test_the_second_keys_do_what_the_first_do"),
+    "app.suspend": (ENDS, "test_ctrl_z_without_a_shell_says_so_and_undo_has_another_key"),
     "chat.models": (ACTIONS, "test_a_model_is_picked"),
     "chat.find": (ACTIONS, "test_a_key_opens_a_screen_and_escape_leaves_it"),
     "chat.settings": (ACTIONS, "test_settings_are_changed_reset_and_loaded"),
@@ -46,6 +47,7 @@ TESTED = {
     "settings.default": (ACTIONS, "test_settings_are_changed_reset_and_loaded"),
     "prompt.submit": (CHAT, "test_an_answer_is_shown_saved_and_has_a_receipt"),
     "prompt.newline": (CHAT, "test_lines_are_begun_by_ctrl_j_shift_enter_and_a_backslash"),
+    "prompt.undo": (ENDS, "test_ctrl_z_without_a_shell_says_so_and_undo_has_another_key"),
     "question.edit": (ACTIONS, "test_what_is_in_the_transcript_has_keys"),
     "question.copy": (CHAT, "test_what_is_copied"),
     "answer.copy": (ACTIONS, "test_what_is_in_the_transcript_has_keys"),

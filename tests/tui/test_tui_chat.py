@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 
 import pytest
 from fake_backend import FakeBackend, scripted
 from textual import events
-from tui_app import ANSWER, Loader, chat, say, submit, toasts, until
+from textual.geometry import Size
+from tui_app import ANSWER, Loader, chat, loader_of, say, slow_backend, submit, toasts, until
 
 from mobile_gguf.errors import ExpertReadError, ModelNotFoundError, UsageError
 from mobile_gguf.tui.screens.help import Help
@@ -24,19 +24,6 @@ def run(coroutine):
 
 def contents(app):
     return [turn.content for turn in app.chat.session.turns]
-
-
-def slow_backend(text="abc " * 200):
-    """A model that takes its time and never ends by itself."""
-    backend = FakeBackend(scripted(text, end=False), n_ctx=8192)
-    backend.on_evaluate = lambda: time.sleep(0.1)
-    return backend
-
-
-def loader_of(backend):
-    loader = Loader()
-    loader.backends["fake"] = backend
-    return loader
 
 
 def test_an_answer_is_shown_saved_and_has_a_receipt(tmp_path):
@@ -386,5 +373,35 @@ def test_a_stuck_engine_does_not_keep_the_program(tmp_path, monkeypatch):
             await pilot.press("ctrl+q")
             assert not app.engine.shut_down(0.1)
             release.set()
+
+    run(go())
+
+
+@pytest.mark.parametrize("key", ["", "f1", "f9"])
+def test_sizes_that_come_together_do_not_follow_each_other_for_ever(tmp_path, key):
+    """A screen of Textual's sends itself each size that it hears of: two in its queue never ended."""
+
+    async def go():
+        async with chat(tmp_path, size=(120, 40)) as (app, pilot):
+            await pilot.press(*filter(None, [key]))
+            seen = []
+            before = app.screen._refresh_layout
+            app.screen._refresh_layout = lambda size=None, scroll=False: (
+                seen.append(size),
+                before(size, scroll),
+            )
+            large, small = app.size, Size(80, 24)
+            for size in (small, large, small):  # the last one is stale as well
+                app.screen.post_message(events.Resize(size, size))
+                app.screen.call_later(lambda: None)  # or else the queue would join them
+            for _ in range(200):
+                await asyncio.sleep(0)
+            n_layouts = len(seen)
+            for _ in range(200):
+                await asyncio.sleep(0)
+            assert len(seen) == n_layouts
+            assert app.screen.size == app.size == large
+            await pilot.resize_terminal(70, 20)
+            await until(pilot, lambda: app.screen.size == Size(70, 20))
 
     run(go())

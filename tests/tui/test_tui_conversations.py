@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+from pathlib import Path
 
 from tui_app import ANSWER, chat, say, submit, toasts, until
 
@@ -62,7 +64,20 @@ def test_an_export_is_markdown(tmp_path, monkeypatch):
             await say(app, pilot, "/export")
             assert "exists" in toasts(app)
             await say(app, pilot, "/export /nonexistent/x.md")
-            assert "/nonexistent/x.md" in toasts(app)
+            assert "cannot write /nonexistent/x.md: No such file or directory" in toasts(app)
+            assert not Path("/nonexistent").exists()
+            await say(app, pilot, "/export /dev/null")
+            assert Path("/dev/null").is_char_device()
+
+            def full(path, text, **_more):
+                path.write_bytes(text[:9].encode())
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+            monkeypatch.setattr(Path, "write_text", full)
+            await say(app, pilot, "/export why-is-it-blue.md")
+            assert "the disk is full: free some space there" in toasts(app)
+            assert (tmp_path / "why-is-it-blue.md").read_text() == text
+            assert not list(tmp_path.glob("*.partial"))
 
     run(go())
 

@@ -72,6 +72,7 @@ def test_a_sparkline_is_scaled_to_its_highest_value():
 
 def test_conversations_are_kept_and_searched(tmp_path):
     store = ConversationStore(tmp_path / "deep" / "c.db")
+    assert (tmp_path / "deep" / "c.db").stat().st_mode & 0o777 == 0o600
     first = store.create("The sky", "demo")
     store.append(first, 0, Turn("user", "Why is the sky blue?"))
     store.append(first, 1, Turn("assistant", "Rayleigh", "1 big", [Token("Ray", "big", 0.5, 7)], "demo"))

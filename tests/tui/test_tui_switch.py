@@ -195,6 +195,9 @@ def test_stats_say_the_mode_of_the_last_answer(tmp_path):
             lines = stats_lines(app.chat.facts)
             assert any(line.split() == ["mode", "big-little"] for line in lines)
             assert not any("{" in line for line in lines)
+            # names do not run into their values
+            facts = [line for line in stats_lines({"store": {"little_pass_uploads_time_ratio": 1.5}}) if line]
+            assert facts == ["store:", "  little pass uploads time ratio  1.5"]
             gauge = app.chat.query_one("#speed")
             receipt = app.chat.query_one("AnswerView .receipt")
             assert f"{gauge.latest:.1f} tok/s" in str(receipt.content)
@@ -216,6 +219,10 @@ def test_a_full_context_leaves_out_the_oldest_turns_and_says_so(tmp_path):
             await say(app, pilot, "too long " * 100)
             assert "/set n_ctx and /reload make room, /new begins again" in toasts(app)
             assert app.chat.prompt.text.startswith("too long")
+            assert "context_full" not in toasts(app)
+            await say(app, pilot, "/set context_full stop")
+            await say(app, pilot, "too long " * 100)
+            assert "/set context_full trim leaves out the oldest turns, /set n_ctx" in toasts(app)
 
     asyncio.run(go())
 

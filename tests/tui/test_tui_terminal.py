@@ -56,11 +56,15 @@ def terminal(tmp_path):
     made.kill()
 
 
-def test_a_chat_with_the_demo_model(terminal, demo_gguf, tmp_path):
+def command(*argv):
+    """A command line with the directories of the test."""
     names = ("XDG_CACHE_HOME", "XDG_DATA_HOME", "XDG_CONFIG_HOME", "MOBILE_GGUF_ENGINE_CACHE")
     variables = " ".join(f"{name}={os.environ[name]}" for name in names)
-    options = "--ram-budget 40% --seed 1 -n 10 -t 1"
-    terminal.start(f"env {variables} {sys.executable} -m mobile_gguf chat {demo_gguf} {options}")
+    return f"env {variables} {sys.executable} -m mobile_gguf {' '.join(map(str, argv))}"
+
+
+def test_a_chat_with_the_demo_model(terminal, demo_gguf):
+    terminal.start(command("chat", demo_gguf, *["--ram-budget", "40%", "--seed", "1", "-n", "10", "-t", "1"]))
     terminal.wait("exact")
     terminal.keys("-l", "Name three colours.")
     terminal.keys("Enter")
@@ -76,3 +80,25 @@ def test_a_chat_with_the_demo_model(terminal, demo_gguf, tmp_path):
     terminal.tmux("resize-window", "-x", "120", "-y", "36")
     terminal.keys("C-q")
     terminal.wait("EXIT=0")
+
+
+def test_ctrl_z_in_an_answer_gives_the_terminal_back_and_fg_goes_on(terminal, demo_gguf):
+    terminal.start("env PS1='shell> ' bash --norc -i")
+    terminal.wait("shell>")
+    terminal.keys("-l", command("chat", demo_gguf, "-n", "60", "-t", "1", "--seed", "1"))
+    terminal.keys("Enter")
+    terminal.wait("exact")
+    terminal.keys("-l", "Count to one hundred.")
+    terminal.keys("Enter")
+    terminal.wait("tok/s")
+    terminal.keys("C-z")
+    terminal.wait("Stopped")
+    terminal.keys("-l", "stty -a | grep -o ' isig'; bg")
+    terminal.keys("Enter")
+    terminal.wait(" isig")  # the terminal is the shell's, as it was
+    terminal.keys("-l", "fg")
+    terminal.keys("Enter")
+    terminal.wait("Enter sends")
+    terminal.wait("hits")  # the receipt of the answer, which went on
+    terminal.keys("C-q")
+    terminal.wait("shell>")

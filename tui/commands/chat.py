@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from textual.containers import VerticalScroll
 
 from mobile_gguf.api.stats import stats_lines
 from mobile_gguf.errors import MobileError, UsageError
+from mobile_gguf.files.atomic import disk_errors, partial_path
 
 from ..clipboard import copy
 from ..screens.chat_view import ChatView
@@ -165,7 +167,7 @@ class ChatCommands(ChatView):
         path = _export_path(rest, self.session.title)
         if path.exists() and not rest:
             raise UsageError(f"{path} exists: /export FILE writes elsewhere")
-        path.write_text(self.session.markdown(), encoding="utf-8")
+        _write_export(path, self.session.markdown())
         self.notify(f"written to {path}")
 
     def command_save(self, _rest: str) -> None:
@@ -297,6 +299,21 @@ class ChatCommands(ChatView):
             transcript.scroll_page_up(animate=False)
         else:
             transcript.scroll_page_down(animate=False)
+
+
+def _write_export(path: Path, text: str) -> None:
+    """Write a file whole, or leave the one that is there; what is no file, such as a pipe, is written to."""
+    target = path.resolve()
+    if target.exists() and not target.is_file():
+        target.write_text(text, encoding="utf-8")
+        return
+    partial = partial_path(target)
+    with disk_errors(path, remedy=""):
+        try:
+            partial.write_text(text, encoding="utf-8")
+            os.replace(partial, target)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def _export_path(given: str, title: str) -> Path:

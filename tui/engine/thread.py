@@ -16,9 +16,9 @@ from typing import Any
 
 from textual.message import Message
 
-from mobile_gguf.api.context import of_a_chat
+from mobile_gguf.api.context import of_a_chat, way_out
 from mobile_gguf.api.model import Model, check_model, load
-from mobile_gguf.api.words import python_words
+from mobile_gguf.api.words import python_words, with_flags
 from mobile_gguf.engine.experts import Asked, Experts, Places, Watch
 from mobile_gguf.errors import EngineMemoryError, MobileError, PromptTooLongError, UsageError
 from mobile_gguf.generate.answer import INTERRUPTED, Chunk
@@ -139,9 +139,8 @@ class EngineThread(threading.Thread):
         else:
             self._model, self._experts = model, (experts := model.experts())
             asked = recommended(model.info)[0]
-            loaded = ModelLoaded(
-                reference, model.info, model.stats(), list(model.notices), experts, asked, number
-            )
+            notices = list(map(with_flags, model.notices))
+            loaded = ModelLoaded(reference, model.info, model.stats(), notices, experts, asked, number)
             self._post(loaded)
 
     def _fail(
@@ -169,7 +168,7 @@ class EngineThread(threading.Thread):
         except MobileError as failure:
             error = python_words(str(failure))
             if isinstance(failure, PromptTooLongError):
-                error += " · /set n_ctx and /reload make room, /new begins again"
+                error += f" · {way_out(options, '/set n_ctx and /reload make room', '/new')}"
         except Exception as failure:
             error = unexpected(failure)
         facts: dict[str, Any] = {}

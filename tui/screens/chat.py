@@ -267,7 +267,7 @@ class ChatScreen(ChatCommands):
         if rate > 0 and self._answer.tokens and self.state == ANSWERING:
             self.query_one(TitleBar).activity = f"{rate:.1f} tok/s · Esc stops"
         self._answer.add(tokens)
-        self._save_draft(self._answer)
+        self._save_draft()
 
     @on(AnswerEnded)
     async def _answer_ended(self, event: AnswerEnded) -> None:
@@ -300,11 +300,16 @@ class ChatScreen(ChatCommands):
         self._read_places()
         self._update_title()
 
-    def _save_draft(self, view: AnswerView) -> None:
+    def _save_draft(self) -> None:
         """Save the words so far now and then: whatever ends the program, they were paid for."""
-        if (now := time.monotonic()) - self._drafted > _DRAFT_SECONDS and view.text:
-            self._drafted = now
-            self.session.draft(view.text, view.tokens, self.reference)
+        if time.monotonic() - self._drafted > _DRAFT_SECONDS:
+            self.keep_answer()
+
+    def keep_answer(self) -> None:
+        """Save the words so far of the answer that is made, if one is."""
+        if self._answer is not None and self._answer.text:
+            self._drafted = time.monotonic()
+            self.session.draft(self._answer.text, self._answer.tokens, self.reference)
 
     async def _take_back(self, view: AnswerView) -> None:
         question = self.session.turns[-1].content

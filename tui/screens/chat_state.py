@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from textual.screen import Screen
-
 from ..store.session import Session
 from ..widgets.prompt import Prompt
 from ..widgets.turn_view import AnswerView
+from .steady import SteadyScreen
 
 if TYPE_CHECKING:
     from ..app import ChatApp
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
 IDLE, LOADING, ANSWERING = "idle", "loading", "answering"
 
 
-class ChatState(Screen[None]):
+class ChatState(SteadyScreen[None]):
     """The state, which only the screen's handlers change; the methods are the screen's."""
 
     app: ChatApp

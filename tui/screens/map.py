@@ -6,18 +6,18 @@ from typing import TYPE_CHECKING, ClassVar
 
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
-from textual.screen import Screen
 from textual.widgets import Footer
 
 from ..widgets.expert_map import ExpertMap
 from ..widgets.gauge import Gauge
 from ..widgets.side_panel import SidePanel
+from .steady import SteadyScreen
 
 if TYPE_CHECKING:
     from ..app import ChatApp
 
 
-class MapScreen(Screen[None]):
+class MapScreen(SteadyScreen[None]):
     """Shows the state of the chat's panel while the answer goes on."""
 
     BINDINGS: ClassVar[list[BindingType]] = [

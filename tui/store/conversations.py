@@ -71,6 +71,8 @@ class ConversationStore:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 # SQLite lets nobody wait for the change of its journal, nor for a table that another makes
                 with exclusive(path.with_name(path.name + ".lock")):
+                    if not path.exists():
+                        path.touch(0o600)  # what is talked about is nobody else's, whatever the umask
                     self._db = _patiently(lambda: self._open(path))
             else:
                 self._db = Database(memory=True)

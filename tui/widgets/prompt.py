@@ -29,6 +29,15 @@ class Prompt(TextArea):
             tooltip="Begin a new line",
             show=False,
         ),
+        # Ctrl-Z, which a text area has for this, suspends
+        Binding(
+            "ctrl+underscore,super+z",
+            "undo",
+            "Undo",
+            id="prompt.undo",
+            tooltip="Undo in the prompt; Ctrl-Y does it again",
+            show=False,
+        ),
     ]
 
     @dataclass

@@ -36,7 +36,7 @@ class TokenTable:
 
     @cached_property
     def tokenizer(self) -> LLTokenizer:
-        """The library's own form, a trie of all tokens: 50 ms for 50,000 tokens."""
+        """The library's own form, a trie of all tokens: up to seconds, in which no thread of Python runs."""
         # the mark's byte is in no text: a token that has it would be taken for one that is none
         no_text = {
             i

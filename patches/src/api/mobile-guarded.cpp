@@ -10,6 +10,7 @@
 
 #include <cmath>
 #include <string>
+#include <vector>
 
 static void check_token(const struct llama_vocab * vocab, llama_token token) {
     const int32_t n = llama_vocab_n_tokens(vocab);
@@ -81,20 +82,59 @@ int32_t mobile_decode(struct llama_context * ctx, struct llama_batch batch, int3
     });
 }
 
+// the logits of output i, all of them numbers; +inf is none, -inf is a token that never comes
+static const float * logits_of(struct llama_context * ctx, int32_t i, int32_t n) {
+    const float * logits = llama_get_logits_ith(ctx, i);
+    if (!logits) {
+        mobile_throw(MOBILE_ERR_STATE, "there are no logits to sample from");
+    }
+    bool any = false;
+    for (int32_t id = 0; id < n; ++id) {
+        if (std::isnan(logits[id]) || logits[id] == INFINITY) {
+            any = false;
+            break;
+        }
+        any = any || logits[id] != -INFINITY;
+    }
+    if (!any) {
+        mobile_throw(MOBILE_ERR_STATE, "the model computes no numbers (NaN or infinity): its weights or the numbers of its header are damaged");
+    }
+    return logits;
+}
+
+// as llama_sampler_sample, which asserts that something was chosen. ids [n_ids]; NULL: all of the vocabulary
+static int32_t sample(struct llama_sampler * sampler, struct llama_context * ctx, int32_t i, const llama_token * ids, int32_t n_ids, llama_token * token) {
+    const struct llama_vocab * vocab = llama_model_get_vocab(llama_get_model(ctx));
+    const int32_t n_vocab = llama_vocab_n_tokens(vocab);
+    const float * logits  = logits_of(ctx, i, n_vocab);
+    static thread_local std::vector<llama_token_data> candidates;
+    candidates.resize(ids ? n_ids : n_vocab);
+    for (int32_t k = 0; k < (int32_t) candidates.size(); ++k) {
+        const llama_token id = ids ? ids[k] : k;
+        check_token(vocab, id);
+        candidates[k] = { id, logits[id], 0.0f };
+    }
+    llama_token_data_array array = { candidates.data(), candidates.size(), -1, false };
+    llama_sampler_apply(sampler, &array);
+    if (array.selected < 0 || array.selected >= (int64_t) array.size) {
+        return mobile_fail(MOBILE_ERR_STATE, "the sampling settings leave no token to choose");
+    }
+    *token = array.data[array.selected].id;
+    llama_sampler_accept(sampler, *token);
+    return MOBILE_OK;
+}
+
 int32_t mobile_sample(struct llama_sampler * sampler, struct llama_context * ctx, int32_t i, llama_token * token) {
     return mobile_guard([&] {
         mobile_require(sampler && ctx && token, "sampling needs a sampler and a context");
-        const float * logits = llama_get_logits_ith(ctx, i);
-        if (!logits) {
-            return mobile_fail(MOBILE_ERR_STATE, "there are no logits to sample from");
-        }
-        const int32_t n = llama_vocab_n_tokens(llama_model_get_vocab(llama_get_model(ctx)));
-        for (int32_t id = 0; id < n; ++id) {
-            if (std::isnan(logits[id])) {
-                return mobile_fail(MOBILE_ERR_STATE, "the model computes no numbers (NaN): its weights or the numbers of its header are damaged");
-            }
-        }
-        *token = llama_sampler_sample(sampler, ctx, i);
-        return MOBILE_OK;
+        return sample(sampler, ctx, i, nullptr, 0, token);
+    });
+}
+
+int32_t mobile_sample_among(struct llama_sampler * sampler, struct llama_context * ctx, int32_t i, const llama_token * ids, int32_t n_ids, llama_token * token) {
+    return mobile_guard([&] {
+        mobile_require(sampler && ctx && token, "sampling needs a sampler and a context");
+        mobile_require(ids && n_ids > 0, "there are no tokens to choose among");
+        return sample(sampler, ctx, i, ids, n_ids, token);
     });
 }

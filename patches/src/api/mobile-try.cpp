@@ -1,9 +1,13 @@
-// mobile-try.cpp - a trial of a file's header: all that llama.cpp does with a model, on weights that are zeros.
+// mobile-try.cpp - a trial of a file's header: all that llama.cpp does with a model, on weights that are zeros; and what
+// its contexts' compute buffers take, by graphs that are made and never run.
 
 #include "api/mobile-context-of.h"
 
 #include "mobile-error.h"
 #include "store/mobile-load.h"
+
+#include "llama-context.h"
+#include "llama-ext.h"
 
 #include <algorithm>
 #include <memory>
@@ -30,14 +34,15 @@ static void keep_error(enum ggml_log_level level, const char * text, void *) {
 using model_ptr   = std::unique_ptr<struct llama_model,   void (*)(struct llama_model *)>;
 using context_ptr = std::unique_ptr<struct llama_context, void (*)(struct llama_context *)>;
 
-static model_ptr load(const char * path) {
+static model_ptr load(const char * path, bool no_alloc) {
     ggml_backend_dev_t no_device[] = { nullptr };
     struct llama_model_params params = llama_model_default_params();
+    params.no_alloc        = no_alloc;
     params.devices         = no_device;
     params.n_gpu_layers    = 0;
     params.load_mode       = LLAMA_LOAD_MODE_NONE;
     params.use_extra_bufts = false;
-    mobile_load_set_zeros(true);
+    mobile_load_set_zeros(!no_alloc);
     model_ptr model(llama_model_load_from_file(path, params), llama_model_free);
     mobile_load_set_zeros(false);
     if (!model) {
@@ -74,11 +79,11 @@ static void decode(struct llama_context * ctx, int32_t n_vocab, int32_t first, i
     }
 }
 
-static void try_context(struct llama_model * model, enum llama_flash_attn_type flash_attn) {
+static context_ptr make_context(struct llama_model * model, uint32_t n_ctx, uint32_t n_ubatch, enum llama_flash_attn_type flash_attn) {
     struct llama_context_params params = llama_context_default_params();
-    params.n_ctx           = N_CTX;
-    params.n_batch         = N_PROMPT;
-    params.n_ubatch        = N_PROMPT;
+    params.n_ctx           = n_ctx;
+    params.n_batch         = n_ubatch;
+    params.n_ubatch        = n_ubatch;
     params.n_threads       = std::max(1, std::min(8, (int) std::thread::hardware_concurrency()/2));
     params.n_threads_batch = params.n_threads;
     params.flash_attn_type = flash_attn;
@@ -87,6 +92,11 @@ static void try_context(struct llama_model * model, enum llama_flash_attn_type f
     if (!ctx) {
         fail("no context can be made of it");
     }
+    return ctx;
+}
+
+static void try_context(struct llama_model * model, enum llama_flash_attn_type flash_attn) {
+    const context_ptr ctx = make_context(model, N_CTX, N_PROMPT, flash_attn);
     if (llama_model_has_encoder(model) && llama_model_has_decoder(model)) {
         return; // a decoder that wants what an encoder gave it
     }
@@ -104,12 +114,41 @@ int32_t mobile_try_file(const char * path) {
         mobile_require(path, "a trial needs a file");
         llama_log_set(keep_error, nullptr);
         llama_backend_init();
-        const model_ptr model = load(path);
+        const model_ptr model = load(path, false);
         const struct llama_vocab * vocab = llama_model_get_vocab(model.get());
         mobile_require(llama_vocab_n_tokens(vocab) > 0, "it has no vocabulary");
         try_vocabulary(vocab);
         for (const auto flash_attn : { LLAMA_FLASH_ATTN_TYPE_DISABLED, LLAMA_FLASH_ATTN_TYPE_ENABLED }) {
             try_context(model.get(), flash_attn);
+        }
+        return MOBILE_OK;
+    });
+}
+
+// of all tokens' logits, as a context reserves it, and with those of the last token alone, which is what a prompt writes to
+static void measure_context(struct llama_model * model, const uint32_t * asked, uint64_t * n_bytes) {
+    const auto flash_attn = asked[2] ? LLAMA_FLASH_ATTN_TYPE_ENABLED : LLAMA_FLASH_ATTN_TYPE_DISABLED;
+    const context_ptr ctx = make_context(model, asked[0], asked[1], flash_attn);
+    n_bytes[0] = n_bytes[1] = 0;
+    for (const auto & [buft, data] : llama_get_memory_breakdown(ctx.get())) {
+        n_bytes[0] += data.compute;
+    }
+    llama_memory_context_ptr full = ctx->get_memory() ? ctx->get_memory()->init_full() : nullptr;
+    std::vector<size_t> sizes(ggml_backend_sched_get_n_backends(ctx->get_sched()), 0);
+    ctx->graph_reserve(std::min(llama_n_ctx(ctx.get()), llama_n_ubatch(ctx.get())), 1, 1, full.get(), true, sizes.data());
+    for (const size_t size : sizes) {
+        n_bytes[1] += size;
+    }
+}
+
+int32_t mobile_measure_file(const char * path, const uint32_t * contexts, int32_t n, uint64_t * n_bytes) {
+    return mobile_guard([&] {
+        mobile_require(path && contexts && n_bytes && n >= 0, "a measurement needs a file, contexts and room for the answers");
+        llama_log_set(keep_error, nullptr);
+        llama_backend_init();
+        const model_ptr model = load(path, true);
+        for (int32_t i = 0; i < n; ++i) {
+            measure_context(model.get(), contexts + 3*i, n_bytes + 2*i);
         }
         return MOBILE_OK;
     });

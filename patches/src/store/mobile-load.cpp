@@ -2,13 +2,13 @@
 
 #include "ggml/ggml-expert.h"
 #include "mobile-error.h"
+#include "store/mobile-buffer.h"
 #include "store/mobile-tag.h"
 #include "store/mobile-zeros.h"
 
 #include "llama-model-loader.h"
 #include "llama-model.h"
 
-#include "ggml-backend-impl.h"
 #include "ggml-backend.h"
 
 #include <algorithm>
@@ -29,13 +29,6 @@ struct mobile_tensor {
     mobile_store *     store = nullptr;
     mobile_store_layer layer;
     int32_t            piece = -1;
-};
-
-struct mobile_buffer_context {
-    std::unique_ptr<mobile_store> store;
-    std::deque<mobile_tensor>     tensors;
-    void * base = nullptr;
-    size_t size = 0;
 };
 
 // of the load that runs on this thread
@@ -64,8 +57,23 @@ void mobile_load_set_zeros(bool on) {
 // buffer type
 //
 
+struct mobile_expert_buffer : mobile_buffer {
+    mobile_expert_buffer(size_t size, const mobile_load_params & params) :
+        mobile_buffer(mobile_reserve(size), size), store(std::make_unique<mobile_store>(params)) {}
+
+    void fill   (const ggml_tensor * tensor, void * data, size_t offset, size_t n) noexcept override;
+    void written(const ggml_tensor * tensor) noexcept override;
+
+    std::unique_ptr<mobile_store> store;
+    std::deque<mobile_tensor>     tensors;
+};
+
+static mobile_expert_buffer & buffer_of(const ggml_tensor * tensor) {
+    return static_cast<mobile_expert_buffer &>(mobile_buffer_of(tensor));
+}
+
 static mobile_store & store_of(const ggml_tensor * tensor) {
-    return *((mobile_buffer_context *) tensor->buffer->context)->store;
+    return *buffer_of(tensor).store;
 }
 
 // NULL: the tag is gone, and passes fail
@@ -83,87 +91,49 @@ static void set_tag(ggml_tensor * tensor, enum mobile_tag_kind kind, const void 
     }
 }
 
-static void buffer_free(ggml_backend_buffer_t buffer) {
-    auto * ctx = (mobile_buffer_context *) buffer->context;
-    mobile_unmap(ctx->base, ctx->size);
-    delete ctx;
-}
-
-static void * buffer_get_base(ggml_backend_buffer_t buffer) {
-    return ((mobile_buffer_context *) buffer->context)->base;
-}
-
 // a tensor in our buffer has a row, as ggml says an expert, for each part: mobile_layout_split() has seen to that
 static mobile_part part_of_row(int64_t expert) {
     return mobile_part(expert);
 }
 
-// copies what lies in the file, through the store: for whoever reads a weight as a tensor
-static void buffer_get_tensor(ggml_backend_buffer_t buffer, const ggml_tensor * tensor, void * data, size_t offset, size_t size) {
-    GGML_UNUSED(buffer);
+// through the store. whoever gets a copy cannot be told that it is not what the file holds: all passes are, from then on
+void mobile_expert_buffer::fill(const ggml_tensor * tensor, void * data, size_t offset, size_t n) noexcept {
     const mobile_tensor * record = tensor_record(tensor);
     if (!record) {
-        memset(data, 0, size);
+        memset(data, 0, n);
         return;
     }
-    while (size > 0) {
-        const size_t skip = offset%tensor->nb[2];
-        const size_t n    = std::min(size, tensor->nb[2] - skip);
-        mobile_need need;
-        need.part    = part_of_row(offset/tensor->nb[2]);
-        need.lasting = false;
-        record->store->request(record->layer, { need });
-        memcpy(data, record->store->resolve(record->layer, record->piece, need.part, true) + skip, n);
-        record->store->end_pass();
-        data    = (char *) data + n;
-        offset += n;
-        size   -= n;
+    try {
+        while (n > 0) {
+            const size_t skip = offset%tensor->nb[2];
+            const size_t size = std::min(n, tensor->nb[2] - skip);
+            mobile_need need;
+            need.part    = part_of_row(offset/tensor->nb[2]);
+            need.lasting = false;
+            record->store->request(record->layer, { need });
+            const char * bytes = record->store->resolve(record->layer, record->piece, need.part, true);
+            if (bytes == record->store->resolve_failed()) {
+                mobile_throw(MOBILE_ERR_IO, record->store->error());
+            }
+            memcpy(data, bytes + skip, size);
+            record->store->end_pass();
+            data    = (char *) data + size;
+            offset += size;
+            n      -= size;
+        }
+    } catch (...) {
+        mobile_fail_caught();
+        memset(data, 0, n);
+        record->store->fail_for_good(std::string(tensor->name) + ": it was copied, and could not be read: " + mobile_last_error());
     }
 }
 
-static void buffer_set_tensor(ggml_backend_buffer_t buffer, ggml_tensor * tensor, const void * data, size_t offset, size_t size) {
-    GGML_UNUSED(buffer);
-    GGML_UNUSED(data);
-    GGML_UNUSED(offset);
-    GGML_UNUSED(size);
-    store_of(tensor).fail_for_good(std::string(tensor->name) + ": somebody wrote to it, and experts in the store are read-only");
+void mobile_expert_buffer::written(const ggml_tensor * tensor) noexcept {
+    store->fail_for_good(std::string(tensor->name) + ": somebody wrote to it, and experts in the store are read-only");
 }
 
-static void buffer_clear(ggml_backend_buffer_t buffer, uint8_t value) {
-    GGML_UNUSED(buffer);
-    GGML_UNUSED(value);
-}
-
-static const char * buft_get_name(ggml_backend_buffer_type_t buft) {
-    GGML_UNUSED(buft);
-    return "experts";
-}
-
-static ggml_backend_buffer_t buft_alloc_buffer(ggml_backend_buffer_type_t buft, size_t size) {
-    auto ctx = std::make_unique<mobile_buffer_context>();
-    ctx->store = std::make_unique<mobile_store>(g_loading.params);
-    ctx->size  = std::max(size, mobile_page_size());
-    ctx->base  = mobile_reserve(ctx->size);
-    if (!ctx->base) {
-        return nullptr;
-    }
-    ggml_backend_buffer_i iface = {};
-    iface.free_buffer = buffer_free;
-    iface.get_base    = buffer_get_base;
-    iface.set_tensor  = buffer_set_tensor;
-    iface.get_tensor  = buffer_get_tensor;
-    iface.clear       = buffer_clear;
-    return ggml_backend_buffer_init(buft, iface, ctx.release(), size);
-}
-
-static size_t buft_get_alignment(ggml_backend_buffer_type_t buft) {
-    GGML_UNUSED(buft);
-    return 64;
-}
-
-static bool buft_is_host(ggml_backend_buffer_type_t buft) {
-    GGML_UNUSED(buft);
-    return true; // the CPU backend computes on it
+static std::unique_ptr<mobile_buffer> make_buffer(size_t size) {
+    return std::make_unique<mobile_expert_buffer>(size, g_loading.params);
 }
 
 static const char * resolve_expert(const ggml_tensor * w, int64_t expert, const char * stock, bool wait);
@@ -171,18 +141,13 @@ static void         settle_expert (const ggml_tensor * w);
 static bool         owns_expert   (const ggml_tensor * w);
 
 static ggml_backend_buffer_type_t mobile_buffer_type() {
-    static ggml_backend_buffer_type buft = [] {
-        ggml_backend_buffer_type b = {};
-        b.iface.get_name      = buft_get_name;
-        b.iface.alloc_buffer  = buft_alloc_buffer;
-        b.iface.get_alignment = buft_get_alignment;
-        b.iface.is_host       = buft_is_host;
-        b.device              = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+    static const mobile_buffer_kind kind = { "experts", make_buffer };
+    static ggml_backend_buffer_type type = [] {
         static const ggml_expert_resolver resolver = { resolve_expert, settle_expert, owns_expert };
         ggml_expert_set_resolver(&resolver);
-        return b;
+        return mobile_buffer_type_of(&kind);
     }();
-    return &buft;
+    return &type;
 }
 
 // host memory for experts that devices are filled from: as the file has them, never repacked, in memory that a
@@ -324,8 +289,8 @@ bool mobile_load_tensors(llama_model_loader & ml, ggml_context * ctx, llama_prog
     }
     tensors = sorted_by_use(std::move(tensors));
 
-    auto * buffer = (mobile_buffer_context *) tensors[0]->buffer->context;
-    mobile_store & store = *buffer->store;
+    mobile_expert_buffer & buffer = buffer_of(tensors[0]);
+    mobile_store & store = *buffer.store;
 
     store.n_segments = ml.mobile ? ml.mobile->n_segments : 1;
 
@@ -351,8 +316,8 @@ bool mobile_load_tensors(llama_model_loader & ml, ggml_context * ctx, llama_prog
             mobile_throw(MOBILE_ERR_IO, err);
         }
         const mobile_store_layer layer = store.layer_of(layer_number(t->name));
-        buffer->tensors.push_back({ &store, layer, store.layers[layer].n_pieces - 1 });
-        set_tag(t, MOBILE_TAG_STORED, &buffer->tensors.back());
+        buffer.tensors.push_back({ &store, layer, store.layers[layer].n_pieces - 1 });
+        set_tag(t, MOBILE_TAG_STORED, &buffer.tensors.back());
         ml.size_done += ggml_nbytes(t);
     }
 
@@ -379,7 +344,7 @@ std::shared_ptr<mobile_store> mobile_store_of(const llama_model & model) {
     std::vector<ggml_tensor *> marked;
     for (const auto & [name, tensor] : model.tensors_by_name) {
         if (tensor->buffer && ggml_backend_buffer_get_type(tensor->buffer) == mobile_buffer_type()) {
-            return { std::shared_ptr<void>(), ((mobile_buffer_context *) tensor->buffer->context)->store.get() };
+            return { std::shared_ptr<void>(), &store_of(tensor) };
         }
         if (mobile_tag_is(tensor, MOBILE_TAG_ROUTED)) {
             marked.push_back(tensor);
