@@ -34,7 +34,7 @@ MIB = 1 << 20
 SIZES = [(512, 64), (4096, 64), (16384, 64), (4096, 512)]
 CONTEXTS = [(n_ctx, n_ubatch, flash_attn) for n_ctx, n_ubatch in SIZES for flash_attn in (False, True)]
 # families that were there before, whose caches are of other kinds
-OTHERS = ("mixtral", "deepseek2", "deepseek3", "gpt-oss", "gemma4", "granitemoe-swa")
+OTHERS = ("deepseek2", "deepseek3", "gemma4", "granitemoe-swa")
 WITH_MTP = [name for name, family in FAMILIES.items() if family.mtp]
 N_CTX, N_PROMPT = 256, 16
 TOKENS = [int(token) for token in np.random.default_rng(5).integers(0, 256, 24)]
