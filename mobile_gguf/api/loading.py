@@ -114,6 +114,8 @@ def _open(
         eviction=options.eviction,
         io=options.io,
         on_host=bool(fit.devices),
+        # of a budget that is more than there is, only what is used is taken
+        prefault=not fit.warning,
     )
     try:
         llama = _construct(info, options, n_ctx, engine, use_mmap=False, **more)

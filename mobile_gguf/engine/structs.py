@@ -12,7 +12,7 @@ from typing import Any
 
 from mobile_gguf.options.words import CACHE, HOST, LAYERS, OFF, ON
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 
 # the engine's numbers for the words of the options
 EVICTION = {"lru": 0, "moepic": 1, "decay": 2}
@@ -57,6 +57,7 @@ class LoadParamsStruct(ctypes.Structure):
         ("eviction", ctypes.c_int32),
         ("io", ctypes.c_int32),
         ("on_host", ctypes.c_int32),
+        ("prefault", ctypes.c_int32),
     ]
 
 

@@ -25,7 +25,7 @@
 extern "C" {
 #endif
 
-#define MOBILE_ABI_VERSION 4
+#define MOBILE_ABI_VERSION 5
 
 enum mobile_status {
     MOBILE_OK           =  0,
@@ -64,6 +64,8 @@ struct mobile_load_params {
     int32_t  io;           // enum mobile_io
     int32_t  on_host;      // 1: routed experts stay in host memory, in the file's layout, even where other
                            // weights go to a device. what a device tier needs
+    int32_t  prefault;     // 1: idle I/O threads make slots' memory present before it is needed, up to the budget,
+                           // where the system can (Linux 5.14)
 };
 
 struct mobile_model_info {

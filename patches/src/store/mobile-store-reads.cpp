@@ -215,7 +215,7 @@ void mobile_store::io_main() {
     locked lock(mutex);
     while (!stop) {
         try {
-            if (!run_one(lock, false)) {
+            if (!run_one(lock, false) && !prefault_some(lock)) {
                 cv_work.wait(lock);
             }
         } catch (...) {

@@ -104,6 +104,7 @@ struct mobile_slot_class {
     char *   arena      = nullptr;
     uint64_t n_slots    = 0;      // that the arena has room for
     uint64_t n_fresh    = 0;      // slots below this index have been used
+    uint64_t n_present  = 0;      // slots below this index, and not below n_fresh, have pages ahead of their use
     std::vector<int32_t> free;    // with their pages
     std::vector<int32_t> spare;   // without pages
 };
@@ -252,6 +253,10 @@ private:
     const mobile_range & range_of(mobile_store_part part, int piece) const;
     uint32_t n_chunks(const mobile_range & range) const;
 
+    // makes the next slots' memory present, without the lock; false: there is nothing to do, or another thread does it
+    bool prefault_some(locked & lock);
+    // of memory that nobody uses yet as much as the budget lacks
+    void give_back_prefaulted();
     bool take_slot   (locked & lock, mobile_store_layer layer, slot_use use, double now, int32_t & slot);
     mobile_store_part find_victim(mobile_store_layer layer, slot_use use, double now) const;
     bool    may_go     (const mobile_expert & x, mobile_store_layer layer, slot_use use, double now) const;
@@ -304,6 +309,9 @@ private:
     mobile_by<mobile_store_layer, by_key> evictable; // resident, not pinned
     std::vector<mobile_store_part>        pinned;
     uint64_t committed    = 0; // bytes of slots with pages
+    uint64_t prefaulted   = 0; // ... of slots that nobody has used yet
+    bool     can_prefault = false;
+    bool     prefaulting  = false;
     uint64_t n_transient  = 0; // experts that hold a slot and are transient
     uint64_t n_in_flight  = 0; // experts being loaded
     uint64_t transient_seq = 0;
@@ -312,7 +320,6 @@ private:
     std::string error_text;
     std::string error_for_good;
     char        thrown[256] = ""; // in no string, which might throw: what was, until a pass has failed of it
-    bool        sleeps = false; // counted by ggml_expert_add_sleeper
     mobile_counters count = {};
     mobile_ahead_counters ahead_count;
 };
