@@ -55,8 +55,8 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     trace = read_trace(args.trace)
     if trace.n_decode <= args.tokens:
         raise UsageError(
-            f"{args.trace} has {trace.n_decode} decoded tokens: with --tokens {args.tokens} none are left that"
-            " are another text"
+            f"{args.trace} has {trace.n_decode} decoded tokens: with --tokens {args.tokens} none are left"
+            " that are another text"
         )
     shape = scale_model(trace, parse_size(args.size).n_bytes)
     runner = Runner(

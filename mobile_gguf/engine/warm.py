@@ -1,7 +1,7 @@
 """The warm set: what was worth keeping when a model was closed is read again when it is loaded.
 
-Python's side of ``mobile_warm`` in ``patches/src/mobile.h``, which says when; ``warm_files.py`` keeps the ids.
-It changes when bytes are read, never outputs.
+Python's side of ``mobile_warm`` in ``patches/src/mobile.h``, which says when; ``warm_files.py`` keeps the
+ids. It changes when bytes are read, never outputs.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Which experts of a model file were worth keeping when it was last closed: ids, a few KB a file.
 
-Kept in ``cache_dir()/warm``, a file for each model, with sizes and times of its files: a changed one has none.
+Kept in ``cache_dir()/warm``, a file for each model, with sizes and times of its files: a changed one has
+none.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The warm set over the real engine: closed, loaded again, and what was used is there before it is asked for."""
+"""The warm set over the real engine: closed, loaded again, and what was used is there before it is needed."""
 
 from __future__ import annotations
 

@@ -102,7 +102,8 @@ def test_a_failed_read_for_the_warm_set_is_no_error(shim: dict[str, str]) -> Non
     """Nobody asked for it, and whoever does reads it again."""
     named = [[layer, expert] for layer in range(2) for expert in range(4)]
     outcome = on_engine(run("r", GOOD_MODEL, [
-        {"op": "fault", "mode": EIO}, {"op": "warm", "experts": named, "wait": True}, {"op": "fault", "mode": OFF},
+        {"op": "fault", "mode": EIO}, {"op": "warm", "experts": named, "wait": True},
+        {"op": "fault", "mode": OFF},
         {"op": "residency", "save": "residency"}, *good("after"), {"op": "warm_counters"},
     ], "70%"), environment=shim)  # fmt: skip
     assert outcome.ops("r", "fault")[1]["n_spoilt"] > 0, "the fault was never injected"

@@ -1,4 +1,4 @@
-"""The file of ids: whole or not at all, of the very file, bounded; what cannot be read is none, and replaced."""
+"""The file of ids: whole or absent, of the very file, bounded; what cannot be read is none, and replaced."""
 
 from __future__ import annotations
 
