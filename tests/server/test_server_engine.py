@@ -260,12 +260,12 @@ def refused(*flags: str, **environment: str) -> tuple[int, str]:
     ("flags", "code", "text"),
     [
         ((), 3, "nothing.gguf"),
-        (("--port", "70000"), 2, "--port is 70000"),
-        (("--queue", "-1"), 2, "--queue is -1"),
+        (("--port", "70000"), 2, "argument --port: port is 70000: it must be at most 65535"),
+        (("--queue", "-1"), 2, "argument --queue: queue is -1: it must be at least 0"),
         (("--max-request", "40%"), 2, "--max-request"),
         (("--api-key", "a b"), 2, "API key"),
         (("--api-key-file", "/nonexistent"), 2, "cannot read /nonexistent"),
-        (("--api-key", "a", "--api-key-file", "b"), 2, "not both"),
+        (("--api-key", "a", "--api-key-file", "b"), 2, "give --api-key or --api-key-file, not both"),
     ],
 )
 def test_what_cannot_be_served_is_one_line(flags, code, text):
