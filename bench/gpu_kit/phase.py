@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import subprocess
 import sys
 import time
@@ -28,6 +29,7 @@ TITLES = {
 def main(name: str, settings_path: Path) -> int:
     """Run the phase; 0 if it came to its end."""
     settings = read_settings(settings_path)
+    os.environ["LLAMA_CPP_LIB_PATH"] = str(settings.engine_lib)  # before anything loads it
     module = importlib.import_module(f"mobile_gguf.bench.gpu_kit.{name}")
     out = Path(settings.out)
     result: dict[str, Any] = {
@@ -45,7 +47,7 @@ def main(name: str, settings_path: Path) -> int:
     save()
     try:
         module.run(settings, result, save)
-    except (MobileError, OSError, subprocess.SubprocessError) as error:
+    except (MobileError, OSError, subprocess.SubprocessError, SystemExit) as error:
         result["error"] = str(error)
     except Exception:
         result["error"] = traceback.format_exc()
