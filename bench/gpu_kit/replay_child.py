@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from mobile_gguf.device.controller import PlacementController
@@ -21,7 +23,7 @@ from mobile_gguf.device.tier import find_devices
 from mobile_gguf.engine import binding
 from mobile_gguf.engine import log as llama_log
 from mobile_gguf.engine.device_calls import DeviceCalls
-from mobile_gguf.engine.devices import device_array
+from mobile_gguf.engine.devices import Device, device_array, list_devices
 from mobile_gguf.errors import EngineError, MobileError
 from mobile_gguf.options.words import BIG_LITTLE, CACHE, LAYERS
 
@@ -67,6 +69,18 @@ class _Override(ctypes.Structure):
     _fields_ = [("pattern", ctypes.c_char_p), ("buft", ctypes.c_void_p)]
 
 
+def _devices_of_stock(library: Any, endpoint: str) -> list[Device]:
+    """A server's device in a library without our calls, through ggml's own."""
+    rpc = ctypes.CDLL(str(Path(os.environ["LLAMA_CPP_LIB_PATH"]) / "libggml-rpc.so"))
+    address = ctypes.c_void_p
+    add = binding.bind_function(rpc, "ggml_backend_rpc_add_server", address, [ctypes.c_char_p])
+    get = binding.bind_function(library, "ggml_backend_reg_dev_get", address, [address, ctypes.c_size_t])
+    registry = add(endpoint.encode())
+    if not registry:
+        raise EngineError(f"no RPC server at {endpoint}")
+    return list_devices(library, [get(registry, 0)])[:1]
+
+
 class _Loaded:
     """The model and its context on the device."""
 
@@ -81,7 +95,8 @@ class _Loaded:
         self.engine = binding.find_engine() if job.n_cpu_moe is None else None
         if job.n_cpu_moe is None and self.engine is None:
             raise binding.needs_engine("this arm")
-        self.devices = find_devices(job.rpc)[:1]
+        stock_on_server = self.engine is None and job.rpc
+        self.devices = _devices_of_stock(library, job.rpc) if stock_on_server else find_devices(job.rpc)[:1]
         if not self.devices:
             raise EngineError("the engine sees no device")
         self.free_before = self.devices[0].free_bytes

@@ -20,6 +20,7 @@ from mobile_gguf.errors import install_hint
 
 from ..child_side import ChildChannel
 from .finite import NotFiniteError, require_finite
+from .joined_experts import as_read
 from .upstream_config import ConversionError, read_as_published, require_gating
 
 _CHUNK_BYTES = 16 << 20  # of float32: what is converted at a time, unless one row (one expert) is more
@@ -78,6 +79,7 @@ def prepared(channel: ChildChannel, job: dict[str, Any]) -> Any:
     channel.send(phase="reading the checkpoint's tensors")
     _map_old_shards(channel, Path(job["out"]).parent)
     model = model_class(folder, ftype, Path(job["out"]), model_name=job.get("name"))
+    model.model_tensors = as_read(model.model_tensors, architecture)
     model.prepare_tensors()
     model.prepare_metadata(vocab_only=False)
     require_gating(model.gguf_writer, architecture, folder)

@@ -19,6 +19,9 @@ _CERTAIN: dict[str, dict[str, Any]] = {
     "Glm4MoeLiteForCausalLM": {"scoring_func": "sigmoid"},
     "DeepseekV3ForCausalLM": {"scoring_func": "sigmoid"},
     "DeepseekV32ForCausalLM": {"scoring_func": "sigmoid"},
+    "AfmoeForCausalLM": {"route_norm": True},
+    "ExaoneMoeForCausalLM": {"scoring_func": "sigmoid"},
+    "MiMoV2FlashForCausalLM": {"scoring_func": "sigmoid", "topk_method": "noaux_tc"},
     "KimiLinearForCausalLM": {"moe_router_activation_func": "sigmoid"},
 }
 # What transformers calls otherwise when it saves again

@@ -74,6 +74,9 @@ class Engine:
             "set_prefetch": (status, [address, n]),
             "set_predictor": (status, [address, n]),
             "get_prefetch_counters": (status, [address, address]),
+            "get_worth": (n, [address, address, n]),
+            "warm": (n, [address, address, n]),
+            "get_warm_counters": (status, [address, address]),
             "get_counters": (status, [address, address]),
             "reset_counters": (status, [address]),
             "context_error": (text, [address]),
@@ -126,10 +129,12 @@ class Engine:
         eviction: str = DEFAULT_EVICTION,
         io: str = "auto",
         on_host: bool = False,
+        prefault: bool = False,
     ) -> None:
         """Make the next model load on this thread use the expert store; 0 bytes keeps every expert.
 
-        ``on_host`` keeps routed experts in host memory even where other weights go to a device.
+        ``on_host`` keeps routed experts in host memory even where other weights go to a device. ``prefault``
+        lets idle I/O threads take the budget's memory before it is needed.
         """
         params = with_slack(LoadParamsStruct)
         defaults = self._call("load_default_params")
@@ -138,6 +143,7 @@ class Engine:
         params.eviction = choice("eviction", EVICTION, eviction)
         params.io = choice("io", IO, io)
         params.on_host = on_host
+        params.prefault = prefault
         self._check(self._call("load_set_params", ctypes.byref(params)), "setting the load parameters")
 
     def clear_load_params(self) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from mobile_gguf.options.words import CACHE, HOST, LAYERS, OFF, ON
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 
 # the engine's numbers for the words of the options
 EVICTION = {"lru": 0, "moepic": 1, "decay": 2}
@@ -57,6 +57,7 @@ class LoadParamsStruct(ctypes.Structure):
         ("eviction", ctypes.c_int32),
         ("io", ctypes.c_int32),
         ("on_host", ctypes.c_int32),
+        ("prefault", ctypes.c_int32),
     ]
 
 
@@ -220,6 +221,27 @@ class PrefetchCountersStruct(ctypes.Structure):
         *((name, ctypes.c_uint64) for name in _PREFETCH_COUNTS),
         *((name, ctypes.c_int32) for name in _PREFETCH_STATES),
     ]
+
+
+@dataclass(frozen=True)
+class WarmCounters:
+    """What became of the warm set since the model was loaded: experts or segments, and bytes.
+
+    Of ``n_read``, which counts also those on their way, ``n_used`` were needed before they left memory and
+    ``n_wasted`` left it unused; ``n_left`` are not begun yet.
+    """
+
+    n_read: int = 0
+    n_used: int = 0
+    n_wasted: int = 0
+    n_left: int = 0
+    bytes_read: int = 0
+
+
+class WarmCountersStruct(ctypes.Structure):
+    """``struct mobile_warm_counters``."""
+
+    _fields_ = [(name, ctypes.c_uint64) for name in WarmCounters.__dataclass_fields__]
 
 
 # the device tier

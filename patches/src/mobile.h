@@ -25,7 +25,7 @@
 extern "C" {
 #endif
 
-#define MOBILE_ABI_VERSION 4
+#define MOBILE_ABI_VERSION 5
 
 enum mobile_status {
     MOBILE_OK           =  0,
@@ -64,6 +64,8 @@ struct mobile_load_params {
     int32_t  io;           // enum mobile_io
     int32_t  on_host;      // 1: routed experts stay in host memory, in the file's layout, even where other
                            // weights go to a device. what a device tier needs
+    int32_t  prefault;     // 1: idle I/O threads make slots' memory present before it is needed, up to the budget,
+                           // where the system can (Linux 5.14)
 };
 
 struct mobile_model_info {
@@ -176,6 +178,26 @@ LLAMA_API int32_t mobile_get_prefetch_counters(const struct llama_context * ctx,
 
 LLAMA_API int32_t mobile_get_counters  (const struct llama_context * ctx, struct mobile_counters * counters);
 LLAMA_API int32_t mobile_reset_counters(struct llama_context * ctx);
+
+// the warm set: experts that are worth having before anything asks for them. changes when bytes are read, never outputs.
+// experts [n][2]: layer and expert, the most worthy first
+
+// the experts that single tokens used on ctx so far, the most used first. fills at most n; returns how many there are
+LLAMA_API int32_t mobile_get_worth(const struct llama_context * ctx, int32_t * experts, int32_t n);
+// reads them in their order while there is nothing else to read, as far as the budget has room: nothing is evicted for
+// them. in place of those of an earlier call; n = 0 ends it. returns how many experts or segments are not there yet
+LLAMA_API int32_t mobile_warm(struct llama_context * ctx, const int32_t * experts, int32_t n);
+
+// since the model was loaded; experts or segments. in no field of mobile_counters, but for resident_bytes
+struct mobile_warm_counters {
+    uint64_t n_read;     // for the warm set, also those on their way
+    uint64_t n_used;     // of these, needed before they were evicted
+    uint64_t n_wasted;   // of these, gone without a use
+    uint64_t n_left;     // not begun yet
+    uint64_t bytes_read; // alignment included
+};
+
+LLAMA_API int32_t mobile_get_warm_counters(const struct llama_context * ctx, struct mobile_warm_counters * counters);
 
 // text of the error that made the last decode on ctx fail inside the expert store; "" if it did not
 LLAMA_API const char * mobile_context_error(const struct llama_context * ctx);

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import engine_libs
 import families
+import families_ops
 import numpy as np
 import pytest
 import tiny_models
+from families_page import SHOWN, modes_table
 from family_table import FAMILIES
-from places import SUPPORT
+from places import ROOT, SUPPORT
 
+from mobile_gguf.convert.verify.check import Pair, verify, verify_each
+from mobile_gguf.convert.verify.result import FAILED, NOT_VERIFIED, PASSED, VerifyResult
 from mobile_gguf.engine.binding import find_engine
 from mobile_gguf.engine.buffers import Measured
 from mobile_gguf.engine.trial import measure_buffers
+from mobile_gguf.gguf.header import read_header
 from mobile_gguf.gguf.info import GgufInfo, read_gguf_info
 from mobile_gguf.memory.demand import compute_buffers, context_of, estimate_demand
 
@@ -27,8 +34,9 @@ MIB = 1 << 20
 SIZES = [(512, 64), (4096, 64), (16384, 64), (4096, 512)]
 CONTEXTS = [(n_ctx, n_ubatch, flash_attn) for n_ctx, n_ubatch in SIZES for flash_attn in (False, True)]
 # families that were there before, whose caches are of other kinds
-OTHERS = ("mixtral", "deepseek2", "deepseek3", "gpt-oss", "gemma4", "granitemoe-swa")
+OTHERS = ("deepseek2", "deepseek3", "gemma4", "granitemoe-swa")
 WITH_MTP = [name for name, family in FAMILIES.items() if family.mtp]
+N_CTX, N_PROMPT = 256, 16
 TOKENS = [int(token) for token in np.random.default_rng(5).integers(0, 256, 24)]
 
 
@@ -114,34 +122,159 @@ def test_buffers_are_what_llama_cpp_reserves(name: str) -> None:
         assert found.reserved <= estimated.reserved, context
 
 
-# the engine
+# what runs
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the stock library computes, what ours computed (folder of npz files), and the other cells."""
+
+    stock: engine_libs.Outcome
+    folder: Path
+    cells: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    """One start of each library for all families."""
+    scratch = tmp_path_factory.mktemp("families")
+    job = {"n_ctx": N_CTX, "prompt": TOKENS[:N_PROMPT], "steps": TOKENS[N_PROMPT:], "scratch": str(scratch)}
+    models = {name: str(gguf(name)) for name in FAMILIES}
+    ops = families_ops.ops(job)
+    runs = [{"name": name, "model": model, "n_ctx": N_CTX, "ops": ops} for name, model in models.items()]
+    done = subprocess.run(
+        [sys.executable, str(SUPPORT / "families_run.py")],
+        input=json.dumps(job | {"models": models}), text=True, capture_output=True, check=False,
+        env=engine_libs.child_environment(engine_libs.engine_lib(), OMP_NUM_THREADS="1"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    stock = engine_libs.run_job(engine_libs.stock_lib(), runs)
+    return Found(stock, scratch, json.loads(done.stdout))
+
+
+def cell(found: Found, name: str, what: str) -> dict[str, Any]:
+    result = found.cells[name].get(what, {"error": f"the process ended: {found.cells[name]}"})
+    assert "error" not in result, result["error"]
+    return result
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits_are_stock_llama_cpps_bit_for_bit(found: Found, name: str) -> None:
+    """In both layouts, with all experts in memory, with 40% of them and with one layer's."""
+    loaded = cell(found, name, "logits")
+    assert len(loaded) == 6
+    with np.load(found.folder / f"{name}.npz") as ours:
+        for run, info in loaded.items():
+            assert isinstance(info, dict), info
+            for part in ("prompt", "steps"):
+                assert np.array_equal(found.stock.arrays[f"{name}/{part}"], ours[f"{run}/{part}"]), (
+                    run,
+                    part,
+                )
+        assert np.isfinite(ours["stacked, 40%/steps"]).all()
+        assert ours["stacked, 40%/steps"].any()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_store_holds_the_layers_that_run(found: Found, name: str) -> None:
+    info, stored = facts(name), cell(found, name, "logits")["stacked, 40%"]
+    assert (stored["n_layer_moe"], stored["expert_bytes"]) == (info.n_layer_moe, info.expert_bytes)
+    assert stored["n_layer"] == info.n_layer
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_it_is_laid_out_and_back_bit_for_bit_and_in_segments_or_refused(found: Found, name: str) -> None:
+    layouts = cell(found, name, "layouts")
+    assert layouts["same"]
+    if refusal := FAMILIES[name].no_segments:
+        assert refusal in layouts["segments"]
+    else:
+        assert layouts["segments"] == ""
+        assert layouts["likeliest"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_modes_run_or_are_refused_with_advice(found: Found, name: str) -> None:
+    family, modes = FAMILIES[name], cell(found, name, "modes")
+    big, little, fallback = modes["exact"]
+    assert big > 0 == little + fallback
+    if family.top_1:  # there is nothing to leave out, and a notice says so
+        assert modes["little"] == modes["big-little"] == modes["exact"]
+        return
+    assert modes["little"][1] > 0 == modes["little"][2]
+    if family.hybrid:
+        assert "cannot be rolled back: run `mobile-gguf calibrate" in modes["big-little"]
+    else:
+        assert modes["big-little"][1] + modes["big-little"][2] > 0
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_second_turn_goes_on_where_the_first_was(found: Found, name: str) -> None:
+    turn = cell(found, name, "second_turn")
+    assert turn["same"]
+    assert turn["exact_after_little"]
+    assert turn["reused"] == turn["in_context"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_it_is_calibrated_and_the_head_decides_in_one_pass(found: Found, name: str) -> None:
+    calibrated = cell(found, name, "calibration")
+    if FAMILIES[name].top_1:
+        assert "routes every token to one expert" in calibrated["refused"]
+        return
+    assert calibrated["refused"] == ""
+    assert calibrated["same"]  # without what calibration added it is the stock file
+    big, little, fallback = calibrated["head"]
+    assert big + little > 1
+    assert fallback == 0
+    assert calibrated["all_big_is_exact"]
 
 
 @cache
-def ran() -> tuple[engine_libs.Outcome, engine_libs.Outcome]:
-    """The same prompt and steps on the stock library and on ours with experts read from the file."""
-    ops = [
-        {"op": "decode", "tokens": TOKENS[:16], "save": "prompt"},
-        {"op": "steps", "tokens": TOKENS[16:], "pos": 16, "save": "steps"},
-    ]
-    runs = [{"name": name, "model": str(gguf(name)), "n_ctx": 256, "ops": ops} for name in FAMILIES]
-    stored = [run | {"mobile": {"budget": "40%"}} for run in runs]
-    return (
-        engine_libs.run_job(engine_libs.stock_lib(), runs),
-        engine_libs.run_job(engine_libs.engine_lib(), stored),
+def verified() -> dict[str, VerifyResult]:
+    """F32 against Transformers, Q8_0 against F32; one start of Transformers for all."""
+    pairs = [Pair(gguf(n).with_name("q8_0.gguf"), gguf(n).with_name("checkpoint"), gguf(n)) for n in FAMILIES]
+    return dict(zip(FAMILIES, verify_each(pairs, threads=2), strict=True))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_is_converted_is_the_checkpoint(name: str) -> None:
+    result, family = verified()[name], FAMILIES[name]
+    if family.unverified:
+        assert result.status in (NOT_VERIFIED, FAILED)
+        assert family.unverified in " ".join(result.reasons)
+    else:
+        assert (result.status, result.reasons) == (PASSED, ())
+
+
+def test_a_matrix_that_stands_the_wrong_way_is_seen(tmp_path: Path) -> None:
+    """Planted: in a family whose experts are as wide as long, one of them is transposed."""
+    spoilt = tmp_path / "model.gguf"
+    shutil.copy(gguf("mixtral"), spoilt)
+    header = read_header(spoilt)
+    (tensor,) = [each for each in header.tensors if each.name == "blk.2.ffn_down_exps.weight"]
+    shape, start = tuple(reversed(tensor.shape)), header.data_start + tensor.offset
+    assert shape[1] == shape[2]
+    data = np.memmap(spoilt, np.float32, "r+", start, shape)
+    data[3] = data[3].T.copy()
+    data.flush()
+    result = verify(spoilt, gguf("mixtral").with_name("checkpoint"), threads=2)
+    assert result.status == FAILED
+    assert any("runs differ" in reason for reason in result.reasons)
+
+
+# the page
+
+
+def test_the_page_has_this_table() -> None:
+    page = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
+    start, end = "<!-- modes: generated -->", "<!-- end -->"
+    assert start in page
+    written = page.split(start)[1].split(end)[0].strip()
+    assert written == modes_table(), (
+        "the table of docs/families.md is older than the families: paste this one"
     )
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_logits_are_stock_llama_cpps_bit_for_bit(name: str) -> None:
-    stock, ours = ran()
-    for part in ("prompt", "steps"):
-        assert np.array_equal(stock.arrays[f"{name}/{part}"], ours.arrays[f"{name}/{part}"]), part
-    assert np.isfinite(ours.arrays[f"{name}/steps"]).all()
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_the_store_holds_the_layers_that_run(name: str) -> None:
-    info, stored = facts(name), ran()[1].runs[name]["info"]
-    assert (stored["n_layer_moe"], stored["expert_bytes"]) == (info.n_layer_moe, info.expert_bytes)
-    assert stored["n_layer"] == info.n_layer
+def test_families_are_named_once() -> None:
+    assert set(SHOWN) == set(FAMILIES)

@@ -89,6 +89,7 @@ def test_model_without_store_refuses() -> None:
 @pytest.mark.parametrize("settings", [
     {"n_io_threads": 0}, {"n_io_threads": -1}, {"eviction": 7}, {"eviction": -1}, {"io": 9}, {"io": -1},
     {"on_host": 2},
+    {"prefault": 2},
 ], ids=str)  # fmt: skip
 def test_bad_load_parameters_are_refused(settings: dict[str, int]) -> None:
     """Nothing is changed by a refused call: the load after it is a plain one."""

@@ -73,6 +73,7 @@ def stock_logits(model: str) -> dict[str, np.ndarray]:
 def test_logits_equal_stock(model: str) -> None:
     runs = [generation(name, model, budget) for name, budget in BUDGETS.items()]
     runs.append(generation("plain", model, None))
+    runs.append(generation("40%, prefault", model, "40%", mobile={"prefault": 1}))
     if model in TWO_THREADS:
         runs.append(generation("min, 2 threads", model, "min", threads=2))
     patched = succeeded(on_engine(*runs))
@@ -83,6 +84,8 @@ def test_logits_equal_stock(model: str) -> None:
         info, counters = patched.runs[name]["info"], patched.ops(name, "counters")[0]
         assert info["n_layer_moe"] == tiny_models.MODELS[model].n_layer_moe
         assert counters["resident_bytes_peak"] <= info["budget_bytes"]
+    ahead, usual = (patched.ops(name, "counters")[0] for name in ("40%, prefault", "40%"))
+    assert (ahead["n_misses"], ahead["bytes_read"]) == (usual["n_misses"], usual["bytes_read"])
     # the budgets were different ones, and the smaller ones made the store work
     budgets = [patched.runs[name]["info"]["budget_bytes"] for name in BUDGETS]
     assert budgets == sorted(set(budgets), reverse=True)

@@ -20,6 +20,8 @@ pytest.importorskip("llama_cpp", reason="run `mobile-gguf engine build`")
 from server_harness import SECONDS, get, until  # noqa: E402
 
 from mobile_gguf.engine.binding import find_engine  # noqa: E402
+from mobile_gguf.engine.warm_files import remembered  # noqa: E402
+from mobile_gguf.files.stamps import stamps  # noqa: E402
 
 USER = [{"role": "user", "content": "Tell me about a person called Ann."}]
 PERSON = {
@@ -217,6 +219,7 @@ def test_a_signal_cuts_a_running_stream_cleanly(demo_gguf, command, serve, numbe
     _, error = served.process.communicate(timeout=SECONDS)
     assert served.process.returncode == code
     assert "Traceback" not in error
+    assert remembered(demo_gguf, stamps([demo_gguf])), "what was used was not remembered for the next start"
 
 
 def test_a_second_ctrl_c_cuts_without_a_traceback(demo_gguf, command, serve):

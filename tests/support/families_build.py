@@ -1,8 +1,8 @@
 """Makes checkpoints of ``family_table`` as their makers publish them, and converts them as our child does.
 
-Run as a script in the environment of ``tiny_build``: stdin {"names": [...], "cache": folder}. cache/NAME gets
-checkpoint/ and model.gguf (F32, stacked), and appears whole or not at all; cache/NAME.error says what went
-wrong. Each is made in a fork of this process: torch is loaded once, and the converter's classes keep state.
+Run as a script in the environment of ``tiny_build``: stdin {name: folder}. The folder gets checkpoint/,
+model.gguf (F32, stacked) and q8_0.gguf, and appears whole or not at all; folder.error says what went wrong.
+Each is made in a fork of this process: torch is loaded once, and the converter's classes keep state.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -113,23 +115,88 @@ def make_checkpoint(family: family_table.Family, folder: Path) -> None:
     if family.text:
         values["text_config"] |= family.text
     path.write_text(json.dumps(values))
+    weights = folder / "model.safetensors"
+    tensors = load_file(weights)
+    for pattern, replacement in family.renamed:
+        tensors = {re.sub(pattern, replacement, name): tensor for name, tensor in tensors.items()}
+    if family.made:
+        tensors = FINISHED[family.made](tensors)
     if family.mtp:
-        weights = folder / "model.safetensors"
-        tensors = load_file(weights)
         n_embd = config.get_text_config().hidden_size
         blocks = Blocks(tensors, family.n_layer, n_embd)
-        save_file(tensors | getattr(blocks, family.mtp)(), weights, metadata={"format": "pt"})
+        tensors |= getattr(blocks, family.mtp)()
+    save_file(tensors, weights, metadata={"format": "pt"})
 
 
-def convert(folder: Path, out: Path) -> None:
-    """As ``mobile-gguf convert --outtype f32 --stacked`` does in its child."""
+def experts_by_input(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Experts as [n_expert, n_in, n_out], which transformers 5 writes the other way round."""
+    return {
+        name: tensor.transpose(1, 2).contiguous() if "mlp.experts." in name else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def experts_in_fp4(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Experts of two values a byte, with a scale for 32 of them (E8M0)."""
+    rng, made = torch.Generator().manual_seed(3), {}
+    for name, tensor in _tables(tensors).items():
+        if not re.search(r"\.ffn\.experts\.\d+\.w[123]\.weight$", name):
+            made[name] = tensor
+            continue
+        rows, columns = tensor.shape
+        values = torch.randint(0, 256, (rows, columns // 2), generator=rng, dtype=torch.uint8)
+        scales = torch.randint(121, 124, (rows, columns // 32), generator=rng, dtype=torch.uint8)
+        made[name] = values.view(torch.int8)
+        made[name.replace(".weight", ".scale")] = scales.view(torch.float8_e8m0fnu)
+    return made
+
+
+def _tables(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Experts by token id, each token's distinct."""
+    rng = torch.Generator().manual_seed(5)
+    return {
+        name: torch.rand(tensor.shape[0], 8, generator=rng).argsort(1)[:, : tensor.shape[1]].contiguous()
+        if name.endswith("tid2eid")
+        else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def experts_joined(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """All experts of a layer in two tensors, by output, as transformers 5 holds them."""
+    made, layers = {}, set()
+    for name, tensor in tensors.items():
+        match = re.fullmatch(r"(.*experts)\.\d+\.(\w+)\.weight", name)
+        if not match:
+            made[name] = tensor
+            continue
+        layers.add((match[1], match[2] in ("w1", "w2", "w3")))
+    for stem, numbered in layers:
+        parts = ("w1", "w3", "w2") if numbered else ("gate_proj", "up_proj", "down_proj")
+        n_expert = sum(
+            re.fullmatch(rf"{re.escape(stem)}\.\d+\.{parts[2]}\.weight", n) is not None for n in tensors
+        )
+        gate, up, down = (
+            torch.stack([tensors[f"{stem}.{expert}.{part}.weight"] for expert in range(n_expert)])
+            for part in parts
+        )
+        made[f"{stem}.gate_up_proj"] = torch.cat([gate, up], 1)
+        made[f"{stem}.down_proj"] = down
+    return made
+
+
+FINISHED = {function.__name__: function for function in (experts_by_input, experts_in_fp4, experts_joined)}
+
+
+def convert(folder: Path, out: Path, outtype: str) -> None:
+    """As ``mobile-gguf convert --stacked`` does in its child."""
     from mobile_gguf.convert.hf.upstream import known_architectures
 
     converter = Path(os.environ["PYTHONPATH"].split(os.pathsep)[0])
     seen = looked_at.read_checkpoint(folder, known_architectures(converter))
     use_tiny_tokenizer(folder)
     job = {
-        "folder": str(folder), "out": str(out), "outtype": "f32", "threads": 1, "name": None,
+        "folder": str(folder), "out": str(out), "outtype": outtype, "threads": 1, "name": None,
         "pre_tokenizer": "gpt-2", "trust_remote_code": False, "no_mtp": seen.lacks_mtp,
     }  # fmt: skip
     channel = Channel()
@@ -138,33 +205,52 @@ def convert(folder: Path, out: Path) -> None:
         upstream_child.write(channel, writer, out)  # type: ignore[arg-type]
 
 
-def build(name: str, cache: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=cache) as scratch:
+def build(name: str, place: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=place.parent) as scratch:
         result = Path(scratch) / "result"
         make_checkpoint(family_table.FAMILIES[name], result / "checkpoint")
-        convert(result / "checkpoint", result / "model.gguf")
-        os.replace(result, cache / name)
+        for outtype, file in (("f32", "model.gguf"), ("q8_0", "q8_0.gguf")):
+            in_fork(lambda o=outtype, f=file: convert(result / "checkpoint", result / f, o))
+        os.replace(result, place)
+
+
+def in_fork(work: Callable[[], None]) -> None:
+    """Raises RuntimeError with what ``work`` raised; the converter's classes keep state."""
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        os.close(read)
+        said = b""
+        try:
+            work()
+        except Exception as error:
+            logging.exception("building failed")
+            said = f"{type(error).__name__}: {error}".encode()
+        os.write(write, said[:4000])
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read, "rb") as pipe:
+        said = pipe.read()
+    if os.waitpid(child, 0)[1]:
+        said = b"it died"
+    if said:
+        raise RuntimeError(said.decode(errors="replace"))
 
 
 def main() -> int:
-    request = json.load(sys.stdin)
+    places = {name: Path(place) for name, place in json.load(sys.stdin).items()}
     logging.basicConfig(level=logging.ERROR, stream=sys.stderr)
     torch.set_num_threads(1)
+    # what takes seconds to import is there before the forks
     import conversion  # type: ignore[import-not-found]
+    from transformers import AutoConfig, AutoTokenizer, modeling_utils  # noqa: F401
 
     conversion.load_all_models()
-    cache = Path(request["cache"])
-    for name in request["names"]:
-        child = os.fork()
-        if child:
-            os.waitpid(child, 0)
-            continue
+    for name, place in places.items():
         try:
-            build(name, cache)
-        except Exception as error:  # one family must not hide the others
-            logging.exception("building %s failed", name)
-            (cache / f"{name}.error").write_text(f"{type(error).__name__}: {error}")
-        os._exit(0)
+            in_fork(lambda n=name, p=place: build(n, p))
+        except RuntimeError as error:  # one family must not hide the others
+            place.with_name(f"{place.name}.error").write_text(str(error))
     return 0
 
 

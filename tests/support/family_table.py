@@ -1,48 +1,15 @@
-"""The families that people run now, as tiny as they can be: transformers' config, and what a published
-checkpoint
-has beside what transformers writes of it.
+"""The families that people run now, as tiny as they can be.
 
-Sizes are the smallest at which every special part is there: two experts' worth of routing,
-recurrent and attending
-layers, indexers, blocks for multi-token prediction (MTP).
+Sizes are the smallest at which every special part is there: two experts' worth of routing, recurrent and
+attending layers, indexers, blocks for multi-token prediction (MTP).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from family import N_TOKENS, VOCAB, Family, config
+from family_more import MORE
 
-# of the embedding; the tokenizer has fewer, and some families' tokenizers add words of their own
-VOCAB, N_TOKENS = 384, 320
-_COMMON = {
-    "vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 2048, "tie_word_embeddings": False,
-    "bos_token_id": VOCAB - 3, "eos_token_id": VOCAB - 2, "pad_token_id": VOCAB - 1,
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Family:
-    """``published``: what config.json says beside; ``text``: the same of its text part. ``mtp``: how the
-    blocks for
-    multi-token prediction are named, "" for none. ``n_layer``, ``n_layer_moe``: that run."""
-
-    config_class: str
-    model_class: str
-    config: dict[str, Any]
-    n_layer: int
-    n_layer_moe: int
-    mtp: str = ""
-    published: dict[str, Any] = field(default_factory=dict)
-    text: dict[str, Any] = field(default_factory=dict)
-
-
-def _config(*parts: dict[str, Any], **own: Any) -> dict[str, Any]:
-    merged = dict(_COMMON)
-    for part in parts:
-        merged |= part
-    return merged | own
-
+__all__ = ["FAMILIES", "N_TOKENS", "VOCAB", "Family"]
 
 _MLA = {
     "kv_lora_rank": 32, "q_lora_rank": 48, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16,
@@ -80,7 +47,7 @@ _GEMMA4 = {
     "sliding_window": 128,
     "layer_types": ["sliding_attention", "full_attention"] * 3, "enable_moe_block": True, "num_experts": 8,
     "top_k_experts": 4, "moe_intermediate_size": 32, "tie_word_embeddings": True,
-    "hidden_size_per_layer_input": 16,
+    "hidden_size_per_layer_input": 16, "final_logit_softcapping": 30.0,
     "vocab_size_per_layer_input": N_TOKENS, "num_kv_shared_layers": 2,
     # the converter cuts the embedding to the tokenizer's words
     "vocab_size": N_TOKENS, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3,
@@ -120,42 +87,47 @@ _NEXT, _NEXT_MODEL = "Qwen3NextConfig", "Qwen3NextForCausalLM"
 _ONE_MTP = {"num_nextn_predict_layers": 1}
 
 FAMILIES: dict[str, Family] = {
-    "qwen3-next": Family(_NEXT, _NEXT_MODEL, _config(_DELTA_NET, intermediate_size=64), 8, 8, "qwen"),
+    "qwen3-next": Family(
+        _NEXT, _NEXT_MODEL, config(_DELTA_NET, intermediate_size=64), 8, 8, "qwen", hybrid=True
+    ),
     # as every fine-tune that transformers saved: the MTP blocks are gone
-    "qwen3-next-no-mtp": Family(_NEXT, _NEXT_MODEL, _config(_DELTA_NET, intermediate_size=64), 8, 8),
+    "qwen3-next-no-mtp": Family(
+        _NEXT, _NEXT_MODEL, config(_DELTA_NET, intermediate_size=64), 8, 8, hybrid=True
+    ),
     "qwen3.5-moe": Family(
-        "Qwen3_5MoeTextConfig", "Qwen3_5MoeForCausalLM", _config(_DELTA_NET, _MROPE), 8, 8, "qwen",
-        {"mtp_num_hidden_layers": 1},
+        "Qwen3_5MoeTextConfig", "Qwen3_5MoeForCausalLM", config(_DELTA_NET, _MROPE), 8, 8, "qwen",
+        {"mtp_num_hidden_layers": 1}, hybrid=True,
     ),
     "qwen3.5-moe-no-mtp": Family(
-        "Qwen3_5MoeTextConfig", "Qwen3_5MoeForCausalLM", _config(_DELTA_NET, _MROPE), 8, 8, "",
-        {"mtp_num_hidden_layers": 1},
+        "Qwen3_5MoeTextConfig", "Qwen3_5MoeForCausalLM", config(_DELTA_NET, _MROPE), 8, 8, "",
+        {"mtp_num_hidden_layers": 1}, hybrid=True,
     ),
     "qwen4-exp": Family(
-        "Qwen4ExpTextConfig", "Qwen4ExpForCausalLM", _config(_DELTA_NET, _N_GRAMS), 8, 8, "",
+        "Qwen4ExpTextConfig", "Qwen4ExpForCausalLM", config(_DELTA_NET, _N_GRAMS), 8, 8, "",
         {"layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 2},
+        hybrid=True, unverified="runs differ",
     ),
     "deepseek-v3.2": Family(
         "DeepseekV32Config", "DeepseekV32ForCausalLM",
-        _config(_MLA, _DEEPSEEK, _INDEXER, scoring_func="sigmoid"), 5, 4, "deepseek", _ONE_MTP,
+        config(_MLA, _DEEPSEEK, _INDEXER, scoring_func="sigmoid"), 5, 4, "deepseek", _ONE_MTP,
     ),
     "glm-5": Family(
-        "GlmMoeDsaConfig", "GlmMoeDsaForCausalLM", _config(_MLA, _DEEPSEEK, _INDEXER), 5, 4, "deepseek",
+        "GlmMoeDsaConfig", "GlmMoeDsaForCausalLM", config(_MLA, _DEEPSEEK, _INDEXER), 5, 4, "deepseek",
         _ONE_MTP
     ),
     "glm-4.7-flash": Family(
         "Glm4MoeLiteConfig", "Glm4MoeLiteForCausalLM",
-        _config(_MLA, _DEEPSEEK, mlp_layer_types=["dense"] + ["sparse"] * 4), 5, 4, "deepseek",
+        config(_MLA, _DEEPSEEK, mlp_layer_types=["dense"] + ["sparse"] * 4), 5, 4, "deepseek",
         _ONE_MTP | {"first_k_dense_replace": 1},
     ),
     "glm-4.5": Family(
         "Glm4MoeConfig", "Glm4MoeForCausalLM",
-        _config(_DEEPSEEK, num_hidden_layers=5, head_dim=32, use_qk_norm=True), 5, 4, "deepseek", _ONE_MTP,
+        config(_DEEPSEEK, num_hidden_layers=5, head_dim=32, use_qk_norm=True), 5, 4, "deepseek", _ONE_MTP,
     ),
     "step-3.7": Family(
         "Step3p7Config", "Step3p7ForConditionalGeneration",
         {
-            "text_config": _config(_STEP),
+            "text_config": config(_STEP),
             "vision_config": {
                 "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
                 "image_size": 28, "max_position_embeddings": 4,
@@ -170,19 +142,22 @@ FAMILIES: dict[str, Family] = {
             "layer_types": ["full_attention", "sliding_attention"] * 2 + ["full_attention"] * 2,
         },
     ),
-    "gemma-4": Family("Gemma4TextConfig", "Gemma4ForCausalLM", _config(_GEMMA4), 6, 6),
+    "gemma-4": Family(
+        "Gemma4TextConfig", "Gemma4ForCausalLM", config(_GEMMA4), 6, 6, no_segments="biases or scales"
+    ),
     "granite-4": Family(
         "GraniteMoeHybridConfig", "GraniteMoeHybridForCausalLM",
-        _config(_GRANITE, layer_types=_LAYERS_OF_GRANITE), 6, 6, "", {"layer_types": _LAYERS_OF_GRANITE},
+        config(_GRANITE, layer_types=_LAYERS_OF_GRANITE), 6, 6, "", {"layer_types": _LAYERS_OF_GRANITE},
+        hybrid=True,
     ),
     "nemotron-3": Family(
-        "NemotronHConfig", "NemotronHForCausalLM", _config(_NEMOTRON), 6, 4, "nemotron",
-        _ONE_MTP | {"time_step_min": 0.0},
+        "NemotronHConfig", "NemotronHForCausalLM", config(_NEMOTRON), 6, 4, "nemotron",
+        _ONE_MTP | {"time_step_min": 0.0}, hybrid=True,
     ),
-    "lfm2-moe": Family("Lfm2MoeConfig", "Lfm2MoeForCausalLM", _config(_LFM2), 6, 5),
+    "lfm2-moe": Family("Lfm2MoeConfig", "Lfm2MoeForCausalLM", config(_LFM2), 6, 5, hybrid=True),
     "ling-3": Family(
         "BailingHybridConfig", "BailingHybridForCausalLM",
-        _config(
+        config(
             _MLA, _KDA, num_hidden_layers=6, layer_group_size=3, first_k_dense_replace=1,
             mlp_layer_types=["dense"] + ["sparse"] * 5, num_expert_group=2, topk_group=1,
             layer_types=["linear_attention", "linear_attention", "full_attention"] * 2,
@@ -194,21 +169,22 @@ FAMILIES: dict[str, Family] = {
             "norm_topk_prob": True, "num_nextn_predict_layers": 0, "short_conv_kernel_size": 4,
             "head_dim": 32,
             "n_group": 2, "num_experts_per_tok": 4, "score_function": "sigmoid", "kda_lower_bound": -5.0,
-        },
+        }, hybrid=True,
     ),
     # saved again by transformers, without the key that says how its router scores
     "minimax-m2": Family(
         "MiniMaxM2Config", "MiniMaxM2ForCausalLM",
-        _config(head_dim=32, intermediate_size=32, num_local_experts=8, num_experts_per_tok=4), 4, 4, "",
+        config(head_dim=32, intermediate_size=32, num_local_experts=8, num_experts_per_tok=4), 4, 4, "",
         {"rotary_dim": 16},
     ),
     "llama-4": Family(
         "Llama4TextConfig", "Llama4ForCausalLM",
-        _config(
+        config(
             num_hidden_layers=4, head_dim=32, intermediate_size=32, intermediate_size_mlp=96,
             num_local_experts=8,
             num_experts_per_tok=1, interleave_moe_layer_step=2,
         ),
-        4, 2,
+        4, 2, top_1=True,
     ),
+    **MORE,
 }  # fmt: skip

@@ -2,24 +2,10 @@
 
 #include "ggml-impl.h"
 
-#include <stdatomic.h>
 #include <stddef.h>
-
-#define POLLS_AWAKE  2000
-#define POLLS_ASLEEP 64
 
 // set when the first store is made, before any graph that needs it runs; never reset
 static const struct ggml_expert_resolver * g_resolver = NULL;
-
-static atomic_int g_sleepers = 0;
-
-int ggml_expert_barrier_polls(void) {
-    return atomic_load_explicit(&g_sleepers, memory_order_relaxed) > 0 ? POLLS_ASLEEP : POLLS_AWAKE;
-}
-
-void ggml_expert_add_sleeper(int change) {
-    atomic_fetch_add_explicit(&g_sleepers, change, memory_order_relaxed);
-}
 
 void ggml_expert_set_resolver(const struct ggml_expert_resolver * resolver) {
     g_resolver = resolver;

@@ -57,12 +57,6 @@ GGML_API bool ggml_expert_skip(int32_t id, void * dst, const void * src, int64_t
 // used: a bitset of experts; NULL: all. true: nothing is left to copy, also because none is used
 GGML_API bool ggml_expert_copy(ggml_backend_t backend, const struct ggml_tensor * w, struct ggml_tensor * copy, const uint32_t * used);
 
-// how often a barrier polls before it lets other threads run: seldom while somebody may sleep for the disk, since one
-// that wakes may be queued behind the one that polls for it
-GGML_API int  ggml_expert_barrier_polls(void);
-// a store begins (+1) or has ended (-1) to read while layers compute
-GGML_API void ggml_expert_add_sleeper(int change);
-
 #ifdef __cplusplus
 }
 #endif

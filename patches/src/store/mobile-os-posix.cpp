@@ -175,6 +175,17 @@ void * mobile_zeros(size_t size) {
     return mobile_mmap(size, PROT_READ);
 }
 
+bool mobile_prefault(void * addr, size_t size) {
+#if defined(__linux__)
+    const int populate_write = 23; // MADV_POPULATE_WRITE, which older headers lack
+    return madvise(addr, size, populate_write) == 0;
+#else
+    (void) addr;
+    (void) size;
+    return false;
+#endif
+}
+
 void mobile_discard(void * addr, size_t size) {
 #if defined(__APPLE__)
     // MADV_FREE would keep the pages charged until there is pressure: map fresh ones over them

@@ -106,6 +106,10 @@ void * mobile_zeros(size_t size) {
     return VirtualAlloc(nullptr, size, MEM_RESERVE | MEM_COMMIT, PAGE_READONLY);
 }
 
+bool mobile_prefault(void *, size_t) {
+    return false;
+}
+
 void mobile_discard(void * addr, size_t size) {
     VirtualFree(addr, size, MEM_DECOMMIT);
     VirtualAlloc(addr, size, MEM_COMMIT, PAGE_READWRITE);

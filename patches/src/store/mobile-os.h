@@ -37,6 +37,9 @@ void * mobile_reserve(size_t size);
 void * mobile_map    (size_t size, bool huge);
 // readable zeros that take no memory
 void * mobile_zeros  (size_t size);
+// takes memory for [addr, addr + size) of mobile_map(), whose bytes stay as they are, also while others write there;
+// both page-aligned. false: the system cannot, or has none left
+bool   mobile_prefault(void * addr, size_t size);
 // gives the pages of [addr, addr + size) back; they come back zero-filled when touched. both page-aligned
 void   mobile_discard(void * addr, size_t size);
 void   mobile_unmap  (void * addr, size_t size);

@@ -7,6 +7,9 @@
 // how many experts of a layer are tried for one that may go
 static constexpr int VICTIM_SCAN = 8;
 
+// memory that is made present at a time, between two looks at what is asked for
+static constexpr uint64_t PREFAULT_BYTES = 2*1024*1024;
+
 // how much staler, in tokens, an expert must be for its slot to change shape
 static constexpr double RESHAPE_TOKENS = 64.0;
 
@@ -32,6 +35,7 @@ void mobile_store::release_slot(mobile_expert & x) {
     }
     classes[layers[x.layer].cls].free.push_back(x.slot);
     waste_hint(x);
+    warm_count.n_wasted += x.warm_unused;
     n_transient -= x.transient;
     x.state      = MOBILE_NOT_RESIDENT;
     x.slot       = -1;
@@ -39,6 +43,8 @@ void mobile_store::release_slot(mobile_expert & x) {
     x.transient  = false;
     x.prefetched = false;
     x.failed     = false;
+    x.warm       = false;
+    x.warm_unused = false;
 }
 
 void mobile_store::evict(mobile_store_part part) {
@@ -57,6 +63,8 @@ bool mobile_store::may_go(const mobile_expert & x, mobile_store_layer layer, slo
                 (x.transient || (n_transient < 2*(uint64_t) n_parts_max && budget_bytes >= 4*budget_min_bytes));
         case SLOT_PREFETCH:
             return x.last_use < now;
+        case SLOT_WARM:
+            return false;
     }
     return false;
 }
@@ -89,6 +97,59 @@ mobile_store_part mobile_store::find_victim(mobile_store_layer layer, slot_use u
     return reshape ? best[1] : best[0];
 }
 
+bool mobile_store::prefault_some(locked & lock) {
+    if (!can_prefault || prefaulting) {
+        return false;
+    }
+    // the classes in step, since nobody knows yet which will be asked for
+    mobile_slot_class * c = nullptr;
+    for (mobile_slot_class & o : classes) {
+        const uint64_t begin = std::max(o.n_present, o.n_fresh);
+        if (begin < o.n_slots && committed + prefaulted + o.slot_bytes <= budget_bytes &&
+            (!c || begin*c->n_experts < std::max(c->n_present, c->n_fresh)*o.n_experts)) {
+            c = &o;
+        }
+    }
+    if (!c) {
+        return false;
+    }
+    const uint64_t room  = (budget_bytes - committed - prefaulted)/c->slot_bytes;
+    const uint64_t begin = std::max(c->n_present, c->n_fresh);
+    const uint64_t n     = std::min({ room, c->n_slots - begin, std::max<uint64_t>(1, PREFAULT_BYTES/c->slot_bytes) });
+    const uint64_t page  = mobile_page_size();
+    c->n_present  = begin + n;
+    prefaulted   += n*c->slot_bytes;
+    prefaulting   = true;
+
+    lock.unlock();
+    // whole pages: the one that is shared with the slot before is there already
+    const uint64_t first = mobile_round_up(begin*c->slot_bytes, page);
+    const uint64_t last  = mobile_round_up((begin + n)*c->slot_bytes, page);
+    const bool ok = last <= first || mobile_prefault(c->arena + first, last - first);
+    lock.lock();
+
+    prefaulting  = false;
+    can_prefault = ok;
+    // given back meanwhile, or not had at all
+    const uint64_t kept = std::max(c->n_present, c->n_fresh);
+    if (kept < begin + n) {
+        mobile_discard(c->arena + kept*c->slot_bytes, (begin + n - kept)*c->slot_bytes);
+    }
+    return true;
+}
+
+void mobile_store::give_back_prefaulted() {
+    while (committed + prefaulted > budget_bytes) {
+        auto c = std::find_if(classes.begin(), classes.end(), [](const mobile_slot_class & o) { return o.n_present > o.n_fresh; });
+        if (c == classes.end()) {
+            return;
+        }
+        c->n_present--;
+        prefaulted -= c->slot_bytes;
+        mobile_discard(c->arena + c->n_present*c->slot_bytes, c->slot_bytes);
+    }
+}
+
 bool mobile_store::take_slot(locked & lock, mobile_store_layer layer, slot_use use, double now, int32_t & slot) {
     mobile_slot_class & c = classes[layers[layer].cls];
     for (;;) {
@@ -103,8 +164,10 @@ bool mobile_store::take_slot(locked & lock, mobile_store_layer layer, slot_use u
                 c.spare.pop_back();
             } else {
                 slot = (int32_t) c.n_fresh++;
+                prefaulted -= slot < (int32_t) c.n_present ? c.slot_bytes : 0;
             }
             committed += c.slot_bytes;
+            give_back_prefaulted();
             count.resident_bytes_peak = std::max(count.resident_bytes_peak, committed);
             return true;
         }

@@ -25,9 +25,6 @@ mobile_store::mobile_store(const mobile_load_params & params) : params(params) {
 }
 
 mobile_store::~mobile_store() {
-    if (sleeps) {
-        ggml_expert_add_sleeper(-1);
-    }
     {
         locked lock(mutex);
         stop = true;
@@ -199,6 +196,7 @@ int32_t mobile_store::start(const std::function<bool(float)> & progress, std::st
             zeros_size = std::max(zeros_size, c.piece_size[p]);
         }
     }
+    can_prefault = params.prefault && !all_resident;
     zeros = (const char *) mobile_zeros(zeros_size);
     if (!zeros) {
         err = "no address space for expert zeros";
@@ -231,9 +229,6 @@ int32_t mobile_store::start(const std::function<bool(float)> & progress, std::st
         const uint64_t peak = count.resident_bytes_peak;
         count = {};
         count.resident_bytes_peak = peak;
-    } else {
-        ggml_expert_add_sleeper(+1);
-        sleeps = true;
     }
     return MOBILE_OK;
 }

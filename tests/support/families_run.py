@@ -1,0 +1,212 @@
+"""Runs what the product does with a file on the files of ``family_table``: a process for each family.
+
+Run as a script on the engine's library; stdin: {"models": {name: stacked GGUF}, "scratch": folder, "n_ctx",
+"prompt", "steps": tokens}. stdout: {name: {cell: what was found}}. scratch/NAME.npz gets logits by
+layout and budget. Each family runs in a fork of this process, which has everything imported; two at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import filecmp
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from families_ops import ops
+
+import mobile_gguf
+from mobile_gguf.api.model import Model
+from mobile_gguf.convert.calibrate import curves, head
+from mobile_gguf.convert.calibrate import run as calibration
+from mobile_gguf.convert.gguf.layout import to_mobile, to_stacked
+from mobile_gguf.errors import MobileError
+from mobile_gguf.gguf.info import read_gguf_info
+
+N_TOKENS, WORKERS = 400, 2
+_GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 10}
+# few settings: what is asked is whether it runs, not what is best
+curves.GAMMAS, head.SHARES = (0.7,), (30,)
+
+
+class Cells:
+    """One family's cells; each is what was found, in plain values."""
+
+    def __init__(self, name: str, gguf: Path, job: dict[str, Any]) -> None:
+        self.name, self.gguf, self.job = name, gguf, job
+        self.folder = Path(job["scratch"]) / name
+        self.folder.mkdir()
+        self.mobile = self.folder / "mobile.gguf"
+        self.calibrated = self.folder / "calibrated.gguf"
+
+    def run(self) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for cell in (self.layouts, self.logits, self.modes, self.second_turn, self.calibration):
+            try:
+                found[cell.__name__] = cell()
+            except Exception as error:  # a cell must not hide the others
+                traceback.print_exc()
+                found[cell.__name__] = {"error": f"{type(error).__name__}: {error}"}
+        return found
+
+    def layouts(self) -> dict[str, Any]:
+        """Per expert and back, bit for bit; in segments."""
+        to_mobile(self.gguf, self.mobile)
+        back, parts = self.folder / "back.gguf", self.folder / "segments.gguf"
+        to_stacked(self.mobile, back)
+        same = filecmp.cmp(back, self.gguf, shallow=False)
+        back.unlink()
+        refused = said(lambda: to_mobile(self.gguf, parts, segments=2, segment_order="natural"))
+        return {"same": same, "segments": refused, "likeliest": None if refused else self.likeliest(parts)}
+
+    def logits(self) -> dict[str, Any]:
+        """By layout and budget, as ``engine_child`` computes them."""
+        import engine_child
+
+        arrays: dict[str, np.ndarray] = {}
+        loaded = {}
+        for layout, path in (("stacked", self.gguf), ("per-expert", self.mobile)):
+            info = read_gguf_info(path)
+            budgets = {
+                "100%": info.budget_all_bytes,
+                "40%": max(info.budget_min_bytes, int(info.budget_all_bytes * 0.4)),
+                "smallest": info.budget_min_bytes,
+            }
+            for budget, n_bytes in budgets.items():
+                spec = {
+                    "name": f"{layout}, {budget}", "model": str(path), "n_ctx": self.job["n_ctx"],
+                    "mobile": {"budget": n_bytes}, "ops": ops(self.job),
+                }  # fmt: skip
+                run = engine_child.Run(spec, arrays)
+                if run.open():
+                    for op in spec["ops"]:
+                        getattr(run, f"op_{op['op']}")(op)
+                run.close()
+                loaded[spec["name"]] = run.result["info"] or run.result["load_error"]
+        np.savez(Path(self.job["scratch"]) / f"{self.name}.npz", **arrays)  # type: ignore[arg-type]
+        return loaded
+
+    def modes(self) -> dict[str, Any]:
+        """What each mode did: tokens by pass, or the refusal."""
+        found: dict[str, Any] = {}
+        with self.loaded(self.mobile) as model:
+            for mode in ("exact", "little", "big-little"):
+                found[mode] = self.mode(model, mode=mode)
+        return found
+
+    def second_turn(self) -> dict[str, Any]:
+        """A conversation goes on where it was; what a little pass left is not built on."""
+        prompt, more = self.job["prompt"], self.job["steps"]
+        with self.loaded(self.mobile) as model:
+            first = model.generate(prompt, **_GREEDY)
+            longer = [*prompt, *first.tokens, *more]
+            second = list(model.stream(longer, **_GREEDY))
+            fresh = model.generate(longer, **_GREEDY, cache_prompt=False)
+            if read_gguf_info(self.mobile).n_expert_used > 1:
+                model.generate(prompt, **_GREEDY, mode="little")
+            again = model.generate(prompt, **_GREEDY)
+            # the last token of an answer is never run
+            return {
+                "reused": len(longer) - second[-1].prompt_evaluated,
+                "in_context": len(prompt) + len(first.tokens) - 1,
+                "same": [c.token for c in second if c.token is not None] == list(fresh.tokens),
+                "exact_after_little": again.tokens == first.tokens,
+            }
+
+    def calibration(self) -> dict[str, Any]:
+        """Calibrated on a short text; by the head then, and back to the stock file."""
+        options = calibration.CalibrateOptions(tokens=N_TOKENS, out=self.calibrated, threads=1, resume=False)
+        refused = said(lambda: calibration.calibrate(self.mobile, options))
+        if refused:
+            return {"refused": refused}
+        back = self.folder / "back.gguf"
+        to_stacked(self.calibrated, back)
+        with self.loaded(self.calibrated) as model:
+            head_mode = self.mode(model, mode="big-little", head_threshold=0.3)
+            always = model.generate(self.job["prompt"], **_GREEDY, mode="big-little", head_threshold=0.0)
+            exact = model.generate(self.job["prompt"], **_GREEDY, mode="exact")
+        return {
+            "refused": "", "same": filecmp.cmp(back, self.gguf, shallow=False), "head": head_mode,
+            "all_big_is_exact": always.tokens == exact.tokens,
+        }  # fmt: skip
+
+    def mode(self, model: Model, **options: Any) -> Any:
+        """Tokens that were big, little, fallback; or why not."""
+        try:
+            receipt = model.generate(self.job["prompt"], **_GREEDY, **options).receipt
+        except MobileError as error:
+            return str(error)
+        return [receipt.tokens_big, receipt.tokens_little, receipt.tokens_fallback]
+
+    def likeliest(self, path: Path) -> bool:
+        """Whether another layout gives the same tokens."""
+        answers = []
+        for each in (self.gguf, path):
+            with self.loaded(each) as model:
+                answers.append(model.generate(self.job["prompt"], **_GREEDY).tokens)
+        return answers[0] == answers[1]
+
+    @contextlib.contextmanager
+    def loaded(self, path: Path) -> Iterator[Model]:
+        info = read_gguf_info(path)
+        budget = max(info.budget_min_bytes, int(info.budget_all_bytes * 0.4))
+        n_ctx = self.job["n_ctx"]
+        with mobile_gguf.load(path, n_ctx=n_ctx, threads=1, ram_budget=budget, vram_budget="off") as model:
+            yield model
+
+
+def said(call: Callable[[], object]) -> str:
+    """What a call was refused with; empty if it was not."""
+    try:
+        call()
+    except MobileError as error:
+        return str(error)
+    return ""
+
+
+def in_this_process(function: Callable[..., Any], *arguments: Any, progress: Callable[..., None]) -> Any:
+    """``engine_task.in_child`` without another start of Python: this process is one family's own."""
+    return function(*arguments, progress)
+
+
+def main() -> int:
+    job = json.load(sys.stdin)
+    scratch = Path(job["scratch"])
+    calibration.in_child = in_this_process  # type: ignore[assignment]
+    # one warm interpreter for all: what they need is imported before the forks
+    import engine_child  # noqa: F401
+    import sklearn.linear_model
+    import sklearn.model_selection  # noqa: F401
+
+    waiting, running = list(job["models"].items()), {}
+    ended = {}
+    while waiting or running:
+        while waiting and len(running) < WORKERS:
+            name, gguf = waiting.pop(0)
+            child = os.fork()
+            if not child:
+                code = 1
+                with contextlib.suppress(BaseException):
+                    sys.stderr = open(scratch / f"{name}.log", "w")  # noqa: SIM115
+                    result = Cells(name, Path(gguf), job).run()
+                    (scratch / f"{name}.json").write_text(json.dumps(result))
+                    code = 0
+                os._exit(code)
+            running[child] = name
+        child, status = os.wait()
+        ended[running.pop(child)] = status
+    results = {}
+    for name, status in ended.items():
+        path = scratch / f"{name}.json"
+        results[name] = json.loads(path.read_text()) if path.exists() else {"died": status}
+    print(json.dumps(results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
