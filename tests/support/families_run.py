@@ -1,8 +1,9 @@
 """Runs what the product does with a file on the files of ``family_table``: a process for each family.
 
-Run as a script on the engine's library; stdin: {"models": {name: stacked GGUF}, "scratch": folder, "n_ctx",
-"prompt", "steps": tokens}. stdout: {name: {cell: what was found}}. scratch/NAME.npz gets logits by
-layout and budget. Each family runs in a fork of this process, which has everything imported; two at a time.
+Run as a script on either library; stdin: {"models": {name: stacked GGUF}, "cells": names of cells, "scratch":
+folder, "n_ctx", "prompt", "steps": tokens}. stdout: {name: {cell: what was found}}, or how its process died.
+scratch/NAME/logits.npz gets logits by layout and budget, stock.npz those of the library as it is. Each
+family runs in a fork of this process, which has everything imported; two at a time.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import filecmp
 import json
-import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 from families_ops import ops
+from forks import in_forks
 
 import mobile_gguf
 from mobile_gguf.api.model import Model
@@ -40,18 +41,17 @@ class Cells:
     def __init__(self, name: str, gguf: Path, job: dict[str, Any]) -> None:
         self.name, self.gguf, self.job = name, gguf, job
         self.folder = Path(job["scratch"]) / name
-        self.folder.mkdir()
+        self.folder.mkdir(exist_ok=True)
         self.mobile = self.folder / "mobile.gguf"
         self.calibrated = self.folder / "calibrated.gguf"
 
     def run(self) -> dict[str, Any]:
         found: dict[str, Any] = {}
-        for cell in (self.layouts, self.logits, self.modes, self.second_turn, self.calibration):
+        for cell in self.job["cells"]:
             try:
-                found[cell.__name__] = cell()
-            except Exception as error:  # a cell must not hide the others
-                traceback.print_exc()
-                found[cell.__name__] = {"error": f"{type(error).__name__}: {error}"}
+                found[cell] = getattr(self, cell)()
+            except Exception:  # a cell must not hide the others
+                found[cell] = {"error": traceback.format_exc()}
         return found
 
     def layouts(self) -> dict[str, Any]:
@@ -64,10 +64,16 @@ class Cells:
         refused = said(lambda: to_mobile(self.gguf, parts, segments=2, segment_order="natural"))
         return {"same": same, "segments": refused, "likeliest": None if refused else self.likeliest(parts)}
 
+    def stock(self) -> dict[str, Any]:
+        """What the library computes without a budget."""
+        arrays: dict[str, np.ndarray] = {}
+        error = self.computed({"name": "stock", "model": str(self.gguf)}, arrays)["load_error"]
+        assert not error, error
+        np.savez(self.folder / "stock.npz", **arrays)  # type: ignore[arg-type]
+        return {"n_arrays": len(arrays)}
+
     def logits(self) -> dict[str, Any]:
         """By layout and budget, as ``engine_child`` computes them."""
-        import engine_child
-
         arrays: dict[str, np.ndarray] = {}
         loaded = {}
         for layout, path in (("stacked", self.gguf), ("per-expert", self.mobile)):
@@ -78,18 +84,23 @@ class Cells:
                 "smallest": info.budget_min_bytes,
             }
             for budget, n_bytes in budgets.items():
-                spec = {
-                    "name": f"{layout}, {budget}", "model": str(path), "n_ctx": self.job["n_ctx"],
-                    "mobile": {"budget": n_bytes}, "ops": ops(self.job),
-                }  # fmt: skip
-                run = engine_child.Run(spec, arrays)
-                if run.open():
-                    for op in spec["ops"]:
-                        getattr(run, f"op_{op['op']}")(op)
-                run.close()
-                loaded[spec["name"]] = run.result["info"] or run.result["load_error"]
-        np.savez(Path(self.job["scratch"]) / f"{self.name}.npz", **arrays)  # type: ignore[arg-type]
+                name = f"{layout}, {budget}"
+                spec = {"name": name, "model": str(path), "mobile": {"budget": n_bytes}}
+                result = self.computed(spec, arrays)
+                loaded[name] = result["info"] or result["load_error"]
+        np.savez(self.folder / "logits.npz", **arrays)  # type: ignore[arg-type]
         return loaded
+
+    def computed(self, spec: dict[str, Any], arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+        """A run of ``engine_child`` in this process."""
+        import engine_child
+
+        run = engine_child.Run(spec | {"n_ctx": self.job["n_ctx"], "ops": ops(self.job)}, arrays)
+        if run.open():
+            for op in run.spec["ops"]:
+                getattr(run, f"op_{op['op']}")(op)
+        run.close()
+        return run.result
 
     def modes(self) -> dict[str, Any]:
         """What each mode did: tokens by pass, or the refusal."""
@@ -176,35 +187,16 @@ def in_this_process(function: Callable[..., Any], *arguments: Any, progress: Cal
 
 def main() -> int:
     job = json.load(sys.stdin)
-    scratch = Path(job["scratch"])
     calibration.in_child = in_this_process  # type: ignore[assignment]
     # one warm interpreter for all: what they need is imported before the forks
     import engine_child  # noqa: F401
-    import sklearn.linear_model
-    import sklearn.model_selection  # noqa: F401
 
-    waiting, running = list(job["models"].items()), {}
-    ended = {}
-    while waiting or running:
-        while waiting and len(running) < WORKERS:
-            name, gguf = waiting.pop(0)
-            child = os.fork()
-            if not child:
-                code = 1
-                with contextlib.suppress(BaseException):
-                    sys.stderr = open(scratch / f"{name}.log", "w")  # noqa: SIM115
-                    result = Cells(name, Path(gguf), job).run()
-                    (scratch / f"{name}.json").write_text(json.dumps(result))
-                    code = 0
-                os._exit(code)
-            running[child] = name
-        child, status = os.wait()
-        ended[running.pop(child)] = status
-    results = {}
-    for name, status in ended.items():
-        path = scratch / f"{name}.json"
-        results[name] = json.loads(path.read_text()) if path.exists() else {"died": status}
-    print(json.dumps(results))
+    if "calibration" in job["cells"]:
+        import sklearn.linear_model
+        import sklearn.model_selection  # noqa: F401
+
+    tasks = {name: Cells(name, Path(gguf), job).run for name, gguf in job["models"].items()}
+    print(json.dumps(in_forks(tasks, workers=WORKERS)))
     return 0
 
 

@@ -22,7 +22,8 @@ class Family:
     ``families_build`` the weights are finished.
 
     What is expected: ``no_segments``, ``unverified``: why not, in words that the product says; ``hybrid``:
-    its memory cannot be rolled back; ``top_1``: there is nothing to leave out.
+    its memory cannot be rolled back; ``top_1``: there is nothing to leave out; ``mtp_left_out``: llama.cpp's
+    converter drops the blocks.
     """
 
     config_class: str
@@ -39,10 +40,11 @@ class Family:
     unverified: str = ""
     hybrid: bool = False
     top_1: bool = False
+    mtp_left_out: bool = False
 
 
 # of a family's fields: what decides nothing of its files
-EXPECTED = ("n_layer_moe", "no_segments", "unverified", "hybrid", "top_1")
+EXPECTED = ("n_layer_moe", "no_segments", "unverified", "hybrid", "top_1", "mtp_left_out")
 
 
 def config(*parts: dict[str, Any], **own: Any) -> dict[str, Any]:

@@ -84,7 +84,7 @@ MORE: dict[str, Family] = {
     ),
     "deepseek-v3": Family(
         "DeepseekV3Config", "DeepseekV3ForCausalLM", config(_MLA, _SHARED, n_group=4, topk_group=2), 5, 4,
-        "deepseek", {"num_nextn_predict_layers": 1, "scoring_func": "sigmoid"},
+        "deepseek", {"num_nextn_predict_layers": 1, "scoring_func": "sigmoid"}, mtp_left_out=True,
     ),
     "deepseek-v4": Family(
         "DeepseekV4Config", "DeepseekV4ForCausalLM",
@@ -239,6 +239,10 @@ MORE: dict[str, Family] = {
     ),
     "mellum": Family(
         "MellumConfig", "MellumForCausalLM",
-        config(_LOCAL, head_dim=32, intermediate_size=64, moe_intermediate_size=32, sliding_window=128), 4, 4,
+        config(
+            _LOCAL, head_dim=32, intermediate_size=64, moe_intermediate_size=32, sliding_window=128,
+            layer_types=["sliding_attention"] * 3 + ["full_attention"],
+        ),
+        4, 4,
     ),
 }  # fmt: skip

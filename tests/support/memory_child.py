@@ -2,8 +2,8 @@
 
 stdin: {"models": {name: path}, "contexts": [[n_ctx, n_ubatch, flash_attn], ...]}; "no_alloc": true where
 nothing shall be allocated but be said all the same. stdout: by model a list of
-{"caches": MiB, "n": buffers of caches, "compute": MiB} in the order of the contexts, or the end of the log.
-The library is the one in $LLAMA_CPP_LIB_PATH.
+{"caches": MiB, "n": buffers of caches, "compute": MiB} in the order of the contexts, or the end of the log,
+or how its process died: each model has its own. The library is the one in $LLAMA_CPP_LIB_PATH.
 """
 
 from __future__ import annotations
@@ -12,12 +12,15 @@ import ctypes
 import json
 import re
 import sys
+from functools import partial
 from typing import Any
 
 import llama_cpp.llama_cpp as lib
+from forks import in_forks
 
 _SIZE = re.compile(r"(KV|RS|state|compute) buffer size =\s*([\d.]+) MiB")
 _UNALLOCATED = re.compile(r"llama_kv_cache: size =\s*([\d.]+) MiB")  # its buffer is logged as nothing
+WORKERS = 2
 lines: list[str] = []
 
 
@@ -47,25 +50,26 @@ def sizes(model: Any, no_alloc: bool, n_ctx: int, n_ubatch: int, flash_attn: boo
     }
 
 
-def main() -> None:
-    job = json.load(sys.stdin)
+def allocated(path: str, contexts: list[list[Any]], no_alloc: bool) -> list[dict[str, Any]] | str:
     lib.llama_log_set(keep_log, ctypes.c_void_p(0))
     lib.llama_backend_init()
     params = lib.llama_model_default_params()
     params.n_gpu_layers = 0
-    no_alloc = bool(job.get("no_alloc"))
     if no_alloc:
         params.no_alloc, params.load_mode = True, lib.LLAMA_LOAD_MODE_NONE
-    answers: dict[str, Any] = {}
-    for name, path in job["models"].items():
-        lines.clear()
-        model = lib.llama_model_load_from_file(path.encode(), params)
-        if not model:
-            answers[name] = "".join(lines)[-2000:]
-            continue
-        answers[name] = [sizes(model, no_alloc, *context) for context in job["contexts"]]
-        lib.llama_model_free(model)
-    print(json.dumps(answers))
+    model = lib.llama_model_load_from_file(path.encode(), params)
+    if not model:
+        return "".join(lines)[-2000:]
+    answer = [sizes(model, no_alloc, *context) for context in contexts]
+    lib.llama_model_free(model)
+    return answer
+
+
+def main() -> None:
+    job = json.load(sys.stdin)
+    contexts, no_alloc = job["contexts"], bool(job.get("no_alloc"))
+    tasks = {name: partial(allocated, path, contexts, no_alloc) for name, path in job["models"].items()}
+    print(json.dumps(in_forks(tasks, workers=WORKERS)))
 
 
 if __name__ == "__main__":
