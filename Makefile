@@ -6,7 +6,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := run
-.PHONY: run test quick test-portable lint docs fuzz torture torture-headers torture-schemas bench engine stock clean help
+.PHONY: run test quick test-portable lint docs fuzz torture torture-headers torture-schemas bench gpu-kit engine stock clean help
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -95,6 +95,9 @@ torture-headers: $(VENV)/.dev ## every number, length and array of six headers c
 
 bench: $(VENV)/.core stock ## compare with stock llama.cpp under the same memory cap
 	$(BIN)/mobile-gguf bench --budget 12%,25%,100% --modes exact,little --vs stock $(BENCH)
+
+gpu-kit: $(VENV)/.core ## pack what a machine with a GPU and no network measures in nine minutes: build/gpu-kit.tar.gz
+	$(BIN)/python -m mobile_gguf.bench.gpu_kit.pack $(GPU_KIT)
 
 clean: ## remove the virtual environment (the engine cache stays)
 	rm -rf $(VENV)

@@ -43,6 +43,9 @@ class Arm:
     repack: bool = False
     eviction: str = DEFAULT_EVICTION
     prefetch: str = "off"
+    offset: int = 0  # decoding begins so many steps behind the prompt
+    warm: tuple[tuple[int, int], ...] = ()  # (layer, expert), as the warm set has them
+    idle_s: float = 0.0  # between load and prompt, at most: until the warm set is read
 
     @property
     def label(self) -> str:
@@ -91,6 +94,8 @@ class ArmRun:
     bandwidth: float = 0.0  # bytes/s, measured beside this run
     cached_bytes_before: int | None = None
     load_average: float | None = None  # of the machine, over the minute before the run's end
+    worth: list[list[int]] | None = None  # [layer, expert] of what single tokens used, the most used first
+    warm: dict[str, int] | None = None  # what became of the warm set
     ids: list[tuple[int, list[list[int]]]] | None = None  # only where they were asked for
 
     @property
@@ -190,7 +195,8 @@ class Runner:
 
     def _job(self, arm: Arm, n_tokens: int, ids: bool) -> Job:
         prompt = list(range(self.trace.n_prompt))
-        decode = list(range(self.trace.n_prompt, self.trace.n_prompt + n_tokens))
+        first = self.trace.n_prompt + arm.offset
+        decode = list(range(first, first + n_tokens))
         return Job(
             model=str(self.model),
             prompt=prompt,
@@ -205,6 +211,8 @@ class Runner:
             io_threads=arm.io_threads,
             eviction=arm.eviction,
             prefetch=arm.prefetch,
+            warm=arm.warm,
+            idle_s=arm.idle_s,
             # the model's states are alike in every layer, so that its routers would always be right
             predictor="transitions",
             ids=ids,
@@ -265,5 +273,5 @@ def _follow(stdout: IO[str], prompt_limit_s: float, limit_s: float, result: ArmR
             result.error = event["message"]
             return False
         elif kind == "done":
-            result.ids = event["ids"]
+            result.ids, result.worth, result.warm = event["ids"], event["worth"], event["warm"]
             return True

@@ -14,6 +14,7 @@ import json
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -44,6 +45,8 @@ class Job:
     prefetch: str = "off"
     predictor: str = "auto"
     ids: bool = False
+    warm: Sequence[tuple[int, int]] = ()  # (layer, expert), as the warm set has them
+    idle_s: float = 0.0  # before the prompt, at most: until the warm set is read
 
 
 def main() -> int:
@@ -60,6 +63,7 @@ def main() -> int:
 def _run(job: Job) -> None:
     from mobile_gguf.engine import binding, prefetch
     from mobile_gguf.engine import log as llama_log
+    from mobile_gguf.engine.warm import warm_counters, worth
 
     _, path = binding.load_library()
     from llama_cpp import llama_cpp
@@ -81,6 +85,7 @@ def _run(job: Job) -> None:
     if engine is not None:
         prefetch.set_predictor(engine, ctx, job.predictor)
         prefetch.set_prefetch(engine, ctx, job.prefetch)
+        _warm_up(engine, ctx, job)
         engine.reset_counters(ctx)
     before = _Usage.now()
     started = time.perf_counter()
@@ -100,9 +105,20 @@ def _run(job: Job) -> None:
             following.after()
         _emit("token", seconds=time.perf_counter() - started, **_spent(before, engine, ctx))
     ahead = asdict(prefetch.prefetch_counters(engine, ctx)) if engine is not None else None
-    _emit("done", prefetch=ahead, ids=recorder.ids if recorder else None)
+    used = worth(engine, ctx) if engine is not None else None
+    warmed = asdict(warm_counters(engine, ctx)) if engine is not None else None
+    _emit("done", prefetch=ahead, ids=recorder.ids if recorder else None, worth=used, warm=warmed)
     llama_cpp.llama_free(ctx)
     llama_cpp.llama_model_free(model)
+
+
+def _warm_up(engine: Any, ctx: Any, job: Job) -> None:
+    from mobile_gguf.engine.warm import warm, warm_counters
+
+    warm(engine, ctx, job.warm)
+    until = time.perf_counter() + job.idle_s
+    while warm_counters(engine, ctx).n_left > 0 and time.perf_counter() < until:
+        time.sleep(0.01)
 
 
 def _load_model(llama_cpp: Any, job: Job) -> Any:

@@ -18,7 +18,7 @@ from typing import Any
 from .errors import UsageError, require_unicode
 from .files.paths import config_dir
 from .flags import option_named, parse_setting
-from .options import GenerateOptions, LoadOptions, declared
+from .options import GenerateOptions, LoadOptions, ServeOptions, declared
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -27,8 +27,12 @@ else:
 
 PREFIX = "MOBILE_GGUF_"
 # What else the package is told by the environment, and is no option.
-_OTHER = ("API_KEY", "ENGINE_CACHE", "ENGINE_LIB", "STOCK_LIB", "SOURCE", "RPC_TIMEOUT", "NEW_PICTURES")
+_OTHER = ("ENGINE_CACHE", "ENGINE_LIB", "STOCK_LIB", "SOURCE", "RPC_TIMEOUT", "NEW_PICTURES")
 _OF_TESTS = "TEST_"
+# Loading comes first: it has the options that are of answers as well, as on the command line.
+CLASSES: tuple[type[Any], ...] = (LoadOptions, GenerateOptions, ServeOptions)
+# The one verb that has an option of these.
+_VERBS = {ServeOptions: "serve"}
 # Nearer than this to an option, a variable is one that is misspelt, and no one else's.
 _NEAR = 0.75
 
@@ -57,7 +61,13 @@ def read_defaults(verb: str = "", verbs: Collection[str] = ()) -> dict[str, Defa
 
 def options_of(name: str) -> type[Any]:
     """The class that declares an option; loading for those of both, as on the command line."""
-    return LoadOptions if name in declared(LoadOptions) else GenerateOptions
+    return next(options for options in CLASSES if name in declared(options))
+
+
+def known_options(verb: str = "") -> list[str]:
+    """The names of all options that ``verb`` may have."""
+    classes = [options for options in CLASSES if not verb or _VERBS.get(options, verb) == verb]
+    return list(dict.fromkeys(name for options in classes for name in declared(options)))
 
 
 def values_of(found: Mapping[str, Default], options: type[Any]) -> dict[str, Any]:
@@ -80,6 +90,8 @@ def _of_file(path: Path, verb: str, verbs: Collection[str]) -> dict[str, Default
         for key, value in entries.items():
             where = f"{path}: {f'{table}.' if table else ''}{key}"
             name = _named(key, f"{where} is", verbs if not table else ())
+            if table and name not in known_options(table):
+                raise UsageError(f"{where} is no option of {table}")
             default = Default(_take(name, value, where), where)
             if table in ("", verb):
                 found[name] = default
@@ -93,7 +105,7 @@ def _of_environment(environment: Mapping[str, str]) -> dict[str, Default]:
         if word == variable or word in _OTHER or word.startswith(_OF_TESTS):
             continue
         name = word.lower()
-        known = _known()
+        known = known_options()
         if name not in known:
             near = difflib.get_close_matches(name, known, 1, _NEAR)
             if near:
@@ -108,15 +120,11 @@ def _of_environment(environment: Mapping[str, str]) -> dict[str, Default]:
     return found
 
 
-def _known() -> list[str]:
-    return list(dict.fromkeys([*declared(LoadOptions), *declared(GenerateOptions)]))
-
-
 def _named(key: str, what: str, verbs: Collection[str]) -> str:
-    name = option_named(key, LoadOptions) or option_named(key, GenerateOptions)
-    if name is not None:
-        return name
-    near = difflib.get_close_matches(key.replace("-", "_"), [*_known(), *verbs], 1)
+    for options in CLASSES:
+        if name := option_named(key, options):
+            return name
+    near = difflib.get_close_matches(key.replace("-", "_"), [*known_options(), *verbs], 1)
     hint = f"; did you mean {near[0]}?" if near else "; `mobile-gguf config` lists them"
     raise UsageError(f"{what} no option{hint}")
 

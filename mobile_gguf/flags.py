@@ -104,7 +104,7 @@ def _as_name(name: str) -> str:
 
 
 def _parse(name: str, opt: Opt, text: str, default: Any) -> Any:
-    if text.lower() in ("none", "default"):
+    if text.lower() in ("none", "default") and not opt.is_secret:
         return default
     if opt.is_flag:
         if text.lower() not in ("on", "off"):

@@ -19,7 +19,7 @@ from mobile_gguf.api import loading
 from mobile_gguf.api import model as model_module
 from mobile_gguf.api.model import Model
 from mobile_gguf.files.paths import cache_dir, data_dir, engine_cache_dir
-from mobile_gguf.options import GenerateOptions, LoadOptions, declared
+from mobile_gguf.options import GenerateOptions, LoadOptions, ServeOptions, declared
 
 pytest_plugins = ["run_rules"]
 
@@ -63,7 +63,7 @@ def pytest_configure() -> None:
     """
     for name in _SETTINGS:
         os.environ.pop(name, None)
-    for name in {*declared(LoadOptions), *declared(GenerateOptions)}:
+    for name in {*declared(LoadOptions), *declared(GenerateOptions), *declared(ServeOptions)}:
         os.environ.pop(f"MOBILE_GGUF_{name.upper()}", None)
     for name in (*_PROXIES, *map(str.lower, _PROXIES)):
         if os.environ.get(name, "").lower().startswith("socks"):

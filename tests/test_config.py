@@ -11,7 +11,7 @@ from mobile_gguf.cli import main
 from mobile_gguf.config import config_path, read_defaults
 from mobile_gguf.errors import UsageError
 from mobile_gguf.generate.recommended import recommended
-from mobile_gguf.options import GenerateOptions, LoadOptions, declared
+from mobile_gguf.options import GenerateOptions, LoadOptions, ServeOptions, declared
 from mobile_gguf.tui.store.settings import Settings
 
 
@@ -72,6 +72,9 @@ def test_a_file_asks_only_for_what_can_be_meant():
         ("[serve]\nmoed = 'little'", "config.toml: serve.moed is no option; did you mean mode?"),
         ("temperature = 'hot'", "config.toml: temperature: temperature is 'hot': it must be a number"),
         ("[plan]\nn_ctx = -1", "config.toml: plan.n_ctx: n_ctx is -1: it must be at least 0"),
+        ("port = 70000", "config.toml: port: port is 70000: it must be at most 65535"),
+        ("max_request = '40%'", "max_request: 40% is no number of bytes: give a size such as 4MiB"),
+        ("[run]\nport = 80", "config.toml: run.port is no option of run"),
         ("temperature = ", "config.toml cannot be read: Invalid value (at end of document)"),
     ],
 )
@@ -94,9 +97,10 @@ def test_an_error_of_the_environment_names_the_variable(monkeypatch):
 
 
 def test_every_option_can_be_a_default(monkeypatch):
-    for name in {*declared(LoadOptions), *declared(GenerateOptions)}:
-        monkeypatch.setenv(f"MOBILE_GGUF_{name.upper()}", "default")
-    assert set(read_defaults()) == {*declared(LoadOptions), *declared(GenerateOptions)}
+    every = {*declared(LoadOptions), *declared(GenerateOptions), *declared(ServeOptions)}
+    for name in every:
+        monkeypatch.setenv(f"MOBILE_GGUF_{name.upper()}", "4MiB" if name == "max_request" else "default")
+    assert set(read_defaults()) == every
 
 
 def test_config_shows_where_each_value_comes_from(write, command, monkeypatch):
@@ -130,3 +134,84 @@ def test_the_chat_has_them_as_its_own_defaults(tmp_path, write, monkeypatch):
     assert settings.answer_options() == {"temperature": 0.5, "top_k": 3, "min_p": 0.25}
     settings.set("top_k", "default")
     assert settings.value("top_k") == 9
+
+
+@pytest.fixture
+def served(fake_load, monkeypatch):
+    """What ``serve`` would listen on and how, by its command line."""
+    import mobile_gguf.server.run as server
+
+    fake_load(FakeBackend(scripted("x")))
+    seen: dict = {}
+
+    class Bound:
+        def close(self):
+            pass
+
+    def bind(host, port):
+        seen.update(host=host, port=port)
+        return Bound()
+
+    def serve(_model, settings, _bound, **_more):
+        seen.update(settings=settings)
+
+    monkeypatch.setattr(server, "bind", bind)
+    monkeypatch.setattr(server, "serve", serve)
+
+    def run(*flags: str):
+        assert main(["serve", "m.gguf", *flags]) == 0
+        return seen
+
+    return run
+
+
+def test_a_server_has_its_options_from_file_environment_and_flags(write, served, monkeypatch, tmp_path):
+    (tmp_path / "key.txt").write_text("of-the-file\n")
+    write(
+        f"port = 9000\ncors = ['https://a.example']\napi_key_file = '{tmp_path}/key.txt'\n"
+        "[serve]\nport = 9001\nhost = '0.0.0.0'\nqueue = 3\nmax-request = '1MiB'\ntimeout = 2.5\n"
+    )
+    seen = served()
+    assert (seen["host"], seen["port"]) == ("0.0.0.0", 9001)
+    settings = seen["settings"]
+    assert (settings.queue, settings.max_request_bytes, settings.timeout) == (3, 1 << 20, 2.5)
+    assert (settings.origins, settings.api_key) == (("https://a.example",), "of-the-file")
+    monkeypatch.setenv("MOBILE_GGUF_PORT", "9002")
+    monkeypatch.setenv("MOBILE_GGUF_API_KEY", "default")  # a key like any other
+    seen = served("--host", "127.0.0.1", "--queue", "0")
+    assert (seen["host"], seen["port"], seen["settings"].queue) == ("127.0.0.1", 9002, 0)
+    assert seen["settings"].api_key == "default"
+    (tmp_path / "other.txt").write_text("of-a-flag")
+    seen = served("--port", "9003", "--api-key-file", str(tmp_path / "other.txt"))
+    assert (seen["port"], seen["settings"].api_key) == (9003, "of-a-flag")
+
+
+def test_options_of_a_server_cost_other_verbs_nothing(write, fake_load, command):
+    fake_load(FakeBackend(scripted("x")))
+    write("port = 9000\nlog_requests = true\n")
+    assert main(["run", "m.gguf", "hi"]) == 0
+    code, out, _ = command("config", "--for", "run")
+    assert code == 0
+    assert "\nport" not in out
+
+
+@pytest.mark.parametrize("key", ["", "a b", "\u00e9"])
+def test_a_key_that_is_none_is_told_with_its_place(write, command, monkeypatch, key):
+    write(f'api_key = "{key}"')
+    code, _, error = command("serve", "m.gguf")
+    assert (code, error.count("\n")) == (2, 1)
+    assert f"the API key in {config_path()}: api_key must be" in error
+    monkeypatch.setenv("MOBILE_GGUF_API_KEY", key)
+    assert "the API key in MOBILE_GGUF_API_KEY must be" in command("serve", "m.gguf")[2]
+
+
+def test_config_shows_a_server_options_and_no_key(write, command, monkeypatch):
+    write("[serve]\nport = 9001\n")
+    monkeypatch.setenv("MOBILE_GGUF_API_KEY", "hush")
+    code, out, _ = command("config", "--for", "serve")
+    rows = [line.split(maxsplit=2) for line in out.splitlines()]
+    assert code == 0
+    assert ["port", "9001", f"{config_path()}: serve.port"] in rows
+    assert ["host", "127.0.0.1", "built in"] in rows
+    assert "hush" not in out + command("config", "--json")[1]
+    assert ["api_key", "(hidden)", "MOBILE_GGUF_API_KEY"] in rows

@@ -31,6 +31,7 @@ from .terminal import stop_as_a_shell_does
 DEFAULT_THEME = "textual-dark"
 # How long the engine may take to come back when the program ends.
 _PATIENCE_SECONDS = 5.0
+_HUNG_UP_SECONDS = 2.0  # a system that shuts down kills what takes longer
 
 
 class ChatApp(App[int]):
@@ -266,6 +267,7 @@ class ChatApp(App[int]):
         self.chat.keep_answer()
         self.jobs.close()
         self.store.close()
+        self.engine.shut_down(_HUNG_UP_SECONDS)  # a model that is closed remembers what it used
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
 

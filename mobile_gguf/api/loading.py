@@ -14,6 +14,7 @@ from mobile_gguf.engine.log import capture_log, clear_errors, last_errors
 from mobile_gguf.engine.prefetch import holder, set_prefetch
 from mobile_gguf.engine.rpc import clear_loss, last_loss
 from mobile_gguf.engine.trial import try_file
+from mobile_gguf.engine.warm import WarmSet
 from mobile_gguf.errors import BudgetError, EngineError, MobileError, ModelFormatError
 from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.memory.buffers import with_buffers
@@ -134,6 +135,9 @@ def _open(
             hold = holder(engine, llama.ctx, options.prefetch)
             llama.device, remarks = start_tier(calls, info, options, fit, hold)
             notices += remarks
+        if options.warm == ON:
+            llama.warm = WarmSet(engine, llama.ctx, info.path, info.files)
+            llama.warm.begin()
     except BaseException:
         _discard(llama)
         raise

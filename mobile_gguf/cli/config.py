@@ -7,8 +7,8 @@ import json
 import sys
 from typing import Any
 
-from mobile_gguf.config import PREFIX, config_path, options_of, read_defaults
-from mobile_gguf.options import GenerateOptions, LoadOptions, declared, defaults
+from mobile_gguf.config import PREFIX, config_path, known_options, options_of, read_defaults
+from mobile_gguf.options import declared, defaults
 from mobile_gguf.options.opt import as_written
 from mobile_gguf.wording import columns, plain
 
@@ -19,6 +19,7 @@ _DESCRIPTION = f"""Show every option's default and where it comes from. Flags co
 environment ({PREFIX}RAM_BUDGET=40%, {PREFIX}TEMPERATURE=0.2), then the file, then what the model's file asks
 for, then what is built in. The file is TOML: `ram_budget = "40%"`, a line for each option; what stands under
 `[serve]` counts for that verb alone."""
+_HIDDEN = "(hidden)"
 _EXAMPLES = f"""examples:
   mobile-gguf config
   mobile-gguf config demo --for serve
@@ -50,16 +51,13 @@ def run(args: argparse.Namespace) -> int:
     found = read_defaults(args.verb_for, VERBS)
     asked = {} if args.model is None else _of_model(args.model)
     rows: list[tuple[str, Any, str]] = []
-    for options in (LoadOptions, GenerateOptions):
-        for name, built_in in defaults(options).items():
-            if options_of(name) is not options:
-                continue
-            if name in found:
-                rows.append((name, found[name].value, found[name].source))
-            elif name in asked:
-                rows.append((name, asked[name], f"{args.model} asks for it"))
-            else:
-                rows.append((name, built_in, "built in"))
+    for name in known_options(args.verb_for):
+        if name in found:
+            rows.append((name, _disclosed(name, found[name].value), found[name].source))
+        elif name in asked:
+            rows.append((name, asked[name], f"{args.model} asks for it"))
+        else:
+            rows.append((name, defaults(options_of(name))[name], "built in"))
     path = config_path()
     if args.json:
         values = {name: {"value": _plain_value(value), "from": source} for name, value, source in rows}
@@ -78,6 +76,10 @@ def _of_model(reference: str) -> dict[str, Any]:
 
     with Progress(sys.stderr) as progress:
         return recommended(read_gguf_info(resolve_model(reference, progress)))[0]
+
+
+def _disclosed(name: str, value: Any) -> Any:
+    return _HIDDEN if declared(options_of(name))[name].is_secret and value is not None else value
 
 
 def _plain_value(value: Any) -> Any:

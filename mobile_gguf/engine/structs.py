@@ -223,6 +223,27 @@ class PrefetchCountersStruct(ctypes.Structure):
     ]
 
 
+@dataclass(frozen=True)
+class WarmCounters:
+    """What became of the warm set since the model was loaded: experts or segments, and bytes.
+
+    Of ``n_read``, which counts also those on their way, ``n_used`` were needed before they left memory and
+    ``n_wasted`` left it unused; ``n_left`` are not begun yet.
+    """
+
+    n_read: int = 0
+    n_used: int = 0
+    n_wasted: int = 0
+    n_left: int = 0
+    bytes_read: int = 0
+
+
+class WarmCountersStruct(ctypes.Structure):
+    """``struct mobile_warm_counters``."""
+
+    _fields_ = [(name, ctypes.c_uint64) for name in WarmCounters.__dataclass_fields__]
+
+
 # the device tier
 
 

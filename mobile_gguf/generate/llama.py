@@ -26,7 +26,8 @@ from mobile_gguf.engine.guarded import GuardedCalls
 from mobile_gguf.engine.log import clear_errors, last_errors
 from mobile_gguf.engine.prefetch import prefetch_counters
 from mobile_gguf.engine.rpc import context_loss
-from mobile_gguf.engine.structs import Counters, DeviceCounters, ModelInfo, PrefetchCounters
+from mobile_gguf.engine.structs import Counters, DeviceCounters, ModelInfo, PrefetchCounters, WarmCounters
+from mobile_gguf.engine.warm import WarmSet, warm_counters
 from mobile_gguf.errors import AnswerStopped, EngineError, ExpertReadError, MobileError, UsageError
 from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.memory.competition import Competition
@@ -82,6 +83,7 @@ class MobileLlama(Llama):
         self._device_array = device_array(self.devices)
         self.device: DeviceTier | None = None  # set by loading, when there are slot pools
         self.threads: FollowingThreads | None = None  # set by loading, where they follow the machine
+        self.warm: WarmSet | None = None  # set by loading, where it is on
         self.engine: Engine | None = None  # while there is a store to ask it about
         self.store: ModelInfo | None = None
         self.has_engine = engine is not None
@@ -151,11 +153,16 @@ class MobileLlama(Llama):
         self._metadata = {name: value for name, value in metadata.items() if not name.startswith(_TEMPLATES)}
 
     def close(self) -> None:
-        """Free the model, and end the process that renders its template."""
+        """Free the model, and end the process that renders its template; what was used is remembered."""
         prompts = getattr(self, "_prompts", None)  # a load may have failed
         if prompts is not None:
             prompts.close()
-        super().close()
+        warm, self.warm = getattr(self, "warm", None), None
+        try:
+            if warm is not None and not sys.is_finalizing():
+                warm.remember()
+        finally:
+            super().close()
 
     def _abandon(self) -> None:
         """In a forked child: what the parent loaded is not freed, for that would wait for its threads."""
@@ -437,6 +444,10 @@ class MobileLlama(Llama):
     def prefetch_counters(self) -> PrefetchCounters:
         """What was read ahead since the last reset; all zero without a store."""
         return prefetch_counters(self.engine, self.ctx) if self.engine is not None else PrefetchCounters()
+
+    def warm_counters(self) -> WarmCounters:
+        """What became of the warm set since the model was loaded; all zero without a store."""
+        return warm_counters(self.engine, self.ctx) if self.engine is not None else WarmCounters()
 
     def reset_counters(self) -> None:
         if self.engine is not None:

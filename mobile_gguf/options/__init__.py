@@ -2,6 +2,7 @@
 
 from .declarations import DEFAULT_GAMMA, POLICY_OPTIONS, GenerateOptions, LoadOptions
 from .opt import Opt, declared, defaults, make_options, takes
+from .serving import ServeOptions
 
 __all__ = [
     "DEFAULT_GAMMA",
@@ -9,6 +10,7 @@ __all__ = [
     "GenerateOptions",
     "LoadOptions",
     "Opt",
+    "ServeOptions",
     "declared",
     "defaults",
     "make_options",

@@ -108,6 +108,14 @@ class LoadOptions(Checked):
         str,
         Opt("--prefetch", choices=PREFETCH, help="move experts before they are asked for: where it helps"),
     ] = "auto"
+    warm: Annotated[
+        str,
+        Opt(
+            "--warm",
+            choices=(ON, OFF),
+            help="read the experts that were used most last time while the disk is idle",
+        ),
+    ] = ON
     mode: Annotated[str, _MODE] = "exact"
     gamma: Annotated[float, _GAMMA] = DEFAULT_GAMMA
     importance: Annotated[str, _IMPORTANCE] = "auto"

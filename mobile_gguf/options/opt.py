@@ -27,7 +27,8 @@ class Opt:
 
     ``read`` makes a value of a word of the command line and tells the type: int, float, str or a parser.
     ``accept`` makes the option's value of its name and what Python's caller gave, where that is no number,
-    no choice, and more than what ``read`` takes. Both raise UsageError, ``accept`` with the name.
+    no choice, and more than what ``read`` takes. Both raise UsageError, ``accept`` with the name. A secret is
+    never shown, and any text is one.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Opt:
         high: float | None = None,
         repeated: bool = False,
         is_flag: bool = False,
+        is_secret: bool = False,
         file_flags: Sequence[str] = (),
         metavar: str = "",
     ) -> None:
@@ -55,6 +57,7 @@ class Opt:
         self.high = high
         self.repeated = repeated
         self.is_flag = is_flag
+        self.is_secret = is_secret
         self.file_flags = tuple(file_flags)
         self.metavar = metavar
 

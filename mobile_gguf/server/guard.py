@@ -20,6 +20,8 @@ from .settings import ServerSettings
 OPEN_PATHS = {"/health", *PAGE}
 # Values in one body, in all lists and objects: far more than token ids that a context holds.
 MAX_VALUES = 300_000
+# What a client that is refused may still send: closed before, it would hear of a broken connection alone.
+DRAIN_BYTES, DRAIN_SECONDS = 64 << 20, 5.0
 _STRINGS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 
 
@@ -41,21 +43,22 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        headers = Headers(scope=scope)
+        incoming = _Incoming(headers, receive)
         try:
-            headers = Headers(scope=scope)
             self._check_host(headers)
             self._check_key(scope["path"], scope["method"], headers)
             _check_encoding(headers)
         except ApiError as error:
-            await _refuse(error, scope, receive, send)
+            await _refuse(error, scope, incoming, send)
             return
         held = _Held()
         try:
             try:
-                body = await self._body(headers, receive, held)
+                body = await self._body(headers, incoming, held)
                 check_values(body)
             except ApiError as error:
-                await _refuse(error, scope, receive, send)
+                await _refuse(error, scope, incoming, send)
                 return
             await self._app(scope, _replay(body, receive), send)
         finally:
@@ -103,7 +106,7 @@ class Guard:
             challenge = {"WWW-Authenticate": "Bearer"}
             raise ApiError(401, "the API key is wrong", code="invalid_api_key", headers=challenge)
 
-    async def _body(self, headers: Headers, receive: Receive, held: _Held) -> bytes:
+    async def _body(self, headers: Headers, incoming: _Incoming, held: _Held) -> bytes:
         limit = self._settings.max_request_bytes
         length = headers.get("content-length", "")
         if length.isdigit() and int(length) > limit:
@@ -112,9 +115,8 @@ class Guard:
         size = 0
         try:
             with anyio.fail_after(self._settings.body_timeout or None):
-                more = True
-                while more:
-                    message = await receive()
+                while incoming.is_incomplete:
+                    message = await incoming.receive()
                     if message["type"] == "http.disconnect":
                         raise ApiError(400, "the client left before the body was complete")
                     chunk = message.get("body", b"")
@@ -123,7 +125,6 @@ class Guard:
                         raise _too_large(limit)
                     self._hold(held, len(chunk))
                     chunks.append(chunk)
-                    more = message.get("more_body", False)
         except TimeoutError:
             raise ApiError(408, f"the body was not complete in {self._settings.body_timeout:g} s") from None
         return b"".join(chunks)
@@ -136,9 +137,38 @@ class _Held:
     n_bytes: int = 0
 
 
-async def _refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+class _Incoming:
+    """A request's body as it comes."""
+
+    def __init__(self, headers: Headers, receive: Receive) -> None:
+        self._headers = headers
+        self._receive = receive
+        self.is_incomplete = True
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        self.is_incomplete = message.get("more_body", False)
+        return message
+
+    async def drain(self) -> None:
+        """Drop what still comes, within limits: a client may read no answer before it has sent all.
+
+        One that asks before it sends (``Expect: 100-continue``) sends nothing then.
+        """
+        length = self._headers.get("content-length", "")
+        if "expect" in self._headers or (length.isdigit() and int(length) > DRAIN_BYTES):
+            return
+        n_bytes = 0
+        with anyio.move_on_after(DRAIN_SECONDS):
+            while self.is_incomplete and n_bytes <= DRAIN_BYTES:
+                n_bytes += len((await self.receive()).get("body", b""))
+
+
+async def _refuse(error: ApiError, scope: Scope, incoming: _Incoming, send: Send) -> None:
+    if error.status != 408:
+        await incoming.drain()
     error.headers.setdefault("Connection", "close")
-    await error.response()(scope, receive, send)
+    await error.response()(scope, incoming.receive, send)
 
 
 def _is_address(name: str | None) -> bool:

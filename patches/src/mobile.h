@@ -179,6 +179,26 @@ LLAMA_API int32_t mobile_get_prefetch_counters(const struct llama_context * ctx,
 LLAMA_API int32_t mobile_get_counters  (const struct llama_context * ctx, struct mobile_counters * counters);
 LLAMA_API int32_t mobile_reset_counters(struct llama_context * ctx);
 
+// the warm set: experts that are worth having before anything asks for them. changes when bytes are read, never outputs.
+// experts [n][2]: layer and expert, the most worthy first
+
+// the experts that single tokens used on ctx so far, the most used first. fills at most n; returns how many there are
+LLAMA_API int32_t mobile_get_worth(const struct llama_context * ctx, int32_t * experts, int32_t n);
+// reads them in their order while there is nothing else to read, as far as the budget has room: nothing is evicted for
+// them. in place of those of an earlier call; n = 0 ends it. returns how many experts or segments are not there yet
+LLAMA_API int32_t mobile_warm(struct llama_context * ctx, const int32_t * experts, int32_t n);
+
+// since the model was loaded; experts or segments. in no field of mobile_counters, but for resident_bytes
+struct mobile_warm_counters {
+    uint64_t n_read;     // for the warm set, also those on their way
+    uint64_t n_used;     // of these, needed before they were evicted
+    uint64_t n_wasted;   // of these, gone without a use
+    uint64_t n_left;     // not begun yet
+    uint64_t bytes_read; // alignment included
+};
+
+LLAMA_API int32_t mobile_get_warm_counters(const struct llama_context * ctx, struct mobile_warm_counters * counters);
+
 // text of the error that made the last decode on ctx fail inside the expert store; "" if it did not
 LLAMA_API const char * mobile_context_error(const struct llama_context * ctx);
 

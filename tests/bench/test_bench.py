@@ -265,3 +265,32 @@ def test_real_library_follows_the_trace(tmp_path: Path) -> None:
     assert compare_routing(TINY_TRACE, ids, passes) == 5 + 1 + 2 * TINY_TRACE.n_decode
     little = runner.routed_ids(Arm("stock", "little", "100%", 0, GIB), 1)
     assert [len(rows[0]) for _, rows in little] == [1] * 4
+
+
+def test_a_larger_vocabulary_follows_what_the_smaller_one_does() -> None:
+    from mobile_gguf.bench import constraints
+    from mobile_gguf.generate.constraint.tokens import TokenTable
+
+    own = TokenTable([b"</s>", *(bytes([i]) for i in range(32, 127))], frozenset({0}), frozenset({0}))
+    larger = constraints.enlarged(own, 600)
+    assert len(larger.pieces) == len(set(larger.pieces)) == 600
+    assert larger.pieces[: len(own.pieces)] == own.pieces
+    for arm in ("JSON schema", "GBNF"):
+        few, many = (constraints.mask_costs(table, arm) for table in (larger, own))
+        # the same text, of longer tokens
+        assert 0 < few["tokens"] < many["tokens"] == len(constraints.TEXT)
+
+
+def test_the_page_of_constraints_has_every_arm() -> None:
+    from mobile_gguf.bench import constraints
+
+    mask = {"making_ms": 1.0, "tokens": 3, "mask_us": 10.0, "mask_worst_us": 20.0, "step_us": 2.0}
+    result = {
+        **{"command": "python", "hardware": "h", "model": "demo", "tokens": 8, "rounds": 2},
+        "cpu_ms_per_token": {"none": [1.0, 3.0], "JSON schema": [2.5, 2.5], "GBNF": [1.0, 2.0]},
+        "masks": {"600": {"JSON schema": mask, "GBNF": mask}},
+    }
+    text = constraints.page(result)
+    assert "| JSON schema | 2.500 ms (2.500-2.500) | +0.500 ms |" in text
+    assert "| GBNF | 1.500 ms (1.000-2.000) | -0.500 ms |" in text
+    assert "| 600 | GBNF | 1.0 ms | 10 us, 20 us | 2 us |" in text

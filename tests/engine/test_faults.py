@@ -98,6 +98,21 @@ def test_failed_read_fails_the_decode(shim: dict[str, str], mode: int, n_io_thre
     assert decodes[-1]["error"] == "", "the text of an earlier failure outlived a success"
 
 
+def test_a_failed_read_for_the_warm_set_is_no_error(shim: dict[str, str]) -> None:
+    """Nobody asked for it, and whoever does reads it again."""
+    named = [[layer, expert] for layer in range(2) for expert in range(4)]
+    outcome = on_engine(run("r", GOOD_MODEL, [
+        {"op": "fault", "mode": EIO}, {"op": "warm", "experts": named, "wait": True},
+        {"op": "fault", "mode": OFF},
+        {"op": "residency", "save": "residency"}, *good("after"), {"op": "warm_counters"},
+    ], "70%"), environment=shim)  # fmt: skip
+    assert outcome.ops("r", "fault")[1]["n_spoilt"] > 0, "the fault was never injected"
+    assert not outcome.arrays["r/residency"].any()
+    assert_good(outcome, "r", "after")
+    told = outcome.ops("r", "warm_counters")[0]
+    assert (told["n_used"], told["n_wasted"], told["n_read"]) == (0, len(named), len(named))
+
+
 def test_a_copy_that_cannot_be_read_fails_every_later_decode(shim: dict[str, str], tmp_path: Path) -> None:
     """Whoever copies a weight cannot be told that zeros are not what the file holds."""
     save = {"op": "save", "path": str(tmp_path / "copy.gguf"), "like": str(tiny_models.path(GOOD_MODEL))}

@@ -10,6 +10,7 @@ from typing import Any
 
 import engine_libs
 import pytest
+import tiny_models
 from engine_jobs import on_engine, run, succeeded, tokens
 from memory_caps import capped, inside
 
@@ -55,6 +56,24 @@ def test_generation_finishes_under_a_hard_limit(share: float) -> None:
     assert generated["tokens"] == free["tokens"], "the limit changed the text"
     counters = outcome.ops("r", "counters")[0]
     assert counters["n_evictions"] > 0
+    assert counters["resident_bytes_peak"] <= budget
+
+
+def test_a_full_warm_set_finishes_under_the_same_limit() -> None:
+    """All of the budget is taken before the first token, not in the course of the answer."""
+    free = uncapped(0.25)
+    budget = free["budget"]
+    limit = int((free["beside"] + budget) * SLACK)
+    job = generation("r", budget)
+    spec = tiny_models.MODELS["bulky"]
+    every = [[layer, expert] for layer in range(spec.n_layer_moe) for expert in range(spec.n_expert)]
+    job["ops"] = [{"op": "warm", "experts": every, "wait": True}, {"op": "warm_counters"}, *job["ops"]]
+    with capped(limit) as group:
+        outcome = succeeded(on_engine(job, prefix=inside(group)))
+        assert group.oom_kills() == 0
+    told, counters = outcome.ops("r", "warm_counters")[0], outcome.ops("r", "counters")[0]
+    assert 0.9 * budget < told["bytes_read"] < free["expert_bytes"]
+    assert outcome.ops("r", "greedy")[0]["tokens"] == free["tokens"], "the warm set changed the text"
     assert counters["resident_bytes_peak"] <= budget
 
 

@@ -7,7 +7,8 @@ import dataclasses
 import math
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 import pytest
@@ -18,11 +19,20 @@ from places import ROOT
 
 from mobile_gguf import sizes
 from mobile_gguf.errors import UsageError
-from mobile_gguf.options import GenerateOptions, LoadOptions, Opt, declared, defaults, make_options
+from mobile_gguf.options import (
+    GenerateOptions,
+    LoadOptions,
+    Opt,
+    ServeOptions,
+    declared,
+    defaults,
+    make_options,
+)
 from mobile_gguf.options.declarations import MAX_THREADS
 from mobile_gguf.sizes import AUTO, OFF, Size
 
-EVERY = [(options, name) for options in (LoadOptions, GenerateOptions) for name in declared(options)]
+KINDS = (LoadOptions, GenerateOptions, ServeOptions)
+EVERY = [(options, name) for options in KINDS for name in declared(options)]
 NAMES = [f"{options.__name__}.{name}" for options, name in EVERY]
 
 # what no option of any type has: each is thrown at all of them
@@ -77,7 +87,7 @@ def test_a_value_of_another_type_is_refused_by_name(options: type[Any], name: st
         "float": {"int", "float", "fraction"},
         "parsed": {"text"},
     }[kind(opt)]
-    if name in ("ram_budget", "vram_budget"):
+    if name in ("ram_budget", "vram_budget", "max_request"):
         takes = {"int", "text"}
     elif name == "logit_bias":
         takes = {"dict"}
@@ -127,12 +137,15 @@ def test_what_is_held_has_the_declared_type(options: type[Any], name: str) -> No
         assert opt.take(name, default) == default
     samples: dict[str, Any] = {
         "ram_budget": "40%", "vram_budget": OFF, "rpc": "host:1", "stop": ["a", "b"], "grammar": "root ::= x",
-        "json_schema": {}, "logit_bias": {"5": 1},
+        "json_schema": {}, "logit_bias": {"5": 1}, "host": "::1", "allow_host": "a", "alias": ["a", "b"],
+        "api_key": "k", "api_key_file": "f", "cors": ["*"], "max_request": "1M",
     }  # fmt: skip
     number = 1.0 if opt.read is float else 1
     value = samples.get(name, opt.choices[0] if opt.choices else True if opt.is_flag else number)
     held = getattr(make_options(options, {name: value}), name)
-    assert any(_is(held, wanted) for wanted in (get_args(annotation) or (annotation,))), annotation
+    union = get_origin(annotation) in (Union, UnionType)
+    wanted = get_args(annotation) if union else (annotation,)
+    assert any(_is(held, one) for one in wanted), annotation
 
 
 def _is(value: Any, annotation: Any) -> bool:
@@ -215,7 +228,10 @@ def test_a_budget_is_parsed_once(parsed: list[str], command: Any, fake_load: Any
 
 def test_nobody_parses_what_the_options_hold() -> None:
     """Sizes in options come parsed; who reads other texts of sizes is named here."""
-    others = {"cli/bench.py", "bench/plan.py", "cli/serve.py", "options/declarations.py", "flags.py"}
+    others = {
+        *("cli/bench.py", "bench/plan.py", "bench/busy.py", "bench/mapped_rows.py"),
+        *("options/serving.py", "options/declarations.py", "flags.py"),
+    }
     readers = set()
     for folder in ("mobile_gguf", "convert", "tui", "bench"):
         for path in (ROOT / folder).rglob("*.py"):

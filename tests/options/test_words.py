@@ -45,6 +45,8 @@ def test_the_options_offer_the_words() -> None:
         "importance": words.IMPORTANCE,
         "io": words.IO,
         "eviction": words.EVICTION,
+        "threads_auto": (words.ON, words.OFF),
+        "warm": (words.ON, words.OFF),
     }
     assert set(bench.MODES) < set(words.MODES)
 

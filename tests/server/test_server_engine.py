@@ -20,6 +20,8 @@ pytest.importorskip("llama_cpp", reason="run `mobile-gguf engine build`")
 from server_harness import SECONDS, get, until  # noqa: E402
 
 from mobile_gguf.engine.binding import find_engine  # noqa: E402
+from mobile_gguf.engine.warm_files import remembered  # noqa: E402
+from mobile_gguf.files.stamps import stamps  # noqa: E402
 
 USER = [{"role": "user", "content": "Tell me about a person called Ann."}]
 PERSON = {
@@ -217,6 +219,7 @@ def test_a_signal_cuts_a_running_stream_cleanly(demo_gguf, command, serve, numbe
     _, error = served.process.communicate(timeout=SECONDS)
     assert served.process.returncode == code
     assert "Traceback" not in error
+    assert remembered(demo_gguf, stamps([demo_gguf])), "what was used was not remembered for the next start"
 
 
 def test_a_second_ctrl_c_cuts_without_a_traceback(demo_gguf, command, serve):
@@ -257,12 +260,12 @@ def refused(*flags: str, **environment: str) -> tuple[int, str]:
     ("flags", "code", "text"),
     [
         ((), 3, "nothing.gguf"),
-        (("--port", "70000"), 2, "--port is 70000"),
-        (("--queue", "-1"), 2, "--queue is -1"),
+        (("--port", "70000"), 2, "argument --port: port is 70000: it must be at most 65535"),
+        (("--queue", "-1"), 2, "argument --queue: queue is -1: it must be at least 0"),
         (("--max-request", "40%"), 2, "--max-request"),
         (("--api-key", "a b"), 2, "API key"),
         (("--api-key-file", "/nonexistent"), 2, "cannot read /nonexistent"),
-        (("--api-key", "a", "--api-key-file", "b"), 2, "not both"),
+        (("--api-key", "a", "--api-key-file", "b"), 2, "give --api-key or --api-key-file, not both"),
     ],
 )
 def test_what_cannot_be_served_is_one_line(flags, code, text):

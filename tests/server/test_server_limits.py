@@ -137,6 +137,35 @@ def test_a_compressed_body_is_a_415(fake_model: Any) -> None:
         assert "Content-Encoding" in answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [({"Host": "evil.example"}, b"403"), ({}, b"401"), ({"Authorization": "Bearer key"}, b"413")],
+)
+def test_a_client_that_sends_all_before_it_reads_is_told_why(
+    fake_model: Any, monkeypatch: pytest.MonkeyPatch, headers: dict[str, str], status: bytes
+) -> None:
+    """More than the buffers between the two hold: a connection closed on it would be reset instead."""
+    n_bytes = 24 << 20
+    lines = {
+        "Host": "localhost",
+        "Content-Length": str(n_bytes),
+        "Content-Type": "application/json",
+    } | headers
+    head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
+    with running(fake_model(), hosts=("localhost",), api_key="key") as server:
+        with connected(server.url) as connection:
+            connection.sendall(f"POST /v1/completions HTTP/1.1\r\n{head}\r\n".encode())
+            for _ in range(n_bytes >> 20):
+                connection.sendall(b"x" * (1 << 20))
+            assert all_of(connection).split(b" ")[1] == status
+        # what asks first is told at once, and what is far too large
+        for more in ({"Expect": "100-continue"}, {"Content-Length": str(1 << 40)}):
+            with connected(server.url) as connection:
+                words = "".join(f"{name}: {value}\r\n" for name, value in (lines | more).items())
+                connection.sendall(f"POST /v1/completions HTTP/1.1\r\n{words}\r\n".encode())
+                assert all_of(connection).split(b" ")[1] == status
+
+
 @pytest.mark.parametrize("value", ["[]", "{}", "1"])
 def test_a_body_of_many_values_is_refused_before_it_is_read(
     fake_model: Any, monkeypatch: pytest.MonkeyPatch, value: str

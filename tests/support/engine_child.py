@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import threading
+import time
 from typing import Any
 
 import llama_cpp.llama_cpp as lib
@@ -20,10 +21,12 @@ import numpy as np
 from peak_memory import peak_resident_bytes
 
 from mobile_gguf.engine.structs import (
+    LOADING,
     CountersStruct,
     LoadParamsStruct,
     ModelInfoStruct,
     PrefetchCountersStruct,
+    WarmCountersStruct,
 )
 
 
@@ -51,6 +54,9 @@ def bind() -> ctypes.CDLL | None:
         "mobile_prefetch_masked": (int32, [void_p]),
         "mobile_set_prefetch": (int32, [void_p, int32]),
         "mobile_set_predictor": (int32, [void_p, int32]),
+        "mobile_get_worth": (int32, [void_p, int32_p, int32]),
+        "mobile_warm": (int32, [void_p, int32_p, int32]),
+        "mobile_get_warm_counters": (int32, [void_p, ctypes.POINTER(WarmCountersStruct)]),
         "mobile_get_prefetch_counters": (int32, [void_p, ctypes.POINTER(PrefetchCountersStruct)]),
         "mobile_get_counters": (int32, [void_p, ctypes.POINTER(CountersStruct)]),
         "mobile_reset_counters": (int32, [void_p]),
@@ -284,6 +290,35 @@ class Run:
 
     def op_prefetch_counters(self, op: dict[str, Any]) -> dict[str, Any]:
         return self.counters("mobile_get_prefetch_counters", PrefetchCountersStruct)
+
+    def op_worth(self, op: dict[str, Any]) -> dict[str, Any]:
+        """experts: [layer, expert] of what single tokens used, the most used first."""
+        assert mobile is not None
+        n = mobile.mobile_get_worth(self.ctx, None, 0)
+        pairs = np.zeros((max(n, 0), 2), np.int32)
+        pointer = pairs.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
+        return {"status": mobile.mobile_get_worth(self.ctx, pointer, n), "experts": pairs.tolist()}
+
+    def op_warm(self, op: dict[str, Any]) -> dict[str, Any]:
+        """experts: [layer, expert], the most worthy first; wait: until all are read that will be."""
+        assert mobile is not None
+        pairs = np.ascontiguousarray(op["experts"], np.int32).reshape(-1, 2)
+        pointer = pairs.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
+        status = mobile.mobile_warm(self.ctx, pointer, len(pairs))
+        error = mobile.mobile_last_error().decode() if status < 0 else ""
+        until = time.monotonic() + 60
+        while op.get("wait") and status > 0 and not self.is_warm():
+            assert time.monotonic() < until, "the warm set was not read"
+            time.sleep(0.002)
+        return {"status": status, "error": error}
+
+    def is_warm(self) -> bool:
+        left = self.counters("mobile_get_warm_counters", WarmCountersStruct)["n_left"]
+        self.op_residency({"save": "_warming"})
+        return left == 0 and not (self.arrays[f"{self.spec['name']}/_warming"] == LOADING).any()
+
+    def op_warm_counters(self, op: dict[str, Any]) -> dict[str, Any]:
+        return self.counters("mobile_get_warm_counters", WarmCountersStruct)
 
     def op_counters(self, op: dict[str, Any]) -> dict[str, Any]:
         return self.counters("mobile_get_counters", CountersStruct)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from mobile_gguf.engine.experts import Experts, ExpertSource
-from mobile_gguf.engine.structs import Counters, DeviceCounters, ModelInfo, PrefetchCounters
+from mobile_gguf.engine.structs import Counters, DeviceCounters, ModelInfo, PrefetchCounters, WarmCounters
 from mobile_gguf.errors import PromptTooLongError, UsageError
 from mobile_gguf.generate.decode import ALL_EXPERTS, Pass, Policy, decode_prompt, decode_token
 from mobile_gguf.generate.head import Head
@@ -271,6 +271,9 @@ class FakeBackend:
 
     def prefetch_counters(self) -> PrefetchCounters:
         return PrefetchCounters()
+
+    def warm_counters(self) -> WarmCounters:
+        return WarmCounters()
 
     def reset_counters(self) -> None:
         self._device_counters = DeviceCounters()

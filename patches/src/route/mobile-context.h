@@ -17,6 +17,7 @@
 #include "route/mobile-rules.h"
 #include "route/mobile-trace.h"
 #include "route/mobile-usage.h"
+#include "route/mobile-worth.h"
 #include "store/mobile-store.h"
 
 #include <memory>
@@ -36,6 +37,7 @@ struct mobile_context {
     mobile_trace trace;
     mobile_ring  ring;
     mobile_usage usage;  // counters
+    mobile_worth worth;
     mobile_graph graph;
     mobile_pass  pass;   // the running ubatch
     std::string  error;  // what made the last one fail; "" if it did not

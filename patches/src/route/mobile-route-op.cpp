@@ -245,6 +245,9 @@ static void run(mobile_route & route, ggml_tensor * dst) {
         record_layer(ctx, route, layer, dst); // before the request changes what is resident
     }
     keep_routed(ctx, dst);
+    if (ctx.pass.n_tokens() == 1) {
+        ctx.worth.add(route.il, r.routed, ctx.pass.time);
+    }
     for (int64_t t = 0; t < n_tokens; ++t) {
         if (route.keep && !has_hot(dst)) {
             keep_ids(ctx, route, dst, t, ctx.pass.token_of(t, n_tokens));

@@ -12,6 +12,7 @@ static constexpr double TRANSIENT_KEY = -1e15;
 
 void mobile_store::begin_pass() {
     locked lock(mutex);
+    in_pass    = true;
     error_text = error_for_good;
 }
 
@@ -40,9 +41,11 @@ void mobile_store::unpin_all() {
 
 bool mobile_store::end_pass() {
     locked lock(mutex);
+    in_pass = false;
     unpin_all();
     drop_hints();
     cv_done.notify_all();
+    wake_io(warm_parts.size() + warm_reads.size());
     if (error_text.empty()) {
         error_text = thrown;
     }
@@ -106,6 +109,10 @@ void mobile_store::ask(locked & lock, mobile_store_layer layer, const std::vecto
         }
         if (x.hinted) {
             use_hint(part);
+        }
+        if (x.warm_unused) {
+            warm_count.n_used++;
+            x.warm_unused = false;
         }
         if (x.state == MOBILE_LOADING) {
             on_their_way.push_back(part);

@@ -52,23 +52,26 @@ void mobile_store::queue_reads(const std::vector<mobile_store_part> & loads, std
     }
 }
 
-// moves queued reads of these experts from read-ahead to demand
+// moves queued reads of these experts from those ahead of need to demand
 void mobile_store::promote(const std::vector<mobile_store_part> & wanted) {
-    if (wanted.empty() || ahead.empty()) {
+    if (wanted.empty()) {
         return;
     }
     const std::set<mobile_store_part> set(wanted.begin(), wanted.end());
-    auto moved = std::stable_partition(ahead.begin(), ahead.end(), [&](const item & it) { return set.count(it.part) == 0; });
-    demand.insert(demand.end(), moved, ahead.end());
-    ahead.erase(moved, ahead.end());
+    for (std::deque<item> * queue : { &ahead, &warm_reads }) {
+        auto moved = std::stable_partition(queue->begin(), queue->end(), [&](const item & it) { return set.count(it.part) == 0; });
+        demand.insert(demand.end(), moved, queue->end());
+        queue->erase(moved, queue->end());
+    }
 }
 
 // a read under way. where it throws, the lock is taken again first
 class mobile_store::running {
 public:
-    running(mobile_store & store, locked & lock, bool demanded) : store(store), lock(lock), demanded(demanded) {
+    running(mobile_store & store, locked & lock, bool demanded, bool warm) : store(store), lock(lock), demanded(demanded), warm(warm) {
         store.n_running++;
         store.n_demand_running += demanded;
+        store.n_warm_running   += warm;
     }
 
     ~running() {
@@ -77,26 +80,39 @@ public:
         }
         store.n_running--;
         store.n_demand_running -= demanded;
+        store.n_warm_running   -= warm;
     }
 
 private:
     mobile_store & store;
     locked       & lock;
     const bool     demanded;
+    const bool     warm;
 };
+
+// the first that has something to do in the order of their classes; NULL: none
+std::deque<mobile_store::item> * mobile_store::next_queue(locked & lock, bool demand_only) {
+    if (!demand.empty()) {
+        return &demand;
+    }
+    if (demand_only) {
+        return nullptr;
+    }
+    if (!ahead.empty() || begin_hint(lock)) {
+        return &ahead;
+    }
+    return is_idle() && (!warm_reads.empty() || begin_warm(lock)) ? &warm_reads : nullptr;
+}
 
 // takes one read from the queues and does it without the lock; false: there is none
 bool mobile_store::run_one(locked & lock, bool demand_only) {
-    std::deque<item> & queue = !demand.empty() ? demand : ahead;
-    if (demand_only && demand.empty()) {
+    std::deque<item> * const queue = next_queue(lock, demand_only);
+    if (!queue) {
         return false;
     }
-    if (queue.empty() && !begin_hint(lock)) {
-        return false;
-    }
-    const bool demanded = !demand.empty();
-    const item it = queue.front();
-    queue.pop_front();
+    const bool demanded = queue == &demand;
+    const item it = queue->front();
+    queue->pop_front();
 
     const mobile_expert & x = experts[it.part];
     const mobile_range  & r = range_of(it.part, it.piece);
@@ -109,14 +125,14 @@ bool mobile_store::run_one(locked & lock, bool demand_only) {
     uint64_t n_read = 0;
     int      status = 0;
     {
-        running scope(*this, lock, demanded);
+        running scope(*this, lock, demanded, queue == &warm_reads);
         lock.unlock();
         status = mobile_file_read(f, offset, size, dst, n_read);
         lock.lock();
     }
     ahead_count.bytes_demanded += demanded ? n_read : 0;
-    if (demanded && !hints.empty()) {
-        wake_io(1);
+    if (demanded) {
+        wake_io(hints.size() + warm_parts.size() + warm_reads.size());
     }
     finish(it, status, n_read, size, offset);
     return true;
@@ -133,9 +149,13 @@ void mobile_store::finish(const item & it, int status, uint64_t n_read, uint64_t
     const mobile_file & f = files[range_of(it.part, it.piece).file];
 
     const uint64_t bytes = f.direct ? mobile_round_up(n_read, f.align) : n_read;
-    count.bytes_read += bytes;
-    if (!x.ahead) {
-        count.bytes_read_demand += bytes;
+    if (x.warm) {
+        warm_count.bytes_read += bytes; // no answer's
+    } else {
+        count.bytes_read += bytes;
+        if (!x.ahead) {
+            count.bytes_read_demand += bytes;
+        }
     }
 
     const bool ok = status == 0 && n_read == n_wanted;
@@ -146,6 +166,7 @@ void mobile_store::finish(const item & it, int status, uint64_t n_read, uint64_t
     }
     if (x.n_pending == 0) {
         n_in_flight--;
+        warm_in_flight -= x.warm ? classes[layers[x.layer].cls].slot_bytes : 0;
         x.state = MOBILE_RESIDENT;
     }
     cv_done.notify_all();
@@ -180,9 +201,13 @@ void mobile_store::catch_thrown(locked & lock) noexcept {
     demand.clear();
     ahead.clear();
     hints.clear();
+    warm_parts.clear();
+    warm_reads.clear();
     cv_done.wait(lock, [&] { return n_running == 0; });
     demand.clear(); // and what was asked for meanwhile
     ahead.clear();
+    warm_parts.clear();
+    warm_reads.clear();
     for (mobile_expert & x : experts) {
         if (x.state != MOBILE_LOADING) {
             continue;
@@ -197,6 +222,7 @@ void mobile_store::catch_thrown(locked & lock) noexcept {
         x.failed    = true;
         x.state     = MOBILE_RESIDENT;
         n_in_flight--;
+        warm_in_flight -= x.warm ? classes[layers[x.layer].cls].slot_bytes : 0;
         if (!x.pinned) {
             release_slot(x);
         }

@@ -35,6 +35,7 @@ void mobile_store::release_slot(mobile_expert & x) {
     }
     classes[layers[x.layer].cls].free.push_back(x.slot);
     waste_hint(x);
+    warm_count.n_wasted += x.warm_unused;
     n_transient -= x.transient;
     x.state      = MOBILE_NOT_RESIDENT;
     x.slot       = -1;
@@ -42,6 +43,8 @@ void mobile_store::release_slot(mobile_expert & x) {
     x.transient  = false;
     x.prefetched = false;
     x.failed     = false;
+    x.warm       = false;
+    x.warm_unused = false;
 }
 
 void mobile_store::evict(mobile_store_part part) {
@@ -60,6 +63,8 @@ bool mobile_store::may_go(const mobile_expert & x, mobile_store_layer layer, slo
                 (x.transient || (n_transient < 2*(uint64_t) n_parts_max && budget_bytes >= 4*budget_min_bytes));
         case SLOT_PREFETCH:
             return x.last_use < now;
+        case SLOT_WARM:
+            return false;
     }
     return false;
 }

@@ -8,7 +8,7 @@
 // half the read bandwidth.
 // Invariants: slots in use never exceed the budget; a piece is computed from only when all its bytes
 // have arrived; a pinned expert is not evicted; reads ahead never evict what single tokens use, beyond
-// two layers' worth; what is thrown in the middle of it, in whatever thread, is a failed read (catch_thrown).
+// two layers' worth; the warm set evicts nothing; what is thrown in the middle of it, in whatever thread, is a failed read (catch_thrown).
 // What is called an expert in this class is a part (mobile-ids.h): a whole expert, or one of its segments; what
 // `of_model` stands in the name of takes the model's experts.
 // Limits: one graph computation at a time; a layer's experts all fit (checked at load).
@@ -69,6 +69,8 @@ struct mobile_expert {
     bool     ahead      = false;   // its slot was taken to read ahead
     bool     prefetched = false;   // read ahead and not needed yet
     bool     hinted     = false;   // ... because of a hint
+    bool     warm       = false;   // read for the warm set
+    bool     warm_unused = false;  // ... and not needed yet
     bool     failed     = false;   // a read of it failed
     bool     listed     = false;   // stands in its layer's set in mobile_store::evictable, under `key`
     uint64_t n_uses     = 0;
@@ -180,6 +182,7 @@ public:
     mobile_model_layer end_of_layers() const { return store_layer_of.next(); } // one past the last with experts
     int32_t            n_expert_of(mobile_store_layer layer) const { return layers[layer].n_parts/n_segments; }
     int32_t            n_expert_max() const { return n_parts_max/n_segments; }
+    mobile_store_part  store_part_of(mobile_store_layer layer, mobile_part part) const { return layers[layer].first + part.n; }
 
     // for one computation at a time
 
@@ -200,6 +203,9 @@ public:
     // in tokens. seq: forgotten unless sequence() is still that; 0: always meant. returns how many are not there.
     // by any thread
     int32_t hint(mobile_store_layer layer, const std::vector<mobile_part> & parts, double now, uint64_t seq);
+    // experts worth having, the most worthy first: read while there is nothing else to read, until no slot is free. in
+    // place of those named before. returns how many are not there. by any thread
+    int32_t warm(const std::vector<mobile_store_part> & parts);
     // unpins the last layer; false: a read failed in this pass, error() says which
     bool end_pass();
 
@@ -220,6 +226,7 @@ public:
     std::string     error();
     mobile_counters counters();
     mobile_ahead_counters counters_ahead();
+    mobile_warm_counters  counters_warm();
     void            reset_peak();
     // an expert in segments is as resident as its least resident segment
     uint8_t         residency_of_model(mobile_store_layer layer, int32_t expert);
@@ -233,7 +240,7 @@ private:
         uint32_t chunk;
     };
 
-    enum slot_use { SLOT_DEMAND, SLOT_AHEAD, SLOT_PREFETCH };
+    enum slot_use { SLOT_DEMAND, SLOT_AHEAD, SLOT_PREFETCH, SLOT_WARM };
 
     struct hinted {
         mobile_store_part part;
@@ -246,7 +253,6 @@ private:
 
     void lay_out(uint32_t align);
 
-    mobile_store_part  store_part_of(mobile_store_layer layer, mobile_part part) const { return layers[layer].first + part.n; }
     mobile_store_layer layer_of_part(mobile_store_part part) const { return experts[part].layer; }
     mobile_part        part_in_layer(mobile_store_part part) const { return mobile_part(part - layers[layer_of_part(part)].first); }
 
@@ -271,7 +277,10 @@ private:
     void queue_reads (const std::vector<mobile_store_part> & parts, std::deque<item> & queue);
     void promote     (const std::vector<mobile_store_part> & parts);
     bool run_one     (locked & lock, bool demand_only);
+    std::deque<item> * next_queue(locked & lock, bool demand_only);
     bool begin_hint  (locked & lock);
+    bool is_idle     () const;
+    bool begin_warm  (locked & lock);
     void use_hint    (mobile_store_part part);
     void waste_hint  (mobile_expert & x);
     void settle_hints(mobile_store_layer layer);
@@ -297,10 +306,16 @@ private:
     std::condition_variable cv_done; // computing threads: a piece arrived or failed, or nobody waits any more
     std::deque<item>        demand;  // served first
     std::deque<item>        ahead;
-    std::deque<hinted>      hints;     // served last
+    std::deque<hinted>      hints;     // served after these
     std::vector<mobile_store_part> hinted_reads; // of layers yet to come, read because of hints
     uint32_t                n_running        = 0; // reads under way
     uint32_t                n_demand_running = 0; // of these, of misses
+    std::deque<mobile_store_part> warm_parts; // to be read, served last
+    std::deque<item>        warm_reads;       // of those that have a slot
+    size_t                  n_warm           = 0; // that warm() was given
+    uint32_t                n_warm_running   = 0; // of n_running
+    uint64_t                warm_in_flight   = 0; // bytes of slots of those being loaded
+    bool                    in_pass          = false;
     std::atomic<uint64_t>   n_requests = 1;       // changed under the lock
     bool                    stop = false;
     std::vector<std::thread> io_threads;
@@ -322,4 +337,5 @@ private:
     char        thrown[256] = ""; // in no string, which might throw: what was, until a pass has failed of it
     mobile_counters count = {};
     mobile_ahead_counters ahead_count;
+    mobile_warm_counters  warm_count = {};
 };

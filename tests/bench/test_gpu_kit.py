@@ -1,0 +1,139 @@
+"""The GPU kit without a GPU: what it packs, and what is left of a phase that is cut."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mobile_gguf.bench.gpu_kit import compile_once, phase, run
+from mobile_gguf.bench.gpu_kit.pack import package_folders, write_archive, write_difference
+from mobile_gguf.bench.gpu_kit.results import read_result, save_result
+from mobile_gguf.bench.gpu_kit.run import BOXES, Box, run_all
+from mobile_gguf.bench.gpu_kit.settings import Settings, read_settings
+from mobile_gguf.errors import UsageError
+
+PROJECT = Path(__file__).parents[2]
+
+
+def test_an_archive_that_may_not_travel_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
+    folder, archive = tmp_path / "kit", tmp_path / "kit.tar.gz"
+    folder.mkdir()
+    (folder / "noise").write_bytes(os.urandom(5000))
+    with pytest.raises(UsageError, match="may travel"):
+        write_archive(folder, archive, limit=4000)
+    assert [path.name for path in tmp_path.iterdir()] == ["kit"]
+    assert write_archive(folder, archive, limit=9000) == archive.stat().st_size
+
+
+def test_every_package_of_the_project_is_in_the_kit() -> None:
+    folders = package_folders(PROJECT)
+    assert folders["mobile_gguf.bench.gpu_kit"] == PROJECT / "bench" / "gpu_kit"
+    assert all((folder / "__init__.py").is_file() for folder in folders.values())
+
+
+def test_the_stock_tree_is_ours_and_the_difference(tmp_path: Path) -> None:
+    ours, stock, kept = tmp_path / "ours", tmp_path / "stock", tmp_path / "kept"
+    for folder, texts in (
+        (ours, {"same": "1", "changed": "2", "new": "3"}),
+        (stock, {"same": "1", "changed": "0"}),
+    ):
+        folder.mkdir()
+        for name, text in texts.items():
+            (folder / name).write_text(text)
+    (stock / "deep").mkdir()
+    (stock / "deep" / "gone").write_text("4")
+    assert write_difference(ours, stock, kept) == ["new"]
+    files = {path.relative_to(kept).as_posix() for path in kept.rglob("*") if path.is_file()}
+    assert files == {"changed", "deep/gone"}
+
+
+def test_settings_are_what_they_were(tmp_path: Path) -> None:
+    settings = Settings(root=str(tmp_path), out=str(tmp_path), trace="t.csv", repeats=2)
+    assert read_settings(settings.write()) == settings
+
+
+def test_boxes_fit_a_borrowed_machine() -> None:
+    assert sum(box.seconds for box in BOXES) < 9 * 60
+    assert {box.name for box in BOXES} == set(phase.TITLES)
+
+
+def test_a_phase_that_is_killed_leaves_its_result_and_the_next_start_does_it_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tools of the phase of facts are this one, which never answers."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    slow = tools / "nvcc"
+    slow.write_text("#!/bin/sh\nexec sleep 600\n")
+    slow.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    out = tmp_path / "out"
+    out.mkdir()
+    settings = Settings(root=str(tmp_path), out=str(out))
+    command = [sys.executable, "-m", "mobile_gguf.bench.gpu_kit.phase", "facts", str(settings.write())]
+    process = subprocess.Popen(command, start_new_session=True)
+    try:
+        while "topology" not in ((read_result(out, "facts") or {}).get("said") or {}):
+            assert process.poll() is None
+            time.sleep(0.02)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    left = read_result(out, "facts")
+    assert left is not None
+    assert not left["finished"]
+    assert "Not finished" in (out / "facts.md").read_text()
+
+    slow.write_text("#!/bin/sh\necho release\n")
+    assert run_all(settings, [Box("facts", 60)], 60)
+    known = read_result(out, "facts")
+    assert known is not None
+    assert known["said"]["nvcc"] == "release"
+
+
+def test_what_is_finished_is_left_alone_and_a_box_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    asked = []
+
+    def run_phase(box: Box, _settings: Path, seconds: float) -> str:
+        asked.append((box.name, seconds))
+        return "cut"
+
+    monkeypatch.setattr(run, "run_phase", run_phase)
+    save_result(tmp_path, "facts", {"title": "t", "finished": True}, lambda _result: [])
+    assert not run_all(
+        Settings(root=str(tmp_path), out=str(tmp_path)), [Box("facts", 5), Box("link", 7)], 100
+    )
+    assert [name for name, _ in asked] == ["link"]
+    assert "cut" in (tmp_path / "README.md").read_text()
+
+
+def test_a_cuda_source_is_compiled_once_for_two_trees(tmp_path: Path) -> None:
+    """The compiler is a script that counts its calls; another header makes another object."""
+    compiler = tmp_path / "nvcc"
+    compiler.write_text(
+        f'#!/bin/sh\n[ "$1" = --version ] && echo release 13 && exit\necho x >>{tmp_path}/calls\n'
+        'while [ "$1" != -o ]; do shift; done\necho object >"$2"\n'
+    )
+    compiler.chmod(0o755)
+    for tree, header in (("a", "1"), ("b", "1"), ("c", "2")):
+        folder = tmp_path / tree / "ggml" / "src" / "ggml-cuda"
+        folder.mkdir(parents=True)
+        (folder / "add.cu").write_text("kernel")
+        (folder / "common.cuh").write_text(header)
+        target = tmp_path / tree / "add.o"
+        command = [str(compiler), "-DX", f"-I{folder}", "-c", str(folder / "add.cu"), "-o", str(target)]
+        assert compile_once.main([str(tmp_path / "store"), *command]) == 0
+        assert target.read_text() == "object\n"
+    assert (tmp_path / "calls").read_text().count("x") == 2
+    assert len(list((tmp_path / "store").glob("*.o"))) == 2
+    assert json.dumps([path.name for path in (tmp_path / "store").glob("*.seconds")]).count("add-") == 2
