@@ -12,6 +12,7 @@ _COMMON = {
     "num_key_value_heads": 2, "max_position_embeddings": 2048, "tie_word_embeddings": False,
     "bos_token_id": VOCAB - 3, "eos_token_id": VOCAB - 2, "pad_token_id": VOCAB - 1,
 }  # fmt: skip
+ROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0}
 
 
 @dataclass(frozen=True)

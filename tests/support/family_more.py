@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from family import N_TOKENS, Family, config
+from family import N_TOKENS, ROPE, Family, config
 
 _MLA: dict[str, Any] = {
     "kv_lora_rank": 32, "q_lora_rank": 48, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16,
@@ -43,7 +43,10 @@ _GEMMA4: dict[str, Any] = _SPECIAL | {
 }  # fmt: skip
 _V4 = ["compressed_sparse_attention", "heavily_compressed_attention"]
 _SCALED = "biases or scales"
-_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+# where a checkpoint does not say how much is rotated, the converter takes half and transformers all
+_SOLAR: dict[str, Any] = config(
+    _SHARED, head_dim=32, first_k_dense_replace=0, rope_parameters=ROPE | {"partial_rotary_factor": 1.0}
+)
 
 _QWEN3_VL: dict[str, Any] = _IMAGES | {
     "text_config": config(
@@ -106,7 +109,7 @@ MORE: dict[str, Family] = {
     ),
     "gpt-oss": Family(
         "GptOssConfig", "GptOssForCausalLM",
-        config(_LOCAL, head_dim=32, intermediate_size=64, sliding_window=128, rope_parameters=_ROPE), 4, 4,
+        config(_LOCAL, head_dim=32, intermediate_size=64, sliding_window=128, rope_parameters=ROPE), 4, 4,
         no_segments=_SCALED,
     ),
     "granite-moe": Family("GraniteMoeConfig", "GraniteMoeForCausalLM", config(_GRANITE), 4, 4),
@@ -196,7 +199,7 @@ MORE: dict[str, Family] = {
             "text_config": config(
                 _QWEN, num_hidden_layers=4, head_dim=32, linear_key_head_dim=32, linear_value_head_dim=32,
                 linear_num_key_heads=2, linear_num_value_heads=4, shared_expert_intermediate_size=32,
-                rope_parameters=_ROPE | {
+                rope_parameters=ROPE | {
                     "partial_rotary_factor": 0.25, "mrope_section": [2, 1, 1], "mrope_interleaved": True,
                 },
             ),
@@ -224,13 +227,10 @@ MORE: dict[str, Family] = {
         ),
         5, 4,
     ),
-    "solar-open": Family(
-        "SolarOpenConfig", "SolarOpenForCausalLM", config(_SHARED, head_dim=32, first_k_dense_replace=0), 5, 5
-    ),
+    "solar-open": Family("SolarOpenConfig", "SolarOpenForCausalLM", _SOLAR, 5, 5),
     # experts joined, where the converter reads them one by one
     "solar-open-joined": Family(
-        "SolarOpenConfig", "SolarOpenForCausalLM",
-        config(_SHARED, head_dim=32, first_k_dense_replace=0), 5, 5, made="experts_joined",
+        "SolarOpenConfig", "SolarOpenForCausalLM", _SOLAR, 5, 5, made="experts_joined"
     ),
     "mixtral-joined": Family(
         "MixtralConfig", "MixtralForCausalLM",
@@ -242,6 +242,8 @@ MORE: dict[str, Family] = {
         config(
             _LOCAL, head_dim=32, intermediate_size=64, moe_intermediate_size=32, sliding_window=128,
             layer_types=["sliding_attention"] * 3 + ["full_attention"],
+            # llama.cpp rotates both kinds of layers by one base
+            rope_parameters={"full_attention": ROPE, "sliding_attention": ROPE},
         ),
         4, 4,
     ),

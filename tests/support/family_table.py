@@ -6,7 +6,9 @@ attending layers, indexers, blocks for multi-token prediction (MTP).
 
 from __future__ import annotations
 
-from family import N_TOKENS, VOCAB, Family, config
+from typing import Any
+
+from family import N_TOKENS, ROPE, VOCAB, Family, config
 from family_more import MORE
 
 __all__ = ["FAMILIES", "N_TOKENS", "VOCAB", "Family"]
@@ -56,11 +58,14 @@ _KDA = {
     "intermediate_size": 96, "moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_token": 4,
     "num_shared_experts": 1, "linear_head_dim": 32, "linear_num_heads": 4,
 }  # fmt: skip
-_STEP = {
+_STEP: dict[str, Any] = {
     "num_hidden_layers": 5, "head_dim": 32, "intermediate_size": 96, "moe_intermediate_size": 32,
     "share_expert_dim": 32, "n_routed_experts": 8, "num_experts_per_tok": 4, "sliding_window": 128,
     "mlp_layer_types": ["dense"] + ["sparse"] * 4,
     "layer_types": ["full_attention", "sliding_attention"] * 2 + ["full_attention"],
+    "rope_parameters": {
+        "full_attention": ROPE | {"partial_rotary_factor": 0.5}, "sliding_attention": ROPE,
+    },
 }  # fmt: skip
 _GRANITE = {
     "num_hidden_layers": 6, "intermediate_size": 32, "shared_intermediate_size": 64, "num_local_experts": 8,
