@@ -28,7 +28,7 @@ from .build import ensure_model
 from .geometry import scale_model
 from .hardware import describe_hardware, n_cpus
 from .harness import find_libraries
-from .plan import BenchOptions
+from .plan import BenchOptions, absolute_bytes
 from .trace import read_trace
 
 _CAP_SLACK_BYTES = 900 * MIB
@@ -78,7 +78,7 @@ def _name(library: str, arm: Arm) -> str:
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     """All runs, in the order in which they were made."""
     trace = read_trace(args.trace)
-    shape = scale_model(trace, parse_size(args.size).n_bytes)
+    shape = scale_model(trace, absolute_bytes(args.size, "--size"))
     model = ensure_model(trace, shape)
     libraries = find_libraries(BenchOptions(versus=("stock",)), {"engine", "stock"})
     runners = {name: Runner(model, trace, libraries, trace.k // 2) for name in ("engine", "stock")}

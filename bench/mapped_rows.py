@@ -31,10 +31,11 @@ from typing import Any
 from mobile_gguf.errors import MobileError
 from mobile_gguf.files.paths import cache_dir
 from mobile_gguf.memory.cap import create_memory_cgroup
-from mobile_gguf.sizes import format_bytes, parse_size
+from mobile_gguf.sizes import format_bytes
 
 from .disk import drop_page_cache
 from .hardware import describe_hardware
+from .plan import absolute_bytes
 
 _HASHES = 8
 _PROMPT_TOKENS = 512
@@ -103,7 +104,7 @@ def _run(
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     """One record for each cap."""
-    table = _table(parse_size(args.table).n_bytes)
+    table = _table(absolute_bytes(args.table, "--table"))
     words = words_of(args.text)
     rows = rows_of(words, table.stat().st_size // args.row_bytes)
     prompts = [
@@ -113,7 +114,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     results = []
     with tempfile.TemporaryDirectory() as folder:
         program = _build(Path(folder))
-        for memory in (parse_size(text).n_bytes for text in args.memory.split(",")):
+        for memory in (absolute_bytes(text, "--memory") for text in args.memory.split(",")):
             found: dict[str, dict[str, list[float]]] = {
                 arm: {"token": [], "p99": [], "prompt": []} for arm in _ARMS
             }

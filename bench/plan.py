@@ -75,6 +75,14 @@ def plan_arms(
     return arms, notes
 
 
+def absolute_bytes(text: str, flag: str) -> int:
+    """Bytes of a text such as 512MiB; raises UsageError where it is a share or no size."""
+    size = parse_size(text)
+    if size.n_bytes is None:
+        raise UsageError(f"{flag} {text!r} is not a number of bytes, such as 512MiB")
+    return size.n_bytes
+
+
 def _budget_bytes(text: str, shape: ModelShape) -> int:
     size = parse_size(text)
     if size.is_auto:

@@ -27,7 +27,7 @@ from .build import ensure_model
 from .geometry import scale_model
 from .hardware import describe_hardware, n_cpus
 from .harness import find_libraries
-from .plan import BenchOptions
+from .plan import BenchOptions, absolute_bytes
 from .trace import read_trace
 
 _CAP_SLACK_BYTES = 900 * MIB
@@ -58,7 +58,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
             f"{args.trace} has {trace.n_decode} decoded tokens: with --tokens {args.tokens} none are left"
             " that are another text"
         )
-    shape = scale_model(trace, parse_size(args.size).n_bytes)
+    shape = scale_model(trace, absolute_bytes(args.size, "--size"))
     runner = Runner(
         ensure_model(trace, shape), trace, find_libraries(BenchOptions(), {"engine"}), trace.k // 2
     )

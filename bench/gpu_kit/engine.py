@@ -17,11 +17,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mobile_gguf.bench.hardware import n_cpus
 from mobile_gguf.errors import EngineBuildError
 from mobile_gguf.vendor import toolchain
 from mobile_gguf.vendor.recipe import EngineOptions
 
+from ..hardware import n_cpus
 from .results import Save
 from .settings import GPU, Settings
 

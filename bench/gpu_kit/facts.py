@@ -9,8 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mobile_gguf.bench.hardware import describe_hardware
-
+from ..hardware import describe_hardware
 from .results import Save
 from .settings import Settings
 

@@ -14,11 +14,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
-from mobile_gguf.bench.rpc_device import slow_link
 from mobile_gguf.device.tier import find_devices
 from mobile_gguf.plan.ggml import Ggml
 from mobile_gguf.sizes import MIB
 
+from ..rpc_device import slow_link
 from .replay import Event, job_of, markdown, model_of, run_job, table
 from .replay_child import KitArm
 from .results import Save

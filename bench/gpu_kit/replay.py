@@ -11,14 +11,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from mobile_gguf.bench.build import ensure_model
-from mobile_gguf.bench.geometry import ModelShape, scale_model
 from mobile_gguf.errors import EngineError
 from mobile_gguf.gguf.info import read_gguf_info
 from mobile_gguf.memory.pools import pool_min_bytes
 from mobile_gguf.options.words import BIG_LITTLE
 from mobile_gguf.sizes import format_bytes, parse_size
 
+from ..build import ensure_model
+from ..geometry import ModelShape, scale_model
 from .replay_child import KitArm, KitJob
 from .results import Save
 from .settings import Settings

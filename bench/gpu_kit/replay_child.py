@@ -141,13 +141,17 @@ class _Loaded:
         free = find_devices(self.job.rpc)[0].free_bytes if not self.job.rpc else self.devices[0].free_bytes
         return {"free_bytes": free, "taken_bytes": self.free_before - free}
 
+    @property
+    def _memory(self) -> Any:
+        return self.llama.llama_get_memory(self.ctx)
+
     def clear(self) -> None:
         """No tokens."""
-        self.llama.llama_memory_clear(self.llama.llama_get_memory(self.ctx), True)
+        self.llama.llama_memory_clear(self._memory, True)
 
     def forget_last(self, n_past: int) -> None:
         """Take back what follows the first ``n_past`` tokens."""
-        self.llama.llama_memory_seq_rm(self.llama.llama_get_memory(self.ctx), 0, n_past, -1)
+        self.llama.llama_memory_seq_rm(self._memory, 0, n_past, -1)
 
     def feed(self, tokens: list[int]) -> None:
         """Decode and wait for the end."""

@@ -9,10 +9,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from mobile_gguf.bench.rpc_device import rpc_server
-from mobile_gguf.bench.synthetic import synthesise_trace
-from mobile_gguf.bench.trace import Trace, read_trace
-
+from ..rpc_device import rpc_server
+from ..synthetic import synthesise_trace
+from ..trace import Trace, read_trace
 from .results import write_text
 
 GPU, RPC = "gpu", "rpc"

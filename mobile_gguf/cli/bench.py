@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     if args.simulate:
         return _simulate(args, budgets)
     from mobile_gguf.bench.harness import run_benchmark
-    from mobile_gguf.bench.plan import BenchOptions
+    from mobile_gguf.bench.plan import BenchOptions, absolute_bytes
     from mobile_gguf.bench.report import write_report
 
     if len(args.trace or ()) > 1:
@@ -87,10 +87,10 @@ def run(args: argparse.Namespace) -> int:
         versus=tuple(name for name in _choices(args.vs, "--vs", VERSUS) if name != "none"),
         evictions=_choices(args.eviction, "--eviction", EVICTION),
         prefetches=_choices(args.prefetch, "--prefetch", PREFETCH),
-        size_bytes=_bytes(args.size, "--size"),
+        size_bytes=absolute_bytes(args.size, "--size"),
         tokens=args.tokens,
         repeats=args.repeats,
-        slack_bytes=_bytes(args.slack, "--slack"),
+        slack_bytes=absolute_bytes(args.slack, "--slack"),
         arm_limit_s=float(args.arm_seconds),
         threads=_numbers(args.threads, "--threads") if args.threads else (),
         io_threads=_numbers(args.io_threads, "--io-threads"),
@@ -147,10 +147,3 @@ def _numbers(text: str, flag: str) -> tuple[int, ...]:
     if not all(word.isdecimal() and int(word) > 0 for word in words):
         raise UsageError(f"{flag} {text!r} is not a list of numbers of at least 1, such as 1,2,4")
     return tuple(int(word) for word in words)
-
-
-def _bytes(text: str, flag: str) -> int:
-    size = parse_size(text)
-    if size.n_bytes is None:
-        raise UsageError(f"{flag} {text!r} is not a number of bytes, such as 512MiB")
-    return size.n_bytes

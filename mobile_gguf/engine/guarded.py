@@ -182,7 +182,8 @@ class GuardedCalls:
             selected=-1,
             sorted=False,
         )
-        self._llama.llama_sampler_apply(sampler, ctypes.byref(array))
+        array_pointer: Any = ctypes.byref(array)
+        self._llama.llama_sampler_apply(sampler, array_pointer)
         if not 0 <= array.selected < array.size:
             raise EngineError("the sampling settings leave no token to choose")
         token = int(array.data[array.selected].id)

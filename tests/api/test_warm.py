@@ -37,19 +37,26 @@ def known(path: Path) -> list[tuple[int, int]]:
     return remembered(path, stamps([path]))
 
 
+def residency(model: mobile_gguf.Model) -> Any:
+    """States of the host's experts, layer by layer."""
+    places = model.experts().places()
+    assert places is not None
+    return places.host
+
+
 def settled(model: mobile_gguf.Model) -> dict[str, int]:
     """The counters of the warm set once all of it is there that will be."""
     until = time.monotonic() + SECONDS
     while True:
         warm = model.stats()["warm"]
-        if warm["n_left"] == 0 and not (model.experts().places().host == 1).any():
+        if warm["n_left"] == 0 and not (residency(model) == 1).any():
             return warm
         assert time.monotonic() < until, "the warm set was not read"
         time.sleep(0.005)
 
 
 def there(model: mobile_gguf.Model) -> set[tuple[int, int]]:
-    rows, experts = (model.experts().places().host == 2).nonzero()
+    rows, experts = (residency(model) == 2).nonzero()
     return {(model.info.moe_layers[row], int(expert)) for row, expert in zip(rows, experts, strict=True)}
 
 

@@ -225,7 +225,7 @@ def token(seconds: float) -> str:
 def test_events_of_a_whole_run() -> None:
     run = ArmRun()
     text = event("loaded", seconds=1.5) + event("prompt", seconds=2.5) + token(0.5) + token(0.9)
-    assert _follow(StringIO(text + event("done", ids=None)), 60, 60, run)
+    assert _follow(StringIO(text + event("done", ids=None, worth=None, warm=None)), 60, 60, run)
     assert (run.load_s, run.prompt_s, run.n_tokens, run.seconds, run.read_bytes) == (1.5, 2.5, 2, 0.9, 9)
     assert run.limit_s is None
 

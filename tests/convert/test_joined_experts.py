@@ -80,7 +80,8 @@ def test_what_is_not_certain_is_refused_by_name():
     alone = {name: tensor for name, tensor in tensors.items() if not name.endswith("down_proj")}
     with pytest.raises(ConversionError, match=r"layers\.1\.mlp\.experts\.gate_up_proj has no other half"):
         as_read(alone, "Glm4MoeForCausalLM")
-    tensors[f"{STEM}.down_proj"] = lambda: torch.zeros(N, EMBD, EMBD)
+    down = torch.zeros(N, EMBD, EMBD)
+    tensors[f"{STEM}.down_proj"] = lambda t=down: t
     with pytest.raises(ConversionError, match=r"experts\.gate_up_proj: experts of the shapes"):
         as_read(tensors, "Glm4MoeForCausalLM")
 

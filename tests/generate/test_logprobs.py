@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -68,11 +69,11 @@ def test_what_cannot_be_asked(model: Model) -> None:
     for wrong in ("", []):
         with pytest.raises(UsageError, match="empty"):
             model.prompt_logprobs(wrong)
-    for n_top in (-1, True, 1.5):
+    for n_top in cast(list[Any], [-1, True, 1.5]):
         with pytest.raises(UsageError, match="n_top is"):
             model.prompt_logprobs("ab", n_top=n_top)
     with pytest.raises(AnswerStopped):
         model.prompt_logprobs("ab", should_stop=lambda: True)
     with pytest.raises(UsageError, match="on_logits"):
-        model.generate("ab", on_logits=3)
+        model.generate("ab", on_logits=cast(Any, 3))
     assert len(model.prompt_logprobs([1, 2], n_top=10**6)[1].top) == tiny_models.VOCAB

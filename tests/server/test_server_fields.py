@@ -190,7 +190,7 @@ def asked(**more: Any) -> ChatRequest:
 
 def test_other_servers_names_of_the_same() -> None:
     assert asked(n_predict=5).max_tokens == 5
-    assert asked(repetition_penalty=1.2).repeat_penalty == 1.2
+    assert asked(repetition_penalty=1.2).model_dump()["repeat_penalty"] == 1.2
     for both in {"n_predict": 5, "max_tokens": 6}, {"repetition_penalty": 1.2, "repeat_penalty": 1.1}:
         with pytest.raises(ValidationError, match="Extra inputs"):
             asked(**both)

@@ -209,9 +209,11 @@ class FakeBackend:
         prompt = tokens[common:]
         if self.on_prompt is not None:
             self.on_prompt(0, len(prompt))
-        for i in range(len(prompt) if self.on_logits is not None else 0):
+        on_logits = self.on_logits
+        for i in range(len(prompt) if on_logits is not None else 0):
+            assert on_logits is not None
             rows = [(token, ALL_EXPERTS) for token in prompt[: i + 1]]
-            self.on_logits(i, self.model(rows))
+            on_logits(i, self.model(rows))
         self.last_pass = decode_prompt(self, prompt)
         self.prompt_evaluated += len(prompt)
         if self.on_prompt is not None:
