@@ -1,8 +1,9 @@
-"""Write the table of docs/families.md: what models that people run are made of, and what a context keeps.
+"""Write the tables of docs/families.md: what models are made of and a context keeps, and what runs.
 
     make docs
 
-The dimensions, and where they were read, are in tests/support/real_dimensions.py.
+The dimensions, and where they were read, are in tests/support/real_dimensions.py; what runs is what
+tests/convert/test_families.py expects of each family.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
 
+from families_page import modes_table
 from real_dimensions import REAL_MODELS
 from real_models import RealModel
 
@@ -20,7 +22,7 @@ from mobile_gguf.gguf.caches import Caches, layers_that_run, read_caches
 from mobile_gguf.gguf.facts import Facts
 
 PAGE = Path(__file__).parent / "families.md"
-BEGIN, END = "<!-- memory: generated -->", "<!-- end -->"
+BEGIN, MODES, END = "<!-- memory: generated -->", "<!-- modes: generated -->", "<!-- end -->"
 _KIB, _MIB, _GIB, _BILLION = 1 << 10, 1 << 20, 1 << 30, 1e9
 _COLUMNS = (
     "model", "parameters (stated)", "active (stated)", "experts", "dense", "tables", "a token", "1000 tokens",
@@ -35,11 +37,13 @@ def table() -> str:
 
 
 def page() -> str:
-    """The whole page with that table."""
+    """The whole page with its tables."""
     text = PAGE.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{table()}\n{END}{after}"
+    for begin, made in ((BEGIN, table()), (MODES, modes_table())):
+        before, _, rest = text.partition(begin)
+        _, _, after = rest.partition(END)
+        text = f"{before}{begin}\n{made}\n{END}{after}"
+    return text
 
 
 def _line(cells: Iterable[str]) -> str:
