@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import shlex
 import statistics
 import sys
 import time
@@ -24,7 +23,7 @@ from mobile_gguf.engine.binding import find_engine
 from mobile_gguf.generate.constraint.making import constraint_of
 from mobile_gguf.generate.constraint.tokens import TokenTable
 
-from .hardware import describe_hardware
+from .record import begin_record, keep_record
 
 NONE = "none"
 SCHEMA = {
@@ -197,20 +196,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--rounds must be at least 1 and --tokens at least 2")
     if find_engine() is None:
         raise SystemExit("the patched engine is not built: run `mobile-gguf engine build`")
-    words = sys.argv[1:] if argv is None else list(argv)
     result = {
-        "command": shlex.join(["python", "-m", "mobile_gguf.bench.constraints", *words]),
-        "hardware": describe_hardware(Path.cwd()),
+        **begin_record("constraints", argv),
         "model": args.model,
         "tokens": args.tokens,
         "rounds": args.rounds,
         **measure(args),
     }
     text = page(result)
-    if args.out is not None:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "constraints.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        (args.out / "constraints.md").write_text(text, encoding="utf-8")
+    keep_record(args.out, "constraints", result, text)
     print(text, end="")
     return 0
 

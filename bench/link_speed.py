@@ -9,8 +9,6 @@ in turn, round after round; the first round fills the slots and is not counted. 
 from __future__ import annotations
 
 import argparse
-import json
-import shlex
 import statistics
 import sys
 from collections.abc import Sequence
@@ -22,7 +20,7 @@ import mobile_gguf
 from mobile_gguf.engine.binding import find_engine
 from mobile_gguf.sizes import format_bytes
 
-from .hardware import describe_hardware
+from .record import begin_record, keep_record
 from .rpc_device import rpc_server, slow_link
 
 HOST = "host"
@@ -119,10 +117,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if find_engine() is None:
         raise SystemExit("the patched engine is not built: run `mobile-gguf engine build`")
-    words = sys.argv[1:] if argv is None else list(argv)
     result = {
-        "command": shlex.join(["python", "-m", "mobile_gguf.bench.link_speed", *words]),
-        "hardware": describe_hardware(Path.cwd()),
+        **begin_record("link_speed", argv),
         "model": args.model,
         "vram_budget": args.vram_budget,
         "tokens": args.tokens,
@@ -132,10 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for rate in (float(text) for text in args.rates.split(",")):
         result["links"].append(measure(args, rate))
         text = page(result)
-        if args.out is not None:
-            args.out.mkdir(parents=True, exist_ok=True)
-            (args.out / "links.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-            (args.out / "links.md").write_text(text, encoding="utf-8")
+        keep_record(args.out, "links", result, text)
     print(page(result), end="")
     return 0
 

@@ -14,14 +14,11 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
 import re
-import shlex
 import statistics
 import struct
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from itertools import chain
@@ -34,8 +31,8 @@ from mobile_gguf.memory.cap import create_memory_cgroup
 from mobile_gguf.sizes import format_bytes
 
 from .disk import drop_page_cache
-from .hardware import describe_hardware
 from .plan import absolute_bytes
+from .record import begin_record, keep_record
 
 _HASHES = 8
 _PROMPT_TOKENS = 512
@@ -164,20 +161,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, help="folder for rows.json and rows.md")
     args = parser.parse_args(argv)
-    words = sys.argv[1:] if argv is None else list(argv)
     result = {
-        "command": shlex.join(["python", "-m", "mobile_gguf.bench.mapped_rows", *words]),
-        "hardware": describe_hardware(Path.cwd()),
+        **begin_record("mapped_rows", argv),
         "table": args.table,
         "row_bytes": args.row_bytes,
         "rounds": args.rounds,
         "caps": measure(args),
     }
     text = page(result)
-    if args.out is not None:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "rows.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        (args.out / "rows.md").write_text(text, encoding="utf-8")
+    keep_record(args.out, "rows", result, text)
     print(text, end="")
     return 0
 

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import shlex
 import statistics
 import sys
 from collections.abc import Sequence
@@ -24,7 +22,7 @@ import mobile_gguf
 from mobile_gguf.api.model import backend_of
 from mobile_gguf.engine.binding import find_engine
 
-from .hardware import describe_hardware
+from .record import begin_record, keep_record
 from .rpc_device import rpc_server
 
 _ARMS = ("off", "on")
@@ -112,10 +110,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if find_engine() is None:
         raise SystemExit("the patched engine is not built: run `mobile-gguf engine build`")
-    words = sys.argv[1:] if argv is None else list(argv)
     result = {
-        "command": shlex.join(["python", "-m", "mobile_gguf.bench.upload_ahead", *words]),
-        "hardware": describe_hardware(Path.cwd()),
+        **begin_record("upload_ahead", argv),
         "model": args.model,
         "mode": args.mode,
         "tokens": args.tokens,
@@ -129,10 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             row["ahead"] = row["n_ahead"] / sum(run["n_tokens"] for run in row["runs"]["on"])
             result["rows"].append(row)
             print(page(result), file=sys.stderr)
-    if args.out is not None:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "ahead.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        (args.out / "ahead.md").write_text(page(result), encoding="utf-8")
+    keep_record(args.out, "ahead", result, page(result))
     print(page(result), end="")
     return 0
 

@@ -10,8 +10,6 @@ own memory cap. Prints tokens per second and ratios; ``--out FOLDER`` keeps them
 from __future__ import annotations
 
 import argparse
-import json
-import shlex
 import statistics
 import sys
 from collections.abc import Sequence
@@ -25,9 +23,10 @@ from mobile_gguf.sizes import GIB, MIB, parse_size
 from .arm import Arm, Runner
 from .build import ensure_model
 from .geometry import scale_model
-from .hardware import describe_hardware, n_cpus
+from .hardware import n_cpus
 from .harness import find_libraries
 from .plan import BenchOptions, absolute_bytes
+from .record import begin_record, keep_record
 from .trace import read_trace
 
 _CAP_SLACK_BYTES = 900 * MIB
@@ -141,20 +140,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit", type=float, default=120.0, help="seconds of decoding in one run")
     parser.add_argument("--out", type=Path, help="folder for warm.json and warm.md")
     args = parser.parse_args(argv)
-    words = sys.argv[1:] if argv is None else list(argv)
     result = {
-        "command": shlex.join(["python", "-m", "mobile_gguf.bench.warm", *words]),
-        "hardware": describe_hardware(Path.cwd()),
+        **begin_record("warm", argv),
         "trace": args.trace.name,
         "tokens": args.tokens,
         "rounds": args.rounds,
         "runs": measure(args),
     }
     text = page(result)
-    if args.out is not None:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "warm.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        (args.out / "warm.md").write_text(text, encoding="utf-8")
+    keep_record(args.out, "warm", result, text)
     print(text, end="")
     return 0
 

@@ -1,0 +1,30 @@
+"""What a measuring module says of itself and leaves behind: command, machine, a page and its figures."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .hardware import describe_hardware
+
+
+def begin_record(module: str, argv: Sequence[str] | None) -> dict[str, Any]:
+    """``command`` and ``hardware`` of ``python -m mobile_gguf.bench.MODULE``; ``argv`` None: sys.argv."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    return {
+        "command": shlex.join(["python", "-m", f"mobile_gguf.bench.{module}", *words]),
+        "hardware": describe_hardware(Path.cwd()),
+    }
+
+
+def keep_record(folder: Path | None, name: str, record: dict[str, Any], page: str) -> None:
+    """Write ``name``.json and ``name``.md into ``folder``, made if it is missing; None: nothing is kept."""
+    if folder is None:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (folder / f"{name}.md").write_text(page, encoding="utf-8")
