@@ -119,7 +119,8 @@ def test_a_session_without_an_answer_leaves_what_was_known(demo_gguf: Path) -> N
 
 
 def test_all_in_memory_is_remembered_for_a_smaller_budget(demo_gguf: Path) -> None:
-    with mobile_gguf.load(demo_gguf, **LOAD | {"ram_budget": "100%"}) as model:
+    all_of_it: dict[str, Any] = LOAD | {"ram_budget": "100%"}
+    with mobile_gguf.load(demo_gguf, **all_of_it) as model:
         model.generate("The sea", **GREEDY)
         assert settled(model)["n_read"] == 0
     with mobile_gguf.load(demo_gguf, **LOAD) as model:
