@@ -69,8 +69,11 @@ def test_experts_go_into_the_store_and_the_rest_is_not_mapped(opening):
         MOE, engine, ram_budget="64MiB", io_threads=3, eviction="moepic", io="direct"
     )
     assert engine.params == [
-        {"budget_bytes": 64 * MIB, "io_threads": 3, "eviction": "moepic", "io": "direct", "on_host": False}
-    ]
+        {
+            "budget_bytes": 64 * MIB, "io_threads": 3, "eviction": "moepic", "io": "direct", "on_host": False,
+            "prefault": True,
+        }
+    ]  # fmt: skip
     assert (n_ctx, use_mmap, notices) == (512, False, [])
 
 

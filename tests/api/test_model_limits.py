@@ -39,7 +39,7 @@ def test_little_on_a_top_1_model_is_said_to_have_no_effect(fake_model, caplog):
 
 def test_a_little_k_that_is_not_little_is_said_to_have_no_effect(fake_model, caplog):
     (notice,) = notices(fake_model, caplog, mode="little", little_k=9)
-    assert notice == "--little-k 9 is not below this model's top-k, 8: mode little has no effect"
+    assert notice == "little_k 9 is not below this model's top-k, 8: mode little has no effect"
 
 
 def test_a_model_whose_experts_the_engine_cannot_hold(fake_model, caplog):
