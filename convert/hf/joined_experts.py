@@ -77,8 +77,11 @@ def as_read(tensors: Mapping[str, Callable[[], Any]], architecture: str) -> Tens
         if match is None or name not in layers.get(match["stem"], {}).values():
             made[name] = generate
         elif len(parts := layers[match["stem"]]) == 2:
-            if match["part"] == "down_proj":
-                made |= _layer(tensors, match["stem"], parts, architecture)
+            read = _layer(tensors, match["stem"], parts, architecture)
+            if name in read:  # in its own place: the converter writes tensors in the order in which they come
+                made[name] = read[name]
+            elif match["part"] == "down_proj":
+                made |= read
         elif architecture in READS_JOINED:
             made[name] = generate  # the converter says what it lacks
         else:
