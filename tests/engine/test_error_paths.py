@@ -16,7 +16,7 @@ import engine_libs
 import pytest
 from device_jobs import CPU, device_run, rpc_servers
 from device_oracle import assert_as_on_cpu, follow
-from engine_jobs import FOLLOWING, GOOD_MODEL, PROMPT, assert_good, good, run, succeeded
+from engine_jobs import FOLLOWING, GOOD_MODEL, PROMPT, assert_good, good, run
 from places import SHIM, SUPPORT
 
 MEMORY, INTERNAL = -5, -6  # enum mobile_status
@@ -153,17 +153,3 @@ def test_tag_that_was_overwritten_fails_passes(tmp_path: Path) -> None:
     for op in others:
         assert op["rc"] != 0
         assert "its op_params were written to, which hold where its experts are" in op["error"]
-
-
-def test_barriers_poll_less_only_while_a_store_reads() -> None:
-    polls = [{"op": "polls"}]
-    outcome = succeeded(
-        on_errors(
-            run("before", GOOD_MODEL, polls, 0),
-            run("reads", GOOD_MODEL, polls, "min"),
-            run("after", GOOD_MODEL, polls, 0),
-        )
-    )
-    before, reads, after = (outcome.ops(name, "polls")[0]["polls"] for name in ("before", "reads", "after"))
-    assert reads < before
-    assert after == before

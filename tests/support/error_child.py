@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 import device_child
@@ -58,11 +57,6 @@ class ErrorRun(device_child.DeviceRun):
         """Writes into the op_params of an expert tensor."""
         ctypes.CDLL(None).op_params_scribble()
         return {}
-
-    def op_polls(self, op: dict[str, Any]) -> dict[str, Any]:
-        """How often a barrier polls now."""
-        base = ctypes.CDLL(str(Path(os.environ["LLAMA_CPP_LIB_PATH"]) / "libggml-base.so"))
-        return {"polls": base.ggml_expert_barrier_polls()}
 
 
 if __name__ == "__main__":
