@@ -19,14 +19,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mobile_gguf.sizes import GIB, MIB, parse_size
+from mobile_gguf.sizes import GIB, MIB
 
 from .arm import Arm, Runner
 from .build import ensure_model
-from .geometry import scale_model
+from .geometry import ModelShape, scale_model
 from .hardware import n_cpus
 from .harness import find_libraries
-from .plan import BenchOptions, absolute_bytes
+from .plan import BenchOptions, absolute_bytes, budget_bytes
 from .record import begin_record, keep_record
 from .trace import read_trace
 
@@ -46,13 +46,12 @@ def busy_loops(number: int) -> Iterator[None]:
             loop.wait()
 
 
-def _arms(budgets: Sequence[str], expert_bytes: int, threads: int, before: bool) -> list[tuple[str, Arm]]:
+def _arms(budgets: Sequence[str], shape: ModelShape, threads: int, before: bool) -> list[tuple[str, Arm]]:
     """(library, arm) of everything that is compared."""
     arms = []
     for budget in budgets:
-        size = parse_size(budget)
-        n_bytes = int(expert_bytes * (size.fraction or 0)) if size.n_bytes is None else size.n_bytes
-        resident = n_bytes >= expert_bytes
+        n_bytes = budget_bytes(budget, shape)
+        resident = n_bytes >= shape.all_expert_bytes
         arm = Arm(
             "engine",
             "exact",
@@ -85,7 +84,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         runners["before"] = Runner(model, trace, {**libraries, "engine": args.before}, trace.k // 2)
     if args.engine:
         runners["engine"] = Runner(model, trace, {**libraries, "engine": args.engine}, trace.k // 2)
-    arms = _arms(args.budget.split(","), shape.all_expert_bytes, args.threads, args.before is not None)
+    arms = _arms(args.budget.split(","), shape, args.threads, args.before is not None)
     runs = []
     for round_number in range(args.rounds):
         for loops in (int(text) for text in args.loops.split(",")):

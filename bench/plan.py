@@ -44,7 +44,7 @@ def plan_arms(
 ) -> tuple[list[Arm], list[str]]:
     """The arms in the order of a round, and what was added or left out and why. Raises UsageError."""
     notes: list[str] = []
-    budgets = [(text, _budget_bytes(text, shape)) for text in options.budgets]
+    budgets = [(text, budget_bytes(text, shape)) for text in options.budgets]
     resident_needs = shape.all_expert_bytes + options.slack_bytes
     fits = resident_needs <= available_bytes
     if not any(n_bytes >= shape.all_expert_bytes for _, n_bytes in budgets) and fits:
@@ -83,7 +83,8 @@ def absolute_bytes(text: str, flag: str) -> int:
     return size.n_bytes
 
 
-def _budget_bytes(text: str, shape: ModelShape) -> int:
+def budget_bytes(text: str, shape: ModelShape) -> int:
+    """What ``--budget`` asks for of the replay model; raises UsageError below what can work."""
     size = parse_size(text)
     if size.is_auto:
         raise UsageError("--budget auto: a benchmark needs sizes, such as 12%,25%,100%")

@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from mobile_gguf.errors import EngineError, UsageError
-from mobile_gguf.sizes import GIB, MIB, parse_size
+from mobile_gguf.sizes import GIB, MIB
 
 from .arm import Arm, Runner
 from .build import ensure_model
 from .geometry import scale_model
 from .hardware import n_cpus
 from .harness import find_libraries
-from .plan import BenchOptions, absolute_bytes
+from .plan import BenchOptions, absolute_bytes, budget_bytes
 from .record import begin_record, keep_record
 from .trace import read_trace
 
@@ -63,8 +63,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     )
     arms: list[tuple[str, str, Arm]] = []
     for budget in args.budget.split(","):
-        size = parse_size(budget)
-        n_bytes = int(shape.all_expert_bytes * (size.fraction or 0)) if size.n_bytes is None else size.n_bytes
+        n_bytes = budget_bytes(budget, shape)
         cold = Arm(
             "engine", "exact", budget, n_bytes, n_bytes + _CAP_SLACK_BYTES, threads=args.threads,
             threads_auto=True,
