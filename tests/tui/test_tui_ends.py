@@ -61,7 +61,12 @@ def test_a_dead_terminal_in_an_answer_keeps_its_words(tmp_path):
                     await until(pilot, lambda: found)
             app.engine.stop()
 
-    asyncio.run(go())
+    # whoever started the tests may have ignored it, as nohup does
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        asyncio.run(go())
+    finally:
+        signal.signal(signal.SIGHUP, before)
     assert found[0] == "go on"
     assert len(found[1]) > 8
 
