@@ -11,7 +11,9 @@ import lint_tree
 import pytest
 from places import ROOT
 
-PACKAGES = lint_tree.package_folders()
+from mobile_gguf.bench.gpu_kit.pack import package_folders
+
+PACKAGES = package_folders(ROOT)
 
 
 @pytest.fixture(scope="module")

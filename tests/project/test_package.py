@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import tiny_models
-from lint_tree import package_folders
 from places import ROOT
+
+from mobile_gguf.bench.gpu_kit.pack import package_folders
 
 
 def _run(*command: object, cwd: Path | None = None) -> str:
@@ -39,7 +40,7 @@ def distributions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]
 
 def _source_files(suffixes: set[str]) -> set[str]:
     found = set()
-    for package, folder in package_folders().items():
+    for package, folder in package_folders(ROOT).items():
         for path in folder.rglob("*"):
             if path.is_file() and path.suffix in suffixes and "results" not in path.parts:
                 found.add(f"{package.replace('.', '/')}/{path.relative_to(folder).as_posix()}")

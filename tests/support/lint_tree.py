@@ -11,29 +11,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 from places import ROOT
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from mobile_gguf.bench.gpu_kit.pack import package_folders
 
 BESIDE = ("tests", "docs")  # what else has Python files
 MARKER = "py.typed"
-
-
-def package_folders(root: Path = ROOT) -> dict[str, Path]:
-    """Every package of the project at ``root`` and the folder it is in."""
-    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
-    setuptools: dict[str, Any] = project["tool"]["setuptools"]
-    mapped: dict[str, str] = setuptools["package-dir"]
-    found = {}
-    for package in setuptools["packages"]:
-        known = max((name for name in mapped if f"{package}.".startswith(f"{name}.")), key=len)
-        found[package] = root.joinpath(mapped[known], *package[len(known) :].split("."))
-    return found
 
 
 def make_tree(tree: Path, root: Path = ROOT) -> None:
