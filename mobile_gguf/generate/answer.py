@@ -89,6 +89,7 @@ class Backend(Protocol):
     device: DeviceTier | None  # None without slots on a device
     threads: FollowingThreads | None  # None where their number is fixed
     devices: tuple[Device, ...]  # that the model is on; none: the host alone
+    n_ubatch: int  # tokens of a prompt that are computed at once
 
     @property
     def can_step_back(self) -> bool: ...
@@ -290,6 +291,7 @@ class Answer:
             turns_left_out=self._request.turns_left_out,
             threads=threads.threads if threads is not None else 0,
             thread_changes=threads.n_changes - self._thread_changes if threads is not None else 0,
+            n_ubatch=self._backend.n_ubatch,
             context_full=self.finish_reason == LENGTH and self._request.fills_context,
             **read_traffic(self._backend, self._counters, self._device_counters, self._ahead),
         )

@@ -61,6 +61,17 @@ class FileName(str):
         return super().encode(sys.getfilesystemencoding(), sys.getfilesystemencodeerrors())
 
 
+def prompt_pieces(n_tokens: int, n_at_once: int, as_with: int = 0) -> list[int]:
+    """Tokens of each call that computes a prompt. ``as_with``: a micro-batch whose results are wanted.
+
+    llama.cpp computes a token that is left over alone by other kernels, whose sums round otherwise; of two or
+    more at once each gets the same, however many they are.
+    """
+    alone = int(0 < as_with < n_tokens and n_tokens % as_with == 1)
+    sizes = [min(n_at_once, n_tokens - alone - start) for start in range(0, n_tokens - alone, n_at_once)]
+    return sizes + [1] * alone
+
+
 class MobileLlama(Llama):
     """A Llama whose single-token steps run little, big, or little with fallback.
 
@@ -108,6 +119,8 @@ class MobileLlama(Llama):
         super().__init__(FileName(model_path), n_gpu_layers=-1 if devices else 0, **options)
         self.calls = GuardedCalls(engine, self.model, self.ctx)
         self._ctx.decode = self.calls.decode
+        self.as_with_ubatch = 0  # the micro-batch whose results are wanted where a larger one was chosen
+        self.n_ubatch = int(llama_cpp.llama_n_ubatch(self.ctx))
         abandon_in_children(self)
         # llama.cpp does not notice that a server is gone once it has the memory.
         if self.devices and (lost := context_loss(self.ctx)):
@@ -306,24 +319,23 @@ class MobileLlama(Llama):
             self._state_at = self.n_tokens
 
     def _eval_in_pieces(self, tokens: list[int]) -> None:
-        """Llama.eval, which decodes ``n_batch`` tokens at a time; of a prompt each time is told."""
+        """Llama.eval, at most ``n_batch`` tokens at a time; of a prompt each time is told."""
         tell, show = (self.on_prompt, self.on_logits) if self._prompt_pending else (None, None)
-        if tell is None and show is None:
-            super().eval(tokens)
-            return
         if tell is not None:
             tell(0, len(tokens))
         n = self.n_batch
         if show is not None:
             n = max(1, min(n, _LOGITS_BYTES // (4 * self._n_vocab)))
-        for start in range(0, len(tokens), n):
-            piece = tokens[start : start + n]
+        done = 0
+        for size in prompt_pieces(len(tokens), n, self.as_with_ubatch):
+            piece = tokens[done : done + size]
             if show is None:
                 super().eval(piece)
             else:
                 self._eval_showing(piece, show)
+            done += size
             if tell is not None:
-                tell(start + len(piece), len(tokens))
+                tell(done, len(tokens))
 
     def _eval_showing(self, tokens: list[int], show: Callable[[int, Any], object]) -> None:
         """Llama.eval of one batch, of which the logits after every token are shown."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import engine_libs
+import numpy as np
 import pytest
 from places import DATA, TESTS
 
@@ -318,6 +320,20 @@ def test_a_prompt_says_how_far_it_is_and_that_changes_no_answer(engine, demo_ggu
         again: dict[str, Any] = GREEDY | {"cache_prompt": True}
         small.generate(prompt, **again, on_prompt=lambda done, total: told.append((done, total)))
         assert told[0][1] < 70  # what is in the context already is not counted
+
+
+def test_a_micro_batch_that_was_chosen_gives_the_usual_ones_logits(engine, demo_gguf, monkeypatch):
+    """Of a prompt whose last token is alone in a usual micro-batch."""
+    # a token of the demo uses half of the experts: computing hides its reads
+    monkeypatch.setattr("mobile_gguf.memory.fit.reads_are_hidden", lambda *_arguments: False)
+    found = {}
+    for asked in (512, "auto"):
+        with mobile_gguf.load(demo_gguf, ram_budget="40%", n_ubatch=asked, **FAST) as model:
+            backend = backend_of(model)
+            # of a text that says the same again and again the logits are the same, whatever the kernel
+            backend.forward(random.Random(0).choices(range(1000, 40_000), k=513))
+            found[backend.n_ubatch] = np.array(backend.last_logits())
+    assert np.array_equal(found[512], found[1024])
 
 
 def test_run_json(demo_gguf):
