@@ -13,7 +13,7 @@
 
 #include <stdatomic.h>
 
-#if defined(GGML_USE_LLAMAFILE) && defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#if defined(GGML_USE_LLAMAFILE) && defined(__AVX2__) && defined(__FMA__) && defined(__F16C__) && !defined(_MSC_VER)
 
 #include "llamafile/sgemm.h"
 
