@@ -1,6 +1,6 @@
 """What reading ahead of the store is worth on slow disks: ``python -m mobile_gguf.bench.slow_disk TRACE``.
 
-The replay model (``bench --trace``), whose experts the layer before tells by transitions, and with ``--demo``
+The replay model (``bench --trace``), whose experts the layer before tells by transitions, and
 the demo model on real text, whose routers tell them: with ``--prefetch`` off, on and auto, the disk throttled
 by a cgroup to so many MB/s, by budget and mode. All arms run in turn, round after round, each in a process
 under its own memory cap. Prints tokens per second; ``--out FOLDER`` keeps them.
@@ -28,6 +28,7 @@ from .throttle import slow_disk
 
 _CAP_SLACK_BYTES = 900 * MIB
 _OFF, _ON, _AUTO = "off", "on", "auto"
+_REPLAY, _DEMO = "replay", "demo"
 _PROMPT_TOKENS = 32
 _TEXT = """The river had been rising since the morning. By noon the lower meadow was under water, and the men
 who had gone out to bring in the sheep came back with wet boots and few words. Nobody in the village could
@@ -43,8 +44,9 @@ the river like a tooth, and on it sat the miller's cat."""
 def _models(args: argparse.Namespace) -> Iterator[tuple[str, Runner, dict[str, int]]]:
     """Name, runner, and bytes of each budget."""
     _, shape, runner = open_replay(args, {"engine"})
-    yield "replay", runner, {text: budget_bytes(text, shape) for text in args.budget.split(",")}
-    if not args.demo:
+    if _REPLAY in args.models:
+        yield _REPLAY, runner, {text: budget_bytes(text, shape) for text in args.budget.split(",")}
+    if _DEMO not in args.models:
         return
     path = resolve_model(DEMO)
     info = read_gguf_info(path)
@@ -52,7 +54,7 @@ def _models(args: argparse.Namespace) -> Iterator[tuple[str, Runner, dict[str, i
     if len(ids) < _PROMPT_TOKENS + args.tokens:
         raise MobileError(f"--tokens: the text for the demo has {len(ids) - _PROMPT_TOKENS}")
     demo = replace(runner, model=path, text=Text(ids, _PROMPT_TOKENS), little_k=info.n_expert_used // 2)
-    yield "demo", demo, {text: int(info.expert_bytes * _share(text)) for text in args.budget.split(",")}
+    yield _DEMO, demo, {text: int(info.expert_bytes * _share(text)) for text in args.budget.split(",")}
 
 
 def _share(text: str) -> float:
@@ -155,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = replay_parser("slow_disk", __doc__, budget="12%,25%", tokens=64)
     parser.add_argument("--disk", default="100,300", help="MB/s")
     parser.add_argument("--modes", default="exact,little")
-    parser.add_argument("--demo", action="store_true", help="also the demo model")
+    parser.add_argument("--models", default=f"{_REPLAY},{_DEMO}")
     return run_module("slow_disk", argv, parser, measure, page)
 
 

@@ -8,8 +8,8 @@ is missing for experts. While one pass reads it computes: once that hides the re
     hidden          = bytes of weights that a token is multiplied with / _MULTIPLIED_PER_READ
 
 The figures are the same on every machine and do not hang on what was measured, so that a plan, a list and a
-load decide alike. Results do not hang on what is chosen (``prompt_pieces`` of ``generate/llama.py``), which
-free memory has a part in; so nothing is chosen where they would.
+load decide alike. Free memory has a part in what is chosen, so results must not hang on it: ``prompt_pieces``
+of ``generate/sequence.py`` sees to that, and nothing is chosen where it cannot.
 """
 
 from __future__ import annotations
