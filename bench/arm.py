@@ -221,10 +221,10 @@ class Runner:
             result.error = f"ended with status {status}{': ' + tail[-400:] if tail else ''}"
 
     def _job(self, arm: Arm, n_tokens: int, ids: bool) -> Job:
-        ids, first = self.text.ids, self.text.n_prompt + arm.offset
-        prompt, decode = ids[: self.text.n_prompt], ids[first : first + n_tokens]
+        tokens, first = self.text.ids, self.text.n_prompt + arm.offset
+        prompt, decode = tokens[: self.text.n_prompt], tokens[first : first + n_tokens]
         if arm.prompt_tokens:
-            prompt = (ids * -(-arm.prompt_tokens // len(ids)))[: arm.prompt_tokens]
+            prompt = (tokens * -(-arm.prompt_tokens // len(tokens)))[: arm.prompt_tokens]
         return Job(
             model=str(self.model),
             prompt=list(prompt),
