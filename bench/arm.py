@@ -54,7 +54,7 @@ class Arm:
     @property
     def label(self) -> str:
         usual = type(self)
-        words = [self.command.text] if self.command is not None else [self.system, self.mode]
+        words = [self.command.name] if self.command is not None else [self.system, self.mode]
         words += [self.eviction] if self.eviction != usual.eviction else []
         words += [f"prefetch-{self.prefetch}"] if self.prefetch != usual.prefetch else []
         return " ".join([*words, self.budget])
@@ -168,7 +168,7 @@ class Runner:
             "budget_mib": str(arm.budget_bytes // MIB),
             "cap_bytes": str(arm.cap_bytes),
         }
-        said = run_other(command, values, group, self.prompt_limit_s + limit_s, self.model.parent)
+        said = run_other(command, values, group, self.prompt_limit_s + limit_s)
         result.capped = group is not None
         result.read_bytes = result.cpu_s = None
         result.error = said.error

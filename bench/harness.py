@@ -63,6 +63,7 @@ def run_benchmark(options: BenchOptions, narrate: Narrate) -> Report:
         options={name: _for_json(value) for name, value in asdict(options).items()},
         notes=notes,
     )  # fmt: skip
+    report.notes += [f"{command.name}: `{command.text}`" for command in options.others]
     if options.trace is None:
         report.notes.append(
             "no --trace was given: the routing is made up (bench/synthetic.py says how), with about the "

@@ -9,7 +9,6 @@ import shlex
 import signal
 import subprocess
 from dataclasses import dataclass
-from pathlib import Path
 
 from mobile_gguf.errors import UsageError
 from mobile_gguf.memory.cap import CgroupError, MemoryCgroup
@@ -32,10 +31,11 @@ class OtherCommand:
 
     words: tuple[str, ...]
     pattern: str
+    number: int = 1  # of those that are compared
 
     @property
     def name(self) -> str:
-        return Path(self.words[0]).name
+        return f"command {self.number}"
 
     @property
     def text(self) -> str:
@@ -52,7 +52,7 @@ class OtherResult:
     error: str = ""
 
 
-def parse_other(command: str, pattern: str) -> OtherCommand:
+def parse_other(command: str, pattern: str, number: int = 1) -> OtherCommand:
     """Raises UsageError for a command or a pattern that cannot work."""
     try:
         words = tuple(shlex.split(command))
@@ -68,7 +68,7 @@ def parse_other(command: str, pattern: str) -> OtherCommand:
         raise UsageError(f"--vs-pattern {pattern!r}: {error}") from None
     if compiled.groups == 0:
         raise UsageError(f"--vs-pattern {pattern!r} has no group (...) around the tokens/s")
-    other = OtherCommand(words, pattern)
+    other = OtherCommand(words, pattern, number)
     fill(other, dict.fromkeys(PLACES, ""))
     return other
 
@@ -88,9 +88,9 @@ def fill(other: OtherCommand, values: dict[str, str]) -> list[str]:
 
 
 def run_other(
-    other: OtherCommand, values: dict[str, str], group: MemoryCgroup | None, limit_s: float, folder: Path
+    other: OtherCommand, values: dict[str, str], group: MemoryCgroup | None, limit_s: float
 ) -> OtherResult:
-    """Run it once in ``folder``, in ``group``, for at most ``limit_s`` seconds; it is killed after them."""
+    """Run it once, in ``group``, for at most ``limit_s`` seconds; it is killed after them."""
     words = fill(other, values)
     try:
         process = subprocess.Popen(
@@ -98,7 +98,6 @@ def run_other(
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            cwd=folder,
             start_new_session=True,
         )
     except OSError as error:

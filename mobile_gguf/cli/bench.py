@@ -107,7 +107,8 @@ def run(args: argparse.Namespace) -> int:
         modes=_choices(args.modes, "--modes", MODES),
         versus=tuple(name for name in _choices(args.vs, "--vs", VERSUS) if name != "none"),
         others=tuple(
-            parse_other(command, args.vs_pattern or DEFAULT_PATTERN) for command in args.vs_command or ()
+            parse_other(command, args.vs_pattern or DEFAULT_PATTERN, number)
+            for number, command in enumerate(args.vs_command or (), start=1)
         ),
         evictions=_choices(args.eviction, "--eviction", EVICTION),
         prefetches=_choices(args.prefetch, "--prefetch", PREFETCH),

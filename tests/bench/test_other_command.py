@@ -72,22 +72,22 @@ def test_commands_that_cannot_work_are_refused(command: str, pattern: str, says:
         parse_other(command, pattern)
 
 
-def test_places_are_filled_within_a_word_and_braces_are_kept(tmp_path: Path) -> None:
+def test_places_are_filled_within_a_word_and_braces_are_kept() -> None:
     code = "import sys; print(sys.argv[2:], 5, 't/s')"
     other = parse_other(python(code, "--model={model}", "a b", "{{x}}", "{tokens}"), r"([\d.]+) t/s")
     values = {"model": "m n.gguf", "prompt": "p", "tokens": "3"} | dict.fromkeys(
         ("threads", "budget_bytes", "budget_mib", "cap_bytes"), "1"
     )
-    said = run_other(other, values, None, 60, tmp_path)
+    said = run_other(other, values, None, 60)
     assert said.tokens_per_s == 5
     assert "['--model=m n.gguf', 'a b', '{x}', '3']" in said.output
 
 
-def test_failures_of_a_command_are_said(tmp_path: Path) -> None:
+def test_failures_of_a_command_are_said() -> None:
     values = dict.fromkeys(("model", "prompt", "tokens"), "x")
 
     def fails(command: str, limit_s: float = 60) -> str:
-        return run_other(parse_other(command, "(x)"), values, None, limit_s, tmp_path).error
+        return run_other(parse_other(command, "(x)"), values, None, limit_s).error
 
     assert "cannot run no-such-engine: No such file" in fails("no-such-engine {model}")
     assert fails(python("import sys; sys.exit('no such option')")) == "ended with status 1: no such option"
@@ -99,11 +99,11 @@ def arm_of(other: OtherCommand) -> Arm:
 
 
 def test_a_command_is_an_arm_of_its_own(tmp_path: Path) -> None:
-    others = tuple(parse_other(f"other {flag} {{model}}", "(x)") for flag in ("-a", "-b"))
+    others = tuple(parse_other("other {model}", "(x)", number) for number in (1, 2))
     options = BenchOptions(budgets=("100%",), modes=("exact",), others=others)
     arms, _ = plan_arms(options, TINY, available_bytes=64 * GIB)
     assert [arm.label for arm in arms] == [
-        "stock exact 100%", "other -a '{model}' 100%", "other -b '{model}' 100%", "engine exact 100%",
+        "stock exact 100%", "command 1 100%", "command 2 100%", "engine exact 100%",
     ]  # fmt: skip
     arm = arms[1]
     assert sweep(arm, SweepChoices((1, 2), (2,)), 1, lambda _arm: pytest.fail("swept")) == (arm, [])
