@@ -46,8 +46,8 @@ def opening(monkeypatch):
     constructed = []
 
     def open_it(info, engine, backend=None, **options):
-        def construct(_info, _options, n_ctx, _engine, *, use_mmap, devices=None):
-            constructed.append((n_ctx, use_mmap))
+        def construct(_info, _options, asked, _engine, *, use_mmap, devices=None):
+            constructed.append((asked.n_ctx, use_mmap))
             if isinstance(backend, BaseException):
                 raise backend
             return backend or FakeBackend()
