@@ -69,11 +69,11 @@ class EngineReference:
 
     @property
     def n_vocab(self) -> int:
-        return self.llama.n_vocab()
+        return self.llama.calls.n_vocab
 
     @property
     def chat_template(self) -> str | None:
-        return self.llama.metadata.get("tokenizer.chat_template")
+        return self.llama.native.says("tokenizer.chat_template")
 
     def tokenize(self, text: str, *, add_special: bool) -> list[int]:
         """Token ids of ``text``, control tokens read; with what the model adds if ``add_special``."""
@@ -116,6 +116,6 @@ class EngineReference:
         finally:
             llama_cpp.llama_batch_free(batch)
         if code != 0:
-            raise llama.decode_error(RuntimeError(f"llama_decode returned {code}"))
+            raise llama.decoder.error(RuntimeError(f"llama_decode returned {code}"))
         rows = np.ctypeslib.as_array(llama_cpp.llama_get_logits(llama.ctx), (n_tokens * self.n_vocab,))
         return rows.reshape(n_tokens, self.n_vocab).copy()

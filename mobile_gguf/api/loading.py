@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mobile_gguf.device.tier import devices_for, start_tier
 from mobile_gguf.engine.binding import Engine, find_engine, needs_engine
 from mobile_gguf.engine.device_calls import DeviceCalls
+from mobile_gguf.engine.guarded import NoContextError
 from mobile_gguf.engine.held_interrupts import held_interrupts
 from mobile_gguf.engine.log import capture_log, clear_errors, last_errors
 from mobile_gguf.engine.prefetch import holder, set_prefetch
@@ -37,7 +38,7 @@ def open_backend(
     Experts go into the engine's store under the budget. Without experts, or on a stock library, the
     model is loaded as llama.cpp does it, mapped. With a device all else goes there, and experts into slots.
     ``progress`` is called with a phase and the share done; what it raises ends the loading. ``more`` goes
-    to llama-cpp-python's Llama. Raises BudgetError, ModelFormatError, EngineError.
+    to generate/native.py's Native. Raises BudgetError, ModelFormatError, EngineError.
     """
     engine = find_engine()
     asked = asked_of(info, options)
@@ -103,7 +104,7 @@ def _open(
 ) -> tuple[MobileLlama, list[str]]:
     """Load a model where ``fit`` puts it, None: mapped by a stock library; returns it and notices."""
     notices = [] if fit is None else [*fit.notes, *filter(None, [fit.warning])]
-    more = more | {"devices": fit.devices if fit is not None and fit.devices else None}
+    more = more | {"devices": fit.devices if fit is not None else ()}
     if engine is None or fit is None or not info.is_moe:
         return _construct(info, options, n_ctx, engine, use_mmap=True, **more), notices
     from mobile_gguf.generate.head import read_head
@@ -122,7 +123,7 @@ def _open(
         llama = _construct(info, options, n_ctx, engine, use_mmap=False, **more)
     finally:
         engine.clear_load_params()
-    llama.head = head
+    llama.sequence.head = head
     if llama.store is None:
         notices.append(
             f"the engine cannot hold the experts of a {info.architecture} model: no budget, only mode exact"
@@ -139,7 +140,7 @@ def _open(
             llama.warm = WarmSet(engine, llama.ctx, info.path, info.files)
             llama.warm.begin()
     except BaseException:
-        _discard(llama)
+        llama.close()
         raise
     return llama, notices
 
@@ -154,48 +155,41 @@ def _construct(
     progress: Progress | None = None,
     **more: Any,
 ) -> MobileLlama:
-    """Make the Llama; ``more`` holds ``devices``, None for the host alone, and keywords of its own."""
-    from jinja2 import TemplateError
-
+    """Make the backend; ``more`` holds ``devices``, none for the host alone, and keywords of Native's."""
     from mobile_gguf.generate.llama import MobileLlama
 
     threads, threads_batch = default_threads()
-    arguments: dict[str, Any] = {
-        "n_ctx": n_ctx,
-        "n_batch": options.n_batch,
-        "n_ubatch": options.n_ubatch,
-        "n_threads": options.threads or threads,
-        "n_threads_batch": options.threads_batch or options.threads or threads_batch,
-        "flash_attn": options.flash_attn,
-        "use_mmap": use_mmap,
-        "verbose": options.verbose,
-        **more,
-    }
     watch = _LoadWatch(progress) if progress is not None else None
     clear_errors()
     clear_loss()
-    # Made in two steps, so that what a failed constructor has already loaded is freed at once and
-    # not when the traceback is.
-    llama = MobileLlama.__new__(MobileLlama)
+    llama: MobileLlama | None = None
     try:
         with held_interrupts() as interrupted:
             if watch is not None:
                 watch.interrupted = interrupted
-            llama.__init__(str(info.path), engine=engine, keep_loading=watch, **arguments)
-        if options.threads_auto == ON:
-            llama.follow_machine()
-    except TemplateError as error:
-        _discard(llama)
-        raise ModelFormatError(f"{info.path} cannot be used: its chat template is broken: {error}") from None
-    except (ValueError, RuntimeError, OSError, AssertionError, MemoryError) as error:
-        reason = engine.last_error() if engine is not None else ""
-        _discard(llama)
+            llama = MobileLlama(
+                info.path,
+                engine=engine,
+                n_ctx=n_ctx,
+                n_batch=options.n_batch,
+                n_ubatch=options.n_ubatch,
+                n_threads=options.threads or threads,
+                n_threads_batch=options.threads_batch or options.threads or threads_batch,
+                flash_attn=options.flash_attn,
+                use_mmap=use_mmap,
+                keep_loading=watch,
+                **more,
+            )
+    except (ValueError, RuntimeError, OSError, MemoryError) as error:
         if watch is not None and watch.error is not None:
             raise watch.error from None
-        raise _load_error(info, n_ctx, error, reason) from None
+        raise _load_error(info, n_ctx, error, engine.last_error() if engine is not None else "") from None
     except BaseException:
-        _discard(llama)
+        if llama is not None:  # Ctrl-C was held back until it was made
+            llama.close()
         raise
+    if options.threads_auto == ON:
+        llama.follow_machine()
     return llama
 
 
@@ -215,11 +209,6 @@ class _LoadWatch:
         return self.error is None and not self.interrupted()
 
 
-def _discard(llama: MobileLlama) -> None:
-    if hasattr(llama, "_stack"):
-        llama.close()
-
-
 def _load_error(info: GgufInfo, n_ctx: int, error: BaseException, reason: str) -> MobileError:
     logged = last_errors()
     lost = last_loss()
@@ -228,7 +217,7 @@ def _load_error(info: GgufInfo, n_ctx: int, error: BaseException, reason: str) -
     if reason:
         kind = BudgetError if "budget" in reason else EngineError
         return kind(f"{info.path} cannot be loaded: {reason}")
-    if "llama_context" in str(error):
+    if isinstance(error, NoContextError):
         return EngineError(
             f"no context of {n_ctx} tokens for {info.path}: {logged or error}; try a smaller --ctx-size"
         )

@@ -72,8 +72,8 @@ class Reply:
         return reply_html(self.to_dict())
 
 
-class Backend(Protocol):
-    """What an answer needs of a decoder; MobileLlama is the real one, tests script another."""
+class Text(Protocol):
+    """What an answer needs of the text that it continues; TokenSequence is the real one."""
 
     policy: Policy
     last_pass: Pass
@@ -83,15 +83,22 @@ class Backend(Protocol):
     on_prompt: Callable[[int, int], object] | None  # told how many of its tokens are done, of how many
     on_logits: Callable[[int, Any], object] | None  # given a prompt token's place, and the logits after it
 
+
+class Backend(Protocol):
+    """What an answer needs of a decoder; MobileLlama is the real one, tests script another."""
+
     store: ModelInfo | None  # None without an expert store
     has_engine: bool
-    head: Head | None  # None for a model that was not calibrated
     device: DeviceTier | None  # None without slots on a device
     threads: FollowingThreads | None  # None where their number is fixed
     devices: tuple[Device, ...]  # that the model is on; none: the host alone
 
     @property
+    def sequence(self) -> Text: ...
+    @property
     def can_step_back(self) -> bool: ...
+    @property
+    def head(self) -> Head | None: ...  # None for a model that was not calibrated
     @property
     def can_generate(self) -> bool: ...
     @property
@@ -145,16 +152,17 @@ class Request:
 
 def generate_steps(backend: Backend, request: Request) -> Generator[tuple[int, Pass], None, None]:
     """The bottom layer: sampled tokens, each with the pass its logits came from, without an end."""
-    backend.policy = request.policy
-    backend.should_stop = request.should_stop
-    backend.on_prompt = request.on_prompt
-    backend.on_logits = request.on_logits
+    text = backend.sequence
+    text.policy = request.policy
+    text.should_stop = request.should_stop
+    text.on_prompt = request.on_prompt
+    text.on_logits = request.on_logits
     backend.set_seed(request.seed)
     if not request.cache_prompt:
         backend.forget()
     with closing(backend.generate(list(request.prompt), **request.sampling)) as tokens:
         for token in tokens:
-            yield token, backend.last_pass
+            yield token, text.last_pass
 
 
 def read_traffic(
@@ -206,7 +214,7 @@ class Answer:
     def stream(self) -> Generator[Chunk, None, None]:
         """Yield a chunk per token until the end; Ctrl-C or ``should_stop`` make it ``interrupted``."""
         self._backend.reset_counters()
-        self._backend.prompt_evaluated = 0
+        self._backend.sequence.prompt_evaluated = 0
         should_stop = self._request.should_stop or _never
         with closing(generate_steps(self._backend, self._request)) as steps:
             while self.finish_reason is None:
@@ -246,7 +254,7 @@ class Answer:
             self._ahead = self._backend.prefetch_counters()
         if not self._tokens:
             # Sampling the first token belongs to the generation, as in llama-server.
-            self._prompt_seconds = max(0.0, min(self._backend.prompt_done, ended) - started)
+            self._prompt_seconds = max(0.0, min(self._backend.sequence.prompt_done, ended) - started)
         return made
 
     def _end(self, reason: str, token: int | None = None, text: str = "") -> Chunk:
@@ -263,14 +271,14 @@ class Answer:
             tokens_per_second=self.timings().predicted_per_second,
             finish_reason=self.finish_reason,
             receipt=self.receipt(),
-            prompt_evaluated=self._backend.prompt_evaluated,
+            prompt_evaluated=self._backend.sequence.prompt_evaluated,
         )
 
     def timings(self) -> Timings:
         """Times so far, without what the consumer of the stream took."""
         prompt_seconds = self._prompt_seconds if self._tokens else self._busy_seconds
         return Timings(
-            prompt_n=self._backend.prompt_evaluated,
+            prompt_n=self._backend.sequence.prompt_evaluated,
             prompt_ms=prompt_seconds * 1e3,
             predicted_n=len(self._tokens),
             predicted_ms=(self._busy_seconds - prompt_seconds) * 1e3,

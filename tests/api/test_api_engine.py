@@ -122,21 +122,20 @@ def test_an_exact_answer_does_not_build_on_little_rows(any_model):
     assert reused.tokens == afresh.tokens
 
 
-def test_llama_cpp_pythons_own_calls_decode_by_the_policy(any_model):
-    any_model.mode = "little"
-    try:
-        llama = backend_of(any_model)
-        llama.policy = Policy("little", little_k=any_model.little_k)
-        done = llama.create_completion("Once upon a time", max_tokens=6, temperature=0)
-        assert done["usage"]["completion_tokens"] == 6
-        assert llama.last_pass is Pass.LITTLE
-        assert llama.counters().n_tokens_little == 5
-        ours = any_model.generate("Once upon a time", **GREEDY | {"max_tokens": 6})
-        assert ours.text == done["choices"][0]["text"]
-        llama.create_chat_completion([{"role": "user", "content": "Hi"}], max_tokens=3)
-        assert llama.last_pass is Pass.LITTLE
-    finally:
-        any_model.mode = "exact"
+def test_tokens_that_are_run_one_by_one_follow_the_policy(any_model):
+    backend, prompt = backend_of(any_model), any_model.prompt_tokens("Once upon a time")
+    ours = any_model.generate(prompt, **GREEDY | {"max_tokens": 6, "mode": "little"})
+    backend.sequence.policy = Policy("little", little_k=any_model.little_k)
+    backend.forget()
+    backend.reset_counters()
+    backend.eval(prompt)
+    assert backend.sequence.last_pass is Pass.BIG
+    for token in ours.tokens[:-1]:
+        assert backend.last_logits().argmax() == token
+        backend.eval([token])
+        assert backend.sequence.last_pass is Pass.LITTLE
+    assert backend.last_logits().argmax() == ours.tokens[-1]
+    assert backend.counters().n_tokens_little == 5
 
 
 def test_json_schema_and_grammar(any_model):

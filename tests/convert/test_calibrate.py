@@ -208,13 +208,13 @@ def test_the_head_is_used(calibrated: Run) -> None:
         # as decided by hand, from the states that the model really had
         backend = backend_of(model)
         decided: list[tuple[float | None, Pass]] = []
-        ask = backend.head_probability
+        ask = backend.sequence.head_probability
 
         def watched(token: int) -> float | None:
             decided.append((ask(token), Pass.BIG))
             return decided[-1][0]
 
-        backend.head_probability = watched
+        backend.sequence.head_probability = watched
         threshold = 0.25
         reply = model.generate("The sea was calm that day, and", head_threshold=threshold, **GREEDY)
         probabilities = [probability for probability, _ in decided]
@@ -243,7 +243,7 @@ def test_hidden_states_leave_the_logits_alone(demo_gguf: Path) -> None:
         tokens = model.tokenize("The sea was calm that day, and nobody on the pier had seen the boat leave.")
         seen = []
         for keep in (False, True):
-            llama.reset()
+            llama.forget()
             llama.eval(tokens[:4])
             llama_cpp.llama_set_embeddings(llama.ctx, keep)
             logits = []

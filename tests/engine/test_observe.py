@@ -202,7 +202,7 @@ def test_a_context_is_observed_once(backend, engine):
 
 def decode(llama: Any, text: list[int]) -> np.ndarray:
     """Runs text from an empty context; returns the last token's logits."""
-    llama.reset()
+    llama.forget()
     llama.eval(text)
     return llama.last_logits().copy()
 

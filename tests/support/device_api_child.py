@@ -25,11 +25,15 @@ from mobile_gguf.errors import MobileError
 
 def forced_logits(llama: Any, prompt: list[int], tokens: list[int]) -> np.ndarray:
     """Logits [1 + n, n_vocab] after a prompt and after each of ``tokens``."""
+    from llama_cpp import llama_cpp as lib
+
+    vocab: Any = lib.llama_model_get_vocab(llama.model)
+    n_vocab = lib.llama_vocab_n_tokens(vocab)
     rows = []
     for batch in [prompt, *([token] for token in tokens)]:
         llama.eval(batch)
-        logits = llama._ctx.get_logits_ith(-1)
-        rows.append(np.ctypeslib.as_array(logits, shape=(llama.n_vocab(),)).copy())
+        logits = lib.llama_get_logits_ith(llama.ctx, -1)
+        rows.append(np.ctypeslib.as_array(logits, shape=(n_vocab,)).copy())
     return np.stack(rows)
 
 
@@ -59,7 +63,7 @@ def run_ours(spec: dict[str, Any], arrays: dict[str, np.ndarray]) -> dict[str, A
                 if placement is not None:
                     backend_of(model).device.calls.set_placement(placement)
                 if "forced" in spec:
-                    backend_of(model).reset()
+                    backend_of(model).forget()
                     backend_of(model).reset_counters()
                     name = spec["name"] if placement is None else f"{spec['name']}-{placement}"
                     arrays[name] = forced_logits(backend_of(model), spec["prompt"], spec["forced"])

@@ -149,7 +149,11 @@ class FakeBackend:
     def experts(self, info: GgufInfo) -> Experts:
         return Experts(self.expert_source, info.moe_layers, info.n_expert)
 
-    # decode.Decoder
+    @property
+    def sequence(self) -> FakeBackend:
+        return self
+
+    # decode.Steps
 
     def use_experts(self, k: int) -> None:
         self._experts = k

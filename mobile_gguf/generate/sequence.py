@@ -1,0 +1,187 @@
+"""One text in a context: the tokens whose rows are in memory, and how it grows by a prompt or a token.
+
+What a row holds depends on the pass that wrote it, so a sequence knows which rows all experts wrote, and an
+exact answer builds on no others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from mobile_gguf.errors import EngineError, UsageError
+
+from .decode import ALL_EXPERTS, Pass, Policy, decode_prompt, decode_token
+from .decoder import Decoder
+
+if TYPE_CHECKING:
+    from .head import Head
+
+# The engine keeps this much more memory for logits where those of a whole prompt are asked for.
+_LOGITS_BYTES = 16 << 20
+# A prompt that is all in the context already is computed anew from here before its end.
+_MIN_PROMPT = 2
+
+
+class TokenSequence:
+    """A decode.Steps of ``decoder``, of at most ``n_max`` tokens.
+
+    ``policy`` says which passes its tokens get; ``last_pass`` is the one that the logits at hand come from,
+    ``has_logits`` whether there are any of the last token. ``prompt_evaluated`` counts the tokens of prompts
+    that were computed, ``prompt_done`` is when the last prompt was (``time.perf_counter``). While a prompt is
+    computed ``should_stop`` is asked, ``on_prompt`` told how many tokens are done, of how many, and
+    ``on_logits`` given a token's place, and the logits after it.
+    """
+
+    def __init__(self, decoder: Decoder, n_max: int) -> None:
+        self.decoder = decoder
+        self.n_max = n_max
+        self.tokens: list[int] = []
+        self.policy = Policy()
+        self.head: Head | None = None
+        self.last_pass = Pass.BIG
+        self.has_logits = False
+        self.prompt_evaluated = 0
+        self.prompt_done = 0.0
+        self.should_stop: Callable[[], bool] | None = None
+        self.on_prompt: Callable[[int, int], object] | None = None
+        self.on_logits: Callable[[int, Any], object] | None = None
+        self._n_big = 0  # rows at the start that big passes wrote
+        self._in_prompt = False
+        self._state_at = -1  # how many tokens there were when the last pass left its hidden state
+
+    # growing
+
+    def begin(self, prompt: Sequence[int]) -> list[int]:
+        """Keep what ``prompt`` has in common with the tokens here; returns those of it that are to be run."""
+        prompt = list(prompt)
+        if self.on_logits is not None:
+            self.forget()  # it is shown those of all the prompt
+        if self.policy.always_big and self._n_big < len(self.tokens):
+            # Rows that a little pass wrote must not be reused for an exact answer.
+            self._keep(self._n_big)
+        if self.last_pass is not Pass.BIG:
+            # The logits at hand are not a big pass's, and the first token after a prompt is.
+            self.has_logits = False
+        if self.has_logits and self.tokens == prompt:
+            return []
+        if self.decoder.native.can_step_back and len(self.tokens) > len(prompt) - _MIN_PROMPT:
+            # One token alone runs through other kernels than a prompt does, and the last digits of its
+            # logits differ: the same question with the same seed would get another answer.
+            self._keep(max(0, len(prompt) - _MIN_PROMPT))
+        n_common = min(common_length(self.tokens, prompt), len(prompt) - 1)
+        if n_common > 0 and self.decoder.cut(n_common):
+            self._keep(n_common)
+        else:
+            self.forget()
+            n_common = 0
+        return prompt[n_common:]
+
+    def run_prompt(self, tokens: Sequence[int]) -> None:
+        """Run tokens at the next places with all experts."""
+        tokens = list(tokens)
+        self._in_prompt = True
+        try:
+            with self._whole():
+                self.last_pass = decode_prompt(self, tokens)
+        finally:
+            self._in_prompt = False
+        self.prompt_evaluated += len(tokens)
+        self.prompt_done = time.perf_counter()
+
+    def run_token(self, token: int) -> None:
+        """Run a generated token at the next place, as the policy says."""
+        with self._whole():
+            self.last_pass = decode_token(self, token, self.policy)
+
+    @contextlib.contextmanager
+    def _whole(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            # Also for Ctrl-C, which arrives when the engine returns: the rows that were counted are
+            # good, the logits are not. A memory that cannot drop the other rows starts over.
+            self.has_logits = False
+            if not self.decoder.native.can_step_back:
+                self.forget()
+            raise
+
+    def forget(self) -> None:
+        """Drop all tokens, so that the next prompt is computed from its first one."""
+        self._keep(0)
+        if not self.decoder.native.can_step_back:
+            self.decoder.clear()
+
+    def _keep(self, n: int) -> None:
+        """Count the first ``n`` tokens only: the rows of the others go before the next pass."""
+        del self.tokens[n:]
+        self._n_big = min(self._n_big, n)
+        self.has_logits = False
+
+    # decode.Steps
+
+    def use_experts(self, k: int) -> None:
+        self.decoder.use_experts(k)
+
+    def forward(self, tokens: list[int]) -> None:
+        if len(self.tokens) + len(tokens) > self.n_max:
+            raise UsageError(f"the context of {self.n_max} tokens is full")
+        is_alone = len(tokens) == 1
+        # Asked for its hidden states, llama.cpp computes the logits of every token of a prompt: not there.
+        self.decoder.keep_states(self.policy.uses_head and is_alone)
+        self._state_at = -1
+        with self.decoder.explained(self.should_stop, long=len(tokens) > 1):
+            self.decoder.cut(len(self.tokens))
+            self._run_in_pieces(tokens)
+        if self.policy.uses_head and is_alone:
+            self._state_at = len(self.tokens)
+
+    def _run_in_pieces(self, tokens: list[int]) -> None:
+        """Run as many tokens at a time as the decoder takes; of a prompt each time is told."""
+        tell, show = (self.on_prompt, self.on_logits) if self._in_prompt else (None, None)
+        n = self.decoder.native.n_batch
+        if show is not None:
+            n = max(1, min(n, _LOGITS_BYTES // (4 * self.decoder.native.n_vocab)))
+        if tell is not None:
+            tell(0, len(tokens))
+        for done in range(0, len(tokens), n):
+            piece, start = tokens[done : done + n], len(self.tokens)
+            self.decoder.run(piece, start, every_output=show is not None)
+            self._append(piece)
+            if show is not None:
+                for i in range(len(piece)):
+                    show(start + i, self.decoder.logits(i))
+            if tell is not None:
+                tell(done + len(piece), len(tokens))
+
+    def _append(self, tokens: list[int]) -> None:
+        if self.decoder.experts == ALL_EXPERTS and self._n_big == len(self.tokens):
+            self._n_big += len(tokens)
+        self.tokens += tokens
+        self.has_logits = True
+
+    def step_back(self) -> None:
+        self._keep(len(self.tokens) - 1)
+        if not self.decoder.cut(len(self.tokens)):
+            raise EngineError("this model's memory cannot be rolled back, which big-little needs")
+
+    def prefetch_masked(self) -> None:
+        if self.decoder.engine is not None:
+            self.decoder.engine.prefetch_masked(self.decoder.native.ctx)
+
+    def last_logits(self) -> Any:
+        return self.decoder.logits()
+
+    def head_probability(self, token: int) -> float | None:
+        if self.head is None or self._state_at != len(self.tokens):
+            return None
+        state = self.decoder.state(len(self.head.weight))
+        return self.head.probability(state, token) if state is not None else None
+
+
+def common_length(some: Sequence[int], others: Sequence[int]) -> int:
+    """How many tokens two texts have in common from the start."""
+    n = min(len(some), len(others))
+    return next((i for i in range(n) if some[i] != others[i]), n)
