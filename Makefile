@@ -85,8 +85,8 @@ fuzz: $(VENV)/.dev ## hostile headers, requests, templates, schemas and grammars
 			-artifact_prefix=build/fuzz/ || exit 1; \
 	done
 
-SANITIZE_LAYERS   ?= 3000
-SANITIZE_SESSIONS ?= 40
+SANITIZE_LAYERS   ?= 1500
+SANITIZE_SESSIONS ?= 30
 sanitize: $(VENV)/.dev ## barriers and the expert store under ThreadSanitizer: thousands of short layers, slow and failing reads
 	PYTHONPATH=tests/support $(BIN)/python tests/support/sanitize.py $(SANITIZE_LAYERS) $(SANITIZE_SESSIONS)
 

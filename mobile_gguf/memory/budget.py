@@ -31,8 +31,8 @@ def plan_budget(
 
     A share is one of the expert bytes; ``auto`` is what the memory available leaves after ``demand``
     and a reserve. What was asked for beyond the memory is kept with a warning, but under a cgroup's limit,
-    which the kernel enforces with a kill, it becomes what the limit leaves, unless ``demand`` is but an
-    upper bound (``is_bound``). Raises BudgetError below one layer's experts, the smallest legal budget.
+    which the kernel enforces with a kill, it becomes what the limit and a reserve leave, unless ``demand``
+    is but an upper bound (``is_bound``). Raises BudgetError below one layer's experts, the smallest legal budget.
     """
     available = memory.available_bytes
     if size.is_auto:
@@ -99,7 +99,9 @@ def _within(
 ) -> tuple[int, str]:
     """The budget that was asked for, or what a hard limit leaves of it, and a warning if it may not fit."""
     budget = min(asked, info.budget_all_bytes)
-    left = memory.available_bytes - demand.total_bytes
+    cuts = may_cut and memory.is_capped
+    # under a limit also for what the process itself still grows by
+    left = memory.available_bytes - demand.total_bytes - (_RESERVE_MIN if cuts else 0)
     if budget <= left:
         return asked, ""
     warning = (
@@ -108,6 +110,6 @@ def _within(
         f"{format_bytes(memory.available_bytes)} available"
     )
     smaller = max(left, info.budget_min_bytes)
-    if not (may_cut and memory.is_capped) or smaller >= budget:
+    if not cuts or smaller >= budget:
         return asked, warning
     return smaller, f"{warning}: the budget is {format_bytes(smaller)}"
