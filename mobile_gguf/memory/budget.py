@@ -32,7 +32,8 @@ def plan_budget(
     A share is one of the expert bytes; ``auto`` is what the memory available leaves after ``demand``
     and a reserve. What was asked for beyond the memory is kept with a warning, but under a cgroup's limit,
     which the kernel enforces with a kill, it becomes what the limit and a reserve leave, unless ``demand``
-    is but an upper bound (``is_bound``). Raises BudgetError below one layer's experts, the smallest legal budget.
+    is but an upper bound (``is_bound``). Raises BudgetError below one layer's experts, the smallest legal
+    budget.
     """
     available = memory.available_bytes
     if size.is_auto:
