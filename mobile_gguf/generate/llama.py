@@ -27,6 +27,7 @@ from mobile_gguf.engine.warm import WarmSet, warm_counters
 from mobile_gguf.errors import EngineError
 from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.memory.competition import Competition
+from mobile_gguf.memory.machine import read_memory
 
 from .chat_prompt import ChatPrompts
 from .constraint.making import constraint_of
@@ -36,6 +37,7 @@ from .decoder import Decoder
 from .head import Head
 from .native import Native
 from .pooling import embed_tokens, file_pooling, longest_text
+from .prefix_cache import LIMIT_BYTES, PrefixCache
 from .sampler import Sampler
 from .sequence import TokenSequence
 from .threads import FollowingThreads
@@ -83,14 +85,14 @@ class MobileLlama:
         if store is not None and store.n_layer_moe > 0:
             self.store, self.engine = store, engine
         self.decoder = Decoder(self.native, self.calls, self.engine, bool(self.devices))
-        self.sequence = TokenSequence(self.decoder, n_ctx)
+        self.sequence = TokenSequence(self.decoder, n_ctx, PrefixCache(LIMIT_BYTES, self._spare_bytes))
         self.vocabulary = Vocabulary(self.calls, self.native.says("tokenizer.ggml.model") or "")
         self._tables = TableReader(self.calls, self.vocabulary)
         self._prompts = ChatPrompts(
             self,
             self.vocabulary,
             self.native.says("tokenizer.chat_template") or CHATML_CHAT_TEMPLATE,
-            self._token_text(self.token_bos()),
+            self._token_text(int(llama_cpp.llama_vocab_bos(self.native.vocab))),
             self._token_text(int(llama_cpp.llama_vocab_eos(self.native.vocab))),
             self.native.n_ctx,
         )
@@ -184,8 +186,8 @@ class MobileLlama:
         self._seed = seed
 
     def forget(self) -> None:
-        """Drop the whole context, so that the next prompt is computed from its first token."""
-        self.sequence.forget()
+        """Have the next prompt computed from its first token."""
+        self.sequence.leave()
 
     def last_logits(self) -> Any:
         """The logits [n_vocab] of the last pass. Raises UsageError if there was none."""
@@ -232,6 +234,12 @@ class MobileLlama:
         """Whether single positions can be dropped from the memory; recurrent ones cannot."""
         return self.native.can_step_back
 
+    def _spare_bytes(self) -> int:
+        """Memory that texts may be put away in: half of what is free when the experts have all of theirs."""
+        budget = self.store.budget_bytes if self.store is not None else 0
+        promised = max(0, budget - self.counters().resident_bytes)
+        return max(0, read_memory().available_bytes - promised) // 2
+
     def counters(self) -> Counters:
         """The store's counters since the last reset; all zero without one."""
         return self.engine.counters(self.ctx) if self.engine is not None else Counters()
@@ -255,10 +263,6 @@ class MobileLlama:
     def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
         """Token ids of UTF-8 text; ``add_bos``: with what the model adds, ``special``: control tokens."""
         return self.calls.tokenize(text, add_bos, special)
-
-    def token_bos(self) -> int:
-        """The token that begins a text; -1 without one."""
-        return int(llama_cpp.llama_vocab_bos(self.native.vocab))
 
     def is_end(self, token: int) -> bool:
         """Whether ``token`` ends an answer (any of the model's end-of-generation tokens)."""
