@@ -37,7 +37,7 @@ from .decoder import Decoder
 from .head import Head
 from .native import Native
 from .pooling import embed_tokens, file_pooling, longest_text
-from .prefix_cache import LIMIT_BYTES, PrefixCache
+from .prefix_cache import PrefixCache
 from .sampler import Sampler
 from .sequence import TokenSequence
 from .threads import FollowingThreads
@@ -49,7 +49,8 @@ class MobileLlama:
 
     What decides that is ``sequence.policy``, which may be changed between generations. Without an engine (a
     stock library), or for a model that it holds no experts of (``store`` is None), every step is big.
-    Decoding raises ExpertReadError or EngineError and leaves the object usable. ``options`` are Native's.
+    Decoding raises ExpertReadError or EngineError and leaves the object usable. In ``cache_bytes`` texts are
+    kept that others have put out of the context. ``options`` are Native's.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class MobileLlama:
         engine: Engine | None,
         devices: Sequence[Device] = (),
         n_ctx: int,
+        cache_bytes: int = 0,
         **options: Any,
     ) -> None:
         self.devices = tuple(devices)
@@ -71,12 +73,14 @@ class MobileLlama:
         self._seed = 0
         self.native = Native(path, devices=self.devices, n_ctx=n_ctx, **options)
         try:
-            self._set_up(path, engine, n_ctx)
+            self._set_up(path, engine, n_ctx, cache_bytes)
         except BaseException:
             self.native.close()
             raise
 
-    def _set_up(self, path: str | os.PathLike[str], engine: Engine | None, n_ctx: int) -> None:
+    def _set_up(
+        self, path: str | os.PathLike[str], engine: Engine | None, n_ctx: int, cache_bytes: int
+    ) -> None:
         self.calls = GuardedCalls(engine, self.model, self.ctx)
         # llama.cpp does not notice that a server is gone once it has the memory.
         if self.devices and (lost := context_loss(self.ctx)):
@@ -85,7 +89,7 @@ class MobileLlama:
         if store is not None and store.n_layer_moe > 0:
             self.store, self.engine = store, engine
         self.decoder = Decoder(self.native, self.calls, self.engine, bool(self.devices))
-        self.sequence = TokenSequence(self.decoder, n_ctx, PrefixCache(LIMIT_BYTES, self._spare_bytes))
+        self.sequence = TokenSequence(self.decoder, n_ctx, PrefixCache(cache_bytes, self._spare_bytes))
         self.vocabulary = Vocabulary(self.calls, self.native.says("tokenizer.ggml.model") or "")
         self._tables = TableReader(self.calls, self.vocabulary)
         self._prompts = ChatPrompts(
@@ -149,13 +153,6 @@ class MobileLlama:
         token = self.calls.sample_among(sampler.chain, grammar.allowed())
         grammar.accept(token)
         return token
-
-    def eval(self, tokens: Sequence[int]) -> None:
-        """Run tokens at the next places: several, or the first, big; a single one as the policy says."""
-        if len(tokens) != 1 or not self.sequence.tokens:
-            self.sequence.run_prompt(tokens)
-        else:
-            self._run_token(tokens[0])
 
     def follow_machine(self) -> None:
         """Generate with fewer threads while others want the processors.

@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-# Bytes of all states together; and never more than half of the memory that is free.
-LIMIT_BYTES = 2 << 30
+# Bytes of all states together, where nobody says how many they may have.
+AUTO_BYTES = 2 << 30
 # What has fewer tokens of its own is computed sooner than it is moved.
 LEAST_TOKENS = 32
 

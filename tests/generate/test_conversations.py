@@ -21,7 +21,7 @@ BETWEEN = 64  # tokens from one checkpoint to the next, and what a hybrid's turn
 
 
 @pytest.fixture(scope="module", params=[ATTENTION, HYBRID])
-def model(request: pytest.FixtureRequest) -> Iterator[Model]:
+def once(request: pytest.FixtureRequest) -> Iterator[Model]:
     path = tiny_models.path(request.param)
     with mobile_gguf.load(
         path, ram_budget="60%", n_ctx=1024, n_batch=32, n_ubatch=32, threads=1, threads_batch=1
@@ -29,10 +29,11 @@ def model(request: pytest.FixtureRequest) -> Iterator[Model]:
         yield loaded
 
 
-@pytest.fixture(autouse=True)
-def short_ways(monkeypatch: pytest.MonkeyPatch, model: Model) -> None:
+@pytest.fixture
+def model(once: Model, monkeypatch: pytest.MonkeyPatch) -> Model:
     monkeypatch.setattr(sequence, "_BETWEEN", BETWEEN)
-    empty(model)
+    empty(once)
+    return once
 
 
 def empty(model: Model) -> None:
@@ -129,7 +130,8 @@ def test_without_room_everything_is_computed_again(model: Model, monkeypatch: py
 
 def test_a_fallback_goes_back_in_its_own_text_only(model: Model) -> None:
     if not backend_of(model).can_step_back:
-        pytest.raises(mobile_gguf.UsageError, model.configure, mode="big-little", importance=CONFIDENCE)
+        with pytest.raises(mobile_gguf.UsageError, match="cannot be rolled back"):
+            model.configure(mode="big-little", importance=CONFIDENCE)
         return
     one, other = Talk(text(1, 100), "big-little"), Talk(text(2, 100), "big-little")
     for i in range(3):
@@ -140,3 +142,14 @@ def test_a_fallback_goes_back_in_its_own_text_only(model: Model) -> None:
     for i in range(3):
         alone.turn(model, [5, i], n=6)
     assert alone.tokens == one.tokens
+
+
+@pytest.mark.parametrize(("name", "most"), [(ATTENTION, 64), (HYBRID, 512)])
+def test_two_long_conversations_that_alternate(name: str, most: int) -> None:
+    with mobile_gguf.load(tiny_models.path(name), n_ctx=4096, threads=2, threads_batch=2) as long:
+        pair = [Talk(text(i, 2000)) for i in range(2)]
+        for at in range(20):
+            n = pair[at % 2].turn(long, text(100 + at, 20))
+            assert at < 2 or n <= most
+        reply = long.generate(pair[0].tokens[:1800] + [7] * 9, max_tokens=1)  # an edit
+        assert reply.timings["prompt_n"] <= 9 + most

@@ -30,7 +30,9 @@ def test_a_prompt_goes_on_with_the_text_that_saves_most() -> None:
     found, n = cache.best([1, 2, 3, 4, 5, 6], only_big=False)
     assert (found and found.tokens, n) == ([1, 2, 3, 4], 4)
     found, n = cache.best([7, 7], only_big=False)
-    assert (found and found.tokens, n) == ([7, 7], 1), "the last token is always computed: its logits are wanted"
+    assert (found and found.tokens, n) == ([7, 7], 1), (
+        "the last token is always computed: its logits are wanted"
+    )
     assert cache.best([5, 1, 2], only_big=False) == (None, 0)
     found, _ = cache.best([7, 7, 8], only_big=False)
     assert found is not None
@@ -46,9 +48,10 @@ def test_an_exact_answer_builds_on_big_rows_only() -> None:
 
 
 @pytest.mark.parametrize(
-    ("prompt", "n"), [(range(9), 8), (range(20), 10), ([*range(7), 99], 6), ([*range(5), 99], 3), ([0, 99], 0)]
+    ("prompt", "n"),
+    [(range(9), 8), (range(20), 10), ([*range(7), 99], 6), ([*range(5), 99], 3), ([0, 99], 0)],
 )
-def test_a_memory_that_cannot_be_rolled_back_goes_on_from_a_checkpoint(prompt: list[int], n: int) -> None:
+def test_what_cannot_be_rolled_back_goes_on_from_a_checkpoint(prompt: list[int], n: int) -> None:
     points = [Checkpoint(at, np.zeros(1, np.uint8)) for at in (3, 6, 8)]
     assert usable(range(10), 10, points, list(prompt)) == n
 
