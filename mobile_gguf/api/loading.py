@@ -26,6 +26,7 @@ from mobile_gguf.memory.threads import bounded_threads, default_threads
 from mobile_gguf.options import LoadOptions
 from mobile_gguf.options.words import AUTO_UBATCH, ON
 from mobile_gguf.progress import Progress
+from mobile_gguf.sizes import OFF
 
 if TYPE_CHECKING:
     from mobile_gguf.generate.llama import MobileLlama
@@ -178,6 +179,7 @@ def _construct(
                 n_threads_batch=options.threads_batch or options.threads or threads_batch,
                 flash_attn=options.flash_attn,
                 use_mmap=use_mmap,
+                cache_bytes=_cache_bytes(options),
                 keep_loading=watch,
                 **more,
             )
@@ -196,6 +198,13 @@ def _construct(
     if options.threads_auto == ON:
         llama.follow_machine()
     return llama
+
+
+def _cache_bytes(options: LoadOptions) -> int:
+    from mobile_gguf.generate.prefix_cache import AUTO_BYTES
+
+    size = options.prefix_cache
+    return 0 if size == OFF else size.n_bytes or AUTO_BYTES
 
 
 class _LoadWatch:
