@@ -21,7 +21,7 @@ from mobile_gguf.sizes import MIB
 
 from .child import Job
 from .other import OtherCommand, run_other
-from .text import prompt_text, text_of
+from .text import characters, prompt_text
 from .trace import Trace
 
 STDERR_LINES = 20
@@ -199,7 +199,7 @@ class Runner:
         result.error = said.error
         if said.tokens_per_s is not None:
             result.n_tokens, result.seconds = n_tokens, n_tokens / said.tokens_per_s
-            result.follows = text_of(self.trace.n_prompt, n_tokens - 1) in said.output
+            result.follows = characters(self.trace.n_prompt, n_tokens - 1) in said.output
         if said.prompt_tokens_per_s:
             result.prompt_s = self.trace.n_prompt / said.prompt_tokens_per_s
 

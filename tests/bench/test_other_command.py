@@ -16,7 +16,7 @@ from mobile_gguf.bench.other import DEFAULT_PATTERN, OtherCommand, parse_other, 
 from mobile_gguf.bench.plan import BenchOptions, plan_arms
 from mobile_gguf.bench.report import Report, doubts
 from mobile_gguf.bench.sweep import SweepChoices, sweep
-from mobile_gguf.bench.text import N_CHARACTERS, add_tokenizer, prompt_text, text_of
+from mobile_gguf.bench.text import N_CHARACTERS, add_tokenizer, characters, prompt_text
 from mobile_gguf.errors import UsageError
 from mobile_gguf.sizes import GIB
 
@@ -110,7 +110,7 @@ def test_a_command_is_an_arm_of_its_own(tmp_path: Path) -> None:
     assert arm.settings == "as given"
 
     # a command that goes through the trace, and one that prints something else
-    follows = text_of(TINY_TRACE.n_prompt, 4)
+    follows = characters(TINY_TRACE.n_prompt, 4)
     for text, expected in ((follows, True), ("hello", False)):
         other = parse_other(python(f"print({text!r}, 2.0, 't/s')"), r"([\d.]+) t/s")
         runner = Runner(tmp_path / "m.gguf", TINY_TRACE, {}, 1)
@@ -138,4 +138,4 @@ def test_the_model_goes_through_the_trace_as_text(tmp_path: Path) -> None:
     runner = Runner(model, TINY_TRACE, {}, 1)
     run = runner.run(arm_of(parse_other(command, pattern)), TINY_TRACE.n_decode, 120)
     assert (run.error, run.follows) == ("", True)
-    assert prompt_text(TINY_TRACE) == text_of(0, TINY_TRACE.n_prompt)
+    assert prompt_text(TINY_TRACE) == characters(0, TINY_TRACE.n_prompt)
