@@ -17,8 +17,11 @@ from typing import IO, Any
 from mobile_gguf.errors import EngineError
 from mobile_gguf.memory.cap import CgroupError, MemoryCgroup, create_memory_cgroup
 from mobile_gguf.options.words import DEFAULT_EVICTION, DEFAULT_IO_THREADS
+from mobile_gguf.sizes import MIB
 
 from .child import Job
+from .other import OtherCommand, run_other
+from .text import characters
 from .trace import Trace
 
 STDERR_LINES = 20
@@ -30,7 +33,7 @@ class Arm:
     may take ``cap_bytes``. ``load_mode`` is stock's; ``io_threads``, ``eviction`` and ``prefetch`` are the
     engine's."""
 
-    system: str  # "engine" or "stock"
+    system: str  # "engine", "stock" or "other"
     mode: str  # "exact" or "little"
     budget: str  # as asked, such as "12%"
     budget_bytes: int
@@ -47,12 +50,13 @@ class Arm:
     prompt_tokens: int = 0  # the trace over and over; 0: its own prompt
     n_ubatch: int = 512
     warm: tuple[tuple[int, int], ...] = ()  # (layer, expert), as the warm set has them
+    command: OtherCommand | None = None  # of "other"
     idle_s: float = 0.0  # between load and prompt, at most: until the warm set is read
 
     @property
     def label(self) -> str:
         usual = type(self)
-        words = [self.system, self.mode]
+        words = [self.command.name] if self.command is not None else [self.system, self.mode]
         words += [self.eviction] if self.eviction != usual.eviction else []
         words += [f"prefetch-{self.prefetch}"] if self.prefetch != usual.prefetch else []
         return " ".join([*words, self.budget])
@@ -60,6 +64,8 @@ class Arm:
     @property
     def settings(self) -> str:
         """What the sweep chose, for the table."""
+        if self.command is not None:
+            return "as given"
         words = [f"t={self.threads}"]
         if self.system == "engine":
             words.append(f"io={self.io_threads}")
@@ -87,8 +93,8 @@ class ArmRun:
     load_s: float | None = None
     prompt_s: float | None = None
     prompt_counters: dict[str, int] | None = None
-    cpu_s: float = 0.0
-    read_bytes: int = 0
+    cpu_s: float | None = 0.0  # None likewise
+    read_bytes: int | None = 0  # None: not known of decoding alone
     major_faults: int = 0
     counters: dict[str, int] | None = None
     peak_bytes: int | None = None
@@ -97,6 +103,7 @@ class ArmRun:
     bandwidth: float = 0.0  # bytes/s, measured beside this run
     cached_bytes_before: int | None = None
     load_average: float | None = None  # of the machine, over the minute before the run's end
+    follows: bool | None = None  # whether the text that another's command printed goes through the trace
     worth: list[list[int]] | None = None  # [layer, expert] of what single tokens used, the most used first
     warm: dict[str, int] | None = None  # what became of the warm set
     ids: list[tuple[int, list[list[int]]]] | None = None  # only where they were asked for
@@ -155,7 +162,10 @@ class Runner:
         with contextlib.suppress(CgroupError):
             group = create_memory_cgroup(arm.cap_bytes, "mobile-gguf-bench")
         try:
-            self._run_child(arm, n_tokens, limit_s, group, result)
+            if arm.command is not None:
+                self._run_other(arm, arm.command, n_tokens, limit_s, group, result)
+            else:
+                self._run_child(arm, n_tokens, limit_s, group, result)
             if group is not None:
                 result.peak_bytes = group.peak_bytes()
                 if result.error and group.oom_kills():
@@ -164,6 +174,34 @@ class Runner:
             if group is not None:
                 group.remove()
         return result
+
+    def _run_other(
+        self,
+        arm: Arm,
+        command: OtherCommand,
+        n_tokens: int,
+        limit_s: float,
+        group: MemoryCgroup | None,
+        result: ArmRun,
+    ) -> None:
+        values = {
+            "model": str(self.model.absolute()),
+            "prompt": characters(0, self.text.n_prompt),
+            "tokens": str(n_tokens),
+            "threads": str(arm.threads),
+            "budget_bytes": str(arm.budget_bytes),
+            "budget_mib": str(arm.budget_bytes // MIB),
+            "cap_bytes": str(arm.cap_bytes),
+        }
+        said = run_other(command, values, group, self.prompt_limit_s + limit_s)
+        result.capped = group is not None
+        result.read_bytes = result.cpu_s = None
+        result.error = said.error
+        if said.tokens_per_s is not None:
+            result.n_tokens, result.seconds = n_tokens, n_tokens / said.tokens_per_s
+            result.follows = characters(self.text.n_prompt, n_tokens - 1) in said.output
+        if said.prompt_tokens_per_s:
+            result.prompt_s = self.text.n_prompt / said.prompt_tokens_per_s
 
     def routed_ids(self, arm: Arm, n_tokens: int) -> list[tuple[int, list[list[int]]]]:
         """(layer, expert ids of each token) of every pass, uncapped; raises EngineError if the run fails."""
@@ -221,10 +259,10 @@ class Runner:
             result.error = f"ended with status {status}{': ' + tail[-400:] if tail else ''}"
 
     def _job(self, arm: Arm, n_tokens: int, ids: bool) -> Job:
-        tokens, first = self.text.ids, self.text.n_prompt + arm.offset
-        prompt, decode = tokens[: self.text.n_prompt], tokens[first : first + n_tokens]
+        text, first = self.text.ids, self.text.n_prompt + arm.offset
+        prompt, decode = text[: self.text.n_prompt], text[first : first + n_tokens]
         if arm.prompt_tokens:
-            prompt = (tokens * -(-arm.prompt_tokens // len(tokens)))[: arm.prompt_tokens]
+            prompt = (text * -(-arm.prompt_tokens // len(text)))[: arm.prompt_tokens]
         return Job(
             model=str(self.model),
             prompt=list(prompt),

@@ -12,6 +12,7 @@ from mobile_gguf.sizes import GIB, MIB, format_bytes, parse_size
 
 from .arm import Arm
 from .geometry import ModelShape
+from .other import OtherCommand
 
 IO_THREADS = (2, 4, 8)
 
@@ -35,6 +36,7 @@ class BenchOptions:
     threads: tuple[int, ...] = ()
     io_threads: tuple[int, ...] = IO_THREADS
     disk_s: float = 2.0
+    others: tuple[OtherCommand, ...] = ()
     engine_lib: Path | None = None
     stock_lib: Path | None = None
 
@@ -65,6 +67,8 @@ def plan_arms(
         }  # fmt: skip
         for system in options.versus:
             arms.append(Arm("stock", "little" if system == "stock-little" else "exact", **common))
+        for command in options.others:
+            arms.append(Arm("other", "exact", command=command, **common))
         for mode in options.modes:
             # with everything resident nothing is ever evicted or read
             for eviction in options.evictions[:1] if resident else options.evictions:

@@ -26,6 +26,7 @@ from mobile_gguf.memory.threads import bounded_threads, default_threads
 from mobile_gguf.options import LoadOptions
 from mobile_gguf.options.words import AUTO_UBATCH, ON
 from mobile_gguf.progress import Progress
+from mobile_gguf.sizes import OFF
 
 if TYPE_CHECKING:
     from mobile_gguf.generate.llama import MobileLlama
@@ -106,6 +107,8 @@ def _open(
     """Load a model where ``fit`` puts it, None: mapped by a stock library; returns it and notices."""
     notices = [] if fit is None else [*fit.notes, *filter(None, [fit.warning])]
     more = more | {"devices": fit.devices if fit is not None else ()}
+    if fit is not None:
+        more["planned_bytes"] = fit.host_demand.total_bytes + fit.ram_budget_bytes
     if engine is None or fit is None or not info.is_moe:
         return _construct(info, options, asked, engine, use_mmap=True, **more), notices
     from mobile_gguf.generate.head import read_head
@@ -178,6 +181,7 @@ def _construct(
                 n_threads_batch=options.threads_batch or options.threads or threads_batch,
                 flash_attn=options.flash_attn,
                 use_mmap=use_mmap,
+                cache_bytes=_cache_bytes(options),
                 keep_loading=watch,
                 **more,
             )
@@ -196,6 +200,13 @@ def _construct(
     if options.threads_auto == ON:
         llama.follow_machine()
     return llama
+
+
+def _cache_bytes(options: LoadOptions) -> int:
+    from mobile_gguf.generate.prefix_cache import AUTO_BYTES
+
+    size = options.prefix_cache
+    return 0 if size == OFF else size.n_bytes or AUTO_BYTES
 
 
 class _LoadWatch:

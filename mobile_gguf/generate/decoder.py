@@ -23,6 +23,8 @@ from .decode import ALL_EXPERTS
 from .interrupt import stopping_on_request
 from .native import Native
 
+_states: Any = llama_cpp  # its types of these calls are narrower than what they take
+
 
 class Batch:
     """Room for the tokens of one decode of one sequence; ``batch`` is what llama.cpp reads."""
@@ -94,6 +96,25 @@ class Decoder:
         if self.native.memory:
             llama_cpp.llama_memory_clear(self.native.memory, not self.native.can_step_back)
 
+    def state_bytes(self, partial: bool = False) -> int:
+        """Bytes of ``save``."""
+        return int(_states.llama_state_seq_get_size_ext(self.native.ctx, 0, _flags(partial)))
+
+    def save(self, partial: bool = False) -> np.ndarray | None:
+        """What the memory holds; ``partial``: only what cannot be rolled back. None if it cannot be had."""
+        data = np.empty(self.state_bytes(partial), np.uint8)
+        pointer = data.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        n = _states.llama_state_seq_get_data_ext(self.native.ctx, pointer, len(data), 0, _flags(partial))
+        return data if 0 < n == len(data) else None
+
+    def load(self, data: np.ndarray, partial: bool = False) -> bool:
+        """Put what ``save`` gave in the place of what the memory holds; False if it did not take it."""
+        pointer = data.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        if not partial:
+            self.cut(0)
+        n = _states.llama_state_seq_set_data_ext(self.native.ctx, pointer, len(data), 0, _flags(partial))
+        return n == len(data)
+
     def logits(self, i: int = -1) -> Any:
         """The logits [n_vocab] of output ``i``, until the next pass. Raises UsageError if there are none."""
         logits = llama_cpp.llama_get_logits_ith(self.native.ctx, i)
@@ -101,7 +122,7 @@ class Decoder:
             raise UsageError("there are no logits: ask for a token first")
         return np.ctypeslib.as_array(logits, shape=(self._calls.n_vocab,))
 
-    def state(self, n_embd: int) -> Any | None:
+    def hidden(self, n_embd: int) -> Any | None:
         """The last token's hidden state [n_embd], if it was kept."""
         state = llama_cpp.llama_get_embeddings_ith(self.native.ctx, -1)
         return np.ctypeslib.as_array(state, shape=(n_embd,)) if state else None
@@ -128,3 +149,7 @@ class Decoder:
         if reason:
             return ExpertReadError(reason)
         return EngineError(f"decoding failed: {last_errors() or error}")
+
+
+def _flags(partial: bool) -> int:
+    return llama_cpp.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY if partial else llama_cpp.LLAMA_STATE_SEQ_FLAGS_NONE

@@ -27,6 +27,7 @@ from mobile_gguf.engine.warm import WarmSet, warm_counters
 from mobile_gguf.errors import EngineError
 from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.memory.competition import Competition
+from mobile_gguf.memory.spare import SpareMemory
 
 from .chat_prompt import ChatPrompts
 from .constraint.making import constraint_of
@@ -36,6 +37,7 @@ from .decoder import Decoder
 from .head import Head
 from .native import Native
 from .pooling import embed_tokens, file_pooling, longest_text
+from .prefix_cache import PrefixCache
 from .sampler import Sampler
 from .sequence import TokenSequence
 from .threads import FollowingThreads
@@ -47,7 +49,9 @@ class MobileLlama:
 
     What decides that is ``sequence.policy``, which may be changed between generations. Without an engine (a
     stock library), or for a model that it holds no experts of (``store`` is None), every step is big.
-    Decoding raises ExpertReadError or EngineError and leaves the object usable. ``options`` are Native's.
+    Decoding raises ExpertReadError or EngineError and leaves the object usable. In ``cache_bytes`` texts are
+    kept that others have put out of the context, where memory is free beside ``planned_bytes`` for all else.
+    ``options`` are Native's.
     """
 
     def __init__(
@@ -57,6 +61,8 @@ class MobileLlama:
         engine: Engine | None,
         devices: Sequence[Device] = (),
         n_ctx: int,
+        cache_bytes: int = 0,
+        planned_bytes: int = 0,
         **options: Any,
     ) -> None:
         self.devices = tuple(devices)
@@ -67,14 +73,17 @@ class MobileLlama:
         self.engine: Engine | None = None  # while there is a store to ask it about
         self.has_engine = engine is not None
         self._seed = 0
+        cache = PrefixCache(cache_bytes, SpareMemory(planned_bytes).bytes_beside)
         self.native = Native(path, devices=self.devices, n_ctx=n_ctx, **options)
         try:
-            self._set_up(path, engine, n_ctx)
+            self._set_up(path, engine, n_ctx, cache)
         except BaseException:
             self.native.close()
             raise
 
-    def _set_up(self, path: str | os.PathLike[str], engine: Engine | None, n_ctx: int) -> None:
+    def _set_up(
+        self, path: str | os.PathLike[str], engine: Engine | None, n_ctx: int, cache: PrefixCache
+    ) -> None:
         self.calls = GuardedCalls(engine, self.model, self.ctx)
         # llama.cpp does not notice that a server is gone once it has the memory.
         if self.devices and (lost := context_loss(self.ctx)):
@@ -83,14 +92,14 @@ class MobileLlama:
         if store is not None and store.n_layer_moe > 0:
             self.store, self.engine = store, engine
         self.decoder = Decoder(self.native, self.calls, self.engine, bool(self.devices))
-        self.sequence = TokenSequence(self.decoder, n_ctx)
+        self.sequence = TokenSequence(self.decoder, n_ctx, cache)
         self.vocabulary = Vocabulary(self.calls, self.native.says("tokenizer.ggml.model") or "")
         self._tables = TableReader(self.calls, self.vocabulary)
         self._prompts = ChatPrompts(
             self,
             self.vocabulary,
             self.native.says("tokenizer.chat_template") or CHATML_CHAT_TEMPLATE,
-            self._token_text(self.token_bos()),
+            self._token_text(int(llama_cpp.llama_vocab_bos(self.native.vocab))),
             self._token_text(int(llama_cpp.llama_vocab_eos(self.native.vocab))),
             self.native.n_ctx,
         )
@@ -153,13 +162,6 @@ class MobileLlama:
         grammar.accept(token)
         return token
 
-    def eval(self, tokens: Sequence[int]) -> None:
-        """Run tokens at the next places: several, or the first, big; a single one as the policy says."""
-        if len(tokens) != 1 or not self.sequence.tokens:
-            self.sequence.run_prompt(tokens)
-        else:
-            self._run_token(tokens[0])
-
     def follow_machine(self) -> None:
         """Generate with fewer threads while others want the processors.
 
@@ -189,8 +191,8 @@ class MobileLlama:
         self._seed = seed
 
     def forget(self) -> None:
-        """Drop the whole context, so that the next prompt is computed from its first token."""
-        self.sequence.forget()
+        """Have the next prompt computed from its first token."""
+        self.sequence.leave()
 
     def last_logits(self) -> Any:
         """The logits [n_vocab] of the last pass. Raises UsageError if there was none."""
@@ -260,10 +262,6 @@ class MobileLlama:
     def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
         """Token ids of UTF-8 text; ``add_bos``: with what the model adds, ``special``: control tokens."""
         return self.calls.tokenize(text, add_bos, special)
-
-    def token_bos(self) -> int:
-        """The token that begins a text; -1 without one."""
-        return int(llama_cpp.llama_vocab_bos(self.native.vocab))
 
     def is_end(self, token: int) -> bool:
         """Whether ``token`` ends an answer (any of the model's end-of-generation tokens)."""

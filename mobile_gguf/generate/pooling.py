@@ -55,6 +55,7 @@ def embed_tokens(sequence: TokenSequence, tokens: list[int], pooling: str) -> np
     """
     decoder = sequence.decoder
     decoder.use_experts(ALL_EXPERTS)
+    sequence.put_away()
     _empty(sequence)
     decoder.keep_states(True)
     try:

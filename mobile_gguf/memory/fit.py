@@ -112,12 +112,12 @@ def asked_of(info: GgufInfo, options: LoadOptions) -> Asked:
     if vram == OFF and options.rpc:
         raise UsageError(f"--rpc names devices, and --vram-budget {OFF} uses none: leave one of them out")
     n_ctx = context_size(info, options.n_ctx)
-    given = options.n_ubatch if isinstance(options.n_ubatch, int) else None
-    wanted = given or DEFAULT_UBATCH
+    is_auto = isinstance(options.n_ubatch, str)
+    wanted = options.n_ubatch if isinstance(options.n_ubatch, int) else DEFAULT_UBATCH
     return Asked(
         n_ctx=n_ctx,
         n_ubatch=min(wanted, options.n_batch or wanted),
-        larger=larger_ubatches(info, n_ctx, options.n_batch, options.flash_attn) if given is None else (),
+        larger=larger_ubatches(info, n_ctx, options.n_batch, options.flash_attn) if is_auto else (),
         flash_attn=options.flash_attn,
         ram=options.ram_budget,
         vram=None if vram == OFF else vram,
@@ -130,7 +130,8 @@ def fit_model(info: GgufInfo, asked: Asked, memory: Memory, devices: Sequence[De
     """Decide what of a model goes where.
 
     Devices that nobody insists on are left out, with a note, where the model does not fit there. A budget
-    beyond the memory available is kept, with a warning. Raises BudgetError for what cannot be loaded.
+    beyond the memory available is kept, or cut under a cgroup's limit, with a warning. Raises BudgetError for
+    what cannot be loaded.
     """
     if asked.vram is None or not devices:
         return _fit_host(info, asked, memory)
@@ -213,7 +214,8 @@ def _fit_devices(
     if sharing:
         # What goes to the device is missing on the host.
         taken = host + demand + Demand(0, 0, pool or 0)
-    plan = plan_budget(asked.ram, info, taken, memory)
+    # of slots on several devices not all need be on those that share it
+    plan = plan_budget(asked.ram, info, taken, memory, is_bound=bool(sharing))
     budget = plan.budget_bytes or info.budget_all_bytes
     # Half of what is left: the host's own needs grow as well, and a page too many ends a process.
     left = max(0, memory.available_bytes - taken.total_bytes - budget) // 2

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Literal
 
-from mobile_gguf.sizes import AUTO, Size, parse_size, parse_size_or_off
+from mobile_gguf.sizes import AUTO, Size, parse_bytes_or_off, parse_size, parse_size_or_off
 
 from .bias import parse_bias, take_bias
 from .opt import Checked, Opt, take_parsed, take_schema, take_texts
@@ -181,6 +181,15 @@ class LoadOptions(Checked):
     flash_attn: Annotated[
         bool, Opt("-fa", "--flash-attn", is_flag=True, help="flash attention: smaller compute buffers")
     ] = False
+    prefix_cache: Annotated[
+        Size | Literal["off"],
+        Opt(
+            "--prefix-cache",
+            read=parse_bytes_or_off,
+            metavar="SIZE",
+            help="free memory for conversations that others put out of the context: auto (2 GiB), or off",
+        ),
+    ] = AUTO
     seed: Annotated[int | None, _SEED] = None
     verbose: Annotated[bool, Opt("-v", "--verbose", is_flag=True, help="show the engine's log")] = False
 

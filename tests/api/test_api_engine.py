@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import by_hand
 import engine_libs
 import numpy as np
 import pytest
@@ -129,11 +130,11 @@ def test_tokens_that_are_run_one_by_one_follow_the_policy(any_model):
     backend.sequence.policy = Policy("little", little_k=any_model.little_k)
     backend.forget()
     backend.reset_counters()
-    backend.eval(prompt)
+    by_hand.run(backend, prompt)
     assert backend.sequence.last_pass is Pass.BIG
     for token in ours.tokens[:-1]:
         assert backend.last_logits().argmax() == token
-        backend.eval([token])
+        by_hand.run(backend, [token])
         assert backend.sequence.last_pass is Pass.LITTLE
     assert backend.last_logits().argmax() == ours.tokens[-1]
     assert backend.counters().n_tokens_little == 5

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import by_hand
 import numpy as np
 import pytest
 import tiny_models
@@ -244,11 +245,11 @@ def test_hidden_states_leave_the_logits_alone(demo_gguf: Path) -> None:
         seen = []
         for keep in (False, True):
             llama.forget()
-            llama.eval(tokens[:4])
+            by_hand.run(llama, tokens[:4])
             llama_cpp.llama_set_embeddings(llama.ctx, keep)
             logits = []
             for token in tokens[4:]:
-                llama.eval([token])
+                by_hand.run(llama, [token])
                 logits.append(llama.last_logits().copy())
             llama_cpp.llama_set_embeddings(llama.ctx, False)
             seen.append(np.array(logits))

@@ -264,9 +264,6 @@ class FakeBackend:
     def prepare_constraints(self) -> None:
         self.log.append("prepared")
 
-    def token_bos(self) -> int:
-        return BOS
-
     def set_seed(self, seed: int) -> None:
         self.seed = seed
 
