@@ -216,7 +216,7 @@ def test_a_warm_set_of_everything_ends_where_the_budget_does(store: Store) -> No
 
 
 def test_all_its_threads_at_once(library: Path, tmp_path: Path) -> None:
-    """Short sessions with slow and failing reads; `make sanitize` watches more of them for data races."""
+    """Short sessions with slow and failing reads; ``make sanitize`` watches more of them for data races."""
     program = stress.build("store_stress", library.parent)
     done = stress.run(program, 12, 1, stress.PATIENCE, tmp_path / "experts")
     assert done.returncode == 0, done.stderr
