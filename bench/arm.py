@@ -21,7 +21,7 @@ from mobile_gguf.sizes import MIB
 
 from .child import Job
 from .other import OtherCommand, run_other
-from .text import prompt_text, text_of
+from .text import characters
 from .trace import Trace
 
 STDERR_LINES = 20
@@ -186,7 +186,7 @@ class Runner:
     ) -> None:
         values = {
             "model": str(self.model.absolute()),
-            "prompt": prompt_text(self.trace),
+            "prompt": characters(0, self.text.n_prompt),
             "tokens": str(n_tokens),
             "threads": str(arm.threads),
             "budget_bytes": str(arm.budget_bytes),
@@ -199,9 +199,9 @@ class Runner:
         result.error = said.error
         if said.tokens_per_s is not None:
             result.n_tokens, result.seconds = n_tokens, n_tokens / said.tokens_per_s
-            result.follows = text_of(self.trace.n_prompt, n_tokens - 1) in said.output
+            result.follows = characters(self.text.n_prompt, n_tokens - 1) in said.output
         if said.prompt_tokens_per_s:
-            result.prompt_s = self.trace.n_prompt / said.prompt_tokens_per_s
+            result.prompt_s = self.text.n_prompt / said.prompt_tokens_per_s
 
     def routed_ids(self, arm: Arm, n_tokens: int) -> list[tuple[int, list[list[int]]]]:
         """(layer, expert ids of each token) of every pass, uncapped; raises EngineError if the run fails."""
@@ -259,10 +259,10 @@ class Runner:
             result.error = f"ended with status {status}{': ' + tail[-400:] if tail else ''}"
 
     def _job(self, arm: Arm, n_tokens: int, ids: bool) -> Job:
-        ids, first = self.text.ids, self.text.n_prompt + arm.offset
-        prompt, decode = ids[: self.text.n_prompt], ids[first : first + n_tokens]
+        text, first = self.text.ids, self.text.n_prompt + arm.offset
+        prompt, decode = text[: self.text.n_prompt], text[first : first + n_tokens]
         if arm.prompt_tokens:
-            prompt = (ids * -(-arm.prompt_tokens // len(ids)))[: arm.prompt_tokens]
+            prompt = (text * -(-arm.prompt_tokens // len(text)))[: arm.prompt_tokens]
         return Job(
             model=str(self.model),
             prompt=list(prompt),

@@ -20,7 +20,7 @@ from typing import Any
 
 from mobile_gguf.sizes import MIB
 
-from .arm import Arm
+from .arm import Arm, Runner
 from .geometry import ModelShape
 from .plan import budget_bytes
 from .replay import engine_arm, median_range, open_replay, record_run, replay_parser, run_module
@@ -61,7 +61,7 @@ def _name(library: str, arm: Arm) -> str:
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     """All runs, in the order in which they were made."""
     _, shape, runner = open_replay(args, {"engine", "stock"})
-    runners = dict.fromkeys(("engine", "stock"), runner)
+    runners: dict[str, Runner] = {"engine": runner, "stock": runner}
     for name, folder in (("before", args.before), ("engine", args.engine)):
         if folder:
             runners[name] = replace(runner, libraries={**runner.libraries, "engine": folder})

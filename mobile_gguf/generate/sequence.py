@@ -121,8 +121,8 @@ class TokenSequence:
         if not self._is_wanted or n < LEAST_TOKENS or not self.decoder.cut(n):
             return
         checkpoints = None if self._checkpoints is None else list(self._checkpoints)
-        n_bytes = self.decoder.state_bytes() + sum(one.n_bytes for one in checkpoints or ())
-        if not self.cache.make_room(self.tokens, n_bytes):
+        beside = sum(one.n_bytes for one in checkpoints or ())  # which move with it, or are kept by both
+        if not self.cache.make_room(self.tokens, self.decoder.state_bytes(), beside):
             return
         state = self.decoder.save()
         if state is not None:
@@ -152,7 +152,7 @@ class TokenSequence:
         if points is None or n < (points[-1].n_tokens if points else 0) + LEAST_TOKENS:
             return
         n_bytes = self.decoder.state_bytes(partial=True)
-        while points and not self.cache.has_room(n_bytes + sum(one.n_bytes for one in points)):
+        while points and not self.cache.has_room(n_bytes, sum(one.n_bytes for one in points)):
             del points[0]
         if not self.cache.has_room(n_bytes):
             return

@@ -15,7 +15,6 @@ from mobile_gguf.engine.tried import known_buffers
 from mobile_gguf.errors import BudgetError, UsageError
 from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.options import LoadOptions
-from mobile_gguf.options.words import AUTO_UBATCH
 from mobile_gguf.sizes import AUTO, OFF, Size
 
 from .budget import plan_budget, reserve_bytes, stored_share
@@ -113,8 +112,8 @@ def asked_of(info: GgufInfo, options: LoadOptions) -> Asked:
     if vram == OFF and options.rpc:
         raise UsageError(f"--rpc names devices, and --vram-budget {OFF} uses none: leave one of them out")
     n_ctx = context_size(info, options.n_ctx)
-    is_auto = options.n_ubatch == AUTO_UBATCH
-    wanted = DEFAULT_UBATCH if is_auto else options.n_ubatch
+    is_auto = isinstance(options.n_ubatch, str)
+    wanted = options.n_ubatch if isinstance(options.n_ubatch, int) else DEFAULT_UBATCH
     return Asked(
         n_ctx=n_ctx,
         n_ubatch=min(wanted, options.n_batch or wanted),

@@ -16,7 +16,7 @@ from mobile_gguf.memory.fit import Fit, asked_of, fit_model
 from mobile_gguf.memory.machine import Memory
 from mobile_gguf.memory.microbatch import DEFAULT_UBATCH, growth_pays, larger_ubatches, reads_are_hidden
 from mobile_gguf.options import LoadOptions
-from mobile_gguf.sizes import GIB, MIB
+from mobile_gguf.sizes import GIB, MIB, parse_size
 
 # 16 GiB of experts of 1 GiB of dense weights; a token uses a sixteenth of the experts
 INFO = fake_info(
@@ -101,7 +101,7 @@ def test_a_budget_that_may_not_fit_gets_no_larger_buffers():
 
 def test_with_a_device_it_is_llama_cpps():
     device = Device(1, "GPU0", "a GPU", 8 * GIB, 8 * GIB)
-    fit = fit_model(INFO, asked_of(INFO, LoadOptions(ram_budget="12%")), PLENTY, [device])
+    fit = fit_model(INFO, asked_of(INFO, LoadOptions(ram_budget=parse_size("12%"))), PLENTY, [device])
     assert fit.devices
     assert (fit.asked.n_ubatch, fit.asked.larger) == (DEFAULT_UBATCH, ())
 
