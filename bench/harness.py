@@ -17,7 +17,7 @@ from mobile_gguf.memory.cap import CgroupError, create_memory_cgroup
 from mobile_gguf.memory.machine import read_memory
 from mobile_gguf.sizes import GIB, format_bytes
 
-from .arm import Arm, ArmRun, Runner
+from .arm import Arm, ArmRun, Runner, text_of
 from .build import ensure_model, model_path
 from .disk import drop_page_cache, measure_bandwidth
 from .geometry import ModelShape, scale_model
@@ -114,10 +114,10 @@ def _prepare(trace: Trace, shape: ModelShape, libraries: dict[str, Path | None],
             narrate(f"  {format_bytes(done)} of {format_bytes(total)}")
 
     model = ensure_model(trace, shape, progress=progress)
-    runner = Runner(model, trace, libraries, little_k=max(1, trace.k // 2))
+    runner = Runner(model, text_of(trace), libraries, little_k=max(1, trace.k // 2))
     if not known:
         try:
-            n_checked = check_routing(runner, next(iter(libraries)))
+            n_checked = check_routing(runner, trace, next(iter(libraries)))
         except MobileError:
             # a model that was never seen to follow the trace must not be taken for a good one next time
             model.unlink(missing_ok=True)

@@ -105,16 +105,16 @@ def run_other(
     if group is not None:
         with contextlib.suppress(CgroupError):
             group.attach(process.pid)
-    late = False
+    raw: bytes | None = None
     try:
         raw, _ = process.communicate(timeout=limit_s)
     except subprocess.TimeoutExpired:
-        late = True
+        pass
     finally:
         # with all that it started
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-    if late:
+    if raw is None:
         process.communicate()
         return OtherResult(error=f"stopped: not done after {limit_s:g} s")
     output = raw.decode("utf-8", errors="replace")

@@ -22,14 +22,14 @@ SPECIAL = ("<unk>", "<s>", "</s>")
 SPARE_TOKENS = len(SPECIAL) + 256  # behind the steps
 
 
-def text_of(first: int, n: int) -> str:
+def characters(first: int, n: int) -> str:
     """The text of ``n`` steps."""
     return "".join(map(chr, range(FIRST_CHARACTER + first, FIRST_CHARACTER + first + n)))
 
 
 def prompt_text(trace: Trace) -> str:
     """What to give an engine as prompt, without a template around it."""
-    return text_of(0, trace.n_prompt)
+    return characters(0, trace.n_prompt)
 
 
 def add_tokenizer(writer: Any, n_steps: int) -> None:
@@ -41,7 +41,7 @@ def add_tokenizer(writer: Any, n_steps: int) -> None:
     of_bytes = [f"<0x{byte:02X}>" for byte in range(256)]
     kinds = gguf.TokenType
     writer.add_tokenizer_model("llama")
-    writer.add_token_list([*text_of(0, n_steps), *SPECIAL, *of_bytes])
+    writer.add_token_list([*characters(0, n_steps), *SPECIAL, *of_bytes])
     writer.add_token_scores([0.0] * (n_steps + SPARE_TOKENS))
     writer.add_token_types(
         [kinds.NORMAL] * n_steps

@@ -40,7 +40,9 @@ class EngineReference:
         from mobile_gguf.options import LoadOptions
         from mobile_gguf.sizes import OFF
 
-        options = LoadOptions(n_ctx=self._n_ctx, n_batch=self._n_ctx, threads=self._threads, vram_budget=OFF)
+        options = LoadOptions(
+            n_ctx=self._n_ctx, n_batch=self._n_ctx, n_ubatch=512, threads=self._threads, vram_budget=OFF
+        )
         kind = llama_cpp.GGML_TYPE_F32
         self._llama, _ = open_backend(self.info, options, type_k=kind, type_v=kind)
         engine = find_engine() if self._precise else None

@@ -19,11 +19,12 @@ from mobile_gguf.engine.warm import WarmSet
 from mobile_gguf.errors import BudgetError, EngineError, MobileError, ModelFormatError
 from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.memory.buffers import with_buffers
-from mobile_gguf.memory.fit import Fit, asked_of, fit_model
+from mobile_gguf.memory.fit import Asked, Fit, asked_of, fit_model
 from mobile_gguf.memory.machine import read_memory
+from mobile_gguf.memory.microbatch import DEFAULT_UBATCH
 from mobile_gguf.memory.threads import bounded_threads, default_threads
 from mobile_gguf.options import LoadOptions
-from mobile_gguf.options.words import ON
+from mobile_gguf.options.words import AUTO_UBATCH, ON
 from mobile_gguf.progress import Progress
 from mobile_gguf.sizes import OFF
 
@@ -76,14 +77,14 @@ def open_backend(
     fit = fit_model(info, asked, memory, devices) if engine is not None else None
     if fit is not None and fit.devices and not asked.insists:
         try:
-            llama, remarks = _open(info, options, n_ctx, engine, fit, more)
+            llama, remarks = _open(info, options, fit.asked, engine, fit, more)
         except (EngineError, ModelFormatError, BudgetError) as error:
             # What nobody asked for must not keep a model from running.
             notices.append(f"the model stays on the host: {error}")
             fit = fit_model(info, asked, memory)
         else:
             return llama, notices + remarks
-    llama, remarks = _open(info, options, n_ctx, engine, fit, more)
+    llama, remarks = _open(info, options, asked if fit is None else fit.asked, engine, fit, more)
     return llama, notices + remarks
 
 
@@ -98,7 +99,7 @@ def _with_threads(options: LoadOptions, notices: list[str]) -> LoadOptions:
 def _open(
     info: GgufInfo,
     options: LoadOptions,
-    n_ctx: int,
+    asked: Asked,
     engine: Engine | None,
     fit: Fit | None,
     more: dict[str, Any],
@@ -109,7 +110,7 @@ def _open(
     if fit is not None:
         more["planned_bytes"] = fit.host_demand.total_bytes + fit.ram_budget_bytes
     if engine is None or fit is None or not info.is_moe:
-        return _construct(info, options, n_ctx, engine, use_mmap=True, **more), notices
+        return _construct(info, options, asked, engine, use_mmap=True, **more), notices
     from mobile_gguf.generate.head import read_head
 
     head = read_head(info)
@@ -123,7 +124,7 @@ def _open(
         prefault=not fit.warning,
     )
     try:
-        llama = _construct(info, options, n_ctx, engine, use_mmap=False, **more)
+        llama = _construct(info, options, asked, engine, use_mmap=False, **more)
     finally:
         engine.clear_load_params()
     llama.sequence.head = head
@@ -151,7 +152,7 @@ def _open(
 def _construct(
     info: GgufInfo,
     options: LoadOptions,
-    n_ctx: int,
+    asked: Asked,
     engine: Engine | None,
     *,
     use_mmap: bool,
@@ -173,9 +174,9 @@ def _construct(
             llama = MobileLlama(
                 info.path,
                 engine=engine,
-                n_ctx=n_ctx,
-                n_batch=options.n_batch,
-                n_ubatch=options.n_ubatch,
+                n_ctx=asked.n_ctx,
+                n_batch=options.n_batch or max(DEFAULT_UBATCH, asked.n_ubatch),
+                n_ubatch=asked.n_ubatch,
                 n_threads=options.threads or threads,
                 n_threads_batch=options.threads_batch or options.threads or threads_batch,
                 flash_attn=options.flash_attn,
@@ -187,11 +188,15 @@ def _construct(
     except (ValueError, RuntimeError, OSError, MemoryError) as error:
         if watch is not None and watch.error is not None:
             raise watch.error from None
-        raise _load_error(info, n_ctx, error, engine.last_error() if engine is not None else "") from None
+        raise _load_error(
+            info, asked.n_ctx, error, engine.last_error() if engine is not None else ""
+        ) from None
     except BaseException:
         if llama is not None:  # Ctrl-C was held back until it was made
             llama.close()
         raise
+    if options.n_ubatch == AUTO_UBATCH and asked.n_ubatch > DEFAULT_UBATCH:
+        llama.sequence.as_with_ubatch = DEFAULT_UBATCH
     if options.threads_auto == ON:
         llama.follow_machine()
     return llama

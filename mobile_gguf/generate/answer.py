@@ -96,6 +96,8 @@ class Backend(Protocol):
     @property
     def sequence(self) -> Text: ...
     @property
+    def n_ubatch(self) -> int: ...
+    @property
     def can_step_back(self) -> bool: ...
     @property
     def head(self) -> Head | None: ...  # None for a model that was not calibrated
@@ -297,6 +299,7 @@ class Answer:
             turns_left_out=self._request.turns_left_out,
             threads=threads.threads if threads is not None else 0,
             thread_changes=threads.n_changes - self._thread_changes if threads is not None else 0,
+            n_ubatch=self._backend.n_ubatch,
             context_full=self.finish_reason == LENGTH and self._request.fills_context,
             **read_traffic(self._backend, self._counters, self._device_counters, self._ahead),
         )

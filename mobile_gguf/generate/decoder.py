@@ -23,8 +23,7 @@ from .decode import ALL_EXPERTS
 from .interrupt import stopping_on_request
 from .native import Native
 
-# its hints are those of C's types, which ctypes makes of Python's
-_API: Any = llama_cpp
+_states: Any = llama_cpp  # its types of these calls are narrower than what they take
 
 
 class Batch:
@@ -90,7 +89,7 @@ class Decoder:
 
     def cut(self, start: int) -> bool:
         """Drop the places from ``start`` on; False where the memory cannot."""
-        return bool(_API.llama_memory_seq_rm(self.native.memory, 0, start, -1))
+        return bool(llama_cpp.llama_memory_seq_rm(self.native.memory, 0, start, -1))
 
     def clear(self) -> None:
         """Drop all places, and the states of a recurrent memory; nothing for a model without a memory."""
@@ -99,13 +98,13 @@ class Decoder:
 
     def state_bytes(self, partial: bool = False) -> int:
         """Bytes of ``save``."""
-        return int(_API.llama_state_seq_get_size_ext(self.native.ctx, 0, _flags(partial)))
+        return int(_states.llama_state_seq_get_size_ext(self.native.ctx, 0, _flags(partial)))
 
     def save(self, partial: bool = False) -> np.ndarray | None:
         """What the memory holds; ``partial``: only what cannot be rolled back. None if it cannot be had."""
         data = np.empty(self.state_bytes(partial), np.uint8)
         pointer = data.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
-        n = _API.llama_state_seq_get_data_ext(self.native.ctx, pointer, len(data), 0, _flags(partial))
+        n = _states.llama_state_seq_get_data_ext(self.native.ctx, pointer, len(data), 0, _flags(partial))
         return data if 0 < n == len(data) else None
 
     def load(self, data: np.ndarray, partial: bool = False) -> bool:
@@ -113,7 +112,7 @@ class Decoder:
         pointer = data.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
         if not partial:
             self.cut(0)
-        n = _API.llama_state_seq_set_data_ext(self.native.ctx, pointer, len(data), 0, _flags(partial))
+        n = _states.llama_state_seq_set_data_ext(self.native.ctx, pointer, len(data), 0, _flags(partial))
         return n == len(data)
 
     def logits(self, i: int = -1) -> Any:

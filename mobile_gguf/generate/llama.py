@@ -105,6 +105,11 @@ class MobileLlama:
         )
 
     @property
+    def n_ubatch(self) -> int:
+        """Tokens of a prompt that are computed at once."""
+        return self.native.n_ubatch
+
+    @property
     def model(self) -> Any:
         """llama.cpp's address of the model."""
         return self.native.model

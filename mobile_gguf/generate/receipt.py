@@ -23,7 +23,8 @@ class Receipt:
     are all needs, and ``expert_hits`` and ``expert_misses`` those that reached the host. ``turns_left_out``
     are a chat's oldest turns that the context had no room for; with ``context_full`` the answer was cut by
     it. ``threads`` is what the last token was generated with, ``thread_changes`` how often another number was
-    found faster; both 0 where the number is fixed.
+    found faster; both 0 where the number is fixed. ``n_ubatch`` is how many tokens of a prompt are computed
+    at once: the last bits of logits may hang on it.
     """
 
     mode: str = EXACT
@@ -50,6 +51,7 @@ class Receipt:
     context_full: bool = False
     threads: int = 0
     thread_changes: int = 0
+    n_ubatch: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """The fields by name, for JSON."""

@@ -28,6 +28,17 @@ _MIN_PROMPT = 2
 _BETWEEN = 512
 
 
+def prompt_pieces(n_tokens: int, n_at_once: int, as_with: int = 0) -> list[int]:
+    """Tokens of each call that computes a prompt. ``as_with``: a micro-batch whose results are wanted.
+
+    llama.cpp computes a token that is left over alone by other kernels, whose sums round otherwise; of two or
+    more at once each gets the same, however many they are.
+    """
+    alone = int(0 < as_with < n_tokens and n_tokens % as_with == 1)
+    sizes = [min(n_at_once, n_tokens - alone - start) for start in range(0, n_tokens - alone, n_at_once)]
+    return sizes + [1] * alone
+
+
 class TokenSequence:
     """A decode.Steps of ``decoder``, of at most ``n_max`` tokens; others are put away in ``cache`` meanwhile.
 
@@ -35,7 +46,8 @@ class TokenSequence:
     ``has_logits`` whether there are any of the last token. ``prompt_evaluated`` counts the tokens of prompts
     that were computed, ``prompt_done`` is when the last prompt was (``time.perf_counter``). While a prompt is
     computed ``should_stop`` is asked, ``on_prompt`` told how many tokens are done, of how many, and
-    ``on_logits`` given a token's place, and the logits after it.
+    ``on_logits`` given a token's place, and the logits after it. ``as_with_ubatch`` is the micro-batch whose
+    results are wanted where a larger one was chosen, 0 elsewhere.
     """
 
     def __init__(self, decoder: Decoder, n_max: int, cache: PrefixCache) -> None:
@@ -52,6 +64,7 @@ class TokenSequence:
         self.should_stop: Callable[[], bool] | None = None
         self.on_prompt: Callable[[int, int], object] | None = None
         self.on_logits: Callable[[int, Any], object] | None = None
+        self.as_with_ubatch = 0
         self._n_big = 0  # rows at the start that big passes wrote
         self._checkpoints: list[Checkpoint] | None = None if decoder.native.can_step_back else []
         self._is_afresh = False  # whether the next prompt is to be computed from its first token
@@ -226,8 +239,9 @@ class TokenSequence:
             n = min(n, max(1, _BETWEEN // n_ubatch) * n_ubatch)
         if tell is not None:
             tell(0, len(tokens))
-        for done in range(0, len(tokens), n):
-            piece, start = tokens[done : done + n], len(self.tokens)
+        done = 0
+        for size in prompt_pieces(len(tokens), n, self.as_with_ubatch):
+            piece, start = tokens[done : done + size], len(self.tokens)
             self.decoder.run(piece, start, every_output=show is not None)
             self._append(piece)
             if self._in_prompt:
@@ -235,8 +249,9 @@ class TokenSequence:
             if show is not None:
                 for i in range(len(piece)):
                     show(start + i, self.decoder.logits(i))
+            done += size
             if tell is not None:
-                tell(done + len(piece), len(tokens))
+                tell(done, len(tokens))
 
     def _append(self, tokens: list[int]) -> None:
         if self.decoder.experts == ALL_EXPERTS and self._n_big == len(self.tokens):

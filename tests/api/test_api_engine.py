@@ -12,8 +12,9 @@ from typing import Any
 
 import by_hand
 import engine_libs
+import numpy as np
 import pytest
-from places import DATA, TESTS
+from places import DATA, ROOT, TESTS
 
 import mobile_gguf
 from mobile_gguf.api.model import backend_of
@@ -318,6 +319,20 @@ def test_a_prompt_says_how_far_it_is_and_that_changes_no_answer(engine, demo_ggu
         again: dict[str, Any] = GREEDY | {"cache_prompt": True}
         small.generate(prompt, **again, on_prompt=lambda done, total: told.append((done, total)))
         assert told[0][1] < 70  # what is in the context already is not counted
+
+
+def test_a_micro_batch_that_was_chosen_gives_the_usual_ones_logits(engine, demo_gguf, monkeypatch):
+    """Of a prompt whose last token is alone in a usual micro-batch."""
+    # a token of the demo uses half of the experts: computing hides its reads
+    monkeypatch.setattr("mobile_gguf.memory.fit.reads_are_hidden", lambda *_arguments: False)
+    found = {}
+    for asked in (512, "auto"):
+        with mobile_gguf.load(demo_gguf, ram_budget="40%", n_ubatch=asked, **FAST) as model:
+            sequence = backend_of(model).sequence
+            # of most texts the logits are the same, whatever the kernel: of this one they are not
+            sequence.forward(model.tokenize((ROOT / "docs" / "format.md").read_text()[:4000])[:513])
+            found[backend_of(model).n_ubatch] = np.array(sequence.decoder.logits())
+    assert np.array_equal(found[512], found[1024])
 
 
 def test_run_json(demo_gguf):

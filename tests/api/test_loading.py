@@ -46,8 +46,8 @@ def opening(monkeypatch):
     constructed = []
 
     def open_it(info, engine, backend=None, **options):
-        def construct(_info, _options, n_ctx, engine, *, use_mmap, devices=(), planned_bytes=0):
-            constructed.append((n_ctx, use_mmap))
+        def construct(_info, _options, asked, engine, *, use_mmap, devices=(), planned_bytes=0):
+            constructed.append((asked.n_ctx, use_mmap))
             assert (planned_bytes != 0) == (engine is not None), "what fit said is told"
             if isinstance(backend, BaseException):
                 raise backend

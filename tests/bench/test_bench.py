@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from replay_model import TINY, TINY_TRACE
 
 from mobile_gguf.bench import build
-from mobile_gguf.bench.arm import Arm, Runner
+from mobile_gguf.bench.arm import Arm, Runner, text_of
 from mobile_gguf.bench.build import ensure_model, model_path, random_blocks, router_logits, router_matrix
 from mobile_gguf.bench.geometry import HEAD_SIZE, scale_model
 from mobile_gguf.bench.routing import compare_routing
@@ -257,7 +257,7 @@ def test_real_library_follows_the_trace(tmp_path: Path) -> None:
         pytest.skip("llama-cpp-python is not installed")
     model = ensure_model(TINY_TRACE, TINY, tmp_path)
     named = os.environ.get("MOBILE_GGUF_STOCK_LIB")
-    runner = Runner(model, TINY_TRACE, {"stock": Path(named) if named else None}, little_k=1)
+    runner = Runner(model, text_of(TINY_TRACE), {"stock": Path(named) if named else None}, little_k=1)
     ids = runner.routed_ids(Arm("stock", "exact", "100%", 0, GIB), TINY_TRACE.n_decode)
     passes = [TINY_TRACE.n_prompt] + [1] * TINY_TRACE.n_decode
     assert compare_routing(TINY_TRACE, ids, passes) == 5 + 1 + 2 * TINY_TRACE.n_decode

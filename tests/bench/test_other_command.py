@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from replay_model import TINY, TINY_TRACE
 
-from mobile_gguf.bench.arm import Arm, Runner
+from mobile_gguf.bench.arm import Arm, Runner, text_of
 from mobile_gguf.bench.build import ensure_model
 from mobile_gguf.bench.other import DEFAULT_PATTERN, OtherCommand, parse_other, read_speed, run_other
 from mobile_gguf.bench.plan import BenchOptions, plan_arms
 from mobile_gguf.bench.report import Report, doubts
 from mobile_gguf.bench.sweep import SweepChoices, sweep
-from mobile_gguf.bench.text import N_CHARACTERS, add_tokenizer, prompt_text, text_of
+from mobile_gguf.bench.text import N_CHARACTERS, add_tokenizer, characters, prompt_text
 from mobile_gguf.errors import UsageError
 from mobile_gguf.sizes import GIB
 
@@ -84,7 +84,7 @@ def test_places_are_filled_within_a_word_and_braces_are_kept() -> None:
 
 
 def test_failures_of_a_command_are_said() -> None:
-    values = dict.fromkeys(("model", "prompt", "tokens"), "x")
+    values = {"model": "x"}
 
     def fails(command: str, limit_s: float = 60) -> str:
         return run_other(parse_other(command, "(x)"), values, None, limit_s).error
@@ -110,10 +110,10 @@ def test_a_command_is_an_arm_of_its_own(tmp_path: Path) -> None:
     assert arm.settings == "as given"
 
     # a command that goes through the trace, and one that prints something else
-    follows = text_of(TINY_TRACE.n_prompt, 4)
+    follows = characters(TINY_TRACE.n_prompt, 4)
     for text, expected in ((follows, True), ("hello", False)):
         other = parse_other(python(f"print({text!r}, 2.0, 't/s')"), r"([\d.]+) t/s")
-        runner = Runner(tmp_path / "m.gguf", TINY_TRACE, {}, 1)
+        runner = Runner(tmp_path / "m.gguf", text_of(TINY_TRACE), {}, 1)
         run = runner.run(arm_of(other), 4, 60)
         assert (run.tokens_per_s, run.n_tokens, run.error, run.follows) == (2.0, 4, "", expected)
         report = Report("c", "h", {}, {}, True, {}, runs={arm_of(other).label: [run]})
@@ -135,7 +135,7 @@ def test_the_model_goes_through_the_trace_as_text(tmp_path: Path) -> None:
         ]
     )  # fmt: skip
     pattern = r"(?P<decode>[\d.]+) tok/s"
-    runner = Runner(model, TINY_TRACE, {}, 1)
+    runner = Runner(model, text_of(TINY_TRACE), {}, 1)
     run = runner.run(arm_of(parse_other(command, pattern)), TINY_TRACE.n_decode, 120)
     assert (run.error, run.follows) == ("", True)
-    assert prompt_text(TINY_TRACE) == text_of(0, TINY_TRACE.n_prompt)
+    assert prompt_text(TINY_TRACE) == characters(0, TINY_TRACE.n_prompt)

@@ -26,7 +26,7 @@ def test_llama_cpp_decides_what_nobody_asks_for() -> None:
     made: Any = native._context_params(64, 64, None, None)
     differ = {
         name
-        for name, kind in made._fields_
+        for name, kind, *_ in made._fields_
         if issubclass(kind, ctypes._SimpleCData) and getattr(made, name) != getattr(usual, name)
     }
     assert differ <= {"n_ctx", "n_batch", "n_ubatch", "n_threads", "n_threads_batch", "flash_attn_type"}

@@ -140,6 +140,7 @@ class FakeBackend:
         self._device_counters = DeviceCounters()
         self.device: Any = None
         self.threads: Any = None
+        self.n_ubatch = 512
         self.devices: tuple[Any, ...] = ()
         self.expert_source: ExpertSource | None = None
         self.ctx = 1
