@@ -8,18 +8,26 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from mobile_gguf.engine.structs import Counters, DeviceCounters, ModelInfo, PrefetchCounters, WarmCounters
+from mobile_gguf.engine.structs import (
+    Counters,
+    DeviceCounters,
+    LossCounters,
+    ModelInfo,
+    PrefetchCounters,
+    WarmCounters,
+)
 from mobile_gguf.errors import AnswerStopped
 
 from .decode import Pass, Policy
 from .notebook import reply_html
-from .receipt import Receipt, Timings
+from .receipt import Receipt, Timings, loss_of
 from .text import TextStream
 
 if TYPE_CHECKING:
     from mobile_gguf.device.tier import DeviceTier
     from mobile_gguf.engine.devices import Device
     from mobile_gguf.engine.experts import Experts
+    from mobile_gguf.engine.loss import Buddies
     from mobile_gguf.gguf.info import GgufInfo
 
     from .head import Head
@@ -86,6 +94,7 @@ class Backend(Protocol):
     store: ModelInfo | None  # None without an expert store
     has_engine: bool
     head: Head | None  # None for a model that was not calibrated
+    buddies: Buddies | None  # likewise
     device: DeviceTier | None  # None without slots on a device
     threads: FollowingThreads | None  # None where their number is fixed
     devices: tuple[Device, ...]  # that the model is on; none: the host alone
@@ -119,6 +128,7 @@ class Backend(Protocol):
     def counters(self) -> Counters: ...
     def device_counters(self) -> DeviceCounters: ...
     def prefetch_counters(self) -> PrefetchCounters: ...
+    def loss_counters(self) -> LossCounters: ...
     def warm_counters(self) -> WarmCounters: ...
     def reset_counters(self) -> None: ...
     def forget(self) -> None: ...
@@ -199,6 +209,7 @@ class Answer:
         self._counters = Counters()
         self._device_counters = DeviceCounters()
         self._ahead = PrefetchCounters()
+        self._loss = LossCounters()
         store = backend.store
         self._budget_bytes = store.budget_bytes if store is not None else 0
         self.finish_reason: str | None = None
@@ -244,6 +255,7 @@ class Answer:
             self._counters = self._backend.counters()
             self._device_counters = self._backend.device_counters()
             self._ahead = self._backend.prefetch_counters()
+            self._loss = self._backend.loss_counters()
         if not self._tokens:
             # Sampling the first token belongs to the generation, as in llama-server.
             self._prompt_seconds = max(0.0, min(self._backend.prompt_done, ended) - started)
@@ -291,6 +303,7 @@ class Answer:
             threads=threads.threads if threads is not None else 0,
             thread_changes=threads.n_changes - self._thread_changes if threads is not None else 0,
             context_full=self.finish_reason == LENGTH and self._request.fills_context,
+            loss=loss_of(self._loss) if policy.loss is not None else None,
             **read_traffic(self._backend, self._counters, self._device_counters, self._ahead),
         )
 

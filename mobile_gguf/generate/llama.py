@@ -24,9 +24,17 @@ from mobile_gguf.engine.experts import ContextExperts, Experts
 from mobile_gguf.engine.forks import abandon_in_children
 from mobile_gguf.engine.guarded import GuardedCalls
 from mobile_gguf.engine.log import clear_errors, last_errors
+from mobile_gguf.engine.loss import Buddies, LossRules, loss_counters, set_buddies, set_loss, set_lossy
 from mobile_gguf.engine.prefetch import prefetch_counters
 from mobile_gguf.engine.rpc import context_loss
-from mobile_gguf.engine.structs import Counters, DeviceCounters, ModelInfo, PrefetchCounters, WarmCounters
+from mobile_gguf.engine.structs import (
+    Counters,
+    DeviceCounters,
+    LossCounters,
+    ModelInfo,
+    PrefetchCounters,
+    WarmCounters,
+)
 from mobile_gguf.engine.warm import WarmSet, warm_counters
 from mobile_gguf.errors import AnswerStopped, EngineError, ExpertReadError, MobileError, UsageError
 from mobile_gguf.gguf.info import GgufInfo
@@ -96,7 +104,11 @@ class MobileLlama(Llama):
         self.on_logits: Callable[[int, Any], object] | None = None
         self._prompt_pending = False
         self._experts = ALL_EXPERTS
+        self._loss: LossRules | None = None  # in force, and whether the next pass may lose by it
+        self._is_lossy = False
         self.head: Head | None = None
+        self.buddies: Buddies | None = None
+        self._has_buddies = False  # the engine has been told
         self._keeps_state = False
         self._biases: Mapping[int, float] = {}
         self._constraint: Constraint | None = None
@@ -220,7 +232,7 @@ class MobileLlama(Llama):
             # Rows that a little pass wrote must not be reused for an exact answer.
             self.n_tokens = int(self._little_rows.argmax())
             self._requires_eval = True
-        if self.last_pass is not Pass.BIG:
+        if self.last_pass is not Pass.BIG or self._is_lossy:
             # The logits at hand are not a big pass's, and the first token after a prompt is.
             self._requires_eval = True
         at_hand = not self._requires_eval and self._input_ids.tolist() == prompt
@@ -288,6 +300,19 @@ class MobileLlama(Llama):
             self.engine.set_n_expert_used(self.ctx, k)
             self._experts = k
 
+    def use_loss(self, rules: LossRules | None) -> None:
+        if self.engine is None:
+            return
+        if rules is not None and rules != self._loss:
+            if rules.needs_buddies and self.buddies is not None and not self._has_buddies:
+                set_buddies(self.engine, self.ctx, self.buddies)
+                self._has_buddies = True
+            set_loss(self.engine, self.ctx, rules)
+            self._loss = rules
+        if (rules is not None) != self._is_lossy:
+            set_lossy(self.engine, self.ctx, rules is not None)
+            self._is_lossy = rules is not None
+
     def forward(self, tokens: list[int]) -> None:
         start = self.n_tokens
         if start + len(tokens) > self._little_rows.shape[0]:
@@ -301,7 +326,7 @@ class MobileLlama(Llama):
                 self._eval_in_pieces(tokens)
         except RuntimeError as error:
             raise self.decode_error(error) from None
-        self._little_rows[start : self.n_tokens] = self._experts != ALL_EXPERTS
+        self._little_rows[start : self.n_tokens] = self._experts != ALL_EXPERTS or self._is_lossy
         if self._keeps_state:
             self._state_at = self.n_tokens
 
@@ -400,6 +425,7 @@ class MobileLlama(Llama):
 
     def embed_tokens(self, tokens: list[int], pooling: str) -> np.ndarray:
         """The pooled states of ``tokens``, float32 [n_embd]; the context is empty afterwards."""
+        self.use_loss(None)
         self.use_experts(ALL_EXPERTS)
         clear_errors()
         self._forget_all()
@@ -444,6 +470,10 @@ class MobileLlama(Llama):
     def prefetch_counters(self) -> PrefetchCounters:
         """What was read ahead since the last reset; all zero without a store."""
         return prefetch_counters(self.engine, self.ctx) if self.engine is not None else PrefetchCounters()
+
+    def loss_counters(self) -> LossCounters:
+        """What the lossy rules did since the last reset; all zero without a store."""
+        return loss_counters(self.engine, self.ctx) if self.engine is not None else LossCounters()
 
     def warm_counters(self) -> WarmCounters:
         """What became of the warm set since the model was loaded; all zero without a store."""

@@ -121,6 +121,7 @@ int32_t mobile_reset_counters(struct llama_context * ctx) {
         mobile_context & m = mobile_context_of(ctx);
         m.usage.reset(*m.store);
         m.predictor.reset_counters();
+        m.loss.reset_counters(*m.store);
         if (m.slots) {
             m.slots->reset_counters();
         }
@@ -200,6 +201,9 @@ int32_t mobile_set_replay(struct llama_context * ctx, const int32_t * ids, int32
         }
         mobile_require(n_steps > 0 && n_layer == m.n_layer && k == m.n_expert_used,
             "a replay needs [n_steps][" + std::to_string(m.n_layer) + "][" + std::to_string(m.n_expert_used) + "] ids for this model");
+        if (m.rules.reads_scores()) {
+            return mobile_fail(MOBILE_ERR_STATE, "a replay takes the place of the router's scores, which the rules in force choose by");
+        }
         const size_t  n        = (size_t) n_steps*n_layer*k;
         const int32_t n_expert = m.store->n_expert_max();
         for (size_t i = 0; i < n; ++i) {

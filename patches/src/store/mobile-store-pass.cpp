@@ -45,7 +45,7 @@ bool mobile_store::end_pass() {
     unpin_all();
     drop_hints();
     cv_done.notify_all();
-    wake_io(warm_parts.size() + warm_reads.size());
+    wake_io(n_idle_work());
     if (error_text.empty()) {
         error_text = thrown;
     }

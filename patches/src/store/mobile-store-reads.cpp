@@ -101,7 +101,7 @@ std::deque<mobile_store::item> * mobile_store::next_queue(locked & lock, bool de
     if (!ahead.empty() || begin_hint(lock)) {
         return &ahead;
     }
-    return is_idle() && (!warm_reads.empty() || begin_warm(lock)) ? &warm_reads : nullptr;
+    return is_idle() && (!warm_reads.empty() || begin_admit(lock) || begin_warm(lock)) ? &warm_reads : nullptr;
 }
 
 // takes one read from the queues and does it without the lock; false: there is none
@@ -132,7 +132,7 @@ bool mobile_store::run_one(locked & lock, bool demand_only) {
     }
     ahead_count.bytes_demanded += demanded ? n_read : 0;
     if (demanded) {
-        wake_io(hints.size() + warm_parts.size() + warm_reads.size());
+        wake_io(hints.size() + n_idle_work());
     }
     finish(it, status, n_read, size, offset);
     return true;
@@ -201,11 +201,13 @@ void mobile_store::catch_thrown(locked & lock) noexcept {
     demand.clear();
     ahead.clear();
     hints.clear();
+    admits.clear();
     warm_parts.clear();
     warm_reads.clear();
     cv_done.wait(lock, [&] { return n_running == 0; });
     demand.clear(); // and what was asked for meanwhile
     ahead.clear();
+    admits.clear();
     warm_parts.clear();
     warm_reads.clear();
     for (mobile_expert & x : experts) {
