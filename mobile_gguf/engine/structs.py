@@ -59,6 +59,7 @@ class LoadParamsStruct(ctypes.Structure):
         ("io", ctypes.c_int32),
         ("on_host", ctypes.c_int32),
         ("prefault", ctypes.c_int32),
+        ("n_at_once", ctypes.c_int32),
     ]
 
 

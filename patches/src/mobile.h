@@ -66,6 +66,8 @@ struct mobile_load_params {
                            // weights go to a device. what a device tier needs
     int32_t  prefault;     // 1: idle I/O threads make slots' memory present before it is needed, up to the budget,
                            // where the system can (Linux 5.14)
+    int32_t  n_at_once;    // > 0: a budget is legal that holds so many experts, or segments, of a layer; a pass that asks
+                           // one for more fails. 0: all of a layer, which a prompt asks for
 };
 
 struct mobile_model_info {

@@ -276,3 +276,25 @@ def test_a_rule_without_a_message_ends_with_its_counters() -> None:
     assert first["n_dropped"] > 0
     assert first["moved_weight"] > 0
     assert all(second[name] == 0 for name in COUNTS)
+
+
+def test_a_budget_below_a_layer_is_legal_where_passes_ask_for_less() -> None:
+    """And a pass that asks for more fails with a text, and the next one does not."""
+    model, spec = "olmoe", tiny_models.MODELS["olmoe"]
+    text = tokens(12, 4)
+    step = {"op": "steps", "tokens": text, "pos": 0, "save": "steps"}
+    prompt = {"op": "decode", "tokens": tokens(30, 5)}
+    at_once = {"n_at_once": spec.top_k}
+    info = succeeded(on_engine(run("all", model, [step], 0))).runs["all"]["info"]
+    few = info["budget_min_bytes"] * 5 // 8
+    outcome = on_engine(
+        run("all", model, [step], 0), run("refused", model, [], few),
+        run("few", model, [prompt, {"op": "clear"}, step, {"op": "counters"}], few, mobile=at_once),
+        run("too few", model, [], few // 3, mobile=at_once),
+    )  # fmt: skip
+    assert "all 16 experts of one layer" in outcome.runs["refused"]["load_error"]
+    assert "8 experts or segments of one layer" in outcome.runs["too few"]["load_error"]
+    assert outcome.ops("few", "decode")[0]["rc"] != 0
+    assert "more experts are needed at once" in outcome.ops("few", "decode")[0]["error"]
+    assert_same_bits(outcome.arrays["few/steps"], outcome.arrays["all/steps"], "under half a layer")
+    assert outcome.ops("few", "counters")[0]["resident_bytes_peak"] <= few

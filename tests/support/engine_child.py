@@ -113,7 +113,7 @@ class Run:
             assert mobile is not None
             params = mobile.mobile_load_default_params()
             params.budget_bytes = budget
-            for name in ("n_io_threads", "eviction", "io", "on_host", "prefault"):
+            for name in ("n_io_threads", "eviction", "io", "on_host", "prefault", "n_at_once"):
                 if name in self.spec["mobile"]:
                     setattr(params, name, self.spec["mobile"][name])
             self.result["set_params"] = mobile.mobile_load_set_params(ctypes.byref(params))

@@ -31,6 +31,7 @@ static void check(const struct mobile_load_params & params) {
     mobile_require(params.eviction >= MOBILE_EVICTION_LRU && params.eviction <= MOBILE_EVICTION_DECAY, "unknown eviction policy");
     mobile_require(params.io >= MOBILE_IO_AUTO && params.io <= MOBILE_IO_BUFFERED, "unknown io mode");
     mobile_require(params.prefault == 0 || params.prefault == 1, "prefault must be 0 or 1");
+    mobile_require(params.n_at_once >= 0, "n_at_once must not be negative");
     mobile_require(params.on_host == 0 || params.on_host == 1, "on_host must be 0 or 1");
 }
 

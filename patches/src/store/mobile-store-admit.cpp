@@ -55,14 +55,12 @@ void mobile_store::displace(mobile_store_layer layer, const std::vector<mobile_p
 
 // makes reads of the first part that is not there and may come; false: there is none
 bool mobile_store::begin_admit(locked & lock) {
-    while (!admits.empty()) {
+    while (!admits.empty() && n_warm_running == 0) {
         const mobile_store_part part = admits.front();
         admits.pop_front();
         mobile_expert & x = experts[part];
-        const uint64_t bytes = classes[layers[x.layer].cls].slot_bytes;
         int32_t slot = -1;
-        // beside what is on its way there is room for a layer, so that no miss waits for its slot
-        if (x.state != MOBILE_NOT_RESIDENT || bytes + budget_min_bytes > budget_bytes || !take_slot(lock, x.layer, SLOT_ADMIT, x.key, slot)) {
+        if (x.state != MOBILE_NOT_RESIDENT || !take_slot(lock, x.layer, SLOT_ADMIT, x.key, slot)) {
             continue;
         }
         begin_load(part, slot, true);
