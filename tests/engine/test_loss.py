@@ -20,10 +20,10 @@ import numpy as np
 import pytest
 import tiny_models
 from engine_jobs import assert_same_bits, on_engine, run, succeeded, tokens
+from loss_jobs import RULES, scripted, set_up
 
 F32: dict[str, Any] = {"f32_kv": True}
 STATE, ARGUMENT = -2, -1  # enum mobile_status
-N_BUDDIES = 6
 # how each family makes weights of its router's logits, and whether their sum is fixed
 FAMILIES = {
     "qwen3moe": ("softmax", True),
@@ -32,32 +32,7 @@ FAMILIES = {
     "deepseek3": ("sigmoid", True),
     "gpt-oss": ("chosen", True),
 }
-RULES: dict[str, dict[str, Any]] = {
-    "drop": {"drop": 0.9},
-    "drop more": {"drop": 2.0, "keep": 1},
-    "little-on-miss": {"little_on_miss": 2, "again_tokens": 8},
-    "buddy": {"substitute": oracle.BUDDY, "tau": 0.4, "beta": 1.1},
-    "buddy of its own tau": {"substitute": oracle.BUDDY, "tau": -1.0, "beta": 0.8, "eta": 0.3, "keep": 0},
-    "live": {"substitute": oracle.LIVE, "margin": 0.9},
-    "prior": {"substitute": oracle.PRIOR, "prior": 0.3},
-    "ladder": {"drop": 0.5, "little_on_miss": 3, "substitute": oracle.LIVE, "margin": 1.0, "keep": 1},
-}
 COUNTS = ("n_layers", "n_missing", "n_dropped", "n_left_out", "n_substituted", "n_again", "moved_weight")
-
-
-def scripted(model: str) -> dict[str, Any]:
-    """Residents, buddies and thresholds of every layer of the model."""
-    spec, rng = tiny_models.MODELS[model], np.random.default_rng(11)
-    n_layer = spec.config["num_hidden_layers"]
-    shape = (n_layer, spec.n_expert)
-    resident = (rng.random(shape).argsort(-1) < spec.n_expert // 2).astype(int)
-    buddies = rng.random((*shape, spec.n_expert)).argsort(-1)[..., :N_BUDDIES]
-    buddies = np.where(buddies == np.arange(spec.n_expert)[:, None], -1, buddies)
-    shares = -np.sort(-rng.random(buddies.shape), axis=-1).round(4)
-    return {
-        "resident": resident.tolist(), "buddies": buddies.tolist(), "shares": shares.tolist(),
-        "tau": rng.uniform(0.3, 0.9, n_layer).round(3).tolist(),
-    }  # fmt: skip
 
 
 @cache
@@ -87,14 +62,6 @@ def transformers_logits() -> dict[str, np.ndarray]:
 
 def text_of(model: str) -> list[int]:
     return tiny_models.reference(model)["tokens"].tolist()
-
-
-def set_up(model: str) -> list[dict[str, Any]]:
-    script = scripted(model)
-    return [
-        {"op": "loss_residency", "resident": script["resident"]},
-        {"op": "buddies", "experts": script["buddies"], "shares": script["shares"], "tau": script["tau"]},
-    ]
 
 
 def under(rules: dict[str, Any] | None, text: list[int], save: str) -> list[dict[str, Any]]:
