@@ -6,7 +6,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := run
-.PHONY: run test quick test-portable lint docs fuzz torture torture-headers torture-schemas bench gpu-kit engine stock clean help
+.PHONY: run test quick test-portable lint docs fuzz sanitize torture torture-headers torture-schemas bench gpu-kit engine stock clean help
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -84,6 +84,11 @@ fuzz: $(VENV)/.dev ## hostile headers, requests, templates, schemas and grammars
 		PYTHONPATH=tests/support $(BIN)/python tests/support/fuzz.py $$target build/fuzz/$$target -max_total_time=$(FUZZ_SECONDS) \
 			-artifact_prefix=build/fuzz/ || exit 1; \
 	done
+
+SANITIZE_LAYERS   ?= 1500
+SANITIZE_SESSIONS ?= 30
+sanitize: $(VENV)/.dev ## barriers and the expert store under ThreadSanitizer: thousands of short layers, slow and failing reads
+	PYTHONPATH=tests/support $(BIN)/python tests/support/sanitize.py $(SANITIZE_LAYERS) $(SANITIZE_SESSIONS)
 
 TORTURE_SECONDS ?= 1800
 torture: $(VENV)/.dev ## a server under hostile clients in 530 MiB, TORTURE_SECONDS

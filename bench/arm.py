@@ -17,8 +17,11 @@ from typing import IO, Any
 from mobile_gguf.errors import EngineError
 from mobile_gguf.memory.cap import CgroupError, MemoryCgroup, create_memory_cgroup
 from mobile_gguf.options.words import DEFAULT_EVICTION, DEFAULT_IO_THREADS
+from mobile_gguf.sizes import MIB
 
 from .child import Job
+from .other import OtherCommand, run_other
+from .text import characters
 from .trace import Trace
 
 STDERR_LINES = 20
@@ -30,7 +33,7 @@ class Arm:
     may take ``cap_bytes``. ``load_mode`` is stock's; ``io_threads``, ``eviction`` and ``prefetch`` are the
     engine's."""
 
-    system: str  # "engine" or "stock"
+    system: str  # "engine", "stock" or "other"
     mode: str  # "exact" or "little"
     budget: str  # as asked, such as "12%"
     budget_bytes: int
@@ -44,13 +47,16 @@ class Arm:
     eviction: str = DEFAULT_EVICTION
     prefetch: str = "off"
     offset: int = 0  # decoding begins so many steps behind the prompt
+    prompt_tokens: int = 0  # the trace over and over; 0: its own prompt
+    n_ubatch: int = 512
     warm: tuple[tuple[int, int], ...] = ()  # (layer, expert), as the warm set has them
+    command: OtherCommand | None = None  # of "other"
     idle_s: float = 0.0  # between load and prompt, at most: until the warm set is read
 
     @property
     def label(self) -> str:
         usual = type(self)
-        words = [self.system, self.mode]
+        words = [self.command.name] if self.command is not None else [self.system, self.mode]
         words += [self.eviction] if self.eviction != usual.eviction else []
         words += [f"prefetch-{self.prefetch}"] if self.prefetch != usual.prefetch else []
         return " ".join([*words, self.budget])
@@ -58,6 +64,8 @@ class Arm:
     @property
     def settings(self) -> str:
         """What the sweep chose, for the table."""
+        if self.command is not None:
+            return "as given"
         words = [f"t={self.threads}"]
         if self.system == "engine":
             words.append(f"io={self.io_threads}")
@@ -84,8 +92,9 @@ class ArmRun:
     limit_s: float | None = None  # set if the run was stopped after so many seconds of decoding
     load_s: float | None = None
     prompt_s: float | None = None
-    cpu_s: float = 0.0
-    read_bytes: int = 0
+    prompt_counters: dict[str, int] | None = None
+    cpu_s: float | None = 0.0  # None likewise
+    read_bytes: int | None = 0  # None: not known of decoding alone
     major_faults: int = 0
     counters: dict[str, int] | None = None
     peak_bytes: int | None = None
@@ -94,6 +103,7 @@ class ArmRun:
     bandwidth: float = 0.0  # bytes/s, measured beside this run
     cached_bytes_before: int | None = None
     load_average: float | None = None  # of the machine, over the minute before the run's end
+    follows: bool | None = None  # whether the text that another's command printed goes through the trace
     worth: list[list[int]] | None = None  # [layer, expert] of what single tokens used, the most used first
     warm: dict[str, int] | None = None  # what became of the warm set
     ids: list[tuple[int, list[list[int]]]] | None = None  # only where they were asked for
@@ -107,17 +117,39 @@ class ArmRun:
 
 
 @dataclass(frozen=True)
-class Runner:
-    """Where arms run: the model, the trace, the libraries and the limits that all arms share.
+class Text:
+    """Token ids that arms are given: a prompt, and what is decoded behind it, whatever the model says.
 
-    ``libraries`` maps a system to its library directory; None is llama-cpp-python's own.
+    ``predictor``: what tells the next layer's experts, where the engine reads ahead.
+    """
+
+    ids: tuple[int, ...]
+    n_prompt: int
+    predictor: str = "auto"
+
+
+def text_of(trace: Trace) -> Text:
+    """A trace's steps, which are the replay model's tokens.
+
+    The model's states are alike in every layer, so that its routers would always be right.
+    """
+    return Text(tuple(range(trace.n_steps)), trace.n_prompt, "transitions")
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Where arms run: the model, the text, the libraries and the limits that all arms share.
+
+    ``libraries`` maps a system to its library directory; None is llama-cpp-python's own. ``little_k`` experts
+    are what a little token uses.
     """
 
     model: Path
-    trace: Trace
+    text: Text
     libraries: dict[str, Path | None]
     little_k: int
     prompt_limit_s: float = 900.0
+    disk: Path | None = None  # of slow_disk(): how fast the disk is
 
     def run(self, arm: Arm, n_tokens: int, limit_s: float) -> ArmRun:
         """Decode ``n_tokens`` after the prompt, for at most ``limit_s`` seconds.
@@ -130,7 +162,10 @@ class Runner:
         with contextlib.suppress(CgroupError):
             group = create_memory_cgroup(arm.cap_bytes, "mobile-gguf-bench")
         try:
-            self._run_child(arm, n_tokens, limit_s, group, result)
+            if arm.command is not None:
+                self._run_other(arm, arm.command, n_tokens, limit_s, group, result)
+            else:
+                self._run_child(arm, n_tokens, limit_s, group, result)
             if group is not None:
                 result.peak_bytes = group.peak_bytes()
                 if result.error and group.oom_kills():
@@ -139,6 +174,34 @@ class Runner:
             if group is not None:
                 group.remove()
         return result
+
+    def _run_other(
+        self,
+        arm: Arm,
+        command: OtherCommand,
+        n_tokens: int,
+        limit_s: float,
+        group: MemoryCgroup | None,
+        result: ArmRun,
+    ) -> None:
+        values = {
+            "model": str(self.model.absolute()),
+            "prompt": characters(0, self.text.n_prompt),
+            "tokens": str(n_tokens),
+            "threads": str(arm.threads),
+            "budget_bytes": str(arm.budget_bytes),
+            "budget_mib": str(arm.budget_bytes // MIB),
+            "cap_bytes": str(arm.cap_bytes),
+        }
+        said = run_other(command, values, group, self.prompt_limit_s + limit_s)
+        result.capped = group is not None
+        result.read_bytes = result.cpu_s = None
+        result.error = said.error
+        if said.tokens_per_s is not None:
+            result.n_tokens, result.seconds = n_tokens, n_tokens / said.tokens_per_s
+            result.follows = characters(self.text.n_prompt, n_tokens - 1) in said.output
+        if said.prompt_tokens_per_s:
+            result.prompt_s = self.text.n_prompt / said.prompt_tokens_per_s
 
     def routed_ids(self, arm: Arm, n_tokens: int) -> list[tuple[int, list[list[int]]]]:
         """(layer, expert ids of each token) of every pass, uncapped; raises EngineError if the run fails."""
@@ -180,6 +243,8 @@ class Runner:
                 with contextlib.suppress(CgroupError):
                     group.attach(process.pid)
                     result.capped = True
+            if self.disk is not None:
+                (self.disk / "cgroup.procs").write_text(str(process.pid), encoding="ascii")
             stdin.write(json.dumps(asdict(self._job(arm, n_tokens, ids))) + "\n")
             stdin.close()
             finished = _follow(stdout, self.prompt_limit_s, limit_s, result)
@@ -194,18 +259,20 @@ class Runner:
             result.error = f"ended with status {status}{': ' + tail[-400:] if tail else ''}"
 
     def _job(self, arm: Arm, n_tokens: int, ids: bool) -> Job:
-        prompt = list(range(self.trace.n_prompt))
-        first = self.trace.n_prompt + arm.offset
-        decode = list(range(first, first + n_tokens))
+        text, first = self.text.ids, self.text.n_prompt + arm.offset
+        prompt, decode = text[: self.text.n_prompt], text[first : first + n_tokens]
+        if arm.prompt_tokens:
+            prompt = (text * -(-arm.prompt_tokens // len(text)))[: arm.prompt_tokens]
         return Job(
             model=str(self.model),
-            prompt=prompt,
-            decode=decode,
+            prompt=list(prompt),
+            decode=list(decode),
             engine=arm.system == "engine",
             load_mode=arm.load_mode,
             repack=arm.repack,
             threads=arm.threads,
             threads_auto=arm.threads_auto,
+            n_ubatch=arm.n_ubatch,
             decode_k=self.little_k if arm.mode == "little" else 0,
             budget_bytes=0 if arm.resident else arm.budget_bytes,
             io_threads=arm.io_threads,
@@ -213,8 +280,7 @@ class Runner:
             prefetch=arm.prefetch,
             warm=arm.warm,
             idle_s=arm.idle_s,
-            # the model's states are alike in every layer, so that its routers would always be right
-            predictor="transitions",
+            predictor=self.text.predictor,
             ids=ids,
         )
 
@@ -263,7 +329,7 @@ def _follow(stdout: IO[str], prompt_limit_s: float, limit_s: float, result: ArmR
         if kind == "loaded":
             result.load_s = event["seconds"]
         elif kind == "prompt":
-            result.prompt_s = event["seconds"]
+            result.prompt_s, result.prompt_counters = event["seconds"], event.get("counters")
             deadline = time.perf_counter() + limit_s
         elif kind == "token":
             result.n_tokens += 1

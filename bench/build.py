@@ -6,6 +6,8 @@ stays far below it, and after the RMS norm every layer's router sees dimension s
 router then holds that step's logits: the trace's experts, best first, clearly above all others.
 
 So: all the work and all the bytes of a real model, the routing of the trace, and text that means nothing.
+The output head names the next step (text.py), so that an engine that takes the likeliest token goes through
+the trace by itself.
 """
 
 from __future__ import annotations
@@ -24,11 +26,12 @@ from mobile_gguf.files.paths import cache_dir
 from mobile_gguf.sizes import MIB, format_bytes
 
 from .geometry import HEAD_SIZE, Q4_0_BLOCK, Q4_0_BLOCK_BYTES, ModelShape
+from .text import add_tokenizer, output_matrix
 from .trace import Trace
 
 Progress = Callable[[int, int], None]  # bytes written, bytes in all
 
-FORMAT = 1  # raise when the contents of built models change
+FORMAT = 2  # raise when the contents of built models change
 ARCHITECTURE = "qwen3moe"
 EMBEDDING = 1e6
 CHOSEN_LOGIT = 6.0  # of the last expert chosen; the others have 0
@@ -95,18 +98,28 @@ def ensure_model(
     refuses.
     """
     path = model_path(trace, shape, directory)
-    if path.is_file() and path.stat().st_size >= shape.file_bytes:
-        return path
-    partial = path.with_suffix(f".partial-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MobileError(f"cannot make the folder {path.parent}: {error.strerror or error}") from None
+    return write_model(path, trace, shape, progress)
+
+
+def write_model(
+    path: Path, trace: Trace, shape: ModelShape, progress: Progress | None = None, *, replace: bool = False
+) -> Path:
+    """The same at a path of one's own; ``replace``: also where there is a file."""
+    if not replace and path.is_file() and path.stat().st_size >= shape.file_bytes:
+        return path
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    try:
         free = shutil.disk_usage(path.parent).free
         if free < shape.file_bytes + DISK_RESERVE:
             raise MobileError(
                 f"the benchmark model needs {format_bytes(shape.file_bytes)} in {path.parent}, which has "
                 f"{format_bytes(free)} free: make room, set XDG_CACHE_HOME, or ask for a smaller --size"
             )
-        _write_model(partial, trace, shape, progress)
+        _write(partial, trace, shape, progress)
         os.replace(partial, path)
     except OSError as error:
         raise MobileError(f"cannot write the benchmark model {path}: {error.strerror or error}") from None
@@ -115,7 +128,7 @@ def ensure_model(
     return path
 
 
-def _write_model(path: Path, trace: Trace, shape: ModelShape, progress: Progress | None) -> None:
+def _write(path: Path, trace: Trace, shape: ModelShape, progress: Progress | None) -> None:
     import gguf
 
     writer = gguf.GGUFWriter(path, ARCHITECTURE)
@@ -159,13 +172,14 @@ def _add_metadata(writer: Any, trace: Trace, shape: ModelShape) -> None:
     writer.add_expert_used_count(shape.k)
     writer.add_expert_feed_forward_length(shape.n_ff)
     writer.add_vocab_size(shape.n_vocab)
-    writer.add_tokenizer_model("none")  # tokens are fed by id
+    add_tokenizer(writer, trace.n_steps)
 
 
 def _tensors(shape: ModelShape) -> Iterator[tuple[str, tuple[int, ...], bool]]:
     """(name, numpy shape, quantised) in file order."""
     yield "token_embd.weight", (shape.n_vocab, shape.n_embd), False
     yield "output_norm.weight", (shape.n_embd,), False
+    yield "output.weight", (shape.n_vocab, shape.n_embd), False
     query, key = shape.n_head * HEAD_SIZE, shape.n_head_kv * HEAD_SIZE
     for layer in range(shape.n_layer):
         block = f"blk.{layer}."
@@ -194,6 +208,8 @@ def _dense_values(name: str, dims: tuple[int, ...], trace: Trace) -> npt.NDArray
         steps = np.arange(min(dims))
         values[steps, steps] = EMBEDDING
         return values
+    if name == "output.weight":
+        return output_matrix(trace.n_steps, *dims)
     if name.endswith("ffn_gate_inp.weight"):
         return router_matrix(trace, int(name.split(".")[1]), dims[1])
     return np.ones(dims, dtype=np.float32)

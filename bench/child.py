@@ -38,6 +38,7 @@ class Job:
     repack: bool = False
     threads: int = 1
     threads_auto: bool = False
+    n_ubatch: int = 512
     decode_k: int = 0
     budget_bytes: int = 0
     io_threads: int = DEFAULT_IO_THREADS
@@ -148,7 +149,8 @@ def _new_context(llama_cpp: Any, model: Any, job: Job, recorder: _IdRecorder | N
     params = llama_cpp.llama_context_default_params()
     n_tokens = len(job.prompt) + len(job.decode)
     params.n_ctx = (n_tokens // 256 + 1) * 256
-    params.n_batch = params.n_ubatch = 512
+    params.n_batch = max(512, len(job.prompt))
+    params.n_ubatch = job.n_ubatch
     params.n_threads = params.n_threads_batch = job.threads
     params.no_perf = True
     if recorder is not None:

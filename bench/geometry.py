@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from mobile_gguf.errors import UsageError
 from mobile_gguf.sizes import format_bytes
 
+from .text import SPARE_TOKENS
 from .trace import Trace
 
 Q4_0_BLOCK, Q4_0_BLOCK_BYTES = 32, 18
@@ -17,7 +18,6 @@ HEAD_SIZE = 64
 HIDDEN_STEP = 256
 HIDDEN_PER_EXPERT_FF = 2048 / 768
 SMALLEST_HIDDEN = 512
-SPARE_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class ModelShape:
         attention = 2 * self.n_embd * HEAD_SIZE * (self.n_head + self.n_head_kv)
         per_layer = attention // Q4_0_BLOCK * Q4_0_BLOCK_BYTES
         per_layer += 4 * (self.n_embd * self.n_expert + 2 * self.n_embd + 2 * HEAD_SIZE)
-        return self.n_layer * per_layer + 4 * self.n_embd * (self.n_vocab + 1)
+        return self.n_layer * per_layer + 4 * self.n_embd * (2 * self.n_vocab + 1)
 
     @property
     def file_bytes(self) -> int:

@@ -17,11 +17,12 @@ from mobile_gguf.memory.cap import CgroupError, create_memory_cgroup
 from mobile_gguf.memory.machine import read_memory
 from mobile_gguf.sizes import GIB, format_bytes
 
-from .arm import Arm, ArmRun, Runner
+from .arm import Arm, ArmRun, Runner, text_of
 from .build import ensure_model, model_path
 from .disk import drop_page_cache, measure_bandwidth
 from .geometry import ModelShape, scale_model
 from .hardware import describe_hardware, n_cpus
+from .other import OtherCommand
 from .plan import BenchOptions, plan_arms
 from .report import Report, describe_model, doubts, how_measured, make_rows
 from .routing import check_routing
@@ -62,6 +63,7 @@ def run_benchmark(options: BenchOptions, narrate: Narrate) -> Report:
         options={name: _for_json(value) for name, value in asdict(options).items()},
         notes=notes,
     )  # fmt: skip
+    report.notes += [f"{command.name}: `{command.text}`" for command in options.others]
     if options.trace is None:
         report.notes.append(
             "no --trace was given: the routing is made up (bench/synthetic.py says how), with about the "
@@ -112,10 +114,10 @@ def _prepare(trace: Trace, shape: ModelShape, libraries: dict[str, Path | None],
             narrate(f"  {format_bytes(done)} of {format_bytes(total)}")
 
     model = ensure_model(trace, shape, progress=progress)
-    runner = Runner(model, trace, libraries, little_k=max(1, trace.k // 2))
+    runner = Runner(model, text_of(trace), libraries, little_k=max(1, trace.k // 2))
     if not known:
         try:
-            n_checked = check_routing(runner, next(iter(libraries)))
+            n_checked = check_routing(runner, trace, next(iter(libraries)))
         except MobileError:
             # a model that was never seen to follow the trace must not be taken for a good one next time
             model.unlink(missing_ok=True)
@@ -130,7 +132,7 @@ def _sweep_all(
 ) -> list[Arm]:  # fmt: skip
     """Arms with their settings. Modes of one system under one budget share what the first of them found."""
     choices = SweepChoices(options.threads or default_threads(n_cpus()), options.io_threads)
-    found: dict[tuple[str, str, str], Arm] = {}
+    found: dict[tuple[str, str, str, OtherCommand | None], Arm] = {}
     tuned = []
 
     def brief(arm: Arm) -> ArmRun:
@@ -140,7 +142,7 @@ def _sweep_all(
         return result
 
     for arm in arms:
-        group = (arm.system, arm.budget, arm.eviction)
+        group = (arm.system, arm.budget, arm.eviction, arm.command)
         if group not in found:
             if arm.system == "stock":
                 _, note = stock_load_modes(arm, shape.file_bytes)

@@ -28,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mobile_gguf.engine.binding import find_engine, needs_engine
+from mobile_gguf.engine.log import capture_log
 from mobile_gguf.errors import MobileError, UsageError
 from mobile_gguf.generate.buddies import read_buddies
 from mobile_gguf.generate.decode import Pass, decode_prompt, decode_token
@@ -35,9 +36,9 @@ from mobile_gguf.generate.divergence import divergence, log_softmax
 from mobile_gguf.generate.head import read_head
 from mobile_gguf.generate.llama import MobileLlama
 from mobile_gguf.gguf.info import GgufInfo, read_gguf_info
-from mobile_gguf.sizes import parse_size
 from mobile_gguf.wording import markdown_table
 
+from .plan import budget_of
 from .record import begin_record, keep_record
 from .rungs import Rung, parse_rung
 
@@ -80,27 +81,20 @@ def blocks_of(tokens: Sequence[int], start: Sequence[int], length: int, n_tokens
     return [pieces[i] for i in sorted(set(chosen.tolist()))]
 
 
-def budget_bytes(budget: str, all_bytes: int) -> int:
-    """Bytes, or a share of the slots that all experts take."""
-    size = parse_size(budget)
-    if size.fraction is not None:
-        return int(all_bytes * size.fraction)
-    return size.n_bytes if size.n_bytes is not None else ALL
-
-
 @contextmanager
 def opened(info: GgufInfo, n_bytes: int, n_ctx: int, threads: int) -> Iterator[MobileLlama]:
     """The model with experts under a budget of bytes; ALL: all of them, in slots as well."""
     engine = find_engine()
     if engine is None:
         raise needs_engine("judging rungs")
+    capture_log(False)
     engine.set_load_params(budget_bytes=n_bytes, at_once=info.n_expert_used * info.segments)
     try:
         llama = MobileLlama(
-            str(info.path), engine=engine, n_ctx=n_ctx, n_batch=1, n_ubatch=1, n_threads=threads,
-            n_threads_batch=threads, use_mmap=False, verbose=False,
+            info.path, engine=engine, n_ctx=n_ctx, n_batch=1, n_ubatch=1, n_threads=threads,
+            n_threads_batch=threads, use_mmap=False,
         )  # fmt: skip
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         reason = engine.last_error() or str(error)
         raise MobileError(f"{info.path} cannot be loaded: {reason}") from None
     finally:
@@ -108,7 +102,7 @@ def opened(info: GgufInfo, n_bytes: int, n_ctx: int, threads: int) -> Iterator[M
     try:
         if llama.store is None:
             raise UsageError(f"{info.path.name} has no experts that the engine could hold")
-        llama.head, llama.buddies = read_head(info), read_buddies(info)
+        llama.sequence.head, llama.decoder.buddies = read_head(info), read_buddies(info)
         yield llama
     finally:
         llama.close()
@@ -118,13 +112,14 @@ def run_block(
     llama: MobileLlama, rung: Rung, tokens: Sequence[int], n_prompt: int
 ) -> Iterator[tuple[Rows, Pass]]:
     """The logits after each token behind the prompt, and the pass they come from."""
-    llama.forget()
-    llama.policy = rung.policy
+    sequence = llama.sequence
+    sequence.forget()
+    sequence.policy = rung.policy
     for token in tokens[:n_prompt]:
-        decode_prompt(llama, [token])
+        decode_prompt(sequence, [token])
     llama.reset_counters()
     for token in tokens[n_prompt:-1]:
-        kind = decode_token(llama, token, rung.policy)
+        kind = decode_token(sequence, token, rung.policy)
         while llama.loss_counters().n_admit_left:
             time.sleep(0.0002)
         yield llama.last_logits().astype(np.float32), kind
@@ -220,7 +215,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 verdicts.append(judge(llama, rung, args.noise.name, blocks, args.prompt, exact))
         for budget in args.budget.split(","):
             for rung in rungs:
-                with opened(info, budget_bytes(budget, all_bytes), args.block, args.threads) as llama:
+                with opened(info, budget_of(budget, all_bytes), args.block, args.threads) as llama:
                     verdicts.append(judge(llama, rung, budget, blocks, args.prompt, exact))
                 print(page_of_one(verdicts[-1]), file=sys.stderr, flush=True)
         positions = len(exact)
@@ -241,7 +236,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("model", type=Path, help="a GGUF, calibrated for buddies and the head")
     parser.add_argument("--text", type=Path, required=True, help="what no calibration has seen")
     parser.add_argument("--noise", type=Path, help="the same model in another precision: the floor")
-    parser.add_argument("--budget", default="12%,25%", help="of the experts' bytes; several by commas")
+    parser.add_argument(
+        "--budget", default="12%,25%", help="bytes, or a share of the slots of all experts; several by commas"
+    )
     parser.add_argument("--rungs", default=DEFAULT_RUNGS, help="by semicolons: drop:0.75;head:50+prior:0.1")
     parser.add_argument("--tokens", type=int, default=2048, help="of the text, prompts included")
     parser.add_argument("--block", type=int, default=256)

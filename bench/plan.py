@@ -12,6 +12,7 @@ from mobile_gguf.sizes import GIB, MIB, format_bytes, parse_size
 
 from .arm import Arm
 from .geometry import ModelShape
+from .other import OtherCommand
 
 IO_THREADS = (2, 4, 8)
 
@@ -35,6 +36,7 @@ class BenchOptions:
     threads: tuple[int, ...] = ()
     io_threads: tuple[int, ...] = IO_THREADS
     disk_s: float = 2.0
+    others: tuple[OtherCommand, ...] = ()
     engine_lib: Path | None = None
     stock_lib: Path | None = None
 
@@ -65,6 +67,8 @@ def plan_arms(
         }  # fmt: skip
         for system in options.versus:
             arms.append(Arm("stock", "little" if system == "stock-little" else "exact", **common))
+        for command in options.others:
+            arms.append(Arm("other", "exact", command=command, **common))
         for mode in options.modes:
             # with everything resident nothing is ever evicted or read
             for eviction in options.evictions[:1] if resident else options.evictions:
@@ -83,12 +87,17 @@ def absolute_bytes(text: str, flag: str) -> int:
     return size.n_bytes
 
 
-def budget_bytes(text: str, shape: ModelShape) -> int:
-    """What ``--budget`` asks for of the replay model; raises UsageError below what can work."""
+def budget_of(text: str, all_bytes: int) -> int:
+    """What ``--budget`` asks for, of all experts' bytes. Raises UsageError for ``auto``."""
     size = parse_size(text)
     if size.is_auto:
         raise UsageError("--budget auto: a benchmark needs sizes, such as 12%,25%,100%")
-    n_bytes = size.n_bytes if size.n_bytes is not None else int((size.fraction or 0) * shape.all_expert_bytes)
+    return size.n_bytes if size.n_bytes is not None else int((size.fraction or 0) * all_bytes)
+
+
+def budget_bytes(text: str, shape: ModelShape) -> int:
+    """What ``--budget`` asks for of the replay model; raises UsageError below what can work."""
+    n_bytes = budget_of(text, shape.all_expert_bytes)
     if n_bytes < shape.layer_expert_bytes:
         raise UsageError(
             f"--budget {text} is {format_bytes(n_bytes)}, less than one layer's experts "

@@ -26,7 +26,7 @@ from mobile_gguf.plan.speed import Prediction
 from mobile_gguf.plan.workload import read_workload
 from mobile_gguf.sizes import OFF
 
-from .arm import Arm, Runner
+from .arm import Arm, Runner, text_of
 from .disk import drop_page_cache
 from .rpc_device import rpc_server
 from .trace import Trace
@@ -185,7 +185,7 @@ def run_replay(case: Case, info: GgufInfo, trace: Trace) -> tuple[float, int, No
         cap_bytes=budget + SLACK, resident=resident, threads=case.threads, repack=True,
     )  # fmt: skip
     drop_page_cache(info.path)
-    runner = Runner(info.path, trace, {"engine": None}, little_k=info.n_expert_used // 2)
+    runner = Runner(info.path, text_of(trace), {"engine": None}, little_k=info.n_expert_used // 2)
     result = runner.run(arm, N_TOKENS, 60.0)
     if result.error or not result.n_tokens:
         raise SystemExit(f"{case}: {result.error or 'no token came'}")

@@ -98,6 +98,9 @@ def doubts(report: Report, file_bytes: int, n_cpus: int) -> list[str]:
         notes.append(
             f"the machine was busy with other work: load average up to {max(loads):.1f} on {n_cpus} cores"
         )
+    for label, some in report.runs.items():
+        if any(run.follows is False for run in some):
+            notes.append(f"what {label} decoded is not known: it did not print the trace's text")
     cached = max((run.cached_bytes_before or 0 for run in runs), default=0)
     if cached > file_bytes / 100:
         notes.append(f"up to {format_bytes(cached)} of the model stayed in the page cache before a run")

@@ -12,16 +12,14 @@ DECODED = 4
 Recorded = list[tuple[int, list[list[int]]]]
 
 
-def check_routing(runner: Runner, system: str) -> int:
+def check_routing(runner: Runner, trace: Trace, system: str) -> int:
     """Run the prompt and a few tokens, compare every routed id; returns how many sets were compared.
 
     Raises EngineError naming the first difference.
     """
-    n_decode = min(DECODED, runner.trace.n_decode)
+    n_decode = min(DECODED, trace.n_decode)
     arm = Arm(system, "exact", "100%", 0, 1 << 60, resident=True)
-    return compare_routing(
-        runner.trace, runner.routed_ids(arm, n_decode), [runner.trace.n_prompt] + [1] * n_decode
-    )
+    return compare_routing(trace, runner.routed_ids(arm, n_decode), [trace.n_prompt] + [1] * n_decode)
 
 
 def compare_routing(trace: Trace, recorded: Recorded, passes: list[int]) -> int:

@@ -55,6 +55,8 @@ def sweep(arm: Arm, choices: SweepChoices, file_bytes: int, run: SweepRun) -> tu
     Threads first, then load mode (stock) or repacking of dense weights (engine), then I/O threads.
     """
     steps: list[SweepStep] = []
+    if arm.command is not None:
+        return arm, steps  # its settings are whose command it is
     arm = _best([arm.tuned(threads=threads) for threads in reversed(choices.threads)], run, steps)
     if arm.system == "stock":
         modes, _ = stock_load_modes(arm, file_bytes)

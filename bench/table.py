@@ -50,7 +50,7 @@ def missed_bytes(run: ArmRun) -> float:
         return 0.0
     counters = run.counters
     if counters is None:
-        return run.read_bytes / run.n_tokens
+        return (run.read_bytes or 0) / run.n_tokens
     useful = 0.0
     if counters["n_prefetched"]:
         prefetched_bytes = counters["bytes_read"] - counters["bytes_read_demand"]
@@ -111,7 +111,7 @@ def summarise(
         misses=_median([counters["n_misses"] / run.n_tokens for run, counters in with_counters]),
         misses_min=misses_min,
         stall_share=_median([counters["stall_us"] / 1e6 / run.seconds for run, counters in with_counters]),
-        cpu_share=_median([run.cpu_s / run.seconds for run in timed]),
+        cpu_share=_median([run.cpu_s / run.seconds for run in timed if run.cpu_s is not None]),
         bandwidth=_median([run.bandwidth for run in good if run.bandwidth]),
         prompt_tokens_per_s=_median([n_prompt / run.prompt_s for run in good if run.prompt_s and n_prompt]),
         peak_bytes=max((run.peak_bytes for run in runs if run.peak_bytes is not None), default=None),
@@ -120,9 +120,9 @@ def summarise(
     )
 
 
-def _bytes_read(run: ArmRun) -> float:
+def _bytes_read(run: ArmRun) -> float | None:
     n_bytes = run.read_bytes if run.counters is None else run.counters["bytes_read"]
-    return n_bytes / run.n_tokens
+    return n_bytes / run.n_tokens if n_bytes is not None else None
 
 
 def _median(values: Sequence[float | None]) -> float | None:

@@ -11,23 +11,15 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 from collections.abc import Sequence
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from mobile_gguf.errors import EngineError, UsageError
-from mobile_gguf.sizes import GIB, MIB
+from mobile_gguf.sizes import MIB
 
 from .arm import Arm, Runner
-from .build import ensure_model
-from .geometry import scale_model
-from .hardware import n_cpus
-from .harness import find_libraries
-from .plan import BenchOptions, absolute_bytes, budget_bytes
-from .record import begin_record, keep_record
-from .trace import read_trace
+from .plan import budget_bytes
+from .replay import engine_arm, median_range, open_replay, record_run, replay_parser, run_module
 
 _CAP_SLACK_BYTES = 900 * MIB
 _COLD = "cold"
@@ -37,7 +29,7 @@ _ARMS = (_COLD, "same text, at once", "same text", "other text, at once", "other
 def _arms(runner: Runner, cold: Arm, args: argparse.Namespace) -> dict[str, Arm]:
     """The arms of one budget, with the warm sets that a run over each text leaves."""
     worth = {}
-    rest = runner.trace.n_decode - args.tokens
+    rest = len(runner.text.ids) - runner.text.n_prompt - args.tokens
     for text, offset, n in (("same", 0, args.tokens), ("other", args.tokens, rest)):
         left = runner.run(cold.tuned(offset=offset), n, args.limit)
         if left.worth is None:
@@ -51,40 +43,26 @@ def _arms(runner: Runner, cold: Arm, args: argparse.Namespace) -> dict[str, Arm]
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     """All runs, in the order in which they were made."""
-    trace = read_trace(args.trace)
+    trace, shape, runner = open_replay(args, {"engine"})
     if trace.n_decode <= args.tokens:
         raise UsageError(
             f"{args.trace} has {trace.n_decode} decoded tokens: with --tokens {args.tokens} none are left"
             " that are another text"
         )
-    shape = scale_model(trace, absolute_bytes(args.size, "--size"))
-    runner = Runner(
-        ensure_model(trace, shape), trace, find_libraries(BenchOptions(), {"engine"}), trace.k // 2
-    )
+
+    def arm_of(budget: str, n_bytes: int) -> Arm:
+        return engine_arm(budget, n_bytes, shape, _CAP_SLACK_BYTES, args.threads, threads_auto=True)
+
     arms: list[tuple[str, str, Arm]] = []
     for budget in args.budget.split(","):
-        n_bytes = budget_bytes(budget, shape)
-        cold = Arm(
-            "engine", "exact", budget, n_bytes, n_bytes + _CAP_SLACK_BYTES, threads=args.threads,
-            threads_auto=True,
-        )  # fmt: skip
+        cold = arm_of(budget, budget_bytes(budget, shape))
         arms += [(budget, name, arm) for name, arm in _arms(runner, cold, args).items()]
-    n_bytes = shape.all_expert_bytes
-    resident = Arm(
-        "engine", "exact", "100%", n_bytes, n_bytes + 4 * GIB, True, args.threads, threads_auto=True
-    )
-    arms.append(("100%", "resident", resident))
-    runs = []
+    arms.append(("100%", "resident", arm_of("100%", shape.all_expert_bytes)))
+    runs: list[dict[str, Any]] = []
     for round_number in range(args.rounds):
         for budget, name, arm in arms[:: 1 if round_number % 2 == 0 else -1]:
-            result = runner.run(arm, args.tokens, args.limit)
-            speed = result.tokens_per_s
-            said = f"{speed:.2f} tokens/s" if speed else result.error
-            print(f"{round_number + 1}: {budget}, {name}: {said}", file=sys.stderr, flush=True)
-            facts = {name: value for name, value in asdict(result).items() if name not in ("worth", "ids")}
-            runs.append(
-                {"round": round_number, "budget": budget, "arm": name, "tokens_per_s": speed, "run": facts}
-            )
+            run = runner.run(arm, args.tokens, args.limit)
+            record_run(runs, run, run.tokens_per_s, round=round_number, budget=budget, arm=name)
     return runs
 
 
@@ -98,7 +76,7 @@ def page(result: dict[str, Any]) -> str:
 
     def ratio(of: list[float | None], over: list[float | None]) -> str:
         found = [a / b for a, b in zip(of, over, strict=True) if a and b]
-        return f"{statistics.median(found):.2f} ({min(found):.2f}-{max(found):.2f})" if found else "failed"
+        return median_range(found, 2)
 
     lines = [
         "# The warm set",
@@ -128,28 +106,9 @@ def page(result: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
-    parser = argparse.ArgumentParser(prog="python -m mobile_gguf.bench.warm", description=__doc__)
-    parser.add_argument("trace", type=Path, help="a route trace, such as qwen.route.csv.gz")
-    parser.add_argument("--size", default="4GiB", help="of the replay model")
-    parser.add_argument("--budget", default="25%,50%")
-    parser.add_argument("--threads", "-t", type=int, default=n_cpus())
-    parser.add_argument("--tokens", type=int, default=96)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser = replay_parser("warm", __doc__, budget="25%,50%", tokens=96)
     parser.add_argument("--idle", type=float, default=30.0, help="seconds to wait for the warm set, at most")
-    parser.add_argument("--limit", type=float, default=120.0, help="seconds of decoding in one run")
-    parser.add_argument("--out", type=Path, help="folder for warm.json and warm.md")
-    args = parser.parse_args(argv)
-    result = {
-        **begin_record("warm", argv),
-        "trace": args.trace.name,
-        "tokens": args.tokens,
-        "rounds": args.rounds,
-        "runs": measure(args),
-    }
-    text = page(result)
-    keep_record(args.out, "warm", result, text)
-    print(text, end="")
-    return 0
+    return run_module("warm", argv, parser, measure, page)
 
 
 if __name__ == "__main__":

@@ -98,6 +98,16 @@ def parse_size_or_off(value: str | int | Size) -> Size | Literal["off"]:
         raise UsageError(f"{error}, or off") from None
 
 
+def parse_bytes_or_off(value: str | int | Size) -> Size | Literal["off"]:
+    """The same without shares, for what is a part of nothing. Raises UsageError."""
+    size = parse_size_or_off(value)
+    if isinstance(size, Size) and size.fraction is not None:
+        raise UsageError(
+            f"{size} is a share, and there is nothing that it is one of: give bytes, auto or off"
+        )
+    return size
+
+
 def format_bytes(n_bytes: int | float) -> str:
     """Bytes for people, in binary units: ``512 B``, ``12.3 MiB``, ``2.00 GiB``."""
     for unit, name, digits in ((TIB, "TiB", 2), (GIB, "GiB", 2), (MIB, "MiB", 1), (KIB, "KiB", 1)):

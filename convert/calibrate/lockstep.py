@@ -37,7 +37,7 @@ class Lockstep:
             raise EngineError("per-token experts need a model in the engine's store")
         self._api: Any = llama_cpp
         self.engine = llama.engine
-        self._n_vocab, self._n_embd = llama.n_vocab(), llama.n_embd()
+        self._n_vocab, self._n_embd = llama.calls.n_vocab, llama_cpp.llama_model_n_embd(llama.model)
         self._n_out = llama_cpp.llama_model_n_embd_out(llama.model)  # more with hyper-connections, filled up
         self._n_seq, self._can_step_back = n_seq, llama.can_step_back
         n_kept = sequences_kept(n_seq, twice and not self._can_step_back)

@@ -40,7 +40,9 @@ class EngineReference:
         from mobile_gguf.options import LoadOptions
         from mobile_gguf.sizes import OFF
 
-        options = LoadOptions(n_ctx=self._n_ctx, n_batch=self._n_ctx, threads=self._threads, vram_budget=OFF)
+        options = LoadOptions(
+            n_ctx=self._n_ctx, n_batch=self._n_ctx, n_ubatch=512, threads=self._threads, vram_budget=OFF
+        )
         kind = llama_cpp.GGML_TYPE_F32
         self._llama, _ = open_backend(self.info, options, type_k=kind, type_v=kind)
         engine = find_engine() if self._precise else None
@@ -69,11 +71,11 @@ class EngineReference:
 
     @property
     def n_vocab(self) -> int:
-        return self.llama.n_vocab()
+        return self.llama.calls.n_vocab
 
     @property
     def chat_template(self) -> str | None:
-        return self.llama.metadata.get("tokenizer.chat_template")
+        return self.llama.native.says("tokenizer.chat_template")
 
     def tokenize(self, text: str, *, add_special: bool) -> list[int]:
         """Token ids of ``text``, control tokens read; with what the model adds if ``add_special``."""
@@ -116,6 +118,6 @@ class EngineReference:
         finally:
             llama_cpp.llama_batch_free(batch)
         if code != 0:
-            raise llama.decode_error(RuntimeError(f"llama_decode returned {code}"))
+            raise llama.decoder.error(RuntimeError(f"llama_decode returned {code}"))
         rows = np.ctypeslib.as_array(llama_cpp.llama_get_logits(llama.ctx), (n_tokens * self.n_vocab,))
         return rows.reshape(n_tokens, self.n_vocab).copy()

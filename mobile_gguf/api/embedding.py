@@ -72,7 +72,7 @@ def embed(
             f"the text has {len(tokens)} tokens and {name} embeds at most {limit} at once: shorten it, or "
             "load the model with larger --ctx-size, --batch-size and --ubatch-size, as it was trained for"
         )
-    backend.should_stop = should_stop
+    backend.sequence.should_stop = should_stop
     vector = np.asarray(backend.embed_tokens(tokens, pooling), dtype=np.float32)
     length = float(np.linalg.norm(vector))
     traffic = read_traffic(

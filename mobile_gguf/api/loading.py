@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mobile_gguf.device.tier import devices_for, start_tier
 from mobile_gguf.engine.binding import Engine, find_engine, needs_engine
 from mobile_gguf.engine.device_calls import DeviceCalls
+from mobile_gguf.engine.guarded import NoContextError
 from mobile_gguf.engine.held_interrupts import held_interrupts
 from mobile_gguf.engine.log import capture_log, clear_errors, last_errors
 from mobile_gguf.engine.prefetch import holder, set_prefetch
@@ -18,12 +19,14 @@ from mobile_gguf.engine.warm import WarmSet
 from mobile_gguf.errors import BudgetError, EngineError, MobileError, ModelFormatError
 from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.memory.buffers import with_buffers
-from mobile_gguf.memory.fit import Fit, asked_of, fit_model
+from mobile_gguf.memory.fit import Asked, Fit, asked_of, fit_model
 from mobile_gguf.memory.machine import read_memory
+from mobile_gguf.memory.microbatch import DEFAULT_UBATCH
 from mobile_gguf.memory.threads import bounded_threads, default_threads
 from mobile_gguf.options import LoadOptions
-from mobile_gguf.options.words import ON
+from mobile_gguf.options.words import AUTO_UBATCH, ON
 from mobile_gguf.progress import Progress
+from mobile_gguf.sizes import OFF
 
 if TYPE_CHECKING:
     from mobile_gguf.generate.llama import MobileLlama
@@ -37,7 +40,7 @@ def open_backend(
     Experts go into the engine's store under the budget. Without experts, or on a stock library, the
     model is loaded as llama.cpp does it, mapped. With a device all else goes there, and experts into slots.
     ``progress`` is called with a phase and the share done; what it raises ends the loading. ``more`` goes
-    to llama-cpp-python's Llama. Raises BudgetError, ModelFormatError, EngineError.
+    to generate/native.py's Native. Raises BudgetError, ModelFormatError, EngineError.
     """
     engine = find_engine()
     asked = asked_of(info, options)
@@ -74,14 +77,14 @@ def open_backend(
     fit = fit_model(info, asked, memory, devices) if engine is not None else None
     if fit is not None and fit.devices and not asked.insists:
         try:
-            llama, remarks = _open(info, options, n_ctx, engine, fit, more)
+            llama, remarks = _open(info, options, fit.asked, engine, fit, more)
         except (EngineError, ModelFormatError, BudgetError) as error:
             # What nobody asked for must not keep a model from running.
             notices.append(f"the model stays on the host: {error}")
             fit = fit_model(info, asked, memory)
         else:
             return llama, notices + remarks
-    llama, remarks = _open(info, options, n_ctx, engine, fit, more)
+    llama, remarks = _open(info, options, asked if fit is None else fit.asked, engine, fit, more)
     return llama, notices + remarks
 
 
@@ -96,16 +99,16 @@ def _with_threads(options: LoadOptions, notices: list[str]) -> LoadOptions:
 def _open(
     info: GgufInfo,
     options: LoadOptions,
-    n_ctx: int,
+    asked: Asked,
     engine: Engine | None,
     fit: Fit | None,
     more: dict[str, Any],
 ) -> tuple[MobileLlama, list[str]]:
     """Load a model where ``fit`` puts it, None: mapped by a stock library; returns it and notices."""
     notices = [] if fit is None else [*fit.notes, *filter(None, [fit.warning])]
-    more = more | {"devices": fit.devices if fit is not None and fit.devices else None}
+    more = more | {"devices": fit.devices if fit is not None else ()}
     if engine is None or fit is None or not info.is_moe:
-        return _construct(info, options, n_ctx, engine, use_mmap=True, **more), notices
+        return _construct(info, options, asked, engine, use_mmap=True, **more), notices
     from mobile_gguf.generate.buddies import read_buddies
     from mobile_gguf.generate.head import read_head
 
@@ -120,10 +123,10 @@ def _open(
         prefault=not fit.warning,
     )
     try:
-        llama = _construct(info, options, n_ctx, engine, use_mmap=False, **more)
+        llama = _construct(info, options, asked, engine, use_mmap=False, **more)
     finally:
         engine.clear_load_params()
-    llama.head, llama.buddies = head, buddies
+    llama.sequence.head, llama.decoder.buddies = head, buddies
     if llama.store is None:
         notices.append(
             f"the engine cannot hold the experts of a {info.architecture} model: no budget, only mode exact"
@@ -140,7 +143,7 @@ def _open(
             llama.warm = WarmSet(engine, llama.ctx, info.path, info.files)
             llama.warm.begin()
     except BaseException:
-        _discard(llama)
+        llama.close()
         raise
     return llama, notices
 
@@ -148,56 +151,61 @@ def _open(
 def _construct(
     info: GgufInfo,
     options: LoadOptions,
-    n_ctx: int,
+    asked: Asked,
     engine: Engine | None,
     *,
     use_mmap: bool,
     progress: Progress | None = None,
     **more: Any,
 ) -> MobileLlama:
-    """Make the Llama; ``more`` holds ``devices``, None for the host alone, and keywords of its own."""
-    from jinja2 import TemplateError
-
+    """Make the backend; ``more`` holds ``devices``, none for the host alone, and keywords of Native's."""
     from mobile_gguf.generate.llama import MobileLlama
 
     threads, threads_batch = default_threads()
-    arguments: dict[str, Any] = {
-        "n_ctx": n_ctx,
-        "n_batch": options.n_batch,
-        "n_ubatch": options.n_ubatch,
-        "n_threads": options.threads or threads,
-        "n_threads_batch": options.threads_batch or options.threads or threads_batch,
-        "flash_attn": options.flash_attn,
-        "use_mmap": use_mmap,
-        "verbose": options.verbose,
-        **more,
-    }
     watch = _LoadWatch(progress) if progress is not None else None
     clear_errors()
     clear_loss()
-    # Made in two steps, so that what a failed constructor has already loaded is freed at once and
-    # not when the traceback is.
-    llama = MobileLlama.__new__(MobileLlama)
+    llama: MobileLlama | None = None
     try:
         with held_interrupts() as interrupted:
             if watch is not None:
                 watch.interrupted = interrupted
-            llama.__init__(str(info.path), engine=engine, keep_loading=watch, **arguments)
-        if options.threads_auto == ON:
-            llama.follow_machine()
-    except TemplateError as error:
-        _discard(llama)
-        raise ModelFormatError(f"{info.path} cannot be used: its chat template is broken: {error}") from None
-    except (ValueError, RuntimeError, OSError, AssertionError, MemoryError) as error:
-        reason = engine.last_error() if engine is not None else ""
-        _discard(llama)
+            llama = MobileLlama(
+                info.path,
+                engine=engine,
+                n_ctx=asked.n_ctx,
+                n_batch=options.n_batch or max(DEFAULT_UBATCH, asked.n_ubatch),
+                n_ubatch=asked.n_ubatch,
+                n_threads=options.threads or threads,
+                n_threads_batch=options.threads_batch or options.threads or threads_batch,
+                flash_attn=options.flash_attn,
+                use_mmap=use_mmap,
+                cache_bytes=_cache_bytes(options),
+                keep_loading=watch,
+                **more,
+            )
+    except (ValueError, RuntimeError, OSError, MemoryError) as error:
         if watch is not None and watch.error is not None:
             raise watch.error from None
-        raise _load_error(info, n_ctx, error, reason) from None
+        raise _load_error(
+            info, asked.n_ctx, error, engine.last_error() if engine is not None else ""
+        ) from None
     except BaseException:
-        _discard(llama)
+        if llama is not None:  # Ctrl-C was held back until it was made
+            llama.close()
         raise
+    if options.n_ubatch == AUTO_UBATCH and asked.n_ubatch > DEFAULT_UBATCH:
+        llama.sequence.as_with_ubatch = DEFAULT_UBATCH
+    if options.threads_auto == ON:
+        llama.follow_machine()
     return llama
+
+
+def _cache_bytes(options: LoadOptions) -> int:
+    from mobile_gguf.generate.prefix_cache import AUTO_BYTES
+
+    size = options.prefix_cache
+    return 0 if size == OFF else size.n_bytes or AUTO_BYTES
 
 
 class _LoadWatch:
@@ -216,11 +224,6 @@ class _LoadWatch:
         return self.error is None and not self.interrupted()
 
 
-def _discard(llama: MobileLlama) -> None:
-    if hasattr(llama, "_stack"):
-        llama.close()
-
-
 def _load_error(info: GgufInfo, n_ctx: int, error: BaseException, reason: str) -> MobileError:
     logged = last_errors()
     lost = last_loss()
@@ -229,7 +232,7 @@ def _load_error(info: GgufInfo, n_ctx: int, error: BaseException, reason: str) -
     if reason:
         kind = BudgetError if "budget" in reason else EngineError
         return kind(f"{info.path} cannot be loaded: {reason}")
-    if "llama_context" in str(error):
+    if isinstance(error, NoContextError):
         return EngineError(
             f"no context of {n_ctx} tokens for {info.path}: {logged or error}; try a smaller --ctx-size"
         )

@@ -598,7 +598,7 @@ class Model:
 
 
 def backend_of(model: Model) -> Any:
-    """The decoder under a Model, a llama-cpp-python Llama: for what converts, measures or tests.
+    """The decoder under a Model, a MobileLlama: for what converts, measures or tests.
 
     No part of the public API: it may be used only while the Model is open and makes no answer.
     """

@@ -46,6 +46,26 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add("--budget", metavar="LIST", default="12%,25%,100%", help="expert budgets, as shares or sizes")
     add("--modes", metavar="LIST", default=",".join(MODES), help="modes of the engine")
     add("--vs", metavar="LIST", default="stock", help="stock, stock-little (half the experts) or none")
+    add(
+        "--vs-command",
+        metavar="COMMAND",
+        action="append",
+        help="another engine's command, run under the same cap on the same file: {model}, {prompt}, "
+        "{tokens}, {threads}, {budget_mib}, {budget_bytes}, {cap_bytes} are filled in; may be given more "
+        "than once",
+    )
+    add(
+        "--vs-pattern",
+        metavar="REGEX",
+        help="where such a command prints its tokens/s: the first group, or the groups named decode and "
+        "prompt (default: the lines of llama.cpp's commands)",
+    )
+    add(
+        "--write-model",
+        metavar="FILE",
+        type=Path,
+        help="only write the model that follows the trace to FILE, and print its prompt: any engine runs it",
+    )
     add("--eviction", metavar="LIST", default=DEFAULT_EVICTION, help="eviction policies of the engine")
     add("--prefetch", metavar="LIST", default=OFF, help="off, on, auto: reading ahead, by transitions")
     add("--size", metavar="SIZE", default="4GiB", help="expert bytes of the model")
@@ -74,17 +94,22 @@ def run(args: argparse.Namespace) -> int:
     budgets = _words(args.budget, "--budget")
     if args.simulate:
         return _simulate(args, budgets)
+    if args.write_model is not None:
+        return _write_model(args)
     from mobile_gguf.bench.harness import run_benchmark
+    from mobile_gguf.bench.other import DEFAULT_PATTERN, parse_other
     from mobile_gguf.bench.plan import BenchOptions, absolute_bytes
     from mobile_gguf.bench.report import write_report
 
-    if len(args.trace or ()) > 1:
-        raise UsageError("only --simulate takes more than one --trace")
     options = BenchOptions(
-        trace=args.trace[0] if args.trace else None,
+        trace=_only_trace(args),
         budgets=budgets,
         modes=_choices(args.modes, "--modes", MODES),
         versus=tuple(name for name in _choices(args.vs, "--vs", VERSUS) if name != "none"),
+        others=tuple(
+            parse_other(command, args.vs_pattern or DEFAULT_PATTERN, number)
+            for number, command in enumerate(args.vs_command or (), start=1)
+        ),
         evictions=_choices(args.eviction, "--eviction", EVICTION),
         prefetches=_choices(args.prefetch, "--prefetch", PREFETCH),
         size_bytes=absolute_bytes(args.size, "--size"),
@@ -103,6 +128,34 @@ def run(args: argparse.Namespace) -> int:
             _narrate(f"wrote {path}")
     print(json.dumps(report.to_json()) if args.json else report.to_text())
     return 1 if any(row.errors for row in report.rows) else 0
+
+
+def _only_trace(args: argparse.Namespace) -> Path | None:
+    if len(args.trace or ()) > 1:
+        raise UsageError("only --simulate takes more than one --trace")
+    return args.trace[0] if args.trace else None
+
+
+def _write_model(args: argparse.Namespace) -> int:
+    from mobile_gguf.bench.build import write_model
+    from mobile_gguf.bench.geometry import scale_model
+    from mobile_gguf.bench.plan import absolute_bytes
+    from mobile_gguf.bench.report import describe_model
+    from mobile_gguf.bench.synthetic import synthesise_trace
+    from mobile_gguf.bench.text import prompt_text
+    from mobile_gguf.bench.trace import read_trace
+
+    path = _only_trace(args)
+    trace = read_trace(path) if path is not None else synthesise_trace()
+    shape = scale_model(trace, absolute_bytes(args.size, "--size"))
+    _narrate(f"writing {args.write_model}: {describe_model(shape)}")
+    write_model(args.write_model, trace, shape, replace=True)
+    _narrate(
+        f"it goes through {trace.n_decode} steps after this prompt, where the likeliest token is taken and "
+        "no template is put around it:"
+    )
+    print(prompt_text(trace))
+    return 0
 
 
 def _simulate(args: argparse.Namespace, budgets: tuple[str, ...]) -> int:

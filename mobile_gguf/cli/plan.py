@@ -140,6 +140,7 @@ def _measure(
         ks = sorted({settings.k, settings.little_k} - {0}) or [1]
         steps = steps_for(
             info, workload, ks, settings.threads, settings.io_threads,
+            threads_batch=settings.threads_batch, flash_attn=settings.flash_attn,
             devices=devices, ggml=ggml, known=measurements.get,
         )  # fmt: skip
     except MobileError as error:

@@ -24,6 +24,10 @@ _NO_NUMBERS = (
 )
 
 
+class NoContextError(RuntimeError):
+    """llama.cpp made no context: there is no memory for one, or it cannot be as it was asked for."""
+
+
 class GuardedCalls:
     """The calls on one model and context; ``model`` and ``ctx`` are llama-cpp-python's addresses of them.
 

@@ -22,20 +22,28 @@ Stamps = list[list[int]]
 
 MAX_MODELS = 100
 MAX_EXPERTS = 8192  # of one model
+_MAX_ID = 1 << 31  # what C counts with
+_MAX_LENGTH = 1 << 20  # characters; ours have a few ten thousand
 
 
 def remembered(path: Path, stamps: Stamps) -> Experts:
     """What was worth keeping of an unchanged file; nothing if it is not known or cannot be read."""
     try:
-        stored = json.loads(_file_of(path).read_text(encoding="utf-8"))
+        with _file_of(path).open(encoding="utf-8") as file:
+            text = file.read(_MAX_LENGTH + 1)
+        stored = json.loads(text) if len(text) <= _MAX_LENGTH else {}
         if stored["stamps"] != stamps:
             return []
         n_expert, ids = stored["n_expert"], stored["ids"]
-        if not isinstance(ids, list) or not all(type(one) is int and one >= 0 for one in [*ids, n_expert]):
+        if not isinstance(ids, list) or not all(map(_is_id, [*ids, n_expert])):
             return []
-        return [divmod(one, n_expert) for one in dict.fromkeys(ids)]
+        return [divmod(one, n_expert) for one in dict.fromkeys(ids[:MAX_EXPERTS])]
     except (OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError):
         return []
+
+
+def _is_id(one: object) -> bool:
+    return type(one) is int and 0 <= one < _MAX_ID
 
 
 def remember(path: Path, stamps: Stamps, experts: Sequence[tuple[int, int]]) -> None:

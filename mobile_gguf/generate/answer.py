@@ -80,8 +80,8 @@ class Reply:
         return reply_html(self.to_dict())
 
 
-class Backend(Protocol):
-    """What an answer needs of a decoder; MobileLlama is the real one, tests script another."""
+class Text(Protocol):
+    """What an answer needs of the text that it continues; TokenSequence is the real one."""
 
     policy: Policy
     last_pass: Pass
@@ -91,16 +91,26 @@ class Backend(Protocol):
     on_prompt: Callable[[int, int], object] | None  # told how many of its tokens are done, of how many
     on_logits: Callable[[int, Any], object] | None  # given a prompt token's place, and the logits after it
 
+
+class Backend(Protocol):
+    """What an answer needs of a decoder; MobileLlama is the real one, tests script another."""
+
     store: ModelInfo | None  # None without an expert store
     has_engine: bool
-    head: Head | None  # None for a model that was not calibrated
-    buddies: Buddies | None  # likewise
     device: DeviceTier | None  # None without slots on a device
     threads: FollowingThreads | None  # None where their number is fixed
     devices: tuple[Device, ...]  # that the model is on; none: the host alone
 
     @property
+    def sequence(self) -> Text: ...
+    @property
+    def n_ubatch(self) -> int: ...
+    @property
     def can_step_back(self) -> bool: ...
+    @property
+    def head(self) -> Head | None: ...  # None for a model that was not calibrated
+    @property
+    def buddies(self) -> Buddies | None: ...  # likewise
     @property
     def can_generate(self) -> bool: ...
     @property
@@ -123,7 +133,6 @@ class Backend(Protocol):
         self, grammar: str | None, json_schema: Any, should_stop: Callable[[], bool] | None = ...
     ) -> Any: ...
     def prepare_constraints(self) -> None: ...
-    def token_bos(self) -> int: ...
     def set_seed(self, seed: int) -> None: ...
     def counters(self) -> Counters: ...
     def device_counters(self) -> DeviceCounters: ...
@@ -155,16 +164,17 @@ class Request:
 
 def generate_steps(backend: Backend, request: Request) -> Generator[tuple[int, Pass], None, None]:
     """The bottom layer: sampled tokens, each with the pass its logits came from, without an end."""
-    backend.policy = request.policy
-    backend.should_stop = request.should_stop
-    backend.on_prompt = request.on_prompt
-    backend.on_logits = request.on_logits
+    text = backend.sequence
+    text.policy = request.policy
+    text.should_stop = request.should_stop
+    text.on_prompt = request.on_prompt
+    text.on_logits = request.on_logits
     backend.set_seed(request.seed)
     if not request.cache_prompt:
         backend.forget()
     with closing(backend.generate(list(request.prompt), **request.sampling)) as tokens:
         for token in tokens:
-            yield token, backend.last_pass
+            yield token, text.last_pass
 
 
 def read_traffic(
@@ -217,7 +227,7 @@ class Answer:
     def stream(self) -> Generator[Chunk, None, None]:
         """Yield a chunk per token until the end; Ctrl-C or ``should_stop`` make it ``interrupted``."""
         self._backend.reset_counters()
-        self._backend.prompt_evaluated = 0
+        self._backend.sequence.prompt_evaluated = 0
         should_stop = self._request.should_stop or _never
         with closing(generate_steps(self._backend, self._request)) as steps:
             while self.finish_reason is None:
@@ -258,7 +268,7 @@ class Answer:
             self._loss = self._backend.loss_counters()
         if not self._tokens:
             # Sampling the first token belongs to the generation, as in llama-server.
-            self._prompt_seconds = max(0.0, min(self._backend.prompt_done, ended) - started)
+            self._prompt_seconds = max(0.0, min(self._backend.sequence.prompt_done, ended) - started)
         return made
 
     def _end(self, reason: str, token: int | None = None, text: str = "") -> Chunk:
@@ -275,14 +285,14 @@ class Answer:
             tokens_per_second=self.timings().predicted_per_second,
             finish_reason=self.finish_reason,
             receipt=self.receipt(),
-            prompt_evaluated=self._backend.prompt_evaluated,
+            prompt_evaluated=self._backend.sequence.prompt_evaluated,
         )
 
     def timings(self) -> Timings:
         """Times so far, without what the consumer of the stream took."""
         prompt_seconds = self._prompt_seconds if self._tokens else self._busy_seconds
         return Timings(
-            prompt_n=self._backend.prompt_evaluated,
+            prompt_n=self._backend.sequence.prompt_evaluated,
             prompt_ms=prompt_seconds * 1e3,
             predicted_n=len(self._tokens),
             predicted_ms=(self._busy_seconds - prompt_seconds) * 1e3,
@@ -302,6 +312,7 @@ class Answer:
             turns_left_out=self._request.turns_left_out,
             threads=threads.threads if threads is not None else 0,
             thread_changes=threads.n_changes - self._thread_changes if threads is not None else 0,
+            n_ubatch=self._backend.n_ubatch,
             context_full=self.finish_reason == LENGTH and self._request.fills_context,
             loss=loss_of(self._loss) if policy.loss is not None else None,
             **read_traffic(self._backend, self._counters, self._device_counters, self._ahead),

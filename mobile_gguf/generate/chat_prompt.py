@@ -52,7 +52,7 @@ def system_forms(messages: Sequence[Mapping[str, Any]]) -> Iterator[Sequence[Map
 
 
 class Tokenizer(Protocol):
-    """What makes tokens of text, as Llama has it."""
+    """What makes tokens of text, as MobileLlama does."""
 
     def tokenize(self, text: bytes, add_bos: bool = ..., special: bool = ...) -> list[int]: ...
 

@@ -1,6 +1,6 @@
 """Which experts a pass uses, and when a position is run again: MoBiLE's decision, arXiv 2510.12357.
 
-Pure policy over a narrow view of the decoder, so that the rule can be tested without an engine.
+Pure policy over a narrow view of a sequence, so that the rule can be tested without an engine.
 Little: at most ``little_k`` routed experts; big: all of the top-k. ``big-little`` has two ways to find the
 important tokens. By confidence, MoBiLE's: a token is decoded little first; if the largest softmax probability
 of that pass is below ``gamma``, the position is run again with all experts and its KV row overwritten. By the
@@ -62,8 +62,8 @@ class Policy:
         return self.mode == EXACT or (self.mode == BIG_LITTLE and self.gamma > 1)
 
 
-class Decoder(Protocol):
-    """What a step needs of a decoder."""
+class Steps(Protocol):
+    """What a step needs of a sequence."""
 
     def use_experts(self, k: int) -> None:
         """Use at most ``k`` routed experts from the next pass on; ALL_EXPERTS: the top-k."""
@@ -127,36 +127,36 @@ def is_important_by_head(probability: float | None, threshold: float) -> bool:
     return threshold <= 0 or probability is None or not probability <= threshold
 
 
-def decode_prompt(decoder: Decoder, tokens: list[int]) -> Pass:
+def decode_prompt(steps: Steps, tokens: list[int]) -> Pass:
     """Run prompt tokens; a prompt is always big, and loses nothing."""
-    decoder.use_loss(None)
-    decoder.use_experts(ALL_EXPERTS)
-    decoder.forward(tokens)
+    steps.use_loss(None)
+    steps.use_experts(ALL_EXPERTS)
+    steps.forward(tokens)
     return Pass.BIG
 
 
-def decode_token(decoder: Decoder, token: int, policy: Policy) -> Pass:
+def decode_token(steps: Steps, token: int, policy: Policy) -> Pass:
     """Run one generated token as ``policy`` has it; returns the pass that its logits come from.
 
     What is big because it is important loses nothing.
     """
     if policy.mode == EXACT:
-        decoder.use_loss(policy.loss)
-        decoder.use_experts(ALL_EXPERTS)
-        decoder.forward([token])
+        steps.use_loss(policy.loss)
+        steps.use_experts(ALL_EXPERTS)
+        steps.forward([token])
         return Pass.BIG
-    if policy.uses_head and is_important_by_head(decoder.head_probability(token), policy.head_threshold):
-        return decode_prompt(decoder, [token])
-    decoder.use_loss(policy.loss)
-    decoder.use_experts(policy.little_k)
-    decoder.forward([token])
+    if policy.uses_head and is_important_by_head(steps.head_probability(token), policy.head_threshold):
+        return decode_prompt(steps, [token])
+    steps.use_loss(policy.loss)
+    steps.use_experts(policy.little_k)
+    steps.forward([token])
     if policy.mode == LITTLE or policy.uses_head:
         return Pass.LITTLE
-    if not is_important(max_probability(decoder.last_logits()), policy.gamma):
+    if not is_important(max_probability(steps.last_logits()), policy.gamma):
         return Pass.LITTLE
-    decoder.prefetch_masked()
-    decoder.step_back()
-    decoder.use_loss(None)
-    decoder.use_experts(ALL_EXPERTS)
-    decoder.forward([token])
+    steps.prefetch_masked()
+    steps.step_back()
+    steps.use_loss(None)
+    steps.use_experts(ALL_EXPERTS)
+    steps.forward([token])
     return Pass.FALLBACK

@@ -1,4 +1,4 @@
-"""A Llama's states as one vector: llama.cpp's pooling where the file asks for one, otherwise ours.
+"""The states of a text as one vector: llama.cpp's pooling where the file asks for one, otherwise ours.
 
 Imported with llama-cpp-python, when a model is loaded.
 """
@@ -8,9 +8,14 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from llama_cpp import Llama, llama_cpp
+from llama_cpp import llama_cpp
 
 from mobile_gguf.options.words import CLS, LAST, MEAN, RANK
+
+from .decode import ALL_EXPERTS
+from .decoder import Decoder
+from .native import Native
+from .sequence import TokenSequence
 
 _NAMES = {
     llama_cpp.LLAMA_POOLING_TYPE_MEAN: MEAN,
@@ -22,57 +27,65 @@ _NAMES = {
 _LOGITS_BYTES = 32 << 20
 
 
-def file_pooling(llama: Llama) -> str | None:
+def file_pooling(native: Native) -> str | None:
     """The pooling that the file asks for; None if it asks for none."""
-    return _NAMES.get(int(llama_cpp.llama_pooling_type(llama.ctx)))
+    return _NAMES.get(int(llama_cpp.llama_pooling_type(native.ctx)))
 
 
-def has_memory(llama: Llama) -> bool:
-    """Whether the model keeps what it has read, without which it can continue nothing (an encoder)."""
-    return bool(llama_cpp.llama_get_memory(llama.ctx))
-
-
-def clear_memory(llama: Llama) -> None:
-    """Forget all positions; nothing for a model without a memory."""
-    memory = llama_cpp.llama_get_memory(llama.ctx)
-    if memory:
-        llama_cpp.llama_memory_clear(memory, False)
-
-
-def _in_parts(llama: Llama) -> bool:
+def _in_parts(native: Native) -> bool:
     """Whether a text may be computed in parts: a token sees only those before it, no part is pooled."""
-    architecture = llama.metadata.get("general.architecture", "")
-    is_causal = llama.metadata.get(f"{architecture}.attention.causal", "true") != "false"
-    return is_causal and has_memory(llama) and file_pooling(llama) in (None, LAST)
+    architecture = native.says("general.architecture") or ""
+    is_causal = native.says(f"{architecture}.attention.causal") != "false"
+    return is_causal and bool(native.memory) and file_pooling(native) in (None, LAST)
 
 
-def longest_text(llama: Llama) -> int:
+def longest_text(native: Native) -> int:
     """Tokens of the longest text that can be embedded."""
-    if _in_parts(llama):
-        return llama.n_ctx()
-    n_at_once = min(llama.n_batch, int(llama_cpp.llama_n_ubatch(llama.ctx)), llama.n_ctx())
+    if _in_parts(native):
+        return native.n_ctx
+    n_at_once = min(native.n_batch, native.n_ubatch, native.n_ctx)
     # beyond what it was trained with, an encoder has no rows for positions
-    return min(n_at_once, int(llama_cpp.llama_model_n_ctx_train(llama.model)) or n_at_once)
+    return min(n_at_once, int(llama_cpp.llama_model_n_ctx_train(native.model)) or n_at_once)
 
 
-def pooled_state(llama: Llama, tokens: list[int], pooling: str) -> np.ndarray:
-    """The pooled states of ``tokens``, float32 [n_embd], by a context that is empty and keeps states.
+def embed_tokens(sequence: TokenSequence, tokens: list[int], pooling: str) -> np.ndarray:
+    """The pooled states of ``tokens``, float32 [n_embd]; the context is empty afterwards.
 
-    Raises RuntimeError if llama.cpp fails.
+    Raises what decoding raises.
     """
+    decoder = sequence.decoder
+    decoder.use_loss(None)
+    decoder.use_experts(ALL_EXPERTS)
+    sequence.put_away()
+    _empty(sequence)
+    decoder.keep_states(True)
+    try:
+        with decoder.explained(sequence.should_stop):
+            return _pooled_state(decoder, tokens, pooling)
+    finally:
+        decoder.keep_states(False)
+        _empty(sequence)
+
+
+def _empty(sequence: TokenSequence) -> None:
+    sequence.forget()
+    sequence.decoder.clear()
+
+
+def _pooled_state(decoder: Decoder, tokens: list[int], pooling: str) -> np.ndarray:
+    native = decoder.native
     n_part = len(tokens)
-    if _in_parts(llama):
-        n_part = min(llama.n_batch, max(1, _LOGITS_BYTES // (4 * llama.n_vocab())))
-    parts = _Parts(int(llama_cpp.llama_model_n_embd_out(llama.model)))
-    by_file = file_pooling(llama) is not None
+    if _in_parts(native):
+        n_part = min(native.n_batch, max(1, _LOGITS_BYTES // (4 * native.n_vocab)))
+    parts = _Parts(int(llama_cpp.llama_model_n_embd_out(native.model)))
+    by_file = file_pooling(native) is not None
     for start in range(0, len(tokens), n_part):
         part = tokens[start : start + n_part]
-        llama._batch.set_batch(part, start, True)
-        llama._ctx.decode(llama._batch)
+        decoder.run(part, start, every_output=True)
         if not by_file:
-            parts.add(_array(llama_cpp.llama_get_embeddings(llama.ctx), (len(part), parts.n_embd)))
+            parts.add(_array(llama_cpp.llama_get_embeddings(native.ctx), (len(part), parts.n_embd)))
     if by_file:
-        return _array(llama_cpp.llama_get_embeddings_seq(llama.ctx, 0), (parts.n_embd,)).copy()
+        return _array(llama_cpp.llama_get_embeddings_seq(native.ctx, 0), (parts.n_embd,)).copy()
     return parts.pooled(pooling)
 
 

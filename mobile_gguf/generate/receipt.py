@@ -61,7 +61,8 @@ class Receipt:
     are all needs, and ``expert_hits`` and ``expert_misses`` those that reached the host. ``turns_left_out``
     are a chat's oldest turns that the context had no room for; with ``context_full`` the answer was cut by
     it. ``threads`` is what the last token was generated with, ``thread_changes`` how often another number was
-    found faster; both 0 where the number is fixed. ``loss`` is None where every missing expert was read.
+    found faster; both 0 where the number is fixed. ``n_ubatch`` is how many tokens of a prompt are computed
+    at once: the last bits of logits may hang on it. ``loss`` is None where every missing expert was read.
     """
 
     mode: str = EXACT
@@ -88,6 +89,7 @@ class Receipt:
     context_full: bool = False
     threads: int = 0
     thread_changes: int = 0
+    n_ubatch: int = 0
     loss: Loss | None = None
 
     def to_dict(self) -> dict[str, Any]:

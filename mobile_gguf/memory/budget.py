@@ -24,11 +24,16 @@ class BudgetPlan:
     warning: str = ""
 
 
-def plan_budget(size: Size, info: GgufInfo, demand: Demand, memory: Memory) -> BudgetPlan:
+def plan_budget(
+    size: Size, info: GgufInfo, demand: Demand, memory: Memory, *, is_bound: bool = False
+) -> BudgetPlan:
     """Turn what was asked for into the byte budget of the expert store.
 
     A share is one of the expert bytes; ``auto`` is what the memory available leaves after ``demand``
-    and a reserve. Raises BudgetError below one layer's experts, the smallest legal budget.
+    and a reserve. What was asked for beyond the memory is kept with a warning, but under a cgroup's limit,
+    which the kernel enforces with a kill, it becomes what the limit and a reserve leave, unless ``demand``
+    is but an upper bound (``is_bound``). Raises BudgetError below one layer's experts, the smallest legal
+    budget.
     """
     available = memory.available_bytes
     if size.is_auto:
@@ -55,11 +60,10 @@ def plan_budget(size: Size, info: GgufInfo, demand: Demand, memory: Memory) -> B
                 f"{_percent_up(share)} of its experts), one layer's experts, because a prompt needs "
                 "nearly all of them at once"
             )
-    keeps_all = budget >= info.budget_all_bytes
-    return BudgetPlan(
-        budget_bytes=0 if keeps_all else budget,
-        warning="" if size.is_auto else _warning(size, min(budget, info.budget_all_bytes), demand, memory),
-    )
+    warning = ""
+    if not size.is_auto:
+        budget, warning = _within(size, budget, info, demand, memory, may_cut=not is_bound)
+    return BudgetPlan(0 if budget >= info.budget_all_bytes else budget, warning)
 
 
 def asked_bytes(size: Size, info: GgufInfo) -> int:
@@ -91,12 +95,22 @@ def reserve_bytes(available: int) -> int:
     return max(_RESERVE_MIN, available // _RESERVE_SHARE)
 
 
-def _warning(size: Size, budget: int, demand: Demand, memory: Memory) -> str:
-    needed = budget + demand.total_bytes
-    if needed <= memory.available_bytes:
-        return ""
-    return (
+def _within(
+    size: Size, asked: int, info: GgufInfo, demand: Demand, memory: Memory, *, may_cut: bool
+) -> tuple[int, str]:
+    """The budget that was asked for, or what a hard limit leaves of it, and a warning if it may not fit."""
+    budget = min(asked, info.budget_all_bytes)
+    cuts = may_cut and memory.is_capped
+    # under a limit also for what the process itself still grows by
+    left = memory.available_bytes - demand.total_bytes - (_RESERVE_MIN if cuts else 0)
+    if budget <= left:
+        return asked, ""
+    warning = (
         f"--ram-budget {size} may not fit: {format_bytes(budget)} of experts and about "
         f"{format_bytes(demand.total_bytes)} for the rest, but {memory.source} has "
         f"{format_bytes(memory.available_bytes)} available"
     )
+    smaller = max(left, info.budget_min_bytes)
+    if not cuts or smaller >= budget:
+        return asked, warning
+    return smaller, f"{warning}: the budget is {format_bytes(smaller)}"

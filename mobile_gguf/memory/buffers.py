@@ -21,11 +21,11 @@ def with_buffers(
     *,
     others: Sequence[Context] = (),
 ) -> Asked:
-    """``asked`` with what its context's buffers take, measured where it is not known.
+    """``asked`` with what its contexts' buffers take, measured where it is not known.
 
     ``others``: contexts that it will be compared with. A file that cannot be measured keeps what is estimated
     from its header.
     """
-    contexts = list(dict.fromkeys([asked.context, *others]))
+    contexts = list(dict.fromkeys([*asked.contexts, *others]))
     found = measure_buffers(engine, info.path, info.files, contexts, keep_on)
     return replace(asked, measured=Measured(found)) if found else asked

@@ -6,7 +6,7 @@ Pure arithmetic of a header, options, and the memory as it was before anything i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from mobile_gguf.engine.buffers import NOT_MEASURED, Context, Measured
 from mobile_gguf.engine.devices import Device
@@ -17,7 +17,7 @@ from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.options import LoadOptions
 from mobile_gguf.sizes import AUTO, OFF, Size
 
-from .budget import plan_budget, stored_share
+from .budget import plan_budget, reserve_bytes, stored_share
 from .demand import (
     Demand,
     context_of,
@@ -27,6 +27,7 @@ from .demand import (
     host_share,
 )
 from .machine import Memory
+from .microbatch import DEFAULT_UBATCH, growth_pays, larger_ubatches, reads_are_hidden
 from .pools import asked_pool, auto_pool, foreseen, lacking, pool_all_bytes, pool_min_bytes
 
 
@@ -34,12 +35,14 @@ from .pools import asked_pool, auto_pool, foreseen, lacking, pool_all_bytes, poo
 class Asked:
     """What a model is to be loaded with. ``ram`` and ``vram``: a size, a share of the experts, or auto.
 
-    ``vram`` None: no device. ``servers``: RPC servers were named as devices. ``measured``: what the engine
-    said of the file's compute buffers.
+    ``n_ubatch`` is the micro-batch, ``larger`` what may be taken instead where experts are streamed: none if
+    the user gave one. ``vram`` None: no device. ``servers``: RPC servers were named as devices. ``measured``:
+    what the engine said of the file's compute buffers.
     """
 
     n_ctx: int
     n_ubatch: int
+    larger: tuple[int, ...] = ()
     flash_attn: bool = False
     ram: Size = AUTO
     vram: Size | None = AUTO
@@ -52,6 +55,11 @@ class Asked:
         return context_of(self.n_ctx, self.n_ubatch, self.flash_attn)
 
     @property
+    def contexts(self) -> list[Context]:
+        """All that it may become."""
+        return [context_of(self.n_ctx, n, self.flash_attn) for n in (self.n_ubatch, *self.larger)]
+
+    @property
     def insists(self) -> bool:
         """Whether devices were asked for, so that what cannot be done there is an error and not a notice."""
         return self.servers or (self.vram is not None and not self.vram.is_auto)
@@ -61,6 +69,7 @@ class Asked:
 class Fit:
     """Where everything goes, in bytes. Budgets are for routed experts; shares are parts of all of them.
 
+    ``asked`` with the micro-batch that was chosen.
     ``ram_budget_bytes`` is ``GgufInfo.budget_all_bytes`` if all stay in memory, 0 of a model without experts.
     ``vram_budget_bytes`` is what slots will have on ``devices``; ``pool_bytes`` what was asked for, None for
     ``auto``: then the free memory is looked at again once the model is loaded. ``demand`` is what goes to the
@@ -102,9 +111,13 @@ def asked_of(info: GgufInfo, options: LoadOptions) -> Asked:
     vram = options.vram_budget
     if vram == OFF and options.rpc:
         raise UsageError(f"--rpc names devices, and --vram-budget {OFF} uses none: leave one of them out")
+    n_ctx = context_size(info, options.n_ctx)
+    is_auto = isinstance(options.n_ubatch, str)
+    wanted = options.n_ubatch if isinstance(options.n_ubatch, int) else DEFAULT_UBATCH
     return Asked(
-        n_ctx=context_size(info, options.n_ctx),
-        n_ubatch=min(options.n_ubatch, options.n_batch),
+        n_ctx=n_ctx,
+        n_ubatch=min(wanted, options.n_batch or wanted),
+        larger=larger_ubatches(info, n_ctx, options.n_batch, options.flash_attn) if is_auto else (),
         flash_attn=options.flash_attn,
         ram=options.ram_budget,
         vram=None if vram == OFF else vram,
@@ -117,7 +130,8 @@ def fit_model(info: GgufInfo, asked: Asked, memory: Memory, devices: Sequence[De
     """Decide what of a model goes where.
 
     Devices that nobody insists on are left out, with a note, where the model does not fit there. A budget
-    beyond the memory available is kept, with a warning. Raises BudgetError for what cannot be loaded.
+    beyond the memory available is kept, or cut under a cgroup's limit, with a warning. Raises BudgetError for
+    what cannot be loaded.
     """
     if asked.vram is None or not devices:
         return _fit_host(info, asked, memory)
@@ -130,6 +144,29 @@ def fit_model(info: GgufInfo, asked: Asked, memory: Memory, devices: Sequence[De
 
 
 def _fit_host(info: GgufInfo, asked: Asked, memory: Memory, *notes: str) -> Fit:
+    """On the host alone, with the largest micro-batch that reads of streamed experts are worth."""
+    usual = chosen = _fit_ubatch(info, asked, asked.n_ubatch, memory, notes)
+    for n_ubatch in asked.larger:
+        if usual.warning or reads_are_hidden(info, chosen.ram_share, chosen.asked.n_ubatch):
+            break
+        try:
+            more = _fit_ubatch(info, asked, n_ubatch, memory, notes)
+        except BudgetError:
+            break
+        if not _has_room(more) or not growth_pays(usual.ram_budget_bytes, more.ram_budget_bytes):
+            break
+        chosen = more
+    return chosen
+
+
+def _has_room(fit: Fit) -> bool:
+    """Whether as much is left as an automatic budget leaves; one that was asked for may leave less."""
+    available = fit.memory.available_bytes
+    return fit.demand.total_bytes + fit.ram_budget_bytes + reserve_bytes(available) <= available
+
+
+def _fit_ubatch(info: GgufInfo, asked: Asked, n_ubatch: int, memory: Memory, notes: tuple[str, ...]) -> Fit:
+    asked = replace(asked, n_ubatch=n_ubatch, larger=())
     demand = host_demand(info, asked)
     if not info.is_moe:
         return Fit(asked, demand, demand, memory, notes=notes)
@@ -152,6 +189,8 @@ def host_demand(info: GgufInfo, asked: Asked) -> Demand:
 def _fit_devices(
     info: GgufInfo, asked: Asked, memory: Memory, devices: tuple[Device, ...], vram: Size
 ) -> Fit:
+    # a device's memory is for slots: what a prompt needs of them is uploaded, whatever the micro-batch
+    asked = replace(asked, larger=())
     n_ctx, n_ubatch, flash_attn = asked.context
     demand = estimate_device_demand(
         info, n_ctx=n_ctx, n_ubatch=n_ubatch, flash_attn=flash_attn, measured=asked.measured
@@ -175,7 +214,8 @@ def _fit_devices(
     if sharing:
         # What goes to the device is missing on the host.
         taken = host + demand + Demand(0, 0, pool or 0)
-    plan = plan_budget(asked.ram, info, taken, memory)
+    # of slots on several devices not all need be on those that share it
+    plan = plan_budget(asked.ram, info, taken, memory, is_bound=bool(sharing))
     budget = plan.budget_bytes or info.budget_all_bytes
     # Half of what is left: the host's own needs grow as well, and a page too many ends a process.
     left = max(0, memory.available_bytes - taken.total_bytes - budget) // 2

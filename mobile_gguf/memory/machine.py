@@ -14,6 +14,7 @@ from .cgroup import cgroup_directories, read_number, read_stat, read_text
 
 # cgroup v1 writes "no limit" as the largest multiple of the page size below 2^63.
 _NO_LIMIT = 1 << 60
+_CGROUP = "cgroup "
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,11 @@ class Memory:
     total_bytes: int
     source: str  # "the machine" or "cgroup PATH"
 
+    @property
+    def is_capped(self) -> bool:
+        """Whether the kernel ends a process that takes more, whatever else the machine has."""
+        return self.source.startswith(_CGROUP)
+
 
 def read_memory(root: Path = Path("/")) -> Memory:
     """The smallest of the machine's available memory and every enclosing cgroup's free memory."""
@@ -45,7 +51,7 @@ def read_memory(root: Path = Path("/")) -> Memory:
     for limit in cgroup_limits(root):
         total = min(total, limit.limit_bytes)
         if limit.free_bytes < available:
-            available, source = limit.free_bytes, f"cgroup {limit.path}"
+            available, source = limit.free_bytes, f"{_CGROUP}{limit.path}"
     return Memory(available, total, source)
 
 

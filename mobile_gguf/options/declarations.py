@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Literal
 
-from mobile_gguf.sizes import AUTO, Size, parse_size, parse_size_or_off
+from mobile_gguf.sizes import AUTO, Size, parse_bytes_or_off, parse_size, parse_size_or_off
 
 from .bias import parse_bias, take_bias
 from .opt import Checked, Opt, take_parsed, take_schema, take_texts
+from .tokens import MAX_TOKENS, parse_tokens_or_auto
 from .words import (
+    AUTO_UBATCH,
     CONTEXT_FULL,
     DEFAULT_EVICTION,
     DEFAULT_IO_THREADS,
@@ -33,7 +35,6 @@ from .words import (
 DEFAULT_GAMMA = 0.7
 # GGML_MAX_N_THREADS of llama.cpp, which ends the process with more.
 MAX_THREADS = 512
-_MAX_TOKENS = 1 << 24
 _MAX_INT32 = (1 << 31) - 1
 # What decides which tokens run with fewer experts; may change from answer to answer.
 POLICY_OPTIONS = (
@@ -91,7 +92,6 @@ _SUBSTITUTE = Opt(
     choices=SUBSTITUTE,
     help="in the place of a missing expert: its buddy, the likeliest there, or favour those there",
 )
-_tokens = partial(Opt, read=int, low=1, high=_MAX_TOKENS)
 _threads = partial(Opt, read=int, low=1, high=MAX_THREADS)
 # The engine's seeds have 32 bits, of which all ones ask it to make one up: fold_seed of generate/request.py.
 _SEED = Opt(
@@ -158,12 +158,29 @@ class LoadOptions(Checked):
             *("-c", "--ctx-size"),
             read=int,
             low=0,
-            high=_MAX_TOKENS,
+            high=MAX_TOKENS,
             help="context, 0: the model's (default: that, up to 4096)",
         ),
     ] = None
-    n_batch: Annotated[int, _tokens("-b", "--batch-size", help="prompt tokens per call")] = 512
-    n_ubatch: Annotated[int, _tokens("-ub", "--ubatch-size", help="tokens per graph")] = 512
+    n_batch: Annotated[
+        int | None,
+        Opt(
+            *("-b", "--batch-size"),
+            read=int,
+            low=1,
+            high=MAX_TOKENS,
+            help="prompt tokens per call (default: 512, or as many as are computed at once)",
+        ),
+    ] = None
+    n_ubatch: Annotated[
+        int | Literal["auto"],
+        Opt(
+            *("-ub", "--ubatch-size"),
+            read=parse_tokens_or_auto,
+            metavar="N",
+            help="prompt tokens computed at once; auto: 512, more where experts are streamed and it pays",
+        ),
+    ] = AUTO_UBATCH
     threads: Annotated[
         int | None, _threads("-t", "--threads", help="threads that generate (default: the cores)")
     ] = None
@@ -195,6 +212,15 @@ class LoadOptions(Checked):
     flash_attn: Annotated[
         bool, Opt("-fa", "--flash-attn", is_flag=True, help="flash attention: smaller compute buffers")
     ] = False
+    prefix_cache: Annotated[
+        Size | Literal["off"],
+        Opt(
+            "--prefix-cache",
+            read=parse_bytes_or_off,
+            metavar="SIZE",
+            help="free memory for conversations that others put out of the context: auto (2 GiB), or off",
+        ),
+    ] = AUTO
     seed: Annotated[int | None, _SEED] = None
     verbose: Annotated[bool, Opt("-v", "--verbose", is_flag=True, help="show the engine's log")] = False
 

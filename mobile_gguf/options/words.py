@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 # how many experts a token uses
 EXACT, LITTLE, BIG_LITTLE = MODES = ("exact", "little", "big-little")
 
@@ -23,6 +25,9 @@ IO = ("auto", "direct", "buffered")
 
 # threads that read experts, as the engine has it
 DEFAULT_IO_THREADS = 4
+
+# how many tokens of a prompt are computed at once: as streaming experts costs
+AUTO_UBATCH: Final = "auto"
 
 # where an expert is computed that the device lacks
 MISS = ("auto", "fetch", "cpu")

@@ -19,7 +19,7 @@ from mobile_gguf.engine.binding import load_library
 from mobile_gguf.engine.devices import CPU, SIGNATURES, Device
 from mobile_gguf.errors import EngineError
 
-F32, I32 = 0, 26
+F32, F16, I32 = 0, 1, 26
 _BUFFER_OFFSET = 8  # of `buffer` in struct ggml_tensor, after an enum
 _GRAPH_NODES = 4096
 _FILL = 0x11  # as a half it is a small ordinary number, as it is in quants
@@ -42,6 +42,8 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ggml_new_tensor_3d": (_A, (_A, ctypes.c_int, _I, _I, _I)),
     "ggml_mul_mat": (_A, (_A, _A, _A)),
     "ggml_mul_mat_id": (_A, (_A, _A, _A, _A)),
+    "ggml_soft_max_ext": (_A, (_A, _A, _A, ctypes.c_float, ctypes.c_float)),
+    "ggml_flash_attn_ext": (_A, (_A, _A, _A, _A, _A, ctypes.c_float, ctypes.c_float, ctypes.c_float)),
     "ggml_new_graph_custom": (_A, (_A, _N, ctypes.c_bool)),
     "ggml_build_forward_expand": (None, (_A, _A)),
     "ggml_backend_alloc_ctx_tensors": (_A, (_A, _A)),
@@ -71,7 +73,7 @@ class Matrices:
     """What to multiply with: ``k`` of ``n_expert`` matrices of ``n_in`` x ``n_out``, ``n_stacks`` times over.
 
     One expert and k = 1 stand for an ordinary matrix. ``usual`` puts them where llama.cpp would put weights
-    of an ordinary buffer on the CPU, repacked where the processor has kernels for that.
+    of an ordinary buffer on the CPU, repacked where the processor has kernels for that. ``n_tokens`` at once.
     """
 
     type_id: int
@@ -81,6 +83,25 @@ class Matrices:
     k: int = 1
     n_stacks: int = 1
     usual: bool = False
+    n_tokens: int = 1
+
+    @property
+    def multiplications(self) -> int:
+        """Of a weight with a value, in one pass."""
+        return self.n_in * self.n_out * self.k * self.n_stacks * self.n_tokens
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One layer: heads, of keys and values of so many numbers; ``n_tokens`` attend to ``n_positions``."""
+
+    n_head: int
+    n_head_kv: int
+    keys: int
+    values: int
+    n_positions: int
+    n_tokens: int
+    flash: bool = False
 
 
 class Ggml:
@@ -142,7 +163,7 @@ class Ggml:
         seconds: float,
         check: Callable[[], None] = lambda: None,
     ) -> tuple[int, list[float]]:
-        """Multiply one vector with the matrices, again and again for ``seconds``, by other experts each time.
+        """Multiply vectors with the matrices, again and again for ``seconds``, by other experts each time.
 
         Returns the bytes of weights that one pass reads, and the seconds of every pass. Raises EngineError
         if the device has no memory for them.
@@ -155,9 +176,13 @@ class Ggml:
                 else self.call("new_tensor_2d", weights_ctx, what.type_id, *shape)
                 for _ in range(what.n_stacks)
             ]
-            x = self.call("new_tensor_3d", ctx, F32, what.n_in, 1, 1)
+            n_tokens = what.n_tokens
+            columns = (1, n_tokens) if what.n_expert > 1 else (n_tokens, 1)
+            x = self.call("new_tensor_3d", ctx, F32, what.n_in, *columns)
             ids = (
-                [self.call("new_tensor_2d", ctx, I32, what.k, 1) for _ in stacks] if what.n_expert > 1 else []
+                [self.call("new_tensor_2d", ctx, I32, what.k, n_tokens) for _ in stacks]
+                if what.n_expert > 1
+                else []
             )
             graph = self.call("new_graph_custom", ctx, _GRAPH_NODES, False)
             products = [
@@ -186,7 +211,8 @@ class Ggml:
             while time.perf_counter() < deadline or len(times) < 3:
                 check()
                 for tensor in ids:
-                    chosen = (ctypes.c_int32 * what.k)(*pick.sample(range(what.n_expert), what.k))
+                    rows = [pick.sample(range(what.n_expert), what.k) for _ in range(n_tokens)]
+                    chosen = (ctypes.c_int32 * (what.k * n_tokens))(*(id for row in rows for id in row))
                     self.call(
                         "backend_tensor_set", tensor, ctypes.addressof(chosen), 0, ctypes.sizeof(chosen)
                     )
@@ -199,6 +225,47 @@ class Ggml:
                     self.call("backend_tensor_get", products[-1], ctypes.addressof(one), 0, 4)
                 times.append(time.perf_counter() - started)
             return n_bytes, times[1:]
+
+    def time_attention(
+        self,
+        backend: int,
+        what: Attention,
+        seconds: float,
+        check: Callable[[], None] = lambda: None,
+    ) -> list[float]:
+        """Seconds of every pass of a layer's attention on the CPU, as llama.cpp's graphs compute it."""
+        with self._context() as ctx, contextlib.ExitStack() as buffers:
+
+            def tensor(kind: int, *shape: int) -> int:
+                return self.call("new_tensor_3d", ctx, kind, *shape)
+
+            query = tensor(F32, what.keys, what.n_tokens, what.n_head)
+            key = tensor(F16, what.keys, what.n_positions, what.n_head_kv)
+            if what.flash:
+                value = tensor(F16, what.values, what.n_positions, what.n_head_kv)
+                result = self.call("flash_attn_ext", ctx, query, key, value, None, 1.0, 0.0, 0.0)
+            else:
+                value = tensor(F16, what.n_positions, what.values, what.n_head_kv)
+                scores = self.call("mul_mat", ctx, key, query)
+                weights = self.call("soft_max_ext", ctx, scores, None, 1.0, 0.0)
+                result = self.call("mul_mat", ctx, value, weights)
+            graph = self.call("new_graph_custom", ctx, _GRAPH_NODES, False)
+            self.call("build_forward_expand", graph, result)
+            made = self.call("backend_alloc_ctx_tensors", ctx, backend)
+            if not made:
+                raise EngineError("no memory to measure attention with")
+            buffers.callback(self.call, "backend_buffer_free", made)
+            for one in (query, key, value):
+                self._fill(one)
+            times: list[float] = []
+            deadline = time.perf_counter() + seconds
+            while time.perf_counter() < deadline or len(times) < 3:
+                check()
+                started = time.perf_counter()
+                if self.call("backend_graph_compute", backend, graph) != 0:
+                    raise EngineError("attention could not be computed")
+                times.append(time.perf_counter() - started)
+            return times[1:]
 
     def time_copies(
         self,

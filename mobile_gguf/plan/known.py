@@ -19,9 +19,10 @@ from mobile_gguf.memory.budget import stored_share
 from mobile_gguf.memory.fit import Asked, Fit, asked_of, fit_model, host_demand, pool_share
 from mobile_gguf.memory.machine import Memory, read_memory
 from mobile_gguf.options import LoadOptions
-from mobile_gguf.options.words import BIG_LITTLE
+from mobile_gguf.options.words import BIG_LITTLE, EXACT
 from mobile_gguf.sizes import OFF
 
+from .disk import disk_name
 from .machine import (
     MIN_TOKENS,
     Measurements,
@@ -31,7 +32,8 @@ from .machine import (
     lesson_name,
     read_measurements,
 )
-from .planner import predict_fit
+from .planner import predict_fit, settings_of
+from .prompt import PromptPrediction, predict_prompts
 from .speed import Prediction
 from .workload import read_hotness, read_workload
 
@@ -63,6 +65,16 @@ class Here:
         options = options or self._options
         devices = () if options.vram_budget == OFF else self.devices
         return fit_model(info, asked_of(info, options), self.memory, devices)
+
+    def prompts(self, info: GgufInfo, fit: Fit, options: LoadOptions | None = None) -> list[PromptPrediction]:
+        """The same of a first prompt, by its length; empty without measurements. Never raises."""
+        options, measurements = options or self._options, read_measurements()
+        try:
+            settings = settings_of(info, options, fit, EXACT)
+            workload, disk = read_workload(info), disk_name(info.path)
+            return list(predict_prompts(info, workload, measurements, settings, disk))
+        except (MobileError, OSError, ZeroDivisionError):
+            return []
 
     def speed(self, info: GgufInfo, fit: Fit, options: LoadOptions | None = None) -> Prediction | None:
         """The speed of that run by measurements made before, None without them; never raises."""

@@ -6,16 +6,13 @@ a moment. Ctrl-C ends it between two samples; what was measured until then is ke
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 from mobile_gguf.engine.devices import CPU, Device, all_devices
 from mobile_gguf.engine.log import capture_log
 from mobile_gguf.errors import EngineError, MobileError
 from mobile_gguf.gguf.info import GgufInfo
-from mobile_gguf.memory.machine import read_memory
 from mobile_gguf.options.words import CACHE, DEFAULT_IO_THREADS, LAYERS
 from mobile_gguf.progress import Progress, no_progress
 from mobile_gguf.sizes import MIB
@@ -23,31 +20,17 @@ from mobile_gguf.sizes import MIB
 from .disk import disk_name, measure_reads, read_size
 from .ggml import F32, Ggml, Matrices, device_key
 from .machine import Measurements, Rate, write_measurements
+from .measure_prompts import prompt_steps
+from .steps import PRODUCT_S, WEIGHTS_BYTES, Known, Step, main_products, matrices, mean_rate, mean_speed
 from .tiny import OnDevice, measure_overhead, overhead
 from .workload import Product, Workload
 
 LIMIT_S = 60.0
-_PRODUCT_S, _DISK_S, _OVERHEAD_S, _LINK_S = 0.3, 0.6, 0.5, 0.4
-_WEIGHTS_BYTES = 96 * MIB  # beyond what caches hold, and little enough for a small machine
+_DISK_S, _OVERHEAD_S, _LINK_S = 0.6, 0.5, 0.4
 _MIN_DEVICE_BYTES, _SEND_S = 4 * MIB, 0.5  # they have to be sent there first
-_MAX_STACKS = 400
 _SMALL_COPY, _LARGE_COPY = 4096, 4 * MIB
-_MAIN_PRODUCTS = 8  # shapes that make up most dense bytes
 WHOLE = "whole"
 _WAYS = {CACHE: (CACHE, 0.5), LAYERS: (LAYERS, 0.5), WHOLE: (LAYERS, 1.0)}  # placement, share of slots
-
-
-@dataclass(frozen=True)
-class Step:
-    """One measurement to make: what it is called, how long it takes, and how to say so."""
-
-    name: str
-    seconds: float
-    phase: str
-    run: Callable[[Callable[[], None]], dict[str, Rate]]
-
-
-Known = Callable[[str], "Rate | None"]
 
 
 def product_name(
@@ -68,12 +51,6 @@ def overhead_name(n_expert: int, k: int, threads: int) -> str:
     return f"overhead.{threads}.{k}of{n_expert}"
 
 
-def main_products(workload: Workload) -> tuple[Product, ...]:
-    """The dense products worth measuring: those that make up most of the bytes."""
-    ranked = sorted(workload.dense, key=lambda product: product.count * product.n_bytes, reverse=True)
-    return tuple(ranked[:_MAIN_PRODUCTS])
-
-
 def steps_for(
     info: GgufInfo,
     workload: Workload,
@@ -81,6 +58,8 @@ def steps_for(
     threads: int,
     io_threads: int = DEFAULT_IO_THREADS,
     *,
+    threads_batch: int | None = None,
+    flash_attn: bool = False,
     resident: bool = True,
     stored: bool = True,
     devices: Sequence[Device] = (),
@@ -90,7 +69,8 @@ def steps_for(
     """Every measurement that a plan for this model takes; ``ks`` are the experts a token may use.
 
     ``resident``: as the experts are multiplied when all of them stay in memory; ``stored``: as when not, and
-    the disk. ``known``: what was measured, also by steps before; a device's link decides how much is sent.
+    the disk. ``threads_batch`` multiply prompts, as many as ``threads`` unless said. ``known``: what was
+    measured, also by steps before; a device's link decides how much is sent.
     """
     ggml = ggml or Ggml()
     cpu = next(iter(all_devices([CPU])), None)
@@ -100,10 +80,10 @@ def steps_for(
 
     def add_product(product: Product, n_expert: int, k: int, usual: bool) -> None:
         name = product_name(product, threads, n_expert=n_expert, k=k, usual=usual)
-        what = _matrices(product, n_expert, k, usual)
+        what = matrices(product, n_expert, k, usual)
         phase = "measuring the processor"
         found.append(
-            Step(name, _PRODUCT_S, phase, lambda check: _product(ggml, cpu, threads, name, what, check))
+            Step(name, PRODUCT_S, phase, lambda check: _product(ggml, cpu, threads, name, what, check))
         )
 
     n_expert, segments = info.n_expert, info.segments
@@ -132,6 +112,10 @@ def steps_for(
                 return {name: measure_reads(info.path, n, threads, _DISK_S, check)}
 
             found.append(Step(name, _DISK_S, "measuring the disk", reads))
+    found += prompt_steps(
+        info, workload, threads_batch or threads,
+        flash_attn=flash_attn, resident=resident, stored=stored, cpu=cpu, ggml=ggml,
+    )  # fmt: skip
     for device in devices:
         found += _device_steps(ggml, device, workload, n_expert * segments, [k * segments for k in ks], known)
         found += _device_overhead_steps(device, n_expert, ks, threads)
@@ -148,10 +132,10 @@ def _device_steps(
 
     def launch(check: Callable[[], None]) -> dict[str, Rate]:
         with ggml.backend(device) as backend:
-            _, times = ggml.time_products(device, backend, Matrices(F32, 32, 32), _PRODUCT_S, check)
-        return {f"{prefix}.launch": _rate(times)}
+            _, times = ggml.time_products(device, backend, Matrices(F32, 32, 32), PRODUCT_S, check)
+        return {f"{prefix}.launch": mean_rate(times)}
 
-    yield Step(f"{prefix}.launch", _PRODUCT_S, f"measuring {device.name}", launch)
+    yield Step(f"{prefix}.launch", PRODUCT_S, f"measuring {device.name}", launch)
     yield Step(f"{prefix}.upload", 2 * _LINK_S, f"measuring {device.name}", link)
     wanted = [(product, 1, 1) for product in main_products(workload)]
     wanted += [(product, n_expert, k) for product in workload.experts for k in ks]
@@ -163,10 +147,10 @@ def _device_steps(
         ) -> dict[str, Rate]:
             link = known(f"{prefix}.upload")
             room = max(_MIN_DEVICE_BYTES, int(_SEND_S * link.value)) if link else _MIN_DEVICE_BYTES
-            what = _matrices(product, n, k, False, min(room, _WEIGHTS_BYTES))
+            what = matrices(product, n, k, False, min(room, WEIGHTS_BYTES))
             return _product(ggml, device, 0, name, what, check)
 
-        yield Step(name, _PRODUCT_S + _SEND_S, f"measuring {device.name}", products)
+        yield Step(name, PRODUCT_S + _SEND_S, f"measuring {device.name}", products)
 
 
 def _device_overhead_steps(device: Device, n_expert: int, ks: Sequence[int], threads: int) -> Iterator[Step]:
@@ -251,20 +235,12 @@ def expected_seconds(measurements: Measurements, steps: Sequence[Step]) -> float
     return min(LIMIT_S, sum(1.3 * step.seconds for step in steps if measurements.get(step.name) is None))
 
 
-def _matrices(product: Product, n_expert: int, k: int, usual: bool, limit: int | None = None) -> Matrices:
-    room = min(limit or _WEIGHTS_BYTES, read_memory().available_bytes // 4)
-    # a stack of fewer experts is as good, as long as they do not all stay in the cache
-    n = max(k, min(n_expert, room // max(1, product.n_bytes)))
-    stacks = max(1, min(_MAX_STACKS, int(room // max(1, product.n_bytes * n))))
-    return Matrices(product.type_id, product.n_in, product.n_out, n, k, stacks, usual)
-
-
 def _product(
     ggml: Ggml, device: Device, threads: int, name: str, what: Matrices, check: Callable[[], None]
 ) -> dict[str, Rate]:
     with ggml.backend(device, threads) as backend:
-        n_bytes, times = ggml.time_products(device, backend, what, _PRODUCT_S, check)
-    return {name: _speed(n_bytes, times)}
+        n_bytes, times = ggml.time_products(device, backend, what, PRODUCT_S, check)
+    return {name: mean_speed(n_bytes, times)}
 
 
 def _overhead(name: str, n_expert: int, k: int, threads: int, check: Callable[[], None]) -> dict[str, Rate]:
@@ -273,7 +249,7 @@ def _overhead(name: str, n_expert: int, k: int, threads: int, check: Callable[[]
 
 
 def _overhead_rates(name: str, few: Sequence[float], many: Sequence[float]) -> dict[str, Rate]:
-    few_rate, many_rate = _rate(few), _rate(many)
+    few_rate, many_rate = mean_rate(few), mean_rate(many)
     token, layer = overhead(few_rate.value, many_rate.value)
     _, low = overhead(few_rate.value, many_rate.low)
     _, high = overhead(few_rate.value, many_rate.high)
@@ -289,22 +265,8 @@ def _link(ggml: Ggml, device: Device, prefix: str, check: Callable[[], None]) ->
         large_up, large_down = ggml.time_copies(device, backend, _LARGE_COPY, _LINK_S, check)
     found = {}
     for what, small, large in (("upload", small_up, large_up), ("download", small_down, large_down)):
-        latency = _rate(small)
+        latency = mean_rate(small)
         found[f"{prefix}.{what}.latency"] = latency
         extra = [max(1e-9, seconds - latency.value) for seconds in large]
-        found[f"{prefix}.{what}"] = _speed(_LARGE_COPY - _SMALL_COPY, extra)
+        found[f"{prefix}.{what}"] = mean_speed(_LARGE_COPY - _SMALL_COPY, extra)
     return found
-
-
-def _rate(times: Sequence[float]) -> Rate:
-    """Seconds: the mean, because a token is a sum of many such, and a busy machine's pauses belong to it."""
-    ordered = sorted(times)
-    quarter = len(ordered) // 4
-    mean = statistics.fmean(ordered)
-    return Rate(mean, min(mean, ordered[quarter]), max(mean, ordered[-1 - quarter]))
-
-
-def _speed(n_bytes: float, times: Sequence[float]) -> Rate:
-    """Bytes per second."""
-    seconds = _rate([max(1e-9, one) for one in times])
-    return Rate(n_bytes / seconds.value, n_bytes / seconds.high, n_bytes / seconds.low)

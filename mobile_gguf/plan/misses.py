@@ -177,11 +177,28 @@ def independent_rate(share: float, hotness: Sequence[Sequence[float]]) -> float:
 
 
 def _popular_traces(share: float, n_expert: int, k: float) -> float:
-    """``independent_rate`` of routing as popular as the traces': Zipf's law with a cut-off at a seventh of
-    the experts, which bench/synthetic.py fitted to them."""
+    """``independent_rate`` of routing as popular as the traces'."""
+    return independent_rate(share, [_popularity(n_expert, k)])
+
+
+def _popularity(n_expert: int, k: float) -> list[float]:
+    """Each expert's share of tokens, by rank: Zipf's law with a cut-off at a seventh of the experts, which
+    bench/synthetic.py fitted to the traces."""
     weights = [(i + 1) ** -0.4 * math.exp(-i / (18 / 128 * n_expert)) for i in range(n_expert)]
     total = sum(weights)
-    return independent_rate(share, [[min(1.0, k * w / total) for w in weights]])
+    return [min(1.0, k * w / total) for w in weights]
+
+
+def distinct_share(n_expert: int, k: float, n_tokens: int) -> float:
+    """The share of a layer's experts that a pass of so many tokens needs.
+
+    Fitted to the traces' passes of 8 to 128 tokens: text drifts, so an expert is as popular in the whole as
+    the mean of Zipf's law and no preference at all.
+    """
+    if n_expert <= 0:
+        return 0.0
+    even = min(1.0, k / n_expert)
+    return sum(1 - (1 - (p + even) / 2) ** n_tokens for p in _popularity(n_expert, k)) / n_expert
 
 
 def miss_distribution(k: int, rate: float) -> list[float]:

@@ -22,6 +22,7 @@ from .disk import disk_name
 from .ggml import device_key
 from .machine import Measurements, correct, lesson_for
 from .predict import predict, predict_prefill
+from .prompt import PromptPrediction, predict_prompts
 from .refusal import plan_fit
 from .speed import Prediction
 from .workload import Settings, Workload, make_settings, read_hotness
@@ -47,6 +48,9 @@ class Plan:
     ]  # runs that corrected a mode's prediction, and of which mode they were
     n_bits: float = 0.0  # per weight of the file, 0: not known
     notes: tuple[str, ...] = ()
+    prompts: tuple[
+        PromptPrediction, ...
+    ] = ()  # of a first prompt, by length; empty as above, and with devices
 
     def prediction(self, mode: str) -> Prediction | None:
         """The prediction of a mode."""
@@ -93,6 +97,7 @@ def make_plan(
         lessons=lessons,
         n_bits=n_bits,
         notes=(*fit.notes, *_advice(info, fit), *notes),
+        prompts=predict_prompts(info, workload, measurements, settings, disk_name(info.path)),
     )
 
 
@@ -137,8 +142,9 @@ def settings_of(
 ) -> Settings:
     """What a prediction for these options and this fit is for; ``learnt`` as in ``make_settings``."""
     settings = make_settings(
-        info, options, fit.ram_share, n_ctx=fit.asked.n_ctx, learnt_share=learnt, mode=mode
-    )
+        info, options, fit.ram_share,
+        n_ctx=fit.asked.n_ctx, n_ubatch=fit.asked.n_ubatch, learnt_share=learnt, mode=mode,
+    )  # fmt: skip
     if fit.devices:
         return replace(
             settings,
@@ -212,6 +218,7 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
         "measured": plan.measured or None,
         "predictions": [one.to_dict() | _lesson_facts(plan, one.mode) for one in plan.predictions],
         "prefill_read_s": plan.prefill_s,
+        "prompts": [one.to_dict() for one in plan.prompts],
         "command": plan.command,
         "notes": list(plan.notes),
     }
@@ -271,7 +278,10 @@ def plan_lines(plan: Plan) -> list[str]:
         rows.append((f"{one.mode}", f"{one.predicted_tps:.3g} tokens/s ({band}{learnt})"))
     if not plan.predictions:
         rows.append(("speed", "not measured"))
-    if plan.prefill_s is not None:
+    for one in plan.prompts:
+        speed = f"{one.predicted_tps:.3g} tokens/s ({one.low:.3g} to {one.high:.3g})"
+        rows.append((f"prompt of {one.n_tokens}", f"{speed}, first token after {one.first_token_s:.2g} s"))
+    if not plan.prompts and plan.prefill_s is not None:
         rows.append(("first prompt", f"at least {plan.prefill_s:.1f} s of reading"))
     lines = name_lines(rows, 18)
     lines += [f"note: {note}" for note in plan.notes]

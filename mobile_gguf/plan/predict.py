@@ -42,7 +42,7 @@ _DEVICE_ERROR = 0.4  # on loopback; docs/plan.md
 _DEPTH = 192  # tokens in the context, on average over an answer
 
 
-class _Unknown(Exception):
+class Unknown(Exception):
     """Something needed was never measured."""
 
 
@@ -57,10 +57,10 @@ def predict(
     """Decoding speed with ``settings``; None if too little was measured. ``disk``: as ``disk_name`` says
     it."""
     try:
-        middle = _Case(info, workload, measurements, settings, disk, hotness, "value", 0).seconds()
-        fast = _Case(info, workload, measurements, settings, disk, hotness, "fast", -1).seconds()
-        slow = _Case(info, workload, measurements, settings, disk, hotness, "slow", +1).seconds()
-    except _Unknown:
+        middle = Case(info, workload, measurements, settings, disk, hotness, "value", 0).seconds()
+        fast = Case(info, workload, measurements, settings, disk, hotness, "fast", -1).seconds()
+        slow = Case(info, workload, measurements, settings, disk, hotness, "slow", +1).seconds()
+    except Unknown:
         return None
     error = _MODEL_ERROR
     if not _all_measured(workload, measurements, settings, info):
@@ -74,23 +74,21 @@ def predict(
 def predict_prefill(
     info: GgufInfo, workload: Workload, measurements: Measurements, settings: Settings, disk: str
 ) -> float | None:
-    """Seconds until a prompt of one micro-batch can be done at the earliest: every expert read once.
+    """Seconds of reading that a prompt of a micro-batch takes at least: experts that memory does not hold.
 
-    Only the reads; None where all experts are in memory, whose prefill is the processor's and not predicted.
+    None where it holds all of them.
     """
     if settings.ram_share >= 1 or not workload.experts:
         return None
     try:
-        case = _Case(info, workload, measurements, settings, disk, None, "value", 0)
-        reads = case.reads()
-    except _Unknown:
+        case = Case(info, workload, measurements, settings, disk, None, "value", 0)
+        return (1 - settings.ram_share) * case.all_reads_s()
+    except Unknown:
         return None
-    n_all = info.n_expert * info.segments * info.n_layer_moe
-    return n_all * (1 - settings.ram_share) * reads.n_reads * reads.together_s / reads.n_threads
 
 
 @dataclass(frozen=True)
-class _Case:
+class Case:
     """One corner of the error band: ``which`` quartile of what was measured, ``sign`` of the misses'
     spread."""
 
@@ -176,6 +174,12 @@ class _Case:
             together += n * self.read_s(size, n_threads)
         return Reads(n_reads, alone / n_reads, together / n_reads, n_threads)
 
+    def all_reads_s(self) -> float:
+        """Every expert of every layer, as many at once as there are threads to read."""
+        reads = self.reads()
+        n_all = self.info.n_expert * self.info.segments * self.info.n_layer_moe
+        return n_all * reads.n_reads * reads.together_s / reads.n_threads
+
     def read_s(self, size: int, n_threads: int) -> float:
         exact = self.measurements.get(read_name(self.disk, size, n_threads))
         if exact is not None:
@@ -192,7 +196,7 @@ class _Case:
                 scale = max(size / other, 0.5) * n_threads / threads
                 nearest.append((abs(math.log(size / other)), self.slowness(rate) * scale))
         if not nearest:
-            raise _Unknown
+            raise Unknown
         return min(nearest)[1]
 
     # devices
@@ -287,7 +291,7 @@ class _Case:
             found = self.matching(lambda name, prefix=prefix: name.startswith(prefix) and contains in name)
             if found:
                 return statistics.median(map(self.quickness, found))
-        raise _Unknown
+        raise Unknown
 
     def matching(self, wanted: Callable[[str], bool]) -> list[Rate]:
         found = (self.measurements.get(name) for name in self.measurements.entries if wanted(name))
@@ -296,7 +300,7 @@ class _Case:
     def speed(self, name: str) -> float:
         rate = self.measurements.get(name)
         if rate is None:
-            raise _Unknown
+            raise Unknown
         return self.quickness(rate)
 
     def spent(self, name: str, prefix: str, suffix: str, default: float) -> float:

@@ -10,7 +10,7 @@ from mobile_gguf.engine.devices import Device
 from mobile_gguf.errors import BudgetError, MobileError
 from mobile_gguf.gguf.caches import CONTEXT_MULTIPLE
 from mobile_gguf.gguf.info import GgufInfo
-from mobile_gguf.memory.budget import reserve_bytes
+from mobile_gguf.memory.budget import asked_bytes, reserve_bytes
 from mobile_gguf.memory.demand import context_of
 from mobile_gguf.memory.fit import Asked, Fit, fit_model, host_demand
 from mobile_gguf.memory.machine import Memory
@@ -37,8 +37,9 @@ def plan_fit(
         raise FitError(_refusal(info, asked, memory, devices, str(error), n_bits)) from None
     free = memory.available_bytes
     if fit.warning:
+        wanted = min(asked_bytes(asked.ram, info), info.budget_all_bytes)
         raise FitError(
-            f"--ram-budget {asked.ram} does not fit: {format_bytes(fit.ram_budget_bytes)} of experts and "
+            f"--ram-budget {asked.ram} does not fit: {format_bytes(wanted)} of experts and "
             f"{format_bytes(fit.host_demand.total_bytes)} for the rest, but {memory.source} has "
             f"{format_bytes(free)} available; {_largest_budget(info, asked, memory, devices)}"
         )

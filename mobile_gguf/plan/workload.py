@@ -16,6 +16,7 @@ from mobile_gguf.errors import MobileError
 from mobile_gguf.generate.decode import default_little_k
 from mobile_gguf.gguf import keys
 from mobile_gguf.gguf.experts import expert_name
+from mobile_gguf.gguf.facts import Facts
 from mobile_gguf.gguf.header import TensorInfo, read_header
 from mobile_gguf.gguf.info import GgufInfo, block_number
 from mobile_gguf.memory.threads import default_threads
@@ -57,6 +58,33 @@ class Workload:
     @property
     def expert_bytes(self) -> float:
         return sum(product.count * product.n_bytes for product in self.experts)
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Attention of an average layer that attends, and how many do: heads, of numbers of keys and values."""
+
+    n_layer: float
+    n_head: int
+    n_head_kv: int
+    keys: int
+    values: int
+
+
+def read_heads(info: GgufInfo) -> Heads | None:
+    """What a model attends with, by its header; None for one that only remembers."""
+    facts = Facts(info.path, info.architecture, info.metadata)
+    n_head = max(info.n_head, default=0)
+    if not n_head:
+        return None
+    width = info.n_embd // n_head
+    keys_length = facts.integer("attention.key_length", width)
+    n_head_kv = max(facts.per_layer("attention.head_count_kv", 1, n_head), default=0) or n_head
+    # of hybrids only some layers keep keys
+    n_layer = min(info.n_layer, info.caches.attention.keys / max(1, n_head_kv * keys_length))
+    if n_layer <= 0:
+        return None
+    return Heads(n_layer, n_head, n_head_kv, keys_length, facts.integer("attention.value_length", width))
 
 
 def read_workload(info: GgufInfo) -> Workload:
@@ -129,6 +157,9 @@ class Settings:
     eviction: str = DEFAULT_EVICTION
     n_tokens: int = 128
     n_ctx: int = 4096
+    n_ubatch: int = 512
+    threads_batch: int = 1
+    flash_attn: bool = False
     big_share: tuple[float, float, float] = DEFAULT_BIG_SHARE
     by_head: bool = False
     device: str = ""  # what its measurements are called; empty: none
@@ -143,6 +174,7 @@ def make_settings(
     ram_share: float,
     *,
     n_ctx: int = 4096,
+    n_ubatch: int = 512,
     n_tokens: int = 128,
     learnt_share: float | None = None,
     mode: str | None = None,
@@ -163,6 +195,9 @@ def make_settings(
         eviction=options.eviction,
         n_tokens=n_tokens,
         n_ctx=n_ctx,
+        n_ubatch=n_ubatch,
+        threads_batch=options.threads_batch or options.threads or default_threads()[1],
+        flash_attn=options.flash_attn,
         big_share=big_share(info, options, by_head, learnt_share)
         if wanted == BIG_LITTLE
         else DEFAULT_BIG_SHARE,

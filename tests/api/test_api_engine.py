@@ -10,9 +10,11 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import by_hand
 import engine_libs
+import numpy as np
 import pytest
-from places import DATA, TESTS
+from places import DATA, ROOT, TESTS
 
 import mobile_gguf
 from mobile_gguf.api.model import backend_of
@@ -122,21 +124,20 @@ def test_an_exact_answer_does_not_build_on_little_rows(any_model):
     assert reused.tokens == afresh.tokens
 
 
-def test_llama_cpp_pythons_own_calls_decode_by_the_policy(any_model):
-    any_model.mode = "little"
-    try:
-        llama = backend_of(any_model)
-        llama.policy = Policy("little", little_k=any_model.little_k)
-        done = llama.create_completion("Once upon a time", max_tokens=6, temperature=0)
-        assert done["usage"]["completion_tokens"] == 6
-        assert llama.last_pass is Pass.LITTLE
-        assert llama.counters().n_tokens_little == 5
-        ours = any_model.generate("Once upon a time", **GREEDY | {"max_tokens": 6})
-        assert ours.text == done["choices"][0]["text"]
-        llama.create_chat_completion([{"role": "user", "content": "Hi"}], max_tokens=3)
-        assert llama.last_pass is Pass.LITTLE
-    finally:
-        any_model.mode = "exact"
+def test_tokens_that_are_run_one_by_one_follow_the_policy(any_model):
+    backend, prompt = backend_of(any_model), any_model.prompt_tokens("Once upon a time")
+    ours = any_model.generate(prompt, **GREEDY | {"max_tokens": 6, "mode": "little"})
+    backend.sequence.policy = Policy("little", little_k=any_model.little_k)
+    backend.forget()
+    backend.reset_counters()
+    by_hand.run(backend, prompt)
+    assert backend.sequence.last_pass is Pass.BIG
+    for token in ours.tokens[:-1]:
+        assert backend.last_logits().argmax() == token
+        by_hand.run(backend, [token])
+        assert backend.sequence.last_pass is Pass.LITTLE
+    assert backend.last_logits().argmax() == ours.tokens[-1]
+    assert backend.counters().n_tokens_little == 5
 
 
 def test_json_schema_and_grammar(any_model):
@@ -318,6 +319,20 @@ def test_a_prompt_says_how_far_it_is_and_that_changes_no_answer(engine, demo_ggu
         again: dict[str, Any] = GREEDY | {"cache_prompt": True}
         small.generate(prompt, **again, on_prompt=lambda done, total: told.append((done, total)))
         assert told[0][1] < 70  # what is in the context already is not counted
+
+
+def test_a_micro_batch_that_was_chosen_gives_the_usual_ones_logits(engine, demo_gguf, monkeypatch):
+    """Of a prompt whose last token is alone in a usual micro-batch."""
+    # a token of the demo uses half of the experts: computing hides its reads
+    monkeypatch.setattr("mobile_gguf.memory.fit.reads_are_hidden", lambda *_arguments: False)
+    found = {}
+    for asked in (512, "auto"):
+        with mobile_gguf.load(demo_gguf, ram_budget="40%", n_ubatch=asked, **FAST) as model:
+            sequence = backend_of(model).sequence
+            # of most texts the logits are the same, whatever the kernel: of this one they are not
+            sequence.forward(model.tokenize((ROOT / "docs" / "format.md").read_text()[:4000])[:513])
+            found[backend_of(model).n_ubatch] = np.array(sequence.decoder.logits())
+    assert np.array_equal(found[512], found[1024])
 
 
 def test_run_json(demo_gguf):

@@ -6,6 +6,7 @@ from fake_backend import MIB, FakeBackend, fake_info
 from mobile_gguf.api import loading
 from mobile_gguf.api.loading import open_backend
 from mobile_gguf.engine.devices import Device
+from mobile_gguf.engine.guarded import NoContextError
 from mobile_gguf.errors import BudgetError, EngineError, ModelFormatError
 from mobile_gguf.gguf.info import ExpertLayer
 from mobile_gguf.memory.demand import context_size
@@ -45,8 +46,8 @@ def opening(monkeypatch):
     constructed = []
 
     def open_it(info, engine, backend=None, **options):
-        def construct(_info, _options, n_ctx, _engine, *, use_mmap, devices=None):
-            constructed.append((n_ctx, use_mmap))
+        def construct(_info, _options, asked, _engine, *, use_mmap, devices=None):
+            constructed.append((asked.n_ctx, use_mmap))
             if isinstance(backend, BaseException):
                 raise backend
             return backend or FakeBackend()
@@ -180,7 +181,7 @@ def test_load_errors_carry_the_reason(monkeypatch):
     error = loading._load_error(MOE, 512, ValueError("Failed to load model from file"), "")
     assert isinstance(error, ModelFormatError)
     assert str(error) == "fake.gguf cannot be loaded: unknown model architecture: 'x'"
-    error = loading._load_error(MOE, 512, ValueError("Failed to create llama_context"), "")
+    error = loading._load_error(MOE, 512, NoContextError("llama.cpp made no context"), "")
     assert isinstance(error, EngineError)
     assert "no context of 512 tokens" in str(error)
     error = loading._load_error(MOE, 512, ValueError("x"), "an expert budget of 1 bytes is below")

@@ -6,17 +6,19 @@ import gzip
 import importlib.util
 import os
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from replay_model import TINY, TINY_TRACE
 
 from mobile_gguf.bench import build
-from mobile_gguf.bench.arm import Arm, Runner
+from mobile_gguf.bench.arm import Arm, Runner, text_of
 from mobile_gguf.bench.build import ensure_model, model_path, random_blocks, router_logits, router_matrix
-from mobile_gguf.bench.geometry import HEAD_SIZE, ModelShape, scale_model
+from mobile_gguf.bench.geometry import HEAD_SIZE, scale_model
 from mobile_gguf.bench.routing import compare_routing
 from mobile_gguf.bench.synthetic import synthesise_trace
 from mobile_gguf.bench.trace import Trace, TraceError, read_trace
@@ -157,10 +159,6 @@ def test_random_blocks_are_noise_of_small_scale() -> None:
     assert len(zlib.compress(blocks.tobytes())) > 0.95 * blocks.nbytes
 
 
-TINY_TRACE = synthesise_trace(n_layer=2, n_expert=8, k=2, n_prompt=5, n_decode=9)
-TINY = ModelShape(n_layer=2, n_expert=8, k=2, n_embd=512, n_ff=32, n_vocab=22)
-
-
 def test_model_file_has_the_declared_shape(tmp_path: Path) -> None:
     gguf = pytest.importorskip("gguf")
     seen: list[tuple[int, int]] = []
@@ -230,7 +228,7 @@ class _Usage:
 
 def test_models_of_different_traces_and_shapes_have_different_names(tmp_path: Path) -> None:
     other = synthesise_trace(n_layer=2, n_expert=8, k=2, n_prompt=5, n_decode=9, seed=2)
-    bigger = ModelShape(2, 8, 2, 512, 64, 22)
+    bigger = replace(TINY, n_ff=64)
     paths = {model_path(trace, shape, tmp_path) for trace in (TINY_TRACE, other) for shape in (TINY, bigger)}
     assert len(paths) == 4
 
@@ -259,7 +257,7 @@ def test_real_library_follows_the_trace(tmp_path: Path) -> None:
         pytest.skip("llama-cpp-python is not installed")
     model = ensure_model(TINY_TRACE, TINY, tmp_path)
     named = os.environ.get("MOBILE_GGUF_STOCK_LIB")
-    runner = Runner(model, TINY_TRACE, {"stock": Path(named) if named else None}, little_k=1)
+    runner = Runner(model, text_of(TINY_TRACE), {"stock": Path(named) if named else None}, little_k=1)
     ids = runner.routed_ids(Arm("stock", "exact", "100%", 0, GIB), TINY_TRACE.n_decode)
     passes = [TINY_TRACE.n_prompt] + [1] * TINY_TRACE.n_decode
     assert compare_routing(TINY_TRACE, ids, passes) == 5 + 1 + 2 * TINY_TRACE.n_decode

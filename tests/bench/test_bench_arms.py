@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from mobile_gguf.bench import harness
-from mobile_gguf.bench.arm import Arm, ArmRun, Runner, _follow
+from mobile_gguf.bench.arm import Arm, ArmRun, Runner, _follow, text_of
 from mobile_gguf.bench.disk import cached_bytes, drop_page_cache, measure_bandwidth
 from mobile_gguf.bench.geometry import ModelShape
 from mobile_gguf.bench.hardware import describe_hardware
@@ -256,7 +256,7 @@ def test_a_silent_run_is_stopped_at_its_limits() -> None:
 
 def test_a_child_that_cannot_load_is_an_error_of_its_arm(tmp_path: Path) -> None:
     trace = synthesise_trace(n_layer=1, n_expert=4, k=1, n_prompt=1, n_decode=2)
-    runner = Runner(tmp_path / "none.gguf", trace, {"stock": tmp_path}, little_k=1)
+    runner = Runner(tmp_path / "none.gguf", text_of(trace), {"stock": tmp_path}, little_k=1)
     result = runner.run(Arm("stock", "exact", "100%", GIB, 2 * GIB), 1, 5.0)
     # no library in that directory, or no llama-cpp-python at all
     assert "llama-cpp-python" in result.error

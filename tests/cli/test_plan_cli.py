@@ -14,7 +14,7 @@ from mobile_gguf.errors import MobileError
 from mobile_gguf.generate.receipt import Receipt
 from mobile_gguf.gguf.info import read_gguf_info
 from mobile_gguf.options import LoadOptions
-from mobile_gguf.plan import compare_run, machine, measure, predict_cached
+from mobile_gguf.plan import compare_run, machine, measure, measure_prompts, predict_cached, steps
 from mobile_gguf.plan.machine import Measurements, Rate, read_measurements
 from mobile_gguf.plan.measure import LIMIT_S, Step, expected_seconds, steps_for
 from mobile_gguf.plan.workload import count_weights, read_workload
@@ -29,10 +29,12 @@ def sample(tmp_path):
 @pytest.fixture
 def quick(monkeypatch):
     """Measures as always, but only for a moment."""
-    for name in ("_PRODUCT_S", "_DISK_S", "_OVERHEAD_S", "_LINK_S"):
+    for name in ("PRODUCT_S", "_DISK_S", "_OVERHEAD_S", "_LINK_S"):
         monkeypatch.setattr(measure, name, 0.005)
-    monkeypatch.setattr(measure, "_WEIGHTS_BYTES", 1 << 20)
-    monkeypatch.setattr(measure, "_MAX_STACKS", 4)
+    monkeypatch.setattr(measure_prompts, "PRODUCT_S", 0.005)
+    for module in (measure, steps):
+        monkeypatch.setattr(module, "WEIGHTS_BYTES", 1 << 20)
+    monkeypatch.setattr(steps, "_MAX_STACKS", 4)
     # a step that a busy machine holds up is not left out
     monkeypatch.setattr(measure, "time", SimpleNamespace(monotonic=lambda: 0.0))
 
@@ -70,6 +72,8 @@ def test_measuring_through_the_engine_predicts_every_mode_and_is_kept(command, s
     assert [one["mode"] for one in found["predictions"]] == ["exact", "big-little", "little"]
     for one in found["predictions"]:
         assert 0 < one["low"] < one["predicted_tps"] < one["high"]
+    assert [one["n_tokens"] for one in found["prompts"]] == [found["n_ctx"]]
+    assert 0 < found["prompts"][0]["low"] < found["prompts"][0]["predicted_tps"] < found["prompts"][0]["high"]
     assert found["fits"] is True
     assert 0 < found["ram_share"] < 1
     assert found["notes"] == []

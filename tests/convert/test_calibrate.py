@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import by_hand
 import numpy as np
 import pytest
 import tiny_models
@@ -208,13 +209,13 @@ def test_the_head_is_used(calibrated: Run) -> None:
         # as decided by hand, from the states that the model really had
         backend = backend_of(model)
         decided: list[tuple[float | None, Pass]] = []
-        ask = backend.head_probability
+        ask = backend.sequence.head_probability
 
         def watched(token: int) -> float | None:
             decided.append((ask(token), Pass.BIG))
             return decided[-1][0]
 
-        backend.head_probability = watched
+        backend.sequence.head_probability = watched
         threshold = 0.25
         reply = model.generate("The sea was calm that day, and", head_threshold=threshold, **GREEDY)
         probabilities = [probability for probability, _ in decided]
@@ -243,12 +244,12 @@ def test_hidden_states_leave_the_logits_alone(demo_gguf: Path) -> None:
         tokens = model.tokenize("The sea was calm that day, and nobody on the pier had seen the boat leave.")
         seen = []
         for keep in (False, True):
-            llama.reset()
-            llama.eval(tokens[:4])
+            llama.forget()
+            by_hand.run(llama, tokens[:4])
             llama_cpp.llama_set_embeddings(llama.ctx, keep)
             logits = []
             for token in tokens[4:]:
-                llama.eval([token])
+                by_hand.run(llama, [token])
                 logits.append(llama.last_logits().copy())
             llama_cpp.llama_set_embeddings(llama.ctx, False)
             seen.append(np.array(logits))

@@ -21,6 +21,7 @@ import mobile_gguf
 from mobile_gguf import AnswerStopped, EngineError, Model, UsageError
 from mobile_gguf.api.model import backend_of
 from mobile_gguf.generate.llama import MobileLlama
+from mobile_gguf.generate.sampler import Sampler
 
 FOREIGN = (-1, tiny_models.VOCAB, 1 << 30, -(1 << 31))
 
@@ -63,7 +64,7 @@ def batch(llama: MobileLlama, tokens: list[int], start: int = 0) -> SimpleNamesp
 
 def test_a_batch_that_llama_cpp_would_assert(model: Model) -> None:
     llama = backend_of(model)
-    n_batch = llama.n_batch
+    n_batch = llama.native.n_batch
     for tokens, start, said in (
         ([1] * (n_batch + 1), 0, f"a batch of {n_batch + 1} tokens is more than the context takes"),
         ([1], 1 << 20, "a position lies beyond the context"),
@@ -79,9 +80,9 @@ def test_a_batch_that_llama_cpp_would_assert(model: Model) -> None:
 def test_sampling_what_is_not_there(model: Model) -> None:
     llama = backend_of(model)
     model.generate("ab", max_tokens=2)
-    sampler = llama._init_sampler(temp=0.0)
+    sampler = Sampler(llama.calls.n_vocab, 0)
     with pytest.raises(EngineError, match="there are no logits to sample from"):
-        llama.calls.sample(sampler.sampler, 1 << 20)
+        llama.calls.sample(sampler.chain, 1 << 20)
 
 
 BROKEN = (np.nan, np.inf, -np.inf)
@@ -105,7 +106,7 @@ def test_logits_that_are_no_numbers_are_an_error(value: float, tmp_path: Path) -
 def test_choosing_among_tokens_that_are_none(model: Model) -> None:
     llama = backend_of(model)
     model.generate("ab", max_tokens=2)
-    sampler = llama._init_sampler(temp=0.0).sampler
+    sampler = Sampler(llama.calls.n_vocab, 0).chain
     for ids, said in (([], "no tokens to choose among"), ([1, tiny_models.VOCAB], "is not in the vocabulary"),
                       ([-1], "is not in the vocabulary")):  # fmt: skip
         with pytest.raises(UsageError, match=said):
@@ -165,10 +166,10 @@ def test_logits_before_there_are_any() -> None:
 
 def test_reading_the_vocabulary_ends_when_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """What was read is kept, so that clients who leave do not keep the others from ever having a table."""
-    monkeypatch.setattr("mobile_gguf.generate.llama._TOKENS_BETWEEN", 100)
+    monkeypatch.setattr("mobile_gguf.generate.constraint.table._TOKENS_BETWEEN", 100)
     asked: list[int] = []
     with mobile_gguf.load(tiny_models.path("dense"), n_ctx=64) as fresh:
-        pieces = backend_of(fresh)._table_parts[0]
+        pieces = backend_of(fresh)._tables._pieces
 
         def leaves() -> bool:
             asked.append(len(pieces))
@@ -205,14 +206,16 @@ def test_what_llama_cpp_throws_has_a_text(model: Model) -> None:
 _STOCK = """
 import json, sys, mobile_gguf
 from mobile_gguf.api.model import backend_of
+from mobile_gguf.generate.sampler import Sampler
 said = []
 with mobile_gguf.load(sys.argv[1], n_ctx=64) as model:
     tokens = model.tokenize("ab cd")
     assert model.detokenize(tokens) == "ab cd", tokens
     llama = backend_of(model)
     assert not llama.has_engine
+    chain = Sampler(llama.calls.n_vocab, 0).chain
     for call in (lambda: llama.piece(int(sys.argv[2])), lambda: llama.is_end(-1),
-                 lambda: model.generate([-1]), lambda: llama.calls.sample(llama._init_sampler().sampler, 99)):
+                 lambda: model.generate([-1]), lambda: llama.calls.sample(chain, 9)):
         try:
             call()
         except mobile_gguf.MobileError as error:

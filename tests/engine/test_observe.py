@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import by_hand
 import engine_libs
 import numpy as np
 import pytest
@@ -202,8 +203,8 @@ def test_a_context_is_observed_once(backend, engine):
 
 def decode(llama: Any, text: list[int]) -> np.ndarray:
     """Runs text from an empty context; returns the last token's logits."""
-    llama.reset()
-    llama.eval(text)
+    llama.forget()
+    by_hand.run(llama, text)
     return llama.last_logits().copy()
 
 

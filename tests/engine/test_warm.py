@@ -159,6 +159,19 @@ def test_a_model_may_be_closed_in_the_middle() -> None:
     assert_good(outcome, "last", "after")
 
 
+@pytest.mark.parametrize("model", ["nemotron-h", "deepseek3"])
+def test_layers_without_experts_are_passed_over(model: str) -> None:
+    """A hybrid, and one whose first layer is dense: what a run used is what the next one has."""
+    ops = [{"op": "decode", "tokens": PROMPT}, {"op": "steps", "tokens": FOLLOWING, "pos": len(PROMPT)}]
+    saved = [{**op, "save": str(i)} for i, op in enumerate(ops)]
+    used = succeeded(on_engine(run("r", model, [*saved, {"op": "worth"}], "60%")))
+    experts = used.ops("r", "worth")[0]["experts"][:8]
+    again = succeeded(on_engine(run("r", model, [warm(experts), residency(), *saved], "60%")))
+    assert resident(again) == pairs(experts)
+    for i in range(len(ops)):
+        assert_same_bits(again.arrays[f"r/{i}"], used.arrays[f"r/{i}"], model)
+
+
 @pytest.mark.parametrize("pair", [[0, 8], [0, -1], [-1, 0], [99, 0]])
 def test_an_expert_that_there_is_not_is_refused(pair: list[int]) -> None:
     outcome = on_engine(run("r", GOOD_MODEL, [warm([[0, 0], pair], wait=False), residency()], "70%"))

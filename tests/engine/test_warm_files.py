@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,10 @@ def test_a_changed_file_has_none(tmp_path: Path) -> None:
         '{"stamps":[[100,7]],"n_expert":"8","ids":[1]}',
         '{"stamps":[[100,7]],"n_expert":8,"ids":{"1":2}}',
         '{"stamps":[[100,7]],"n_expert":8}',
+        '{"stamps":[[100,7]],"n_expert":8,"ids":[4294967297]}',
+        '{"stamps":[[100,7]],"n_expert":4294967296,"ids":[1]}',
+        '{"stamps":[[100,7]],"n_expert":8,"ids":[1]}' + " " * (1 << 20) + " ",
+        '{"stamps":[[100,7]],"n_expert":' + "9" * 5000 + ',"ids":[1]}',
         "[" * 100_000,
         "\udcff\udcfe",
     ],
@@ -95,6 +101,45 @@ def test_a_file_is_small(tmp_path: Path) -> None:
     assert files()[0].stat().st_size < 32_000
     remember(tmp_path / "a.gguf", STAMPS, [(one // 512, one % 512) for one in range(MAX_EXPERTS + 1)])
     assert len(json.loads(files()[0].read_text())["ids"]) == MAX_EXPERTS
+
+
+def test_more_than_is_kept_is_not_read(tmp_path: Path) -> None:
+    """Whoever wrote it: the most worthy stand first."""
+    remember(tmp_path / "a.gguf", STAMPS, EXPERTS)
+    (kept,) = files()
+    kept.write_text(json.dumps({"stamps": STAMPS, "n_expert": 8, "ids": [*range(2 * MAX_EXPERTS)]}))
+    found = remembered(tmp_path / "a.gguf", STAMPS)
+    assert found == [divmod(one, 8) for one in range(MAX_EXPERTS)]
+
+
+_CLOSING = """
+import sys
+from pathlib import Path
+from mobile_gguf.engine.warm_files import remember
+path, expert = Path(sys.argv[1]), int(sys.argv[2])
+sys.stdin.readline()
+for _ in range(200):
+    remember(path, [[100, 7]], [(layer, expert) for layer in range(500)])
+"""
+
+
+def test_processes_that_close_at_once_leave_what_one_of_them_knew(tmp_path: Path) -> None:
+    lists = {expert: [(layer, expert) for layer in range(500)] for expert in (1, 2)}
+    path = tmp_path / "a.gguf"
+    remember(path, STAMPS, lists[1])
+    closing = [
+        subprocess.Popen([sys.executable, "-c", _CLOSING, path, str(expert)], stdin=subprocess.PIPE)
+        for expert in lists
+    ]
+    for process in closing:
+        assert process.stdin is not None
+        process.stdin.write(b"\n")
+        process.stdin.close()
+    while any(process.poll() is None for process in closing):
+        assert remembered(path, STAMPS) in lists.values()
+    assert [process.wait() for process in closing] == [0, 0]
+    assert remembered(path, STAMPS) in lists.values()
+    assert len(files()) == 1, "something partial was left"
 
 
 def test_a_short_session_loses_nothing() -> None:

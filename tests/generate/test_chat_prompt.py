@@ -218,9 +218,8 @@ def test_a_text_that_cannot_fit_is_not_tokenized(
             ask(text)
 
 
-def test_llama_cpp_python_is_not_given_the_templates(model: Model) -> None:
-    # it would compile, and in part run, them where the model is loaded
+def test_the_template_is_the_files_own(model: Model) -> None:
     backend = backend_of(model)
-    assert not backend._chat_handlers
-    assert backend._template == model.info.chat_template
-    assert not [name for name in backend.metadata if "chat_template" in name]
+    assert backend.native.says("tokenizer.chat_template") == model.info.chat_template
+    assert backend._prompts._template == model.info.chat_template
+    assert backend.native.says("no.such.key") is None

@@ -11,7 +11,7 @@ import tiny_models
 
 import mobile_gguf
 from mobile_gguf import AnswerStopped, Model, UsageError
-from mobile_gguf.generate import llama as our_llama
+from mobile_gguf.generate import sequence as our_sequence
 
 pytestmark = pytest.mark.engine
 # Batches of other sizes run through other kernels: the last digits differ.
@@ -38,11 +38,11 @@ def expected(model: Model) -> np.ndarray:
     return made
 
 
-@pytest.mark.parametrize("room", [our_llama._LOGITS_BYTES, 3 * 4 * tiny_models.VOCAB, 1])
+@pytest.mark.parametrize("room", [our_sequence._LOGITS_BYTES, 3 * 4 * tiny_models.VOCAB, 1])
 def test_a_prompts_log_probabilities(
     model: Model, expected: np.ndarray, room: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(our_llama, "_LOGITS_BYTES", room)
+    monkeypatch.setattr(our_sequence, "_LOGITS_BYTES", room)
     tokens = model.prompt_tokens(TEXT)
     assert len(tokens) > 8
     told = model.prompt_logprobs(TEXT, n_top=3)

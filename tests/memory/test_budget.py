@@ -81,11 +81,31 @@ def test_the_named_budgets_are_legal():
 
 
 def test_a_budget_beyond_the_memory_warns_but_is_kept():
-    memory = Memory(250 * MIB, GIB, "cgroup /x")
+    """Others may give memory back, and some of it may be swapped."""
+    memory = Memory(250 * MIB, GIB, "the machine")
     asked = plan("64MiB", memory)
     assert asked.budget_bytes == 64 * MIB
-    assert "cgroup /x" in asked.warning
+    assert "the machine" in asked.warning
     assert plan("50MiB", memory).warning == ""
+
+
+@pytest.mark.parametrize("text", ["64.0 MiB", "100%", "50%"])
+def test_a_budget_beyond_a_hard_limit_becomes_what_the_limit_leaves(text):
+    # 64 MiB are for what the process grows by
+    memory = Memory((250 + 64) * MIB, GIB, "cgroup /x")
+    asked = plan(text, memory)
+    assert asked.budget_bytes == 50 * MIB
+    assert "\n" not in asked.warning
+    for said in (f"--ram-budget {text}", "cgroup /x", "314.0 MiB", "the budget is 50.0 MiB"):
+        assert said in asked.warning
+    assert plan("50MiB", memory).warning == ""
+
+
+def test_no_limit_makes_a_budget_illegal():
+    memory = Memory(210 * MIB, GIB, "cgroup /x")
+    assert plan("64MiB", memory).budget_bytes == LAYER
+    asked = plan(str(LAYER), memory)
+    assert (asked.budget_bytes, "the budget is" in asked.warning) == (LAYER, False)
 
 
 def test_kv_cache_of_a_known_model():

@@ -23,6 +23,7 @@ from mobile_gguf.flags import given as given_by
 from mobile_gguf.gguf.info import ExpertLayer
 from mobile_gguf.memory.fit import Asked, asked_of, fit_model
 from mobile_gguf.memory.machine import Memory
+from mobile_gguf.memory.microbatch import DEFAULT_UBATCH
 from mobile_gguf.memory.pools import pool_all_bytes
 from mobile_gguf.options import LoadOptions, make_options
 from mobile_gguf.plan.planner import Plan, plan_facts, plan_lines, suggest
@@ -101,7 +102,7 @@ def some_options(pick):
         ram_budget=pick.choice(budgets),
         vram_budget=pick.choice([*budgets, "off"]),
         n_ctx=pick.choice([None, None, pick.randint(1, 65536)]),
-        n_ubatch=pick.choice([32, 512]),
+        n_ubatch=pick.choice([32, 512, "auto", "auto"]),
         flash_attn=pick.random() < 0.5,
     )
 
@@ -240,6 +241,29 @@ def test_the_command_of_a_plan_does_what_the_plan_says(seed):
     assert 0 <= plan.ram_budget_bytes - fit.ram_budget_bytes < MIB
     if plan.vram_budget_bytes:
         assert 0 <= plan.vram_budget_bytes - fit.vram_budget_bytes < MIB
+
+
+@settings(max_examples=100, deadline=None)
+@given(seed=st.integers(0, 1 << 32))
+def test_whatever_is_chosen_fits_where_the_usual_one_does(seed):
+    """A larger one is never the reason for a refusal or a warning."""
+    machine, info, load = a_case(seed)
+    pick = random.Random(seed)
+    # where larger ones have a chance: buffers are small beside the experts
+    load = replace(load, n_ctx=pick.choice([1024, 2048]), flash_attn=pick.random() < 0.2)
+    auto = LoadOptions(**{**vars(load), "n_ubatch": "auto", "n_batch": pick.choice([None, 2048])})
+    usual = LoadOptions(**{**vars(load), "n_ubatch": DEFAULT_UBATCH, "n_batch": None})
+    try:
+        expected = fit_model(info, asked_of(info, usual), machine.memory, machine.devices)
+    except BudgetError:
+        with pytest.raises(BudgetError):
+            fit_model(info, asked_of(info, auto), machine.memory, machine.devices)
+        return
+    fit = fit_model(info, asked_of(info, auto), machine.memory, machine.devices)
+    assert fit.warning == expected.warning
+    assert fit.devices == expected.devices
+    assert fit.ram_budget_bytes >= expected.ram_budget_bytes - expected.ram_budget_bytes // 16
+    assert fit.asked.larger == ()
 
 
 def test_the_cases_are_of_every_kind():

@@ -87,7 +87,7 @@ def test_a_value_of_another_type_is_refused_by_name(options: type[Any], name: st
         "float": {"int", "float", "fraction"},
         "parsed": {"text"},
     }[kind(opt)]
-    if name in ("ram_budget", "vram_budget", "max_request"):
+    if name in ("ram_budget", "vram_budget", "prefix_cache", "max_request", "n_ubatch"):
         takes = {"int", "text"}
     elif name == "logit_bias":
         takes = {"dict"}
@@ -192,6 +192,10 @@ def test_values_are_held_parsed() -> None:
     assert (load.ram_budget, load.vram_budget) == (Size(fraction=0.4), Size(n_bytes=1 << 20))
     assert make_options(LoadOptions, {"vram_budget": " Off "}).vram_budget == OFF
     assert (LoadOptions().ram_budget, LoadOptions().vram_budget) == (AUTO, AUTO)
+    assert make_options(LoadOptions, {"prefix_cache": "1M"}).prefix_cache == Size(n_bytes=1 << 20)
+    assert make_options(LoadOptions, {"prefix_cache": "off"}).prefix_cache == OFF
+    with pytest.raises(UsageError, match="40% is a share, and there is nothing that it is one of"):
+        make_options(LoadOptions, {"prefix_cache": "40%"})
     answer = make_options(GenerateOptions, {"stop": "END", "logit_bias": [("7", 2), (8, -1.5)]})
     assert (answer.stop, answer.logit_bias) == (("END",), {7: 2.0, 8: -1.5})
 

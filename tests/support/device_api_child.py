@@ -12,9 +12,12 @@ import ctypes
 import json
 import os
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import by_hand
 import numpy as np
 from peak_memory import peak_resident_bytes
 
@@ -23,13 +26,19 @@ from mobile_gguf.api.model import backend_of
 from mobile_gguf.errors import MobileError
 
 
-def forced_logits(llama: Any, prompt: list[int], tokens: list[int]) -> np.ndarray:
+def forced_logits(
+    llama: Any, run: Callable[[list[int]], object], prompt: list[int], tokens: list[int]
+) -> np.ndarray:
     """Logits [1 + n, n_vocab] after a prompt and after each of ``tokens``."""
+    from llama_cpp import llama_cpp as lib
+
+    vocab: Any = lib.llama_model_get_vocab(llama.model)
+    n_vocab = lib.llama_vocab_n_tokens(vocab)
     rows = []
     for batch in [prompt, *([token] for token in tokens)]:
-        llama.eval(batch)
-        logits = llama._ctx.get_logits_ith(-1)
-        rows.append(np.ctypeslib.as_array(logits, shape=(llama.n_vocab(),)).copy())
+        run(batch)
+        logits = lib.llama_get_logits_ith(llama.ctx, -1)
+        rows.append(np.ctypeslib.as_array(logits, shape=(n_vocab,)).copy())
     return np.stack(rows)
 
 
@@ -59,10 +68,12 @@ def run_ours(spec: dict[str, Any], arrays: dict[str, np.ndarray]) -> dict[str, A
                 if placement is not None:
                     backend_of(model).device.calls.set_placement(placement)
                 if "forced" in spec:
-                    backend_of(model).reset()
+                    backend_of(model).forget()
                     backend_of(model).reset_counters()
                     name = spec["name"] if placement is None else f"{spec['name']}-{placement}"
-                    arrays[name] = forced_logits(backend_of(model), spec["prompt"], spec["forced"])
+                    backend = backend_of(model)
+                    run = partial(by_hand.run, backend)
+                    arrays[name] = forced_logits(backend, run, spec["prompt"], spec["forced"])
                     counters = backend_of(model).device_counters()
                     result["device_counters"] = vars(counters)
                     result["counters"] = vars(backend_of(model).counters())
@@ -102,7 +113,7 @@ def run_stock(spec: dict[str, Any], arrays: dict[str, np.ndarray]) -> dict[str, 
         use_mmap=False,
         verbose=False,
     )
-    arrays[spec["name"]] = forced_logits(llama, spec["prompt"], spec["forced"])
+    arrays[spec["name"]] = forced_logits(llama, llama.eval, spec["prompt"], spec["forced"])
     llama.close()
     return {}
 

@@ -151,6 +151,7 @@ class FakeBackend:
         self._device_counters = DeviceCounters()
         self.device: Any = None
         self.threads: Any = None
+        self.n_ubatch = 512
         self.devices: tuple[Any, ...] = ()
         self.expert_source: ExpertSource | None = None
         self.ctx = 1
@@ -160,7 +161,11 @@ class FakeBackend:
     def experts(self, info: GgufInfo) -> Experts:
         return Experts(self.expert_source, info.moe_layers, info.n_expert)
 
-    # decode.Decoder
+    @property
+    def sequence(self) -> FakeBackend:
+        return self
+
+    # decode.Steps
 
     def use_experts(self, k: int) -> None:
         self._experts = k
@@ -273,9 +278,6 @@ class FakeBackend:
 
     def prepare_constraints(self) -> None:
         self.log.append("prepared")
-
-    def token_bos(self) -> int:
-        return BOS
 
     def set_seed(self, seed: int) -> None:
         self.seed = seed

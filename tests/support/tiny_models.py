@@ -191,6 +191,8 @@ MODELS: dict[str, TinyModel] = {
         TinyModel("qwen2moe-q8_0", "Qwen2MoeConfig", "Qwen2MoeForCausalLM", _QWEN2, 4, outtype="q8_0"),
         _qwen3("qwen3moe-q4_k", config=_QWEN3_256, n_expert=8, quantize="Q4_K_M"),
         _qwen3("qwen3moe-q4_0", config=_QWEN3_256, n_expert=8, quantize="Q4_0"),
+        _qwen3("qwen3moe-q5_0", config=_QWEN3_256 | {"moe_intermediate_size": 160}, n_expert=8,
+               quantize="Q5_0"),
         _qwen3("qwen3moe-iq4_nl", config=_QWEN3_256, n_expert=8, quantize="IQ4_NL"),
         _gpt_oss("gpt-oss-mxfp4", mxfp4=True),
         # as large models are published: in several files

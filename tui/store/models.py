@@ -77,4 +77,7 @@ def fit_of(candidate: Candidate, options: dict[str, Any], here: Here) -> Fit:
     fit = f"{format_bytes(info.expert_bytes)} of experts, {shares_text(placed)}"
     predicted = here.speed(info, placed, load)
     speed = f"about {predicted.predicted_tps:.1f} tok/s" if predicted is not None else ""
+    prompts = here.prompts(info, placed, load)
+    if speed and prompts:
+        speed += f", prompts {prompts[-1].predicted_tps:.0f}"
     return Fit(info.architecture, experts, fit, speed)

@@ -53,6 +53,15 @@ GGML_API int ggml_expert_walk_next (struct ggml_expert_walk * walk);
 // an id of -1 was skipped by the route op: its row of n floats becomes that of src, zeros if NULL. false: it was not
 GGML_API bool ggml_expert_skip(int32_t id, void * dst, const void * src, int64_t n);
 
+struct ggml_compute_params;
+
+// of one thread: its share of an expert's rows times the expert's first byte on, where they can be multiplied together to
+// the same bits. rows: (place in a token's list, token) of each; next_chunk: an atomic_int that stands at n_threads.
+// false: nothing was done
+bool ggml_expert_matmul(
+        const struct ggml_compute_params * params, struct ggml_tensor * dst, const char * expert,
+        int64_t n_rows, const int32_t * rows, void * next_chunk);
+
 // for the scheduler: copies experts of w, to which it may apply, into `copy` on a backend, if they are not at w->data.
 // used: a bitset of experts; NULL: all. true: nothing is left to copy, also because none is used
 GGML_API bool ggml_expert_copy(ggml_backend_t backend, const struct ggml_tensor * w, struct ggml_tensor * copy, const uint32_t * used);

@@ -115,6 +115,7 @@ void mobile_store::ask(locked & lock, mobile_store_layer layer, const std::vecto
             x.warm_unused = false;
         }
         if (x.state == MOBILE_LOADING) {
+            forgive(part);
             on_their_way.push_back(part);
         }
     }
@@ -138,8 +139,9 @@ void mobile_store::ask(locked & lock, mobile_store_layer layer, const std::vecto
         loads.push_back(part);
     }
     queue_reads(loads, demand);
+    const size_t n_queued = demand.size();
     lock.unlock();
-    wake_io(loads.size());
+    wake_io(n_queued);
 }
 
 void mobile_store::read_ahead(mobile_store_layer layer) {

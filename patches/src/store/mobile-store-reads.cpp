@@ -25,6 +25,8 @@ void mobile_store::begin_load(mobile_store_part part, int32_t slot, bool ahead) 
     x.data      = c.arena + (uint64_t) slot*c.slot_bytes;
     x.state     = MOBILE_LOADING;
     x.failed    = false;
+    x.unread    = 0;
+    x.lost      = 0;
     x.ahead     = ahead;
     x.prefetched = ahead;
     x.n_pending = 0;
@@ -62,6 +64,33 @@ void mobile_store::promote(const std::vector<mobile_store_part> & wanted) {
         auto moved = std::stable_partition(queue->begin(), queue->end(), [&](const item & it) { return set.count(it.part) == 0; });
         demand.insert(demand.end(), moved, queue->end());
         queue->erase(moved, queue->end());
+    }
+}
+
+// of a piece nothing is queued or under way, and what was read of it is not all
+void mobile_store::read_again(mobile_store_part part, uint16_t piece) {
+    mobile_expert & x = experts[part];
+    const uint32_t n = n_chunks(range_of(part, piece));
+
+    x.unread &= ~(1u << piece);
+    x.lost   &= ~(1u << piece);
+    x.failed  = x.unread != 0;
+    x.n_pending += n;
+    x.piece_pending[piece] = n;
+    x.piece_state[piece].store(MOBILE_PIECE_LOADING, std::memory_order_release);
+    for (uint32_t chunk = 0; chunk < n; ++chunk) {
+        demand.push_back({ part, piece, chunk });
+    }
+}
+
+// a pass asks for what is being read: what failed of it before is no failure of the pass
+void mobile_store::forgive(mobile_store_part part) {
+    mobile_expert & x = experts[part];
+    x.lost = 0;
+    for (uint16_t p = 0; p < layers[x.layer].n_pieces; ++p) {
+        if (x.piece_state[p].load(std::memory_order_relaxed) == MOBILE_PIECE_FAILED) {
+            read_again(part, p);
+        }
     }
 }
 
@@ -115,6 +144,7 @@ bool mobile_store::run_one(locked & lock, bool demand_only) {
     queue->pop_front();
 
     const mobile_expert & x = experts[it.part];
+    const bool asked = x.pinned;
     const mobile_range  & r = range_of(it.part, it.piece);
     const mobile_file   & f = files[r.file];
 
@@ -134,7 +164,7 @@ bool mobile_store::run_one(locked & lock, bool demand_only) {
     if (demanded) {
         wake_io(hints.size() + n_idle_work());
     }
-    finish(it, status, n_read, size, offset);
+    finish(it, asked, status, n_read, size, offset);
     return true;
 }
 
@@ -144,7 +174,7 @@ std::string mobile_store::describe(mobile_store_part part, int piece) const {
         mobile_part_name(part_in_layer(part), n_segments) + " (" + l.piece_name[piece] + ")";
 }
 
-void mobile_store::finish(const item & it, int status, uint64_t n_read, uint64_t n_wanted, uint64_t offset) {
+void mobile_store::finish(const item & it, bool asked, int status, uint64_t n_read, uint64_t n_wanted, uint64_t offset) {
     mobile_expert & x = experts[it.part];
     const mobile_file & f = files[range_of(it.part, it.piece).file];
 
@@ -159,10 +189,19 @@ void mobile_store::finish(const item & it, int status, uint64_t n_read, uint64_t
     }
 
     const bool ok = status == 0 && n_read == n_wanted;
-    x.failed = x.failed || !ok;
+    const uint8_t bit = (uint8_t) (1u << it.piece);
+    if (!ok) {
+        x.failed  = true;
+        x.unread |= bit;
+        x.lost   |= asked ? bit : 0;
+    }
     x.n_pending--;
     if (--x.piece_pending[it.piece] == 0) {
-        x.piece_state[it.piece].store(x.failed ? MOBILE_PIECE_FAILED : MOBILE_PIECE_READY, std::memory_order_release);
+        if (x.pinned && (x.unread & bit) && !(x.lost & bit)) {
+            read_again(it.part, it.piece); // it was asked for after the read that failed had begun
+        } else {
+            x.piece_state[it.piece].store(x.unread & bit ? MOBILE_PIECE_FAILED : MOBILE_PIECE_READY, std::memory_order_release);
+        }
     }
     if (x.n_pending == 0) {
         n_in_flight--;
@@ -180,7 +219,7 @@ void mobile_store::finish(const item & it, int status, uint64_t n_read, uint64_t
         }
     }
     // a failed read ahead is no error: it is tried again when the expert is needed
-    if (!ok && x.pinned && error_text.empty()) {
+    if (!ok && asked && x.pinned && error_text.empty()) {
         error_text = describe(it.part, it.piece) + ": " +
             (status != 0 ? std::string(strerror(status)) : "only " + std::to_string(n_read) + " of " + std::to_string(n_wanted) + " bytes") +
             " at offset " + std::to_string(offset) +

@@ -5,7 +5,8 @@
 // was used, and above what a long batch passed through.
 // Invariants: it evicts nothing, and ends for good when no slot is free; while a pass runs one read of it is under way at
 // most; beside what of it is on its way the budget has room for the largest layer, so that no miss waits for its slots; a
-// read of it that fails is no error; what it reads stands in its own counters and in no answer's.
+// read of it that fails is no error, and is done again where a pass has asked for the part meanwhile; what it reads stands
+// in its own counters and in no answer's.
 
 #include "store/mobile-store.h"
 

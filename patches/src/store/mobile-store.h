@@ -72,6 +72,8 @@ struct mobile_expert {
     bool     warm       = false;   // read for the warm set
     bool     warm_unused = false;  // ... and not needed yet
     bool     failed     = false;   // a read of it failed
+    uint8_t  unread     = 0;       // pieces, as bits, of which a read failed
+    uint8_t  lost       = 0;       // ... that was begun when a pass had asked for it: it is not tried again
     bool     listed     = false;   // stands in its layer's set in mobile_store::evictable, under `key`
     uint64_t n_uses     = 0;
     double   last_use   = 0.0;
@@ -289,6 +291,8 @@ private:
     void begin_load  (mobile_store_part part, int32_t slot, bool ahead);
     void queue_reads (const std::vector<mobile_store_part> & parts, std::deque<item> & queue);
     void promote     (const std::vector<mobile_store_part> & parts);
+    void read_again  (mobile_store_part part, uint16_t piece);
+    void forgive     (mobile_store_part part);
     bool run_one     (locked & lock, bool demand_only);
     std::deque<item> * next_queue(locked & lock, bool demand_only);
     bool begin_hint  (locked & lock);
@@ -300,7 +304,7 @@ private:
     void waste_hint  (mobile_expert & x);
     void settle_hints(mobile_store_layer layer);
     void drop_hints  ();
-    void finish      (const item & it, int status, uint64_t n_read, uint64_t n_wanted, uint64_t offset);
+    void finish      (const item & it, bool asked, int status, uint64_t n_read, uint64_t n_wanted, uint64_t offset);
     std::string describe(mobile_store_part part, int piece) const; // for error texts
     void wake_io     (size_t n_loads);
     void io_main     ();

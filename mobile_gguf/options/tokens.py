@@ -1,0 +1,31 @@
+"""A number of tokens that may be left to the machine: ``512``, or ``auto``."""
+
+from __future__ import annotations
+
+import numbers
+from typing import Any, Literal
+
+from mobile_gguf.errors import UsageError, shown
+
+from .words import AUTO_UBATCH
+
+MAX_TOKENS = 1 << 24
+
+
+def parse_tokens_or_auto(value: Any) -> int | Literal["auto"]:
+    """Read a number of tokens, or ``auto``, which comes back as it is. Raises UsageError."""
+    if isinstance(value, str):
+        text = value.strip().lower()
+        if text == AUTO_UBATCH:
+            return AUTO_UBATCH
+        # neither signs nor the digits of other scripts, which int() takes as well
+        number = int(text) if text.isascii() and text.isdigit() and len(text) < 10 else 0
+    elif isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        number = int(value)
+    else:
+        number = 0
+    if not 1 <= number <= MAX_TOKENS:
+        raise UsageError(
+            f"{shown(value)} is not a number of tokens: write 1 to {MAX_TOKENS}, or {AUTO_UBATCH}"
+        )
+    return number

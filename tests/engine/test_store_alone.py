@@ -1,0 +1,241 @@
+"""The store without the engine: what it reads first, and all its threads at once.
+
+Reads are held back, so that their order is known and nothing hangs on a clock.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import stress
+
+N_LAYERS, N_EXPERTS, N_PIECES = 4, 8, 2
+RESIDENT = 2  # enum mobile_residency
+ROOM = 32  # experts; there are as many
+WARM = [(layer, expert) for expert in range(4) for layer in range(2, 4)]
+ASKED = [1, 4, 6]  # of layer 0, and nothing of the warm set
+
+Pair = tuple[int, int]
+
+
+class Store:
+    """``shim/store_order.cpp`` in Python's words."""
+
+    def __init__(self, library: Path, file: Path) -> None:
+        self._lib = ctypes.CDLL(str(library))
+        self._file = file
+
+    def open(self, *, n_io_threads: int, budget: int = ROOM - 1, prefault: bool = False) -> None:
+        path = str(self._file).encode()
+        assert self._lib.order_open(path, N_LAYERS, N_EXPERTS, budget, n_io_threads, prefault) == 0
+
+    def close(self) -> None:
+        self.allow(-1)
+        self._lib.order_close()
+
+    def warm(self, pairs: Sequence[Pair]) -> int:
+        flat = [number for pair in pairs for number in pair]
+        return self._lib.order_warm((ctypes.c_int * len(flat))(*flat), len(pairs))
+
+    def request(self, layer: int, experts: Sequence[int]) -> None:
+        self._lib.order_request(layer, (ctypes.c_int * len(experts))(*experts), len(experts))
+
+    def resolve(self, layer: int, experts: Sequence[int]) -> None:
+        """Wait for experts, and hold them against the file."""
+        for expert in experts:
+            assert self._lib.order_resolve(layer, expert) == 1, f"expert {expert} of layer {layer} is wrong"
+
+    def allow(self, n: int) -> None:
+        """Let ``n`` more reads go on; -1: all."""
+        self._lib.order_allow(n)
+
+    def wait(self, n: int) -> None:
+        """Until ``n`` reads have begun."""
+        self._lib.order_wait(n)
+
+    def fail(self, every: int) -> None:
+        self._lib.order_fail(every)
+
+    def begin_pass(self) -> None:
+        self._lib.order_begin_pass()
+
+    def end_pass(self) -> bool:
+        return bool(self._lib.order_end_pass())
+
+    def read_ahead(self, layer: int) -> None:
+        self._lib.order_read_ahead(layer)
+
+    def residency(self, pair: Pair) -> int:
+        return self._lib.order_residency(*pair)
+
+    def log(self) -> list[Pair]:
+        """(layer, expert) of each read, in the order in which they began."""
+        room = (ctypes.c_int * 1000)()
+        return [divmod(one, 1000) for one in room[: self._lib.order_log(room, len(room))]]
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return stress.build(stress.LIBRARY, tmp_path_factory.mktemp("order"))
+
+
+@pytest.fixture
+def store(library: Path, tmp_path: Path) -> Iterator[Store]:
+    made = Store(library, tmp_path / "experts")
+    yield made
+    made.fail(0)
+    made.close()
+
+
+def n_reads(pairs: Sequence[Pair]) -> int:
+    return N_PIECES * len(pairs)
+
+
+def asked_of(layer: int, experts: Sequence[int]) -> set[Pair]:
+    return {(layer, expert) for expert in experts}
+
+
+@pytest.mark.parametrize("n_io_threads", [1, 4])
+def test_a_prompt_right_after_the_load_waits_for_no_warm_read(store: Store, n_io_threads: int) -> None:
+    """Those under way end; none begins before all that was asked for has begun."""
+    store.open(n_io_threads=n_io_threads)
+    assert store.warm(WARM) == len(WARM)
+    store.wait(n_io_threads)  # each thread has one
+    assert set(store.log()) <= set(WARM)
+    store.begin_pass()
+    store.request(0, ASKED)
+    store.allow(-1)
+    store.resolve(0, ASKED)
+    store.request(1, ASKED)
+    store.resolve(1, ASKED)
+    assert store.end_pass()
+    store.wait(n_io_threads + 2 * N_PIECES * len(ASKED))
+    log = store.log()
+    warm_before = [pair in WARM for pair in log].index(False)
+    assert warm_before == n_io_threads
+    n = N_PIECES * len(ASKED)
+    assert set(log[warm_before : warm_before + n]) == asked_of(0, ASKED)
+
+
+def test_layers_ahead_come_before_the_warm_set(store: Store) -> None:
+    store.open(n_io_threads=1)
+    store.warm(WARM)
+    store.wait(1)
+    store.begin_pass()
+    store.request(0, ASKED)
+    store.read_ahead(1)
+    store.allow(-1)
+    store.resolve(0, ASKED)
+    layer = list(range(N_EXPERTS))
+    store.request(1, layer)
+    store.resolve(1, layer)
+    assert store.end_pass()
+    n = N_PIECES * (len(ASKED) + N_EXPERTS)
+    store.wait(1 + n)
+    log = store.log()
+    assert log[0] == WARM[0]
+    # the last of them may still be under way when the layer is asked for
+    assert set(log[1 : 1 + n]) == asked_of(0, ASKED) | asked_of(1, layer)
+
+
+def test_after_the_pass_the_rest_of_it_comes_in_its_order(store: Store) -> None:
+    store.open(n_io_threads=1)
+    store.warm(WARM)
+    store.wait(1)
+    store.begin_pass()
+    store.request(0, ASKED)
+    store.allow(-1)
+    store.resolve(0, ASKED)
+    assert store.end_pass()
+    store.wait(n_reads(WARM) + N_PIECES * len(ASKED))
+    assert list(dict.fromkeys(pair for pair in store.log() if pair in WARM)) == WARM
+
+
+def test_a_warm_read_that_is_asked_for_is_one_read(store: Store) -> None:
+    """What is on its way is waited for, and goes first; it is not read twice."""
+    store.open(n_io_threads=1)
+    store.warm(WARM)
+    store.wait(1)
+    store.begin_pass()
+    wanted = [expert for layer, expert in WARM if layer == 2]
+    store.request(2, wanted)
+    store.allow(-1)
+    store.resolve(2, wanted)
+    assert store.end_pass()
+    store.wait(n_reads(WARM))
+    assert sorted(store.log()) == sorted(N_PIECES * WARM)
+
+
+def test_a_failed_warm_read_fails_no_pass_that_asks_meanwhile(store: Store) -> None:
+    """Its other piece is still queued when a pass asks for the expert: the failed one is read again."""
+    store.open(n_io_threads=1)
+    store.fail(1)
+    store.warm(WARM)
+    store.wait(1)
+    store.allow(1)
+    store.wait(2)  # the first piece has failed, the second has begun
+    store.begin_pass()
+    store.request(2, [0])
+    store.fail(0)
+    store.allow(-1)
+    store.resolve(2, [0])
+    assert store.end_pass()
+    assert store.log()[:3] == [WARM[0]] * 3
+
+
+def test_a_warm_read_that_fails_under_a_pass_is_done_again(store: Store) -> None:
+    """It began before the pass asked, and fails after."""
+    store.open(n_io_threads=1)
+    store.warm(WARM)
+    store.wait(1)
+    store.begin_pass()
+    store.request(2, [0])
+    store.fail(1)
+    store.allow(1)
+    store.wait(2)  # it has failed, and the other piece waits
+    store.fail(0)
+    store.allow(-1)
+    store.resolve(2, [0])
+    assert store.end_pass()
+
+
+def test_a_warm_set_of_everything_ends_where_the_budget_does(store: Store) -> None:
+    store.open(n_io_threads=2, budget=ROOM // 2, prefault=True)
+    every = [(layer, expert) for layer in range(N_LAYERS) for expert in range(N_EXPERTS)]
+    store.warm(every)
+    store.allow(-1)
+    store.wait(n_reads(every[: ROOM // 2]))
+    store.begin_pass()
+    store.request(0, [0])
+    store.resolve(0, [0])
+    assert store.end_pass()
+    assert len(store.log()) == n_reads(every[: ROOM // 2])
+
+
+def test_all_its_threads_at_once(library: Path, tmp_path: Path) -> None:
+    """Short sessions with slow and failing reads; `make sanitize` watches more of them for data races."""
+    program = stress.build("store_stress", library.parent)
+    done = stress.run(program, 12, 1, stress.PATIENCE, tmp_path / "experts")
+    assert done.returncode == 0, done.stderr
+    assert "ok, 0 reads" not in done.stdout
+
+
+def test_a_store_whose_warm_set_gives_no_way_is_seen(library: Path, tmp_path: Path) -> None:
+    """The planted fault: with it the first test fails."""
+    before = "    if (!demand.empty()) {\n        return &demand;"
+    changes = {
+        "mobile-store-reads.cpp": (
+            before,
+            "    if (!demand_only && !warm_reads.empty()) {\n        return &warm_reads;\n    }\n" + before,
+        )
+    }
+    made = stress.build(stress.LIBRARY, tmp_path, changes=changes, compiled=library.parent)
+    spoilt = Store(made, tmp_path / "experts")
+    try:
+        with pytest.raises(AssertionError):
+            test_a_prompt_right_after_the_load_waits_for_no_warm_read(spoilt, 1)
+    finally:
+        spoilt.close()

@@ -1,0 +1,148 @@
+"""Builds and runs the stress programs of ``shim/``: the barrier and the expert store, without the engine.
+
+``changes`` plants a fault: a part of a source's text is replaced in a copy, and has to be there once. With
+``sanitize`` the program is built for ThreadSanitizer, and a data race ends it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+from engine_libs import source_tree
+from places import C_SOURCES, SHIM
+
+Changes = Mapping[str, tuple[str, str]]  # by the file's name: what is replaced, and by what
+
+RACE = 66  # exit status after a data race
+_STORE = C_SOURCES / "store"
+# compiled as one, since most of the time goes into headers; the first is C
+_PARTS = {
+    "barrier": [C_SOURCES / "ggml" / "ggml-barrier.c", SHIM / "stress_barrier.c"],
+    "store": [*sorted(_STORE.glob("mobile-store*.cpp")), C_SOURCES / "mobile-error.cpp"],
+    "planted": [SHIM / "planted_reads.cpp", SHIM / "planted_store.cpp"],
+}
+_PROGRAMS = {
+    "barrier_stress": ("barrier",),
+    "store_stress": ("barrier", "store", "planted"),
+    "store_order": ("barrier", "store", "planted"),
+}
+LIBRARY = "store_order"  # for ctypes
+PATIENCE = 60  # seconds without a step, after which a program says that it hangs
+# addresses have more random bits than older runtimes of the sanitizer can do with
+_MANY_BITS = 28
+
+
+def _compilers() -> tuple[str, str]:
+    c, cpp = shutil.which("cc"), shutil.which("c++")
+    if c is None or cpp is None:
+        pytest.skip("no compilers for the stress programs")
+    return c, cpp
+
+
+def _includes() -> list[str]:
+    llama = source_tree()
+    folders = (SHIM, C_SOURCES, C_SOURCES / "ggml", llama / "include", llama / "ggml" / "include")
+    return [f"-I{folder}" for folder in folders]
+
+
+def _names(sources: Sequence[Path]) -> set[str]:
+    return {source.name for source in sources}
+
+
+def _changed(source: Path, changes: Changes, folder: Path) -> Path:
+    """A source, or its changed copy."""
+    if source.name not in changes:
+        return source
+    old, new = changes[source.name]
+    text = source.read_text(encoding="utf-8")
+    assert text.count(old) == 1, f"{source.name} has {text.count(old)} times {old!r}"
+    copy = folder / source.name
+    copy.write_text(text.replace(old, new), encoding="utf-8")
+    return copy
+
+
+def _compile(command: Sequence[str | Path]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def build(
+    name: str,
+    folder: Path,
+    *,
+    sanitize: bool = False,
+    changes: Changes | None = None,
+    compiled: Path | None = None,
+) -> Path:
+    """Make a program of ``shim/`` in ``folder``, or the library.
+
+    What was compiled there, or in ``compiled``, is used again where it has no ``changes``.
+    """
+    c, cpp = _compilers()
+    changes = changes or {}
+    options = [
+        "-O1" if sanitize else "-O0",
+        *(["-g"] if sanitize else []),
+        "-Wall",
+        "-pthread",
+        "-fPIC",
+        *(["-fsanitize=thread"] if sanitize else []),
+    ]
+    commands = {"c": [c, *options, *_includes()], "cpp": [cpp, "-std=c++17", *options, *_includes()]}
+    objects = []
+    parts = {part: _PARTS[part] for part in _PROGRAMS[name]} | {name: [SHIM / f"{name}.cpp"]}
+    known = {name for sources in parts.values() for name in _names(sources)}
+    assert set(changes) <= known, f"no such source: {set(changes) - known}"
+    for part, sources in parts.items():
+        language = sources[0].suffix[1:]
+        whole, out = folder / f"{part}-whole.{language}", folder / f"{part}.o"
+        objects.append(out)
+        before = None if compiled is None or changes.keys() & _names(sources) else compiled / out.name
+        if before is not None and before.exists():
+            shutil.copyfile(before, out)
+        if not out.exists():
+            taken = [_changed(source, changes, folder) for source in sources]
+            whole.write_text("".join(f'#include "{source}"\n' for source in taken), encoding="utf-8")
+            _compile([*commands[language], "-c", whole, "-o", out])
+    program = folder / (f"{name}.so" if name == LIBRARY else name)
+    _compile([cpp, *options, *(["-shared"] if name == LIBRARY else []), *objects, "-o", program])
+    return program
+
+
+def run(program: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run a stress program to its end."""
+    environment = os.environ | {"TSAN_OPTIONS": f"halt_on_error=1 exitcode={RACE}"}
+    bits = Path("/proc/sys/vm/mmap_rnd_bits")
+    if bits.is_file() and int(bits.read_text()) > _MANY_BITS and (setarch := shutil.which("setarch")):
+        prefix = [setarch, "-R"]
+    else:
+        prefix = []
+    return subprocess.run(
+        [*prefix, program, *map(str, arguments)], env=environment, capture_output=True, text=True, check=False
+    )
+
+
+# faults for the checks to catch
+
+LOST: dict[str, Changes] = {
+    "one of the sleepers is woken": {
+        "ggml-barrier.c": ("FUTEX_WAKE_PRIVATE, INT_MAX", "FUTEX_WAKE_PRIVATE, 1")
+    },
+    "nobody counts as asleep": {
+        "ggml-barrier.c": ("atomic_fetch_add(&g_sleepers, 1)", "atomic_fetch_add(&g_sleepers, 0)")
+    },
+}
+UNORDERED: dict[str, Changes] = {
+    "barrier_stress": {"stress_barrier.c": ("    atomic_load(&barrier->n_passed);", "")},
+    "store_stress": {
+        "mobile-store-pass.cpp": (
+            "if (x.piece_state[piece].load(std::memory_order_acquire) == MOBILE_PIECE_READY)",
+            "if (x.piece_state[piece].load(std::memory_order_relaxed) == MOBILE_PIECE_READY)",
+        )
+    },
+}
