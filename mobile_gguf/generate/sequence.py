@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from mobile_gguf.engine.loss import LossRules
 from mobile_gguf.errors import EngineError, UsageError
 
 from .decode import ALL_EXPERTS, Pass, Policy, decode_prompt, decode_token
@@ -85,8 +86,8 @@ class TokenSequence:
         if self.policy.always_big and self._n_big < len(self.tokens):
             # Rows that a little pass wrote must not be reused for an exact answer.
             self._keep(self._n_big)
-        if self.last_pass is not Pass.BIG:
-            # The logits at hand are not a big pass's, and the first token after a prompt is.
+        if self.last_pass is not Pass.BIG or self.decoder.is_lossy:
+            # The logits at hand are not a whole pass's, and the first token after a prompt is.
             self.has_logits = False
         if self.has_logits and self.tokens == prompt:
             return []
@@ -215,6 +216,9 @@ class TokenSequence:
     def use_experts(self, k: int) -> None:
         self.decoder.use_experts(k)
 
+    def use_loss(self, rules: LossRules | None) -> None:
+        self.decoder.use_loss(rules)
+
     def forward(self, tokens: list[int]) -> None:
         if len(self.tokens) + len(tokens) > self.n_max:
             raise UsageError(f"the context of {self.n_max} tokens is full")
@@ -254,7 +258,8 @@ class TokenSequence:
                 tell(done, len(tokens))
 
     def _append(self, tokens: list[int]) -> None:
-        if self.decoder.experts == ALL_EXPERTS and self._n_big == len(self.tokens):
+        is_big = self.decoder.experts == ALL_EXPERTS and not self.decoder.is_lossy
+        if is_big and self._n_big == len(self.tokens):
             self._n_big += len(tokens)
         self.tokens += tokens
         self.has_logits = True

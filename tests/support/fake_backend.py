@@ -15,7 +15,15 @@ from typing import Any
 import numpy as np
 
 from mobile_gguf.engine.experts import Experts, ExpertSource
-from mobile_gguf.engine.structs import Counters, DeviceCounters, ModelInfo, PrefetchCounters, WarmCounters
+from mobile_gguf.engine.loss import Buddies, LossRules
+from mobile_gguf.engine.structs import (
+    Counters,
+    DeviceCounters,
+    LossCounters,
+    ModelInfo,
+    PrefetchCounters,
+    WarmCounters,
+)
 from mobile_gguf.errors import PromptTooLongError, UsageError
 from mobile_gguf.generate.decode import ALL_EXPERTS, Pass, Policy, decode_prompt, decode_token
 from mobile_gguf.generate.head import Head
@@ -135,6 +143,9 @@ class FakeBackend:
         self.closed = False
         self.on_evaluate: Callable[[], None] = lambda: None
         self._experts = ALL_EXPERTS
+        self.buddies: Buddies | None = None
+        self.loss: LossRules | None = None  # in force
+        self.losses: list[LossRules | None] = []  # of each evaluation
         self._n_prompt = 0
         self._counters = Counters()
         self._device_counters = DeviceCounters()
@@ -159,10 +170,14 @@ class FakeBackend:
     def use_experts(self, k: int) -> None:
         self._experts = k
 
+    def use_loss(self, rules: LossRules | None) -> None:
+        self.loss = rules
+
     def forward(self, tokens: list[int]) -> None:
         self.on_evaluate()
         error = self.errors.pop(self.n_evaluations, None)
         self.n_evaluations += 1
+        self.losses.append(self.loss)
         if error is not None:
             raise error
         self.rows += [(token, self._experts) for token in tokens]
@@ -275,6 +290,10 @@ class FakeBackend:
 
     def prefetch_counters(self) -> PrefetchCounters:
         return PrefetchCounters()
+
+    def loss_counters(self) -> LossCounters:
+        n = sum(loss is not None for loss in self.losses)
+        return LossCounters(n_layers=4 * n, n_missing=2 * n, n_dropped=n, moved_weight=0.1 * n)
 
     def warm_counters(self) -> WarmCounters:
         return WarmCounters()
