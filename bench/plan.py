@@ -87,12 +87,17 @@ def absolute_bytes(text: str, flag: str) -> int:
     return size.n_bytes
 
 
-def budget_bytes(text: str, shape: ModelShape) -> int:
-    """What ``--budget`` asks for of the replay model; raises UsageError below what can work."""
+def budget_of(text: str, all_bytes: int) -> int:
+    """What ``--budget`` asks for, of all experts' bytes. Raises UsageError for ``auto``."""
     size = parse_size(text)
     if size.is_auto:
         raise UsageError("--budget auto: a benchmark needs sizes, such as 12%,25%,100%")
-    n_bytes = size.n_bytes if size.n_bytes is not None else int((size.fraction or 0) * shape.all_expert_bytes)
+    return size.n_bytes if size.n_bytes is not None else int((size.fraction or 0) * all_bytes)
+
+
+def budget_bytes(text: str, shape: ModelShape) -> int:
+    """What ``--budget`` asks for of the replay model; raises UsageError below what can work."""
+    n_bytes = budget_of(text, shape.all_expert_bytes)
     if n_bytes < shape.layer_expert_bytes:
         raise UsageError(
             f"--budget {text} is {format_bytes(n_bytes)}, less than one layer's experts "

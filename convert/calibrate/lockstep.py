@@ -133,14 +133,3 @@ class Lockstep:
 def sequences_kept(n_seq: int, has_copies: bool) -> int:
     """How many sequences a context needs."""
     return 2 * n_seq if has_copies else n_seq
-
-
-def log_softmax(logits: Floats) -> Floats:
-    """Log probabilities of rows of logits."""
-    shifted = logits - logits.max(-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-
-
-def divergence(p: Floats, q: Floats) -> Floats:
-    """KL(p || q) of rows of log probabilities, in nats."""
-    return (np.exp(p) * (p - q)).sum(-1)

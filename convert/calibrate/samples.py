@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .lockstep import Floats, Lockstep, divergence, log_softmax
+from mobile_gguf.generate.divergence import divergence, log_softmax
+
+from .lockstep import Floats, Lockstep
 
 # Tokens at the start of a block that stand for the prompt: big, and not counted.
 N_PROMPT = 16

@@ -17,11 +17,12 @@ from mobile_gguf.gguf.info import GgufInfo, read_gguf_info
 
 from ..gguf.file import GgufSource
 from .buddies import NO_EXPERT, Ranked
-from .statistics import MAX_NEXT, Floats, Statistics
+from .statistics import MAX_NEXT, N_PERCENTILES, Floats, Statistics
 
 # All that one calibration replaces of another.
 PREFIXES = (
-    keys.STATISTICS, keys.HOTNESS, keys.ROUTER_WEIGHT, keys.BUDDIES, keys.TRANSITIONS, keys.IMPORTANCE
+    keys.STATISTICS, keys.HOTNESS, keys.ROUTER_WEIGHT, keys.ENTROPY,
+    keys.BUDDIES, keys.TRANSITIONS, keys.IMPORTANCE
 )  # fmt: skip
 
 # Room for rounding in sums and shares that should be at most 1 (or top-k).
@@ -34,6 +35,8 @@ def statistics_tensors(statistics: Statistics) -> dict[str, npt.NDArray[np.gener
         keys.HOTNESS: statistics.hotness,
         keys.ROUTER_WEIGHT: statistics.weight,
     }
+    if statistics.entropy.size:
+        tensors[keys.ENTROPY] = statistics.entropy
     for name, ranked in ((keys.BUDDIES, statistics.buddies), (keys.TRANSITIONS, statistics.transitions)):
         if ranked.expert.size:
             tensors[f"{name}{keys.RANKED_EXPERT}"] = ranked.expert
@@ -81,6 +84,7 @@ class _Reader:
             weight=self.floats(keys.ROUTER_WEIGHT, (n_layer, n_expert)),
             buddies=self.ranked(keys.BUDDIES, n_layer),
             transitions=self.ranked(keys.TRANSITIONS, n_layer - 1),
+            entropy=self.entropy(n_layer),
             importance=self.importance() if importance else {},
         )
 
@@ -94,6 +98,14 @@ class _Reader:
         if not np.isfinite(values).all() or values.min() < low or values.max() > high:
             self.fail(f"tensor {name} holds values that cannot be")
         return values
+
+    def entropy(self, n_layer: int) -> Floats:
+        if self.source.tensor(keys.ENTROPY) is None:
+            return np.zeros((n_layer, 0), np.float32)
+        found = self.floats(keys.ENTROPY, (n_layer, N_PERCENTILES), high=1.0)
+        if (np.diff(found, axis=-1) < 0).any():
+            self.fail(f"tensor {keys.ENTROPY} does not ascend")
+        return found
 
     def ranked(self, name: str, n_layer: int) -> Ranked:
         n_expert = self.info.n_expert

@@ -44,20 +44,13 @@ def tied_top(logits: Logits, reference: Logits, tolerance: float) -> npt.NDArray
     return gap <= 2 * tolerance * np.abs(wanted).max(axis=-1)
 
 
-def log_softmax(logits: Logits) -> Steps:
-    """Natural logarithms of the probabilities, in float64."""
-    import numpy as np
-
-    shifted = np.asarray(logits, np.float64)
-    shifted = shifted - shifted.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-
-
 def kl_divergence(logits: Logits, reference: Logits) -> Steps:
     """KL(reference || logits) in nats, per step: what coding the reference's tokens by ``logits`` costs."""
     import numpy as np
 
-    wanted = log_softmax(reference)
-    divergence = (np.exp(wanted) * (wanted - log_softmax(logits))).sum(axis=-1)
+    from mobile_gguf.generate.divergence import divergence, log_softmax
+
+    rows = (log_softmax(np.asarray(each, np.float64)) for each in (reference, logits))
+    apart = divergence(*rows)
     # Rounding may leave equal distributions a hair below zero; np.maximum keeps a NaN one.
-    return np.maximum(divergence, 0.0)
+    return np.maximum(apart, 0.0)

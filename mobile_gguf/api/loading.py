@@ -111,9 +111,10 @@ def _open(
         more["planned_bytes"] = fit.host_demand.total_bytes + fit.ram_budget_bytes
     if engine is None or fit is None or not info.is_moe:
         return _construct(info, options, asked, engine, use_mmap=True, **more), notices
+    from mobile_gguf.generate.buddies import read_buddies
     from mobile_gguf.generate.head import read_head
 
-    head = read_head(info)
+    head, buddies = read_head(info), read_buddies(info)
     engine.set_load_params(
         budget_bytes=fit.store_bytes,
         io_threads=options.io_threads,
@@ -127,7 +128,7 @@ def _open(
         llama = _construct(info, options, asked, engine, use_mmap=False, **more)
     finally:
         engine.clear_load_params()
-    llama.sequence.head = head
+    llama.sequence.head, llama.decoder.buddies = head, buddies
     if llama.store is None:
         notices.append(
             f"the engine cannot hold the experts of a {info.architecture} model: no budget, only mode exact"

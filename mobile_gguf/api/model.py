@@ -114,7 +114,7 @@ class Model:
     file (``general.sampling.*``), else those that are declared.
     A second thread, or a second answer while one is still being streamed, gets a ModelBusyError.
     ``mode``, ``gamma`` and ``little_k`` may be set between answers, and with ``configure`` what else
-    decides which tokens are big. ``notices`` holds what could not be
+    decides which experts a token uses. ``notices`` holds what could not be
     done as asked; each was also logged as a warning of the logger ``mobile_gguf``.
     """
 
@@ -193,7 +193,7 @@ class Model:
 
     @speaks_python
     def configure(self, **changes: Any) -> None:
-        """Set mode, gamma, little_k, importance or head_threshold for the answers to come.
+        """Set which tokens are big, and what becomes of missing experts, for the answers to come.
 
         An answer that has begun goes on as it began. Raises UsageError or EngineError.
         """

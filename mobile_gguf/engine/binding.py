@@ -30,6 +30,7 @@ from .structs import (
     CountersStruct,
     DeviceParamsStruct,
     LoadParamsStruct,
+    LossParamsStruct,
     ModelInfo,
     ModelInfoStruct,
     struct_fields,
@@ -77,6 +78,13 @@ class Engine:
             "get_worth": (n, [address, address, n]),
             "warm": (n, [address, address, n]),
             "get_warm_counters": (status, [address, address]),
+            "loss_default_params": (LossParamsStruct, []),
+            "set_loss": (status, [address, address]),
+            "set_lossy": (status, [address, ctypes.c_bool]),
+            "set_batch_lossy": (status, [address, address, n]),
+            "set_buddies": (status, [address, address, address, address, n, n, n]),
+            "set_loss_residency": (status, [address, address, ctypes.c_size_t]),
+            "get_loss_counters": (status, [address, address]),
             "get_counters": (status, [address, address]),
             "reset_counters": (status, [address]),
             "context_error": (text, [address]),
@@ -130,11 +138,13 @@ class Engine:
         io: str = "auto",
         on_host: bool = False,
         prefault: bool = False,
+        at_once: int = 0,
     ) -> None:
         """Make the next model load on this thread use the expert store; 0 bytes keeps every expert.
 
         ``on_host`` keeps routed experts in host memory even where other weights go to a device. ``prefault``
-        lets idle I/O threads take the budget's memory before it is needed.
+        lets idle I/O threads take the budget's memory before it is needed. ``at_once`` makes a budget legal
+        that holds so many experts, or segments, of a layer: a pass that asks a layer for more fails.
         """
         params = with_slack(LoadParamsStruct)
         defaults = self._call("load_default_params")
@@ -144,6 +154,7 @@ class Engine:
         params.io = choice("io", IO, io)
         params.on_host = on_host
         params.prefault = prefault
+        params.n_at_once = at_once
         self._check(self._call("load_set_params", ctypes.byref(params)), "setting the load parameters")
 
     def clear_load_params(self) -> None:

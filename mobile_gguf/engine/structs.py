@@ -10,7 +10,7 @@ import ctypes
 from dataclasses import dataclass
 from typing import Any
 
-from mobile_gguf.options.words import CACHE, HOST, LAYERS, OFF, ON
+from mobile_gguf.options.words import BUDDY, CACHE, HOST, LAYERS, LIVE, OFF, ON, PRIOR
 
 ABI_VERSION = 5
 
@@ -21,6 +21,7 @@ MISS = {"auto": 0, "fetch": 1, "cpu": 2}
 PLACEMENT = {HOST: 0, CACHE: 1, LAYERS: 2}
 PREFETCH = {OFF: 0, ON: 1, "auto": 2}
 PREDICT = {"auto": 0, "router": 1, "transitions": 2}  # auto: the router where the model has a plain one
+SUBSTITUTE = {OFF: 0, BUDDY: 1, LIVE: 2, PRIOR: 3, "random": 4}  # random: only for experiments
 OBSERVE = {"routes": 1, "neurons": 2, "inputs": 4}
 NOT_RESIDENT, LOADING, RESIDENT = 0, 1, 2
 ROUTED_MAX = 65536  # entries of what was routed that a context keeps
@@ -58,6 +59,7 @@ class LoadParamsStruct(ctypes.Structure):
         ("io", ctypes.c_int32),
         ("on_host", ctypes.c_int32),
         ("prefault", ctypes.c_int32),
+        ("n_at_once", ctypes.c_int32),
     ]
 
 
@@ -242,6 +244,59 @@ class WarmCountersStruct(ctypes.Structure):
     """``struct mobile_warm_counters``."""
 
     _fields_ = [(name, ctypes.c_uint64) for name in WarmCounters.__dataclass_fields__]
+
+
+# the ladder of lossy rules
+
+
+class LossParamsStruct(ctypes.Structure):
+    """``struct mobile_loss_params``."""
+
+    _fields_ = [
+        ("drop", ctypes.c_float),
+        ("little_on_miss", ctypes.c_int32),
+        ("again_tokens", ctypes.c_int32),
+        ("substitute", ctypes.c_int32),
+        ("keep", ctypes.c_int32),
+        ("substitutes_max", ctypes.c_int32),
+        ("tau", ctypes.c_float),
+        ("beta", ctypes.c_float),
+        ("eta", ctypes.c_float),
+        ("margin", ctypes.c_float),
+        ("prior", ctypes.c_float),
+        ("admit", ctypes.c_int32),
+    ]
+
+
+@dataclass(frozen=True)
+class LossCounters:
+    """What the lossy rules did since the last reset: sums over layers, and over tokens that they might touch.
+
+    Of ``n_missing`` experts that were asked for and not there, ``n_dropped``, ``n_left_out`` (by
+    little-on-miss) and ``n_substituted`` were not read; ``n_again`` were, since they were asked for again.
+    ``moved_weight`` sums the shares of the tokens' weights that this touched, over ``n_layers`` (token,
+    layer) pairs. ``n_admitted`` displaced experts were read while the disk was idle.
+    """
+
+    n_layers: int = 0
+    n_missing: int = 0
+    n_dropped: int = 0
+    n_left_out: int = 0
+    n_substituted: int = 0
+    n_again: int = 0
+    n_admitted: int = 0
+    n_admit_left: int = 0
+    bytes_admitted: int = 0
+    moved_weight: float = 0.0
+
+
+class LossCountersStruct(ctypes.Structure):
+    """``struct mobile_loss_counters``."""
+
+    _fields_ = [
+        *((name, ctypes.c_uint64) for name in LossCounters.__dataclass_fields__ if name != "moved_weight"),
+        ("moved_weight", ctypes.c_double),
+    ]
 
 
 # the device tier

@@ -8,18 +8,26 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from mobile_gguf.engine.structs import Counters, DeviceCounters, ModelInfo, PrefetchCounters, WarmCounters
+from mobile_gguf.engine.structs import (
+    Counters,
+    DeviceCounters,
+    LossCounters,
+    ModelInfo,
+    PrefetchCounters,
+    WarmCounters,
+)
 from mobile_gguf.errors import AnswerStopped
 
 from .decode import Pass, Policy
 from .notebook import reply_html
-from .receipt import Receipt, Timings
+from .receipt import Receipt, Timings, loss_of
 from .text import TextStream
 
 if TYPE_CHECKING:
     from mobile_gguf.device.tier import DeviceTier
     from mobile_gguf.engine.devices import Device
     from mobile_gguf.engine.experts import Experts
+    from mobile_gguf.engine.loss import Buddies
     from mobile_gguf.gguf.info import GgufInfo
 
     from .head import Head
@@ -102,6 +110,8 @@ class Backend(Protocol):
     @property
     def head(self) -> Head | None: ...  # None for a model that was not calibrated
     @property
+    def buddies(self) -> Buddies | None: ...  # likewise
+    @property
     def can_generate(self) -> bool: ...
     @property
     def pooling(self) -> str | None: ...  # what the file asks for
@@ -127,6 +137,7 @@ class Backend(Protocol):
     def counters(self) -> Counters: ...
     def device_counters(self) -> DeviceCounters: ...
     def prefetch_counters(self) -> PrefetchCounters: ...
+    def loss_counters(self) -> LossCounters: ...
     def warm_counters(self) -> WarmCounters: ...
     def reset_counters(self) -> None: ...
     def forget(self) -> None: ...
@@ -208,6 +219,7 @@ class Answer:
         self._counters = Counters()
         self._device_counters = DeviceCounters()
         self._ahead = PrefetchCounters()
+        self._loss = LossCounters()
         store = backend.store
         self._budget_bytes = store.budget_bytes if store is not None else 0
         self.finish_reason: str | None = None
@@ -253,6 +265,7 @@ class Answer:
             self._counters = self._backend.counters()
             self._device_counters = self._backend.device_counters()
             self._ahead = self._backend.prefetch_counters()
+            self._loss = self._backend.loss_counters()
         if not self._tokens:
             # Sampling the first token belongs to the generation, as in llama-server.
             self._prompt_seconds = max(0.0, min(self._backend.sequence.prompt_done, ended) - started)
@@ -301,6 +314,7 @@ class Answer:
             thread_changes=threads.n_changes - self._thread_changes if threads is not None else 0,
             n_ubatch=self._backend.n_ubatch,
             context_full=self.finish_reason == LENGTH and self._request.fills_context,
+            loss=loss_of(self._loss) if policy.loss is not None else None,
             **read_traffic(self._backend, self._counters, self._device_counters, self._ahead),
         )
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Protocol
 
+from mobile_gguf.engine.loss import LossRules
 from mobile_gguf.options import DEFAULT_GAMMA
 from mobile_gguf.options.words import BIG_LITTLE, CONFIDENCE, EXACT, HEAD, LITTLE
 
@@ -36,7 +37,7 @@ class Policy:
     """The mode in effect; ``little_k`` routed experts in a little pass, ``gamma`` a probability.
 
     ``importance`` is HEAD or CONFIDENCE; above ``head_threshold``, a probability, the head
-    has a token run big.
+    has a token run big. ``loss`` are the rules for missing experts of generated tokens, None: all are read.
     """
 
     mode: str = EXACT
@@ -44,6 +45,7 @@ class Policy:
     little_k: int = 0
     importance: str = CONFIDENCE
     head_threshold: float = 0.5
+    loss: LossRules | None = None
 
     @property
     def uses_head(self) -> bool:
@@ -52,7 +54,9 @@ class Policy:
 
     @property
     def always_big(self) -> bool:
-        """Whether every kept KV row comes from a big pass: no probability reaches a gamma above 1."""
+        """Whether every kept KV row comes from a big pass that lost nothing: no probability is above 1."""
+        if self.loss is not None and self.mode != BIG_LITTLE:
+            return False
         if self.uses_head:
             return self.head_threshold <= 0
         return self.mode == EXACT or (self.mode == BIG_LITTLE and self.gamma > 1)
@@ -63,6 +67,10 @@ class Steps(Protocol):
 
     def use_experts(self, k: int) -> None:
         """Use at most ``k`` routed experts from the next pass on; ALL_EXPERTS: the top-k."""
+        ...
+
+    def use_loss(self, rules: LossRules | None) -> None:
+        """From the next pass on missing experts follow ``rules``; None: all are read."""
         ...
 
     def forward(self, tokens: list[int]) -> None:
@@ -120,18 +128,26 @@ def is_important_by_head(probability: float | None, threshold: float) -> bool:
 
 
 def decode_prompt(steps: Steps, tokens: list[int]) -> Pass:
-    """Run prompt tokens; a prompt is always big."""
+    """Run prompt tokens; a prompt is always big, and loses nothing."""
+    steps.use_loss(None)
     steps.use_experts(ALL_EXPERTS)
     steps.forward(tokens)
     return Pass.BIG
 
 
 def decode_token(steps: Steps, token: int, policy: Policy) -> Pass:
-    """Run one generated token as ``policy`` has it; returns the pass that its logits come from."""
+    """Run one generated token as ``policy`` has it; returns the pass that its logits come from.
+
+    What is big because it is important loses nothing.
+    """
     if policy.mode == EXACT:
-        return decode_prompt(steps, [token])
+        steps.use_loss(policy.loss)
+        steps.use_experts(ALL_EXPERTS)
+        steps.forward([token])
+        return Pass.BIG
     if policy.uses_head and is_important_by_head(steps.head_probability(token), policy.head_threshold):
         return decode_prompt(steps, [token])
+    steps.use_loss(policy.loss)
     steps.use_experts(policy.little_k)
     steps.forward([token])
     if policy.mode == LITTLE or policy.uses_head:
@@ -140,6 +156,7 @@ def decode_token(steps: Steps, token: int, policy: Policy) -> Pass:
         return Pass.LITTLE
     steps.prefetch_masked()
     steps.step_back()
+    steps.use_loss(None)
     steps.use_experts(ALL_EXPERTS)
     steps.forward([token])
     return Pass.FALLBACK

@@ -16,6 +16,7 @@ from llama_cpp import llama_cpp
 from mobile_gguf.engine.binding import Engine
 from mobile_gguf.engine.guarded import GuardedCalls
 from mobile_gguf.engine.log import clear_errors, last_errors
+from mobile_gguf.engine.loss import Buddies, LossRules, set_buddies, set_loss, set_lossy
 from mobile_gguf.engine.rpc import context_loss
 from mobile_gguf.errors import EngineError, ExpertReadError, MobileError, UsageError
 
@@ -65,6 +66,10 @@ class Decoder:
         self.native = native
         self.engine = engine  # None without a store to ask it about
         self.experts = ALL_EXPERTS
+        self.buddies: Buddies | None = None  # that the rules for missing experts may need
+        self.is_lossy = False  # whether the last pass might lose, and the next one may
+        self._loss: LossRules | None = None  # that the engine was told
+        self._has_buddies = False  # it was told them, too
         self._calls = calls
         self._on_devices = on_devices
         self._batch = Batch(native.n_batch)
@@ -75,6 +80,21 @@ class Decoder:
         if self.engine is not None and k != self.experts:
             self.engine.set_n_expert_used(self.native.ctx, k)
             self.experts = k
+
+    def use_loss(self, rules: LossRules | None) -> None:
+        """Have missing experts follow ``rules`` from the next pass on; None: all are read."""
+        if self.engine is None:
+            return
+        ctx = self.native.ctx
+        if rules is not None and rules != self._loss:
+            if rules.needs_buddies and self.buddies is not None and not self._has_buddies:
+                set_buddies(self.engine, ctx, self.buddies)
+                self._has_buddies = True
+            set_loss(self.engine, ctx, rules)
+            self._loss = rules
+        if (rules is not None) != self.is_lossy:
+            set_lossy(self.engine, ctx, rules is not None)
+            self.is_lossy = rules is not None
 
     def keep_states(self, keep: bool) -> None:
         """Whether the passes to come keep hidden states: then logits of every token are computed, too."""

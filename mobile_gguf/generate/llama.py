@@ -20,9 +20,17 @@ from mobile_gguf.engine.binding import Engine
 from mobile_gguf.engine.devices import Device
 from mobile_gguf.engine.experts import ContextExperts, Experts
 from mobile_gguf.engine.guarded import GuardedCalls
+from mobile_gguf.engine.loss import Buddies, loss_counters
 from mobile_gguf.engine.prefetch import prefetch_counters
 from mobile_gguf.engine.rpc import context_loss
-from mobile_gguf.engine.structs import Counters, DeviceCounters, ModelInfo, PrefetchCounters, WarmCounters
+from mobile_gguf.engine.structs import (
+    Counters,
+    DeviceCounters,
+    LossCounters,
+    ModelInfo,
+    PrefetchCounters,
+    WarmCounters,
+)
 from mobile_gguf.engine.warm import WarmSet, warm_counters
 from mobile_gguf.errors import EngineError
 from mobile_gguf.gguf.info import GgufInfo
@@ -235,6 +243,11 @@ class MobileLlama:
         return self.sequence.head
 
     @property
+    def buddies(self) -> Buddies | None:
+        """The buddies of a calibrated file, which loading gives to the decoder."""
+        return self.decoder.buddies
+
+    @property
     def can_step_back(self) -> bool:
         """Whether single positions can be dropped from the memory; recurrent ones cannot."""
         return self.native.can_step_back
@@ -250,6 +263,10 @@ class MobileLlama:
     def prefetch_counters(self) -> PrefetchCounters:
         """What was read ahead since the last reset; all zero without a store."""
         return prefetch_counters(self.engine, self.ctx) if self.engine is not None else PrefetchCounters()
+
+    def loss_counters(self) -> LossCounters:
+        """What the lossy rules did since the last reset; all zero without a store."""
+        return loss_counters(self.engine, self.ctx) if self.engine is not None else LossCounters()
 
     def warm_counters(self) -> WarmCounters:
         """What became of the warm set since the model was loaded; all zero without a store."""

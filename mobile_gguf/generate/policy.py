@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mobile_gguf.engine.binding import needs_engine
+from mobile_gguf.engine.loss import LossRules
 from mobile_gguf.errors import UsageError
 from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.options import DEFAULT_GAMMA, LoadOptions
-from mobile_gguf.options.words import BIG_LITTLE, CONFIDENCE, EXACT, HEAD
+from mobile_gguf.options.words import BIG_LITTLE, CONFIDENCE, EXACT, HEAD, OFF, ON
 
 from .answer import Backend
 from .decode import Policy, default_little_k
@@ -21,10 +23,17 @@ if TYPE_CHECKING:
 def choose_policy(
     options: LoadOptions, info: GgufInfo, backend: Backend, notify: Callable[[str], object]
 ) -> Policy:
-    """The Policy of ``options`` on this model; EXACT, and a notice, where a mode can have no effect.
+    """The Policy of ``options`` on this model; what can have no effect is left out of it, with a notice.
 
-    Raises UsageError where the mode cannot be had in this way, EngineError on a stock llama.cpp.
+    Raises UsageError where the mode or a rule cannot be had in this way, EngineError on a stock llama.cpp.
     """
+    policy = _by_mode(options, info, backend, notify)
+    return replace(policy, loss=_loss_rules(options, info, backend, policy.little_k, notify))
+
+
+def _by_mode(
+    options: LoadOptions, info: GgufInfo, backend: Backend, notify: Callable[[str], object]
+) -> Policy:
     mode, gamma, little_k = options.mode, options.gamma, options.little_k
     head = backend.head if mode == BIG_LITTLE and options.importance != CONFIDENCE else None
     top_k = info.n_expert_used
@@ -68,6 +77,45 @@ def _no_effect(info: GgufInfo, backend: Backend, k: int, asked: int | None) -> s
     if backend.store is None and backend.has_engine:
         return f"the engine cannot hold the experts of a {info.architecture} model"
     return None
+
+
+def _loss_rules(
+    options: LoadOptions, info: GgufInfo, backend: Backend, little_k: int, notify: Callable[[str], object]
+) -> LossRules | None:
+    """The rules for missing experts that ``options`` ask for; None: none."""
+    rules = LossRules(
+        drop=options.drop,
+        little_on_miss=little_k if options.little_on_miss == ON else 0,
+        substitute=options.substitute,
+    )
+    if not rules.is_on:
+        return None
+    asked = {
+        f"--drop {options.drop:g}": rules.drop > 0,
+        "--little-on-miss on": rules.little_on_miss > 0,
+        f"--substitute {rules.substitute}": rules.substitute != OFF,
+    }
+    flags = " and ".join(flag for flag, is_on in asked.items() if is_on)
+    if not backend.has_engine:
+        raise needs_engine(flags)
+    reason = None
+    if not info.is_moe:
+        reason = f"{info.path.name} has no experts"
+    elif info.n_expert_used <= rules.keep:
+        reason = (
+            f"{info.path.name} uses {info.n_expert_used} experts a token, and the {rules.keep} heaviest stay"
+        )
+    elif backend.store is None:
+        reason = f"the engine cannot hold the experts of a {info.architecture} model"
+    if reason is not None:
+        notify(f"{reason}: {flags} has no effect")
+        return None
+    if rules.needs_buddies and backend.buddies is None:
+        raise UsageError(
+            f"{info.path.name} has no buddies: run `mobile-gguf calibrate {info.path}`, "
+            "or use --substitute live or prior"
+        )
+    return rules
 
 
 def _head_policy(head: Head, options: LoadOptions, little_k: int, notify: Callable[[str], object]) -> Policy:

@@ -54,6 +54,7 @@ def embed_tokens(sequence: TokenSequence, tokens: list[int], pooling: str) -> np
     Raises what decoding raises.
     """
     decoder = sequence.decoder
+    decoder.use_loss(None)
     decoder.use_experts(ALL_EXPERTS)
     sequence.put_away()
     _empty(sequence)

@@ -6,10 +6,48 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from mobile_gguf.engine.structs import LossCounters
 from mobile_gguf.options.words import BIG_LITTLE, EXACT
 from mobile_gguf.sizes import format_bytes
 
 from .notebook import receipt_html
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What the lossy rules did to an answer: experts, over all its layers and generated tokens.
+
+    Of ``missing`` ones, which would have had to be moved, ``dropped`` and ``little`` (by little-on-miss) were
+    not computed, and in the place of ``substituted`` others were; the rest was read, ``read_again`` of it
+    because it was asked for a second time. ``moved_weight`` sums what this touched, as shares of the tokens'
+    weights, over ``layers`` pairs of a token and a layer. ``admitted`` displaced experts, or segments, were
+    read while the disk was idle: ``admitted_bytes``.
+    """
+
+    layers: int = 0
+    missing: int = 0
+    dropped: int = 0
+    little: int = 0
+    substituted: int = 0
+    read_again: int = 0
+    moved_weight: float = 0.0
+    admitted: int = 0
+    admitted_bytes: int = 0
+
+
+def loss_of(counters: LossCounters) -> Loss:
+    """The engine's counters as a receipt has them."""
+    return Loss(
+        layers=counters.n_layers,
+        missing=counters.n_missing,
+        dropped=counters.n_dropped,
+        little=counters.n_left_out,
+        substituted=counters.n_substituted,
+        read_again=counters.n_again,
+        moved_weight=counters.moved_weight,
+        admitted=counters.n_admitted,
+        admitted_bytes=counters.bytes_admitted,
+    )
 
 
 @dataclass(frozen=True)
@@ -24,7 +62,7 @@ class Receipt:
     are a chat's oldest turns that the context had no room for; with ``context_full`` the answer was cut by
     it. ``threads`` is what the last token was generated with, ``thread_changes`` how often another number was
     found faster; both 0 where the number is fixed. ``n_ubatch`` is how many tokens of a prompt are computed
-    at once: the last bits of logits may hang on it.
+    at once: the last bits of logits may hang on it. ``loss`` is None where every missing expert was read.
     """
 
     mode: str = EXACT
@@ -52,6 +90,7 @@ class Receipt:
     threads: int = 0
     thread_changes: int = 0
     n_ubatch: int = 0
+    loss: Loss | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The fields by name, for JSON."""
@@ -82,6 +121,8 @@ class Receipt:
             parts.append(f"{_percent(self.expert_hits, needs)} hits")
             parts.append(f"{format_bytes(self.bytes_read)} read")
             parts.append(f"{self.stall_ms:.0f} ms stalled")
+        if self.loss is not None:
+            parts.append(_loss_summary(self.loss))
         if tokens_per_second is not None:
             parts.append(f"{tokens_per_second:.1f} tok/s")
         if self.thread_changes:
@@ -91,6 +132,12 @@ class Receipt:
         if n := self.turns_left_out:
             parts.append(f"the oldest {f'{n} turns were' if n > 1 else 'turn was'} left out")
         return " | ".join(parts)
+
+
+def _loss_summary(loss: Loss) -> str:
+    kinds = {"dropped": loss.dropped, "left out": loss.little, "substituted": loss.substituted}
+    counts = [f"{count} {kind}" for kind, count in kinds.items() if count]
+    return f"{' · '.join(counts) or 'none displaced'} of {loss.missing} missing"
 
 
 def _percent(part: int, whole: int) -> str:

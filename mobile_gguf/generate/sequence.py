@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from mobile_gguf.engine.loss import LossRules
 from mobile_gguf.errors import EngineError, UsageError
 
 from .decode import ALL_EXPERTS, Pass, Policy, decode_prompt, decode_token
@@ -80,8 +81,9 @@ class TokenSequence:
         if self.on_logits is not None:
             self.leave()  # it is shown those of all the prompt
         only_big = self.policy.always_big
-        # The first token after a prompt is a big pass's.
-        self.has_logits = self.has_logits and self.last_pass is Pass.BIG
+        if self.last_pass is not Pass.BIG or self.decoder.is_lossy:
+            # The logits at hand are not a whole pass's, and the first token after a prompt is.
+            self.has_logits = False
         is_good = not only_big or self._n_big == len(self.tokens)
         if self.has_logits and is_good and self.tokens == prompt:
             return []
@@ -216,6 +218,9 @@ class TokenSequence:
     def use_experts(self, k: int) -> None:
         self.decoder.use_experts(k)
 
+    def use_loss(self, rules: LossRules | None) -> None:
+        self.decoder.use_loss(rules)
+
     def forward(self, tokens: list[int]) -> None:
         if len(self.tokens) + len(tokens) > self.n_max:
             raise UsageError(f"the context of {self.n_max} tokens is full")
@@ -255,7 +260,8 @@ class TokenSequence:
                 tell(done, len(tokens))
 
     def _append(self, tokens: list[int]) -> None:
-        if self.decoder.experts == ALL_EXPERTS and self._n_big == len(self.tokens):
+        is_big = self.decoder.experts == ALL_EXPERTS and not self.decoder.is_lossy
+        if is_big and self._n_big == len(self.tokens):
             self._n_big += len(tokens)
         self.tokens += tokens
         self.has_logits = True

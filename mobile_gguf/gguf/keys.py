@@ -29,6 +29,7 @@ STATISTICS = "mobile.statistics."
 STATISTICS_N_TOKENS = "mobile.statistics.n_tokens"
 HOTNESS = "mobile.hotness"
 ROUTER_WEIGHT = "mobile.router_weight"
+ENTROPY = "mobile.entropy"
 BUDDIES = "mobile.buddies."
 TRANSITIONS = "mobile.transitions."
 RANKED_EXPERT, RANKED_SHARE = "expert", "share"  # the two tensors of buddies, and of transitions

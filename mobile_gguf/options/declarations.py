@@ -29,6 +29,7 @@ from .words import (
     ON,
     PLACEMENTS,
     PREFETCH,
+    SUBSTITUTE,
 )
 
 DEFAULT_GAMMA = 0.7
@@ -36,7 +37,16 @@ DEFAULT_GAMMA = 0.7
 MAX_THREADS = 512
 _MAX_INT32 = (1 << 31) - 1
 # What decides which tokens run with fewer experts; may change from answer to answer.
-POLICY_OPTIONS = ("mode", "gamma", "little_k", "importance", "head_threshold")
+POLICY_OPTIONS = (
+    "mode",
+    "gamma",
+    "little_k",
+    "importance",
+    "head_threshold",
+    "drop",
+    "little_on_miss",
+    "substitute",
+)
 
 _RAM_BUDGET = Opt(
     "--ram-budget",
@@ -63,6 +73,24 @@ _LITTLE_K = Opt(
     read=int,
     low=1,
     help="experts of a little token (default: half the top-k, or as calibrated)",
+)
+# more than the two heaviest have no weight of 4 times the mean beside them
+_DROP = Opt(
+    "--drop",
+    read=float,
+    low=0,
+    high=4,
+    help="leave out a missing expert with less than so much of an even share of its token's weight",
+)
+_LITTLE_ON_MISS = Opt(
+    "--little-on-miss",
+    choices=(OFF, ON),
+    help="compute experts beyond little-k only if they are in memory",
+)
+_SUBSTITUTE = Opt(
+    "--substitute",
+    choices=SUBSTITUTE,
+    help="in the place of a missing expert: its buddy, the likeliest there, or favour those there",
 )
 _threads = partial(Opt, read=int, low=1, high=MAX_THREADS)
 # The engine's seeds have 32 bits, of which all ones ask it to make one up: fold_seed of generate/request.py.
@@ -121,6 +149,9 @@ class LoadOptions(Checked):
     importance: Annotated[str, _IMPORTANCE] = "auto"
     head_threshold: Annotated[float | None, _HEAD_THRESHOLD] = None
     little_k: Annotated[int | None, _LITTLE_K] = None
+    drop: Annotated[float, _DROP] = 0.0
+    little_on_miss: Annotated[str, _LITTLE_ON_MISS] = OFF
+    substitute: Annotated[str, _SUBSTITUTE] = OFF
     n_ctx: Annotated[
         int | None,
         Opt(
@@ -272,6 +303,9 @@ class GenerateOptions(Checked):
     importance: Annotated[str | None, _IMPORTANCE] = None
     head_threshold: Annotated[float | None, _HEAD_THRESHOLD] = None
     little_k: Annotated[int | None, _LITTLE_K] = None
+    drop: Annotated[float | None, _DROP] = None
+    little_on_miss: Annotated[str | None, _LITTLE_ON_MISS] = None
+    substitute: Annotated[str | None, _SUBSTITUTE] = None
     context_full: Annotated[
         str,
         Opt(

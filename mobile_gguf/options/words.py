@@ -40,6 +40,11 @@ PLACEMENTS = ("auto", CACHE, LAYERS)
 OFF, ON = "off", "on"
 PREFETCH = ("auto", OFF, ON)
 
+# what is computed in the place of a missing expert; by co-activation, by the router's probabilities, by its
+# choice among scores that favour what is there
+BUDDY, LIVE, PRIOR = "buddy", "live", "prior"
+SUBSTITUTE = (OFF, BUDDY, LIVE, PRIOR)
+
 # how the states of a text become one vector; a reranker's "rank" makes none
 MEAN, LAST, CLS, RANK = "mean", "last", "cls", "rank"
 POOLINGS = (MEAN, LAST, CLS)

@@ -25,6 +25,9 @@ def sum_receipts(receipts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     for receipt in receipts:
         for name, value in receipt.items():
             before = total.get(name)
+            if isinstance(before, Mapping) and isinstance(value, Mapping):
+                total[name] = sum_receipts((before, value))
+                continue
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if before is None or not is_number:
                 total[name] = value

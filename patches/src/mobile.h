@@ -4,7 +4,7 @@
 // expert store (read from the GGUF on demand, evicted under one byte budget) instead of in an
 // ordinary buffer; every context of such a model routes through one custom op per MoE layer.
 // Invariant: residency changes when bytes are read, never what is computed. The only calls that
-// change outputs are the ones that say so (fewer experts, replay).
+// change outputs are the ones that say so (fewer experts, replay, loss).
 // Limits: one decode at a time per model; calls on a context are made by the thread that decodes, but for those that
 // say "by any thread".
 //
@@ -66,6 +66,8 @@ struct mobile_load_params {
                            // weights go to a device. what a device tier needs
     int32_t  prefault;     // 1: idle I/O threads make slots' memory present before it is needed, up to the budget,
                            // where the system can (Linux 5.14)
+    int32_t  n_at_once;    // > 0: a budget is legal that holds so many experts, or segments, of a layer; a pass that asks
+                           // one for more fails. 0: all of a layer, which a prompt asks for
 };
 
 struct mobile_model_info {
@@ -227,6 +229,64 @@ LLAMA_API int32_t mobile_routed_read (const struct llama_context * ctx, uint64_t
 // changes outputs. expert ids come from ids: [n_steps][n_layer][k] instead of from the router, for
 // the token at position p from step p % n_steps; k must be the model's top-k. NULL ends it
 LLAMA_API int32_t mobile_set_replay(struct llama_context * ctx, const int32_t * ids, int32_t n_steps, int32_t n_layer, int32_t k);
+
+//
+// the ladder: what becomes of an expert that a token asks for and that is missing, which is one that would have to be read
+// from the file first, or uploaded to a device that fetches its misses. changes outputs
+//
+
+enum mobile_substitute {
+    MOBILE_SUBSTITUTE_OFF    = 0,
+    MOBILE_SUBSTITUTE_BUDDY  = 1, // the resident expert that goes most often with it: BuddyMoE, arXiv 2511.10054
+    MOBILE_SUBSTITUTE_LIVE   = 2, // the resident expert that the router likes best now
+    MOBILE_SUBSTITUTE_PRIOR  = 3, // the router's choice among scores that favour residents: arXiv 2412.00099
+    MOBILE_SUBSTITUTE_RANDOM = 4, // any resident expert, behind the buddies' gates: the control of an experiment
+};
+
+struct mobile_loss_params {
+    float   drop;            // a missing expert whose share of its token's weight is below drop/top-k is not computed; 0: off
+    int32_t little_on_miss;  // of a token's experts, by weight, all but so many are computed only if they are resident; 0: off
+    int32_t again_tokens;    // ... unless asked for again within so many tokens
+    int32_t substitute;      // enum mobile_substitute
+    int32_t keep;            // the so many heaviest of a token are always computed as they are
+    int32_t substitutes_max; // rho: buddies of a token in a layer
+    float   tau;             // buddies only where the entropy of the token's weights over ln k is above; < 0: each layer's own
+    float   beta;            // ... and the share of missing experts in the layer is below
+    float   eta;             // weight of the router's standardised logit beside q(j|i)
+    float   margin;          // live: with at least 1 - margin of the missing one's probability; 0: off
+    float   prior;           // prior: lambda, what residents gain, as a share of the range of the router's logits; 0: off
+    int32_t admit;           // displaced experts that are read while the disk is idle: so many a layer and token at most
+};
+
+LLAMA_API struct mobile_loss_params mobile_loss_default_params(void); // every rule off, the other values as published
+
+// the rules, from the next decode on; NULL: none. MOBILE_ERR_STATE if the buddies that they need have not been set, or a
+// replay takes the place of scores that they need
+LLAMA_API int32_t mobile_set_loss(struct llama_context * ctx, const struct mobile_loss_params * params);
+// whether tokens from the next decode on may lose by them; a new context's may not
+LLAMA_API int32_t mobile_set_lossy(struct llama_context * ctx, bool on);
+// the same per token, for the next decode only. lossy: [n_tokens] 0 or 1, in batch order
+LLAMA_API int32_t mobile_set_batch_lossy(struct llama_context * ctx, const int32_t * lossy, int32_t n_tokens);
+// experts, shares: [n_layer][n_expert][n], the best first; -1: no more. tau: [n_layer]
+LLAMA_API int32_t mobile_set_buddies(struct llama_context * ctx, const int32_t * experts, const float * shares, const float * tau, int32_t n_layer, int32_t n_expert, int32_t n);
+// for experiments: the rules take these experts for resident, whatever is. resident: [n_layer * n_expert] 0 or 1; NULL ends it
+LLAMA_API int32_t mobile_set_loss_residency(struct llama_context * ctx, const uint8_t * resident, size_t n_resident);
+
+// since the last reset, sums over layers and over tokens that might lose; experts, not segments
+struct mobile_loss_counters {
+    uint64_t n_layers;      // (token, layer) pairs
+    uint64_t n_missing;     // experts asked for that were missing. of these,
+    uint64_t n_dropped;
+    uint64_t n_left_out;    // by little_on_miss
+    uint64_t n_substituted;
+    uint64_t n_again;       // read by little_on_miss because they were asked for again
+    uint64_t n_admitted;    // displaced ones, or their segments, that were read while the disk was idle
+    uint64_t n_admit_left;  // that are waiting for it now
+    uint64_t bytes_admitted;
+    double   moved_weight;  // dropped, left out or substituted, as shares of their tokens' weights
+};
+
+LLAMA_API int32_t mobile_get_loss_counters(const struct llama_context * ctx, struct mobile_loss_counters * counters);
 
 // changes outputs. F16 and BF16 matrices are multiplied by float32 activations on the CPU, not by activations
 // rounded to 16 bits: for all models of the process, slower, and only to be changed while nothing decodes.

@@ -15,11 +15,19 @@ from statistics_files import GOOD, model_file, routing, statistics_for, write_st
 from mobile_gguf.convert.calibrate.buddies import NO_EXPERT, Ranked, list_lengths
 from mobile_gguf.convert.calibrate.imatrix_file import check_imatrix_target, write_imatrix
 from mobile_gguf.convert.calibrate.importance import neuron_importance
-from mobile_gguf.convert.calibrate.statistics import MAX_BUDDIES, RouteCounts, Statistics
+from mobile_gguf.convert.calibrate.statistics import (
+    MAX_BUDDIES,
+    N_PERCENTILES,
+    RouteCounts,
+    Statistics,
+    weight_entropy,
+)
 from mobile_gguf.convert.calibrate.store import read_statistics
 from mobile_gguf.convert.gguf.file import GgufSource, update_gguf
 from mobile_gguf.engine.observe import InputSums
 from mobile_gguf.errors import ModelFormatError, UsageError
+from mobile_gguf.generate.buddies import read_buddies
+from mobile_gguf.gguf.info import read_gguf_info
 
 
 def counted(ids: np.ndarray, weights: np.ndarray, n_expert: int, batches: int = 1) -> Statistics:
@@ -90,6 +98,58 @@ def test_a_buddy_list_is_the_shortest_that_reaches_alpha(shape, alpha):
             assert sum(shares[:-1]) < alpha
 
 
+def test_entropies_are_percentiles_of_each_layer():
+    ids, weights = routing(3, 2, 400, 6, 3)
+    weights[1, ::2] = 0  # not routed
+    found = counted(ids, weights, 6, batches=3).entropy
+    shares = weights / np.maximum(weights.sum(-1, keepdims=True), 1e-9)
+    entropy = -(shares * np.log(np.maximum(shares, 1e-30))).sum(-1) / np.log(3)
+    for layer, tokens in ((0, slice(None)), (1, slice(1, None, 2))):
+        at = np.linspace(0, 100, N_PERCENTILES)
+        expected = np.percentile(entropy[layer, tokens], at, method="lower")
+        assert found[layer] == pytest.approx(expected, abs=0.001)
+    assert (np.diff(found, axis=-1) >= 0).all()
+    assert (counted(ids, np.ones_like(weights), 6).entropy == 1).all()
+    assert (weight_entropy(np.array([[1, 0, 0]], np.float32)) == 0).all()
+
+
+def test_the_engine_gets_buddies_of_what_was_written(tmp_path):
+    """By the model's layers, cut at alpha, with each layer's own threshold; none without a calibration."""
+    path = model_file(tmp_path / "m.gguf")
+    assert read_buddies(read_gguf_info(path)) is None
+    write_statistics(path, GOOD)
+    found = read_buddies(read_gguf_info(path), alpha=0.7, percentile=20)
+    lengths = list_lengths(GOOD.buddies, 0.7)
+    assert (found.experts[0] == NO_EXPERT).all()  # a dense layer
+    for row, layer in enumerate((1, 2)):
+        for expert in range(6):
+            n = lengths[row, expert]
+            assert found.experts[layer, expert, :n].tolist() == GOOD.buddies.expert[row, expert, :n].tolist()
+            assert (found.experts[layer, expert, n:] == NO_EXPERT).all()
+            assert found.shares[layer, expert].tolist() == GOOD.buddies.share[row, expert].tolist()
+    assert found.tau.tolist() == [1.0, *GOOD.entropy[:, 4].tolist()]
+    update_gguf(path, drop=["mobile.entropy"])
+    assert read_buddies(read_gguf_info(path)).tau.tolist() == [1, 1, 1]  # an older calibration: never
+
+
+@pytest.mark.parametrize(
+    ("tensors", "reason"),
+    [
+        ({"mobile.buddies.expert": GOOD.buddies.expert[:1]}, "their shape is"),
+        ({"mobile.buddies.expert": GOOD.buddies.expert + 1}, "name what cannot be"),
+        ({"mobile.buddies.share": GOOD.buddies.share * np.nan}, "name what cannot be"),
+        ({"mobile.buddies.share": GOOD.buddies.expert}, "has another type"),
+        ({"mobile.entropy": GOOD.entropy[:1]}, "has the shape"),
+    ],
+)
+def test_hostile_buddies_are_refused(tmp_path, tensors, reason):
+    path = model_file(tmp_path / "m.gguf")
+    write_statistics(path, GOOD)
+    update_gguf(path, add_tensors=tensors)
+    with pytest.raises(ModelFormatError, match=f"{reason}.*calibrate it again"):
+        read_buddies(read_gguf_info(path))
+
+
 def test_layers_that_do_not_run_and_few_experts():
     """A layer without routing has zeros, not another layer's numbers."""
     ids, weights = routing(3, 3, 20, 8, 2)
@@ -134,7 +194,7 @@ def assert_equal(found: Statistics | None, expected: Statistics) -> None:
         expected.n_expert,
         expected.layers,
     )
-    for name in ("hotness", "weight"):
+    for name in ("hotness", "weight", "entropy"):
         np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
     for name in ("buddies", "transitions"):
         np.testing.assert_array_equal(getattr(found, name).expert, getattr(expected, name).expert)
@@ -198,6 +258,9 @@ def spoiled(array: np.ndarray, value: float) -> np.ndarray:
         ({"mobile.hotness": spoiled(GOOD.hotness, 1.5)}, {}, "mobile.hotness holds values"),
         ({"mobile.hotness": spoiled(GOOD.hotness, -0.1)}, {}, "mobile.hotness holds values"),
         ({"mobile.router_weight": GOOD.weight.T}, {}, "mobile.router_weight .*wrong type or shape"),
+        ({"mobile.entropy": GOOD.entropy[:, ::-1]}, {}, "mobile.entropy does not ascend"),
+        ({"mobile.entropy": spoiled(GOOD.entropy, 1.5)}, {}, "mobile.entropy holds values"),
+        ({"mobile.entropy": GOOD.entropy[:, :5]}, {}, "mobile.entropy .*wrong type or shape"),
         ({"mobile.buddies.expert": spoiled(GOOD.buddies.expert, 6)}, {}, "an expert that is not there"),
         ({"mobile.buddies.expert": spoiled(GOOD.buddies.expert, -2)}, {}, "an expert that is not there"),
         ({"mobile.buddies.expert": np.zeros((2, 6, 7), np.int32)}, {}, "wrong shape"),

@@ -107,6 +107,9 @@ def test_a_prompt_right_after_the_load_waits_for_no_warm_read(store: Store, n_io
     assert set(store.log()) <= set(WARM)
     store.begin_pass()
     store.request(0, ASKED)
+    store.allow(1)  # whoever is done first
+    store.wait(n_io_threads + 1)
+    assert store.log()[-1] in asked_of(0, ASKED)
     store.allow(-1)
     store.resolve(0, ASKED)
     store.request(1, ASKED)

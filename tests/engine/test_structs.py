@@ -16,6 +16,7 @@ NUMBERS = {
     "mobile_prefetch": structs.PREFETCH,
     "mobile_predict": structs.PREDICT,
     "mobile_observe": structs.OBSERVE,
+    "mobile_substitute": structs.SUBSTITUTE,
 }
 
 

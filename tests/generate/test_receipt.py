@@ -1,13 +1,14 @@
 """Receipts and timings: names, arithmetic, the line people read."""
 
-from mobile_gguf.generate.receipt import Receipt, Timings
+from mobile_gguf.engine.structs import LossCounters
+from mobile_gguf.generate.receipt import Loss, Receipt, Timings, loss_of
 
 FIELDS = [
     "mode", "n_expert_used", "little_k", "tokens_big", "tokens_little", "tokens_fallback", "expert_hits",
     "expert_misses", "bytes_read", "stall_ms", "budget_bytes", "resident_bytes_peak",
     "device_hits", "device_misses", "bytes_uploaded", "upload_stall_ms", "vram_budget_bytes",
     "prefetch_hits", "prefetch_wasted_bytes", "prefetch_saved_ms", "turns_left_out", "context_full",
-    "threads", "thread_changes", "n_ubatch",
+    "threads", "thread_changes", "n_ubatch", "loss",
 ]  # fmt: skip
 TIMING_NAMES = [
     "prompt_n", "prompt_ms", "prompt_per_token_ms", "prompt_per_second",
@@ -24,6 +25,15 @@ def test_the_line_of_a_big_little_answer():
     assert receipt.summary(21.34) == (
         "12 big · 30 little · 6 fallback | 84% hits | 12.3 MiB read | 40 ms stalled | 21.3 tok/s"
     )
+
+
+def test_what_was_lost_is_said():
+    counters = LossCounters(n_layers=40, n_missing=21, n_dropped=3, n_left_out=2, n_again=4, moved_weight=2.0)
+    loss = loss_of(counters)
+    assert loss == Loss(40, missing=21, dropped=3, little=2, read_again=4, moved_weight=2.0)
+    assert Receipt(tokens_big=3, loss=loss).summary() == "3 big | 3 dropped · 2 left out of 21 missing"
+    assert Receipt(tokens_big=3, loss=Loss()).summary() == "3 big | none displaced of 0 missing"
+    assert Receipt(loss=loss).to_dict()["loss"]["moved_weight"] == 2.0
 
 
 def test_kinds_of_tokens_that_the_mode_does_not_have_are_left_out():

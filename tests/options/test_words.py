@@ -12,7 +12,7 @@ import pytest
 from places import C_SOURCES, ROOT
 
 from mobile_gguf.cli import bench
-from mobile_gguf.engine import binding, prefetch, structs
+from mobile_gguf.engine import binding, loss, prefetch, structs
 from mobile_gguf.engine.device_calls import DeviceCalls
 from mobile_gguf.generate.decode import Policy
 from mobile_gguf.options import DEFAULT_GAMMA, LoadOptions, declared, defaults, words
@@ -27,8 +27,10 @@ from mobile_gguf.options import DEFAULT_GAMMA, LoadOptions, declared, defaults, 
         # a model is on the host where nothing was placed; nobody asks for that by a placement
         (structs.PLACEMENT, (words.HOST, *words.PLACEMENTS[1:])),
         (prefetch.PREFETCH, words.PREFETCH),
+        # a control of experiments, which nobody is offered
+        (structs.SUBSTITUTE, (*words.SUBSTITUTE, loss.RANDOM)),
     ],
-    ids=["eviction", "io", "miss", "placement", "prefetch"],
+    ids=["eviction", "io", "miss", "placement", "prefetch", "substitute"],
 )
 def test_the_engine_has_a_number_for_every_word(numbers: dict[str, int], offered: tuple[str, ...]) -> None:
     assert set(numbers) == set(offered)
@@ -47,6 +49,8 @@ def test_the_options_offer_the_words() -> None:
         "eviction": words.EVICTION,
         "threads_auto": (words.ON, words.OFF),
         "warm": (words.ON, words.OFF),
+        "little_on_miss": (words.OFF, words.ON),
+        "substitute": words.SUBSTITUTE,
     }
     assert set(bench.MODES) < set(words.MODES)
 
@@ -99,7 +103,7 @@ def _said_again(names: set[str], folders: tuple[Path, ...]) -> set[str]:
         f"{path.name}: {name} = {value!r}"
         for folder in folders
         for path in folder.rglob("*.py")
-        if own not in path.parents
+        if own not in path.parents and any(name in path.read_text(encoding="utf-8").lower() for name in names)
         for name, values in _defaults_in(path).items()
         for value in values
         if name in names and value not in (None, "", 0)

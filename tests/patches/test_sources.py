@@ -26,6 +26,7 @@ UNGUARDED = {
     "mobile_abi_version",
     "mobile_last_error",
     "mobile_load_default_params",
+    "mobile_loss_default_params",
     "mobile_device_default_params",
     "mobile_rpc_clear_loss",
 }

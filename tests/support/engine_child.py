@@ -24,6 +24,8 @@ from mobile_gguf.engine.structs import (
     LOADING,
     CountersStruct,
     LoadParamsStruct,
+    LossCountersStruct,
+    LossParamsStruct,
     ModelInfoStruct,
     PrefetchCountersStruct,
     WarmCountersStruct,
@@ -57,6 +59,13 @@ def bind() -> ctypes.CDLL | None:
         "mobile_get_worth": (int32, [void_p, int32_p, int32]),
         "mobile_warm": (int32, [void_p, int32_p, int32]),
         "mobile_get_warm_counters": (int32, [void_p, ctypes.POINTER(WarmCountersStruct)]),
+        "mobile_loss_default_params": (LossParamsStruct, []),
+        "mobile_set_loss": (int32, [void_p, ctypes.POINTER(LossParamsStruct)]),
+        "mobile_set_lossy": (int32, [void_p, ctypes.c_bool]),
+        "mobile_set_batch_lossy": (int32, [void_p, int32_p, int32]),
+        "mobile_set_buddies": (int32, [void_p, void_p, void_p, void_p, int32, int32, int32]),
+        "mobile_set_loss_residency": (int32, [void_p, void_p, ctypes.c_size_t]),
+        "mobile_get_loss_counters": (int32, [void_p, ctypes.POINTER(LossCountersStruct)]),
         "mobile_get_prefetch_counters": (int32, [void_p, ctypes.POINTER(PrefetchCountersStruct)]),
         "mobile_get_counters": (int32, [void_p, ctypes.POINTER(CountersStruct)]),
         "mobile_reset_counters": (int32, [void_p]),
@@ -104,7 +113,7 @@ class Run:
             assert mobile is not None
             params = mobile.mobile_load_default_params()
             params.budget_bytes = budget
-            for name in ("n_io_threads", "eviction", "io", "on_host", "prefault"):
+            for name in ("n_io_threads", "eviction", "io", "on_host", "prefault", "n_at_once"):
                 if name in self.spec["mobile"]:
                     setattr(params, name, self.spec["mobile"][name])
             self.result["set_params"] = mobile.mobile_load_set_params(ctypes.byref(params))
@@ -271,6 +280,51 @@ class Run:
         assert mobile is not None
         k = (ctypes.c_int32 * len(op["k"]))(*op["k"])
         return {"status": mobile.mobile_set_batch_n_expert_used(self.ctx, k, len(op["k"]))}
+
+    def status(self, status: int) -> dict[str, Any]:
+        """A call's status, and what the engine says of an error."""
+        assert mobile is not None
+        return {"status": status, "error": mobile.mobile_last_error().decode() if status < 0 else ""}
+
+    def op_loss(self, op: dict[str, Any]) -> dict[str, Any]:
+        """The ladder's ``rules`` by their names in mobile.h, null: none; tokens from now on may lose."""
+        assert mobile is not None
+        params = mobile.mobile_loss_default_params()
+        for name, value in (op["rules"] or {}).items():
+            setattr(params, name, value)
+        status = mobile.mobile_set_loss(self.ctx, ctypes.byref(params) if op["rules"] is not None else None)
+        return self.status(status or mobile.mobile_set_lossy(self.ctx, op.get("lossy", True)))
+
+    def op_batch_lossy(self, op: dict[str, Any]) -> dict[str, Any]:
+        assert mobile is not None
+        values = (ctypes.c_int32 * len(op["lossy"]))(*op["lossy"])
+        return self.status(mobile.mobile_set_batch_lossy(self.ctx, values, len(values)))
+
+    def op_buddies(self, op: dict[str, Any]) -> dict[str, Any]:
+        """experts, shares [n_layer][n_expert][n], tau [n_layer]."""
+        assert mobile is not None
+        experts, shares = np.array(op["experts"], np.int32), np.array(op["shares"], np.float32)
+        tau = np.array(op["tau"], np.float32)
+        data = [array.ctypes.data for array in (experts, shares, tau)]
+        return self.status(mobile.mobile_set_buddies(self.ctx, *data, *experts.shape))
+
+    def op_loss_residency(self, op: dict[str, Any]) -> dict[str, Any]:
+        """What the rules take for resident: [n_layer][n_expert] of 0 and 1; null ends it."""
+        assert mobile is not None
+        if op["resident"] is None:
+            return self.status(mobile.mobile_set_loss_residency(self.ctx, None, 0))
+        state = np.array(op["resident"], np.uint8)
+        return self.status(mobile.mobile_set_loss_residency(self.ctx, state.ctypes.data, state.size))
+
+    def op_loss_counters(self, op: dict[str, Any]) -> dict[str, Any]:
+        """until_read: once what is to be admitted has been."""
+        until = time.monotonic() + 60
+        while True:
+            counted = self.counters("mobile_get_loss_counters", LossCountersStruct)
+            if not op.get("until_read") or counted["n_admit_left"] == 0:
+                return counted
+            assert time.monotonic() < until, "displaced experts were not read"
+            time.sleep(0.002)
 
     def op_prefetch(self, op: dict[str, Any]) -> dict[str, Any]:
         assert mobile is not None

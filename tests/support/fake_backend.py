@@ -10,12 +10,21 @@ import hashlib
 import time
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from mobile_gguf.engine.experts import Experts, ExpertSource
-from mobile_gguf.engine.structs import Counters, DeviceCounters, ModelInfo, PrefetchCounters, WarmCounters
+from mobile_gguf.engine.loss import Buddies, LossRules
+from mobile_gguf.engine.structs import (
+    Counters,
+    DeviceCounters,
+    LossCounters,
+    ModelInfo,
+    PrefetchCounters,
+    WarmCounters,
+)
 from mobile_gguf.errors import PromptTooLongError, UsageError
 from mobile_gguf.generate.decode import ALL_EXPERTS, Pass, Policy, decode_prompt, decode_token
 from mobile_gguf.generate.head import Head
@@ -135,6 +144,9 @@ class FakeBackend:
         self.closed = False
         self.on_evaluate: Callable[[], None] = lambda: None
         self._experts = ALL_EXPERTS
+        self.buddies: Buddies | None = None
+        self.loss: LossRules | None = None  # in force
+        self.losses: list[LossRules | None] = []  # of each evaluation
         self._n_prompt = 0
         self._counters = Counters()
         self._device_counters = DeviceCounters()
@@ -144,6 +156,7 @@ class FakeBackend:
         self.devices: tuple[Any, ...] = ()
         self.expert_source: ExpertSource | None = None
         self.ctx = 1
+        self.decoder = SimpleNamespace(buddies=None)
         self.has_engine = has_engine
         self.store = ModelInfo(4 * MIB, 2 * MIB, MIB, 4 * MIB, 4, 4, 16, TOP_K, 0, 0) if has_store else None
 
@@ -159,10 +172,14 @@ class FakeBackend:
     def use_experts(self, k: int) -> None:
         self._experts = k
 
+    def use_loss(self, rules: LossRules | None) -> None:
+        self.loss = rules
+
     def forward(self, tokens: list[int]) -> None:
         self.on_evaluate()
         error = self.errors.pop(self.n_evaluations, None)
         self.n_evaluations += 1
+        self.losses.append(self.loss)
         if error is not None:
             raise error
         self.rows += [(token, self._experts) for token in tokens]
@@ -275,6 +292,10 @@ class FakeBackend:
 
     def prefetch_counters(self) -> PrefetchCounters:
         return PrefetchCounters()
+
+    def loss_counters(self) -> LossCounters:
+        n = sum(loss is not None for loss in self.losses)
+        return LossCounters(n_layers=4 * n, n_missing=2 * n, n_dropped=n, moved_weight=0.1 * n)
 
     def warm_counters(self) -> WarmCounters:
         return WarmCounters()

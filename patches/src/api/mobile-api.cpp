@@ -31,6 +31,7 @@ static void check(const struct mobile_load_params & params) {
     mobile_require(params.eviction >= MOBILE_EVICTION_LRU && params.eviction <= MOBILE_EVICTION_DECAY, "unknown eviction policy");
     mobile_require(params.io >= MOBILE_IO_AUTO && params.io <= MOBILE_IO_BUFFERED, "unknown io mode");
     mobile_require(params.prefault == 0 || params.prefault == 1, "prefault must be 0 or 1");
+    mobile_require(params.n_at_once >= 0, "n_at_once must not be negative");
     mobile_require(params.on_host == 0 || params.on_host == 1, "on_host must be 0 or 1");
 }
 
@@ -121,6 +122,7 @@ int32_t mobile_reset_counters(struct llama_context * ctx) {
         mobile_context & m = mobile_context_of(ctx);
         m.usage.reset(*m.store);
         m.predictor.reset_counters();
+        m.loss.reset_counters(*m.store);
         if (m.slots) {
             m.slots->reset_counters();
         }
@@ -200,6 +202,9 @@ int32_t mobile_set_replay(struct llama_context * ctx, const int32_t * ids, int32
         }
         mobile_require(n_steps > 0 && n_layer == m.n_layer && k == m.n_expert_used,
             "a replay needs [n_steps][" + std::to_string(m.n_layer) + "][" + std::to_string(m.n_expert_used) + "] ids for this model");
+        if (m.rules.reads_scores()) {
+            return mobile_fail(MOBILE_ERR_STATE, "a replay takes the place of the router's scores, which the rules in force choose by");
+        }
         const size_t  n        = (size_t) n_steps*n_layer*k;
         const int32_t n_expert = m.store->n_expert_max();
         for (size_t i = 0; i < n; ++i) {

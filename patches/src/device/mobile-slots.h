@@ -144,6 +144,7 @@ public:
     void set_placement(enum mobile_placement placement);
     void set_miss     (enum mobile_miss miss) { params.miss = miss; }
 
+    enum mobile_miss      miss       () const { return (enum mobile_miss) params.miss; }
     enum mobile_placement placement  () const { return (enum mobile_placement) params.placement; }
     int32_t               n_batch_max() const { return params.n_batch_max; }
     int32_t               n_layers   () const { return (int32_t) layers.size(); }

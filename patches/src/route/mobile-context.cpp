@@ -17,7 +17,8 @@ mobile_context::mobile_context(const llama_model & model, std::shared_ptr<mobile
     // layers behind n_layer (next-token prediction) route as well
     routes(std::max(n_layer, store->end_of_layers().n)),
     predictor(model, store),
-    slot_map(n_layer, store->n_parts_max, store->n_segments) {
+    slot_map(n_layer, store->n_parts_max, store->n_segments),
+    loss(store->layers.size(), store->n_expert_max()) {
     for (mobile_model_layer il(0); routes.has(il); ++il) {
         routes[il].ctx = this;
         routes[il].il  = il;
@@ -33,7 +34,7 @@ static void begin(mobile_context & ctx, const llama_ubatch & ubatch) {
     mobile_pass & pass = ctx.pass;
     const size_t n_tokens = ubatch.n_tokens;
 
-    ctx.rules.begin_pass(ubatch, pass.k);
+    ctx.rules.begin_pass(ubatch, pass.k, pass.lossy);
     pass.pos.assign(n_tokens, 0);
     pass.outputs.clear();
     pass.mapped = true;

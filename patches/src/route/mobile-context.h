@@ -13,6 +13,7 @@
 #include "route/mobile-pass.h"
 #include "route/mobile-predict.h"
 #include "route/mobile-ring.h"
+#include "route/mobile-loss-state.h"
 #include "route/mobile-route.h"
 #include "route/mobile-rules.h"
 #include "route/mobile-trace.h"
@@ -47,6 +48,7 @@ struct mobile_context {
 
     mobile_predictor              predictor;
     mobile_slot_map               slot_map;
+    mobile_route_loss             loss;
     std::unique_ptr<mobile_slots> slots; // the device tier; NULL: none
 
     // calls, where the frames around are C or llama.cpp's: what it throws makes the pass fail. false: it threw

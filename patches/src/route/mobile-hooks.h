@@ -57,9 +57,17 @@ public:
     // become views of those
     mobile_moe(const place & at, const std::array<ggml_tensor **, MOBILE_MEMBERS.size()> & tensors);
 
+    // what the router gave: gating is a llama_expert_gating_func_type; weights are made of probs [1, n_expert, T], and the ids
+    // chosen by scores [n_expert, T]
+    struct scored {
+        int           gating;
+        ggml_tensor * probs;
+        ggml_tensor * scores;
+    };
+
     // puts the route op behind ids [K, T] and weights [1, K, T], and the hot chain where there is one. ranked: ids come in
     // descending order of score. routes_cur: the router's input is the experts', cur [n_embd, 1, T]
-    void route(bool renormalise, bool ranked, bool routes_cur, ggml_tensor * cur, ggml_tensor *& ids, ggml_tensor *& weights, const hot_chain & build_hot);
+    void route(bool renormalise, bool ranked, bool routes_cur, const scored & router, ggml_tensor * cur, ggml_tensor *& ids, ggml_tensor *& weights, const hot_chain & build_hot);
 
     // sums the segments of each expert, [n_embd, K*S, T] to [n_embd, K, T]; whole experts pass through
     ggml_tensor * join(ggml_tensor * results, const ggml_tensor * weights) const;

@@ -7,6 +7,7 @@
 
 struct mobile_pass {
     std::vector<int32_t> k;       // [n_tokens] experts per token; 0: all
+    std::vector<int32_t> lossy;   // [n_tokens] 1: it may lose by missing experts
     std::vector<int32_t> pos;     // [n_tokens]
     std::vector<int32_t> outputs; // tokens with an output, ascending: what the last layer keeps
     double time   = 0.0;          // of its first token, in tokens since the context began
@@ -27,8 +28,8 @@ struct mobile_pass {
     }
 
     bool is_uniform() const {
-        for (int32_t value : k) {
-            if (value != k[0]) {
+        for (size_t i = 0; i < k.size(); ++i) {
+            if (k[i] != k[0] || lossy[i] != lossy[0]) {
                 return false;
             }
         }

@@ -25,10 +25,11 @@ static bool has_policy(const mobile_context & ctx) {
 }
 
 bool mobile_graph_holds(mobile_context * ctx) {
-    if (!ctx || !ctx->slots) {
+    if (!ctx) {
         return true;
     }
-    const bool holds = !ctx->graph.is_stale && (ctx->graph.has_policy || ctx->slots->placement() != MOBILE_PLACEMENT_LAYERS || !has_policy(*ctx));
+    const bool is_whole = ctx->slots && ctx->slots->placement() == MOBILE_PLACEMENT_LAYERS;
+    const bool holds = !ctx->graph.is_stale && (ctx->graph.has_policy || !is_whole || !has_policy(*ctx));
     ctx->graph.is_stale = false;
     return holds;
 }
@@ -80,7 +81,17 @@ mobile_moe::mobile_moe(const place & at, const std::array<ggml_tensor **, MOBILE
     }
 }
 
-void mobile_moe::route(bool renormalise, bool ranked, bool routes_cur, ggml_tensor * cur, ggml_tensor *& ids, ggml_tensor *& weights, const hot_chain & build_hot) {
+// of the probabilities that the router's gating makes
+static enum mobile_score score_of(int gating) {
+    switch (gating) {
+        case LLAMA_EXPERT_GATING_FUNC_TYPE_SOFTMAX:       return MOBILE_SCORE_SOFTMAX;
+        case LLAMA_EXPERT_GATING_FUNC_TYPE_SIGMOID:       return MOBILE_SCORE_SIGMOID;
+        case LLAMA_EXPERT_GATING_FUNC_TYPE_SQRT_SOFTPLUS: return MOBILE_SCORE_SOFTPLUS;
+        default:                                          return MOBILE_SCORE_LOGIT;
+    }
+}
+
+void mobile_moe::route(bool renormalise, bool ranked, bool routes_cur, const scored & router, ggml_tensor * cur, ggml_tensor *& ids, ggml_tensor *& weights, const hot_chain & build_hot) {
     mobile_context * ctx = at.ctx;
     if (!ctx) {
         return;
@@ -108,6 +119,8 @@ void mobile_moe::route(bool renormalise, bool ranked, bool routes_cur, ggml_tens
     route.renormalise = renormalise;
     route.ranked      = ranked;
     route.routes_cur  = routes_cur;
+    route.kind        = score_of(router.gating);
+    route.n_used      = (int32_t) ids->ne[0];
 
     const int64_t n_used   = ids->ne[0];
     const int64_t n_tokens = ids->ne[1];
@@ -119,8 +132,16 @@ void mobile_moe::route(bool renormalise, bool ranked, bool routes_cur, ggml_tens
 
     // the next layer is predicted of it in short passes only. with a hot chain a fourth argument says so
     const bool guesses = !ctx->store->all_resident || (slots && slots->placement() == MOBILE_PLACEMENT_CACHE);
-    const int n_args = has_hot ? 4 : n_tokens <= mobile_predictor::N_TOKENS_MAX && guesses ? 3 : 2;
-    ggml_tensor * args[4] = { ids, weights, cur, cur };
+    int n_args = has_hot ? 4 : n_tokens <= mobile_predictor::N_TOKENS_MAX && guesses ? 3 : 2;
+    ggml_tensor * args[6] = { ids, weights, n_args > 2 ? cur : nullptr, has_hot ? cur : nullptr, nullptr, nullptr };
+    const mobile_store_layer layer = ctx->store->layer_of(il);
+    const int64_t n_expert = layer.is_none() ? 0 : ctx->store->n_expert_of(layer);
+    // some number groups of experts
+    if (ctx->rules.reads_scores() && router.scores->ne[0] == n_expert && router.probs->ne[1] == n_expert) {
+        args[4] = router.probs;
+        args[5] = router.probs->src[0] == router.scores ? nullptr : router.scores;
+        n_args  = args[5] ? 6 : 5;
+    }
     ggml_tensor * routed = mobile_op_new(at.ctx0, at.sched, at.backend_cpu, GGML_TYPE_I32, { n_ids + n_used + (has_hot ? n_ids : 0), n_tokens, 1 }, args, n_args, mobile_route_run, 1, &route);
     ggml_format_name(routed, "ffn_moe_routed-%d", at.il);
 

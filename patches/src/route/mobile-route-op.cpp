@@ -13,13 +13,15 @@
 static constexpr int64_t LASTING_TOKENS = 8;
 
 // the op's tensors by position; the third, the experts' input, is read by predictions, and is there so that the
-// scheduler has copied it to the host before the hot chain runs. its result holds ids [K, S] of all tokens, behind them
+// scheduler has copied it to the host before the hot chain runs. the last two are there for rules that read them. its result holds ids [K, S] of all tokens, behind them
 // weights [K] of all tokens and, with a hot chain, slots [K, S] of all tokens. segment by segment, since mul_mat_id takes
 // input row i % K for id i where there is one row per expert
 static const ggml_tensor * src_ids    (const ggml_tensor * dst) { return dst->src[0]; }
 static const ggml_tensor * src_weights(const ggml_tensor * dst) { return dst->src[1]; }
 static const ggml_tensor * src_cur    (const ggml_tensor * dst) { return dst->src[2]; } // NULL: nothing reads it
 static bool                has_hot    (const ggml_tensor * dst) { return dst->src[3] != nullptr; }
+static const ggml_tensor * src_probs  (const ggml_tensor * dst) { return dst->src[4]; } // NULL: nothing reads them
+static const ggml_tensor * src_scores (const ggml_tensor * dst) { return dst->src[5]; } // NULL: they are the probabilities
 
 static int64_t n_used_of    (const ggml_tensor * dst) { return src_ids(dst)->ne[0]; }
 static int64_t n_segments_of(const ggml_tensor * dst) { return (dst->ne[0]/n_used_of(dst) - 1)/(has_hot(dst) ? 2 : 1); }
@@ -114,7 +116,8 @@ static void route_ids(const mobile_context & ctx, mobile_route & route, const gg
     }
 }
 
-static void route_weights(const mobile_route & route, const ggml_tensor * dst, int64_t t) {
+// own: [K] of the ids that run, those skipped as well
+static void route_weights(const mobile_route & route, const ggml_tensor * dst, int64_t t, const float * own) {
     const int64_t n_used = n_used_of(dst);
     const int32_t * ids  = routed_ids(dst, t);
     float * weights      = routed_weights(dst, t);
@@ -122,9 +125,8 @@ static void route_weights(const mobile_route & route, const ggml_tensor * dst, i
     float sum_all  = 0.0f;
     float sum_kept = 0.0f;
     for (int64_t rank = 0; rank < n_used; ++rank) {
-        const float w = weight_at(src_weights(dst), rank, t);
-        weights[rank] = ids[rank] >= 0 ? w : 0.0f;
-        sum_all  += w;
+        weights[rank] = ids[rank] >= 0 ? own[rank] : 0.0f;
+        sum_all  += weight_at(src_weights(dst), rank, t);
         sum_kept += weights[rank];
     }
     // the kept experts take over the sum that the model gives its top-k
@@ -132,6 +134,33 @@ static void route_weights(const mobile_route & route, const ggml_tensor * dst, i
         for (int64_t rank = 0; rank < n_used; ++rank) {
             weights[rank] *= sum_all/sum_kept;
         }
+    }
+}
+
+// the row of a token in what has one value per expert
+static const float * scores_at(const ggml_tensor * t, int64_t token) {
+    // [n_expert, T], or [1, n_expert, T]
+    return t ? (const float *) ((const char *) t->data + token*(t->ne[0] == 1 ? t->nb[2] : t->nb[1])) : nullptr;
+}
+
+// what becomes of missing experts
+static void lose(mobile_context & ctx, const mobile_route & route, mobile_store_layer layer, const ggml_tensor * dst) {
+    mobile_routing & r = ctx.routing;
+    r.losing.clear();
+    for (int64_t t = 0; t < dst->ne[1]; ++t) {
+        const int32_t token = ctx.pass.token_of(t, dst->ne[1]);
+        if (ctx.pass.lossy[token]) {
+            mobile_loss_token losing;
+            losing.ids     = routed_ids(dst, t);
+            losing.weights = &r.weights[t*n_used_of(dst)];
+            losing.probs   = scores_at(src_probs(dst), t);
+            losing.scores  = src_scores(dst) ? scores_at(src_scores(dst), t) : losing.probs;
+            losing.time    = ctx.pass.time + token;
+            r.losing.push_back(losing);
+        }
+    }
+    if (!r.losing.empty()) {
+        ctx.loss.run(ctx, route, layer, r.losing, has_hot(dst));
     }
 }
 
@@ -237,9 +266,19 @@ static void run(mobile_route & route, ggml_tensor * dst) {
     const mobile_store_layer layer    = store.layer_of(route.il);
 
     route.masked.clear();
+    r.weights.resize(n_used_of(dst)*n_tokens);
     for (int64_t t = 0; t < n_tokens; ++t) {
         route_ids(ctx, route, dst, t, ctx.pass.token_of(t, n_tokens));
-        route_weights(route, dst, t);
+        for (int64_t rank = 0; rank < n_used_of(dst); ++rank) {
+            r.weights[t*n_used_of(dst) + rank] = weight_at(src_weights(dst), rank, t);
+        }
+    }
+    // a layer that lies in slots as a whole misses nothing
+    if (ctx.rules.has_loss() && !layer.is_none() && !(ctx.slots && ctx.slots->whole_layer(route.il))) {
+        lose(ctx, route, layer, dst);
+    }
+    for (int64_t t = 0; t < n_tokens; ++t) {
+        route_weights(route, dst, t, &r.weights[t*n_used_of(dst)]);
     }
     if (ctx.trace.is_on() || ctx.ring.is_watched()) {
         record_layer(ctx, route, layer, dst); // before the request changes what is resident

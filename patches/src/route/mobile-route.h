@@ -17,6 +17,7 @@
 #include "device/mobile-experts.h"
 #include "mobile-ids.h"
 #include "mobile.h"
+#include "route/mobile-loss.h"
 #include "store/mobile-store.h"
 
 #include <cstdint>
@@ -33,6 +34,8 @@ struct mobile_route {
     bool                 renormalise = false; // the model's top-k weights have a fixed sum
     bool                 ranked      = true;  // ids come in descending order of score
     bool                 routes_cur  = true;  // the router's input is the experts'
+    enum mobile_score    kind        = MOBILE_SCORE_LOGIT; // of its probabilities
+    int32_t              n_used      = 0;     // ids of a token
     std::vector<int32_t> masked;              // experts that the last single-token pass left out
     mobile_experts       host;                // the layer's tensors, as the last graph had them
     bool                 once    = true;      // no graph had others besides
@@ -47,6 +50,8 @@ struct mobile_routing {
     std::vector<mobile_need>            needs;     // those that are needed, ascending
     mobile_by<mobile_part, int32_t>     slot_of;   // in the device's pool, -1: none
     std::vector<int32_t>                routed;    // [n_tokens][K] the model's experts, -1: skipped
+    std::vector<float>                  weights;   // [n_tokens][K] of those that the router chose, or `prior` in its place
+    std::vector<mobile_loss_token>      losing;    // tokens that may
     mobile_by<mobile_part, uint8_t>     on_device; // of the next layer: in a slot
     std::vector<mobile_routed>          watched;   // the layer's entries of the ring
 };

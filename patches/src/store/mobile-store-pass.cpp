@@ -45,7 +45,7 @@ bool mobile_store::end_pass() {
     unpin_all();
     drop_hints();
     cv_done.notify_all();
-    wake_io(warm_parts.size() + warm_reads.size());
+    wake_io(n_idle_work());
     if (error_text.empty()) {
         error_text = thrown;
     }
@@ -80,6 +80,8 @@ void mobile_store::request(mobile_store_layer layer, const std::vector<mobile_ne
 
 void mobile_store::ask(locked & lock, mobile_store_layer layer, const std::vector<mobile_need> & needs) {
     const mobile_layer & l = layers[layer];
+
+    cv_done.wait(lock, [&] { return n_catching == 0; }); // what it asks for would fail with the rest
 
     count.bytes_routed += needs.size()*(expert_bytes_of(l));
     if (plain || (all_resident && experts[l.first].state == MOBILE_RESIDENT)) {
@@ -121,10 +123,16 @@ void mobile_store::ask(locked & lock, mobile_store_layer layer, const std::vecto
     }
     promote(on_their_way);
     settle_hints(layer);
+    if (needs.size()*classes[l.cls].slot_bytes > budget_bytes) { // legal with params.n_at_once
+        for (mobile_store_part part : misses) {
+            no_slot(part);
+        }
+        return;
+    }
     std::vector<mobile_store_part> loads;
     for (mobile_store_part part : misses) {
         int32_t slot = -1;
-        // the budget holds a layer, and only this one is pinned
+        // the budget holds what the layer asks for, and only this one is pinned
         if (!take_slot(lock, layer, SLOT_DEMAND, 0.0, slot)) {
             no_slot(part);
             continue;
@@ -153,6 +161,8 @@ void mobile_store::read_ahead(mobile_store_layer layer) {
 
 void mobile_store::ask_ahead(locked & lock, mobile_store_layer layer) {
     const mobile_layer & l = layers[layer];
+
+    cv_done.wait(lock, [&] { return n_catching == 0; }); // what it asks for would fail with the rest
 
     std::vector<mobile_store_part> loads;
     for (mobile_store_part part = l.first; part < l.first + l.n_parts; ++part) {

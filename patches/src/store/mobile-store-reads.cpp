@@ -121,6 +121,9 @@ private:
 
 // the first that has something to do in the order of their classes; NULL: none
 std::deque<mobile_store::item> * mobile_store::next_queue(locked & lock, bool demand_only) {
+    if (n_catching > 0) {
+        return nullptr;
+    }
     if (!demand.empty()) {
         return &demand;
     }
@@ -130,7 +133,7 @@ std::deque<mobile_store::item> * mobile_store::next_queue(locked & lock, bool de
     if (!ahead.empty() || begin_hint(lock)) {
         return &ahead;
     }
-    return is_idle() && (!warm_reads.empty() || begin_warm(lock)) ? &warm_reads : nullptr;
+    return is_idle() && (!warm_reads.empty() || begin_admit(lock) || begin_warm(lock)) ? &warm_reads : nullptr;
 }
 
 // takes one read from the queues and does it without the lock; false: there is none
@@ -162,7 +165,7 @@ bool mobile_store::run_one(locked & lock, bool demand_only) {
     }
     ahead_count.bytes_demanded += demanded ? n_read : 0;
     if (demanded) {
-        wake_io(hints.size() + warm_parts.size() + warm_reads.size());
+        wake_io(hints.size() + n_idle_work());
     }
     finish(it, asked, status, n_read, size, offset);
     return true;
@@ -240,11 +243,15 @@ void mobile_store::catch_thrown(locked & lock) noexcept {
     demand.clear();
     ahead.clear();
     hints.clear();
+    admits.clear();
     warm_parts.clear();
     warm_reads.clear();
+    n_catching++;
     cv_done.wait(lock, [&] { return n_running == 0; });
-    demand.clear(); // and what was asked for meanwhile
+    n_catching--;
+    demand.clear(); // and what those under way have added
     ahead.clear();
+    admits.clear();
     warm_parts.clear();
     warm_reads.clear();
     for (mobile_expert & x : experts) {

@@ -65,6 +65,8 @@ bool mobile_store::may_go(const mobile_expert & x, mobile_store_layer layer, slo
             return x.last_use < now;
         case SLOT_WARM:
             return false;
+        case SLOT_ADMIT:
+            return x.key < now; // the newcomer's key
     }
     return false;
 }

@@ -32,6 +32,11 @@ bool mobile_store::is_idle() const {
     return n_running == n_warm_running && (!in_pass || n_warm_running == 0);
 }
 
+// reads that wait for that
+size_t mobile_store::n_idle_work() const {
+    return admits.size() + warm_parts.size() + warm_reads.size();
+}
+
 // makes reads of the first part that is not there; false: none may be now
 bool mobile_store::begin_warm(locked & lock) {
     while (!warm_parts.empty()) {

@@ -165,10 +165,16 @@ int32_t mobile_store::start(const std::function<bool(float)> & progress, std::st
 
     budget_bytes = params.budget_bytes == 0 ? budget_all_bytes : std::min(params.budget_bytes, budget_all_bytes);
     all_resident = budget_bytes == budget_all_bytes;
-    if (budget_bytes < budget_min_bytes) {
+    uint64_t least_bytes = 0;
+    for (const auto & l : layers) {
+        const int32_t n = params.n_at_once > 0 ? std::min(params.n_at_once, l.n_parts) : l.n_parts;
+        least_bytes = std::max(least_bytes, n*classes[l.cls].slot_bytes);
+    }
+    if (budget_bytes < least_bytes) {
         err = "an expert budget of " + std::to_string(budget_bytes) + " bytes is below the smallest that can work, " +
-            std::to_string(budget_min_bytes) + " bytes: all " + std::to_string(n_expert_max()) +
-            " experts of one layer, which a prompt needs at once";
+            std::to_string(least_bytes) + " bytes: " +
+            (params.n_at_once > 0 ? std::to_string(params.n_at_once) + " experts or segments" : "all " + std::to_string(n_expert_max()) + " experts") +
+            " of one layer, which " + (params.n_at_once > 0 ? "a pass" : "a prompt") + " needs at once";
         return MOBILE_ERR_BUDGET;
     }
     if (layers.empty()) {

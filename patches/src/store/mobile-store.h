@@ -8,7 +8,7 @@
 // half the read bandwidth.
 // Invariants: slots in use never exceed the budget; a piece is computed from only when all its bytes
 // have arrived; a pinned expert is not evicted; reads ahead never evict what single tokens use, beyond
-// two layers' worth; the warm set evicts nothing; what is thrown in the middle of it, in whatever thread, is a failed read (catch_thrown).
+// two layers' worth; the warm set evicts nothing, an admission only what was used less; what is thrown in the middle of it, in whatever thread, is a failed read (catch_thrown).
 // What is called an expert in this class is a part (mobile-ids.h): a whole expert, or one of its segments; what
 // `of_model` stands in the name of takes the model's experts.
 // Limits: one graph computation at a time; a layer's experts all fit (checked at load).
@@ -132,6 +132,13 @@ struct mobile_ahead_counters {
     uint64_t stall_us     = 0;   // of the computation, for whatever
 };
 
+// displaced experts that were read while the disk was idle, since the store began
+struct mobile_admit_counters {
+    uint64_t n_read = 0;
+    uint64_t n_left = 0; // waiting now
+    uint64_t bytes  = 0; // in the file, of n_read
+};
+
 // what a load without other wishes uses
 mobile_load_params mobile_store_default_params();
 
@@ -208,6 +215,11 @@ public:
     // experts worth having, the most worthy first: read while there is nothing else to read, until no slot is free. in
     // place of those named before. returns how many are not there. by any thread
     int32_t warm(const std::vector<mobile_store_part> & parts);
+    // which of a layer's experts are there or on their way. resident: [n_expert of the model]
+    void get_resident(mobile_store_layer layer, std::vector<uint8_t> & resident);
+    // parts that a token asked for and that are not computed, at a time in tokens: they count as used. admits: they are read
+    // while there is nothing else to read, if what would go for them was used less
+    void displace(mobile_store_layer layer, const std::vector<mobile_part> & parts, double time, bool admits);
     // unpins the last layer; false: a read failed in this pass, error() says which
     bool end_pass();
 
@@ -229,6 +241,7 @@ public:
     mobile_counters counters();
     mobile_ahead_counters counters_ahead();
     mobile_warm_counters  counters_warm();
+    mobile_admit_counters counters_admit();
     void            reset_peak();
     // an expert in segments is as resident as its least resident segment
     uint8_t         residency_of_model(mobile_store_layer layer, int32_t expert);
@@ -242,7 +255,7 @@ private:
         uint32_t chunk;
     };
 
-    enum slot_use { SLOT_DEMAND, SLOT_AHEAD, SLOT_PREFETCH, SLOT_WARM };
+    enum slot_use { SLOT_DEMAND, SLOT_AHEAD, SLOT_PREFETCH, SLOT_WARM, SLOT_ADMIT };
 
     struct hinted {
         mobile_store_part part;
@@ -285,6 +298,8 @@ private:
     bool begin_hint  (locked & lock);
     bool is_idle     () const;
     bool begin_warm  (locked & lock);
+    bool begin_admit (locked & lock);
+    size_t n_idle_work() const;
     void use_hint    (mobile_store_part part);
     void waste_hint  (mobile_expert & x);
     void settle_hints(mobile_store_layer layer);
@@ -315,7 +330,8 @@ private:
     uint32_t                n_running        = 0; // reads under way
     uint32_t                n_demand_running = 0; // of these, of misses
     std::deque<mobile_store_part> warm_parts; // to be read, served last
-    std::deque<item>        warm_reads;       // of those that have a slot
+    std::deque<item>        warm_reads;       // of those that have a slot, and of admitted ones
+    std::deque<mobile_store_part> admits;     // to be read before them
     size_t                  n_warm           = 0; // that warm() was given
     uint32_t                n_warm_running   = 0; // of n_running
     uint64_t                warm_in_flight   = 0; // bytes of slots of those being loaded
@@ -338,8 +354,10 @@ private:
     int64_t  stall_start  = 0;
     std::string error_text;
     std::string error_for_good;
+    uint32_t    n_catching  = 0; // threads in catch_thrown(): no read begins, and no pass asks for anything
     char        thrown[256] = ""; // in no string, which might throw: what was, until a pass has failed of it
     mobile_counters count = {};
     mobile_ahead_counters ahead_count;
     mobile_warm_counters  warm_count = {};
+    mobile_admit_counters admit_count;
 };

@@ -1,0 +1,103 @@
+"""What a judged system is called: modes and lossy rules as one word, ``drop:0.75+prior:0.1``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mobile_gguf.engine.loss import OWN_TAU, RANDOM, LossRules
+from mobile_gguf.errors import UsageError
+from mobile_gguf.generate.decode import Policy, default_little_k
+from mobile_gguf.generate.head import Head
+from mobile_gguf.gguf import keys
+from mobile_gguf.gguf.info import GgufInfo
+from mobile_gguf.options.words import BIG_LITTLE, BUDDY, CONFIDENCE, EXACT, HEAD, LITTLE, LIVE, PRIOR
+
+# The rules by their words: which field the word sets besides a number behind its colon.
+_RULES: dict[str, tuple[str, dict[str, Any]]] = {
+    "drop": ("drop", {}),
+    "little-on-miss": ("little_on_miss", {}),
+    BUDDY: ("tau", {"substitute": BUDDY}),
+    "buddy-own": ("beta", {"substitute": BUDDY, "tau": OWN_TAU}),
+    LIVE: ("margin", {"substitute": LIVE}),
+    PRIOR: ("prior", {"substitute": PRIOR}),
+    RANDOM: ("tau", {"substitute": RANDOM}),
+    "random-own": ("beta", {"substitute": RANDOM, "tau": OWN_TAU}),
+    "keep": ("keep", {}),
+    "rho": ("substitutes_max", {}),
+    "beta": ("beta", {}),
+    "eta": ("eta", {}),
+    "again": ("again_tokens", {}),
+    "admit": ("admit", {}),
+}
+_WHOLE = {"little_on_miss", "keep", "substitutes_max", "again_tokens", "admit"}
+_DEFAULTS = {"drop": 0.75}
+MODES = (EXACT, LITTLE, HEAD, CONFIDENCE)
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A system under judgement: its name, and the policy that decodes its tokens."""
+
+    name: str
+    policy: Policy
+
+
+def parse_rung(text: str, info: GgufInfo, head: Head | None) -> Rung:
+    """A Rung of parts joined by ``+``, a number behind a colon each.
+
+    Modes: ``exact``, ``little:K``, ``head:SHARE`` of tokens that are big, in per cent, ``confidence:GAMMA``.
+    Rules: ``drop:F``, ``little-on-miss:K``, ``buddy:TAU``, ``buddy-own:BETA`` with each layer's own tau,
+    ``live:MARGIN``, ``prior:LAMBDA``, ``random:TAU``, ``random-own:BETA``; their settings ``keep:N``,
+    ``rho:N``, ``beta:X``, ``eta:X``, ``again:TOKENS``, ``admit:N``. Raises UsageError.
+    """
+    little_k = default_little_k(info.n_expert_used)
+    policy, rules = Policy(EXACT, little_k=little_k), LossRules()
+    for part in text.split("+"):
+        word, _, number = part.strip().partition(":")
+        value = _number(text, number) if number else None
+        if word in MODES:
+            policy = _mode(text, word, value, policy, info, head)
+        elif word in _RULES:
+            field, fixed = _RULES[word]
+            if value is None and word == "little-on-miss":
+                value = policy.little_k
+            if value is None and field in _DEFAULTS:
+                value = _DEFAULTS[field]
+            changes = dict(fixed)
+            if value is not None:
+                changes[field] = int(value) if field in _WHOLE else value
+            rules = replace(rules, **changes)
+        else:
+            known = ", ".join([*MODES, *_RULES])
+            raise UsageError(f"{text!r} is no rung: {word!r} is none of {known}")
+    return Rung(text, replace(policy, loss=rules if rules.is_on else None))
+
+
+def _mode(
+    text: str, word: str, value: float | None, policy: Policy, info: GgufInfo, head: Head | None
+) -> Policy:
+    if word == LITTLE:
+        return replace(policy, mode=LITTLE, little_k=int(value or policy.little_k))
+    if word == CONFIDENCE:
+        gamma = policy.gamma if value is None else value
+        return replace(policy, mode=BIG_LITTLE, importance=CONFIDENCE, gamma=gamma)
+    if word == HEAD:
+        if head is None:
+            raise UsageError(f"{text!r} needs an importance head: run `mobile-gguf calibrate {info.path}`")
+        threshold = head.threshold
+        if value is not None:
+            shares = json.loads(info.metadata.get(keys.HEAD_THRESHOLDS, "{}"))
+            if str(int(value)) not in shares:
+                raise UsageError(f"{text!r}: the file has thresholds for {', '.join(shares)} per cent")
+            threshold = shares[str(int(value))]
+        return replace(policy, mode=BIG_LITTLE, importance=HEAD, head_threshold=threshold)
+    return policy
+
+
+def _number(text: str, number: str) -> float:
+    try:
+        return float(number)
+    except ValueError:
+        raise UsageError(f"{text!r} is no rung: {number!r} is no number") from None

@@ -1,0 +1,21 @@
+"""How far two distributions over the next token are apart: pure arithmetic on rows of logits."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+Real = TypeVar("Real", bound=np.floating)
+
+
+def log_softmax(logits: npt.NDArray[Real]) -> npt.NDArray[Real]:
+    """Log probabilities of rows of logits, in their own precision."""
+    shifted = logits - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def divergence(p: npt.NDArray[Real], q: npt.NDArray[Real]) -> npt.NDArray[Real]:
+    """KL(p || q) of rows of log probabilities, in nats: what coding p's tokens by q costs."""
+    return (np.exp(p) * (p - q)).sum(-1)

@@ -1,0 +1,105 @@
+// mobile-route-loss.cpp - see mobile-loss-state.h
+
+#include "mobile-error.h"
+#include "route/mobile-context.h"
+
+#include <algorithm>
+
+// what the layer's rules take for resident
+void mobile_route_loss::look(mobile_context & ctx, const mobile_route & route, mobile_store_layer layer, bool on_device) {
+    const int32_t n_expert = ctx.store->n_expert_of(layer);
+    if (const uint8_t * state = ctx.rules.residency_of(route.il, ctx.store->n_expert_max())) {
+        resident.assign(state, state + n_expert);
+        return;
+    }
+    const bool fetches = on_device && ctx.slots->miss() == MOBILE_MISS_FETCH;
+    if (fetches) {
+        resident.assign(n_expert, 0);
+    } else {
+        ctx.store->get_resident(layer, resident);
+    }
+    for (int32_t e = 0; on_device && e < n_expert; ++e) {
+        bool is_there = true;
+        for (int32_t s = 0; s < ctx.store->n_segments; ++s) {
+            is_there = is_there && ctx.slots->is_there(route.il, ctx.store->part_of(e, s));
+        }
+        resident[e] = resident[e] || is_there;
+    }
+}
+
+// of the distinct experts that the tokens ask for
+double mobile_route_loss::missing_share(const std::vector<mobile_loss_token> & tokens, int32_t k) {
+    asked.assign(resident.size(), 0);
+    int32_t n_asked = 0, n_missing = 0;
+    for (const mobile_loss_token & token : tokens) {
+        for (int32_t i = 0; i < k; ++i) {
+            const int32_t id = token.ids[i];
+            if (id >= 0 && !asked[id]) {
+                asked[id] = 1;
+                n_asked++;
+                n_missing += !resident[id];
+            }
+        }
+    }
+    return n_asked > 0 ? (double) n_missing/n_asked : 0.0;
+}
+
+void mobile_route_loss::admit(mobile_context & ctx, mobile_store_layer layer, double time) const {
+    std::vector<mobile_part> parts;
+    std::vector<mobile_part> admitted;
+    int32_t n = 0;
+    for (const mobile_loss_displaced & d : displaced) {
+        const bool admits = d.again && n < ctx.rules.loss_params().admit;
+        n += admits;
+        for (int32_t s = 0; s < ctx.store->n_segments; ++s) {
+            (admits ? admitted : parts).push_back(ctx.store->part_of(d.expert, s));
+        }
+    }
+    ctx.store->displace(layer, parts, time, false);
+    ctx.store->displace(layer, admitted, time, true);
+}
+
+void mobile_route_loss::run(mobile_context & ctx, const mobile_route & route, mobile_store_layer layer, const std::vector<mobile_loss_token> & tokens, bool on_device) {
+    const mobile_loss_params & params = ctx.rules.loss_params();
+    if (ctx.rules.reads_scores() && !tokens[0].probs) {
+        mobile_throw(MOBILE_ERR_STATE, "layer " + std::to_string(route.il.n) + ": its router gives no score for each expert, which --substitute live and prior choose by");
+    }
+    look(ctx, route, layer, on_device);
+
+    mobile_loss_layer l;
+    l.params        = &params;
+    l.k             = route.n_used;
+    l.n_expert      = (int32_t) resident.size();
+    l.resident      = resident.data();
+    l.buddies       = ctx.rules.buddies_of(route.il);
+    l.kind          = route.kind;
+    l.missing_share = missing_share(tokens, l.k);
+    l.displaced     = displaced_at[layer].data();
+    for (const mobile_loss_token & token : tokens) {
+        displaced.clear();
+        mobile_loss_apply(l, token, sums, displaced);
+        if (!displaced.empty()) {
+            admit(ctx, layer, token.time);
+        }
+    }
+}
+
+void mobile_route_loss::get(mobile_store & store, mobile_loss_counters & counters) const {
+    const mobile_admit_counters now = store.counters_admit();
+    counters = {};
+    counters.n_layers       = sums.n_layers;
+    counters.n_missing      = sums.n_missing;
+    counters.n_dropped      = sums.n_dropped;
+    counters.n_left_out     = sums.n_left_out;
+    counters.n_substituted  = sums.n_substituted;
+    counters.n_again        = sums.n_again;
+    counters.moved_weight   = sums.moved_weight;
+    counters.n_admitted     = now.n_read - base.n_read;
+    counters.bytes_admitted = now.bytes  - base.bytes;
+    counters.n_admit_left   = now.n_left;
+}
+
+void mobile_route_loss::reset_counters(mobile_store & store) {
+    base = store.counters_admit();
+    sums = {};
+}

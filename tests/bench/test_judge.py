@@ -1,0 +1,133 @@
+"""The judge of rungs: what its words mean, and what it measures on a model that the engine runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_models
+from fake_backend import fake_info
+
+from mobile_gguf.bench import judge
+from mobile_gguf.bench.rungs import parse_rung
+from mobile_gguf.engine.loss import LossRules
+from mobile_gguf.errors import UsageError
+from mobile_gguf.generate.decode import Policy
+from mobile_gguf.generate.head import Head
+from mobile_gguf.gguf import keys
+
+HEAD = Head(np.zeros(64, np.float32), np.zeros(258, np.float32), 0.0, 0.4, 4, 0.1, 0.7)
+INFO = fake_info(metadata={keys.HEAD_THRESHOLDS: json.dumps({"30": 0.6})})
+
+
+@pytest.mark.parametrize(
+    ("text", "policy"),
+    [
+        ("exact", Policy(little_k=4)),
+        ("little", Policy("little", little_k=4)),
+        ("little:6", Policy("little", little_k=6)),
+        ("confidence:0.5", Policy("big-little", 0.5, 4, "confidence")),
+        ("head", Policy("big-little", little_k=4, importance="head", head_threshold=0.4)),
+        ("head:30", Policy("big-little", little_k=4, importance="head", head_threshold=0.6)),
+        ("drop", Policy(little_k=4, loss=LossRules(drop=0.75))),
+        ("drop:0.5+admit:0", Policy(little_k=4, loss=LossRules(drop=0.5, admit=0))),
+        ("little-on-miss", Policy(little_k=4, loss=LossRules(little_on_miss=4))),
+        ("little:5+little-on-miss", Policy("little", little_k=5, loss=LossRules(little_on_miss=5))),
+        ("buddy", Policy(little_k=4, loss=LossRules(substitute="buddy"))),
+        ("buddy-own+keep:0", Policy(little_k=4, loss=LossRules(substitute="buddy", tau=-1, keep=0))),
+        (
+            "random:0.5+rho:1",
+            Policy(little_k=4, loss=LossRules(substitute="random", tau=0.5, substitutes_max=1)),
+        ),
+        ("live:0.5+drop:1", Policy(little_k=4, loss=LossRules(drop=1, substitute="live", margin=0.5))),
+        ("prior:0.1", Policy(little_k=4, loss=LossRules(substitute="prior", prior=0.1))),
+    ],
+)
+def test_a_rung_is_one_word(text, policy):
+    rung = parse_rung(text, INFO, HEAD)
+    assert (rung.name, rung.policy) == (text, policy)
+
+
+@pytest.mark.parametrize(
+    ("text", "head", "says"),
+    [
+        ("dropp:1", HEAD, "'dropp' is none of exact, little"),
+        ("drop:much", HEAD, "'much' is no number"),
+        ("head:30", None, "needs an importance head"),
+        ("head:31", HEAD, "thresholds for 30 per cent"),
+    ],
+)
+def test_what_is_no_rung(text, head, says):
+    with pytest.raises(UsageError, match=says):
+        parse_rung(text, INFO, head)
+
+
+def test_blocks_are_from_all_over_the_text():
+    tokens = list(range(100))
+    assert judge.blocks_of(tokens, [7], 11, 33) == [
+        [7, *range(10)], [7, *range(40, 50)], [7, *range(90, 100)]
+    ]  # fmt: skip
+    assert len(judge.blocks_of(tokens, [], 10, 10**6)) == 10
+    with pytest.raises(UsageError, match="at least 120 are needed"):
+        judge.blocks_of(tokens, [], 60, 60)
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]]:
+    """Verdicts by rung, of a tiny model whose tokenizer makes a token of every letter or two."""
+    folder = tmp_path_factory.mktemp("judge")
+    text = folder / "text"
+    rng = np.random.default_rng(3)
+    text.write_text(" ".join("".join(rng.choice(list("etaoinsh"), 5)) for _ in range(120)))
+    arguments = [
+        str(tiny_models.path("olmoe")), "--text", str(text), "--noise", str(tiny_models.path("olmoe-bf16")),
+        "--budget", "20%", "--tokens", "120", "--block", "40", "--prompt", "8", "--out", str(folder / "out"),
+        "--rungs", "exact;little;drop:1;drop:1+admit:0;prior:0.2;random:0+beta:9",
+    ]  # fmt: skip
+    assert judge.main(arguments) == 0
+    record = json.loads((folder / "out" / "judge.json").read_text())
+    assert record["positions"] == 3 * 31
+    assert "--rungs" in record["command"]
+    assert "drop:1+admit:0" in (folder / "out" / "judge.md").read_text()
+    return {v["rung"] if v["budget"] == "20%" else "noise": v for v in record["verdicts"]}
+
+
+def test_exact_is_the_reference_under_any_budget(judged):
+    """20% of the experts are fewer than a layer has: the judge runs a token at a time."""
+    exact = judged["exact"]
+    assert (exact["kl"], exact["agreement"], exact["displaced"]) == (0, 1, 0)
+    assert exact["perplexity_ratio"] == pytest.approx(1)
+    assert exact["misses"] > 0
+    assert 0 < judged["noise"]["kl"] < judged["little"]["kl"]
+    assert judged["noise"]["misses"] == 0
+
+
+def test_rungs_save_bytes_and_cost_divergence(judged):
+    for name in ("little", "drop:1", "drop:1+admit:0", "prior:0.2", "random:0+beta:9"):
+        assert judged[name]["kl"] > 0
+        assert judged[name]["misses"] < judged["exact"]["misses"]
+    assert judged["drop:1"]["idle_bytes"] > 0
+    assert judged["drop:1+admit:0"]["idle_bytes"] == judged["exact"]["idle_bytes"] == 0
+    assert judged["prior:0.2"]["substituted"] == judged["prior:0.2"]["displaced"] > 0
+    assert judged["little"]["big"] == 0
+    assert judged["drop:1"]["big"] == 1
+    of_one = judged["exact"]["demand_bytes"] / judged["exact"]["misses"]
+    assert judged["little"]["demand_bytes"] == pytest.approx(of_one * judged["little"]["misses"], rel=0.05)
+
+
+def test_what_cannot_be_judged_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    text = tmp_path / "text"
+    text.write_text("short")
+    model = str(tiny_models.path("olmoe"))
+    assert judge.main([model, "--text", str(text)]) == 1
+    assert judge.main([model, "--text", str(tmp_path / "none")]) == 1
+    text.write_text("a long text " * 200)
+    assert judge.main([model, "--text", str(text), "--rungs", "nothing"]) == 1
+    assert (
+        judge.main([model, "--text", str(text), "--block", "64", "--budget", "1%", "--rungs", "exact"]) == 1
+    )
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert [line.split(":")[0] for line in lines] == ["error"] * 4
+    assert "experts or segments of one layer, which a pass needs at once" in lines[-1]
