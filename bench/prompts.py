@@ -49,7 +49,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     """All runs, in the order in which they were made."""
     _, shape, runner = open_replay(args, {_ENGINE, _STOCK})
     arms: list[tuple[Arm, float | None]] = []
-    foresee = _Foresight(runner.model, args.threads)
+    foresee = _Foresight(runner.model, args.threads, len(runner.text.ids))
     for n_tokens in _numbers(args.prompt):
         for n_ubatch in _ubatches(n_tokens, _numbers(args.ubatch)):
             for budget in args.budget.split(","):
@@ -76,7 +76,8 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
 class _Foresight:
     """What the plan says of an arm, by this machine as it is measured now."""
 
-    def __init__(self, model: Path, threads: int) -> None:
+    def __init__(self, model: Path, threads: int, n_different: int) -> None:
+        self.n_different = n_different
         self.options = LoadOptions(threads=threads)
         self.info = read_gguf_info(model)
         self.workload = read_workload(self.info)
@@ -91,7 +92,7 @@ class _Foresight:
         disk = disk_name(self.info.path)
         found = predict_prompts(
             self.info, self.workload, self.known, replace(settings, io_threads=arm.io_threads), disk,
-            [arm.prompt_tokens],
+            [arm.prompt_tokens], self.n_different,
         )  # fmt: skip
         return found[0].predicted_tps if found else None
 

@@ -107,6 +107,8 @@ def _open(
     """Load a model where ``fit`` puts it, None: mapped by a stock library; returns it and notices."""
     notices = [] if fit is None else [*fit.notes, *filter(None, [fit.warning])]
     more = more | {"devices": fit.devices if fit is not None else ()}
+    if fit is not None:
+        more["planned_bytes"] = fit.host_demand.total_bytes + fit.ram_budget_bytes
     if engine is None or fit is None or not info.is_moe:
         return _construct(info, options, asked, engine, use_mmap=True, **more), notices
     from mobile_gguf.generate.buddies import read_buddies

@@ -35,7 +35,7 @@ from mobile_gguf.engine.warm import WarmSet, warm_counters
 from mobile_gguf.errors import EngineError
 from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.memory.competition import Competition
-from mobile_gguf.memory.machine import read_memory
+from mobile_gguf.memory.spare import SpareMemory
 
 from .chat_prompt import ChatPrompts
 from .constraint.making import constraint_of
@@ -58,7 +58,8 @@ class MobileLlama:
     What decides that is ``sequence.policy``, which may be changed between generations. Without an engine (a
     stock library), or for a model that it holds no experts of (``store`` is None), every step is big.
     Decoding raises ExpertReadError or EngineError and leaves the object usable. In ``cache_bytes`` texts are
-    kept that others have put out of the context. ``options`` are Native's.
+    kept that others have put out of the context, where memory is free beside ``planned_bytes`` for all else.
+    ``options`` are Native's.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class MobileLlama:
         devices: Sequence[Device] = (),
         n_ctx: int,
         cache_bytes: int = 0,
+        planned_bytes: int = 0,
         **options: Any,
     ) -> None:
         self.devices = tuple(devices)
@@ -79,15 +81,16 @@ class MobileLlama:
         self.engine: Engine | None = None  # while there is a store to ask it about
         self.has_engine = engine is not None
         self._seed = 0
+        cache = PrefixCache(cache_bytes, SpareMemory(planned_bytes).bytes_beside)
         self.native = Native(path, devices=self.devices, n_ctx=n_ctx, **options)
         try:
-            self._set_up(path, engine, n_ctx, cache_bytes)
+            self._set_up(path, engine, n_ctx, cache)
         except BaseException:
             self.native.close()
             raise
 
     def _set_up(
-        self, path: str | os.PathLike[str], engine: Engine | None, n_ctx: int, cache_bytes: int
+        self, path: str | os.PathLike[str], engine: Engine | None, n_ctx: int, cache: PrefixCache
     ) -> None:
         self.calls = GuardedCalls(engine, self.model, self.ctx)
         # llama.cpp does not notice that a server is gone once it has the memory.
@@ -97,7 +100,7 @@ class MobileLlama:
         if store is not None and store.n_layer_moe > 0:
             self.store, self.engine = store, engine
         self.decoder = Decoder(self.native, self.calls, self.engine, bool(self.devices))
-        self.sequence = TokenSequence(self.decoder, n_ctx, PrefixCache(cache_bytes, self._spare_bytes))
+        self.sequence = TokenSequence(self.decoder, n_ctx, cache)
         self.vocabulary = Vocabulary(self.calls, self.native.says("tokenizer.ggml.model") or "")
         self._tables = TableReader(self.calls, self.vocabulary)
         self._prompts = ChatPrompts(
@@ -248,12 +251,6 @@ class MobileLlama:
     def can_step_back(self) -> bool:
         """Whether single positions can be dropped from the memory; recurrent ones cannot."""
         return self.native.can_step_back
-
-    def _spare_bytes(self) -> int:
-        """Memory that texts may be put away in: half of what is free when the experts have all of theirs."""
-        budget = self.store.budget_bytes if self.store is not None else 0
-        promised = max(0, budget - self.counters().resident_bytes)
-        return max(0, read_memory().available_bytes - promised) // 2
 
     def counters(self) -> Counters:
         """The store's counters since the last reset; all zero without one."""

@@ -67,12 +67,14 @@ def usable(
 
 
 class PrefixCache:
-    """Texts that were put away, within ``limit_bytes`` and ``room_bytes()``, asked before each is taken in.
+    """Texts that were put away, within ``limit_bytes`` and ``room_bytes(kept)``, asked before each is taken.
+
+    ``kept`` are the bytes that are kept already: here, and ``beside``, which others keep in the same limits.
 
     The least worthy goes first: the one with the fewest tokens, the longer nobody wanted it the fewer.
     """
 
-    def __init__(self, limit_bytes: int, room_bytes: Callable[[], int]) -> None:
+    def __init__(self, limit_bytes: int, room_bytes: Callable[[int], int]) -> None:
         self.limit_bytes = limit_bytes
         self._room_bytes = room_bytes
         self._kept: list[Kept] = []
@@ -85,11 +87,12 @@ class PrefixCache:
     def __len__(self) -> int:
         return len(self._kept)
 
-    def has_room(self, n_bytes: int) -> bool:
+    def has_room(self, n_bytes: int, beside: int = 0) -> bool:
         """Whether so many bytes more fit beside what is kept."""
-        return n_bytes <= min(self.limit_bytes - self.n_bytes, self._room_bytes())
+        kept = self.n_bytes + beside
+        return n_bytes <= min(self.limit_bytes - kept, self._room_bytes(kept))
 
-    def make_room(self, tokens: Sequence[int], n_bytes: int) -> bool:
+    def make_room(self, tokens: Sequence[int], n_bytes: int, beside: int = 0) -> bool:
         """Whether a state of so many bytes may be made of a text; what has to go for it is dropped.
 
         What the text contains goes in any case, and nothing that is worth more than it.
@@ -99,7 +102,8 @@ class PrefixCache:
         for one in list(self._kept):
             if common_length(one.tokens, tokens) == len(one.tokens):
                 self._kept.remove(one)
-        limit = min(self.limit_bytes, self.n_bytes + self._room_bytes())
+        room = self._room_bytes(self.n_bytes + beside)
+        limit = min(self.limit_bytes - beside, self.n_bytes + room)
         going: list[Kept] = []
         left = self.n_bytes
         for one in sorted(self._kept, key=self._worth):

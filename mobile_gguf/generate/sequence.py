@@ -80,17 +80,18 @@ class TokenSequence:
         prompt = list(prompt)
         if self.on_logits is not None:
             self.leave()  # it is shown those of all the prompt
+        only_big = self.policy.always_big
+        # The first token after a prompt is a whole big pass's.
+        self.has_logits = self.has_logits and self.last_pass is Pass.BIG and not self.decoder.is_lossy
+        is_good = not only_big or self._n_big == len(self.tokens)
+        if self.has_logits and is_good and self.tokens == prompt:
+            return []
         if not self._is_afresh:
             self._turn_to(prompt)
         self._is_wanted, self._is_afresh = not self._is_afresh, False
-        if self.policy.always_big and self._n_big < len(self.tokens):
+        if only_big and self._n_big < len(self.tokens):
             # Rows that a little pass wrote must not be reused for an exact answer.
             self._keep(self._n_big)
-        if self.last_pass is not Pass.BIG or self.decoder.is_lossy:
-            # The logits at hand are not a whole pass's, and the first token after a prompt is.
-            self.has_logits = False
-        if self.has_logits and self.tokens == prompt:
-            return []
         if self.decoder.native.can_step_back and len(self.tokens) > len(prompt) - _MIN_PROMPT:
             # One token alone runs through other kernels than a prompt does, and the last digits of its
             # logits differ: the same question with the same seed would get another answer.
@@ -122,8 +123,8 @@ class TokenSequence:
         if not self._is_wanted or n < LEAST_TOKENS or not self.decoder.cut(n):
             return
         checkpoints = None if self._checkpoints is None else list(self._checkpoints)
-        n_bytes = self.decoder.state_bytes() + sum(one.n_bytes for one in checkpoints or ())
-        if not self.cache.make_room(self.tokens, n_bytes):
+        beside = sum(one.n_bytes for one in checkpoints or ())  # which move with it, or are kept by both
+        if not self.cache.make_room(self.tokens, self.decoder.state_bytes(), beside):
             return
         state = self.decoder.save()
         if state is not None:
@@ -153,7 +154,7 @@ class TokenSequence:
         if points is None or n < (points[-1].n_tokens if points else 0) + LEAST_TOKENS:
             return
         n_bytes = self.decoder.state_bytes(partial=True)
-        while points and not self.cache.has_room(n_bytes + sum(one.n_bytes for one in points)):
+        while points and not self.cache.has_room(n_bytes, sum(one.n_bytes for one in points)):
             del points[0]
         if not self.cache.has_room(n_bytes):
             return

@@ -43,7 +43,7 @@ def prompt_steps(
 ) -> Iterator[Step]:
     """The measurements that predicting prompts takes; ``resident``, ``stored``: as ``steps_for`` has them."""
     n, k = info.n_expert * info.segments, info.n_expert_used * info.segments
-    wanted = [(product, 1, 1, True) for product in main_products(workload) if product.n_out < info.n_vocab]
+    wanted = [(product, 1, 1, True) for product in main_products(workload) if product.n_out != info.n_vocab]
     for product in workload.experts:
         wanted += [(product, n, k, usual) for usual in [False] * stored + [True] * resident]
     for product, n_expert, n_used, usual in wanted:

@@ -1,6 +1,7 @@
 """Speed of a first prompt from a workload, measurements and settings: pure functions.
 
     a pass over the layers = max(computing, reading), and the first layer's reads, which nothing hides
+    ... that does not need nearly all of a layer = reading, and what is not computed beside it
 
 A pass is one micro-batch. Computing is multiplications over their measured rate, attention by positions and
 tokens, and activations over the memory's bandwidth. Reading is what a pass needs of the experts, less what an
@@ -21,6 +22,7 @@ from .machine import Measurements
 from .measure_prompts import attention_name, batch_name
 from .misses import distinct_share
 from .predict import Case, Unknown
+from .speed import BEFORE_LAST
 from .workload import Heads, Settings, Workload, read_heads
 
 LENGTHS = (512, 2048)
@@ -57,9 +59,12 @@ def predict_prompts(
     settings: Settings,
     disk: str,
     lengths: Sequence[int] = LENGTHS,
+    n_different: int | None = None,
 ) -> tuple[PromptPrediction, ...]:
     """First prompts of those lengths that the context has room for, on the host; empty if too little was
-    measured, and with a device. ``disk``: as ``disk_name`` says it."""
+    measured, and with a device. ``disk``: as ``disk_name`` says it; ``n_different``: tokens after which the
+    prompt is the same again.
+    """
     if settings.device:
         return ()
     found = []
@@ -67,9 +72,9 @@ def predict_prompts(
         heads = read_heads(info)
         for n_tokens in sorted({min(n, settings.n_ctx) for n in lengths}):
             middle, fast, slow = (
-                _Prompt(Case(info, workload, measurements, settings, disk, None, which, 0), heads).seconds(
-                    n_tokens
-                )
+                _Prompt(
+                    Case(info, workload, measurements, settings, disk, None, which, 0), heads, n_different
+                ).seconds(n_tokens)
                 for which in ("value", "fast", "slow")
             )
             low = n_tokens / max(slow, middle) / (1 + _MODEL_ERROR)
@@ -86,6 +91,7 @@ class _Prompt:
 
     case: Case
     heads: Heads | None
+    n_different: int | None = None
 
     def seconds(self, n_tokens: int) -> float:
         """Until all of it is computed."""
@@ -96,21 +102,19 @@ class _Prompt:
     def pass_seconds(self, start: int, n_tokens: int) -> float:
         """One micro-batch, with ``start`` tokens before it."""
         computing = self.computing(start, n_tokens)
-        needed = distinct_share(self.case.info.n_expert, self.case.settings.k, n_tokens)
-        reading = self.reading(needed, is_first=start == 0)
-        if reading <= 0:
+        info, settings = self.case.info, self.case.settings
+        needed = distinct_share(info.n_expert, settings.k, min(n_tokens, self.n_different or n_tokens))
+        # a first pass finds nothing in memory, the others what it has left
+        missing = max(0.0, needed - (0.0 if start == 0 else settings.ram_share))
+        if missing <= 0 or settings.ram_share >= 1 or not self.case.workload.experts:
             return computing
-        first_layer = reading / max(1, self.case.info.n_layer_moe)
-        if needed < _READ_AHEAD:
-            return computing + reading
-        return max(computing, reading - first_layer) + first_layer
-
-    def reading(self, needed: float, *, is_first: bool) -> float:
-        """Of a share of the experts; a first pass finds nothing in memory, the others what it has left."""
-        settings = self.case.settings
-        if settings.ram_share >= 1 or not self.case.workload.experts:
-            return 0.0
-        return max(0.0, needed - (0.0 if is_first else settings.ram_share)) * self.case.all_reads_s()
+        reading = missing * self.case.all_reads_s()
+        if needed >= _READ_AHEAD:
+            first_layer = reading / max(1, info.n_layer_moe)
+            return max(computing, reading - first_layer) + first_layer
+        # what a layer has is computed while it reads the rest, up to its last matrix
+        beside = computing * (1 - missing / needed) * BEFORE_LAST
+        return max(reading, beside) + computing - beside
 
     def computing(self, start: int, n_tokens: int) -> float:
         """Of all layers, everything in memory."""
@@ -118,7 +122,7 @@ class _Prompt:
         n, pieces = info.n_expert * info.segments, settings.k * info.segments
         token_s = 0.0
         for product in case.workload.dense:
-            if product.n_out < info.n_vocab:  # logits are the last token's alone
+            if product.n_out != info.n_vocab:  # logits are the last token's alone
                 token_s += (
                     product.count
                     * product.n_in

@@ -9,7 +9,7 @@ from typing import Any
 from .misses import miss_distribution
 
 # Of an expert's work, the part that needs nothing of its last matrix: gate and up of gate, up, down.
-_BEFORE_LAST = 2 / 3
+BEFORE_LAST = 2 / 3
 # Of a layer with a miss: taking slots, waking readers, and being woken. Chosen to fit runs of the demo
 # model, not measured by itself.
 WAKE_S = 60e-6
@@ -84,8 +84,8 @@ def layer_seconds(one: Pass, n_misses: int, reads: Reads) -> float:
     if n_misses <= 0:
         return one.expert_s
     hits = 1 - n_misses / one.k
-    early = one.expert_s * hits * _BEFORE_LAST
-    return WAKE_S + max(reads.seconds(n_misses), early) + one.expert_s * (1 - _BEFORE_LAST)
+    early = one.expert_s * hits * BEFORE_LAST
+    return WAKE_S + max(reads.seconds(n_misses), early) + one.expert_s * (1 - BEFORE_LAST)
 
 
 def mixed_seconds(little_s: float, big_s: float, again_s: float, big_share: float, *, by_head: bool) -> float:

@@ -254,6 +254,18 @@ def test_a_silent_run_is_stopped_at_its_limits() -> None:
         assert run.error == "the prompt was not done after 0 s"
 
 
+def test_what_a_child_is_asked_for_is_the_text_and_what_the_arm_says(tmp_path: Path) -> None:
+    trace = synthesise_trace(n_layer=1, n_expert=4, k=1, n_prompt=2, n_decode=3)
+    runner = Runner(tmp_path / "none.gguf", text_of(trace), {"engine": None}, little_k=1)
+    arm = Arm("engine", "exact", "50%", GIB, 2 * GIB)
+    job = runner._job(arm, 2, ids=False)
+    assert (job.prompt, job.decode, job.ids, job.n_ubatch) == ([0, 1], [2, 3], False, 512)
+    assert job.predictor == "transitions"
+    long = runner._job(arm.tuned(prompt_tokens=12, n_ubatch=1024), 0, ids=True)
+    assert (long.prompt, long.decode, long.ids) == ([0, 1, 2, 3, 4] * 2 + [0, 1], [], True)
+    assert long.n_ubatch == 1024
+
+
 def test_a_child_that_cannot_load_is_an_error_of_its_arm(tmp_path: Path) -> None:
     trace = synthesise_trace(n_layer=1, n_expert=4, k=1, n_prompt=1, n_decode=2)
     runner = Runner(tmp_path / "none.gguf", text_of(trace), {"stock": tmp_path}, little_k=1)

@@ -1,6 +1,6 @@
 """The barrier without the engine: thousands of short layers, in teams of one to eight threads.
 
-`make sanitize` runs more of them, and the store, watched for data races.
+``make sanitize`` runs more of them, and the store, watched for data races.
 """
 
 from __future__ import annotations

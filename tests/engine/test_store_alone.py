@@ -107,6 +107,9 @@ def test_a_prompt_right_after_the_load_waits_for_no_warm_read(store: Store, n_io
     assert set(store.log()) <= set(WARM)
     store.begin_pass()
     store.request(0, ASKED)
+    store.allow(1)  # whoever is done first
+    store.wait(n_io_threads + 1)
+    assert store.log()[-1] in asked_of(0, ASKED)
     store.allow(-1)
     store.resolve(0, ASKED)
     store.request(1, ASKED)
@@ -216,7 +219,7 @@ def test_a_warm_set_of_everything_ends_where_the_budget_does(store: Store) -> No
 
 
 def test_all_its_threads_at_once(library: Path, tmp_path: Path) -> None:
-    """Short sessions with slow and failing reads; `make sanitize` watches more of them for data races."""
+    """Short sessions with slow and failing reads; ``make sanitize`` watches more of them for data races."""
     program = stress.build("store_stress", library.parent)
     done = stress.run(program, 12, 1, stress.PATIENCE, tmp_path / "experts")
     assert done.returncode == 0, done.stderr

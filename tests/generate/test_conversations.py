@@ -119,6 +119,15 @@ def test_what_is_not_to_be_reused_leaves_the_others_alone(model: Model) -> None:
     assert talk.turn(model, [8, 9]) <= 2
 
 
+def test_logits_that_are_at_hand_are_used(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sequence, "_BETWEEN", 512)
+    prompt = text(1, 100)
+    for beginning in (prompt[:40], [*prompt, 5, 6, 7]):  # what is put away has a checkpoint in the prompt
+        model.generate(beginning, max_tokens=1)
+    model.prompt_logprobs(prompt)
+    assert model.generate(prompt, max_tokens=1).timings["prompt_n"] == 0
+
+
 def test_without_room_everything_is_computed_again(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend_of(model).sequence.cache, "limit_bytes", 0)
     one, other = Talk(text(1, 100)), Talk(text(2, 100))

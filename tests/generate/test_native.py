@@ -23,7 +23,7 @@ def test_llama_cpp_decides_what_nobody_asks_for() -> None:
 
     usual: Any = llama_cpp.llama_context_default_params()
     native = Native(tiny_models.path(MODEL), **TINY)
-    made = native._context_params(64, 64, None, None)
+    made: Any = native._context_params(64, 64, None, None)
     differ = {
         name
         for name, kind, *_ in made._fields_

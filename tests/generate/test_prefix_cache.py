@@ -24,7 +24,7 @@ def put(cache: PrefixCache, one: Kept) -> bool:
 
 
 def test_a_prompt_goes_on_with_the_text_that_saves_most() -> None:
-    cache = PrefixCache(MIB, lambda: MIB)
+    cache = PrefixCache(MIB, lambda _kept: MIB)
     for text in ([1, 2, 3, 4], [1, 2, 9, 9, 9], [7, 7]):
         assert put(cache, kept(text))
     found, n = cache.best([1, 2, 3, 4, 5, 6], only_big=False)
@@ -41,7 +41,7 @@ def test_a_prompt_goes_on_with_the_text_that_saves_most() -> None:
 
 
 def test_an_exact_answer_builds_on_big_rows_only() -> None:
-    cache = PrefixCache(MIB, lambda: MIB)
+    cache = PrefixCache(MIB, lambda _kept: MIB)
     put(cache, kept([1, 2, 3, 4, 5], n_big=2))
     assert cache.best([1, 2, 3, 4, 5, 6], only_big=True)[1] == 2
     assert cache.best([1, 2, 3, 4, 5, 6], only_big=False)[1] == 5
@@ -57,7 +57,7 @@ def test_what_cannot_be_rolled_back_goes_on_from_a_checkpoint(prompt: list[int],
 
 
 def test_what_a_text_contains_goes_when_it_is_kept() -> None:
-    cache = PrefixCache(MIB, lambda: MIB)
+    cache = PrefixCache(MIB, lambda _kept: MIB)
     put(cache, kept([1, 2, 3]))
     put(cache, kept([1, 2, 4]))
     put(cache, kept([1, 2, 3, 4, 5]))
@@ -65,7 +65,7 @@ def test_what_a_text_contains_goes_when_it_is_kept() -> None:
 
 
 def test_the_budget_holds_and_the_least_worthy_goes_first() -> None:
-    cache = PrefixCache(2500, lambda: MIB)
+    cache = PrefixCache(2500, lambda _kept: MIB)
     long, short, new = [1] * 100, [2] * 40, [3] * 50
     for text in (long, short, new):
         assert put(cache, kept(text))
@@ -81,7 +81,7 @@ def test_the_budget_holds_and_the_least_worthy_goes_first() -> None:
 
 def test_memory_that_is_not_free_is_not_taken() -> None:
     free = [1500]
-    cache = PrefixCache(MIB, lambda: free[0])
+    cache = PrefixCache(MIB, lambda _kept: free[0])
     assert put(cache, kept([1] * 50))
     free[0] = 500
     assert not cache.has_room(1000)
@@ -93,7 +93,7 @@ def test_memory_that_is_not_free_is_not_taken() -> None:
 
 def test_random_texts_never_exceed_the_limit_and_find_the_longest_beginning() -> None:
     chance = random.Random(1)
-    cache = PrefixCache(5000, lambda: MIB)
+    cache = PrefixCache(5000, lambda _kept: MIB)
     for _ in range(300):
         text = [chance.randrange(2) for _ in range(chance.randrange(1, 12))]
         put(cache, kept(text, n_bytes=chance.randrange(1, 1500)))

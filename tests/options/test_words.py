@@ -103,7 +103,7 @@ def _said_again(names: set[str], folders: tuple[Path, ...]) -> set[str]:
         f"{path.name}: {name} = {value!r}"
         for folder in folders
         for path in folder.rglob("*.py")
-        if own not in path.parents
+        if own not in path.parents and any(name in path.read_text(encoding="utf-8").lower() for name in names)
         for name, values in _defaults_in(path).items()
         for value in values
         if name in names and value not in (None, "", 0)

@@ -70,11 +70,12 @@ def test_everything_in_memory_is_what_is_multiplied():
 def test_a_slow_disk_is_the_bound_of_every_pass():
     known = machine(multiplied=1e15, disk=1.0, attention=0.0)
     every = 64 * 32 * 3 * 1.0 / 4  # seconds of reading all of it
-    assert seconds(known, 512) == pytest.approx(every, rel=0.01)
+    one, four = (distinct_share(64, 4, n) for n in (512, 2048))
+    assert seconds(known, 512) == pytest.approx(every * one, rel=0.01)
     # what the first pass left need not be read again
-    assert seconds(known, 1024) == pytest.approx(every * 1.75, rel=0.01)
-    # twice the tokens at once read half as often
-    assert seconds(known, 2048, n_ubatch=2048) == pytest.approx(every, rel=0.01)
+    assert seconds(known, 1024) == pytest.approx(every * (2 * one - 0.25), rel=0.01)
+    # more tokens at once read fewer times
+    assert seconds(known, 2048, n_ubatch=2048) == pytest.approx(every * four, rel=0.01)
 
 
 def test_reads_are_hidden_behind_computing():
@@ -128,6 +129,20 @@ def test_what_was_not_measured_is_guessed_from_its_kind_and_nothing_from_nothing
         known.entries = {name: one for name, one in known.entries.items() if not name.startswith(lacking)}
         assert foresee(known) == ()
     assert foresee(machine(), device="device.GPU0:x") == ()
+
+
+def test_a_pass_needs_as_many_experts_as_in_the_recorded_routing():
+    # of 128 experts, top-6: means of both traces
+    for n_tokens, needed in ((1, 0.047), (8, 0.194), (28, 0.354), (64, 0.452), (155, 0.599)):
+        assert distinct_share(128, 6, n_tokens) == pytest.approx(needed, rel=0.07)
+
+
+def test_a_prompt_that_says_the_same_again_needs_no_more():
+    known = machine(multiplied=1e15, disk=1.0, attention=0.0)
+    short, same = (
+        predict_prompts(INFO, WORK, known, USED, "disk.1", [n], 16)[0].first_token_s for n in (16, 512)
+    )
+    assert same == pytest.approx(short, rel=0.01)
 
 
 @given(st.integers(1, 512), st.integers(1, 16), st.integers(1, 4096))

@@ -133,8 +133,9 @@ def run_job(
                 answer = json.loads(line)
                 if "pause" in answer:
                     (on_pause or {})[answer["pause"]]()
-                    process.stdin.write("go\n")
-                    process.stdin.flush()
+                    with contextlib.suppress(BrokenPipeError):  # it died in the pause
+                        process.stdin.write("go\n")
+                        process.stdin.flush()
             process.wait()
         finally:
             process.kill()

@@ -162,6 +162,11 @@ class FakeBackend:
         return Experts(self.expert_source, info.moe_layers, info.n_expert)
 
     @property
+    def decoder(self) -> FakeBackend:
+        """The fake does its decoding itself."""
+        return self
+
+    @property
     def sequence(self) -> FakeBackend:
         return self
 

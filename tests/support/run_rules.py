@@ -37,7 +37,7 @@ _MARKED_BY = {
     "browser": {"browser"},
     "slow": {
         "engine_source", "fuzz_server", "fuzz_target", "lint_tree", "mobile_gguf.generate.templates",
-        "server_harness", "tui_app",
+        "server_harness", "stress", "tui_app",
     },
 }  # fmt: skip
 _MARKED_FOLDERS = {"device", "convert"}

@@ -43,12 +43,12 @@ def make_tiers(info: GgufInfo) -> Tiers:
     memory = read_memory()
     problem, auto = "", None
     # a share never fails for want of memory, so the demand is known even if auto does not fit
-    whole = fit_model(
+    told = fit_model(
         info, asked_of(info, LoadOptions(ram_budget=Size(fraction=1.0), vram_budget=OFF)), memory
     )
     try:
-        fit = fit_model(info, asked_of(info, LoadOptions(vram_budget=OFF)), memory)
-        auto = _tier(info, AUTO, fit.ram_budget_bytes)
+        told = fit_model(info, asked_of(info, LoadOptions(vram_budget=OFF)), memory)
+        auto = _tier(info, AUTO, told.ram_budget_bytes)
     except BudgetError as error:
         problem = str(error)
     shares = tuple(
@@ -56,7 +56,7 @@ def make_tiers(info: GgufInfo) -> Tiers:
         for share in _SHARES
         if (budget := asked_bytes(share, info)) >= info.budget_min_bytes
     )
-    return Tiers(memory, whole.asked.n_ctx, whole.demand.total_bytes, auto, problem, shares)
+    return Tiers(memory, told.asked.n_ctx, told.demand.total_bytes, auto, problem, shares)
 
 
 def _tier(info: GgufInfo, budget: Size, n_bytes: int) -> Tier:

@@ -81,6 +81,8 @@ void mobile_store::request(mobile_store_layer layer, const std::vector<mobile_ne
 void mobile_store::ask(locked & lock, mobile_store_layer layer, const std::vector<mobile_need> & needs) {
     const mobile_layer & l = layers[layer];
 
+    cv_done.wait(lock, [&] { return n_catching == 0; }); // what it asks for would fail with the rest
+
     count.bytes_routed += needs.size()*(expert_bytes_of(l));
     if (plain || (all_resident && experts[l.first].state == MOBILE_RESIDENT)) {
         count.n_hits += needs.size();
@@ -159,6 +161,8 @@ void mobile_store::read_ahead(mobile_store_layer layer) {
 
 void mobile_store::ask_ahead(locked & lock, mobile_store_layer layer) {
     const mobile_layer & l = layers[layer];
+
+    cv_done.wait(lock, [&] { return n_catching == 0; }); // what it asks for would fail with the rest
 
     std::vector<mobile_store_part> loads;
     for (mobile_store_part part = l.first; part < l.first + l.n_parts; ++part) {

@@ -121,6 +121,9 @@ private:
 
 // the first that has something to do in the order of their classes; NULL: none
 std::deque<mobile_store::item> * mobile_store::next_queue(locked & lock, bool demand_only) {
+    if (n_catching > 0) {
+        return nullptr;
+    }
     if (!demand.empty()) {
         return &demand;
     }
@@ -243,8 +246,10 @@ void mobile_store::catch_thrown(locked & lock) noexcept {
     admits.clear();
     warm_parts.clear();
     warm_reads.clear();
+    n_catching++;
     cv_done.wait(lock, [&] { return n_running == 0; });
-    demand.clear(); // and what was asked for meanwhile
+    n_catching--;
+    demand.clear(); // and what those under way have added
     ahead.clear();
     admits.clear();
     warm_parts.clear();

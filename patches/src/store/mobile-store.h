@@ -354,6 +354,7 @@ private:
     int64_t  stall_start  = 0;
     std::string error_text;
     std::string error_for_good;
+    uint32_t    n_catching  = 0; // threads in catch_thrown(): no read begins, and no pass asks for anything
     char        thrown[256] = ""; // in no string, which might throw: what was, until a pass has failed of it
     mobile_counters count = {};
     mobile_ahead_counters ahead_count;
