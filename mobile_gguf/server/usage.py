@@ -28,8 +28,7 @@ def sum_receipts(receipts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
             if isinstance(before, Mapping) and isinstance(value, Mapping):
                 total[name] = sum_receipts((before, value))
                 continue
-            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if before is None or not is_number:
+            if before is None or isinstance(value, bool) or not isinstance(value, (int, float)):
                 total[name] = value
             else:
                 total[name] = max(before, value) if name in _LARGEST else before + value

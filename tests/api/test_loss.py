@@ -76,6 +76,7 @@ def test_buddies_come_with_a_calibrated_file(fake_model):
     backend = FakeBackend()
     backend.buddies = BUDDIES
     fake_model(backend, substitute="buddy").generate("Once", max_tokens=2)
+    assert backend.losses[-1] is not None
     assert backend.losses[-1].needs_buddies
 
 
@@ -128,11 +129,13 @@ def test_an_answer_of_the_engine_says_what_it_lost():
         alone = model.generate([*prompt, *lost.tokens], max_tokens=4, temperature=0, cache_prompt=False)
         after = model.generate(prompt, max_tokens=12, temperature=0)
     assert exact.receipt.loss is None
-    loss = lost.receipt.loss
+    loss, of_mixed = lost.receipt.loss, mixed.receipt.loss
+    assert loss is not None
+    assert of_mixed is not None
     assert loss.layers == 4 * (len(lost.tokens) - 1)  # the first token is the prompt's
     assert 0 < loss.dropped <= loss.missing
     assert 0 < loss.moved_weight < loss.layers
-    assert mixed.receipt.loss.substituted > 0
+    assert of_mixed.substituted > 0
     assert "dropped" in lost.receipt.summary()
     assert again.tokens == alone.tokens
     assert after.tokens == exact.tokens

@@ -100,7 +100,7 @@ def main() -> int:
         for entry in job["models"]
         for name, array in logits_of(entry).items()
     }
-    np.savez(job["out"], **arrays)
+    np.savez(job["out"], **arrays)  # type: ignore[arg-type]
     return 0
 
 
