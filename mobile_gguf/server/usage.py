@@ -28,7 +28,8 @@ def sum_receipts(receipts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
             if isinstance(before, Mapping) and isinstance(value, Mapping):
                 total[name] = sum_receipts((before, value))
                 continue
-            if before is None or isinstance(value, bool) or not isinstance(value, (int, float)):
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not is_number or not isinstance(before, (int, float)):
                 total[name] = value
             else:
                 total[name] = max(before, value) if name in _LARGEST else before + value
