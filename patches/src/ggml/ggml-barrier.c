@@ -80,16 +80,18 @@ static void wake_all(atomic_int * word) {
 #define LATE_US  400 // a wait that polling would not have shortened
 
 // time to poll, in parts of a microsecond: half as long after a wait that was late, a little longer after any other.
-// alone, late ones are rare, and it grows to where it does not matter; beside others there are some in every token
+// alone, late ones are rare, and it grows to where it does not matter; beside others there are some in every token.
+// never less than what it costs to be woken: a prompt's layers are late as well, and the tokens after it are not
 #define PARTS    16
-#define MIN_POLL (8*PARTS)
+#define MIN_POLL (40*PARTS)
 #define MAX_POLL (400*PARTS)
+#define LONGER   4
 
 static atomic_int g_poll = 64*PARTS;
 
 static void learn(int64_t waited_us) {
     const int poll   = atomic_load_explicit(&g_poll, memory_order_relaxed);
-    const int better = waited_us > LATE_US ? poll/2 : poll + 1;
+    const int better = waited_us > LATE_US ? poll/2 : poll + LONGER;
     if (better >= MIN_POLL && better <= MAX_POLL) {
         atomic_store_explicit(&g_poll, better, memory_order_relaxed);
     }
