@@ -115,7 +115,7 @@ def test_it_sees_a_server_that_is_gone() -> None:
 @pytest.mark.parametrize(
     ("script", "seen"),
     [
-        ("echo http://x; echo Traceback >&2; cat", "a traceback"),
+        ("echo Traceback >&2; echo http://x; cat", "a traceback"),
         ("trap 'exit 3' TERM; echo http://x; while :; do sleep 0.1; done", "ended it with 3"),
         ("trap '' TERM; echo http://x; while :; do sleep 0.1; done", "it had to be killed"),
     ],
