@@ -27,8 +27,8 @@ from .plan import BenchOptions, plan_arms
 from .report import Report, describe_model, doubts, how_measured, make_rows
 from .routing import check_routing
 from .sweep import SweepChoices, default_threads, stock_load_modes, sweep
-from .synthetic import synthesise_trace
-from .trace import Trace, read_trace
+from .synthetic import trace_at
+from .trace import Trace
 
 Narrate = Callable[[str], None]
 
@@ -37,7 +37,7 @@ SWEEP_LIMIT_S = 45.0
 
 def run_benchmark(options: BenchOptions, narrate: Narrate) -> Report:
     """Build what is missing, run every arm, and report. Raises MobileError for what stops all of it."""
-    trace = read_trace(options.trace) if options.trace else synthesise_trace()
+    trace = trace_at(options.trace)
     if options.tokens > trace.n_decode:
         raise UsageError(f"--tokens {options.tokens}: the trace {trace.source} has {trace.n_decode}")
     shape = scale_model(trace, options.size_bytes)

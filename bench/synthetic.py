@@ -13,9 +13,11 @@ out within about 15% of its. Real traces differ, so results say which was used.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
-from .trace import Trace
+from .trace import Trace, read_trace
 
 ZIPF_EXPONENT = 0.4
 POPULARITY_CUTOFF = 18 / 128  # of the experts
@@ -44,3 +46,8 @@ def synthesise_trace(
         share = np.exp(best - best[:, :1])
         weights[step] = share / share.sum(axis=1, keepdims=True)
     return Trace("synthetic", experts, weights, n_expert, n_prompt, "synthetic (Zipf and Markov)")
+
+
+def trace_at(path: Path | None) -> Trace:
+    """The trace of a file, a made-up one without a file."""
+    return read_trace(path) if path is not None else synthesise_trace()

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from mobile_gguf.errors import MobileError
+from mobile_gguf.memory.cap import CgroupError, remove_cgroup
 
 _ROOT = Path("/sys/fs/cgroup/blkio")
 _LIMIT = "blkio.throttle.read_bps_device"
@@ -36,12 +36,8 @@ def slow_disk(path: Path, bytes_per_s: int) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        for _ in range(50):  # a process that has been waited for can still be leaving its group
-            try:
-                folder.rmdir()
-                break
-            except OSError:
-                time.sleep(0.02)
+        with contextlib.suppress(CgroupError):
+            remove_cgroup(folder)
 
 
 def disk_of(path: Path) -> str:

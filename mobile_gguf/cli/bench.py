@@ -141,12 +141,10 @@ def _write_model(args: argparse.Namespace) -> int:
     from mobile_gguf.bench.geometry import scale_model
     from mobile_gguf.bench.plan import absolute_bytes
     from mobile_gguf.bench.report import describe_model
-    from mobile_gguf.bench.synthetic import synthesise_trace
+    from mobile_gguf.bench.synthetic import trace_at
     from mobile_gguf.bench.text import prompt_text
-    from mobile_gguf.bench.trace import read_trace
 
-    path = _only_trace(args)
-    trace = read_trace(path) if path is not None else synthesise_trace()
+    trace = trace_at(_only_trace(args))
     shape = scale_model(trace, absolute_bytes(args.size, "--size"))
     _narrate(f"writing {args.write_model}: {describe_model(shape)}")
     write_model(args.write_model, trace, shape, replace=True)

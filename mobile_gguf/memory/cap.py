@@ -62,28 +62,31 @@ class MemoryCgroup:
 
         Nothing is killed here: who started the processes ends them.
         """
-        problem = ""
-        for attempt in range(_REMOVE_ATTEMPTS):
-            try:
-                # the kernel's files in it go with the directory
-                os.rmdir(self.directory)
-                return
-            except FileNotFoundError:
-                return
-            except OSError as error:
-                problem = error.strerror or str(error)
-            # a process that has been waited for can still be leaving its group
-            if attempt + 1 < _REMOVE_ATTEMPTS:
-                time.sleep(_REMOVE_PAUSE_S)
-        raise CgroupError(
-            f"cannot remove the cgroup {self.directory} ({problem}): end its processes, then `rmdir` it"
-        )
+        remove_cgroup(self.directory)
 
     def __enter__(self) -> MemoryCgroup:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.remove()
+
+
+def remove_cgroup(directory: Path) -> None:
+    """Remove a group of whatever controller, whose processes must have ended. Raises CgroupError."""
+    problem = ""
+    for attempt in range(_REMOVE_ATTEMPTS):
+        try:
+            # the kernel's files in it go with the directory
+            os.rmdir(directory)
+            return
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            problem = error.strerror or str(error)
+        # a process that has been waited for can still be leaving its group
+        if attempt + 1 < _REMOVE_ATTEMPTS:
+            time.sleep(_REMOVE_PAUSE_S)
+    raise CgroupError(f"cannot remove the cgroup {directory} ({problem}): end its processes, then `rmdir` it")
 
 
 def create_memory_cgroup(
