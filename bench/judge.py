@@ -29,6 +29,7 @@ import numpy.typing as npt
 
 from mobile_gguf.engine.binding import find_engine, needs_engine
 from mobile_gguf.engine.log import capture_log
+from mobile_gguf.engine.split import Split, set_split
 from mobile_gguf.errors import MobileError, UsageError
 from mobile_gguf.generate.buddies import read_buddies
 from mobile_gguf.generate.decode import Pass, decode_prompt, decode_token
@@ -82,8 +83,13 @@ def blocks_of(tokens: Sequence[int], start: Sequence[int], length: int, n_tokens
 
 
 @contextmanager
-def opened(info: GgufInfo, n_bytes: int, n_ctx: int, threads: int) -> Iterator[MobileLlama]:
-    """The model with experts under a budget of bytes; ALL: all of them, in slots as well."""
+def opened(
+    info: GgufInfo, n_bytes: int, n_ctx: int, threads: int, kept: int | None = None
+) -> Iterator[MobileLlama]:
+    """The model with experts under a budget of bytes; ALL: all of them, in slots as well.
+
+    ``kept`` leading segments of each expert stay before others.
+    """
     engine = find_engine()
     if engine is None:
         raise needs_engine("judging rungs")
@@ -103,6 +109,8 @@ def opened(info: GgufInfo, n_bytes: int, n_ctx: int, threads: int) -> Iterator[M
         if llama.store is None:
             raise UsageError(f"{info.path.name} has no experts that the engine could hold")
         llama.sequence.head, llama.decoder.buddies = read_head(info), read_buddies(info)
+        if kept is not None:
+            set_split(engine, llama.ctx, Split((kept,) * info.n_layer, (0.0,) * info.n_layer))
         yield llama
     finally:
         llama.close()
@@ -145,7 +153,7 @@ def judge(
         columns.append(rows)
         store, loss = llama.counters(), llama.loss_counters()
         idle = store.bytes_read - store.bytes_read_demand
-        displaced = loss.n_dropped + loss.n_left_out + loss.n_substituted
+        displaced = loss.n_dropped + loss.n_left_out + loss.n_substituted + loss.n_partial
         totals += (
             store.bytes_read_demand, idle, store.n_misses, displaced, loss.n_substituted, loss.moved_weight,
             loss.n_layers,
@@ -215,7 +223,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 verdicts.append(judge(llama, rung, args.noise.name, blocks, args.prompt, exact))
         for budget in args.budget.split(","):
             for rung in rungs:
-                with opened(info, budget_of(budget, all_bytes), args.block, args.threads) as llama:
+                n_bytes = budget_of(budget, all_bytes)
+                with opened(info, n_bytes, args.block, args.threads, args.kept) as llama:
                     verdicts.append(judge(llama, rung, budget, blocks, args.prompt, exact))
                 print(page_of_one(verdicts[-1]), file=sys.stderr, flush=True)
         positions = len(exact)
@@ -240,6 +249,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--budget", default="12%,25%", help="bytes, or a share of the slots of all experts; several by commas"
     )
     parser.add_argument("--rungs", default=DEFAULT_RUNGS, help="by semicolons: drop:0.75;head:50+prior:0.1")
+    parser.add_argument("--kept", type=int, help="leading segments of an expert that stay before others")
     parser.add_argument("--tokens", type=int, default=2048, help="of the text, prompts included")
     parser.add_argument("--block", type=int, default=256)
     parser.add_argument("--prompt", type=int, default=32, help="tokens of a block that are not judged")

@@ -22,6 +22,7 @@ _RULES: dict[str, tuple[str, dict[str, Any]]] = {
     "buddy-own": ("beta", {"substitute": BUDDY, "tau": OWN_TAU}),
     LIVE: ("margin", {"substitute": LIVE}),
     PRIOR: ("prior", {"substitute": PRIOR}),
+    "segments": ("partial", {}),
     RANDOM: ("tau", {"substitute": RANDOM}),
     "random-own": ("beta", {"substitute": RANDOM, "tau": OWN_TAU}),
     "keep": ("keep", {}),
@@ -32,7 +33,7 @@ _RULES: dict[str, tuple[str, dict[str, Any]]] = {
     "admit": ("admit", {}),
 }
 _WHOLE = {"little_on_miss", "keep", "substitutes_max", "again_tokens", "admit"}
-_DEFAULTS = {"drop": 0.75}
+_DEFAULTS = {"drop": 0.75, "partial": 0.01}  # any segment that is there
 MODES = (EXACT, LITTLE, HEAD, CONFIDENCE)
 
 
@@ -49,8 +50,9 @@ def parse_rung(text: str, info: GgufInfo, head: Head | None) -> Rung:
 
     Modes: ``exact``, ``little:K``, ``head:SHARE`` of tokens that are big, in per cent, ``confidence:GAMMA``.
     Rules: ``drop:F``, ``little-on-miss:K``, ``buddy:TAU``, ``buddy-own:BETA`` with each layer's own tau,
-    ``live:MARGIN``, ``prior:LAMBDA``, ``random:TAU``, ``random-own:BETA``; their settings ``keep:N``,
-    ``rho:N``, ``beta:X``, ``eta:X``, ``again:TOKENS``, ``admit:N``. Raises UsageError.
+    ``live:MARGIN``, ``prior:LAMBDA``, ``segments:SHARE`` of an expert that must be there, ``random:TAU``,
+    ``random-own:BETA``; their settings ``keep:N``, ``rho:N``, ``beta:X``, ``eta:X``, ``again:TOKENS``,
+    ``admit:N``. Raises UsageError.
     """
     little_k = default_little_k(info.n_expert_used)
     policy, rules = Policy(EXACT, little_k=little_k), LossRules()

@@ -87,13 +87,23 @@ def _loss_rules(
         drop=options.drop,
         little_on_miss=little_k if options.little_on_miss == ON else 0,
         substitute=options.substitute,
+        partial=options.partial,
     )
     if not rules.is_on:
         return None
+    if rules.partial > 0 and info.is_moe and info.segments == 1:
+        notify(
+            f"{info.path.name} holds its experts whole: --partial {rules.partial:g} has no effect; "
+            "`mobile-gguf convert --segments` makes a file of segments"
+        )
+        rules = replace(rules, partial=0.0)
+        if not rules.is_on:
+            return None
     asked = {
         f"--drop {options.drop:g}": rules.drop > 0,
         "--little-on-miss on": rules.little_on_miss > 0,
         f"--substitute {rules.substitute}": rules.substitute != OFF,
+        f"--partial {rules.partial:g}": rules.partial > 0,
     }
     flags = " and ".join(flag for flag, is_on in asked.items() if is_on)
     if not backend.has_engine:

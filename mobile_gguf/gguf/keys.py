@@ -35,6 +35,9 @@ TRANSITIONS = "mobile.transitions."
 RANKED_EXPERT, RANKED_SHARE = "expert", "share"  # the two tensors of buddies, and of transitions
 IMPORTANCE = "mobile.importance."
 
+# which segments to keep under which budget
+PLAN = "mobile.plan.json"
+
 # the head that finds important tokens
 HEAD = "mobile.head."
 HEAD_WEIGHT = "mobile.head.weight"

@@ -29,6 +29,7 @@ from .words import (
     ON,
     PLACEMENTS,
     PREFETCH,
+    SPLIT,
     SUBSTITUTE,
 )
 
@@ -46,6 +47,7 @@ POLICY_OPTIONS = (
     "drop",
     "little_on_miss",
     "substitute",
+    "partial",
 )
 
 _RAM_BUDGET = Opt(
@@ -91,6 +93,13 @@ _SUBSTITUTE = Opt(
     "--substitute",
     choices=SUBSTITUTE,
     help="in the place of a missing expert: its buddy, the likeliest there, or favour those there",
+)
+_PARTIAL = Opt(
+    "--partial",
+    read=float,
+    low=0,
+    high=1,
+    help="compute a missing expert by its segments that are there, if at least this share of them is",
 )
 _threads = partial(Opt, read=int, low=1, high=MAX_THREADS)
 # The engine's seeds have 32 bits, of which all ones ask it to make one up: fold_seed of generate/request.py.
@@ -152,6 +161,7 @@ class LoadOptions(Checked):
     drop: Annotated[float, _DROP] = 0.0
     little_on_miss: Annotated[str, _LITTLE_ON_MISS] = OFF
     substitute: Annotated[str, _SUBSTITUTE] = OFF
+    partial: Annotated[float, _PARTIAL] = 0.0
     n_ctx: Annotated[
         int | None,
         Opt(
@@ -209,6 +219,10 @@ class LoadOptions(Checked):
     eviction: Annotated[str, Opt("--eviction", choices=EVICTION, help="which expert leaves memory first")] = (
         DEFAULT_EVICTION
     )
+    split: Annotated[
+        str,
+        Opt("--split", choices=SPLIT, help="keep leading segments of experts, where the file has a plan"),
+    ] = "auto"
     flash_attn: Annotated[
         bool, Opt("-fa", "--flash-attn", is_flag=True, help="flash attention: smaller compute buffers")
     ] = False
@@ -306,6 +320,7 @@ class GenerateOptions(Checked):
     drop: Annotated[float | None, _DROP] = None
     little_on_miss: Annotated[str | None, _LITTLE_ON_MISS] = None
     substitute: Annotated[str | None, _SUBSTITUTE] = None
+    partial: Annotated[float | None, _PARTIAL] = None
     context_full: Annotated[
         str,
         Opt(
