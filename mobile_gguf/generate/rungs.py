@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mobile_gguf.engine.loss import OWN_TAU, RANDOM, LossRules
 from mobile_gguf.errors import UsageError
@@ -17,7 +17,9 @@ from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.options.words import BIG_LITTLE, BUDDY, CONFIDENCE, EXACT, HEAD, LITTLE, LIVE, PRIOR
 
 from .decode import Policy, default_little_k
-from .head import Head
+
+if TYPE_CHECKING:
+    from .head import Head
 
 # The rules by their words: which field the word sets besides a number behind its colon.
 _RULES: dict[str, tuple[str, dict[str, Any]]] = {
