@@ -38,6 +38,10 @@ IMPORTANCE = "mobile.importance."
 # which segments to keep under which budget
 PLAN = "mobile.plan.json"
 
+# what rungs of the ladder cost
+LOSS = "mobile.loss."
+LOSS_JSON = "mobile.loss.json"
+
 # the head that finds important tokens
 HEAD = "mobile.head."
 HEAD_WEIGHT = "mobile.head.weight"
