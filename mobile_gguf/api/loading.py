@@ -14,6 +14,7 @@ from mobile_gguf.engine.held_interrupts import held_interrupts
 from mobile_gguf.engine.log import capture_log, clear_errors, last_errors
 from mobile_gguf.engine.prefetch import holder, set_prefetch
 from mobile_gguf.engine.rpc import clear_loss, last_loss
+from mobile_gguf.engine.split import set_split
 from mobile_gguf.engine.trial import try_file
 from mobile_gguf.engine.warm import WarmSet
 from mobile_gguf.errors import BudgetError, EngineError, MobileError, ModelFormatError
@@ -24,7 +25,8 @@ from mobile_gguf.memory.machine import read_memory
 from mobile_gguf.memory.microbatch import DEFAULT_UBATCH
 from mobile_gguf.memory.threads import bounded_threads, default_threads
 from mobile_gguf.options import LoadOptions
-from mobile_gguf.options.words import AUTO_UBATCH, ON
+from mobile_gguf.options.words import AUTO_UBATCH, ON, RAM
+from mobile_gguf.plan.split_file import split_plan_for
 from mobile_gguf.progress import Progress
 from mobile_gguf.sizes import OFF
 
@@ -136,6 +138,7 @@ def _open(
         return llama, notices
     try:
         set_prefetch(engine, llama.ctx, options.prefetch)
+        _set_split(llama, info, options, fit)
         if fit.devices:
             calls = DeviceCalls(engine, llama.ctx)
             hold = holder(engine, llama.ctx, options.prefetch)
@@ -148,6 +151,16 @@ def _open(
         llama.close()
         raise
     return llama, notices
+
+
+def _set_split(llama: MobileLlama, info: GgufInfo, options: LoadOptions, fit: Fit) -> None:
+    """Keep the segments that the file's plan for this budget says; whole experts without one."""
+    if options.split == OFF or fit.store_bytes == 0 or info.segments == 1:
+        return
+    plan = split_plan_for(info, RAM, fit.store_bytes)
+    if plan is not None and plan.split is not None and llama.engine is not None:
+        set_split(llama.engine, llama.ctx, plan.split)
+        llama.split = plan.split
 
 
 def _construct(

@@ -66,5 +66,6 @@ def model_stats(
         "counters": dataclasses.asdict(totals + backend.counters()),
         "prefetch": backend.prefetch_counters().to_dict() if store is not None else None,
         "warm": dataclasses.asdict(backend.warm_counters()) if store is not None else None,
+        "split": dataclasses.asdict(backend.split) if backend.split is not None else None,
         "device": device.facts(device_totals + backend.device_counters()) if device is not None else None,
     }

@@ -8,6 +8,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from mobile_gguf.engine.split import Split
 from mobile_gguf.engine.structs import (
     Counters,
     DeviceCounters,
@@ -99,6 +100,7 @@ class Backend(Protocol):
     store: ModelInfo | None  # None without an expert store
     has_engine: bool
     device: DeviceTier | None  # None without slots on a device
+    split: Split | None  # None where experts are kept whole
     threads: FollowingThreads | None  # None where their number is fixed
     devices: tuple[Device, ...]  # that the model is on; none: the host alone
     auto: Auto | None  # what mode auto knows of the model; None before it was asked for

@@ -23,6 +23,7 @@ from mobile_gguf.engine.guarded import GuardedCalls
 from mobile_gguf.engine.loss import Buddies
 from mobile_gguf.engine.prefetch import prefetch_counters
 from mobile_gguf.engine.rpc import context_loss
+from mobile_gguf.engine.split import Split
 from mobile_gguf.engine.structs import (
     Counters,
     DeviceCounters,
@@ -79,6 +80,7 @@ class MobileLlama:
         self.threads: FollowingThreads | None = None  # set by loading, where they follow the machine
         self.auto: Auto | None = None  # set by the first policy of mode auto
         self.warm: WarmSet | None = None  # set by loading, where it is on
+        self.split: Split | None = None  # set by loading, where experts are not kept whole
         self.store: ModelInfo | None = None
         self.engine: Engine | None = None  # while there is a store to ask it about
         self.has_engine = engine is not None

@@ -23,6 +23,7 @@ import numpy.typing as npt
 from mobile_gguf.engine.binding import find_engine, needs_engine
 from mobile_gguf.engine.log import capture_log
 from mobile_gguf.engine.loss import Buddies
+from mobile_gguf.engine.split import Split, set_split
 from mobile_gguf.engine.structs import LossCounters
 from mobile_gguf.errors import MobileError, UsageError
 from mobile_gguf.gguf.info import GgufInfo
@@ -105,11 +106,12 @@ def opened(
     n_prompt: int = 0,
     head: Head | None = None,
     buddies: Buddies | None = None,
+    kept: int | None = None,
 ) -> Iterator[MobileLlama]:
     """The model with experts under a budget of bytes, which may be smaller than a layer.
 
-    Each pass has a token; with ``n_prompt`` those of prompts so many, which takes a larger budget. Raises
-    MobileError, UsageError.
+    Each pass has a token; with ``n_prompt`` those of prompts so many, which takes a larger budget. ``kept``
+    leading segments of each expert stay before others. Raises MobileError, UsageError.
     """
     from .llama import MobileLlama
 
@@ -133,6 +135,8 @@ def opened(
         if llama.store is None:
             raise UsageError(f"{info.path.name} has no experts that the engine could hold")
         llama.sequence.head, llama.decoder.buddies = head, buddies
+        if kept is not None:
+            set_split(engine, llama.ctx, Split((kept,) * info.n_layer, (0.0,) * info.n_layer))
         yield llama
     finally:
         llama.close()
@@ -242,7 +246,7 @@ def price(
             at += 1
         kept.append(np.array(rows, np.float64))
         store, loss = llama.counters(), llama.loss_counters()
-        displaced = loss.n_dropped + loss.n_left_out + loss.n_substituted
+        displaced = loss.n_dropped + loss.n_left_out + loss.n_substituted + loss.n_partial
         totals += (
             store.bytes_read_demand, store.bytes_read - store.bytes_read_demand, store.n_misses, displaced,
             loss.n_substituted,

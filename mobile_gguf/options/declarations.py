@@ -30,6 +30,7 @@ from .words import (
     ON,
     PLACEMENTS,
     PREFETCH,
+    SPLIT,
     SUBSTITUTE,
 )
 
@@ -51,6 +52,7 @@ POLICY_OPTIONS = (
     "substitute",
     "max_kld",
     "prompt_drop",
+    "partial",
 )
 
 _RAM_BUDGET = Opt(
@@ -109,6 +111,13 @@ _SUBSTITUTE = Opt(
     "--substitute",
     choices=SUBSTITUTE,
     help="in the place of a missing expert: its buddy, the likeliest there, or favour those there",
+)
+_PARTIAL = Opt(
+    "--partial",
+    read=float,
+    low=0,
+    high=1,
+    help="compute a missing expert by its segments that are there, if at least this share of them is",
 )
 _PROMPT_DROP = Opt(
     "--prompt-drop",
@@ -179,6 +188,7 @@ class LoadOptions(Checked):
     substitute: Annotated[str, _SUBSTITUTE] = OFF
     max_kld: Annotated[float | None, _MAX_KLD] = None
     prompt_drop: Annotated[float, _PROMPT_DROP] = 0.0
+    partial: Annotated[float, _PARTIAL] = 0.0
     n_ctx: Annotated[
         int | None,
         Opt(
@@ -236,6 +246,10 @@ class LoadOptions(Checked):
     eviction: Annotated[str, Opt("--eviction", choices=EVICTION, help="which expert leaves memory first")] = (
         DEFAULT_EVICTION
     )
+    split: Annotated[
+        str,
+        Opt("--split", choices=SPLIT, help="keep leading segments of experts, where the file has a plan"),
+    ] = "auto"
     flash_attn: Annotated[
         bool, Opt("-fa", "--flash-attn", is_flag=True, help="flash attention: smaller compute buffers")
     ] = False
@@ -335,6 +349,7 @@ class GenerateOptions(Checked):
     substitute: Annotated[str | None, _SUBSTITUTE] = None
     max_kld: Annotated[float | None, _MAX_KLD] = None
     prompt_drop: Annotated[float | None, _PROMPT_DROP] = None
+    partial: Annotated[float | None, _PARTIAL] = None
     context_full: Annotated[
         str,
         Opt(

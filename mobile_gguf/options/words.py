@@ -40,6 +40,10 @@ PLACEMENTS = ("auto", CACHE, LAYERS)
 OFF, ON = "off", "on"
 PREFETCH = ("auto", OFF, ON)
 
+# keeping leading segments of experts before others; auto: as the file's plan for the budget says
+SPLIT = ("auto", OFF)
+RAM = "RAM"  # the tier that a split is planned for
+
 # what is computed in the place of a missing expert; by co-activation, by the router's probabilities, by its
 # choice among scores that favour what is there
 BUDDY, LIVE, PRIOR = "buddy", "live", "prior"
