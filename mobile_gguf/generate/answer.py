@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from mobile_gguf.engine.loss import Buddies
     from mobile_gguf.gguf.info import GgufInfo
 
+    from .auto import Auto
     from .head import Head
     from .threads import FollowingThreads
 
@@ -100,6 +101,7 @@ class Backend(Protocol):
     device: DeviceTier | None  # None without slots on a device
     threads: FollowingThreads | None  # None where their number is fixed
     devices: tuple[Device, ...]  # that the model is on; none: the host alone
+    auto: Auto | None  # what mode auto knows of the model; None before it was asked for
 
     @property
     def sequence(self) -> Text: ...
@@ -314,7 +316,7 @@ class Answer:
             thread_changes=threads.n_changes - self._thread_changes if threads is not None else 0,
             n_ubatch=self._backend.n_ubatch,
             context_full=self.finish_reason == LENGTH and self._request.fills_context,
-            loss=loss_of(self._loss) if policy.loss is not None else None,
+            loss=loss_of(self._loss, policy.spending) if policy.may_lose else None,
             **read_traffic(self._backend, self._counters, self._device_counters, self._ahead),
         )
 

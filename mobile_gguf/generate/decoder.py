@@ -16,8 +16,9 @@ from llama_cpp import llama_cpp
 from mobile_gguf.engine.binding import Engine
 from mobile_gguf.engine.guarded import GuardedCalls
 from mobile_gguf.engine.log import clear_errors, last_errors
-from mobile_gguf.engine.loss import Buddies, LossRules, set_buddies, set_loss, set_lossy
+from mobile_gguf.engine.loss import Buddies, LossRules, loss_counters, set_buddies, set_loss, set_lossy
 from mobile_gguf.engine.rpc import context_loss
+from mobile_gguf.engine.structs import LossCounters
 from mobile_gguf.errors import EngineError, ExpertReadError, MobileError, UsageError
 
 from .decode import ALL_EXPERTS
@@ -69,6 +70,7 @@ class Decoder:
         self.buddies: Buddies | None = None  # that the rules for missing experts may need
         self.is_lossy = False  # whether the last pass might lose, and the next one may
         self._loss: LossRules | None = None  # that the engine was told
+        self._mass = 0
         self._has_buddies = False  # it was told them, too
         self._calls = calls
         self._on_devices = on_devices
@@ -80,6 +82,12 @@ class Decoder:
         if self.engine is not None and k != self.experts:
             self.engine.set_n_expert_used(self.native.ctx, k)
             self.experts = k
+
+    def use_mass(self, n: int) -> None:
+        """Divide the weights that a token keeps by the mass of its ``n`` heaviest, 0: by their own."""
+        if self.engine is not None and n != self._mass:
+            self.engine.checked("set_mass", "choosing what weights are divided by", self.native.ctx, n)
+            self._mass = n
 
     def use_loss(self, rules: LossRules | None) -> None:
         """Have missing experts follow ``rules`` from the next pass on; None: all are read."""
@@ -95,6 +103,10 @@ class Decoder:
         if (rules is not None) != self.is_lossy:
             set_lossy(self.engine, ctx, rules is not None)
             self.is_lossy = rules is not None
+
+    def loss_counters(self) -> LossCounters:
+        """What the rules did since the last reset; all zero without a store."""
+        return loss_counters(self.engine, self.native.ctx) if self.engine is not None else LossCounters()
 
     def keep_states(self, keep: bool) -> None:
         """Whether the passes to come keep hidden states: then logits of every token are computed, too."""

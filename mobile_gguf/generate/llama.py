@@ -20,7 +20,7 @@ from mobile_gguf.engine.binding import Engine
 from mobile_gguf.engine.devices import Device
 from mobile_gguf.engine.experts import ContextExperts, Experts
 from mobile_gguf.engine.guarded import GuardedCalls
-from mobile_gguf.engine.loss import Buddies, loss_counters
+from mobile_gguf.engine.loss import Buddies
 from mobile_gguf.engine.prefetch import prefetch_counters
 from mobile_gguf.engine.rpc import context_loss
 from mobile_gguf.engine.structs import (
@@ -38,6 +38,7 @@ from mobile_gguf.memory.competition import Competition
 from mobile_gguf.memory.fit import Fit
 from mobile_gguf.memory.spare import SpareMemory
 
+from .auto import Auto
 from .chat_prompt import ChatPrompts
 from .constraint.making import constraint_of
 from .constraint.matching import Constraint
@@ -81,6 +82,7 @@ class MobileLlama:
         self.devices = tuple(devices)
         self.device: DeviceTier | None = None  # set by loading, when there are slot pools
         self.threads: FollowingThreads | None = None  # set by loading, where they follow the machine
+        self.auto: Auto | None = None  # set by the first policy of mode auto
         self.warm: WarmSet | None = None  # set by loading, where it is on
         self.fit: Fit | None = None  # set by loading, where it was planned
         self.store: ModelInfo | None = None
@@ -281,7 +283,7 @@ class MobileLlama:
 
     def loss_counters(self) -> LossCounters:
         """What the lossy rules did since the last reset; all zero without a store."""
-        return loss_counters(self.engine, self.ctx) if self.engine is not None else LossCounters()
+        return self.decoder.loss_counters()
 
     def warm_counters(self) -> WarmCounters:
         """What became of the warm set since the model was loaded; all zero without a store."""

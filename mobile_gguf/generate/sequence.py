@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mobile_gguf.engine.loss import LossRules
+from mobile_gguf.engine.structs import LossCounters
 from mobile_gguf.errors import EngineError, UsageError
 
 from .decode import ALL_EXPERTS, Pass, Policy, decode_prompt, decode_token
@@ -187,7 +188,9 @@ class TokenSequence:
         self._in_prompt = True
         try:
             with self._whole():
-                self.last_pass = decode_prompt(self, tokens)
+                # its log probabilities are the model's own
+                rules = self.policy.prompt_loss if self.on_logits is None else None
+                self.last_pass = decode_prompt(self, tokens, rules)
                 self._mark()
         finally:
             self._in_prompt = False
@@ -233,6 +236,9 @@ class TokenSequence:
 
     def use_loss(self, rules: LossRules | None) -> None:
         self.decoder.use_loss(rules)
+
+    def use_mass(self, n: int) -> None:
+        self.decoder.use_mass(n)
 
     def forward(self, tokens: list[int]) -> None:
         if len(self.tokens) + len(tokens) > self.n_max:
@@ -287,6 +293,9 @@ class TokenSequence:
     def prefetch_masked(self) -> None:
         if self.decoder.engine is not None:
             self.decoder.engine.prefetch_masked(self.decoder.native.ctx)
+
+    def loss_counters(self) -> LossCounters:
+        return self.decoder.loss_counters()
 
     def last_logits(self) -> Any:
         return self.decoder.logits()

@@ -9,7 +9,7 @@ import inspect
 import math
 import numbers
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from mobile_gguf.errors import UsageError, require_unicode, shown
@@ -30,14 +30,16 @@ class Opt:
     ``read`` makes a value of a word of the command line and tells the type: int, float, str or a parser.
     ``accept`` makes the option's value of its name and what Python's caller gave, where that is no number,
     no choice, and more than what ``read`` takes. Both raise UsageError, ``accept`` with the name. A secret is
-    never shown, and any text is one. ``bare`` is what a flag means that is given without a value, ``unset``
-    the word for None, where that means more than nothing.
+    never shown, and any text is one. Who gives it, and not what it ``implies``, asks for that as well.
+    ``bare`` is what a flag means that is given without a value, ``unset`` the word for None, where that means
+    more than nothing.
     """
 
     def __init__(
         self,
         *flags: str,
         help: str,
+        implies: Mapping[str, Any] | None = None,
         read: Callable[[str], Any] = str,
         accept: Callable[[str, Any], Any] | None = None,
         choices: Sequence[str] = (),
@@ -67,6 +69,7 @@ class Opt:
         self.metavar = metavar
         self.bare = bare
         self.unset = unset
+        self.implies = dict(implies or {})
 
     @property
     def switch(self) -> tuple[str, ...]:
@@ -191,7 +194,13 @@ def make_options(options: type[Options], values: dict[str, Any], base: Options |
             near = difflib.get_close_matches(name, known, 1)
             hint = f"; did you mean {near[0]}?" if near else f": there are {', '.join(known)}"
             raise UsageError(f"unknown option {name!r}{hint}")
-    return options(**(vars(base) if base is not None else {}) | values)
+    implied = {
+        other: value
+        for name, given in values.items()
+        if given is not None
+        for other, value in known[name].implies.items()
+    }
+    return options(**(vars(base) if base is not None else {}) | implied | values)
 
 
 def takes(options: type[Any]) -> Callable[[Function], Function]:

@@ -16,7 +16,7 @@ from mobile_gguf.memory.pools import pool_min_bytes
 from mobile_gguf.memory.promise import promised
 from mobile_gguf.memory.split import split_line, split_of
 from mobile_gguf.options import LoadOptions
-from mobile_gguf.options.words import BIG_LITTLE, EXACT, LITTLE
+from mobile_gguf.options.words import AUTO_MODE, BIG_LITTLE, EXACT, LITTLE
 from mobile_gguf.sizes import AUTO, OFF, Size, format_bytes, whole_mebibytes
 from mobile_gguf.wording import name_lines, shell_command
 
@@ -82,6 +82,8 @@ def make_plan(
     memory = memory or promised(options, read_memory())
     fit = plan_fit(info, asked or asked_of(info, options), memory, devices, n_bits)
     modes = (EXACT, BIG_LITTLE, LITTLE) if info.is_moe and info.n_expert_used > 1 else (EXACT,)
+    if keys.LOSS_JSON in info.metadata:
+        modes = (*modes, AUTO_MODE)
     found: list[Prediction] = []
     lessons: dict[str, tuple[int, str]] = {}
     hotness = read_hotness(info)
