@@ -27,7 +27,7 @@ from mobile_gguf.memory.microbatch import DEFAULT_UBATCH
 from mobile_gguf.memory.promise import cache_bytes, promised
 from mobile_gguf.memory.threads import bounded_threads, default_threads
 from mobile_gguf.options import LoadOptions
-from mobile_gguf.options.words import AUTO_UBATCH, ON, RAM
+from mobile_gguf.options.words import AUTO_UBATCH, OFF, ON, RAM
 from mobile_gguf.plan.split_file import split_plan_for
 from mobile_gguf.progress import Progress
 
