@@ -50,6 +50,7 @@ SYSTEMS = {
     "prior": "prior",
     "drop": "drop",
     "little-on-miss": "little-on-miss",
+    "segments": "segments",
     "auto": f"{AUTO_MODE}:0.02",
 }
 BLOCK, N_PROMPT = 256, 32
@@ -178,13 +179,19 @@ def run_scoreboard(options: ScoreOptions, narrate: Narrate) -> Scoreboard:
 def _systems(info: GgufInfo, asked: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """What runs, by its name, and a note on what this model lacks. Raises UsageError for no system."""
     head, has_buddies = read_head(info), read_buddies(info) is not None
-    systems, notes = {}, []
+    systems: dict[str, str] = {}
+    notes: list[str] = []
     for name in asked or SYSTEMS:
         rung = SYSTEMS.get(name, name)
-        lacks = "importance head" if rung.startswith("head") and head is None else ""
-        lacks = "buddies" if rung.startswith("buddy") and not has_buddies else lacks
+        lacks = ""
+        if rung.startswith("head") and head is None:
+            lacks = "no importance head; `mobile-gguf calibrate` makes one"
+        elif rung.startswith("buddy") and not has_buddies:
+            lacks = "no buddies; `mobile-gguf calibrate` finds them"
+        elif rung.startswith("segments") and info.segments == 1:
+            lacks = "experts as a whole; `mobile-gguf convert --segments` cuts them up"
         if lacks:
-            notes.append(f"{name} is left out: the file has no {lacks}; `mobile-gguf calibrate` makes them")
+            notes.append(f"{name} is left out: the file has {lacks}")
             continue
         if not rung.startswith(f"{AUTO_MODE}:"):
             parse_rung(rung, info, head)
