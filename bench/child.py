@@ -55,7 +55,7 @@ class Job:
 
 def main() -> int:
     """Run the job on stdin."""
-    _end_with_parent()
+    end_with_parent()
     job = Job(**json.loads(sys.stdin.readline()))
     try:
         _run(job)
@@ -65,7 +65,7 @@ def main() -> int:
     return 0
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """A long prompt writes nothing for minutes: no broken pipe would say that the parent was killed."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

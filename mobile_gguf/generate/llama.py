@@ -36,6 +36,7 @@ from mobile_gguf.engine.warm import WarmSet, warm_counters
 from mobile_gguf.errors import EngineError
 from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.memory.competition import Competition
+from mobile_gguf.memory.fit import Fit
 from mobile_gguf.memory.spare import SpareMemory
 
 from .auto import Auto
@@ -50,6 +51,7 @@ from .pooling import embed_tokens, file_pooling, longest_text
 from .prefix_cache import PrefixCache
 from .sampler import Sampler
 from .sequence import TokenSequence
+from .sessions import Sessions
 from .threads import FollowingThreads
 from .vocabulary import Vocabulary
 
@@ -60,7 +62,8 @@ class MobileLlama:
     What decides that is ``sequence.policy``, which may be changed between generations. Without an engine (a
     stock library), or for a model that it holds no experts of (``store`` is None), every step is big.
     Decoding raises ExpertReadError or EngineError and leaves the object usable. In ``cache_bytes`` texts are
-    kept that others have put out of the context, where memory is free beside ``planned_bytes`` for all else.
+    kept that others have put out of the context, where memory is free beside ``planned_bytes`` for all else,
+    within ``total_bytes`` if so many are promised; ``sessions`` keeps them when this is closed.
     ``options`` are Native's.
     """
 
@@ -73,6 +76,8 @@ class MobileLlama:
         n_ctx: int,
         cache_bytes: int = 0,
         planned_bytes: int = 0,
+        total_bytes: int = 0,
+        sessions: Sessions | None = None,
         **options: Any,
     ) -> None:
         self.devices = tuple(devices)
@@ -81,11 +86,13 @@ class MobileLlama:
         self.auto: Auto | None = None  # set by the first policy of mode auto
         self.warm: WarmSet | None = None  # set by loading, where it is on
         self.split: Split | None = None  # set by loading, where experts are not kept whole
+        self.fit: Fit | None = None  # set by loading, where it was planned
         self.store: ModelInfo | None = None
         self.engine: Engine | None = None  # while there is a store to ask it about
         self.has_engine = engine is not None
         self._seed = 0
-        cache = PrefixCache(cache_bytes, SpareMemory(planned_bytes).bytes_beside)
+        self.sessions = sessions
+        cache = PrefixCache(cache_bytes, SpareMemory(planned_bytes, total_bytes).bytes_beside, sessions)
         self.native = Native(path, devices=self.devices, n_ctx=n_ctx, **options)
         try:
             self._set_up(path, engine, n_ctx, cache)
@@ -122,6 +129,11 @@ class MobileLlama:
         return self.native.n_ubatch
 
     @property
+    def context_tokens(self) -> int:
+        """Tokens that a text may have."""
+        return self.sequence.n_max
+
+    @property
     def model(self) -> Any:
         """llama.cpp's address of the model."""
         return self.native.model
@@ -132,12 +144,15 @@ class MobileLlama:
         return self.native.ctx
 
     def close(self) -> None:
-        """Free the model, and end the process that renders its template; what was used is remembered."""
+        """Free the model and end the process that renders its template, once what was used is remembered and
+        what was said is written."""
         self._prompts.close()
         warm, self.warm = self.warm, None
         try:
-            if warm is not None and not sys.is_finalizing():
-                warm.remember()
+            if not sys.is_finalizing():
+                self.sequence.end()
+                if warm is not None:
+                    warm.remember()
         finally:
             self.native.close()
 

@@ -105,12 +105,14 @@ class TokenSequence:
         only_big = self.policy.always_big
         n_good = self._n_big if only_big else len(self.tokens)
         n_here = usable(self.tokens, n_good, self._checkpoints, prompt)
-        kept, n_there = self.cache.best(prompt, only_big)
-        if kept is None or n_there < n_here + LEAST_TOKENS:
-            if len(self.tokens) >= common_length(self.tokens, prompt) + LEAST_TOKENS:
-                self.put_away()
-            return
-        self.cache.take(kept)
+        kept = None
+        while kept is None:  # what is on disk may be gone by now
+            found, n_there = self.cache.best(prompt, only_big)
+            if found is None or n_there < n_here + LEAST_TOKENS:
+                if len(self.tokens) >= common_length(self.tokens, prompt) + LEAST_TOKENS:
+                    self.put_away()
+                return
+            kept = self.cache.take(found)
         self.put_away()
         self.forget()
         if self.decoder.load(kept.state):
@@ -118,18 +120,30 @@ class TokenSequence:
         else:
             self.decoder.clear()
 
-    def put_away(self) -> None:
-        """Keep a copy of what is in the context, if there is room and it is worth it."""
+    def put_away(self, stays: bool = True) -> None:
+        """Keep a copy of what is in the context, if there is room and it is worth it; on disk, if it may not
+        stay in memory."""
         n = len(self.tokens)
         if not self._is_wanted or n < LEAST_TOKENS or not self.decoder.cut(n):
             return
         checkpoints = None if self._checkpoints is None else list(self._checkpoints)
         beside = sum(one.n_bytes for one in checkpoints or ())  # which move with it, or are kept by both
-        if not self.cache.make_room(self.tokens, self.decoder.state_bytes(), beside):
+        n_bytes = self.decoder.state_bytes()
+        stays = stays and self.cache.make_room(self.tokens, n_bytes, beside)
+        if not stays and not self.cache.may_pass(n_bytes, beside):
             return
         state = self.decoder.save()
         if state is not None:
-            self.cache.put(Kept(list(self.tokens), self._n_big, state, checkpoints))
+            self.cache.put(Kept(list(self.tokens), self._n_big, state, checkpoints), stays)
+
+    def end(self) -> None:
+        """Have all texts written that outlive the model, the one in the context last."""
+        disk = self.cache.disk
+        if disk is not None and disk.is_open:
+            disk.flush()
+            self.cache.clear()
+            self.put_away(stays=False)
+            disk.close()
 
     def leave(self) -> None:
         """Put the tokens away and have the next prompt computed from its first token."""

@@ -7,9 +7,20 @@ from typing import Any, Literal
 
 from mobile_gguf.errors import UsageError, shown
 
-from .words import AUTO_UBATCH
+from .words import AUTO, AUTO_UBATCH, OFF, ON
 
 MAX_TOKENS = 1 << 24
+_SWITCH: dict[str, bool | Literal["auto"]] = {ON: True, OFF: False, AUTO: AUTO}
+
+
+def parse_switch(value: Any) -> bool | Literal["auto"]:
+    """Read ``on``, ``off`` or ``auto``; True and False are the first two. Raises UsageError."""
+    if isinstance(value, bool):
+        return value
+    found = _SWITCH.get(value.strip().lower()) if isinstance(value, str) else None
+    if found is None:
+        raise UsageError(f"{shown(value)} is neither True, False nor auto: write on, off or {AUTO}")
+    return found
 
 
 def parse_tokens_or_auto(value: Any) -> int | Literal["auto"]:

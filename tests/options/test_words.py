@@ -44,6 +44,8 @@ def test_the_options_offer_the_words() -> None:
         "placement": words.PLACEMENTS,
         "prefetch": words.PREFETCH,
         "mode": words.MODES,
+        "cache_type_k": words.CACHE_TYPES,
+        "cache_type_v": words.CACHE_TYPES,
         "importance": words.IMPORTANCE,
         "io": words.IO,
         "eviction": words.EVICTION,
