@@ -102,7 +102,7 @@ def opened(info: GgufInfo, n_bytes: int, n_ctx: int, threads: int) -> Iterator[M
     try:
         if llama.store is None:
             raise UsageError(f"{info.path.name} has no experts that the engine could hold")
-        llama.sequence.head, llama.decoder.buddies = read_head(info), read_buddies(info)
+        llama.decoder.head, llama.decoder.buddies = read_head(info), read_buddies(info)
         yield llama
     finally:
         llama.close()

@@ -22,9 +22,10 @@ from mobile_gguf.memory.buffers import with_buffers
 from mobile_gguf.memory.fit import Asked, Fit, asked_of, fit_model
 from mobile_gguf.memory.machine import read_memory
 from mobile_gguf.memory.microbatch import DEFAULT_UBATCH
+from mobile_gguf.memory.sequences import sequences_of
 from mobile_gguf.memory.threads import bounded_threads, default_threads
 from mobile_gguf.options import LoadOptions
-from mobile_gguf.options.words import AUTO_UBATCH, ON
+from mobile_gguf.options.words import AUTO_PARALLEL, AUTO_UBATCH, ON
 from mobile_gguf.progress import Progress
 from mobile_gguf.sizes import OFF
 
@@ -63,6 +64,8 @@ def open_backend(
         more["progress"] = progress
     notices: list[str] = []
     options = _with_threads(options, notices)
+    if (remark := sequences_of(info, options)[1]) and options.parallel is not None:
+        notices.append(remark)
     n_ctx = asked.n_ctx
     if n_ctx > info.n_ctx_train > 0:
         notices.append(f"a context of {n_ctx} is more than the model was trained with, {info.n_ctx_train}")
@@ -128,7 +131,7 @@ def _open(
         llama = _construct(info, options, asked, engine, use_mmap=False, **more)
     finally:
         engine.clear_load_params()
-    llama.sequence.head, llama.decoder.buddies = head, buddies
+    llama.decoder.head, llama.decoder.buddies = head, buddies
     if llama.store is None:
         notices.append(
             f"the engine cannot hold the experts of a {info.architecture} model: no budget, only mode exact"
@@ -162,6 +165,7 @@ def _construct(
 ) -> MobileLlama:
     """Make the backend; ``more`` holds ``devices``, none for the host alone, and keywords of Native's."""
     from mobile_gguf.generate.llama import MobileLlama
+    from mobile_gguf.generate.pace import follow_machine
 
     threads, threads_batch = default_threads()
     watch = _LoadWatch(progress) if progress is not None else None
@@ -183,6 +187,9 @@ def _construct(
                 flash_attn=options.flash_attn,
                 use_mmap=use_mmap,
                 cache_bytes=_cache_bytes(options),
+                n_sequences=asked.sequences.n,
+                in_turn=asked.sequences.is_apart,
+                grows=options.parallel == AUTO_PARALLEL,
                 keep_loading=watch,
                 **more,
             )
@@ -197,9 +204,9 @@ def _construct(
             llama.close()
         raise
     if options.n_ubatch == AUTO_UBATCH and asked.n_ubatch > DEFAULT_UBATCH:
-        llama.sequence.as_with_ubatch = DEFAULT_UBATCH
+        llama.decoder.as_with_ubatch = DEFAULT_UBATCH
     if options.threads_auto == ON:
-        llama.follow_machine()
+        follow_machine(llama)
     return llama
 
 

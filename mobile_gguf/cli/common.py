@@ -54,11 +54,11 @@ def configured(args: argparse.Namespace) -> dict[str, Default]:
     return read_defaults(args.verb, VERBS)
 
 
-def load_model(args: argparse.Namespace) -> Model:
-    """Load what the arguments say, showing progress on stderr."""
+def load_model(args: argparse.Namespace, **usual: Any) -> Model:
+    """Load what the arguments say, showing progress on stderr; ``usual``: defaults of the options here."""
     with Progress(sys.stderr) as progress:
         progress.show(f"loading {args.model}")
-        return load(args.model, progress=progress, **load_options(args))
+        return load(args.model, progress=progress, **{**usual, **load_options(args)})
 
 
 def show_answer(

@@ -13,7 +13,7 @@ from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.options import DEFAULT_GAMMA, LoadOptions
 from mobile_gguf.options.words import BIG_LITTLE, CONFIDENCE, EXACT, HEAD, OFF, ON
 
-from .answer import Backend
+from .backend import Backend
 from .decode import Policy, default_little_k
 
 if TYPE_CHECKING:

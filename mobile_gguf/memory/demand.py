@@ -14,6 +14,8 @@ from mobile_gguf.gguf.caches import CONTEXT_MULTIPLE, DSV4, QSA, padded_context
 from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.sizes import format_bytes
 
+from .sequences import ONE, Sequences
+
 DEFAULT_CONTEXT = 4096
 _F16, _F32 = 2, 4
 # The engine's vocabulary: token texts, two hash maps and the merges, measured at 300-400 bytes a token.
@@ -68,22 +70,35 @@ def context_size(info: GgufInfo, asked: int | None) -> int:
 
 
 def estimate_demand(
-    info: GgufInfo, *, n_ctx: int, n_ubatch: int, flash_attn: bool = False, measured: Measured = NOT_MEASURED
+    info: GgufInfo,
+    *,
+    n_ctx: int,
+    n_ubatch: int,
+    flash_attn: bool = False,
+    measured: Measured = NOT_MEASURED,
+    sequences: Sequences = ONE,
 ) -> Demand:
     """The demand with all layers on the host, for a context of ``n_ctx`` tokens."""
     context = context_of(n_ctx, n_ubatch, flash_attn)
     buffers = compute_buffers(info, context, measured)
+    logits = sequences.logits_bytes(info)
     return Demand(
         _dense_bytes(info),
-        kv_cache_bytes(info, context.n_ctx, flash_attn),
-        buffers.reserved,
+        sequences.kept_bytes(info, context.n_ctx, flash_attn),
+        buffers.reserved + logits,
         idle_bytes=buffers.reserved - buffers.used,
         vocabulary_bytes=info.n_vocab * _VOCABULARY_BYTES,
     )
 
 
 def estimate_device_demand(
-    info: GgufInfo, *, n_ctx: int, n_ubatch: int, flash_attn: bool = False, measured: Measured = NOT_MEASURED
+    info: GgufInfo,
+    *,
+    n_ctx: int,
+    n_ubatch: int,
+    flash_attn: bool = False,
+    measured: Measured = NOT_MEASURED,
+    sequences: Sequences = ONE,
 ) -> Demand:
     """The demand on devices that have all layers; what is reserved has real memory there.
 
@@ -91,9 +106,9 @@ def estimate_device_demand(
     counts where it is higher.
     """
     context = context_of(n_ctx, n_ubatch, flash_attn)
-    kept = kv_cache_bytes(info, context.n_ctx, flash_attn)
+    kept = sequences.kept_bytes(info, context.n_ctx, flash_attn)
     reserved = max(compute_buffers(info, context, one).reserved for one in (measured, NOT_MEASURED))
-    return Demand(_dense_bytes(info), kept, reserved)
+    return Demand(_dense_bytes(info), kept, reserved + sequences.logits_bytes(info))
 
 
 def host_share(demand: Demand, info: GgufInfo) -> Demand:

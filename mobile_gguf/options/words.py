@@ -28,6 +28,7 @@ DEFAULT_IO_THREADS = 4
 
 # how many tokens of a prompt are computed at once: as streaming experts costs
 AUTO_UBATCH: Final = "auto"
+AUTO_PARALLEL: Final = "auto"
 
 # where an expert is computed that the device lacks
 MISS = ("auto", "fetch", "cpu")

@@ -87,7 +87,7 @@ def test_a_value_of_another_type_is_refused_by_name(options: type[Any], name: st
         "float": {"int", "float", "fraction"},
         "parsed": {"text"},
     }[kind(opt)]
-    if name in ("ram_budget", "vram_budget", "prefix_cache", "max_request", "n_ubatch"):
+    if name in ("ram_budget", "vram_budget", "prefix_cache", "max_request", "n_ubatch", "parallel"):
         takes = {"int", "text"}
     elif name == "logit_bias":
         takes = {"dict"}
