@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from .wish import Task
 
@@ -19,7 +19,7 @@ class Aside:
 
     def __init__(self) -> None:
         self._thread: concurrent.futures.ThreadPoolExecutor | None = None
-        self._running: list[tuple[Task, concurrent.futures.Future[object]]] = []
+        self._running: list[tuple[Task, concurrent.futures.Future[Any]]] = []
 
     def run(self, task: Task, work: Callable[[], Result]) -> Result:
         """Have ``task`` wait for what ``work`` returns or raises."""

@@ -223,6 +223,20 @@ def test_a_context_that_is_too_small_for_all(one: Model, name: str) -> None:
         check_nearly_the_same(long, alone(one, long))
 
 
+def test_what_prompts_begin_with_is_computed_once(one: Model, four: Model) -> None:
+    chance, kept = random.Random(11), {"cache_prompt": True}
+    system = text(chance, 100)
+    first, second = (Asker(system + text(chance, 20), 12, kept) for _ in range(2))
+    empty(four)
+    four.crew.spawn(first.work(four))
+    while not first.tokens:
+        four.crew.advance()
+    together(four, [second])
+    for asker in (first, second):
+        check_nearly_the_same(asker, alone(one, Asker(asker.prompt, 12)))
+    assert second.last.prompt_evaluated == (20 if backend_of(four).can_step_back else 120)
+
+
 def test_a_failed_read_is_that_of_the_answers_in_the_decode(tmp_path: Path) -> None:
     source = tiny_models.path(ATTENTION)
     path = Path(shutil.copy(source, tmp_path / "copy.gguf"))

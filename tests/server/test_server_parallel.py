@@ -46,7 +46,7 @@ def ask(server: Running, i: int, n: int = 60, **more: Any) -> dict[str, Any]:
 
 
 def test_several_are_answered_at_once_and_each_gets_its_own(server: Running) -> None:
-    modes = [{"mode": mode} for mode in ("exact", "little", "exact", "little", "exact")]
+    modes: list[dict[str, Any]] = [{"mode": mode} for mode in ("exact", "little") * 2 + ("exact",)]
     alone = [ask(server, i, **mode) for i, mode in enumerate(modes)]
     most = 0
 
