@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import json
 import resource
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from typing import Any
 from mobile_gguf.errors import EngineError, MobileError
 from mobile_gguf.options.words import DEFAULT_EVICTION, DEFAULT_IO_THREADS
 
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 LOAD_MODES = {"no-mmap": 0, "mmap": 1, "direct-io": 4}  # enum llama_load_mode
 
 
@@ -52,6 +54,7 @@ class Job:
 
 def main() -> int:
     """Run the job on stdin."""
+    _end_with_parent()
     job = Job(**json.loads(sys.stdin.readline()))
     try:
         _run(job)
@@ -59,6 +62,12 @@ def main() -> int:
         _emit("error", message=str(error))
         return error.exit_code
     return 0
+
+
+def _end_with_parent() -> None:
+    """A long prompt writes nothing for minutes: no broken pipe would say that the parent was killed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _run(job: Job) -> None:
@@ -77,7 +86,7 @@ def _run(job: Job) -> None:
     started = time.perf_counter()
     if engine is not None:
         engine.set_load_params(
-            budget_bytes=job.budget_bytes, io_threads=job.io_threads, eviction=job.eviction
+            budget_bytes=job.budget_bytes, io_threads=job.io_threads, eviction=job.eviction, prefault=True
         )
     model = _load_model(llama_cpp, job)
     recorder = _IdRecorder() if job.ids else None

@@ -50,7 +50,8 @@ def arguments(options: Any, also: Iterable[str] = ()) -> list[str]:
     The inverse of parsing: every option that differs from its default, as its declaration has it.
     """
     usual, words = defaults(type(options)), []
-    for name, opt in declared(type(options)).items():
+    known = declared(type(options))
+    for name, opt in known.items():
         texts, default = (_texts(opt, value) for value in (getattr(options, name), usual[name]))
         if opt.is_flag:
             words += [opt.flags[0]] if texts != default else []
@@ -58,6 +59,11 @@ def arguments(options: Any, also: Iterable[str] = ()) -> list[str]:
             for text in texts:
                 # as one word, or a value that begins with a dash would be read as a flag
                 words += [f"{opt.flags[0]}={text}"] if text.startswith("-") else [opt.flags[0], text]
+        if getattr(options, name) is not None:  # or it would imply another value
+            for other in opt.implies:
+                value = _texts(known[other], getattr(options, other))
+                if value == _texts(known[other], usual[other]) and other not in also:
+                    words += [known[other].flags[0], *value]
     return words
 
 

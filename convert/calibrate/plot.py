@@ -10,6 +10,7 @@ from mobile_gguf.files.atomic import complete_or_absent
 from mobile_gguf.options.words import CONFIDENCE, HEAD
 
 from .curves import BIG, LITTLE, Point
+from .price import Prices, hull_names
 
 FORMATS = (".png", ".svg")
 
@@ -23,10 +24,16 @@ def check_plot(path: Path) -> None:
     _figure_class()
 
 
-def plot(points: list[Point], path: Path, title: str) -> None:
-    """Draw mean KL, top-1 agreement and perplexity against expert bytes, and write them to ``path``."""
-    figure = _figure_class()(figsize=(13, 4.2), layout="constrained")
-    axes = figure.subplots(1, 3)
+def plot(points: list[Point], prices: Prices | None, path: Path, title: str) -> None:
+    """Draw mean KL, top-1 agreement and perplexity against expert bytes, and write them to ``path``.
+
+    Of rungs' prices KL against missed bytes.
+    """
+    n = 3 if prices is None else 4
+    figure = _figure_class()(figsize=(13 * n / 3, 4.2), layout="constrained")
+    axes = figure.subplots(1, n)
+    if prices is not None:
+        _ladder(axes[3], prices)
     big = next(point for point in points if point.setting.kind == BIG)
     _curve(axes[0], points, big, "mean KL to big (nats)", lambda point: point.kl)
     _curve(axes[1], points, big, "top-1 agreement with big", lambda point: point.agreement)
@@ -54,6 +61,22 @@ def _curve(axis: Any, points: list[Point], big: Point, label: str, value: Any) -
     axis.set_xlabel("expert bytes a token, share of big")
     axis.set_ylabel(label)
     axis.grid(alpha=0.3)
+
+
+def _ladder(axis: Any, prices: Prices) -> None:
+    for i, (share, rows) in enumerate(prices.rows.items()):
+        hull = hull_names(rows)
+        line = sorted((row for row in rows if row.rung in hull), key=lambda row: row.demand_bytes)
+        label = f"{share:.3g} of experts in memory"
+        for of_rows, style, name in ((line, "-", label), (rows, "o", None)):
+            kib = [row.demand_bytes / 1024 for row in of_rows]
+            axis.plot(kib, [row.kl for row in of_rows], style, color=f"C{i}", ms=3.5, label=name)
+        for row in line:
+            axis.annotate(row.rung, (row.demand_bytes / 1024, row.kl), fontsize=6)
+    axis.set_xlabel("KiB missed a token")
+    axis.set_ylabel("mean KL to exact (nats)")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize="small")
 
 
 def _figure_class() -> Any:

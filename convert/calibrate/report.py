@@ -6,6 +6,7 @@ from mobile_gguf.options.words import CONFIDENCE, HEAD
 from mobile_gguf.wording import markdown_table
 
 from .curves import BIG, LITTLE, Point, bytes_at_kl
+from .price import Prices, hull_names
 from .run import Calibration
 
 _COLUMNS = (
@@ -37,7 +38,38 @@ def lines(result: Calibration) -> list[str]:
         *table(result.points),
         "",
         *comparison(result.points),
+        *(["", *price_table(result.prices)] if result.prices is not None else []),
     ]
+
+
+def price_table(prices: Prices) -> list[str]:
+    """The rungs' prices as Markdown, a hull's rungs marked."""
+    heads = (
+        "budget",
+        "rung",
+        "",
+        "mean KL",
+        "top-1",
+        "perplexity",
+        "KiB missed a token",
+        "of exact",
+        "read idle",
+    )
+    rows = []
+    for share, of_share in prices.rows.items():
+        exact = next(row for row in of_share if row.rung == "exact")
+        hull = hull_names(of_share)
+        rows += [
+            (
+                f"{share:.3g}", row.rung, "hull" if row.rung in hull else "", f"{row.kl:.4f}",
+                f"{row.agreement:.1%}", _percent(row.perplexity_ratio), f"{row.demand_bytes / 1024:.0f}",
+                f"{row.demand_bytes / max(1.0, exact.demand_bytes):.0%}", f"{row.idle_bytes / 1024:.0f}",
+            )
+            for row in of_share
+        ]  # fmt: skip
+    left_out = [f"{rung} was left out: {reason}" for rung, reason in prices.left_out.items()]
+    return ["rungs of the ladder, step by step; budgets are shares of all experts, KiB are of a token:", "",
+            *markdown_table([heads, *rows], left=(0, 1, 2)), *left_out]  # fmt: skip
 
 
 def table(points: list[Point]) -> list[str]:

@@ -18,10 +18,13 @@ from mobile_gguf.api.model import Model, backend_of, load
 from mobile_gguf.engine.binding import find_engine, needs_engine
 from mobile_gguf.errors import MobileError, UsageError, install_hint
 from mobile_gguf.files.paths import cache_dir
+from mobile_gguf.generate.buddies import make_buddies
 from mobile_gguf.generate.decode import default_little_k
 from mobile_gguf.generate.head import Head
 from mobile_gguf.gguf import keys
 from mobile_gguf.gguf.info import GgufInfo, read_gguf_info
+from mobile_gguf.memory.fit import asked_of, fit_model
+from mobile_gguf.memory.machine import read_memory
 from mobile_gguf.memory.threads import default_threads
 from mobile_gguf.options import LoadOptions
 from mobile_gguf.progress import Progress, no_progress
@@ -35,6 +38,7 @@ from .curves import Point, choose_default, make_points, make_settings, measure_b
 from .head import SHARES, Fit, fit_head
 from .imatrix_file import check_imatrix_target, write_imatrix
 from .lockstep import Lockstep, sequences_kept
+from .price import Prices, price_ladder
 from .room import budget_beside
 from .samples import Samples, collect_samples, join
 from .statistics import Statistics
@@ -52,8 +56,9 @@ class CalibrateOptions:
 
     At most ``tokens`` are run; ``out`` None rewrites the model's file. ``kl`` is the divergence above which
     a token is important, None: so that a quarter of them are. ``curve_blocks`` bounds the held-out blocks
-    that the curves are measured on. ``resume`` False forgets what a stopped run left. ``imatrix`` also gets
-    an importance matrix for quantising.
+    that the curves are measured on, ``price_blocks`` the blocks that rungs are priced on, 0: none are.
+    ``resume`` False forgets what a stopped run left. ``imatrix`` also gets an importance matrix for
+    quantising.
     """
 
     text: tuple[Path, ...] = ()
@@ -64,6 +69,7 @@ class CalibrateOptions:
     threads: int | None = None
     ram_budget: Size = AUTO
     curve_blocks: int = 8
+    price_blocks: int = 6
     resume: bool = True
 
 
@@ -83,6 +89,7 @@ class Calibration:
     default: Point
     within: bool
     replaced: bool
+    prices: Prices | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON; the same is stored in the file, but for its path."""
@@ -107,6 +114,7 @@ class Calibration:
             },
             "default": self.default.to_dict() | {"within_one_percent": self.within},
             "curves": [point.to_dict() for point in self.points],
+            "prices": self.prices.to_dict() if self.prices is not None else None,
         }
 
 
@@ -139,6 +147,7 @@ def calibrate(path: Path, options: CalibrateOptions, progress: Progress = no_pro
         default=default,
         within=within,
         replaced=replaced,
+        prices=run.prices,
     )
     if options.imatrix is not None:
         datasets = [text.name]
@@ -183,6 +192,7 @@ def _key(info: GgufInfo, text: Text, options: CalibrateOptions) -> dict[str, Any
         "tokens": options.tokens,
         "kl": options.kl,
         "curve_blocks": options.curve_blocks,
+        "price_blocks": options.price_blocks,
     }
 
 
@@ -194,6 +204,7 @@ class _Measured:
     fit: Fit
     points: list[Point]
     statistics: Statistics
+    prices: Prices | None
 
 
 def _measure(
@@ -202,7 +213,7 @@ def _measure(
     run = _Run(info, text, options, checkpoint, progress)
     with GgufSource.open(info.path) as source:
         run.measure(source)
-    return _Measured(sum(map(len, run.blocks)), run.fit, run.points, run.statistics)
+    return _Measured(sum(map(len, run.blocks)), run.fit, run.points, run.statistics, run.prices)
 
 
 class _Run:
@@ -211,6 +222,7 @@ class _Run:
     fit: Fit
     points: list[Point]
     statistics: Statistics
+    prices: Prices | None = None
 
     def __init__(
         self,
@@ -253,6 +265,30 @@ class _Run:
             ram_budget=self.options.ram_budget,
             threads=self.options.threads,
             inputs=self.options.imatrix is not None,
+            progress=self.progress,
+        )
+        if self.options.price_blocks > 0:
+            self.prices = self._prices()
+
+    def _prices(self) -> Prices:
+        """What rungs cost, on text that the head was not fitted on as far as there is any."""
+        outside = held_out(len(self.blocks))
+        numbers = [*outside, *(i for i in range(len(self.blocks)) if i not in outside)]
+        chosen = sorted(numbers[: self.options.price_blocks])
+        ranked = self.statistics.buddies
+        own = LoadOptions(
+            n_ctx=BLOCK, n_batch=1, n_ubatch=1, ram_budget=self.options.ram_budget, vram_budget=OFF
+        )
+        fit = fit_model(self.info, asked_of(self.info, own), read_memory())
+        return price_ladder(
+            self.info,
+            [self.blocks[i] for i in chosen],
+            head=self.fit.head,
+            thresholds=self.fit.thresholds,
+            buddies=make_buddies(self.info, ranked.expert, ranked.share, self.statistics.entropy),
+            most_bytes=fit.ram_budget_bytes,
+            threads=self.threads,
+            checkpoint=self.checkpoint,
             progress=self.progress,
         )
 
@@ -329,10 +365,18 @@ def _write(
             keys.CALIBRATION_N_TOKENS: result.n_tokens,
             keys.CALIBRATION_JSON: json.dumps(result.stored()),
         }
+        | _listed(result.prices)
         | statistics_metadata(statistics),
-        drop=(keys.HEAD, keys.CALIBRATION, *PREFIXES),
+        drop=(keys.HEAD, keys.CALIBRATION, keys.LOSS, *PREFIXES),
         add_tensors={keys.HEAD_WEIGHT: head.weight, keys.HEAD_TOKEN_BIAS: head.token_bias}
         | statistics_tensors(statistics),
         out=out,
         progress=progress,
     )
+
+
+def _listed(prices: Prices | None) -> dict[str, str]:
+    """The metadata that mode auto reads."""
+    if prices is None or prices.listed is None:
+        return {}
+    return {keys.LOSS_JSON: json.dumps(prices.listed.to_dict())}

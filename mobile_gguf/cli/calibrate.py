@@ -18,8 +18,9 @@ from .common import MODEL_HELP, narrate
 from .progress import TimedProgress
 
 _DESCRIPTION = """Run a model over text with all and with fewer experts, fit the importance head that mode
-big-little uses, measure what each setting costs and saves, count which experts are used, and write it all
-into the file (or into a copy, --out). A run that was stopped goes on where it was."""
+big-little uses, measure what each setting and each rung of the ladder costs and saves, count which experts
+are used, and write it all into the file (or into a copy, --out). A run that was stopped goes on where it
+was."""
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -61,6 +62,13 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         type=Path,
         help="also write an importance matrix, for `mobile-gguf convert --imatrix` and llama-quantize",
     )
+    add(
+        "--price-blocks",
+        metavar="N",
+        type=_blocks,
+        default=6,
+        help="blocks of text that the ladder's rungs are priced on, 0: none (default: 6)",
+    )
     add("--plot", metavar="FILE", type=Path, help="draw the trade-off curves to a .png or .svg")
     add("--no-resume", action="store_true", help="start anew, whatever a stopped run left")
     ram, threads = reader("ram_budget", LoadOptions), reader("threads", LoadOptions)
@@ -86,6 +94,7 @@ def run(args: argparse.Namespace) -> int:
         kl=args.kl,
         threads=args.threads,
         ram_budget=args.ram_budget,
+        price_blocks=args.price_blocks,
         resume=not args.no_resume,
     )
     with TimedProgress(sys.stderr) as progress:
@@ -104,14 +113,26 @@ def run(args: argparse.Namespace) -> int:
         narrate("replaced an earlier calibration")
     if not result.within:
         narrate("no setting of the head is within 1% of big's perplexity: the nearest is the default")
+    if result.prices is not None and result.prices.listed is None:
+        narrate("rungs lost too little to be priced: mode auto will learn what they cost")
     if args.imatrix is not None:
         narrate(f"wrote {args.imatrix}")
     if args.plot is not None:
-        plot(result.points, args.plot, f"{result.path.name} on {result.text.name}")
+        plot(result.points, result.prices, args.plot, f"{result.path.name} on {result.text.name}")
         narrate(f"wrote {args.plot}")
     print(json.dumps(result.to_dict()) if args.json else "\n".join(lines(result)), flush=True)
     narrate(f"wrote {result.path}")
     return 0
+
+
+def _blocks(text: str) -> int:
+    number = int(text)
+    if number < 0 or number == 1:
+        raise argparse.ArgumentTypeError(f"{text}: it must be 0, or at least 2")
+    return number
+
+
+_blocks.__name__ = "whole number"
 
 
 def _divergence(text: str) -> float:

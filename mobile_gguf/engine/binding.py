@@ -71,6 +71,7 @@ class Engine:
             "model_get_residency": (status, [address, address, ctypes.c_size_t]),
             "set_n_expert_used": (status, [address, n]),
             "set_batch_n_expert_used": (status, [address, address, n]),
+            "set_mass": (status, [address, n]),
             "prefetch_masked": (n, [address]),
             "set_prefetch": (status, [address, n]),
             "set_predictor": (status, [address, n]),

@@ -45,6 +45,8 @@ class LossRules:
     token, the largest q(j|i) * (1 + ``eta`` z_j)), ``live`` (the likeliest one, of at least 1 - ``margin`` of
     the missing one's probability) or ``prior`` (Cache-Prior, lambda). The ``keep`` heaviest experts of a
     token are never touched. ``admit`` displaced experts a layer and token are read while the disk is idle.
+    ``prompt_drop``: of tokens that are computed together, a missing expert whose share of all their weight in
+    the layer is below it is not computed for any of them.
     """
 
     drop: float = 0.0
@@ -59,11 +61,12 @@ class LossRules:
     margin: float = 0.25
     prior: float = 0.15
     admit: int = 1
+    prompt_drop: float = 0.0
 
     @property
     def is_on(self) -> bool:
         """Whether any rule is in force."""
-        return self.drop > 0 or self.little_on_miss > 0 or self.substitute != OFF
+        return self.drop > 0 or self.little_on_miss > 0 or self.substitute != OFF or self.prompt_drop > 0
 
     @property
     def reads_scores(self) -> bool:

@@ -265,6 +265,7 @@ class LossParamsStruct(ctypes.Structure):
         ("margin", ctypes.c_float),
         ("prior", ctypes.c_float),
         ("admit", ctypes.c_int32),
+        ("prompt_drop", ctypes.c_float),
     ]
 
 

@@ -231,7 +231,7 @@ class Answer:
             thread_changes=threads.n_changes - self._thread_changes if threads is not None else 0,
             n_ubatch=self._backend.n_ubatch,
             context_full=self.finish_reason == LENGTH and self._request.fills_context,
-            loss=loss_of(traffic.loss) if policy.loss is not None else None,
+            loss=loss_of(traffic.loss, policy.spending) if policy.may_lose else None,
             **read_traffic(self._backend, traffic.host, traffic.device, traffic.ahead),
         )
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from mobile_gguf.engine.loss import Buddies
     from mobile_gguf.gguf.info import GgufInfo
 
+    from .auto import Auto
     from .head import Head
     from .threads import FollowingThreads
 
@@ -52,6 +53,7 @@ class Backend(Protocol):
     device: DeviceTier | None  # None without slots on a device
     threads: FollowingThreads | None  # None where their number is fixed
     devices: tuple[Device, ...]  # that the model is on; none: the host alone
+    auto: Auto | None  # what mode auto knows of the model; None before it was asked for
 
     @property
     def scheduler(self) -> Crew: ...  # of those who make answers

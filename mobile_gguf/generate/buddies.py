@@ -40,6 +40,27 @@ def read_buddies(info: GgufInfo, *, alpha: float = ALPHA, percentile: int = PERC
         raise _damaged(info, f"their shape is {experts.shape}")
     if experts.min() < -1 or experts.max() >= n_expert or not np.isfinite(shares).all() or shares.min() < 0:
         raise _damaged(info, "they name what cannot be")
+    entropy = _array(info, keys.ENTROPY, np.dtype(np.float32))
+    if entropy is not None and (
+        entropy.ndim != 2 or len(entropy) != n_layer or not np.isfinite(entropy).all()
+    ):
+        raise _damaged(info, f"{keys.ENTROPY} has the shape {entropy.shape}")
+    return make_buddies(info, experts, shares, entropy, alpha=alpha, percentile=percentile)
+
+
+def make_buddies(
+    info: GgufInfo,
+    experts: npt.NDArray[np.int32],
+    shares: npt.NDArray[np.float32],
+    entropy: npt.NDArray[np.float32] | None,
+    *,
+    alpha: float = ALPHA,
+    percentile: int = PERCENTILE,
+) -> Buddies:
+    """The buddies of ranked experts and their shares [n_layer_moe, n_expert, n], as ``read_buddies`` has it.
+
+    ``entropy`` [n_layer_moe, n] are percentiles from 0 to 100.
+    """
     before = np.cumsum(shares, axis=-1, dtype=np.float64) - shares
     experts = np.where(before < alpha - 1e-6, experts, -1)
     shape = (info.n_layer, *experts.shape[1:])
@@ -48,10 +69,7 @@ def read_buddies(info: GgufInfo, *, alpha: float = ALPHA, percentile: int = PERC
     )
     rows = [layer for layer in info.moe_layers if layer < info.n_layer]
     found.experts[rows], found.shares[rows] = experts[: len(rows)], shares[: len(rows)]
-    entropy = _array(info, keys.ENTROPY, np.dtype(np.float32))
-    if entropy is not None:
-        if entropy.ndim != 2 or len(entropy) != n_layer or not np.isfinite(entropy).all():
-            raise _damaged(info, f"{keys.ENTROPY} has the shape {entropy.shape}")
+    if entropy is not None and entropy.shape[-1]:
         at = np.linspace(0, 100, entropy.shape[1])
         found.tau[rows] = [np.interp(percentile, at, row) for row in entropy[: len(rows)]]
     return found

@@ -68,6 +68,9 @@ class Meter:
     def restart(self) -> None:
         """Count anew, for nobody yet."""
         self._reset()
+        for costs in [self._only, *(share.costs for share in self._shares)]:
+            if costs is not None:
+                costs.traffic = Traffic()
         self._last, self._shares = self._read(), []
         self._only, self._is_divided = None, False
 

@@ -9,16 +9,19 @@ model's importance head, ours: what it says before the pass decides between one 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mobile_gguf.engine.loss import LossRules
+from mobile_gguf.engine.structs import LossCounters
 from mobile_gguf.options import DEFAULT_GAMMA
-from mobile_gguf.options.words import BIG_LITTLE, CONFIDENCE, EXACT, HEAD, LITTLE
+from mobile_gguf.options.words import AUTO_MODE, BIG_LITTLE, CONFIDENCE, EXACT, HEAD, LITTLE
 
 if TYPE_CHECKING:
     import numpy.typing as npt
+
+    from .auto import Auto, Spending
 
 # As the engine has it: 0 routed experts means all of the top-k.
 ALL_EXPERTS = 0
@@ -37,7 +40,10 @@ class Policy:
     """The mode in effect; ``little_k`` routed experts in a little pass, ``gamma`` a probability.
 
     ``importance`` is HEAD or CONFIDENCE; above ``head_threshold``, a probability, the head
-    has a token run big. ``loss`` are the rules for missing experts of generated tokens, None: all are read.
+    has a token run big. ``loss`` are the rules for missing experts of generated tokens, None: all are read;
+    ``prompt_loss`` those for a prompt's. Of a token that lacks experts the weights of the others are divided
+    by the mass of its ``mass`` heaviest, 0: by their own. In mode auto tokens follow what an answer's
+    ``spending`` chooses, of ``max_kld`` nats each.
     """
 
     mode: str = EXACT
@@ -46,6 +52,22 @@ class Policy:
     importance: str = CONFIDENCE
     head_threshold: float = 0.5
     loss: LossRules | None = None
+    prompt_loss: LossRules | None = None
+    mass: int = 0
+    max_kld: float = 0.0
+    auto: Auto | None = field(default=None, compare=False)
+    spending: Spending | None = field(default=None, compare=False)
+
+    def of_answer(self, n_prompt: int) -> Policy:
+        """The policy of one answer to a prompt of so many tokens."""
+        if self.auto is None:
+            return self
+        return replace(self, spending=self.auto.spend(self.max_kld, n_prompt))
+
+    @property
+    def may_lose(self) -> bool:
+        """Whether rules for missing experts may be in force."""
+        return self.loss is not None or self.prompt_loss is not None or self.mode == AUTO_MODE
 
     @property
     def uses_head(self) -> bool:
@@ -55,6 +77,8 @@ class Policy:
     @property
     def always_big(self) -> bool:
         """Whether every kept KV row comes from a big pass that lost nothing: no probability is above 1."""
+        if self.prompt_loss is not None or self.mode == AUTO_MODE:
+            return False
         if self.loss is not None and self.mode != BIG_LITTLE:
             return False
         if self.uses_head:
@@ -73,6 +97,10 @@ class Steps(Protocol):
         """From the next pass on missing experts follow ``rules``; None: all are read."""
         ...
 
+    def use_mass(self, n: int) -> None:
+        """What kept weights are divided by from the next pass on: the mass of ``n`` experts, 0: their own."""
+        ...
+
     def forward(self, tokens: list[int]) -> None:
         """Run tokens at the next positions, overwriting whatever was there."""
         ...
@@ -87,6 +115,10 @@ class Steps(Protocol):
 
     def last_logits(self) -> Any:
         """Logits [n_vocab] of the last pass."""
+        ...
+
+    def loss_counters(self) -> LossCounters:
+        """What the rules for missing experts did so far."""
         ...
 
     def head_probability(self, token: int) -> float | None:
@@ -127,9 +159,9 @@ def is_important_by_head(probability: float | None, threshold: float) -> bool:
     return threshold <= 0 or probability is None or not probability <= threshold
 
 
-def decode_prompt(steps: Steps, tokens: list[int]) -> Pass:
-    """Run prompt tokens; a prompt is always big, and loses nothing."""
-    steps.use_loss(None)
+def decode_prompt(steps: Steps, tokens: list[int], rules: LossRules | None = None) -> Pass:
+    """Run prompt tokens; a prompt is always big, and loses nothing but by ``rules``."""
+    steps.use_loss(rules)
     steps.use_experts(ALL_EXPERTS)
     steps.forward(tokens)
     return Pass.BIG
@@ -140,6 +172,9 @@ def decode_token(steps: Steps, token: int, policy: Policy) -> Pass:
 
     What is big because it is important loses nothing.
     """
+    steps.use_mass(policy.mass)
+    if policy.spending is not None:
+        return policy.spending.run_token(steps, token)
     if policy.mode == EXACT:
         steps.use_loss(policy.loss)
         steps.use_experts(ALL_EXPERTS)

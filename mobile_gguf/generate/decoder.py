@@ -36,7 +36,8 @@ class Slice:
     """Tokens of one sequence for a decode: ``number`` is the sequence's, ``start`` the place of the first.
 
     ``experts``: at most so many routed ones a token, ALL_EXPERTS: the top-k. ``rules``: those that missing
-    experts follow, None: all are read. ``every_output``: logits of every token, else of the last one only.
+    experts follow, None: all are read; ``mass``: of how many the weights that are kept are divided by the
+    mass, 0: by their own. ``every_output``: logits of every token, else of the last one only.
     """
 
     number: int
@@ -46,6 +47,12 @@ class Slice:
     rules: LossRules | None = None
     every_output: bool = False
     keeps_state: bool = False  # the last token's hidden state
+    mass: int = 0
+
+    @property
+    def may_lack(self) -> bool:
+        """Whether its tokens may run with fewer experts."""
+        return self.experts != ALL_EXPERTS or self.rules is not None
 
 
 class Batch:
@@ -100,6 +107,7 @@ class Decoder:
         self._is_lossy = False  # whether these may lose
         self._is_unsure = False  # a decode failed that may have left its masks
         self._loss: LossRules | None = None  # that the engine was told
+        self._mass = 0
         self._has_buddies = False  # it was told them, too
         self._calls = calls
         self._on_devices = on_devices
@@ -117,6 +125,13 @@ class Decoder:
         if others or self._is_unsure:
             of_tokens = [one.experts for one in slices for _ in one.tokens]
             self.engine.set_batch_n_expert_used(self.native.ctx, of_tokens)
+
+    def _use_mass(self, slices: Sequence[Slice]) -> None:
+        """Have the weights of tokens that lack experts divided as their slices say, which say the same."""
+        n = next((one.mass for one in slices if one.may_lack), self._mass)
+        if self.engine is not None and n != self._mass:
+            self.engine.checked("set_mass", "choosing what weights are divided by", self.native.ctx, n)
+            self._mass = n
 
     def _use_loss(self, slices: Sequence[Slice]) -> None:
         """Have missing experts in the next decode follow the rules of the slices, which are the same."""
@@ -151,6 +166,7 @@ class Decoder:
         """
         last = self._batch.fill(slices)
         self._use_loss(slices)
+        self._use_mass(slices)
         self._use_experts(slices)
         self.keep_states(any(one.keeps_state for one in slices))
         self.n_passes += 1

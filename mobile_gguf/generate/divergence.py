@@ -19,3 +19,9 @@ def log_softmax(logits: npt.NDArray[Real]) -> npt.NDArray[Real]:
 def divergence(p: npt.NDArray[Real], q: npt.NDArray[Real]) -> npt.NDArray[Real]:
     """KL(p || q) of rows of log probabilities, in nats: what coding p's tokens by q costs."""
     return (np.exp(p) * (p - q)).sum(-1)
+
+
+def spread_of(logits: npt.NDArray[Real]) -> float:
+    """1 - the sum of squared probabilities of a row of logits: 0 where one token is certain."""
+    e = np.exp(logits - logits.max())
+    return max(0.0, 1.0 - float(e @ e) / float(e.sum()) ** 2)

@@ -28,6 +28,7 @@ from mobile_gguf.errors import EngineError
 from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.memory.spare import SpareMemory
 
+from .auto import Auto
 from .chat_prompt import ChatPrompts
 from .constraint.making import constraint_of
 from .constraint.matching import Constraint
@@ -75,6 +76,7 @@ class MobileLlama(Counted):
         self.devices = tuple(devices)
         self.device: DeviceTier | None = None  # set by loading, when there are slot pools
         self.threads: FollowingThreads | None = None  # set by loading, where they follow the machine
+        self.auto: Auto | None = None  # set by the first policy of mode auto
         self.warm: WarmSet | None = None  # set by loading, where it is on
         self.store: ModelInfo | None = None
         self.engine: Engine | None = None  # while there is a store to ask it about

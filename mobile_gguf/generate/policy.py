@@ -7,14 +7,15 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mobile_gguf.engine.binding import needs_engine
-from mobile_gguf.engine.loss import LossRules
 from mobile_gguf.errors import UsageError
 from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.options import DEFAULT_GAMMA, LoadOptions
-from mobile_gguf.options.words import BIG_LITTLE, CONFIDENCE, EXACT, HEAD, OFF, ON
+from mobile_gguf.options.words import AUTO_MODE, BIG_LITTLE, CONFIDENCE, EXACT, HEAD
 
+from .auto_policy import auto_policy
 from .backend import Backend
 from .decode import Policy, default_little_k
+from .loss_rules import loss_rules, prompt_rules
 
 if TYPE_CHECKING:
     from .head import Head
@@ -28,7 +29,13 @@ def choose_policy(
     Raises UsageError where the mode or a rule cannot be had in this way, EngineError on a stock llama.cpp.
     """
     policy = _by_mode(options, info, backend, notify)
-    return replace(policy, loss=_loss_rules(options, info, backend, policy.little_k, notify))
+    prompt_loss = prompt_rules(options, info, backend, notify)
+    if options.mode == AUTO_MODE:
+        return replace(auto_policy(options, info, backend, policy, notify), prompt_loss=prompt_loss)
+    loss = loss_rules(options, info, backend, policy.little_k, notify)
+    if options.max_kld is not None and (policy.mode != EXACT or loss is not None):
+        notify(f"--max-kld {options.max_kld:g} has no effect: only --mode auto keeps to it")
+    return replace(policy, loss=loss, prompt_loss=prompt_loss)
 
 
 def _by_mode(
@@ -39,7 +46,7 @@ def _by_mode(
     top_k = info.n_expert_used
     default_k = head.little_k if head is not None else default_little_k(top_k)
     k = min(little_k, top_k) if little_k is not None else default_k
-    if mode == EXACT:
+    if mode in (EXACT, AUTO_MODE):
         return Policy(EXACT, gamma, k)
     if (reason := _no_effect(info, backend, k, little_k)) is not None:
         notify(f"{reason}: mode {mode} has no effect")
@@ -77,45 +84,6 @@ def _no_effect(info: GgufInfo, backend: Backend, k: int, asked: int | None) -> s
     if backend.store is None and backend.has_engine:
         return f"the engine cannot hold the experts of a {info.architecture} model"
     return None
-
-
-def _loss_rules(
-    options: LoadOptions, info: GgufInfo, backend: Backend, little_k: int, notify: Callable[[str], object]
-) -> LossRules | None:
-    """The rules for missing experts that ``options`` ask for; None: none."""
-    rules = LossRules(
-        drop=options.drop,
-        little_on_miss=little_k if options.little_on_miss == ON else 0,
-        substitute=options.substitute,
-    )
-    if not rules.is_on:
-        return None
-    asked = {
-        f"--drop {options.drop:g}": rules.drop > 0,
-        "--little-on-miss on": rules.little_on_miss > 0,
-        f"--substitute {rules.substitute}": rules.substitute != OFF,
-    }
-    flags = " and ".join(flag for flag, is_on in asked.items() if is_on)
-    if not backend.has_engine:
-        raise needs_engine(flags)
-    reason = None
-    if not info.is_moe:
-        reason = f"{info.path.name} has no experts"
-    elif info.n_expert_used <= rules.keep:
-        reason = (
-            f"{info.path.name} uses {info.n_expert_used} experts a token, and the {rules.keep} heaviest stay"
-        )
-    elif backend.store is None:
-        reason = f"the engine cannot hold the experts of a {info.architecture} model"
-    if reason is not None:
-        notify(f"{reason}: {flags} has no effect")
-        return None
-    if rules.needs_buddies and backend.buddies is None:
-        raise UsageError(
-            f"{info.path.name} has no buddies: run `mobile-gguf calibrate {info.path}`, "
-            "or use --substitute live or prior"
-        )
-    return rules
 
 
 def _head_policy(head: Head, options: LoadOptions, little_k: int, notify: Callable[[str], object]) -> Policy:

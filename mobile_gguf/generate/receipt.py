@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mobile_gguf.engine.structs import LossCounters
-from mobile_gguf.options.words import BIG_LITTLE, EXACT
+from mobile_gguf.options.words import AUTO_MODE, BIG_LITTLE, EXACT
 from mobile_gguf.sizes import format_bytes
 
 from .notebook import receipt_html
+
+if TYPE_CHECKING:
+    from .auto import Spending
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,9 @@ class Loss:
     not computed, and in the place of ``substituted`` others were; the rest was read, ``read_again`` of it
     because it was asked for a second time. ``moved_weight`` sums what this touched, as shares of the tokens'
     weights, over ``layers`` pairs of a token and a layer. ``admitted`` displaced experts, or segments, were
-    read while the disk was idle: ``admitted_bytes``.
+    read while the disk was idle: ``admitted_bytes``. Mode auto had a ``budget`` of nats a token and has spent
+    ``estimate`` of it; ``audited_tokens`` were run exactly as well, which with all that the estimate took
+    was ``audit_ms``. Both are None in other modes.
     """
 
     layers: int = 0
@@ -33,10 +38,14 @@ class Loss:
     moved_weight: float = 0.0
     admitted: int = 0
     admitted_bytes: int = 0
+    budget: float | None = None
+    estimate: float | None = None
+    audited_tokens: int = 0
+    audit_ms: float = 0.0
 
 
-def loss_of(counters: LossCounters) -> Loss:
-    """The engine's counters as a receipt has them."""
+def loss_of(counters: LossCounters, spending: Spending | None = None) -> Loss:
+    """The engine's counters, and what mode auto spent, as a receipt has them."""
     return Loss(
         layers=counters.n_layers,
         missing=counters.n_missing,
@@ -47,6 +56,10 @@ def loss_of(counters: LossCounters) -> Loss:
         moved_weight=counters.moved_weight,
         admitted=counters.n_admitted,
         admitted_bytes=counters.bytes_admitted,
+        budget=spending.budget if spending is not None else None,
+        estimate=spending.estimate if spending is not None else None,
+        audited_tokens=spending.n_audited if spending is not None else 0,
+        audit_ms=spending.audit_seconds * 1e3 if spending is not None else 0.0,
     )
 
 
@@ -92,6 +105,14 @@ class Receipt:
     n_ubatch: int = 0
     loss: Loss | None = None
 
+    @property
+    def spent(self) -> str:
+        """What mode auto spent of its budget: ``KL 0.012 of 0.02``; empty in other modes."""
+        loss = self.loss
+        if loss is None or loss.budget is None or loss.estimate is None:
+            return ""
+        return f"KL {loss.estimate:.3g} of {loss.budget:g}"
+
     def to_dict(self) -> dict[str, Any]:
         """The fields by name, for JSON."""
         return dataclasses.asdict(self)
@@ -106,7 +127,7 @@ class Receipt:
         device tier its line comes first: ``device 91% hits, 4.0 MiB uploaded, 3 ms stalled``.
         """
         counts = [f"{self.tokens_big} big"]
-        if self.mode != EXACT:
+        if self.mode not in (EXACT, AUTO_MODE):
             counts.append(f"{self.tokens_little} little")
         if self.mode == BIG_LITTLE:
             counts.append(f"{self.tokens_fallback} fallback")
@@ -122,6 +143,8 @@ class Receipt:
             parts.append(f"{format_bytes(self.bytes_read)} read")
             parts.append(f"{self.stall_ms:.0f} ms stalled")
         if self.loss is not None:
+            if self.spent:
+                parts.append(f"{self.spent}, {self.loss.audited_tokens} audited")
             parts.append(_loss_summary(self.loss))
         if tokens_per_second is not None:
             parts.append(f"{tokens_per_second:.1f} tok/s")

@@ -50,7 +50,7 @@ def make_request(
     check_tokens(options.logit_bias or {}, info.n_vocab, "logit_bias")
     return Request(
         prompt=prompt,
-        policy=policy,
+        policy=policy.of_answer(len(prompt)),
         max_tokens=room if asked is None or asked < 0 else min(asked, room),
         fills_context=asked is None or asked < 0 or asked > room,
         turns_left_out=turns_left_out,

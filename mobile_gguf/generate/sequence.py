@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from mobile_gguf.engine.loss import LossRules
+from mobile_gguf.engine.structs import LossCounters
 from mobile_gguf.errors import EngineError, UsageError
 
 from .cells import Cells
@@ -50,6 +51,7 @@ class TokenSequence(Cells):
         self.on_logits: Callable[[int, Any], object] | None = None
         self._experts = ALL_EXPERTS
         self._rules: LossRules | None = None
+        self._mass = 0
         self._is_afresh = False  # whether the next prompt is to be computed from its first token
         self._in_prompt = False
         self._state_at = -1  # how many tokens there were when the last pass left its hidden state
@@ -92,7 +94,9 @@ class TokenSequence(Cells):
         self._in_prompt = True
         try:
             with self._whole():
-                self.last_pass = decode_prompt(self, tokens)
+                # its log probabilities are the model's own
+                rules = self.policy.prompt_loss if self.on_logits is None else None
+                self.last_pass = decode_prompt(self, tokens, rules)
                 self.mark()
         finally:
             self._in_prompt = False
@@ -125,6 +129,9 @@ class TokenSequence(Cells):
     def use_loss(self, rules: LossRules | None) -> None:
         self._rules = rules
 
+    def use_mass(self, n: int) -> None:
+        self._mass = n
+
     def forward(self, tokens: list[int]) -> None:
         if len(self.tokens) + len(tokens) > self.n_max:
             raise UsageError(f"the context of {self.n_max} tokens is full")
@@ -149,7 +156,8 @@ class TokenSequence(Cells):
                 start = len(self.tokens)
                 wish = Wish(
                     self, tokens[done:end], len(tokens) - done, self._experts, self._rules,
-                    every_output=show is not None, keeps_state=keeps_state,
+                    every_output=show is not None, keeps_state=keeps_state, mass=self._mass,
+                    is_counted=self.policy.spending is not None,
                 )  # fmt: skip
                 n_done = self.scheduler.run(wish)
                 done += n_done
@@ -181,6 +189,9 @@ class TokenSequence(Cells):
         """What the answer cost so far."""
         self.scheduler.settle()
         return self.costs.traffic
+
+    def loss_counters(self) -> LossCounters:
+        return self.traffic().loss
 
     def last_logits(self) -> Any:
         return self.decoder.logits(self.row)

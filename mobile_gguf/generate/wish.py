@@ -37,6 +37,8 @@ class Wish:
     rules: LossRules | None = None
     every_output: bool = False
     keeps_state: bool = False
+    mass: int = 0
+    is_counted: bool = False  # what the rules do to it has to be known, and not only what it shares
     n_before: int = 0
     task: Task | None = field(default=None, repr=False)
 
@@ -44,12 +46,21 @@ class Wish:
     def is_long(self) -> bool:
         return len(self.tokens) > 1
 
+    @property
+    def may_lack(self) -> bool:
+        """Whether its tokens may run with fewer experts."""
+        return self.experts != ALL_EXPERTS or self.rules is not None
+
     def goes_with(self, other: Wish) -> bool:
         """Whether one decode may be of both."""
         # asked for hidden states, llama.cpp makes logits of every token; and a context has one set of rules
         if (self.keeps_state and other.is_long) or (other.keeps_state and self.is_long):
             return False
-        return self.rules is None or other.rules is None or self.rules == other.rules
+        if self.may_lack and other.may_lack and self.mass != other.mass:
+            return False
+        if self.rules is None or other.rules is None:
+            return True
+        return self.rules == other.rules and not (self.is_counted or other.is_counted)
 
     def may_stop(self) -> bool:
         """Whether it should end before it is run; a single token's answer asks for itself, right after it."""
@@ -63,5 +74,6 @@ class Wish:
         if self.n_before:
             return Slice(sequence.number, start, tokens)
         return Slice(
-            sequence.number, start, tokens, self.experts, self.rules, self.every_output, self.keeps_state
-        )
+            sequence.number, start, tokens, self.experts, self.rules, self.every_output, self.keeps_state,
+            self.mass,
+        )  # fmt: skip

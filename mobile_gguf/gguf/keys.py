@@ -35,6 +35,10 @@ TRANSITIONS = "mobile.transitions."
 RANKED_EXPERT, RANKED_SHARE = "expert", "share"  # the two tensors of buddies, and of transitions
 IMPORTANCE = "mobile.importance."
 
+# what rungs of the ladder cost
+LOSS = "mobile.loss."
+LOSS_JSON = "mobile.loss.json"
+
 # the head that finds important tokens
 HEAD = "mobile.head."
 HEAD_WEIGHT = "mobile.head.weight"

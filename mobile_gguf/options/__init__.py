@@ -1,11 +1,12 @@
 """Every option of the project, declared once, and the words that they are given in."""
 
-from .declarations import DEFAULT_GAMMA, POLICY_OPTIONS, GenerateOptions, LoadOptions
+from .declarations import DEFAULT_GAMMA, DEFAULT_MAX_KLD, POLICY_OPTIONS, GenerateOptions, LoadOptions
 from .opt import Opt, declared, defaults, make_options, takes
 from .serving import ServeOptions
 
 __all__ = [
     "DEFAULT_GAMMA",
+    "DEFAULT_MAX_KLD",
     "POLICY_OPTIONS",
     "GenerateOptions",
     "LoadOptions",

@@ -16,6 +16,7 @@ from .bias import parse_bias, take_bias
 from .opt import Checked, Opt, take_parsed, take_schema, take_texts
 from .tokens import MAX_TOKENS, parse_parallel, parse_tokens_or_auto
 from .words import (
+    AUTO_MODE,
     AUTO_UBATCH,
     CONTEXT_FULL,
     DEFAULT_EVICTION,
@@ -33,6 +34,8 @@ from .words import (
 )
 
 DEFAULT_GAMMA = 0.7
+# Nats a token, of mode auto: a fifth of what a little pass of half the experts costs, or less.
+DEFAULT_MAX_KLD = 0.02
 # GGML_MAX_N_THREADS of llama.cpp, which ends the process with more.
 MAX_THREADS = 512
 _MAX_INT32 = (1 << 31) - 1
@@ -46,6 +49,8 @@ POLICY_OPTIONS = (
     "drop",
     "little_on_miss",
     "substitute",
+    "max_kld",
+    "prompt_drop",
 )
 
 _RAM_BUDGET = Opt(
@@ -53,7 +58,20 @@ _RAM_BUDGET = Opt(
     read=parse_size,
     help="memory for experts: 512MiB, 2G, 40% of them, or auto",
 )
-_MODE = Opt("--mode", choices=MODES, help="experts per token: exact all, little fewer, big-little both")
+_MODE = Opt(
+    "--mode",
+    choices=MODES,
+    help="experts per token: exact all, little fewer, big-little both, auto as --max-kld allows",
+)
+_MAX_KLD = Opt(
+    "--max-kld",
+    read=float,
+    low=0,
+    high=10,
+    implies={"mode": AUTO_MODE},
+    help="mode auto: divergence from exact to stay within, nats a token "
+    f"(default: {DEFAULT_MAX_KLD:g}); 0: exact",
+)
 # no probability is above 1: any number above it is "always", and one is enough
 _GAMMA = Opt(
     "--gamma", read=float, low=0, high=2, help="big-little: run a token again below this probability"
@@ -91,6 +109,13 @@ _SUBSTITUTE = Opt(
     "--substitute",
     choices=SUBSTITUTE,
     help="in the place of a missing expert: its buddy, the likeliest there, or favour those there",
+)
+_PROMPT_DROP = Opt(
+    "--prompt-drop",
+    read=float,
+    low=0,
+    high=1,
+    help="prompts: leave out a missing expert with less than so much of its layer's weight, 0: none",
 )
 _threads = partial(Opt, read=int, low=1, high=MAX_THREADS)
 # The engine's seeds have 32 bits, of which all ones ask it to make one up: fold_seed of generate/request.py.
@@ -152,6 +177,8 @@ class LoadOptions(Checked):
     drop: Annotated[float, _DROP] = 0.0
     little_on_miss: Annotated[str, _LITTLE_ON_MISS] = OFF
     substitute: Annotated[str, _SUBSTITUTE] = OFF
+    max_kld: Annotated[float | None, _MAX_KLD] = None
+    prompt_drop: Annotated[float, _PROMPT_DROP] = 0.0
     n_ctx: Annotated[
         int | None,
         Opt(
@@ -324,6 +351,8 @@ class GenerateOptions(Checked):
     drop: Annotated[float | None, _DROP] = None
     little_on_miss: Annotated[str | None, _LITTLE_ON_MISS] = None
     substitute: Annotated[str | None, _SUBSTITUTE] = None
+    max_kld: Annotated[float | None, _MAX_KLD] = None
+    prompt_drop: Annotated[float | None, _PROMPT_DROP] = None
     context_full: Annotated[
         str,
         Opt(

@@ -9,7 +9,7 @@ import inspect
 import math
 import numbers
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from mobile_gguf.errors import UsageError, require_unicode, shown
@@ -28,13 +28,14 @@ class Opt:
     ``read`` makes a value of a word of the command line and tells the type: int, float, str or a parser.
     ``accept`` makes the option's value of its name and what Python's caller gave, where that is no number,
     no choice, and more than what ``read`` takes. Both raise UsageError, ``accept`` with the name. A secret is
-    never shown, and any text is one.
+    never shown, and any text is one. Who gives it, and not what it ``implies``, asks for that as well.
     """
 
     def __init__(
         self,
         *flags: str,
         help: str,
+        implies: Mapping[str, Any] | None = None,
         read: Callable[[str], Any] = str,
         accept: Callable[[str, Any], Any] | None = None,
         choices: Sequence[str] = (),
@@ -60,6 +61,7 @@ class Opt:
         self.is_secret = is_secret
         self.file_flags = tuple(file_flags)
         self.metavar = metavar
+        self.implies = dict(implies or {})
 
     def take(self, name: str, value: Any) -> Any:
         """``value`` as the option holds it; raises UsageError naming the option and what it may be."""
@@ -177,7 +179,13 @@ def make_options(options: type[Options], values: dict[str, Any], base: Options |
             near = difflib.get_close_matches(name, known, 1)
             hint = f"; did you mean {near[0]}?" if near else f": there are {', '.join(known)}"
             raise UsageError(f"unknown option {name!r}{hint}")
-    return options(**(vars(base) if base is not None else {}) | values)
+    implied = {
+        other: value
+        for name, given in values.items()
+        if given is not None
+        for other, value in known[name].implies.items()
+    }
+    return options(**(vars(base) if base is not None else {}) | implied | values)
 
 
 def takes(options: type[Any]) -> Callable[[Function], Function]:

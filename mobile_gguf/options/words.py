@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
-# how many experts a token uses
-EXACT, LITTLE, BIG_LITTLE = MODES = ("exact", "little", "big-little")
+# how many experts a token uses; the last: as a budget of divergence has it
+EXACT, LITTLE, BIG_LITTLE, AUTO_MODE = MODES = ("exact", "little", "big-little", "auto")
 
 # what finds the important tokens of big-little; auto: the head if the model has one, else confidence
 HEAD, CONFIDENCE = "head", "confidence"

@@ -14,7 +14,7 @@ from mobile_gguf.memory.fit import Asked, Fit, asked_of, host_demand
 from mobile_gguf.memory.machine import Memory, read_memory
 from mobile_gguf.memory.pools import pool_min_bytes
 from mobile_gguf.options import LoadOptions
-from mobile_gguf.options.words import BIG_LITTLE, EXACT, LITTLE
+from mobile_gguf.options.words import AUTO_MODE, BIG_LITTLE, EXACT, LITTLE
 from mobile_gguf.sizes import AUTO, OFF, Size, format_bytes, whole_mebibytes
 from mobile_gguf.wording import name_lines, shell_command
 
@@ -77,6 +77,8 @@ def make_plan(
     """
     fit = plan_fit(info, asked or asked_of(info, options), memory or read_memory(), devices, n_bits)
     modes = (EXACT, BIG_LITTLE, LITTLE) if info.is_moe and info.n_expert_used > 1 else (EXACT,)
+    if keys.LOSS_JSON in info.metadata:
+        modes = (*modes, AUTO_MODE)
     found: list[Prediction] = []
     lessons: dict[str, tuple[int, str]] = {}
     hotness = read_hotness(info)

@@ -9,12 +9,13 @@ from dataclasses import dataclass, replace
 
 from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.options.words import (
-    BIG_LITTLE,
+    AUTO_MODE,
     CACHE,
     EXACT,
     HOST,
     LAYERS,
     LITTLE,
+    MODES,
 )
 
 from .disk import CHUNK_BYTES, read_size
@@ -106,8 +107,8 @@ class Case:
         s = self.settings
         # before an answer there is no saying how its misses will be shared between little and big
         big_rate, little_rate = self.rate(s.k), self.rate(s.little_k)
-        if s.mode == EXACT or not self.workload.experts:
-            return self.run(s.k, big_rate)
+        if s.mode in (EXACT, AUTO_MODE) or not self.workload.experts:
+            return self.run(s.k, big_rate * s.missed)
         little_s = self.run(s.little_k, little_rate)
         if s.mode == LITTLE:
             return little_s
@@ -329,4 +330,4 @@ def _all_measured(workload: Workload, measurements: Measurements, settings: Sett
     return all(
         measurements.get(product_name(product, settings.threads, n_expert=n, k=k, usual=usual)) is not None
         for product in workload.experts
-    ) and (settings.mode in (EXACT, LITTLE, BIG_LITTLE))
+    ) and (settings.mode in MODES)

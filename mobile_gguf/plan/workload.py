@@ -14,18 +14,21 @@ from typing import Any
 
 from mobile_gguf.errors import MobileError
 from mobile_gguf.generate.decode import default_little_k
+from mobile_gguf.generate.price_list import read_prices
 from mobile_gguf.gguf import keys
 from mobile_gguf.gguf.experts import expert_name
 from mobile_gguf.gguf.facts import Facts
 from mobile_gguf.gguf.header import TensorInfo, read_header
 from mobile_gguf.gguf.info import GgufInfo, block_number
 from mobile_gguf.memory.threads import default_threads
-from mobile_gguf.options import LoadOptions
-from mobile_gguf.options.words import BIG_LITTLE, DEFAULT_EVICTION, DEFAULT_IO_THREADS, EXACT
+from mobile_gguf.options import DEFAULT_MAX_KLD, LoadOptions
+from mobile_gguf.options.words import AUTO_MODE, BIG_LITTLE, DEFAULT_EVICTION, DEFAULT_IO_THREADS, EXACT
 
 _MAX_HOTNESS_BYTES = 1 << 24
 _F32 = 0
 
+# Of its budget mode auto spends so much: the rest is its margin.
+SPENT_SHARE = 0.75
 DEFAULT_BIG_SHARE = (0.2, 0.5, 0.9)  # low, expected, high: without calibration nobody knows
 
 
@@ -162,6 +165,7 @@ class Settings:
     flash_attn: bool = False
     big_share: tuple[float, float, float] = DEFAULT_BIG_SHARE
     by_head: bool = False
+    missed: float = 1.0  # in mode auto, of what exact misses
     device: str = ""  # what its measurements are called; empty: none
     vram_share: float = 0.0
     miss: str = "auto"
@@ -202,7 +206,17 @@ def make_settings(
         if wanted == BIG_LITTLE
         else DEFAULT_BIG_SHARE,
         by_head=by_head,
+        missed=missed_share(info, options, ram_share) if wanted == AUTO_MODE else 1.0,
     )
+
+
+def missed_share(info: GgufInfo, options: LoadOptions, ram_share: float) -> float:
+    """What mode auto misses of the bytes that exact does, by the file's prices; 1 where nothing is known."""
+    prices = read_prices(info)
+    max_kld = DEFAULT_MAX_KLD if options.max_kld is None else options.max_kld
+    if prices is None or max_kld <= 0 or ram_share >= 1:
+        return 1.0
+    return prices.missed_at(ram_share, SPENT_SHARE * max_kld)
 
 
 def big_share(

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
 from mobile_gguf import __version__
+from mobile_gguf.options.words import EXACT, MODES
 
 from .completions import ERRORS
 from .failures import ApiError
@@ -108,7 +109,7 @@ def _card(serving: Serving, name: str) -> dict[str, Any]:
         "gamma": model.gamma,
         "chats": model.can_generate,
         "embeddings": model.pooling or serving.settings.pooling,
-        "modes": ["exact", "little", "big-little"] if info.is_moe and info.n_expert_used > 1 else ["exact"],
+        "modes": list(MODES) if info.is_moe and info.n_expert_used > 1 else [EXACT],
     }
     return {
         "id": name,

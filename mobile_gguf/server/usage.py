@@ -16,6 +16,8 @@ _LARGEST = {
     "vram_budget_bytes",
     "resident_bytes_peak",
     "turns_left_out",
+    "budget",
+    "estimate",
 }
 
 

@@ -127,6 +127,10 @@ LLAMA_API int32_t mobile_set_n_expert_used(struct llama_context * ctx, int32_t k
 // changes outputs. the same per token, for the next decode only. k: [n_tokens], in batch order
 LLAMA_API int32_t mobile_set_batch_n_expert_used(struct llama_context * ctx, const int32_t * k, int32_t n_tokens);
 
+// changes outputs. of a token that runs with fewer experts the kept weights are divided by the mass of its k heaviest, and
+// not by their own: k = top-k leaves them as the model has them. k = 0: by their own
+LLAMA_API int32_t mobile_set_mass(struct llama_context * ctx, int32_t k);
+
 // starts reading, in layer order, the experts that the last little pass left out (ranks k+1..K):
 // hints for a run of the same position with all experts. returns how many experts or segments are not there yet and
 // were hinted, < 0: error; they are read as far as the disk has nothing else to do. with a device tier those in host
@@ -256,6 +260,7 @@ struct mobile_loss_params {
     float   margin;          // live: with at least 1 - margin of the missing one's probability; 0: off
     float   prior;           // prior: lambda, what residents gain, as a share of the range of the router's logits; 0: off
     int32_t admit;           // displaced experts that are read while the disk is idle: so many a layer and token at most
+    float   prompt_drop;     // of tokens computed together, a missing expert whose share of all their weight in the layer is below it is not computed; 0: off
 };
 
 LLAMA_API struct mobile_loss_params mobile_loss_default_params(void); // every rule off, the other values as published

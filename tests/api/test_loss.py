@@ -139,3 +139,45 @@ def test_an_answer_of_the_engine_says_what_it_lost():
     assert "dropped" in lost.receipt.summary()
     assert again.tokens == alone.tokens
     assert after.tokens == exact.tokens
+
+
+def test_an_unknown_model_learns_what_rungs_cost():
+    """Its first tokens are the exact ones; an exact answer afterwards is what it was."""
+    prompt = list(range(3, 20))
+    options = {"ram_budget": "30%", "vram_budget": "off", "warm": "off", "threads": 1, "n_ctx": 1024}
+    with load(tiny_models.path("olmoe"), max_kld=1.0, **options) as model:
+        exact = model.generate(prompt, max_tokens=64, temperature=0, mode="exact")
+        first = model.generate(prompt, max_tokens=64, temperature=0)
+        for seed in range(4):
+            later = model.generate(prompt, max_tokens=300, temperature=1.5, seed=seed)
+        again = model.generate(prompt, max_tokens=64, temperature=0, mode="exact")
+    assert first.tokens == exact.tokens == again.tokens
+    assert first.receipt.loss is not None
+    assert first.receipt.loss.estimate == 0
+    loss = later.receipt.loss
+    assert loss is not None
+    assert loss.estimate is not None
+    assert 0 < loss.estimate <= 1.0
+    assert loss.audited_tokens > 0
+    assert loss.audit_ms > 0
+    assert loss.dropped > 0
+    assert later.receipt.tokens_big == 300
+
+
+def test_a_prompt_may_leave_out_what_few_of_its_tokens_want():
+    prompt = [(7 * i) % 60 + 3 for i in range(40)]
+    options = {"ram_budget": "40%", "vram_budget": "off", "warm": "off", "threads": 1}
+    answer = {"max_tokens": 2, "temperature": 0, "cache_prompt": False}
+    with load(tiny_models.path("olmoe"), **options) as model:
+        exact = model.generate(prompt, **answer)
+        lost = model.generate(prompt, prompt_drop=0.05, **answer)
+        logprobs = model.prompt_logprobs(prompt)
+        model.configure(prompt_drop=0.05)
+        assert model.prompt_logprobs(prompt) == logprobs
+        after = model.generate(prompt, prompt_drop=0, **answer)
+    loss = lost.receipt.loss
+    assert loss is not None
+    assert loss.dropped > 0
+    assert (exact.receipt.loss, after.receipt.loss) == (None, None)
+    assert lost.receipt.expert_misses < exact.receipt.expert_misses
+    assert after.tokens == exact.tokens

@@ -10,12 +10,13 @@ import pytest
 import tiny_models
 from fake_backend import fake_info
 
-from mobile_gguf.bench import judge
-from mobile_gguf.bench.rungs import parse_rung
+from mobile_gguf.bench import judge, kept
 from mobile_gguf.engine.loss import LossRules
 from mobile_gguf.errors import UsageError
 from mobile_gguf.generate.decode import Policy
 from mobile_gguf.generate.head import Head
+from mobile_gguf.generate.pricing import cut_text
+from mobile_gguf.generate.rungs import parse_rung
 from mobile_gguf.gguf import keys
 
 HEAD = Head(np.zeros(64, np.float32), np.zeros(258, np.float32), 0.0, 0.4, 4, 0.1, 0.7)
@@ -66,12 +67,12 @@ def test_what_is_no_rung(text, head, says):
 
 def test_blocks_are_from_all_over_the_text():
     tokens = list(range(100))
-    assert judge.blocks_of(tokens, [7], 11, 33) == [
+    assert cut_text(tokens, [7], 11, 33) == [
         [7, *range(10)], [7, *range(40, 50)], [7, *range(90, 100)]
     ]  # fmt: skip
-    assert len(judge.blocks_of(tokens, [], 10, 10**6)) == 10
+    assert len(cut_text(tokens, [], 10, 10**6)) == 10
     with pytest.raises(UsageError, match="at least 120 are needed"):
-        judge.blocks_of(tokens, [], 60, 60)
+        cut_text(tokens, [], 60, 60)
 
 
 @pytest.fixture(scope="module")
@@ -131,3 +132,29 @@ def test_what_cannot_be_judged_is_one_line(tmp_path: Path, capsys: pytest.Captur
     lines = capsys.readouterr().err.strip().splitlines()
     assert [line.split(":")[0] for line in lines] == ["error"] * 4
     assert "experts or segments of one layer, which a pass needs at once" in lines[-1]
+
+
+def test_what_auto_keeps_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Of a model that has to learn what rungs cost."""
+    text = tmp_path / "text"
+    rng = np.random.default_rng(5)
+    text.write_text(" ".join("".join(rng.choice(list("etaoinsh"), 5)) for _ in range(900)))
+    arguments = [
+        str(tiny_models.path("olmoe")), "--text", str(text), "--budget", "25%", "--max-kld", "0,0.5",
+        "--texts", "3", "--tokens", "400", "--context", "200", "--prompt", "8",
+        "--out", str(tmp_path / "out"),
+    ]  # fmt: skip
+    assert kept.main([*arguments[:6], "0", *arguments[7:]]) == 1
+    assert "mode auto has no effect" in capsys.readouterr().err
+    assert kept.main([*arguments[:6], "0.5", *arguments[7:]]) == 0
+    record = json.loads((tmp_path / "out" / "kept.json").read_text())
+    rows = record["rows"]
+    assert [row["text"] for row in rows] == [0, 1, 2]
+    assert sum(row["audited"] for row in rows) >= 8
+    for row in rows:
+        assert row["kept"] == (row["kl"] <= 0.5)
+        assert row["missed_bytes"] > 0
+        assert 0 <= row["answers_kept"] <= row["answers"] == 2
+        assert row["error"] == (pytest.approx(row["estimate"] / row["kl"] - 1) if row["kl"] > 0 else 0)
+    assert rows[-1]["kl"] > 0
+    assert "| 25% | 0.5 |" in (tmp_path / "out" / "kept.md").read_text().replace("  ", " ")

@@ -30,6 +30,7 @@ from mobile_gguf.engine.binding import find_engine
 from mobile_gguf.errors import MobileError
 from mobile_gguf.generate.decode import Pass
 from mobile_gguf.generate.head import read_head
+from mobile_gguf.generate.price_list import read_prices
 from mobile_gguf.gguf.info import read_gguf_info
 
 CHILD = SUPPORT / "calibrate_child.py"
@@ -51,7 +52,8 @@ def engine() -> None:
 def calibrate(
     cache: Path, *arguments: str | int | Path, die_after: int = NEVER
 ) -> subprocess.CompletedProcess[str]:
-    words = [str(word) for word in ("-t", 1, *arguments)]
+    prices = () if "--price-blocks" in arguments else ("--price-blocks", 0)
+    words = [str(word) for word in ("-t", 1, *prices, *arguments)]
     command = [sys.executable, str(CHILD), str(die_after), *words]
     environment = os.environ | {"XDG_CACHE_HOME": str(cache), "COLUMNS": "100"}
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
@@ -82,7 +84,7 @@ def calibrated(demo_gguf: Path, text: Path, tmp_path_factory: pytest.TempPathFac
     plot = folder / "curves.svg"
     done = calibrate(
         folder / "cache", demo_gguf, "--text", text, "--tokens", N_TOKENS, "--out", out, "--plot", plot,
-        "--imatrix", folder / "imatrix.gguf",
+        "--imatrix", folder / "imatrix.gguf", "--price-blocks", 2,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return Run(folder, text, out, done.stdout, done.stderr.splitlines())
@@ -101,7 +103,10 @@ def test_the_transcript(calibrated: Run) -> None:
         lines[2],
     )
     assert lines[3].startswith("default        head > 0.")
-    table = [line for line in lines if line.startswith("| ")]
+    ladder = lines.index(
+        "rungs of the ladder, step by step; budgets are shares of all experts, KiB are of a token:"
+    )
+    table = [line for line in lines[:ladder] if line.startswith("| ")]
     names = [re.sub(r"\d\.\d+", "#", row.split("|")[1].strip()) for row in table[1:]]
     of_k = ["little", "confidence < #", "head > # (30%)"]
     assert names == ["big", *of_k, *of_k]
@@ -112,6 +117,7 @@ def test_the_transcript(calibrated: Run) -> None:
         "trade-off curves",
         "running the text",
         "neuron importance",
+        "pricing rungs",
         "writing demo.gguf",
         *(
             ["no setting of the head is within 1% of big's perplexity: the nearest is the default"]
@@ -122,6 +128,47 @@ def test_the_transcript(calibrated: Run) -> None:
         f"wrote {calibrated.out}",
     ]
     assert (calibrated.folder / "curves.svg").read_text().startswith("<?xml")
+
+
+def test_the_ladder_is_priced(calibrated: Run) -> None:
+    prices = stored(calibrated.out)["prices"]
+    assert prices["left_out"] == {}
+    assert [budget["share"] for budget in prices["budgets"]] == [0.125, 0.25, 0.5]
+    rows = [line.split("|")[1:-1] for line in calibrated.output.splitlines() if line.startswith("| 0.")]
+    for budget in prices["budgets"]:
+        by_name = {price["rung"]: price for price in budget["prices"]}
+        exact = by_name["exact"]
+        assert (exact["kl"], exact["agreement"], exact["displaced"]) == (pytest.approx(0, abs=1e-6), 1, 0)
+        for name in ("drop:0.25", "drop:0.5", "drop:1"):
+            assert by_name[name]["kl"] > 0
+            assert by_name[name]["demand_bytes"] < exact["demand_bytes"]
+        assert by_name["drop:0.25"]["demand_bytes"] > by_name["drop:1"]["demand_bytes"]
+        assert by_name["little:4"]["big"] == 0
+        shown = {row[1].strip(): row for row in rows if float(row[0]) == budget["share"]}
+        assert shown.keys() == by_name.keys()
+        assert shown["drop:1"][3].strip() == f"{by_name['drop:1']['kl']:.4f}"
+        assert shown["exact"][2].strip() == "hull"
+    assert "drop:1" in (calibrated.folder / "curves.svg").read_text()
+
+
+def test_mode_auto_goes_by_the_prices(calibrated: Run) -> None:
+    info = read_gguf_info(calibrated.out)
+    prices = read_prices(info)
+    assert prices is not None
+    assert set(prices.offers) == {0.125, 0.25, 0.5}
+    assert set(prices.model.of_rungs) > {"drop:0.5", "prior:0.1"}
+    with mobile_gguf.load(calibrated.out, max_kld=0.5, ram_budget="25%", vram_budget="off") as model:
+        assert model.notices == []
+        reply = model.generate("Once upon a time", temperature=0, max_tokens=48)
+        exact = model.generate("Once upon a time", temperature=0, max_tokens=48, mode="exact")
+    loss = reply.receipt.loss
+    assert loss is not None
+    assert loss.budget == 0.5
+    assert loss.estimate is not None
+    assert 0 < loss.estimate < 0.5
+    assert loss.dropped + loss.substituted + loss.little > 0
+    assert reply.receipt.bytes_read < exact.receipt.bytes_read
+    assert exact.receipt.loss is None
 
 
 def test_big_is_the_measure_of_the_others(calibrated: Run) -> None:

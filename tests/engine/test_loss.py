@@ -32,6 +32,10 @@ FAMILIES = {
     "deepseek3": ("sigmoid", True),
     "gpt-oss": ("chosen", True),
 }
+# of tokens that are computed together, and of kept weights that do not take over all of the sum
+TOGETHER = {"prompt": {"prompt_drop": 0.06}, "prompt, all but the heaviest": {"prompt_drop": 1.0, "keep": 1}}
+WITH_MASS = {"half the mass": {"drop": 2.0}, "as the model has them": {"drop": 2.0, "keep": 1}}
+MASS = {"half the mass": 3, "as the model has them": 8}
 COUNTS = ("n_layers", "n_missing", "n_dropped", "n_left_out", "n_substituted", "n_again", "moved_weight")
 
 
@@ -41,7 +45,8 @@ def transformers_logits() -> dict[str, np.ndarray]:
     models = [
         {
             "name": model, "spec": asdict(tiny_models.MODELS[model]), "scoring": scoring,
-            "normalised": normalised, "rules": {"off": {}, **RULES}, **scripted(model),
+            "normalised": normalised, "rules": {"off": {}, **RULES, **TOGETHER, **WITH_MASS}, "mass": MASS,
+            **scripted(model),
         }
         for model, (scoring, normalised) in FAMILIES.items()
     ]  # fmt: skip
@@ -93,6 +98,30 @@ def test_rules_equal_transformers(model: str) -> None:
         if rule != "off":
             assert np.abs(want - exact).max() > 20 * tolerance, f"{rule} does nothing on {model}"
             assert sum(counted[i][name] for name in ("n_dropped", "n_left_out", "n_substituted")) > 0
+
+
+@pytest.mark.parametrize("model", FAMILIES)
+def test_prompts_and_other_masses_equal_transformers(model: str) -> None:
+    reference, tolerance = transformers_logits(), tiny_models.MODELS[model].tolerance
+    text = text_of(model)
+    ops = set_up(model)
+    for rule, rules in TOGETHER.items():
+        ops += [{"op": "clear"}, {"op": "loss", "rules": rules}, {"op": "reset_counters"}]
+        ops += [{"op": "decode", "tokens": text, "save": rule}, {"op": "loss_counters"}]
+    for rule, rules in WITH_MASS.items():
+        ops += [{"op": "mass", "k": MASS[rule]}, *under(rules, text, rule)]
+    # one token at a time is no prompt, and nothing is missing of a whole token's mass
+    ops += under(TOGETHER["prompt"], text, "alone") + under(None, text, "off")
+    outcome = succeeded(on_engine(run("r", model, ops, "min", **F32)))
+    counted = outcome.ops("r", "loss_counters")
+    exact = reference[f"{model}/off"]
+    for rule in (*TOGETHER, *WITH_MASS):
+        want = reference[f"{model}/{rule}"]
+        assert np.abs(outcome.arrays[f"r/{rule}"] - want).max() <= tolerance, rule
+        assert np.abs(want - exact).max() > 20 * tolerance, rule
+    for i, rule in enumerate(TOGETHER):
+        assert counted[i]["n_dropped"] == reference[f"{model}/{rule}/n_dropped"] > 0, rule
+    assert_same_bits(outcome.arrays["r/alone"], outcome.arrays["r/off"], "a token alone")
 
 
 OFF_RULES: dict[str, dict[str, Any] | None] = {
@@ -155,6 +184,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "drop must be": {"drop": -0.5},
     "tau must be": {"tau": 2.0},
     "prior must be": {"substitute": oracle.PRIOR, "prior": 0.31},
+    "prompt_drop must be": {"prompt_drop": 1.5},
     "unknown rule": {"substitute": 9},
     "must not be negative": {"keep": -1},
     "keeps at least": {"substitute": oracle.PRIOR, "keep": 0},

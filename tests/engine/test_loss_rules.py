@@ -291,6 +291,13 @@ FAULTS = {
     "prior": ("params.prior*(high - low)", "params.prior*high"),
     "all": ("rank >= params.keep; --rank", "rank > params.keep; --rank"),
 }
+# ... and in that of tokens together
+FAULTS_TOGETHER = {
+    "rank < p.keep": "rank <= p.keep",
+    "p.prompt_drop*sum": "p.prompt_drop",
+    "!layer.resident[expert] && !kept": "!kept",
+    "tokens.size() < 2": "tokens.empty()",
+}
 
 
 @pytest.mark.parametrize("rule", FAULTS)
@@ -309,4 +316,55 @@ def test_a_planted_fault_is_caught(rule: str, tmp_path: Path):
                 layer, case.ids, case.weights, probs=case.probs, scores=case.scores, share_missing=share
             )
             differs = differs or ids.tolist() != want[0].tolist() or not np.allclose(weights, want[1])
+    assert differs
+
+
+def apply_together(library: ctypes.CDLL, rules: dict[str, Any], cases: list[Case]) -> tuple[Any, ...]:
+    ids = np.stack([case.ids for case in cases])
+    weights = np.stack([case.weights for case in cases])
+    resident = cases[0].resident.astype(np.uint8)
+    n_missing, n_dropped, moved = ctypes.c_uint64(), ctypes.c_uint64(), ctypes.c_double()
+    made = params(library, rules)
+    arrays = [ctypes.c_void_p(array.ctypes.data) for array in (resident, ids, weights)]
+    sums = map(ctypes.byref, (n_missing, n_dropped, moved))
+    library.loss_apply_together(ctypes.byref(made), len(cases), K, N_EXPERT, *arrays, *sums)
+    return ids, n_missing.value, n_dropped.value, moved.value
+
+
+@pytest.mark.parametrize(
+    "rules", [{"prompt_drop": 0.02}, {"prompt_drop": 0.06, "keep": 1}, {"prompt_drop": 1.0}]
+)
+@pytest.mark.parametrize("n_tokens", [1, 2, 5, 40])
+def test_a_prompt_leaves_out_what_few_of_its_tokens_want(library, rules, n_tokens):
+    for seed in range(20):
+        cases = [Case(100 * seed + i, SOFTMAX) for i in range(n_tokens)]
+        ids = np.stack([case.ids for case in cases])
+        weights = np.stack([case.weights for case in cases])
+        expected, moved = oracle.apply_together(rules, cases[0].resident, ids, weights)
+        found, n_missing, n_dropped, found_moved = apply_together(library, rules, cases)
+        assert found.tolist() == expected.tolist()
+        assert n_missing == n_dropped == (found < 0).sum()
+        assert found_moved == pytest.approx(moved)
+        if n_tokens == 1:
+            assert (found == ids).all()
+
+
+def test_a_prompt_that_may_lose_nothing_loses_nothing(library):
+    cases = [Case(i, SOFTMAX) for i in range(8)]
+    found, *counts = apply_together(library, {"prompt_drop": 0.0, "drop": 1.0}, cases)
+    assert found.tolist() == [case.ids.tolist() for case in cases]
+    assert counts == [0, 0, 0]
+
+
+@pytest.mark.parametrize("right", FAULTS_TOGETHER)
+def test_a_planted_fault_of_a_prompt_is_caught(right: str, tmp_path: Path):
+    text = (C_SOURCES / "route" / "mobile-loss.cpp").read_text()
+    assert right in text
+    broken = build(tmp_path, text.replace(right, FAULTS_TOGETHER[right]))
+    rules, differs = {"prompt_drop": 0.1}, False
+    for seed in range(40):
+        cases = [Case(100 * seed + i, SOFTMAX) for i in range(1 + seed % 6)]
+        ids, weights = (np.stack([getattr(case, name) for case in cases]) for name in ("ids", "weights"))
+        expected, _moved = oracle.apply_together(rules, cases[0].resident, ids, weights)
+        differs = differs or apply_together(broken, rules, cases)[0].tolist() != expected.tolist()
     assert differs

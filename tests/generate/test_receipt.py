@@ -36,6 +36,14 @@ def test_what_was_lost_is_said():
     assert Receipt(loss=loss).to_dict()["loss"]["moved_weight"] == 2.0
 
 
+def test_what_mode_auto_spent_is_said():
+    loss = Loss(budget=0.02, estimate=0.01234, audited_tokens=9, dropped=3, missing=5)
+    receipt = Receipt("auto", tokens_big=3, loss=loss)
+    assert receipt.spent == "KL 0.0123 of 0.02"
+    assert receipt.summary() == "3 big | KL 0.0123 of 0.02, 9 audited | 3 dropped of 5 missing"
+    assert Receipt(loss=Loss()).spent == Receipt().spent == ""
+
+
 def test_kinds_of_tokens_that_the_mode_does_not_have_are_left_out():
     assert Receipt("exact", tokens_big=3).summary() == "3 big"
     assert Receipt("little", tokens_big=1, tokens_little=2).summary() == "1 big · 2 little"

@@ -75,6 +75,18 @@ def test_what_would_change_the_answer_or_is_unknown_is_not(server: Any, name: st
     assert name in answer.json()["error"]["param"]
 
 
+def test_a_budget_of_divergence_is_a_field(server: Any) -> None:
+    answer = server.chat(max_kld=0.03, n=2).json()
+    receipt = answer["usage"]["receipt"]
+    assert receipt["mode"] == "auto"
+    assert (receipt["loss"]["budget"], receipt["loss"]["estimate"]) == (0.03, 0)
+    assert server.chat(mode="auto").json()["usage"]["receipt"]["loss"]["budget"] == 0.02
+    assert server.chat(max_kld=0).json()["usage"]["receipt"]["mode"] == "exact"
+    refused = server.chat(max_kld=-1)
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "max_kld"
+
+
 @pytest.mark.parametrize("name", ["\x00", "\x1b[31m", "a\nb", "\ud800"])
 def test_an_error_is_a_printable_line(server: Any, name: str) -> None:
     content = json.dumps({"messages": USER, name: 1}).encode()

@@ -49,4 +49,25 @@ extern "C" {
         }
         return (int) found.size();
     }
+
+    // tokens that are computed together. ids, weights: [n_tokens][k]; ids are changed
+    void loss_apply_together(const mobile_loss_params * params, int n_tokens, int k, int n_expert, const uint8_t * resident, int32_t * ids, float * weights,
+            uint64_t * n_missing, uint64_t * n_dropped, double * moved) {
+        mobile_loss_layer layer;
+        layer.params   = params;
+        layer.k        = k;
+        layer.n_expert = n_expert;
+        layer.resident = resident;
+
+        std::vector<mobile_loss_token> tokens(n_tokens);
+        for (int i = 0; i < n_tokens; ++i) {
+            tokens[i].ids     = ids     + i*k;
+            tokens[i].weights = weights + i*k;
+        }
+        mobile_loss_sums sums;
+        mobile_loss_apply_together(layer, tokens, sums);
+        *n_missing = sums.n_missing;
+        *n_dropped = sums.n_dropped;
+        *moved     = sums.moved_weight;
+    }
 }

@@ -52,6 +52,7 @@ def bind() -> ctypes.CDLL | None:
         "mobile_model_get_n_segments": (int32, [void_p]),
         "mobile_model_get_residency": (int32, [void_p, ctypes.POINTER(ctypes.c_uint8), ctypes.c_size_t]),
         "mobile_set_n_expert_used": (int32, [void_p, int32]),
+        "mobile_set_mass": (int32, [void_p, int32]),
         "mobile_set_batch_n_expert_used": (int32, [void_p, int32_p, int32]),
         "mobile_prefetch_masked": (int32, [void_p]),
         "mobile_set_prefetch": (int32, [void_p, int32]),
@@ -275,6 +276,11 @@ class Run:
     def op_set_k(self, op: dict[str, Any]) -> dict[str, Any]:
         assert mobile is not None
         return {"status": mobile.mobile_set_n_expert_used(self.ctx, op["k"])}
+
+    def op_mass(self, op: dict[str, Any]) -> dict[str, Any]:
+        """Of how many experts kept weights are divided by the mass."""
+        assert mobile is not None
+        return self.status(mobile.mobile_set_mass(self.ctx, op["k"]))
 
     def op_set_batch_k(self, op: dict[str, Any]) -> dict[str, Any]:
         assert mobile is not None

@@ -146,6 +146,8 @@ class FakeBackend:
         self.closed = False
         self.on_evaluate: Callable[[], None] = lambda: None
         self._experts = ALL_EXPERTS
+        self.mass = 0
+        self.auto: Any = None
         self.buddies: Buddies | None = None
         self.loss: LossRules | None = None  # in force
         self.losses: list[LossRules | None] = []  # of each evaluation
@@ -191,6 +193,9 @@ class FakeBackend:
 
     def use_loss(self, rules: LossRules | None) -> None:
         self.loss = rules
+
+    def use_mass(self, n: int) -> None:
+        self.mass = n
 
     def forward(self, tokens: list[int]) -> None:
         self.on_evaluate()

@@ -1,8 +1,8 @@
 """Transformers with the ladder of lossy rules behind its routers, for a scripted set of resident experts.
 
 stdin: {"out": npz path, "models": [{"name", "spec", "scoring", "normalised", "resident", "buddies",
-"shares", "tau", "rules"}]}. Writes logits [n_tokens, n_vocab] as "model/rule" for every rule, and what the
-oracle counted as "model/rule/NAME". A dropped expert keeps its place with a weight of 0.
+"shares", "tau", "rules", "mass"}]}. Writes logits [n_tokens, n_vocab] as "model/rule" for every rule, and
+what the oracle counted as "model/rule/NAME". A dropped expert keeps its place with a weight of 0.
 """
 
 from __future__ import annotations
@@ -32,9 +32,11 @@ class Router:
     def __init__(self, entry: dict[str, Any], layer: int) -> None:
         self.entry, self.layer = entry, layer
         self.state: oracle.Layer | None = None
+        self.rule = ""
 
-    def start(self, rules: dict[str, Any]) -> oracle.Layer:
+    def start(self, rule: str, rules: dict[str, Any]) -> oracle.Layer:
         entry, i = self.entry, self.layer
+        self.rule = rule
         _, logit, mass = SCORING[entry["scoring"]]
         self.state = oracle.Layer(
             np.array(entry["resident"][i], bool), rules, np.array(entry["buddies"][i]),
@@ -46,6 +48,14 @@ class Router:
         assert self.state is not None
         logits, weights, indices = output
         ids, kept = indices.numpy().copy(), weights.numpy().astype(np.float64)
+        rules = oracle.DEFAULTS | self.state.rules
+        if rules["prompt_drop"] > 0:
+            new, _moved = oracle.apply_together(rules, self.state.resident, ids, kept)
+            own = np.where(new >= 0, kept, 0.0)
+            if self.entry["normalised"]:
+                own *= kept.sum(-1, keepdims=True) / own.sum(-1, keepdims=True)
+            self.state.count("n_dropped", int((new < 0).sum()))
+            return logits, torch.from_numpy(own).to(weights.dtype), torch.from_numpy(ids)
         for t in range(len(ids)):
             probs = SCORING[self.entry["scoring"]][0](logits[t].numpy().astype(np.float64)).astype(np.float32)
             bias = getattr(module, "e_score_correction_bias", None)
@@ -56,7 +66,8 @@ class Router:
             )
             own = np.where(new >= 0, own, 0.0)
             if self.entry["normalised"] and own.sum() > 0:
-                own *= kept[t].sum() / own.sum()
+                heaviest = np.sort(kept[t])[::-1][: self.entry["mass"].get(self.rule, 0)].sum()
+                own *= kept[t].sum() / max(own.sum(), heaviest)
             ids[t], kept[t] = np.where(new >= 0, new, ids[t]), own
         return logits, torch.from_numpy(kept).to(weights.dtype), torch.from_numpy(ids)
 
@@ -84,7 +95,7 @@ def logits_of(entry: dict[str, Any]) -> dict[str, np.ndarray]:
     tokens = torch.from_numpy(reference_tokens(spec["config"]["vocab_size"]))[None].long()
     found: dict[str, np.ndarray] = {}
     for rule, rules in entry["rules"].items():
-        states = [router.start(rules) for router in routers]
+        states = [router.start(rule, rules) for router in routers]
         with torch.no_grad():
             found[rule] = model(tokens, use_cache=False).logits[0].float().numpy()
         for name in {name for state in states for name in state.counts}:

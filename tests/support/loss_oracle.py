@@ -12,6 +12,7 @@ import numpy as np
 DEFAULTS: dict[str, Any] = {
     "drop": 0.0, "little_on_miss": 0, "again_tokens": 8, "substitute": 0, "keep": 2, "substitutes_max": 3,
     "tau": 0.95, "beta": 0.6, "eta": 0.0, "margin": 0.25, "prior": 0.15, "admit": 1,
+    "prompt_drop": 0.0,
 }  # fmt: skip
 OFF, BUDDY, LIVE, PRIOR, RANDOM = range(5)  # enum mobile_substitute
 NEVER = -1e15
@@ -138,3 +139,21 @@ def apply(
             displace(slot, other, "n_substituted")
             n += 1
     return ids, weights
+
+
+def apply_together(
+    rules: dict[str, Any], resident: np.ndarray, ids: np.ndarray, weights: np.ndarray
+) -> tuple[np.ndarray, float]:
+    """Ids [n_tokens, k] of tokens that are computed together, by prompt_drop, and the weight it moved."""
+    rules = DEFAULTS | rules
+    asked = ids >= 0
+    heaviest = np.argsort(-weights, axis=-1, kind="stable")[:, : rules["keep"]]
+    kept = {int(e) for row, slots in zip(ids, heaviest, strict=True) for e in row[slots]}
+    total = weights[asked].sum(dtype=np.float64)
+    out, moved = ids.copy(), 0.0
+    for expert in {int(e) for e in ids[asked]} - kept:
+        here = ids == expert
+        if len(ids) > 1 and not resident[expert] and weights[here].sum() < rules["prompt_drop"] * total:
+            out[here] = -1
+            moved += float((weights / weights.sum(-1, keepdims=True))[here].sum())
+    return out, moved

@@ -281,6 +281,7 @@ class ChatScreen(ChatCommands):
             self.facts = event.facts
             if event.receipt is not None:
                 self.facts |= {"mode": event.receipt.mode, "little_k": event.receipt.little_k}
+                self.facts["spent"] = event.receipt.spent
         await view.end_stream()
         receipt = _receipt_line(event)
         if event.error and not view.text:

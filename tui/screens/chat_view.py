@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from mobile_gguf.options.words import AUTO_MODE
+
 from ..widgets.side_panel import SidePanel
 from ..widgets.title_bar import TitleBar
 from ..widgets.turn_view import AnswerView
@@ -87,7 +89,8 @@ class ChatView(ChatState):
         mode = self.app.settings.value("mode") or self.facts["mode"]
         experts = _share_in_memory(self.facts.get("store"))
         used = f" · {self.context_used}/{self.facts['n_ctx']} tokens" if self.context_used else ""
-        title.detail = f"{mode}{experts}{self.app.jobs_note()}{used}"
+        spent = f" {self.facts['spent']}" if mode == AUTO_MODE and self.facts.get("spent") else ""
+        title.detail = f"{mode}{spent}{experts}{self.app.jobs_note()}{used}"
 
 
 def _share_in_memory(store: dict[str, Any] | None) -> str:

@@ -29,6 +29,8 @@ _MORE = {
         ("hits", "how many of the needed experts were in memory"),
         ("read", "what the others took from the disk"),
         ("stalled", "how long the computation waited for them"),
+        ("KL 0.012 of 0.02", "mode auto: divergence from exact, as estimated, of what it may be"),
+        ("audited", "tokens that mode auto ran exactly as well, to know it"),
     ],
     "The expert map: a row for each layer, a column for each expert": [
         ("█ X", "hit, or missed, by the last token"),

@@ -46,7 +46,7 @@ function introduce(meta) {
   const { n_expert: n, n_expert_used: k, n_layer_moe: layers, ram_budget_bytes: budget, expert_bytes: all } = meta;
   const inMemory = budget === null ? "" : budget < all ? ` At most ${bytes(budget)} of them are in memory at once; the rest is read when a token needs it.` : " All of them may stay in memory.";
   $("facts").textContent = n ? `${bytes(meta.file_bytes)}, of which ${bytes(all)} are experts: ${n} in each of ${layers} layers, and a token uses ${k} of them.${inMemory}` : "";
-  $("modes").textContent = meta.modes.length > 1 ? `Mode exact uses all ${k}, little ${meta.little_k}, big-little ${meta.little_k} and then all ${k} where the model is unsure.` : "";
+  $("modes").textContent = meta.modes.length > 1 ? `Mode exact uses all ${k}, little ${meta.little_k}, big-little ${meta.little_k} and then all ${k} where the model is unsure, auto all but missing ones that it may do without.` : "";
 }
 
 async function watchMap() {

@@ -15,7 +15,7 @@ const number = (n) => n.toLocaleString("en");
 export function line(usage) {
   const cost = usage.receipt;
   const kinds = [`${cost.tokens_big} big`];
-  if (cost.mode !== "exact") kinds.push(`${cost.tokens_little} little`);
+  if (cost.mode !== "exact" && cost.mode !== "auto") kinds.push(`${cost.tokens_little} little`);
   if (cost.mode === "big-little") kinds.push(`${cost.tokens_fallback} fallback`);
   const parts = [kinds.join(" · ")];
   const onDevice = cost.device_hits + cost.device_misses;
@@ -23,6 +23,7 @@ export function line(usage) {
   if (cost.bytes_uploaded) parts.push(`${bytes(cost.bytes_uploaded)} uploaded`);
   const asked = cost.expert_hits + cost.expert_misses;
   if (asked) parts.push(`${percent(cost.expert_hits, asked)} hits`, `${bytes(cost.bytes_read)} read`, `${duration(cost.stall_ms)} stalled`);
+  if (cost.loss && cost.loss.budget !== null) parts.push(`KL ${cost.loss.estimate.toPrecision(3)} of ${cost.loss.budget}`);
   parts.push(`${usage.tokens_per_second.toFixed(1)} tok/s`);
   return parts.join(" | ");
 }
@@ -39,6 +40,10 @@ export function words(usage, meta) {
   if (onDevice) {
     const uploaded = `${bytes(cost.bytes_uploaded)} uploaded, which took ${duration(cost.upload_stall_ms)} of waiting`;
     found.push(["On the device", `${percent(cost.device_hits, onDevice)} of ${number(onDevice)} experts asked for were there; ${uploaded}`]);
+  }
+  if (cost.loss && cost.loss.budget !== null) {
+    const { estimate, budget, audited_tokens: audited } = cost.loss;
+    found.push(["Given up", `a divergence of ${estimate.toPrecision(3)} nats a token, as estimated, of ${budget}; ${audited} ${audited === 1 ? "token was" : "tokens were"} run exactly as well to know it`]);
   }
   const asked = cost.expert_hits + cost.expert_misses;
   if (!asked) return found;

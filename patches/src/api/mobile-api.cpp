@@ -93,6 +93,15 @@ int32_t mobile_set_n_expert_used(struct llama_context * ctx, int32_t k) {
     });
 }
 
+int32_t mobile_set_mass(struct llama_context * ctx, int32_t k) {
+    return mobile_guard([&] {
+        mobile_context & m = mobile_context_of(ctx);
+        mobile_require(k >= 0, "k must not be negative");
+        m.rules.set_mass(k);
+        return MOBILE_OK;
+    });
+}
+
 int32_t mobile_set_batch_n_expert_used(struct llama_context * ctx, const int32_t * k, int32_t n_tokens) {
     return mobile_guard([&] {
         mobile_context & m = mobile_context_of(ctx);

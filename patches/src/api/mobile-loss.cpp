@@ -24,6 +24,7 @@ static void check(const struct mobile_loss_params & p, int32_t n_used) {
     check_within(p.eta,    0.0f, INFINITY,       "eta");
     check_within(p.margin, 0.0f, 1.0f,           "margin");
     check_within(p.prior, 0.0f, 0.3f,           "prior"); // more of it makes fluent text that is wrong
+    check_within(p.prompt_drop, 0.0f, 1.0f,      "prompt_drop");
     mobile_require(p.substitute >= MOBILE_SUBSTITUTE_OFF && p.substitute <= MOBILE_SUBSTITUTE_RANDOM, "unknown rule of substitution");
     mobile_require(p.little_on_miss >= 0 && p.again_tokens >= 0 && p.keep >= 0 && p.substitutes_max >= 0 && p.admit >= 0,
         "the ladder's counts must not be negative");

@@ -41,7 +41,7 @@ bool mobile_loss_is_on(const mobile_loss_params & p) {
         case MOBILE_SUBSTITUTE_PRIOR:  if (p.prior > 0.0f) return true; break;
         default: break;
     }
-    return p.drop > 0.0f || p.little_on_miss > 0;
+    return p.drop > 0.0f || p.little_on_miss > 0 || p.prompt_drop > 0.0f;
 }
 
 bool mobile_loss_reads_scores(const mobile_loss_params & p) {
@@ -289,6 +289,42 @@ private:
 };
 
 } // namespace
+
+void mobile_loss_apply_together(const mobile_loss_layer & layer, const std::vector<mobile_loss_token> & tokens, mobile_loss_sums & sums) {
+    const mobile_loss_params & p = *layer.params;
+    if (p.prompt_drop <= 0.0f || tokens.size() < 2) {
+        return;
+    }
+    const int32_t k = layer.k;
+    std::vector<double>  weight(layer.n_expert, 0.0);
+    std::vector<uint8_t> kept  (layer.n_expert, 0);
+    std::vector<int32_t> order (k);
+    double sum = 0.0;
+    for (const mobile_loss_token & token : tokens) {
+        std::iota(order.begin(), order.end(), 0);
+        std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return token.weights[a] > token.weights[b]; });
+        for (int32_t rank = 0; rank < k; ++rank) {
+            const int32_t expert = token.ids[order[rank]];
+            if (expert >= 0) {
+                weight[expert] += token.weights[order[rank]];
+                sum            += token.weights[order[rank]];
+                kept  [expert] |= rank < p.keep;
+            }
+        }
+    }
+    for (const mobile_loss_token & token : tokens) {
+        const double of_token = std::accumulate(token.weights, token.weights + k, 0.0);
+        for (int32_t slot = 0; slot < k; ++slot) {
+            const int32_t expert = token.ids[slot];
+            if (expert >= 0 && !layer.resident[expert] && !kept[expert] && weight[expert] < p.prompt_drop*sum) {
+                sums.n_missing++; // no longer asked for where the others are counted
+                sums.n_dropped++;
+                sums.moved_weight += of_token > 0.0 ? token.weights[slot]/of_token : 0.0;
+                token.ids[slot] = -1;
+            }
+        }
+    }
+}
 
 void mobile_loss_apply(const mobile_loss_layer & layer, const mobile_loss_token & token, mobile_loss_sums & sums, std::vector<mobile_loss_displaced> & displaced) {
     ladder(layer, token, sums, displaced).run();

@@ -2,7 +2,8 @@
 //
 // Mechanism: one token in one layer, after the router's top-k and before anything is read. Missing is what would have to be
 // moved first: read from the file, or uploaded to a device that fetches its misses. Rules in rising order: `prior` chooses
-// anew, then each missing expert is dropped, left out, or replaced by one that is there; what no rule takes is read. An id
+// anew, then each missing expert is dropped, left out, or replaced by one that is there; what no rule takes is read. Of
+// tokens that are computed together, as a prompt's, `prompt_drop` drops an expert for all of them before. An id
 // of -1 means "not computed"; whether the kept weights take over the sum is the model's affair (the route op's).
 // Invariants: with every threshold at 0 ids and weights are untouched; the `keep` heaviest of a token are never touched; a
 // token's experts stay distinct; nothing here waits or asks for memory beyond its own scratch.
@@ -85,5 +86,7 @@ bool mobile_loss_reads_scores(const mobile_loss_params & params);
 // entropy of a token's weights over ln k: 1 where all are alike, 0 for one expert
 double mobile_loss_entropy(const float * weights, int32_t k);
 
-// applies the rules to a token. displaced: appended to
+// applies prompt_drop to tokens that are computed together; one alone is left as it is
+void mobile_loss_apply_together(const mobile_loss_layer & layer, const std::vector<mobile_loss_token> & tokens, mobile_loss_sums & sums);
+// applies the other rules to a token. displaced: appended to
 void mobile_loss_apply(const mobile_loss_layer & layer, const mobile_loss_token & token, mobile_loss_sums & sums, std::vector<mobile_loss_displaced> & displaced);

@@ -75,6 +75,7 @@ void mobile_route_loss::run(mobile_context & ctx, const mobile_route & route, mo
     l.kind          = route.kind;
     l.missing_share = missing_share(tokens, l.k);
     l.displaced     = displaced_at[layer].data();
+    mobile_loss_apply_together(l, tokens, sums);
     for (const mobile_loss_token & token : tokens) {
         displaced.clear();
         mobile_loss_apply(l, token, sums, displaced);

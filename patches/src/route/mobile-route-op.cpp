@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <functional>
 
 // a batch of more tokens than this passes through the cache: only its last tokens count as uses, the
 // others' experts go first
@@ -116,8 +117,19 @@ static void route_ids(const mobile_context & ctx, mobile_route & route, const gg
     }
 }
 
-// own: [K] of the ids that run, those skipped as well
-static void route_weights(const mobile_route & route, const ggml_tensor * dst, int64_t t, const float * own) {
+// the weight of the n heaviest of a token
+static float mass_of(const float * own, int64_t n_used, int64_t n) {
+    std::vector<float> weights(own, own + n_used);
+    std::partial_sort(weights.begin(), weights.begin() + n, weights.end(), std::greater<float>());
+    float sum = 0.0f;
+    for (int64_t i = 0; i < n; ++i) {
+        sum += weights[i];
+    }
+    return sum;
+}
+
+// own: [K] of the ids that run, those skipped as well. mass: what the kept ones are divided by is that of so many; 0: their own
+static void route_weights(const mobile_route & route, const ggml_tensor * dst, int64_t t, const float * own, int32_t mass) {
     const int64_t n_used = n_used_of(dst);
     const int32_t * ids  = routed_ids(dst, t);
     float * weights      = routed_weights(dst, t);
@@ -129,10 +141,11 @@ static void route_weights(const mobile_route & route, const ggml_tensor * dst, i
         sum_all  += weight_at(src_weights(dst), rank, t);
         sum_kept += weights[rank];
     }
-    // the kept experts take over the sum that the model gives its top-k
+    // the kept experts take over the sum that the model gives its top-k, or the share of it that so many would have
     if (route.renormalise && sum_kept != sum_all && sum_kept != 0.0f) {
+        const float divisor = mass > 0 ? std::max(sum_kept, mass_of(own, n_used, std::min((int64_t) mass, n_used))) : sum_kept;
         for (int64_t rank = 0; rank < n_used; ++rank) {
-            weights[rank] *= sum_all/sum_kept;
+            weights[rank] *= sum_all/divisor;
         }
     }
 }
@@ -278,7 +291,7 @@ static void run(mobile_route & route, ggml_tensor * dst) {
         lose(ctx, route, layer, dst);
     }
     for (int64_t t = 0; t < n_tokens; ++t) {
-        route_weights(route, dst, t, &r.weights[t*n_used_of(dst)]);
+        route_weights(route, dst, t, &r.weights[t*n_used_of(dst)], ctx.rules.mass_of_kept());
     }
     if (ctx.trace.is_on() || ctx.ring.is_watched()) {
         record_layer(ctx, route, layer, dst); // before the request changes what is resident

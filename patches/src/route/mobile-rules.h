@@ -38,6 +38,9 @@ public:
     void set_k(int32_t value) { k = value; }
     // of the next decode only, in batch order
     void set_batch(const int32_t * values, int32_t n_tokens) { batch.set(values, n_tokens); }
+    // of how many experts a token's kept weights take over the mass; 0: of those that are kept, so all of it
+    void    set_mass    (int32_t value) { mass = value; }
+    int32_t mass_of_kept() const { return mass; }
     // ids: [n_steps][n_layer][n_used]
     void set_replay  (const int32_t * ids, int32_t n_steps);
     void clear_replay() { replay.clear(); }
@@ -75,7 +78,8 @@ private:
     const int32_t n_layer;
     const int32_t n_used; // the model's top-k
 
-    int32_t              k = 0;
+    int32_t              k    = 0;
+    int32_t              mass = 0;
     mobile_mask          batch;  // of the next decode; empty: k
     std::vector<int32_t> replay; // [n_steps][n_layer][n_used]; empty: off
     int32_t              n_steps = 0;

@@ -9,6 +9,10 @@ static constexpr int VICTIM_SCAN = 8;
 
 // memory that is made present at a time, between two looks at what is asked for
 static constexpr uint64_t PREFAULT_BYTES = 2*1024*1024;
+// huge pages pay where they come at some GB/s, as cleared memory does. a virtual machine may have to get them from its host
+// first, at less than a disk's speed, and a fragmented one has to make them: no more of them after so many slow ones in a row
+static constexpr int64_t  SLOW_BYTES_PER_US = 1000; // of processor time
+static constexpr uint32_t SLOW_IN_A_ROW     = 3;
 
 // how much staler, in tokens, an expert must be for its slot to change shape
 static constexpr double RESHAPE_TOKENS = 64.0;
@@ -127,7 +131,13 @@ bool mobile_store::prefault_some(locked & lock) {
     // whole pages: the one that is shared with the slot before is there already
     const uint64_t first = mobile_round_up(begin*c->slot_bytes, page);
     const uint64_t last  = mobile_round_up((begin + n)*c->slot_bytes, page);
-    const bool ok = last <= first || mobile_prefault(c->arena + first, last - first);
+    int64_t spent_us = 0;
+    const bool ok = last <= first || mobile_prefault(c->arena + first, last - first, spent_us);
+    n_slow_in_a_row = spent_us*SLOW_BYTES_PER_US > (int64_t) (last - first) ? n_slow_in_a_row + 1 : 0;
+    if (huge_pages && n_slow_in_a_row == SLOW_IN_A_ROW) {
+        huge_pages = false;
+        mobile_huge_pages(c->arena + last, mobile_round_up(c->n_slots*c->slot_bytes, page) - last, false);
+    }
     lock.lock();
 
     prefaulting  = false;

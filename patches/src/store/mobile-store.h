@@ -347,6 +347,8 @@ private:
     uint64_t prefaulted   = 0; // ... of slots that nobody has used yet
     bool     can_prefault = false;
     bool     prefaulting  = false;
+    bool     huge_pages   = false;
+    uint32_t n_slow_in_a_row = 0;
     uint64_t n_transient  = 0; // experts that hold a slot and are transient
     uint64_t n_in_flight  = 0; // experts being loaded
     uint64_t transient_seq = 0;

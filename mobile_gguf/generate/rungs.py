@@ -1,18 +1,25 @@
-"""What a judged system is called: modes and lossy rules as one word, ``drop:0.75+prior:0.1``."""
+"""What a rung is called: modes and lossy rules as one word, ``drop:0.75+prior:0.1``.
+
+A calibrated file names its rungs so, and so does the command line of the judge.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mobile_gguf.engine.loss import OWN_TAU, RANDOM, LossRules
 from mobile_gguf.errors import UsageError
-from mobile_gguf.generate.decode import Policy, default_little_k
-from mobile_gguf.generate.head import Head
 from mobile_gguf.gguf import keys
 from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.options.words import BIG_LITTLE, BUDDY, CONFIDENCE, EXACT, HEAD, LITTLE, LIVE, PRIOR
+
+from .decode import Policy, default_little_k
+
+if TYPE_CHECKING:
+    from .head import Head
 
 # The rules by their words: which field the word sets besides a number behind its colon.
 _RULES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -30,35 +37,48 @@ _RULES: dict[str, tuple[str, dict[str, Any]]] = {
     "eta": ("eta", {}),
     "again": ("again_tokens", {}),
     "admit": ("admit", {}),
+    "prompt-drop": ("prompt_drop", {}),
 }
 _WHOLE = {"little_on_miss", "keep", "substitutes_max", "again_tokens", "admit"}
 _DEFAULTS = {"drop": 0.75}
-MODES = (EXACT, LITTLE, HEAD, CONFIDENCE)
+_MODES = (EXACT, LITTLE, HEAD, CONFIDENCE)
 
 
 @dataclass(frozen=True)
 class Rung:
-    """A system under judgement: its name, and the policy that decodes its tokens."""
+    """A way of losing: its name, and the policy that decodes its tokens."""
 
     name: str
     policy: Policy
 
 
-def parse_rung(text: str, info: GgufInfo, head: Head | None) -> Rung:
+def head_shares(info: GgufInfo) -> dict[str, float]:
+    """The head's thresholds in a calibrated file, by the share of tokens, in per cent, that are big."""
+    return json.loads(info.metadata.get(keys.HEAD_THRESHOLDS, "{}"))
+
+
+def parse_rung(
+    text: str, info: GgufInfo, head: Head | None, shares: Mapping[str, float] | None = None
+) -> Rung:
     """A Rung of parts joined by ``+``, a number behind a colon each.
 
     Modes: ``exact``, ``little:K``, ``head:SHARE`` of tokens that are big, in per cent, ``confidence:GAMMA``.
     Rules: ``drop:F``, ``little-on-miss:K``, ``buddy:TAU``, ``buddy-own:BETA`` with each layer's own tau,
-    ``live:MARGIN``, ``prior:LAMBDA``, ``random:TAU``, ``random-own:BETA``; their settings ``keep:N``,
-    ``rho:N``, ``beta:X``, ``eta:X``, ``again:TOKENS``, ``admit:N``. Raises UsageError.
+    ``live:MARGIN``, ``prior:LAMBDA``, ``random:TAU``, ``random-own:BETA``, ``prompt-drop:F``; their settings
+    ``keep:N``, ``mass:N`` (what kept weights are divided by), ``rho:N``, ``beta:X``, ``eta:X``,
+    ``again:TOKENS``, ``admit:N``. ``shares`` are the head's thresholds, by default the file's. Raises
+    UsageError.
     """
+    shares = head_shares(info) if shares is None else shares
     little_k = default_little_k(info.n_expert_used)
     policy, rules = Policy(EXACT, little_k=little_k), LossRules()
     for part in text.split("+"):
         word, _, number = part.strip().partition(":")
         value = _number(text, number) if number else None
-        if word in MODES:
-            policy = _mode(text, word, value, policy, info, head)
+        if word in _MODES:
+            policy = _mode(text, word, value, policy, info, head, shares)
+        elif word == "mass":
+            policy = replace(policy, mass=int(value or 0))
         elif word in _RULES:
             field, fixed = _RULES[word]
             if value is None and word == "little-on-miss":
@@ -70,13 +90,22 @@ def parse_rung(text: str, info: GgufInfo, head: Head | None) -> Rung:
                 changes[field] = int(value) if field in _WHOLE else value
             rules = replace(rules, **changes)
         else:
-            known = ", ".join([*MODES, *_RULES])
+            known = ", ".join([*_MODES, "mass", *_RULES])
             raise UsageError(f"{text!r} is no rung: {word!r} is none of {known}")
+    if rules.prompt_drop > 0:
+        policy = replace(policy, prompt_loss=LossRules(prompt_drop=rules.prompt_drop, keep=rules.keep))
+        rules = replace(rules, prompt_drop=0.0)
     return Rung(text, replace(policy, loss=rules if rules.is_on else None))
 
 
 def _mode(
-    text: str, word: str, value: float | None, policy: Policy, info: GgufInfo, head: Head | None
+    text: str,
+    word: str,
+    value: float | None,
+    policy: Policy,
+    info: GgufInfo,
+    head: Head | None,
+    shares: Mapping[str, float],
 ) -> Policy:
     if word == LITTLE:
         return replace(policy, mode=LITTLE, little_k=int(value or policy.little_k))
@@ -88,7 +117,6 @@ def _mode(
             raise UsageError(f"{text!r} needs an importance head: run `mobile-gguf calibrate {info.path}`")
         threshold = head.threshold
         if value is not None:
-            shares = json.loads(info.metadata.get(keys.HEAD_THRESHOLDS, "{}"))
             if str(int(value)) not in shares:
                 raise UsageError(f"{text!r}: the file has thresholds for {', '.join(shares)} per cent")
             threshold = shares[str(int(value))]

@@ -1,0 +1,302 @@
+"""Mode ``auto``: rungs of the ladder for a budget of divergence that is kept, and audits that check it.
+
+Before each token a rung is taken, from the lower hull of their prices, so that what has been spent stays
+within the budget's running mean; two neighbours of the hull are mixed token by token. What a token cost is
+foreseen (``loss_model``); a sampled share of tokens, at most ``AUDIT_SHARE`` of the time, is run exactly as
+well, over the lossy pass's row: then the KL of the two is known, and corrects what is foreseen of all others.
+An audit's KL is heavy-tailed, so tokens are drawn in proportion to what was foreseen of them (Hansen and
+Hurwitz), whose ratio is far steadier than the KL itself (``correction``); and a margin of two standard
+deviations is kept to the budget, wide while little is known and the answer short. A model that nobody
+calibrated runs exactly, but for tokens that are run both ways, until these say what a rung costs.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from mobile_gguf.engine.loss import LossRules
+from mobile_gguf.engine.structs import LossCounters
+from mobile_gguf.options.words import BUDDY, OFF, PRIOR
+
+from .correction import Correction, TextCorrection
+from .decode import ALL_EXPERTS, Pass, Steps
+from .loss_model import LossModel
+from .price_list import PriceList
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+# Of the time, what is foreseen of every token included.
+AUDIT_SHARE = 0.05
+# ... that is aimed at, so that what one audit takes longer than the last does not break the promise.
+_AIM = 0.045
+# Tokens between two audits at least, and what an audit is taken to cost, in tokens, before one was run.
+_CLOSEST, _FIRST_COST = 16, 1.5
+# Standard deviations that are kept to the budget.
+_MARGIN = 2.0
+# What is over or under the budget is made good within so many tokens.
+_WITHIN = 32
+# The most that is spent on a token, in budgets, to use up what was saved.
+_MOST = 4.0
+# Audits without which a model that nobody calibrated is run exactly.
+LEARNT = 8
+# The rungs of such a model, and the one that it is tried by.
+_STEPS, _TRIED = (0.25, 0.5, 0.75, 1.0, 1.5), 0.75
+# Rules that change nothing, but for what the engine connects: changing that anew takes it milliseconds.
+_NOTHING = 1e-9
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A rung that a token may be run by; ``rules`` None: exactly. ``kl`` is what it costs on average."""
+
+    name: str
+    rules: LossRules | None
+    kl: float
+
+
+class Auto:
+    """What a model's answers in mode ``auto`` share: its rungs, and what audits have taught.
+
+    ``share`` of all experts are in memory. ``prices`` None: nobody calibrated the model. ``can_audit`` says
+    whether its memory can be rolled back, as running a token again needs.
+    """
+
+    def __init__(
+        self, prices: PriceList | None, rules_of: dict[str, LossRules | None], share: float, can_audit: bool
+    ) -> None:
+        self.is_calibrated = prices is not None
+        self.can_audit = can_audit
+        self.model = prices.model if prices is not None else LossModel()
+        self.correction = Correction(self.model, self.is_calibrated)
+        if prices is not None:
+            hull = prices.hull(share)
+            self.rungs = _alike([Rung(offer.rung, rules_of[offer.rung], offer.kl) for offer in hull])
+        else:
+            self.rungs = [Rung("exact", None, 0.0)] + [
+                Rung(f"drop:{step:g}", LossRules(drop=step), (step / _TRIED) ** 1.5) for step in _STEPS
+            ]
+        self.seconds = 0.0  # of all tokens
+        self.audit_seconds = 0.0  # of them, for audits and what is foreseen
+        self._n_audits = 0
+        self._n_tokens = 0
+        self._of_audits = 0.0
+        self._tried = 0.0  # what was foreseen of tokens under the rung that an unknown model is tried by
+        self._n_tried = 0
+
+    @property
+    def is_known(self) -> bool:
+        """Whether it may be said what a rung costs."""
+        return self.is_calibrated or self._n_tried >= LEARNT
+
+    @property
+    def tried(self) -> Rung:
+        """The rung that tells what rungs cost, where nobody calibrated."""
+        return next(rung for rung in self.rungs if rung.rules is not None and rung.rules.drop == _TRIED)
+
+    @property
+    def audit_every(self) -> float:
+        """Tokens between two audits, so that they stay within their share of the time."""
+        if not self._n_audits or not self._n_tokens:
+            return _FIRST_COST / _AIM
+        left = max(_AIM / 3, _AIM - (self.audit_seconds - self._of_audits) / max(self.seconds, 1e-9))
+        cost = self._of_audits / self._n_audits / (self.seconds / self._n_tokens)
+        return max(_CLOSEST, cost / left)
+
+    @property
+    def may_audit(self) -> bool:
+        return self.can_audit and self._of_audits <= AUDIT_SHARE * self.seconds
+
+    def spend(self, max_kld: float, n_context: int) -> Spending:
+        """An answer's budget, after so many tokens."""
+        return Spending(self, max_kld, n_context)
+
+    def unit(self) -> float:
+        """What the rungs' ``kl`` are multiplied with: 1, or what is known of the one that was tried."""
+        return 1.0 if self.is_calibrated else self._tried / max(1, self._n_tried)
+
+    def took(self, seconds: float, foreseeing: float, audit: float) -> None:
+        """A token took so long, of it so much to foresee its cost and for its audit."""
+        self._n_tokens += 1
+        self.seconds += seconds
+        self.audit_seconds += foreseeing + audit
+        if audit > 0:
+            self._n_audits += 1
+            self._of_audits += audit
+
+    def audited(self, rung: Rung, whole: float) -> None:
+        """A token of ``rung``, of which ``whole`` was foreseen, was run exactly as well."""
+        if not self.is_calibrated and rung == self.tried:
+            self._tried += whole
+            self._n_tried += 1
+
+
+def _alike(rungs: Sequence[Rung]) -> list[Rung]:
+    """The rungs, all reading the router's scores if one of them does."""
+    if not any(rung.rules is not None and rung.rules.reads_scores for rung in rungs):
+        return list(rungs)
+    return [replace(rung, rules=_reading(rung.rules)) for rung in rungs]
+
+
+def _reading(rules: LossRules | None) -> LossRules | None:
+    if rules is None or rules.reads_scores:
+        return rules
+    if rules.substitute == OFF:
+        return replace(rules, substitute=PRIOR, prior=_NOTHING)
+    return replace(rules, eta=_NOTHING) if rules.substitute == BUDDY else rules
+
+
+class Spending:
+    """One answer's budget of ``max_kld`` nats a token: what was spent, and what the next token may.
+
+    ``n_context`` tokens are in the context before it, which lost nothing.
+    """
+
+    def __init__(self, auto: Auto, max_kld: float, n_context: int) -> None:
+        self.auto = auto
+        self.budget = max_kld
+        self.n_tokens = 0
+        self.n_audited = 0
+        self.audit_seconds = 0.0
+        self._n_context = n_context
+        self._moved = 0.0  # by the tokens that are in the context now, summed
+        self._foreseen = 0.0  # cost of all tokens, as calibrated
+        self.correction = TextCorrection(auto.correction)
+        self._own = 0.0  # the part of single passes, on average over the last ones
+        self._since_audit = 0.0  # ... summed
+        self._until_audit = 0.5  # of the usual distance, in what is foreseen
+        self._since_tried = 0
+        self._mixed = 0.0
+
+    @property
+    def estimate(self) -> float:
+        """The mean KL of the answer's tokens so far, as foreseen and corrected by audits, nats."""
+        if not self.n_tokens or not self._foreseen:
+            return 0.0
+        return self.correction.factor * self._foreseen / self.n_tokens
+
+    def allowed(self, n_tokens: int) -> float:
+        """What ``n_tokens`` may cost by the estimate, so that the budget holds although it may be off."""
+        model = self.auto.model
+        off = math.hypot(self.correction.deviation, model.token_deviation / math.sqrt(max(1, n_tokens)))
+        return n_tokens * self.budget / (1.0 + _MARGIN * off)
+
+    def choose(self) -> Rung:
+        """The rung of the next token."""
+        rungs = self.auto.rungs
+        if not self.auto.is_known:
+            return rungs[0]
+        n = self.n_tokens + 1
+        mean = self.allowed(n) / n
+        left = self.allowed(n) - self.estimate * self.n_tokens
+        rate = min(max(mean + (left - mean) / _WITHIN, 0.0), _MOST * mean)
+        if left <= 0:
+            return rungs[0]
+        unit = self.auto.unit() * self.correction.alarmed
+        above = next((i for i in range(1, len(rungs)) if rungs[i].kl * unit > rate), len(rungs))
+        if above == len(rungs):
+            return rungs[-1]
+        low, high = rungs[above - 1], rungs[above]
+        self._mixed += (rate - low.kl * unit) / ((high.kl - low.kl) * unit)
+        if self._mixed >= 1.0:
+            self._mixed -= 1.0
+            return high
+        return low
+
+    def run_token(self, steps: Steps, token: int) -> Pass:
+        """Run a generated token by the rung that it may have, and again with all experts if it is audited."""
+        started = time.perf_counter()
+        is_trial = self._is_trial()
+        rung = self.auto.tried if is_trial else self.choose()
+        steps.use_experts(ALL_EXPERTS)
+        before = steps.loss_counters()
+        steps.use_loss(rung.rules)
+        steps.forward([token])
+        moved = moved_share(before, steps.loss_counters())
+        self.n_tokens += 1
+        self._since_tried += 1
+        foreseeing = audit = 0.0
+        if moved > 0 or self._moved > 0:
+            since = time.perf_counter()
+            foreseeing, audit = self._account(steps, token, rung, moved, is_trial, since)
+        self._n_context += 1
+        self.audit_seconds += foreseeing + audit
+        self.auto.took(time.perf_counter() - started, foreseeing, audit)
+        return Pass.BIG
+
+    def _is_trial(self) -> bool:
+        auto = self.auto
+        is_due = self._since_tried >= auto.audit_every
+        if auto.is_known or not auto.may_audit or not is_due:
+            return False
+        self._since_tried = 0
+        return True
+
+    def _account(
+        self, steps: Steps, token: int, rung: Rung, moved: float, is_trial: bool, started: float
+    ) -> tuple[float, float]:
+        """What the token cost, measured if it is its turn; returns seconds for the forecast and the audit."""
+        import numpy as np
+
+        from .divergence import log_softmax, spread_of
+
+        model, before = self.auto.model, self._moved / max(1, self._n_context)
+        logits = steps.last_logits()
+        spread = spread_of(logits)
+        own, whole = model.own(rung.name, spread, moved), model.whole(rung.name, spread, moved, before)
+        self._own += (own - self._own) / min(self.n_tokens, _WITHIN)
+        self._since_audit += own
+        foreseen_at = time.perf_counter()
+        if not (is_trial or self._is_audit(own)):
+            self._foreseen += whole
+            self._moved += moved
+            return foreseen_at - started, 0.0
+        log_q = log_softmax(np.array(logits, np.float64))
+        kl = divergence_of(log_softmax(self._run_exactly(steps, token)), log_q)
+        self.correction.add(kl, own, self._since_audit)
+        self._since_audit = 0.0
+        self.auto.audited(rung, whole)
+        self.n_audited += 1
+        # its row is exact now; what the memory lost before it stays lost
+        self._foreseen += model.whole(rung.name, spread, 0.0, before)
+        extra = time.perf_counter() - (started if is_trial else foreseen_at)
+        return (0.0 if is_trial else foreseen_at - started), extra
+
+    def _is_audit(self, own: float) -> bool:
+        if own <= 0:
+            return False
+        self._until_audit -= own / self._own / self.auto.audit_every
+        if self._until_audit > 0 or not self.auto.may_audit:
+            return False
+        self._until_audit = max(self._until_audit + 1.0, 0.0)
+        return True
+
+    def _run_exactly(self, steps: Steps, token: int) -> npt.NDArray[np.float64]:
+        import numpy as np
+
+        steps.step_back()
+        steps.use_loss(None)
+        steps.forward([token])
+        return np.array(steps.last_logits(), np.float64)
+
+
+def divergence_of(exact: npt.NDArray[np.float64], log_q: npt.NDArray[np.float64]) -> float:
+    """KL of two rows of log probabilities, never below 0; infinite where they are no numbers."""
+    import numpy as np
+
+    from .divergence import divergence
+
+    there = exact > -np.inf
+    kl = float(divergence(exact[there], log_q[there]))
+    return max(0.0, kl) if kl == kl else math.inf
+
+
+def moved_share(before: LossCounters, after: LossCounters) -> float:
+    """The mean share of a token's weight in a layer that rules touched between two readings."""
+    n_layers = after.n_layers - before.n_layers
+    return (after.moved_weight - before.moved_weight) / n_layers if n_layers > 0 else 0.0
