@@ -51,6 +51,8 @@ from .words import Notice, speaks_python
 
 if TYPE_CHECKING:
     from mobile_gguf.engine.experts import Experts
+    from mobile_gguf.generate.sessions import Sessions
+    from mobile_gguf.memory.fit import Fit
 
 logger = logging.getLogger("mobile_gguf")
 
@@ -97,7 +99,8 @@ def load(
         raise EngineError(missing) from None
     if Path(model).expanduser().is_dir() and os.fspath(model) != "demo":
         notices = [f"{model} is a folder: {path.name}, the only model in it, is used", *notices]
-    return Model(backend, info, settings, notices)
+    n_ctx = getattr(backend, "context_tokens", None)  # not of a scripted one
+    return Model(backend, info, settings, notices, n_ctx=n_ctx)
 
 
 def check_model(model: str | os.PathLike[str], progress: Callable[[str, float], None] | None = None) -> None:
@@ -127,7 +130,13 @@ class Model:
     n_ctx: int
 
     def __init__(
-        self, backend: Backend, info: GgufInfo, options: LoadOptions, notices: Iterable[str] = ()
+        self,
+        backend: Backend,
+        info: GgufInfo,
+        options: LoadOptions,
+        notices: Iterable[str] = (),
+        *,
+        n_ctx: int | None = None,
     ) -> None:
         self.info = info
         self.options = options
@@ -141,7 +150,7 @@ class Model:
         self._active: weakref.ref[Generator[Chunk, None, None]] | None = None
         self._totals = Counters()
         self._device_totals = DeviceCounters()
-        self.n_ctx = context_size(info, options.n_ctx)
+        self.n_ctx = n_ctx or context_size(info, options.n_ctx)
         for notice in notices:
             self._notify(notice)
         try:
@@ -556,6 +565,16 @@ class Model:
     def experts(self) -> Experts:
         """The live view of the experts: where each is, and what was just asked for. For any thread."""
         return self._experts
+
+    @property
+    def fit(self) -> Fit | None:
+        """Where the memory of this process goes; None where nothing was planned, on a stock library."""
+        return getattr(self._require_open(), "fit", None)
+
+    @property
+    def sessions(self) -> Sessions | None:
+        """The conversations on disk that prompts continue; None if there are none (``session_cache``)."""
+        return getattr(self._require_open(), "sessions", None)
 
     @property
     def budget_bytes(self) -> int | None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mobile_gguf.engine.devices import Device
     from mobile_gguf.engine.experts import Experts
     from mobile_gguf.engine.loss import Buddies
+    from mobile_gguf.engine.split import Split
     from mobile_gguf.gguf.info import GgufInfo
 
     from .auto import Auto
@@ -51,6 +52,7 @@ class Backend(Protocol):
     store: ModelInfo | None  # None without an expert store
     has_engine: bool
     device: DeviceTier | None  # None without slots on a device
+    split: Split | None  # None where experts are kept whole
     threads: FollowingThreads | None  # None where their number is fixed
     devices: tuple[Device, ...]  # that the model is on; none: the host alone
     auto: Auto | None  # what mode auto knows of the model; None before it was asked for

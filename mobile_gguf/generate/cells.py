@@ -82,14 +82,16 @@ class Cells:
     def turn_to(self, prompt: list[int], only_big: bool) -> None:
         """Put the tokens here away if ``prompt`` goes on with others, or drops many of them."""
         n_here = self.n_usable(prompt, only_big)
-        kept, n_there = self.cache.best(prompt, only_big)
-        if self._copies(prompt, only_big, max(n_here, n_there) + LEAST_TOKENS):
-            return
-        if kept is None or n_there < n_here + LEAST_TOKENS:
-            if len(self.tokens) >= common_length(self.tokens, prompt) + LEAST_TOKENS:
-                self.put_away()
-            return
-        self.cache.take(kept)
+        kept = None
+        while kept is None:  # what is on disk may be gone by now
+            found, n_there = self.cache.best(prompt, only_big)
+            if self._copies(prompt, only_big, max(n_here, n_there) + LEAST_TOKENS):
+                return
+            if found is None or n_there < n_here + LEAST_TOKENS:
+                if len(self.tokens) >= common_length(self.tokens, prompt) + LEAST_TOKENS:
+                    self.put_away()
+                return
+            kept = self.cache.take(found)
         self.put_away()
         self.forget()
         has_room = self.scheduler.make_room(self, len(kept.tokens))
@@ -113,18 +115,21 @@ class Cells:
         self.tokens, self._n_big = other.tokens[:n], min(other._n_big, n)
         return True
 
-    def put_away(self) -> None:
-        """Keep a copy of what is in the context, if there is room and it is worth it."""
+    def put_away(self, stays: bool = True) -> None:
+        """Keep a copy of what is in the context, if there is room and it is worth it; on disk, if it may not
+        stay in memory."""
         n = len(self.tokens)
         if not self._is_wanted or n < LEAST_TOKENS or not self.cut():
             return
         checkpoints = None if self._checkpoints is None else list(self._checkpoints)
         beside = sum(one.n_bytes for one in checkpoints or ())  # which move with it, or are kept by both
-        if not self.cache.make_room(self.tokens, self.decoder.state_bytes(number=self.number), beside):
+        n_bytes = self.decoder.state_bytes(number=self.number)
+        stays = stays and self.cache.make_room(self.tokens, n_bytes, beside)
+        if not stays and not self.cache.may_pass(n_bytes, beside):
             return
         state = self.decoder.save(number=self.number)
         if state is not None:
-            self.cache.put(Kept(list(self.tokens), self._n_big, state, checkpoints))
+            self.cache.put(Kept(list(self.tokens), self._n_big, state, checkpoints), stays)
 
     def give_way(self) -> None:
         """Put the tokens away; those of an answer that is made come back."""

@@ -22,10 +22,12 @@ from mobile_gguf.engine.experts import ContextExperts, Experts
 from mobile_gguf.engine.guarded import GuardedCalls
 from mobile_gguf.engine.loss import Buddies
 from mobile_gguf.engine.rpc import context_loss
+from mobile_gguf.engine.split import Split
 from mobile_gguf.engine.structs import ModelInfo
 from mobile_gguf.engine.warm import WarmSet
 from mobile_gguf.errors import EngineError
 from mobile_gguf.gguf.info import GgufInfo
+from mobile_gguf.memory.fit import Fit
 from mobile_gguf.memory.spare import SpareMemory
 
 from .auto import Auto
@@ -44,6 +46,7 @@ from .prefix_cache import PrefixCache
 from .sampler import Sampler
 from .scheduler import Scheduler
 from .sequence import TokenSequence
+from .sessions import Sessions
 from .threads import FollowingThreads
 from .vocabulary import Vocabulary
 
@@ -55,7 +58,8 @@ class MobileLlama(Counted):
     be made at once, by tasks of ``scheduler``; ``in_turn``: with the results that each has alone. Without an
     engine (a stock library), or for a model that it holds no experts of (``store`` is None), all is big.
     Decoding raises ExpertReadError or EngineError and leaves the object usable. In ``cache_bytes`` texts are
-    kept that others have put out of the context, where memory is free beside ``planned_bytes`` for all else.
+    kept that others have put out of the context, where memory is free beside ``planned_bytes`` for all else,
+    within ``total_bytes`` if so many are promised; ``sessions`` keeps them when this is closed.
     ``options`` are Native's.
     """
 
@@ -68,6 +72,8 @@ class MobileLlama(Counted):
         n_ctx: int,
         cache_bytes: int = 0,
         planned_bytes: int = 0,
+        total_bytes: int = 0,
+        sessions: Sessions | None = None,
         n_sequences: int = 1,
         grows: bool = False,
         in_turn: bool = False,
@@ -78,11 +84,14 @@ class MobileLlama(Counted):
         self.threads: FollowingThreads | None = None  # set by loading, where they follow the machine
         self.auto: Auto | None = None  # set by the first policy of mode auto
         self.warm: WarmSet | None = None  # set by loading, where it is on
+        self.split: Split | None = None  # set by loading, where experts are not kept whole
+        self.fit: Fit | None = None  # set by loading, where it was planned
         self.store: ModelInfo | None = None
         self.engine: Engine | None = None  # while there is a store to ask it about
         self.has_engine = engine is not None
         self._seed = 0
-        cache = PrefixCache(cache_bytes, SpareMemory(planned_bytes).bytes_beside)
+        self.sessions = sessions
+        cache = PrefixCache(cache_bytes, SpareMemory(planned_bytes, total_bytes).bytes_beside, sessions)
         self.native = Native(
             path, devices=self.devices, n_ctx=n_ctx, n_sequences=n_sequences, is_apart=in_turn, **options
         )
@@ -141,6 +150,11 @@ class MobileLlama(Counted):
         return self.native.n_ubatch
 
     @property
+    def context_tokens(self) -> int:
+        """Tokens that a text may have."""
+        return self.sequence.n_max
+
+    @property
     def model(self) -> Any:
         """llama.cpp's address of the model."""
         return self.native.model
@@ -151,18 +165,21 @@ class MobileLlama(Counted):
         return self.native.ctx
 
     def close(self) -> None:
-        """Free the model, and end the process that renders its template; what was used is remembered."""
+        """Free the model and end the process that renders its template, once what was used is remembered and
+        what was said is written."""
         self._prompts.close()
         self.scheduler.close()
         warm, self.warm = self.warm, None
         try:
-            if warm is not None and not sys.is_finalizing():
-                warm.remember()
+            if not sys.is_finalizing():
+                self.scheduler.end()
+                if warm is not None:
+                    warm.remember()
         finally:
             self.native.close()
 
     def __del__(self) -> None:
-        if hasattr(self, "_prompts"):  # a load may have failed
+        if hasattr(self, "scheduler"):  # a load may have failed
             self.close()
 
     # generation

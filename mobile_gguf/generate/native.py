@@ -17,7 +17,14 @@ from mobile_gguf.engine.devices import Device, device_array
 from mobile_gguf.engine.forks import abandon_in_children
 from mobile_gguf.engine.guarded import NoContextError
 from mobile_gguf.gguf.caches import padded_context
+from mobile_gguf.options.words import F16, Q4_0, Q8_0
 
+# of what keys and values may be kept as
+GGML_TYPES = {
+    F16: llama_cpp.GGML_TYPE_F16,
+    Q8_0: llama_cpp.GGML_TYPE_Q8_0,
+    Q4_0: llama_cpp.GGML_TYPE_Q4_0,
+}
 _ALL_LAYERS = 0x7FFFFFFF
 _SHORT = 1 << 10
 

@@ -204,6 +204,17 @@ class Scheduler:
         """No answers will be made any more."""
         self._aside.close()
 
+    def end(self) -> None:
+        """Have all texts written that outlive the model, those in the context last."""
+        cache = self.sequences[0].cache
+        disk = cache.disk
+        if disk is not None and disk.is_open:
+            disk.flush()
+            cache.clear()
+            for sequence in sorted(self.sequences, key=lambda one: one.used_at):
+                sequence.put_away(stays=False)
+            disk.close()
+
     def _wake(self, wish: Wish, *value: Any, error: BaseException | None = None) -> None:
         assert wish.task is not None
         self._go_on(wish.task, *value, error=error)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mobile_gguf.gguf.caches import padded_context
+from mobile_gguf.gguf.caches import F16_KV, KvTypes, padded_context
 from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.options import LoadOptions
 from mobile_gguf.options.words import AUTO_PARALLEL
@@ -27,10 +27,10 @@ class Sequences:
             return ""
         return f" for each of {self.n} answers" if self.is_apart else f" for {self.n} answers at once"
 
-    def kept_bytes(self, info: GgufInfo, n_ctx: int, flash_attn: bool) -> int:
+    def kept_bytes(self, info: GgufInfo, n_ctx: int, flash_attn: bool, kv: KvTypes = F16_KV) -> int:
         """Keys, values and states of all of them; ``n_ctx`` tokens, of each if they are apart."""
         caches = info.caches
-        rows = caches.n_bytes(padded_context(n_ctx), flash_attn) - caches.state_bytes
+        rows = caches.n_bytes(padded_context(n_ctx), flash_attn, kv) - caches.state_bytes
         return rows * (self.n if self.is_apart else 1) + caches.state_bytes * self.n
 
     def logits_bytes(self, info: GgufInfo) -> int:

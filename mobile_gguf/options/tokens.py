@@ -7,9 +7,22 @@ from typing import Any, Final, Literal
 
 from mobile_gguf.errors import UsageError, shown
 
+from .words import AUTO, OFF, ON
+
 MAX_TOKENS = 1 << 24
 MAX_PARALLEL = 64
 _AUTO: Final = "auto"
+_SWITCH: dict[str, bool | Literal["auto"]] = {ON: True, OFF: False, AUTO: AUTO}
+
+
+def parse_switch(value: Any) -> bool | Literal["auto"]:
+    """Read ``on``, ``off`` or ``auto``; True and False are the first two. Raises UsageError."""
+    if isinstance(value, bool):
+        return value
+    found = _SWITCH.get(value.strip().lower()) if isinstance(value, str) else None
+    if found is None:
+        raise UsageError(f"{shown(value)} is neither True, False nor auto: write on, off or {AUTO}")
+    return found
 
 
 def parse_tokens_or_auto(value: Any) -> int | Literal["auto"]:

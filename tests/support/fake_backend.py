@@ -122,6 +122,7 @@ class FakeBackend:
         important: Sequence[float | None] = (),
     ) -> None:
         self.model = model
+        self.split = None
         self.head = head
         self.important = list(important)
         self.n_ctx = n_ctx
