@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,7 +32,6 @@ from mobile_gguf.memory.spare import SpareMemory
 
 from .auto import Auto
 from .chat_prompt import ChatPrompts
-from .constraint.making import constraint_of
 from .constraint.matching import Constraint
 from .constraint.table import TableReader
 from .costs import Meter
@@ -47,11 +46,12 @@ from .sampler import Sampler
 from .scheduler import Scheduler
 from .sequence import TokenSequence
 from .sessions import Sessions
+from .spoken import Spoken
 from .threads import FollowingThreads
 from .vocabulary import Vocabulary
 
 
-class MobileLlama(Counted):
+class MobileLlama(Counted, Spoken):
     """A model and a context whose single-token steps run little, big, or little with fallback.
 
     What decides that is the policy of the answer's sequence. As many answers as the context has sequences may
@@ -273,47 +273,6 @@ class MobileLlama(Counted):
     def reset_counters(self) -> None:
         """Count anew, while no answer is made."""
         self.scheduler.restart_counters()
-
-    def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
-        """Token ids of UTF-8 text; ``add_bos``: with what the model adds, ``special``: control tokens."""
-        return self.calls.tokenize(text, add_bos, special)
-
-    def is_end(self, token: int) -> bool:
-        """Whether ``token`` ends an answer (any of the model's end-of-generation tokens)."""
-        return self.calls.is_end(token)
-
-    def piece(self, token: int, special: bool = False) -> bytes:
-        """A token's bytes; control tokens are empty unless ``special``."""
-        return self.calls.piece(token, special)
-
-    def check_fits(self, text: bytes, n_tokens: int) -> None:
-        """Raise PromptTooLongError for a text that cannot be so few tokens."""
-        self.vocabulary.check_fits(text, n_tokens)
-
-    def render_chat(
-        self, messages: list[dict[str, Any]], *, special: bool = False, **values: Any
-    ) -> list[int]:
-        """Prompt tokens for ``messages`` by the GGUF's template, by ChatML if it has none.
-
-        ``values`` (``tools``, ``enable_thinking``) are what the template may use besides. What is written in
-        messages and values is text; ``special`` reads control tokens in it.
-        Raises UsageError if the template refuses them, PromptTooLongError if they cannot fit.
-        """
-        return self.scheduler.aside(lambda: self._prompts.tokens(messages, values, special=special))
-
-    def make_grammar(
-        self, grammar: str | None, json_schema: Any, should_stop: Callable[[], bool] | None = None
-    ) -> Constraint | None:
-        """What an answer is to follow, of GBNF text or a JSON schema; raises UsageError if it cannot."""
-        if grammar is None and json_schema is None:
-            return None
-        return self.scheduler.aside(
-            lambda: constraint_of(self._tables.table(should_stop), grammar, json_schema, should_stop)
-        )
-
-    def prepare_constraints(self) -> None:
-        """Make what the first answer under a grammar would wait for."""
-        self._tables.prepare()
 
     def _token_text(self, token: int) -> str:
         return self.calls.text(token) if token >= 0 else ""
