@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mobile_gguf.engine.structs import Counters, DeviceCounters
-from mobile_gguf.generate.answer import Backend
+from mobile_gguf.generate.backend import Backend
 from mobile_gguf.generate.decode import Policy
 from mobile_gguf.memory.split import split_of
 from mobile_gguf.sizes import format_bytes

@@ -152,7 +152,7 @@ _PREFETCH_COUNTS = (
     "n_passes",
     "n_passes_on",
 )
-_PREFETCH_STATES = (
+PREFETCH_STATES = (
     "mode",
     "by_router",
     "next_on",
@@ -221,7 +221,7 @@ class PrefetchCountersStruct(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_uint64) for name in _PREFETCH_COUNTS),
-        *((name, ctypes.c_int32) for name in _PREFETCH_STATES),
+        *((name, ctypes.c_int32) for name in PREFETCH_STATES),
     ]
 
 

@@ -12,7 +12,7 @@ from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.options import LoadOptions
 from mobile_gguf.options.words import OFF, ON
 
-from .answer import Backend
+from .backend import Backend
 
 
 def asked_flags(options: LoadOptions) -> str:

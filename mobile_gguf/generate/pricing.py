@@ -134,7 +134,7 @@ def opened(
     try:
         if llama.store is None:
             raise UsageError(f"{info.path.name} has no experts that the engine could hold")
-        llama.sequence.head, llama.decoder.buddies = head, buddies
+        llama.decoder.head, llama.decoder.buddies = head, buddies
         if kept is not None:
             set_split(engine, llama.ctx, Split((kept,) * info.n_layer, (0.0,) * info.n_layer))
         yield llama

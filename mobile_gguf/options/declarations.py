@@ -14,7 +14,7 @@ from mobile_gguf.sizes import AUTO, Size, parse_bytes, parse_bytes_or_off, parse
 
 from .bias import parse_bias, take_bias
 from .opt import Checked, Opt, take_parsed, take_schema, take_texts
-from .tokens import MAX_TOKENS, parse_switch, parse_tokens_or_auto
+from .tokens import MAX_TOKENS, parse_parallel, parse_switch, parse_tokens_or_auto
 from .words import AUTO as AUTO_SWITCH
 from .words import (
     AUTO_MODE,
@@ -290,6 +290,24 @@ class LoadOptions(Checked):
             help="free memory for conversations that others put out of the context: auto (2 GiB), or off",
         ),
     ] = AUTO
+    parallel: Annotated[
+        int | Literal["auto"] | None,
+        Opt(
+            *("-np", "--parallel"),
+            read=parse_parallel,
+            metavar="N",
+            help="answers of a server or a batch made at once, sharing the context; auto: as many as pay"
+            " (default: 1, serve: 4)",
+        ),
+    ] = None
+    deterministic: Annotated[
+        bool,
+        Opt(
+            "--deterministic",
+            is_flag=True,
+            help="several at once: each exactly as alone, with a context and decodes of its own; slower",
+        ),
+    ] = False
     session_cache: Annotated[
         Size | Literal["off"],
         Opt(

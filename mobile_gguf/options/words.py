@@ -31,6 +31,7 @@ DEFAULT_IO_THREADS = 4
 
 # how many tokens of a prompt are computed at once: as streaming experts costs
 AUTO_UBATCH: Final = "auto"
+AUTO_PARALLEL: Final = "auto"
 
 # flash attention: where it is needed; and the context: what fits
 AUTO: Final = "auto"
