@@ -115,18 +115,23 @@ def price_ladder(
         for share in shares
     }
     mixed = [rung.name for rung in rungs if _may_be_mixed(rung) and rung.name not in left_out]
-    model = fit_loss_model(
-        {name: [found[share, name, 0] for share in shares] for name in mixed},
+    fitted = fit_loss_model(
+        {(share, name): found[share, name, 0] for share in shares for name in mixed},
         {name: found[middle, name, _AUDIT_EVERY] for name in mixed},
+        middle,
     )
-    if model is None:
+    if fitted is None:
         return Prices(rows, None, left_out)
-    listed = {EXACT, *model.of_rungs}
+    factors = fitted.factors | {(share, EXACT): (1.0, 1.0) for share in shares}
     offers = {
-        share: [Offer(row.rung, row.kl, row.demand_bytes) for row in of_share if row.rung in listed]
+        share: [
+            Offer(row.rung, row.kl, row.demand_bytes, *factors[share, row.rung])
+            for row in of_share
+            if (share, row.rung) in factors
+        ]
         for share, of_share in rows.items()
     }
-    return Prices(rows, PriceList(offers, model), left_out)
+    return Prices(rows, PriceList(offers, fitted.model), left_out)
 
 
 def hull_names(rows: Sequence[Price]) -> set[str]:

@@ -72,7 +72,7 @@ class Auto:
     ) -> None:
         self.is_calibrated = prices is not None
         self.can_audit = can_audit
-        self.model = prices.model if prices is not None else LossModel()
+        self.model = prices.model_at(share) if prices is not None else LossModel()
         self.correction = Correction(self.model, self.is_calibrated)
         if prices is not None:
             hull = prices.hull(share)

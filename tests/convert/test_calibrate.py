@@ -156,7 +156,7 @@ def test_mode_auto_goes_by_the_prices(calibrated: Run) -> None:
     prices = read_prices(info)
     assert prices is not None
     assert set(prices.offers) == {0.125, 0.25, 0.5}
-    assert set(prices.model.of_rungs) > {"drop:0.5", "prior:0.1"}
+    assert {offer.rung for offer in prices.offers[0.25]} > {"exact", "drop:0.5", "prior:0.1"}
     with mobile_gguf.load(calibrated.out, max_kld=0.5, ram_budget="25%", vram_budget="off") as model:
         assert model.notices == []
         reply = model.generate("Once upon a time", temperature=0, max_tokens=48)
