@@ -56,6 +56,13 @@ def lower_hull(offers: Sequence[Offer]) -> list[Offer]:
     return hull
 
 
+def hull_of(offers: Sequence[Offer]) -> list[Offer]:
+    """The lower hull of offers, exact first, which loses nothing whatever rounding says."""
+    exact = next(offer for offer in offers if offer.rung == EXACT)
+    others = [replace(one, kl=max(one.kl, _LEAST)) for one in offers if one is not exact]
+    return lower_hull([replace(exact, kl=0.0), *others])
+
+
 def _saves(one: Offer, other: Offer) -> float:
     """Bytes that a nat saves from one to the other."""
     return (one.n_bytes - other.n_bytes) / max(other.kl - one.kl, 1e-12)
@@ -86,10 +93,7 @@ class PriceList:
 
     def hull(self, share: float) -> list[Offer]:
         """The lower hull at a budget, exact first."""
-        offers = self.at(share)
-        exact = next(offer for offer in offers if offer.rung == EXACT)
-        others = [replace(one, kl=max(one.kl, _LEAST)) for one in offers if one is not exact]
-        return lower_hull([replace(exact, kl=0.0), *others])
+        return hull_of(self.at(share))
 
     def model_at(self, share: float) -> LossModel:
         """What is foreseen of tokens at a budget."""
