@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import json
 import resource
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from typing import Any
 from mobile_gguf.errors import EngineError, MobileError
 from mobile_gguf.options.words import DEFAULT_EVICTION, DEFAULT_IO_THREADS
 
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 LOAD_MODES = {"no-mmap": 0, "mmap": 1, "direct-io": 4}  # enum llama_load_mode
 
 
@@ -47,11 +49,13 @@ class Job:
     predictor: str = "auto"
     ids: bool = False
     warm: Sequence[tuple[int, int]] = ()  # (layer, expert), as the warm set has them
+    split: tuple[Sequence[int], Sequence[float]] | None = None  # kept segments and shares of each layer
     idle_s: float = 0.0  # before the prompt, at most: until the warm set is read
 
 
 def main() -> int:
     """Run the job on stdin."""
+    end_with_parent()
     job = Job(**json.loads(sys.stdin.readline()))
     try:
         _run(job)
@@ -61,9 +65,16 @@ def main() -> int:
     return 0
 
 
+def end_with_parent() -> None:
+    """A long prompt writes nothing for minutes: no broken pipe would say that the parent was killed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def _run(job: Job) -> None:
     from mobile_gguf.engine import binding, prefetch
     from mobile_gguf.engine import log as llama_log
+    from mobile_gguf.engine.split import Split, set_split
     from mobile_gguf.engine.warm import warm_counters, worth
 
     _, path = binding.load_library()
@@ -77,7 +88,7 @@ def _run(job: Job) -> None:
     started = time.perf_counter()
     if engine is not None:
         engine.set_load_params(
-            budget_bytes=job.budget_bytes, io_threads=job.io_threads, eviction=job.eviction
+            budget_bytes=job.budget_bytes, io_threads=job.io_threads, eviction=job.eviction, prefault=True
         )
     model = _load_model(llama_cpp, job)
     recorder = _IdRecorder() if job.ids else None
@@ -86,6 +97,8 @@ def _run(job: Job) -> None:
     if engine is not None:
         prefetch.set_predictor(engine, ctx, job.predictor)
         prefetch.set_prefetch(engine, ctx, job.prefetch)
+        if job.split is not None:
+            set_split(engine, ctx, Split(tuple(job.split[0]), tuple(job.split[1])))
         _warm_up(engine, ctx, job)
         engine.reset_counters(ctx)
     before = _Usage.now()

@@ -6,11 +6,12 @@ import argparse
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from .errors import UsageError, require_unicode
 from .options import Opt, declared, defaults
 from .options.bias import format_bias, parse_bias
+from .options.words import OFF, ON
 from .sizes import Size, parse_size, size_flag
 
 # where a verb writes: the same names in all of them
@@ -33,7 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser, options: type[Any], skip: Ite
         shared["metavar"] = opt.metavar or chosen
         if opt.repeated:
             shared["action"] = "append"
-        group.add_argument(*opt.flags, type=_reader(name, opt), **shared)
+        if opt.bare:
+            shared |= {"nargs": "?", "const": opt.take(name, opt.read(opt.bare))}
+        action = group.add_argument(*opt.flags, type=_reader(name, opt), **shared)
+        vars(action)["bare"] = opt.bare  # for cli/parser.py: a prompt that follows is no value
         if opt.file_flags:
             shared |= {"metavar": "FILE", "help": "the same, read from a file"}
             group.add_argument(*opt.file_flags, type=_read_file, **shared)
@@ -80,8 +84,10 @@ def _texts(opt: Opt, value: Any) -> list[str]:
 def _texts_of_one(opt: Opt, value: Any) -> list[str]:
     if isinstance(value, Size):
         return [size_flag(value)]
+    if isinstance(value, bool) and not opt.is_flag:
+        return [ON if value else OFF]
     if opt.read is parse_bias:
-        return [format_bias(value)]
+        return [format_bias(cast("tuple[int, float]", value))]
     return [value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)]
 
 
@@ -112,12 +118,16 @@ def _as_name(name: str) -> str:
 def _parse(name: str, opt: Opt, text: str, default: Any) -> Any:
     if text.lower() in ("none", "default") and not opt.is_secret:
         return default
+    if opt.unset and text.lower() == opt.unset:
+        return None
     if opt.is_flag:
         if text.lower() not in ("on", "off"):
             raise UsageError(f"{name} is {text!r}: choose on or off")
         return text.lower() == "on"
     try:
         value = opt.read(text)
+    except UsageError as error:
+        raise UsageError(f"{name}: {error}") from None
     except ValueError:
         raise UsageError(f"{name} is {text!r}: it must be a number") from None
     return opt.take(name, [value] if opt.repeated else value)
@@ -130,6 +140,8 @@ def reader(name: str, options: type[Any]) -> Callable[[str], Any]:
 
 def _reader(name: str, opt: Opt) -> Callable[[str], Any]:
     def read(text: str) -> Any:
+        if opt.unset and text.strip().lower() == opt.unset:
+            return None
         try:
             # what is given several times is taken as a whole, by make_options
             return opt.read(text) if opt.repeated else opt.take(name, opt.read(text))

@@ -101,11 +101,21 @@ def parse_size_or_off(value: str | int | Size) -> Size | Literal["off"]:
 def parse_bytes_or_off(value: str | int | Size) -> Size | Literal["off"]:
     """The same without shares, for what is a part of nothing. Raises UsageError."""
     size = parse_size_or_off(value)
-    if isinstance(size, Size) and size.fraction is not None:
-        raise UsageError(
-            f"{size} is a share, and there is nothing that it is one of: give bytes, auto or off"
-        )
+    if isinstance(size, Size):
+        _refuse_share(size, "bytes, auto or off")
     return size
+
+
+def parse_bytes(value: str | int | Size) -> Size:
+    """Read a size that is no share, or ``auto``. Raises UsageError."""
+    size = parse_size(value)
+    _refuse_share(size, "bytes or auto")
+    return size
+
+
+def _refuse_share(size: Size, way_out: str) -> None:
+    if size.fraction is not None:
+        raise UsageError(f"{size} is a share, and there is nothing that it is one of: give {way_out}")
 
 
 def format_bytes(n_bytes: int | float) -> str:

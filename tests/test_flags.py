@@ -10,8 +10,23 @@ from mobile_gguf.flags import add_arguments, arguments
 from mobile_gguf.flags import given as given_by
 from mobile_gguf.options import GenerateOptions, LoadOptions, declared, defaults, make_options
 from mobile_gguf.options.bias import parse_bias
-from mobile_gguf.options.tokens import MAX_TOKENS, parse_tokens_or_auto
-from mobile_gguf.sizes import AUTO, OFF, Size, parse_bytes_or_off, parse_size, parse_size_or_off, size_flag
+from mobile_gguf.options.tokens import (
+    MAX_PARALLEL,
+    MAX_TOKENS,
+    parse_parallel,
+    parse_switch,
+    parse_tokens_or_auto,
+)
+from mobile_gguf.sizes import (
+    AUTO,
+    OFF,
+    Size,
+    parse_bytes,
+    parse_bytes_or_off,
+    parse_size,
+    parse_size_or_off,
+    size_flag,
+)
 
 words = st.text(st.characters(blacklist_categories=("Cs",)), min_size=1, max_size=12)
 sizes = st.one_of(
@@ -34,6 +49,12 @@ def values(opt, default):
         one = st.one_of(st.just(OFF), sizes)
     elif opt.read is parse_tokens_or_auto:
         one = st.one_of(st.just("auto"), st.integers(1, MAX_TOKENS))
+    elif opt.read is parse_parallel:
+        one = st.one_of(st.just("auto"), st.integers(1, MAX_PARALLEL))
+    elif opt.read is parse_switch:
+        one = st.sampled_from((True, False, "auto"))
+    elif opt.read is parse_bytes:
+        one = sizes.filter(lambda size: size.fraction is None)
     elif opt.read is parse_bytes_or_off:
         one = st.one_of(st.just(OFF), sizes.filter(lambda size: size.fraction is None))
     elif opt.read is parse_bias:
@@ -74,7 +95,8 @@ def another(opt, default):
         return not default
     if opt.choices:
         return next(choice for choice in opt.choices if choice != default)
-    one = {int: 3, float: 0.25, parse_bias: (7, 1.0), parse_tokens_or_auto: 3}.get(opt.read, "5MiB")
+    ones = {int: 3, float: 0.25, parse_bias: (7, 1.0), parse_tokens_or_auto: 3, parse_switch: True}
+    one = (ones | {parse_parallel: 3}).get(opt.read, "5MiB")
     return [one] if opt.repeated else one
 
 

@@ -79,6 +79,7 @@ class ChatApp(App[int]):
         settings: Settings | None = None,
         store_path: Path | None = None,
         system: str = "",
+        goes_on: bool = False,
         loader: Callable[..., Model] = load,
         finder: Callable[..., object] = check_model,
         job_program: list[str] | None = None,
@@ -87,6 +88,7 @@ class ChatApp(App[int]):
         self.reference = reference
         self.settings = settings or Settings()
         self.system = system
+        self.goes_on = goes_on
         self.stuck = False
         self.store_path = store_path
         self.store_error: StoreError | None = None
@@ -139,12 +141,26 @@ class ChatApp(App[int]):
             self.notify(self.settings.problem, severity="warning", timeout=12)
         self.call_later(self._begin)
 
-    def _begin(self) -> None:
-        self.chat.session.system = self.system
+    async def _begin(self) -> None:
+        if self.goes_on:
+            await self._open_last()
+        if self.system or not self.goes_on:
+            self.chat.session.set_system(self.system)
         if self.reference:
             self.chat.load_model(self.reference)
         else:
             self.chat.action_pick_model()
+
+    async def _open_last(self) -> None:
+        try:
+            last = self.store.search(limit=1)
+        except StoreError as error:
+            self.notify(str(error), severity="error")
+            return
+        if last:
+            await self.chat.open_conversation(last[0].id)
+        else:
+            self.notify("there is no earlier conversation: this one begins")
 
     def _remember_theme(self, theme: Any) -> None:
         self.settings.extra["theme"] = theme.name

@@ -18,13 +18,15 @@ from .errors import require_textual
 class Launch:
     """What the command line asked for: a model or none, options by name, a system message.
 
-    ``configured`` is what the environment and the configuration file say.
+    ``configured`` is what the environment and the configuration file say, ``goes_on``: with the conversation
+    that was saved last.
     """
 
     reference: str = ""
     options: dict[str, Any] = field(default_factory=dict)
     system: str = ""
     configured: dict[str, Default] = field(default_factory=dict)
+    goes_on: bool = False
 
 
 def run_tui(launch: Launch) -> int:
@@ -44,6 +46,7 @@ def run_tui(launch: Launch) -> int:
             settings=Settings(config_dir() / "chat.json", launch.options, launch.configured),
             store_path=data_dir() / "conversations.db",
             system=launch.system,
+            goes_on=launch.goes_on,
         )
         code = app.run()
         came_back = app.close()

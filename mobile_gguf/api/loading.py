@@ -14,19 +14,25 @@ from mobile_gguf.engine.held_interrupts import held_interrupts
 from mobile_gguf.engine.log import capture_log, clear_errors, last_errors
 from mobile_gguf.engine.prefetch import holder, set_prefetch
 from mobile_gguf.engine.rpc import clear_loss, last_loss
+from mobile_gguf.engine.split import set_split
 from mobile_gguf.engine.trial import try_file
 from mobile_gguf.engine.warm import WarmSet
 from mobile_gguf.errors import BudgetError, EngineError, MobileError, ModelFormatError
+from mobile_gguf.gguf.caches import F16_KV
 from mobile_gguf.gguf.info import GgufInfo
-from mobile_gguf.memory.buffers import with_buffers
+from mobile_gguf.memory.buffers import with_buffers, with_settled_context
 from mobile_gguf.memory.fit import Asked, Fit, asked_of, fit_model
 from mobile_gguf.memory.machine import read_memory
 from mobile_gguf.memory.microbatch import DEFAULT_UBATCH
+from mobile_gguf.memory.promise import cache_bytes, promised
+from mobile_gguf.memory.sequences import sequences_of
 from mobile_gguf.memory.threads import bounded_threads, default_threads
 from mobile_gguf.options import LoadOptions
-from mobile_gguf.options.words import AUTO_UBATCH, ON
+from mobile_gguf.options.words import AUTO_PARALLEL, AUTO_UBATCH, OFF, ON, RAM
+from mobile_gguf.plan.split_file import split_plan_for
 from mobile_gguf.progress import Progress
-from mobile_gguf.sizes import OFF
+
+from .session_cache import sessions_of
 
 if TYPE_CHECKING:
     from mobile_gguf.generate.llama import MobileLlama
@@ -46,23 +52,27 @@ def open_backend(
     asked = asked_of(info, options)
     if engine is None and info.is_moe and not asked.ram.is_auto:
         raise needs_engine("a --ram-budget")
+    if engine is None and not options.memory.is_auto:
+        raise needs_engine("--memory")
     if engine is None and not info.stock:
         raise needs_engine(
             f"{info.path} ({info.layout}; `mobile-gguf convert --export` makes a file for stock llama.cpp)"
         )
     capture_log(options.verbose)
+
+    def keep_on() -> None:
+        if progress is not None:
+            progress("loading", 0.0)
+
     if engine is not None:
-
-        def keep_on() -> None:
-            if progress is not None:
-                progress("loading", 0.0)
-
         try_file(engine, info.path, info.files, keep_on)
         asked = with_buffers(engine, info, asked, keep_on)
     if progress is not None:
         more["progress"] = progress
     notices: list[str] = []
     options = _with_threads(options, notices)
+    if (remark := sequences_of(info, options)[1]) and options.parallel is not None:
+        notices.append(remark)
     n_ctx = asked.n_ctx
     if n_ctx > info.n_ctx_train > 0:
         notices.append(f"a context of {n_ctx} is more than the model was trained with, {info.n_ctx_train}")
@@ -73,7 +83,11 @@ def open_backend(
         notices.append("stock llama.cpp: experts are mapped, not budgeted; run `mobile-gguf engine build`")
     devices, remarks = devices_for(options, asked, engine)
     notices += remarks
-    memory = read_memory()
+    memory = promised(options, read_memory())
+    if engine is not None and asked.other_contexts:
+        asked = with_settled_context(
+            info, asked, memory, devices, lambda one: with_buffers(engine, info, one, keep_on)
+        )
     fit = fit_model(info, asked, memory, devices) if engine is not None else None
     if fit is not None and fit.devices and not asked.insists:
         try:
@@ -83,8 +97,10 @@ def open_backend(
             notices.append(f"the model stays on the host: {error}")
             fit = fit_model(info, asked, memory)
         else:
+            llama.fit = fit
             return llama, notices + remarks
     llama, remarks = _open(info, options, asked if fit is None else fit.asked, engine, fit, more)
+    llama.fit = fit
     return llama, notices + remarks
 
 
@@ -106,9 +122,12 @@ def _open(
 ) -> tuple[MobileLlama, list[str]]:
     """Load a model where ``fit`` puts it, None: mapped by a stock library; returns it and notices."""
     notices = [] if fit is None else [*fit.notes, *filter(None, [fit.warning])]
-    more = more | {"devices": fit.devices if fit is not None else ()}
+    promise = fit.memory.promise if fit is not None else None
+    kept = promise.cache_bytes if promise is not None else cache_bytes(options.prefix_cache)
+    more = more | {"devices": fit.devices if fit is not None else (), "cache_bytes": kept}
     if fit is not None:
         more["planned_bytes"] = fit.host_demand.total_bytes + fit.ram_budget_bytes
+        more["total_bytes"] = promise.total_bytes if promise is not None else 0
     if engine is None or fit is None or not info.is_moe:
         return _construct(info, options, asked, engine, use_mmap=True, **more), notices
     from mobile_gguf.generate.buddies import read_buddies
@@ -128,7 +147,7 @@ def _open(
         llama = _construct(info, options, asked, engine, use_mmap=False, **more)
     finally:
         engine.clear_load_params()
-    llama.sequence.head, llama.decoder.buddies = head, buddies
+    llama.decoder.head, llama.decoder.buddies = head, buddies
     if llama.store is None:
         notices.append(
             f"the engine cannot hold the experts of a {info.architecture} model: no budget, only mode exact"
@@ -136,6 +155,7 @@ def _open(
         return llama, notices
     try:
         set_prefetch(engine, llama.ctx, options.prefetch)
+        _set_split(llama, info, options, fit)
         if fit.devices:
             calls = DeviceCalls(engine, llama.ctx)
             hold = holder(engine, llama.ctx, options.prefetch)
@@ -150,6 +170,16 @@ def _open(
     return llama, notices
 
 
+def _set_split(llama: MobileLlama, info: GgufInfo, options: LoadOptions, fit: Fit) -> None:
+    """Keep the segments that the file's plan for this budget says; whole experts without one."""
+    if options.split == OFF or fit.store_bytes == 0 or info.segments == 1:
+        return
+    plan = split_plan_for(info, RAM, fit.store_bytes)
+    if plan is not None and plan.split is not None and llama.engine is not None:
+        set_split(llama.engine, llama.ctx, plan.split)
+        llama.split = plan.split
+
+
 def _construct(
     info: GgufInfo,
     options: LoadOptions,
@@ -162,6 +192,8 @@ def _construct(
 ) -> MobileLlama:
     """Make the backend; ``more`` holds ``devices``, none for the host alone, and keywords of Native's."""
     from mobile_gguf.generate.llama import MobileLlama
+    from mobile_gguf.generate.native import GGML_TYPES
+    from mobile_gguf.generate.pace import follow_machine
 
     threads, threads_batch = default_threads()
     watch = _LoadWatch(progress) if progress is not None else None
@@ -180,34 +212,33 @@ def _construct(
                 n_ubatch=asked.n_ubatch,
                 n_threads=options.threads or threads,
                 n_threads_batch=options.threads_batch or options.threads or threads_batch,
-                flash_attn=options.flash_attn,
+                flash_attn=asked.flash_attn,
+                type_k=GGML_TYPES[asked.kv.keys],
+                type_v=GGML_TYPES[asked.kv.values],
                 use_mmap=use_mmap,
-                cache_bytes=_cache_bytes(options),
+                n_sequences=asked.sequences.n,
+                in_turn=asked.sequences.is_apart,
+                grows=options.parallel == AUTO_PARALLEL,
+                sessions=sessions_of(info, options, asked, [one.name for one in more.get("devices", ())]),
                 keep_loading=watch,
                 **more,
             )
     except (ValueError, RuntimeError, OSError, MemoryError) as error:
         if watch is not None and watch.error is not None:
             raise watch.error from None
-        raise _load_error(
-            info, asked.n_ctx, error, engine.last_error() if engine is not None else ""
-        ) from None
+        reason = engine.last_error() if engine is not None else ""
+        # what keys and values are kept as does not go with every model and backend
+        other = {} if asked.kv == F16_KV else {"remedy": "-ctk f16 -ctv f16"}
+        raise _load_error(info, asked.n_ctx, error, reason, **other) from None
     except BaseException:
         if llama is not None:  # Ctrl-C was held back until it was made
             llama.close()
         raise
     if options.n_ubatch == AUTO_UBATCH and asked.n_ubatch > DEFAULT_UBATCH:
-        llama.sequence.as_with_ubatch = DEFAULT_UBATCH
+        llama.decoder.as_with_ubatch = DEFAULT_UBATCH
     if options.threads_auto == ON:
-        llama.follow_machine()
+        follow_machine(llama)
     return llama
-
-
-def _cache_bytes(options: LoadOptions) -> int:
-    from mobile_gguf.generate.prefix_cache import AUTO_BYTES
-
-    size = options.prefix_cache
-    return 0 if size == OFF else size.n_bytes or AUTO_BYTES
 
 
 class _LoadWatch:
@@ -226,7 +257,9 @@ class _LoadWatch:
         return self.error is None and not self.interrupted()
 
 
-def _load_error(info: GgufInfo, n_ctx: int, error: BaseException, reason: str) -> MobileError:
+def _load_error(
+    info: GgufInfo, n_ctx: int, error: BaseException, reason: str, remedy: str = "a smaller --ctx-size"
+) -> MobileError:
     logged = last_errors()
     lost = last_loss()
     if lost:
@@ -235,7 +268,5 @@ def _load_error(info: GgufInfo, n_ctx: int, error: BaseException, reason: str) -
         kind = BudgetError if "budget" in reason else EngineError
         return kind(f"{info.path} cannot be loaded: {reason}")
     if isinstance(error, NoContextError):
-        return EngineError(
-            f"no context of {n_ctx} tokens for {info.path}: {logged or error}; try a smaller --ctx-size"
-        )
+        return EngineError(f"no context of {n_ctx} tokens for {info.path}: {logged or error}; try {remedy}")
     return ModelFormatError(f"{info.path} cannot be loaded: {logged or error}")

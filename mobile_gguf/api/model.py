@@ -26,7 +26,9 @@ from mobile_gguf.errors import (
     missing_package,
     shown,
 )
-from mobile_gguf.generate.answer import INTERRUPTED, Answer, Backend, Chunk, Reply
+from mobile_gguf.generate.answer import INTERRUPTED, Answer, Chunk, Reply
+from mobile_gguf.generate.backend import Backend
+from mobile_gguf.generate.crew import Crew
 from mobile_gguf.generate.decode import Policy
 from mobile_gguf.generate.logprobs import PromptLogprobs, TokenLogprob
 from mobile_gguf.generate.policy import choose_policy
@@ -49,6 +51,8 @@ from .words import Notice, speaks_python
 
 if TYPE_CHECKING:
     from mobile_gguf.engine.experts import Experts
+    from mobile_gguf.generate.sessions import Sessions
+    from mobile_gguf.memory.fit import Fit
 
 logger = logging.getLogger("mobile_gguf")
 
@@ -95,7 +99,8 @@ def load(
         raise EngineError(missing) from None
     if Path(model).expanduser().is_dir() and os.fspath(model) != "demo":
         notices = [f"{model} is a folder: {path.name}, the only model in it, is used", *notices]
-    return Model(backend, info, settings, notices)
+    n_ctx = getattr(backend, "context_tokens", None)  # not of a scripted one
+    return Model(backend, info, settings, notices, n_ctx=n_ctx)
 
 
 def check_model(model: str | os.PathLike[str], progress: Callable[[str, float], None] | None = None) -> None:
@@ -125,7 +130,13 @@ class Model:
     n_ctx: int
 
     def __init__(
-        self, backend: Backend, info: GgufInfo, options: LoadOptions, notices: Iterable[str] = ()
+        self,
+        backend: Backend,
+        info: GgufInfo,
+        options: LoadOptions,
+        notices: Iterable[str] = (),
+        *,
+        n_ctx: int | None = None,
     ) -> None:
         self.info = info
         self.options = options
@@ -135,10 +146,11 @@ class Model:
         self._backend: Backend | None = backend
         self._is_forked = False
         self._lock = threading.Lock()
+        self._n_together = 0  # answers of the thread that has the lock
         self._active: weakref.ref[Generator[Chunk, None, None]] | None = None
         self._totals = Counters()
         self._device_totals = DeviceCounters()
-        self.n_ctx = context_size(info, options.n_ctx)
+        self.n_ctx = n_ctx or context_size(info, options.n_ctx)
         for notice in notices:
             self._notify(notice)
         try:
@@ -371,21 +383,28 @@ class Model:
             try:
                 yield from answer.stream()
             finally:
-                self._active = None
+                if self._active is handle[0]:
+                    self._active = None
 
     @contextlib.contextmanager
     def _taken(self) -> Generator[Backend, None, None]:
-        """Hold the model, whose counters are in the totals now: whoever uses it resets them first."""
+        """Hold the model, beside others of this thread's crew; the first has the counters begin anew."""
         lock = self._lock  # a forked child has another
-        if not lock.acquire(blocking=False):
+        backend = self._require_open()
+        if not backend.scheduler.joins and not lock.acquire(blocking=False):
             raise ModelBusyError(_BUSY)
+        self._n_together += 1
         try:
             backend = self._require_open()
-            self._totals = self._totals + backend.counters()
-            self._device_totals = self._device_totals + backend.device_counters()
+            if self._n_together == 1:
+                self._totals = self._totals + backend.counters()
+                self._device_totals = self._device_totals + backend.device_counters()
+                backend.reset_counters()
             yield backend
         finally:
-            lock.release()
+            self._n_together -= 1
+            if self._n_together == 0:
+                lock.release()
 
     def _join(self, answer: Answer, on_chunk: OnChunk) -> Reply:
         check_callables(on_chunk=on_chunk)
@@ -457,6 +476,11 @@ class Model:
         """
         with self._taken() as backend:
             backend.prepare_constraints()
+
+    @property
+    def crew(self) -> Crew:
+        """Who makes answers: as many at once as ``parallel`` says, by the thread that asks for them."""
+        return self._require_open().scheduler
 
     @property
     def can_generate(self) -> bool:
@@ -543,6 +567,16 @@ class Model:
         return self._experts
 
     @property
+    def fit(self) -> Fit | None:
+        """Where the memory of this process goes; None where nothing was planned, on a stock library."""
+        return getattr(self._require_open(), "fit", None)
+
+    @property
+    def sessions(self) -> Sessions | None:
+        """The conversations on disk that prompts continue; None if there are none (``session_cache``)."""
+        return getattr(self._require_open(), "sessions", None)
+
+    @property
     def budget_bytes(self) -> int | None:
         """Bytes that experts may take in host memory; None where they have no store."""
         store = self._require_open().store
@@ -580,7 +614,7 @@ class Model:
         """In a forked child: every call is refused, and nothing is freed."""
         self._is_forked = True
         self._backend = self._active = None
-        self._lock = threading.Lock()
+        self._lock, self._n_together = threading.Lock(), 0
 
     def __reduce_ex__(self, _protocol: object) -> NoReturn:
         raise TypeError("a Model holds a loaded file and cannot be copied or pickled: load it again instead")

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from mobile_gguf.engine.structs import Counters, DeviceCounters
-from mobile_gguf.generate.answer import Backend
+from mobile_gguf.generate.backend import Backend
 from mobile_gguf.generate.decode import Policy
+from mobile_gguf.memory.split import split_of
 from mobile_gguf.sizes import format_bytes
 
 _WIDTH = 32  # the longest name, and a gap
@@ -51,6 +52,7 @@ def model_stats(
 ) -> dict[str, Any]:
     """The facts; ``totals`` are the counters before the answer that runs or ran last."""
     store = backend.store
+    fit = getattr(backend, "fit", None)  # not of a scripted one
     device = backend.device
     return {
         "model": str(path),
@@ -62,9 +64,11 @@ def model_stats(
         "n_expert_used": n_expert_used,
         "little_k": policy.little_k,
         "n_ctx": n_ctx,
+        "memory": split_of(fit) if fit is not None else None,
         "store": dataclasses.asdict(store) if store is not None else None,
         "counters": dataclasses.asdict(totals + backend.counters()),
         "prefetch": backend.prefetch_counters().to_dict() if store is not None else None,
         "warm": dataclasses.asdict(backend.warm_counters()) if store is not None else None,
+        "split": dataclasses.asdict(backend.split) if backend.split is not None else None,
         "device": device.facts(device_totals + backend.device_counters()) if device is not None else None,
     }

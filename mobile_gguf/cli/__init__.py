@@ -25,7 +25,7 @@ from .progress import erase
 
 VERBS = (
     *("run", "chat", "serve", "plan"),
-    *("pull", "list", "show", "rm"),
+    *("pull", "list", "show", "rm", "sessions"),
     *("convert", "verify", "calibrate"),
     *("bench", "engine", "config", "help"),
 )

@@ -82,7 +82,7 @@ def _answer(
 ) -> int:
     if output.n_before:
         narrate(f"{output.n_before} of {len(items)} lines are answered: going on after them")
-    with load_model(args) as model:
+    with load_model(args, keeps_sessions=False) as model:
         raw = args.raw or (model.info.chat_template is None and args.system is None)
         with Progress(sys.stderr) as progress:
             shown = _Shown(progress)

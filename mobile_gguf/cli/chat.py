@@ -12,6 +12,7 @@ from typing import Any
 
 from mobile_gguf.api.context import way_out
 from mobile_gguf.api.conversation import Conversation
+from mobile_gguf.api.last_conversation import remember
 from mobile_gguf.api.model import Model
 from mobile_gguf.api.stats import stats_lines
 from mobile_gguf.errors import MobileError, PromptTooLongError, UsageError, require_unicode
@@ -22,10 +23,13 @@ from mobile_gguf.options import GenerateOptions, LoadOptions, declared
 
 from .common import (
     MORE_CONTEXT,
+    add_continue_argument,
     add_model_arguments,
     add_system_argument,
     configured,
+    conversation_of,
     generate_options,
+    go_on,
     load_model,
     narrate,
     show_answer,
@@ -62,6 +66,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add_model_arguments(parser, optional=True)
     parser.add_argument("--plain", action="store_true", help="chat line by line, without a screen")
     add_system_argument(parser)
+    add_continue_argument(parser)
     parser.set_defaults(func=run)
 
 
@@ -83,12 +88,13 @@ def _run_screen(args: argparse.Namespace) -> int:
     from mobile_gguf.tui import Launch, run_tui
 
     flags = given(args, LoadOptions) | given(args, GenerateOptions)
-    return run_tui(Launch(args.model or "", flags, args.system or "", configured(args)))
+    return run_tui(Launch(args.model or "", flags, args.system or "", configured(args), args.goes_on))
 
 
 def _run_plain(args: argparse.Namespace) -> int:
     interactive = sys.stdin.isatty()
     options = generate_options(args)
+    conversation = conversation_of(args)
     with load_model(args) as model, _history(interactive) as save_line:
 
         def read_line() -> str:
@@ -98,7 +104,10 @@ def _run_plain(args: argparse.Namespace) -> int:
 
         if interactive:
             narrate(f"{model.info.name} ({model.mode}); /help for commands, Ctrl-D to leave")
-        repl = Repl(model, Conversation(args.system or ""), options)
+            if conversation.turns:
+                narrate(f"going on with {len(conversation.turns)} messages; /clear begins again")
+        go_on(model, args.goes_on)
+        repl = Repl(model, conversation, options)
         return repl.run(read_line)
 
 
@@ -154,6 +163,8 @@ class Repl:
                 lambda told: self.conversation.ask(self.model, line, on_prompt=told, **self.options),
                 sys.stdout,
             )
+            if self.model.sessions is not None:
+                remember(self.conversation)
             show_receipt(self.last, way_out=f"/clear begins again, {MORE_CONTEXT}")
             return
         name, _, rest = line.partition(" ")

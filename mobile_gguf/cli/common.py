@@ -9,10 +9,15 @@ from collections.abc import Callable, Generator
 from dataclasses import replace
 from typing import Any, TextIO
 
+from mobile_gguf.api.conversation import Conversation
+from mobile_gguf.api.last_conversation import recall
 from mobile_gguf.api.model import Model, load
+from mobile_gguf.api.session_cache import with_sessions
 from mobile_gguf.config import Default, read_defaults, values_of
+from mobile_gguf.errors import UsageError
 from mobile_gguf.flags import add_arguments, given, text_argument
 from mobile_gguf.generate.answer import INTERRUPTED, Chunk
+from mobile_gguf.memory.split import split_line
 from mobile_gguf.options import GenerateOptions, LoadOptions, declared
 
 from .progress import Progress, PromptProgress
@@ -35,6 +40,37 @@ def add_system_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-sys", "--system", metavar="TEXT", type=read, help="system message")
 
 
+def add_continue_argument(parser: argparse.ArgumentParser) -> None:
+    """The flag of going on with what was said last."""
+    parser.add_argument(
+        "--continue", dest="goes_on", action="store_true", help="go on with the last conversation"
+    )
+
+
+def conversation_of(args: argparse.Namespace) -> Conversation:
+    """The last conversation with ``--continue``, else a new one; ``--system`` counts for both.
+
+    Raises UsageError if the last one cannot be read.
+    """
+    last = recall() if args.goes_on else None
+    if args.goes_on and last is None:
+        narrate("there is no earlier conversation: this one begins")
+    conversation = last or Conversation()
+    if args.system is not None:
+        conversation.system = args.system
+    return conversation
+
+
+def go_on(model: Model, goes_on: bool, least_tokens: int = 0) -> None:
+    """Have prompts continue what is on disk only where that was asked for: else each start computes alike.
+
+    What is shorter than ``least_tokens`` is not written then.
+    """
+    if model.sessions is not None and not goes_on:
+        model.sessions.finds = False
+        model.sessions.least_tokens = max(model.sessions.least_tokens, least_tokens)
+
+
 def load_options(args: argparse.Namespace) -> dict[str, Any]:
     """The options of loading that were given by flags, else by the environment or the configuration file."""
     return values_of(configured(args), LoadOptions) | given(args, LoadOptions)
@@ -54,11 +90,20 @@ def configured(args: argparse.Namespace) -> dict[str, Default]:
     return read_defaults(args.verb, VERBS)
 
 
-def load_model(args: argparse.Namespace) -> Model:
-    """Load what the arguments say, showing progress on stderr."""
+def load_model(args: argparse.Namespace, *, keeps_sessions: bool = True, **usual: Any) -> Model:
+    """Load what the arguments say, showing progress on stderr; ``keeps_sessions``: on disk, by default.
+
+    ``usual``: defaults of the options here.
+    """
+    options = {**usual, **load_options(args)}
+    if keeps_sessions:
+        options = with_sessions(options)
     with Progress(sys.stderr) as progress:
         progress.show(f"loading {args.model}")
-        return load(args.model, progress=progress, **load_options(args))
+        model = load(args.model, progress=progress, **options)
+    if not model.options.memory.is_auto and model.fit is not None:
+        narrate(split_line(model.fit))
+    return model
 
 
 def show_answer(
@@ -105,6 +150,21 @@ def show_receipt(chunk: Chunk | None, more: str = "", *, way_out: str = MORE_CON
     if chunk.receipt.context_full:
         ends.append(f"cut: the context of {chunk.prompt_tokens + chunk.completion_tokens} is full; {way_out}")
     narrate(" | ".join([chunk.receipt.summary(chunk.tokens_per_second), *ends]))
+
+
+def require_terminal() -> None:
+    """Raise UsageError where nobody can be asked whether something shall be removed."""
+    if sys.stdin is None or not sys.stdin.isatty():
+        raise UsageError("there is no terminal to ask on: give --yes to remove without asking")
+
+
+def confirmed(question: str) -> bool:
+    """Whether a person on the terminal says yes."""
+    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
+    try:
+        return input().strip().lower() in ("y", "yes")
+    except EOFError:
+        return False
 
 
 def narrate(text: str) -> None:

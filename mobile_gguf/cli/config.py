@@ -90,7 +90,7 @@ def _plain_value(value: Any) -> Any:
 def _shown(name: str, value: Any) -> str:
     if value is None:
         return "-"
-    if declared(options_of(name))[name].is_flag:
+    if isinstance(value, bool):
         return "on" if value else "off"
     value = _plain_value(value)
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
+import sys
 from typing import Any, NoReturn
+
+from mobile_gguf.options.words import AUTO, OFF, ON
 
 PROGRAM = "mobile-gguf"
 EXIT_USAGE = 2
@@ -17,6 +20,7 @@ _CHOICE = re.compile(r"argument (?P<name>\S+): invalid choice: '(?P<given>.*)' \
 EXAMPLES = {
     "run": (
         'mobile-gguf run demo "Why is the sky blue?"',
+        'mobile-gguf run --continue demo "And at night?"',
         "mobile-gguf run model.gguf -f question.txt --ram-budget 40%",
         "git diff | mobile-gguf run model.gguf -q --system 'Write a commit message'",
         "mobile-gguf run model.gguf --batch in.jsonl --out out.jsonl",
@@ -34,6 +38,7 @@ EXAMPLES = {
     "list": ("mobile-gguf list --paths",),
     "show": ("mobile-gguf show demo", "mobile-gguf show hf:ORG/REPO:Q4_K_M --json"),
     "rm": ("mobile-gguf rm hf:ORG/REPO:Q4_K_M", "mobile-gguf rm --yes old-model"),
+    "sessions": ("mobile-gguf sessions", "mobile-gguf sessions rm --yes"),
     "calibrate": (
         "mobile-gguf calibrate model.mobile.gguf",
         "mobile-gguf calibrate model.gguf --text mine.txt --out calibrated.gguf",
@@ -63,6 +68,20 @@ class HelpFormatter(argparse.HelpFormatter):
 
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        words = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(self._with_values(words), namespace)
+
+    def _with_values(self, words: list[str]) -> list[str]:
+        """Give flags that may stand alone their value: argparse would take the word behind for it."""
+        end = words.index("--") if "--" in words else len(words)
+        made = []
+        for at, word in enumerate(words[:end]):
+            bare = vars(self._option_string_actions.get(word, self)).get("bare")
+            follows = words[at + 1].lower() if at + 1 < end else ""
+            made += [word, bare] if bare and follows not in (ON, OFF, AUTO) else [word]
+        return made + words[end:]
 
     def error(self, message: str) -> NoReturn:
         text = " ".join(message.split())

@@ -13,6 +13,7 @@ from mobile_gguf.flags import add_arguments
 from mobile_gguf.gguf.info import GgufInfo, read_gguf_info
 from mobile_gguf.hub.resolve import resolve_model
 from mobile_gguf.memory.machine import read_memory
+from mobile_gguf.memory.promise import promised
 from mobile_gguf.options import LoadOptions, make_options
 
 from .common import load_options, narrate
@@ -21,6 +22,7 @@ from .progress import Progress
 if TYPE_CHECKING:
     from mobile_gguf.engine.devices import Device
     from mobile_gguf.memory.fit import Asked
+    from mobile_gguf.memory.machine import Memory
     from mobile_gguf.plan.machine import Measurements
     from mobile_gguf.plan.workload import Workload
 
@@ -63,10 +65,12 @@ def run(args: argparse.Namespace) -> int:
     info = read_gguf_info(path)
     workload = read_workload(info)
     n_bits = 8 * info.tensor_bytes / max(1, count_weights(info))
-    asked = _measure_buffers(info, asked_of(info, options))
+    asked = asked_of(info, options)
     devices, notes = _devices(options, asked)
+    memory = promised(options, read_memory())
+    asked = _measure_buffers(info, asked, memory, devices)
     # what does not fit is refused before a minute is spent on measuring
-    fit = plan_fit(info, asked, read_memory(), devices, n_bits)
+    fit = plan_fit(info, asked, memory, devices, n_bits)
     known = read_measurements()
     measurements = Measurements(known.identity) if args.measure else known
     if not args.no_measure:
@@ -81,6 +85,7 @@ def run(args: argparse.Namespace) -> int:
         measurements,
         options,
         devices=devices,
+        memory=memory,
         n_bits=n_bits,
         notes=notes,
         reference=args.model,
@@ -107,10 +112,11 @@ def _devices(options: LoadOptions, asked: Asked) -> tuple[list[Device], list[str
         raise FitError(str(error)) from None
 
 
-def _measure_buffers(info: GgufInfo, asked: Asked) -> Asked:
-    """What a context's buffers take is asked of the engine, where there is one; a child reads the header."""
+def _measure_buffers(info: GgufInfo, asked: Asked, memory: Memory, devices: Sequence[Device]) -> Asked:
+    """What a context's buffers take is asked of the engine, where there is one; a child reads the header. The
+    context is chosen with it, where nobody said one."""
     from mobile_gguf.engine.binding import find_engine
-    from mobile_gguf.memory.buffers import with_buffers
+    from mobile_gguf.memory.buffers import with_buffers, with_settled_context
     from mobile_gguf.plan.refusal import compared
 
     try:
@@ -119,7 +125,12 @@ def _measure_buffers(info: GgufInfo, asked: Asked) -> Asked:
         engine = None
     if engine is None:
         return asked
-    return with_buffers(engine, info, asked, others=compared(asked))
+
+    def measured(one: Asked) -> Asked:
+        return with_buffers(engine, info, one, others=compared(one))
+
+    asked = measured(asked)
+    return with_settled_context(info, asked, memory, devices, measured) if asked.other_contexts else asked
 
 
 def _measure(

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 
-from mobile_gguf.errors import UsageError
 from mobile_gguf.hub.remove import Removal, plan_removal
 from mobile_gguf.sizes import format_bytes
 
-from .common import narrate
+from .common import confirmed, narrate, require_terminal
 
 _DESCRIPTION = """Remove models: files of the data directory, or of the Hugging Face cache what no other
 revision there uses. On a terminal it asks first; elsewhere it needs --yes."""
@@ -34,10 +32,10 @@ def run(args: argparse.Namespace) -> int:
     """Run the verb."""
     removals = [plan_removal(name, everything=args.all) for name in dict.fromkeys(args.models)]
     if not args.yes:
-        _require_terminal()
+        require_terminal()
     done = []
     for removal in removals:
-        if args.yes or _confirmed(removal):
+        if args.yes or confirmed(f"remove {removal.name}, {format_bytes(removal.freed_bytes)}?"):
             removal.execute()
             done.append(removal)
             if not args.json:
@@ -57,21 +55,3 @@ def run(args: argparse.Namespace) -> int:
 
 def _human(removal: Removal) -> str:
     return f" ({format_bytes(removal.freed_bytes)})" if removal.freed_bytes >= 1024 else ""
-
-
-def _require_terminal() -> None:
-    if sys.stdin is None or not sys.stdin.isatty():
-        raise UsageError("there is no terminal to ask on: give --yes to remove without asking")
-
-
-def _confirmed(removal: Removal) -> bool:
-    print(
-        f"remove {removal.name}, {format_bytes(removal.freed_bytes)}? [y/N] ",
-        end="",
-        file=sys.stderr,
-        flush=True,
-    )
-    try:
-        return input().strip().lower() in ("y", "yes")
-    except EOFError:
-        return False

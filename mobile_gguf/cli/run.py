@@ -5,21 +5,29 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Generator
+from contextlib import closing
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from mobile_gguf.api.context import of_a_chat
+from mobile_gguf.api.conversation import Conversation
+from mobile_gguf.api.last_conversation import remember
 from mobile_gguf.api.model import Model
 from mobile_gguf.errors import UsageError, require_unicode
 from mobile_gguf.flags import read_text_file
-from mobile_gguf.generate.answer import INTERRUPTED
+from mobile_gguf.generate.answer import INTERRUPTED, Chunk
 from mobile_gguf.generate.receipt import Receipt
 
 from .batch import add_batch_arguments
 from .batch import run as run_batch
 from .common import (
+    add_continue_argument,
     add_model_arguments,
     add_system_argument,
+    conversation_of,
     generate_options,
+    go_on,
     load_model,
     show_answer,
     show_receipt,
@@ -28,9 +36,12 @@ from .common import (
 if TYPE_CHECKING:
     from mobile_gguf.plan.known import Comparison
 
+# The state of a shorter conversation is computed as soon as it is written and read.
+_LEAST_TOKENS = 256
 _DESCRIPTION = """Answer a prompt by the model's chat template, or continue it with --raw. The prompt comes
 from the command line, a file (-f) or standard input (also as the word -). Without one, on a terminal, this
-is `mobile-gguf chat`. The answer goes to stdout, its receipt to stderr."""
+is `mobile-gguf chat`. With --continue it goes on with the last conversation. The answer goes to stdout, its
+receipt to stderr."""
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -42,6 +53,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("prompt", metavar="PROMPT", nargs="*", help="the prompt; its words are joined")
     parser.add_argument("-f", "--file", metavar="FILE", help="read the prompt from a file")
     add_system_argument(parser)
+    add_continue_argument(parser)
     parser.add_argument("--raw", action="store_true", help="continue the prompt as it is, without a template")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
     add_batch_arguments(parser)
@@ -54,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.raw and args.system is not None:
         raise UsageError("--system has no effect with --raw: put it into the prompt")
+    if args.goes_on and (args.raw or args.batch is not None):
+        raise UsageError(f"--continue goes on with a chat: leave out {'--raw' if args.raw else '--batch'}")
     if args.batch is not None:
         return run_batch(args)
     if args.out is not None or args.overwrite or args.strict:
@@ -63,13 +77,19 @@ def run(args: argparse.Namespace) -> int:
         from .chat import run as chat
 
         return chat(args)
+    conversation = conversation_of(args)
     options = generate_options(args)
+    if args.goes_on:
+        options = of_a_chat(options)
     with load_model(args) as model:
+        go_on(model, args.goes_on, _LEAST_TOKENS)
         # A model without a template was not taught to chat.
-        raw = args.raw or (model.info.chat_template is None and args.system is None)
-        messages = chat_messages(prompt, args.system)
+        raw = args.raw or (model.info.chat_template is None and args.system is None and not args.goes_on)
+        messages = [*conversation.messages, {"role": "user", "content": prompt}]
+        answer: list[str] = []
         if args.json:
             reply = model.generate(prompt, **options) if raw else model.chat(messages, **options)
+            answer.append(reply.text)
             n_tokens, speed = reply.usage["completion_tokens"], reply.timings["predicted_per_second"]
             foreseen = compare(model, reply.receipt, n_tokens, speed)
             plan = None if foreseen is None else foreseen.to_dict()
@@ -77,12 +97,15 @@ def run(args: argparse.Namespace) -> int:
             reason = reply.finish_reason
         else:
             ask = partial(model.stream, prompt) if raw else partial(model.stream_chat, messages)
-            last = show_answer(lambda told: ask(on_prompt=told, **options), sys.stdout)
+            last = show_answer(lambda told: _heard(ask(on_prompt=told, **options), answer), sys.stdout)
             foreseen = None
             if last is not None:
                 foreseen = compare(model, last.receipt, last.completion_tokens, last.tokens_per_second)
             show_receipt(last, "" if foreseen is None else str(foreseen))
             reason = last.finish_reason if last is not None else INTERRUPTED
+        if not raw and (model.sessions is not None or args.goes_on):
+            said = {"role": "assistant", "content": "".join(answer)}
+            remember(Conversation(conversation.system, [*conversation.turns, messages[-1], said]))
     return EXIT_INTERRUPTED if reason == INTERRUPTED else 0
 
 
@@ -94,10 +117,12 @@ def compare(model: Model, receipt: Receipt, n_tokens: int, tokens_per_second: fl
     return compare_run(model.info, model.options, receipt, n_tokens, tokens_per_second, device)
 
 
-def chat_messages(prompt: str, system: str | None) -> list[dict[str, Any]]:
-    """One user message, after the system message if there is one."""
-    before = [{"role": "system", "content": system}] if system else []
-    return [*before, {"role": "user", "content": prompt}]
+def _heard(chunks: Generator[Chunk, None, None], texts: list[str]) -> Generator[Chunk, None, None]:
+    """The chunks of an answer, whose texts are kept."""
+    with closing(chunks):
+        for chunk in chunks:
+            texts.append(chunk.text)
+            yield chunk
 
 
 def read_prompt(args: argparse.Namespace) -> str | None:

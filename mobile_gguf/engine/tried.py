@@ -90,6 +90,12 @@ def known_buffers(path: Path, files: Sequence[Path]) -> dict[Context, Buffers]:
     return {} if library is None else TriedFiles(library).buffers(path, files)
 
 
+def installed_engine() -> str:
+    """Which engine this is, in a word that another build does not have; empty if none is found."""
+    library = _installed()
+    return "" if library is None else _identity(library)
+
+
 def _installed() -> str | None:
     """The library that llama-cpp-python would load."""
     folder = os.environ.get("LLAMA_CPP_LIB_PATH")

@@ -1,5 +1,6 @@
 """Files that are complete or absent, and a disk's refusal in one line."""
 
+import contextlib
 import errno
 import os
 import shutil
@@ -14,7 +15,12 @@ from mobile_gguf.sizes import format_bytes
 from .lock import is_still, try_lock
 
 _DATA_REMEDY = ", or set XDG_DATA_HOME and XDG_CACHE_HOME to another disk"
+_PARTIAL = ".partial"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class WriterBusyError(MobileError):
+    """Another process is writing the same file at this moment."""
 
 
 @contextmanager
@@ -36,17 +42,18 @@ def complete_or_absent(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def replacing_file(path: Path, n_bytes: int) -> Iterator[BinaryIO]:
+def replacing_file(path: Path, n_bytes: int, mode: int = 0o666) -> Iterator[BinaryIO]:
     """Give an empty file to write, unbuffered; it becomes ``path`` if the block ends well, else it is
     removed.
 
     Until then it stands beside ``path`` as ``partial_path(path)``, locked: what a killed process left there
     is overwritten, and a second writer is refused. The data is on the disk before the name is. ``n_bytes`` is
-    what will be written. Raises MobileError when there is less space than that, or when the disk refuses.
+    what will be written, ``mode`` who may read it, as far as the umask lets them. Raises MobileError when
+    there is less space than that, or when the disk refuses, WriterBusyError.
     """
     partial = partial_path(path)
     with disk_errors(path, remedy=", or write to another disk"):
-        descriptor = _open_locked(partial, path)
+        descriptor = _open_locked(partial, path, mode)
         with os.fdopen(descriptor, "wb", buffering=0) as file:
             try:
                 file.truncate(0)
@@ -67,7 +74,24 @@ def replacing_file(path: Path, n_bytes: int) -> Iterator[BinaryIO]:
 
 def partial_path(path: Path) -> Path:
     """Where a file stands until it is complete."""
-    return path.with_name(path.name + ".partial")
+    return path.with_name(path.name + _PARTIAL)
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove partial files in ``folder`` that killed writers left there: nobody has them locked.
+
+    Not on Windows, where nobody can tell. Raises OSError.
+    """
+    if os.name == "nt":
+        return
+    for partial in folder.glob(f"*{_PARTIAL}"):
+        with contextlib.suppress(FileNotFoundError):
+            descriptor = os.open(partial, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            try:
+                if try_lock(descriptor) and is_still(descriptor, partial):
+                    partial.unlink()
+            finally:
+                os.close(descriptor)
 
 
 def check_space(path: Path, n_bytes: int) -> None:
@@ -101,14 +125,14 @@ def disk_errors(path: Path, remedy: str = _DATA_REMEDY) -> Iterator[None]:
         raise MobileError(f"cannot write {path}: {what}{remedy}") from error
 
 
-def _open_locked(partial: Path, path: Path) -> int:
+def _open_locked(partial: Path, path: Path, mode: int) -> int:
     flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
     flags |= getattr(os, "O_NOFOLLOW", 0)
     while True:
-        descriptor = os.open(partial, flags, 0o666)
+        descriptor = os.open(partial, flags, mode)
         try:
             if not try_lock(descriptor):
-                raise MobileError(f"cannot write {path}: another process is writing it now")
+                raise WriterBusyError(f"cannot write {path}: another process is writing it now")
             # else its writer has just given it its name: what was opened is not ours to write
             if is_still(descriptor, partial):
                 return descriptor

@@ -28,6 +28,11 @@ def config_dir() -> Path:
     return _xdg("XDG_CONFIG_HOME", ".config")
 
 
+def sessions_dir() -> Path:
+    """What conversations left in a model's memory, so that they need not be computed again."""
+    return cache_dir() / "sessions"
+
+
 def models_dir() -> Path:
     """GGUF files made or fetched by this package."""
     return data_dir() / "models"

@@ -2,7 +2,8 @@
 
 Beside others who want the processors, each of a token's hundreds of barriers waits for the thread that was
 put off last: two threads on two processors with a busy loop beside them are half as fast as one. How much
-others want shows in the time that the decoding thread could have run and did not; whether fewer threads are
+others want shows in the time that the decoding thread could have run and did not. Where another thread is the
+one that is put off, it shows in what others used while no processor was idle. Whether fewer threads are
 better is then tried, and whether more are better again once processors are idle. The rule knows no machine,
 so that it can be tested.
 """
@@ -17,8 +18,13 @@ from mobile_gguf.memory.competition import Competition, Processors
 # Tokens that are compared, and seconds that they take at least.
 WINDOW = 8
 WINDOW_S = 0.15
+# Tokens, and seconds, after which it is known whether others compete.
+GLANCE = 3
+GLANCE_S = 0.25
 # Share of a token's time on a run queue above which fewer threads are tried.
 CONTENDED = 0.15
+# Processors that others used above which fewer threads are tried, if fewer were idle.
+TAKEN = 0.3
 # Idle processors (a mean) from which on one more thread is tried.
 IDLE = 0.7
 # What a trial has to win, as a share of the time of a token.
@@ -34,10 +40,20 @@ class _Window:
     seconds: float = 0.0
     waited: float = 0.0
     idle: float = 0.0  # processor seconds
+    others: float = 0.0
 
     @property
     def is_full(self) -> bool:
         return self.n >= WINDOW and self.seconds >= WINDOW_S
+
+    @property
+    def is_contended(self) -> bool:
+        taken = TAKEN * self.seconds
+        return self.waited > CONTENDED * self.seconds or (self.others > taken and self.idle < taken)
+
+    @property
+    def says_enough(self) -> bool:
+        return self.n >= GLANCE and self.seconds >= GLANCE_S and self.is_contended
 
     @property
     def per_token(self) -> float:
@@ -64,8 +80,11 @@ class ThreadRule:
     def __post_init__(self) -> None:
         self.threads = self._settled = self.limit
 
-    def observe(self, seconds: float, waited_s: float, idle_s: float) -> int:
-        """Take a token's seconds, those on a run queue, those of idle processors; returns ``threads``."""
+    def observe(self, seconds: float, waited_s: float, idle_s: float, others_s: float) -> int:
+        """Take a token's seconds, those on a run queue, those of idle processors and those that others used.
+
+        Returns ``threads``.
+        """
         if self._skip:
             self._skip -= 1
             return self.threads
@@ -74,13 +93,18 @@ class ThreadRule:
         window.seconds += seconds
         window.waited += waited_s
         window.idle += idle_s
-        if window.is_full:
+        window.others += others_s
+        if window.is_full or (self._may_try_fewer and window.says_enough):
             self._window = _Window()
             if self._best is None:
                 self._consider(window)
             else:
                 self._judge(window)
         return self.threads
+
+    @property
+    def _may_try_fewer(self) -> bool:
+        return self._best is None and self._windows_left <= 0 and self.threads > 1
 
     def _consider(self, window: _Window) -> None:
         self._windows_left -= 1
@@ -94,7 +118,7 @@ class ThreadRule:
         idle = int(window.idle / window.seconds + 1 - IDLE)
         if self.threads < self.limit and idle > 0:
             return min(self.limit, self.threads + idle)
-        if self.threads > 1 and window.waited > CONTENDED * window.seconds:
+        if self.threads > 1 and window.is_contended:
             return self.threads - 1 if self.threads <= 4 else self.threads * 3 // 4
         if self.threads < self.limit and self._windows_left <= -LAST_PAUSE:
             return self.threads + 1  # what is idle may be said wrongly: of another machine's processors
@@ -150,8 +174,12 @@ class FollowingThreads:
         if self._before is None or after is None:
             return
         seconds = after.at - self._before.at
-        waited = after.waited_s - self._before.waited_s
-        wanted = self._rule.observe(seconds, waited, after.idle_s - self._before.idle_s)
+        wanted = self._rule.observe(
+            seconds,
+            after.waited_s - self._before.waited_s,
+            after.idle_s - self._before.idle_s,
+            after.others_s - self._before.others_s,
+        )
         if wanted != self._in_use:
             self._set_threads(wanted)
             self._in_use = wanted

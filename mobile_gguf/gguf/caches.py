@@ -3,7 +3,7 @@
 The rules are those of the pinned llama.cpp: ``llama_model::create_memory`` says which layers have what,
 ``llama_kv_cache``, ``llama_memory_recurrent``, ``llama_kv_cache_dsa``, ``_msa``, ``_dsv4`` and
 ``llama_memory_hybrid_idx`` how large it is, each architecture's ``load_arch_hparams`` which layers are which.
-For contexts as ours are made: f16, one sequence, sliding windows at the context's full size (``swa_full``).
+For contexts as ours are made: one sequence, sliding windows at the context's full size (``swa_full``).
 A test holds all of it against what llama.cpp allocates.
 """
 
@@ -11,10 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
+
+from mobile_gguf.options.words import F16, Q4_0, Q8_0
 
 from .facts import Facts
 
-_F16, _F32 = 2, 4
+_F32 = 4
+_BLOCK = 32  # values of a quantisation block
+_BLOCK_BYTES = {F16: 64, Q8_0: 34, Q4_0: 18}
 _ALIGNMENT = 32  # of a tensor in a buffer of the CPU
 CONTEXT_MULTIPLE = 256  # that llama.cpp pads contexts and compressed caches to
 
@@ -45,9 +50,19 @@ _GLM_5_2_CONTEXT = 1 << 20
 _GEMMA_3N_LAYERS = 20  # of gemma3n have keys of their own
 
 
+class KvTypes(NamedTuple):
+    """What keys and values are kept as: f16, or in blocks with a scale each."""
+
+    keys: str = F16
+    values: str = F16
+
+
+F16_KV = KvTypes()
+
+
 @dataclass(frozen=True)
 class CacheRows:
-    """f16 values of one position in all layers of one kind of cache.
+    """Values of one position in all layers of one kind of cache.
 
     ``padded``: of values without flash attention, where every layer is as wide as the widest.
     ``positions``: how many share a row, where they are compressed.
@@ -58,15 +73,16 @@ class CacheRows:
     padded: int = 0
     positions: int = 1
 
-    def row_bytes(self, flash_attn: bool) -> int:
-        return _F16 * (self.keys + (self.values if flash_attn else self.padded))
+    def row_bytes(self, flash_attn: bool, kv: KvTypes = F16_KV) -> int:
+        values = self.values if flash_attn else self.padded
+        return (self.keys * _BLOCK_BYTES[kv.keys] + values * _BLOCK_BYTES[kv.values]) // _BLOCK
 
-    def n_bytes(self, n_ctx: int, flash_attn: bool) -> int:
+    def n_bytes(self, n_ctx: int, flash_attn: bool, kv: KvTypes = F16_KV) -> int:
         """Of a context of ``n_ctx`` tokens, a multiple of 256."""
         rows = n_ctx
         if self.positions > 1:
             rows = _up(max(1, -(-n_ctx // self.positions)), CONTEXT_MULTIPLE)
-        return rows * self.row_bytes(flash_attn)
+        return rows * self.row_bytes(flash_attn, kv)
 
 
 NO_ROWS = CacheRows()
@@ -89,7 +105,7 @@ class Caches:
     """What a context keeps: rows that grow with it, and a state that does not.
 
     ``windows``: some layers attend to a sliding window. ``latent``: values of one position from which MLA
-    makes keys and values, 0 without it.
+    makes keys and values, 0 without it. ``head_sizes`` are those of keys, and of values, that there are.
     """
 
     attention: CacheRows = NO_ROWS
@@ -99,19 +115,34 @@ class Caches:
     windows: bool = False
     latent: int = 0
     sparse: Sparse = NOT_SPARSE
+    head_sizes: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
 
     @property
     def rows(self) -> tuple[CacheRows, ...]:
         return (self.attention, self.indexers, *self.compressed)
 
-    def n_bytes(self, n_ctx: int, flash_attn: bool) -> int:
+    def n_bytes(self, n_ctx: int, flash_attn: bool, kv: KvTypes = F16_KV) -> int:
         """Of a context of ``n_ctx`` tokens, padded as the engine pads it."""
         n_ctx = padded_context(n_ctx)
-        return sum(rows.n_bytes(n_ctx, flash_attn) for rows in self.rows) + self.state_bytes
+        return sum(rows.n_bytes(n_ctx, flash_attn, kv) for rows in self.rows) + self.state_bytes
 
-    def token_bytes(self, flash_attn: bool) -> float:
+    def token_bytes(self, flash_attn: bool, kv: KvTypes = F16_KV) -> float:
         """What one more token of context takes."""
-        return sum(rows.row_bytes(flash_attn) / rows.positions for rows in self.rows)
+        return sum(rows.row_bytes(flash_attn, kv) / rows.positions for rows in self.rows)
+
+    def problem_of(self, kv: KvTypes) -> str:
+        """Why keys and values cannot be kept so, which would end the process; empty if they can."""
+        if kv == F16_KV:
+            return ""
+        if self.indexers != NO_ROWS or self.compressed or self.sparse.kind:
+            return "a model that chooses positions, or compresses them, keeps f16"
+        if self.latent and kv.keys != kv.values:
+            return "its keys and values are one, so both have the same type"
+        for name, sizes in zip(kv, self.head_sizes, strict=True):
+            odd = [size for size in sizes if size % _BLOCK]
+            if name != F16 and odd:
+                return f"{name} has blocks of {_BLOCK}, and a head of this model {odd[0]} values"
+        return ""
 
     def read_bytes(self, n_positions: int) -> float:
         """What a token reads and writes of it, with ``n_positions`` before it."""
@@ -182,8 +213,12 @@ class _Reading:
         states = [layer for layer in range(self.n_layer) if self.recurrent[layer]]
         return Caches(
             attention, self.indexers(attending), (), self.state_bytes(states),
-            self.has_windows(), self.key_length if self.only_keys else 0, self.sparse(),
+            self.has_windows(), self.key_length if self.only_keys else 0, self.sparse(), self.head_sizes(),
         )  # fmt: skip
+
+    def head_sizes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        keys, values = {self.key_length, self.keys_swa}, {self.value_length, self.values_swa}
+        return tuple(sorted(keys)), () if self.only_keys else tuple(sorted(values))
 
     def has_windows(self) -> bool:
         """Whether some layers see a window (or, of Llama 4, a chunk) of the context."""

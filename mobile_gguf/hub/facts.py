@@ -17,7 +17,7 @@ from mobile_gguf.gguf.experts import ExpertLayer
 from mobile_gguf.gguf.info import GgufInfo, read_gguf_info
 
 # of the remembered form: a new number forgets what was remembered
-_VERSION = 5
+_VERSION = 6
 _TUPLES = ("n_head", "moe_layers")
 
 
@@ -102,5 +102,6 @@ def _caches(values: dict[str, Any]) -> Caches:
         "indexers": CacheRows(**values["indexers"]),
         "compressed": tuple(CacheRows(**rows) for rows in values["compressed"]),
         "sparse": Sparse(**values["sparse"]),
+        "head_sizes": tuple(map(tuple, values["head_sizes"])),
     }
     return Caches(**made)

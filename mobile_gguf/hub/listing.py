@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mobile_gguf.errors import BudgetError
+from mobile_gguf.errors import UsageError
 from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.sizes import format_bytes
 
@@ -152,7 +152,7 @@ def _described(
 def _placed(entry: ModelEntry, info: GgufInfo, here: Here) -> ModelEntry:
     try:
         fit = here.fit(info)
-    except BudgetError:
+    except UsageError:
         return entry
     return replace(entry, fit=fit, speed=here.speed(info, fit) if info.is_moe else None)
 

@@ -17,11 +17,13 @@ _NS = 1e-9
 class Processors:
     """``waited_s``: how long this thread could have run and had no processor; ``at``: when.
 
-    ``idle_s``: processor seconds that nobody used. Sums since some start: differences count.
+    ``idle_s``: processor seconds that nobody used; ``others_s``: those that other processes used, or the
+    host of a virtual machine. Sums since some start: differences count.
     """
 
     waited_s: float
     idle_s: float
+    others_s: float
     at: float
 
 
@@ -39,10 +41,15 @@ class Competition:
         words = read_text(self._root / f"proc/{os.getpid()}/task/{thread}/schedstat").split()
         if len(words) != 3 or words[2] == "0" or not self._ticks:
             return None
-        idle = read_text(self._root / "proc/stat").partition("\n")[0].split()
-        # cpu, user, nice, system, idle, iowait: one that waits for a disk is free
-        if len(idle) < 6 or idle[0] != "cpu":
+        spent = read_text(self._root / "proc/stat").partition("\n")[0].split()
+        # cpu, user, nice, system, idle, iowait, irq, softirq, steal; guests count as user
+        if len(spent) < 9 or spent[0] != "cpu":
             return None
+        ticks = [int(word) for word in spent[1:9]]
+        idle = ticks[3] + ticks[4]  # one that waits for a disk is free
         return Processors(
-            int(words[1]) * _NS, (int(idle[4]) + int(idle[5])) / self._ticks, time.perf_counter()
+            waited_s=int(words[1]) * _NS,
+            idle_s=idle / self._ticks,
+            others_s=(sum(ticks) - idle) / self._ticks - time.process_time(),
+            at=time.perf_counter(),
         )

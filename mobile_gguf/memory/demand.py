@@ -10,9 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from mobile_gguf.engine.buffers import NOT_MEASURED, Buffers, Context, Measured
-from mobile_gguf.gguf.caches import CONTEXT_MULTIPLE, DSV4, QSA, padded_context
+from mobile_gguf.gguf.caches import CONTEXT_MULTIPLE, DSV4, F16_KV, QSA, KvTypes, padded_context
 from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.sizes import format_bytes
+
+from .sequences import ONE, Sequences
 
 DEFAULT_CONTEXT = 4096
 _F16, _F32 = 2, 4
@@ -60,7 +62,7 @@ class Demand:
 
 
 def context_size(info: GgufInfo, asked: int | None) -> int:
-    """Tokens of context: as asked, 0 for the model's own, by default that but at most 4096."""
+    """Tokens of context: as asked, 0 for the model's own; what an automatic one begins with if not."""
     trained = info.n_ctx_train or DEFAULT_CONTEXT
     if asked is None:
         return min(DEFAULT_CONTEXT, trained)
@@ -68,22 +70,37 @@ def context_size(info: GgufInfo, asked: int | None) -> int:
 
 
 def estimate_demand(
-    info: GgufInfo, *, n_ctx: int, n_ubatch: int, flash_attn: bool = False, measured: Measured = NOT_MEASURED
+    info: GgufInfo,
+    *,
+    n_ctx: int,
+    n_ubatch: int,
+    flash_attn: bool = False,
+    kv: KvTypes = F16_KV,
+    measured: Measured = NOT_MEASURED,
+    sequences: Sequences = ONE,
 ) -> Demand:
     """The demand with all layers on the host, for a context of ``n_ctx`` tokens."""
     context = context_of(n_ctx, n_ubatch, flash_attn)
     buffers = compute_buffers(info, context, measured)
+    logits = sequences.logits_bytes(info)
     return Demand(
         _dense_bytes(info),
-        kv_cache_bytes(info, context.n_ctx, flash_attn),
-        buffers.reserved,
+        sequences.kept_bytes(info, context.n_ctx, flash_attn, kv),
+        buffers.reserved + logits,
         idle_bytes=buffers.reserved - buffers.used,
         vocabulary_bytes=info.n_vocab * _VOCABULARY_BYTES,
     )
 
 
 def estimate_device_demand(
-    info: GgufInfo, *, n_ctx: int, n_ubatch: int, flash_attn: bool = False, measured: Measured = NOT_MEASURED
+    info: GgufInfo,
+    *,
+    n_ctx: int,
+    n_ubatch: int,
+    flash_attn: bool = False,
+    kv: KvTypes = F16_KV,
+    measured: Measured = NOT_MEASURED,
+    sequences: Sequences = ONE,
 ) -> Demand:
     """The demand on devices that have all layers; what is reserved has real memory there.
 
@@ -91,9 +108,9 @@ def estimate_device_demand(
     counts where it is higher.
     """
     context = context_of(n_ctx, n_ubatch, flash_attn)
-    kept = kv_cache_bytes(info, context.n_ctx, flash_attn)
+    kept = sequences.kept_bytes(info, context.n_ctx, flash_attn, kv)
     reserved = max(compute_buffers(info, context, one).reserved for one in (measured, NOT_MEASURED))
-    return Demand(_dense_bytes(info), kept, reserved)
+    return Demand(_dense_bytes(info), kept, reserved + sequences.logits_bytes(info))
 
 
 def host_share(demand: Demand, info: GgufInfo) -> Demand:
@@ -101,9 +118,9 @@ def host_share(demand: Demand, info: GgufInfo) -> Demand:
     return replace(demand, dense_bytes=min(info.embedding_bytes, demand.dense_bytes), kv_bytes=0)
 
 
-def kv_cache_bytes(info: GgufInfo, n_ctx: int, flash_attn: bool = False) -> int:
+def kv_cache_bytes(info: GgufInfo, n_ctx: int, flash_attn: bool = False, kv: KvTypes = F16_KV) -> int:
     """Keys, values, indexers' keys and states of a context, as ``mobile_gguf/gguf/caches.py`` counts them."""
-    return info.caches.n_bytes(n_ctx, flash_attn)
+    return info.caches.n_bytes(n_ctx, flash_attn, kv)
 
 
 def context_of(n_ctx: int, n_ubatch: int, flash_attn: bool) -> Context:

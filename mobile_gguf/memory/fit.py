@@ -13,11 +13,14 @@ from mobile_gguf.engine.devices import Device
 from mobile_gguf.engine.structs import DeviceInfo
 from mobile_gguf.engine.tried import known_buffers
 from mobile_gguf.errors import BudgetError, UsageError
+from mobile_gguf.gguf.caches import F16_KV, KvTypes
 from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.options import LoadOptions
+from mobile_gguf.options.words import F16
 from mobile_gguf.sizes import AUTO, OFF, Size
 
 from .budget import plan_budget, reserve_bytes, stored_share
+from .context import other_contexts, with_context
 from .demand import (
     Demand,
     context_of,
@@ -29,6 +32,7 @@ from .demand import (
 from .machine import Memory
 from .microbatch import DEFAULT_UBATCH, growth_pays, larger_ubatches, reads_are_hidden
 from .pools import asked_pool, auto_pool, foreseen, lacking, pool_all_bytes, pool_min_bytes
+from .sequences import ONE, Sequences, sequences_of
 
 
 @dataclass(frozen=True)
@@ -36,17 +40,21 @@ class Asked:
     """What a model is to be loaded with. ``ram`` and ``vram``: a size, a share of the experts, or auto.
 
     ``n_ubatch`` is the micro-batch, ``larger`` what may be taken instead where experts are streamed: none if
-    the user gave one. ``vram`` None: no device. ``servers``: RPC servers were named as devices. ``measured``:
-    what the engine said of the file's compute buffers.
+    the user gave one; ``other_contexts`` likewise of the context. ``kv``: the types of keys and values.
+    ``sequences`` are in the context at once. ``vram`` None: no device. ``servers``: RPC servers were named as
+    devices. ``measured``: what the engine said of the file's compute buffers, with f16 for keys and values.
     """
 
     n_ctx: int
     n_ubatch: int
     larger: tuple[int, ...] = ()
     flash_attn: bool = False
+    kv: KvTypes = F16_KV
+    other_contexts: tuple[int, ...] = ()
     ram: Size = AUTO
     vram: Size | None = AUTO
     servers: bool = False
+    sequences: Sequences = ONE
     measured: Measured = field(default=NOT_MEASURED, repr=False, compare=False)
 
     @property
@@ -56,7 +64,7 @@ class Asked:
 
     @property
     def contexts(self) -> list[Context]:
-        """All that it may become."""
+        """All that it may become at this length."""
         return [context_of(self.n_ctx, n, self.flash_attn) for n in (self.n_ubatch, *self.larger)]
 
     @property
@@ -106,24 +114,39 @@ class Fit:
 def asked_of(info: GgufInfo, options: LoadOptions) -> Asked:
     """What options ask of memory, with what is known of the file's buffers.
 
-    Raises UsageError for servers without the use of a device.
+    Raises UsageError for servers without the use of a device, and for keys and values that cannot be so.
     """
     vram = options.vram_budget
     if vram == OFF and options.rpc:
         raise UsageError(f"--rpc names devices, and --vram-budget {OFF} uses none: leave one of them out")
     n_ctx = context_size(info, options.n_ctx)
+    kv = KvTypes(options.cache_type_k, options.cache_type_v)
+    _check_types(info, options, kv)
+    flash_attn = options.uses_flash_attention
     is_auto = isinstance(options.n_ubatch, str)
     wanted = options.n_ubatch if isinstance(options.n_ubatch, int) else DEFAULT_UBATCH
     return Asked(
         n_ctx=n_ctx,
         n_ubatch=min(wanted, options.n_batch or wanted),
-        larger=larger_ubatches(info, n_ctx, options.n_batch, options.flash_attn) if is_auto else (),
-        flash_attn=options.flash_attn,
+        larger=larger_ubatches(info, n_ctx, options.n_batch, flash_attn) if is_auto else (),
+        flash_attn=flash_attn,
+        kv=kv,
+        other_contexts=other_contexts(info, n_ctx) if options.n_ctx is None else (),
         ram=options.ram_budget,
         vram=None if vram == OFF else vram,
         servers=bool(options.rpc),
+        sequences=sequences_of(info, options)[0],
         measured=Measured(known_buffers(info.path, info.files)),
     )
+
+
+def _check_types(info: GgufInfo, options: LoadOptions, kv: KvTypes) -> None:
+    """Raise UsageError if keys and values cannot be kept so."""
+    if problem := info.caches.problem_of(kv):
+        given = f"-ctk {kv.keys} -ctv {kv.values}"
+        raise UsageError(f"{given} does not go with {info.path.name}: {problem}; leave them out")
+    if options.flash_attn is False and kv.values != F16:
+        raise UsageError(f"-ctv {kv.values} needs flash attention: leave out --flash-attn off")
 
 
 def fit_model(info: GgufInfo, asked: Asked, memory: Memory, devices: Sequence[Device] = ()) -> Fit:
@@ -133,6 +156,9 @@ def fit_model(info: GgufInfo, asked: Asked, memory: Memory, devices: Sequence[De
     beyond the memory available is kept, or cut under a cgroup's limit, with a warning. Raises BudgetError for
     what cannot be loaded.
     """
+    if asked.other_contexts:
+        asked = with_context(asked, lambda one: fit_model(info, replace(one, larger=()), memory, devices))
+        asked = replace(asked, larger=tuple(n for n in asked.larger if n <= asked.n_ctx))
     if asked.vram is None or not devices:
         return _fit_host(info, asked, memory)
     try:
@@ -182,8 +208,9 @@ def host_demand(info: GgufInfo, asked: Asked) -> Demand:
     """The demand with all of the model on the host."""
     n_ctx, n_ubatch, flash_attn = asked.context
     return estimate_demand(
-        info, n_ctx=n_ctx, n_ubatch=n_ubatch, flash_attn=flash_attn, measured=asked.measured
-    )
+        info, n_ctx=n_ctx, n_ubatch=n_ubatch, flash_attn=flash_attn, kv=asked.kv, measured=asked.measured,
+        sequences=asked.sequences,
+    )  # fmt: skip
 
 
 def _fit_devices(
@@ -193,8 +220,9 @@ def _fit_devices(
     asked = replace(asked, larger=())
     n_ctx, n_ubatch, flash_attn = asked.context
     demand = estimate_device_demand(
-        info, n_ctx=n_ctx, n_ubatch=n_ubatch, flash_attn=flash_attn, measured=asked.measured
-    )
+        info, n_ctx=n_ctx, n_ubatch=n_ubatch, flash_attn=flash_attn, kv=asked.kv, measured=asked.measured,
+        sequences=asked.sequences,
+    )  # fmt: skip
     holding = foreseen(devices, info, demand)
     n = max(1, len(holding))
     pool = asked_pool(vram, info, n) if info.is_moe else None

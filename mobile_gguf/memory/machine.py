@@ -9,12 +9,17 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .cgroup import cgroup_directories, read_number, read_stat, read_text
+
+if TYPE_CHECKING:
+    from .promise import Promise
 
 # cgroup v1 writes "no limit" as the largest multiple of the page size below 2^63.
 _NO_LIMIT = 1 << 60
 _CGROUP = "cgroup "
+PROMISE = "--memory "
 
 
 @dataclass(frozen=True)
@@ -32,16 +37,18 @@ class MemoryLimit:
 
 @dataclass(frozen=True)
 class Memory:
-    """Memory left for this process, in bytes, and who says so."""
+    """Memory left for this process, in bytes, and who says so; ``promise``: what was set aside of it."""
 
     available_bytes: int
     total_bytes: int
-    source: str  # "the machine" or "cgroup PATH"
+    source: str  # "the machine", "cgroup PATH" or "--memory SIZE"
+    promise: Promise | None = None
 
     @property
     def is_capped(self) -> bool:
-        """Whether the kernel ends a process that takes more, whatever else the machine has."""
-        return self.source.startswith(_CGROUP)
+        """Whether no more may be taken, whatever else the machine has: the kernel would end the process, or
+        a promise be broken."""
+        return self.source.startswith((_CGROUP, PROMISE))
 
 
 def read_memory(root: Path = Path("/")) -> Memory:

@@ -10,18 +10,21 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Literal
 
-from mobile_gguf.sizes import AUTO, Size, parse_bytes_or_off, parse_size, parse_size_or_off
+from mobile_gguf.sizes import AUTO, Size, parse_bytes, parse_bytes_or_off, parse_size, parse_size_or_off
 
 from .bias import parse_bias, take_bias
 from .opt import Checked, Opt, take_parsed, take_schema, take_texts
-from .tokens import MAX_TOKENS, parse_tokens_or_auto
+from .tokens import MAX_TOKENS, parse_parallel, parse_switch, parse_tokens_or_auto
+from .words import AUTO as AUTO_SWITCH
 from .words import (
     AUTO_MODE,
     AUTO_UBATCH,
+    CACHE_TYPES,
     CONTEXT_FULL,
     DEFAULT_EVICTION,
     DEFAULT_IO_THREADS,
     EVICTION,
+    F16,
     IMPORTANCE,
     IO,
     MISS,
@@ -30,6 +33,7 @@ from .words import (
     ON,
     PLACEMENTS,
     PREFETCH,
+    SPLIT,
     SUBSTITUTE,
 )
 
@@ -51,6 +55,7 @@ POLICY_OPTIONS = (
     "substitute",
     "max_kld",
     "prompt_drop",
+    "partial",
 )
 
 _RAM_BUDGET = Opt(
@@ -109,6 +114,13 @@ _SUBSTITUTE = Opt(
     "--substitute",
     choices=SUBSTITUTE,
     help="in the place of a missing expert: its buddy, the likeliest there, or favour those there",
+)
+_PARTIAL = Opt(
+    "--partial",
+    read=float,
+    low=0,
+    high=1,
+    help="compute a missing expert by its segments that are there, if at least this share of them is",
 )
 _PROMPT_DROP = Opt(
     "--prompt-drop",
@@ -179,6 +191,7 @@ class LoadOptions(Checked):
     substitute: Annotated[str, _SUBSTITUTE] = OFF
     max_kld: Annotated[float | None, _MAX_KLD] = None
     prompt_drop: Annotated[float, _PROMPT_DROP] = 0.0
+    partial: Annotated[float, _PARTIAL] = 0.0
     n_ctx: Annotated[
         int | None,
         Opt(
@@ -186,7 +199,8 @@ class LoadOptions(Checked):
             read=int,
             low=0,
             high=MAX_TOKENS,
-            help="context, 0: the model's (default: that, up to 4096)",
+            unset=AUTO_SWITCH,
+            help="context, 0: the model's; auto: as much of that as fits beside the experts (default)",
         ),
     ] = None
     n_batch: Annotated[
@@ -236,9 +250,37 @@ class LoadOptions(Checked):
     eviction: Annotated[str, Opt("--eviction", choices=EVICTION, help="which expert leaves memory first")] = (
         DEFAULT_EVICTION
     )
+    split: Annotated[
+        str,
+        Opt("--split", choices=SPLIT, help="keep leading segments of experts, where the file has a plan"),
+    ] = "auto"
     flash_attn: Annotated[
-        bool, Opt("-fa", "--flash-attn", is_flag=True, help="flash attention: smaller compute buffers")
-    ] = False
+        bool | Literal["auto"],
+        Opt(
+            *("-fa", "--flash-attn"),
+            read=parse_switch,
+            bare=ON,
+            metavar="{on,off,auto}",
+            help="flash attention: smaller compute buffers; auto: where the type of values needs it",
+        ),
+    ] = AUTO_SWITCH
+    cache_type_k: Annotated[
+        str,
+        Opt("-ctk", "--cache-type-k", choices=CACHE_TYPES, help="what the context's keys are kept as"),
+    ] = F16
+    cache_type_v: Annotated[
+        str,
+        Opt("-ctv", "--cache-type-v", choices=CACHE_TYPES, help="... and its values"),
+    ] = F16
+    memory: Annotated[
+        Size,
+        Opt(
+            "--memory",
+            read=parse_bytes,
+            metavar="SIZE",
+            help="memory of the whole process: weights, context, buffers, experts; auto: no promise",
+        ),
+    ] = AUTO
     prefix_cache: Annotated[
         Size | Literal["off"],
         Opt(
@@ -248,8 +290,42 @@ class LoadOptions(Checked):
             help="free memory for conversations that others put out of the context: auto (2 GiB), or off",
         ),
     ] = AUTO
+    parallel: Annotated[
+        int | Literal["auto"] | None,
+        Opt(
+            *("-np", "--parallel"),
+            read=parse_parallel,
+            metavar="N",
+            help="answers of a server or a batch made at once, sharing the context; auto: as many as pay"
+            " (default: 1, serve: 4)",
+        ),
+    ] = None
+    deterministic: Annotated[
+        bool,
+        Opt(
+            "--deterministic",
+            is_flag=True,
+            help="several at once: each exactly as alone, with a context and decodes of its own; slower",
+        ),
+    ] = False
+    session_cache: Annotated[
+        Size | Literal["off"],
+        Opt(
+            "--session-cache",
+            read=parse_bytes_or_off,
+            metavar="SIZE",
+            help="disk for conversations that a later start continues: auto (2 GiB; in Python off), or off",
+        ),
+    ] = AUTO
     seed: Annotated[int | None, _SEED] = None
     verbose: Annotated[bool, Opt("-v", "--verbose", is_flag=True, help="show the engine's log")] = False
+
+    @property
+    def uses_flash_attention(self) -> bool:
+        """Whether attention is computed so: where it was asked for, or llama.cpp needs it."""
+        if self.flash_attn == AUTO_SWITCH:
+            return self.cache_type_v != F16  # values in blocks cannot be transposed
+        return bool(self.flash_attn)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -335,6 +411,7 @@ class GenerateOptions(Checked):
     substitute: Annotated[str | None, _SUBSTITUTE] = None
     max_kld: Annotated[float | None, _MAX_KLD] = None
     prompt_drop: Annotated[float | None, _PROMPT_DROP] = None
+    partial: Annotated[float | None, _PARTIAL] = None
     context_full: Annotated[
         str,
         Opt(

@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 from mobile_gguf.errors import UsageError, require_unicode, shown
 from mobile_gguf.sizes import Size
 
+from .words import AUTO, OFF, ON
+
 Options = TypeVar("Options", bound="Checked")
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -29,6 +31,8 @@ class Opt:
     ``accept`` makes the option's value of its name and what Python's caller gave, where that is no number,
     no choice, and more than what ``read`` takes. Both raise UsageError, ``accept`` with the name. A secret is
     never shown, and any text is one. Who gives it, and not what it ``implies``, asks for that as well.
+    ``bare`` is what a flag means that is given without a value, ``unset`` the word for None, where that means
+    more than nothing.
     """
 
     def __init__(
@@ -46,6 +50,8 @@ class Opt:
         is_secret: bool = False,
         file_flags: Sequence[str] = (),
         metavar: str = "",
+        bare: str = "",
+        unset: str = "",
     ) -> None:
         self.flags = flags
         self.help = help
@@ -61,7 +67,14 @@ class Opt:
         self.is_secret = is_secret
         self.file_flags = tuple(file_flags)
         self.metavar = metavar
+        self.bare = bare
+        self.unset = unset
         self.implies = dict(implies or {})
+
+    @property
+    def switch(self) -> tuple[str, ...]:
+        """The words of what is on or off; none where it is neither."""
+        return (ON, OFF) if self.is_flag else (ON, OFF, AUTO) if self.bare else ()
 
     def take(self, name: str, value: Any) -> Any:
         """``value`` as the option holds it; raises UsageError naming the option and what it may be."""
@@ -145,10 +158,12 @@ class Checked:
 
     def __post_init__(self) -> None:
         for name, default in defaults(type(self)).items():
-            value = getattr(self, name)
+            value, opt = getattr(self, name), declared(type(self))[name]
+            if opt.unset and isinstance(value, str) and value == opt.unset:
+                object.__setattr__(self, name, None)
             # None is the default, or it is no value
-            if value is not None or default is not None:
-                object.__setattr__(self, name, declared(type(self))[name].take(name, value))
+            elif value is not None or default is not None:
+                object.__setattr__(self, name, opt.take(name, value))
 
 
 @functools.cache

@@ -23,11 +23,18 @@ CONTEXT_FULL = ("auto", TRIM, "stop")
 # how experts are read from the file
 IO = ("auto", "direct", "buffered")
 
+# what keys and values are kept as: f16, or in blocks of 32 with a scale each
+F16, Q8_0, Q4_0 = CACHE_TYPES = ("f16", "q8_0", "q4_0")
+
 # threads that read experts, as the engine has it
 DEFAULT_IO_THREADS = 4
 
 # how many tokens of a prompt are computed at once: as streaming experts costs
 AUTO_UBATCH: Final = "auto"
+AUTO_PARALLEL: Final = "auto"
+
+# flash attention: where it is needed; and the context: what fits
+AUTO: Final = "auto"
 
 # where an expert is computed that the device lacks
 MISS = ("auto", "fetch", "cpu")
@@ -39,6 +46,10 @@ PLACEMENTS = ("auto", CACHE, LAYERS)
 # moving experts before they are asked for; auto: while it is measured to help
 OFF, ON = "off", "on"
 PREFETCH = ("auto", OFF, ON)
+
+# keeping leading segments of experts before others; auto: as the file's plan for the budget says
+SPLIT = ("auto", OFF)
+RAM = "RAM"  # the tier that a split is planned for
 
 # what is computed in the place of a missing expert; by co-activation, by the router's probabilities, by its
 # choice among scores that favour what is there

@@ -18,6 +18,7 @@ from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.memory.budget import stored_share
 from mobile_gguf.memory.fit import Asked, Fit, asked_of, fit_model, host_demand, pool_share
 from mobile_gguf.memory.machine import Memory, read_memory
+from mobile_gguf.memory.promise import promised
 from mobile_gguf.options import LoadOptions
 from mobile_gguf.options.words import BIG_LITTLE, EXACT
 from mobile_gguf.sizes import OFF
@@ -49,7 +50,7 @@ class Here:
 
     @cached_property
     def memory(self) -> Memory:
-        return read_memory()
+        return promised(self._options, read_memory())
 
     @cached_property
     def devices(self) -> Sequence[Device]:
@@ -97,7 +98,7 @@ def predict_cached(
     if not measurements.entries:
         return None
     try:
-        fit = fit or fit_model(info, asked_of(info, options), read_memory())
+        fit = fit or fit_model(info, asked_of(info, options), promised(options, read_memory()))
         prediction, _ = predict_fit(
             info, read_workload(info), measurements, options, fit, options.mode, hotness=read_hotness(info)
         )

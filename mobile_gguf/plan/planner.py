@@ -13,6 +13,8 @@ from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.memory.fit import Asked, Fit, asked_of, host_demand
 from mobile_gguf.memory.machine import Memory, read_memory
 from mobile_gguf.memory.pools import pool_min_bytes
+from mobile_gguf.memory.promise import promised
+from mobile_gguf.memory.split import split_line, split_of
 from mobile_gguf.options import LoadOptions
 from mobile_gguf.options.words import AUTO_MODE, BIG_LITTLE, EXACT, LITTLE
 from mobile_gguf.sizes import AUTO, OFF, Size, format_bytes, whole_mebibytes
@@ -21,6 +23,7 @@ from mobile_gguf.wording import name_lines, shell_command
 from .disk import disk_name
 from .ggml import device_key
 from .machine import Measurements, correct, lesson_for
+from .more import OneMore, one_more_gib
 from .predict import predict, predict_prefill
 from .prompt import PromptPrediction, predict_prompts
 from .refusal import plan_fit
@@ -51,6 +54,7 @@ class Plan:
     prompts: tuple[
         PromptPrediction, ...
     ] = ()  # of a first prompt, by length; empty as above, and with devices
+    one_more: OneMore | None = None  # of the host's memory; None with devices
 
     def prediction(self, mode: str) -> Prediction | None:
         """The prediction of a mode."""
@@ -75,7 +79,8 @@ def make_plan(
     ``reference`` is the model's name in the command that is suggested; without it that is the path. ``asked``
     is what the options ask for, if that is known already.
     """
-    fit = plan_fit(info, asked or asked_of(info, options), memory or read_memory(), devices, n_bits)
+    memory = memory or promised(options, read_memory())
+    fit = plan_fit(info, asked or asked_of(info, options), memory, devices, n_bits)
     modes = (EXACT, BIG_LITTLE, LITTLE) if info.is_moe and info.n_expert_used > 1 else (EXACT,)
     if keys.LOSS_JSON in info.metadata:
         modes = (*modes, AUTO_MODE)
@@ -87,6 +92,11 @@ def make_plan(
         if prediction is not None:
             found.append(prediction)
             lessons[mode] = taught
+
+    def speed(other: Fit) -> float | None:
+        exact, _ = predict_fit(info, workload, measurements, options, other, EXACT, hotness=hotness)
+        return None if exact is None else exact.predicted_tps
+
     settings = settings_of(info, options, fit, EXACT)
     prefill = predict_prefill(info, workload, measurements, settings, disk_name(info.path))
     return Plan(
@@ -100,6 +110,7 @@ def make_plan(
         n_bits=n_bits,
         notes=(*fit.notes, *_advice(info, fit), *notes),
         prompts=predict_prompts(info, workload, measurements, settings, disk_name(info.path)),
+        one_more=None if fit.devices else one_more_gib(info, fit, speed),
     )
 
 
@@ -203,8 +214,10 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
         "fits": True,
         "n_ctx": fit.asked.n_ctx,
         "n_ubatch": fit.asked.n_ubatch,
+        "parallel": fit.asked.sequences.n,
         "bits_per_weight": round(plan.n_bits, 2),
         "memory": {"available_bytes": fit.memory.available_bytes, "source": fit.memory.source},
+        "split": split_of(fit) if fit.memory.promise is not None else None,
         "dense_bytes": fit.demand.dense_bytes,
         "kv_bytes": fit.demand.kv_bytes,
         "compute_bytes": fit.demand.compute_bytes,
@@ -220,6 +233,7 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
         "measured": plan.measured or None,
         "predictions": [one.to_dict() | _lesson_facts(plan, one.mode) for one in plan.predictions],
         "prefill_read_s": plan.prefill_s,
+        "one_more_gib": None if plan.one_more is None else plan.one_more.to_dict(),
         "prompts": [one.to_dict() for one in plan.prompts],
         "command": plan.command,
         "notes": list(plan.notes),
@@ -244,6 +258,8 @@ def plan_lines(plan: Plan) -> list[str]:
     ]
     for device in fit.devices:
         rows.append(("device", f"{device.name}: {format_bytes(device.free_bytes)} free"))
+    if fit.memory.promise is not None:
+        rows.append(("promised", split_line(fit).removeprefix("memory ")))
     where = fit.devices[0].name if fit.devices else "RAM"
     rest = fit.demand
     rows.append(("dense weights", f"{format_bytes(rest.dense_bytes)} in {where}"))
@@ -254,7 +270,8 @@ def plan_lines(plan: Plan) -> list[str]:
         idle = f"{format_bytes(info.mtp_bytes)} of blocks that predict several tokens at once (MTP)"
         rows.append(("not loaded", idle))
     context = f"{format_bytes(rest.kv_bytes)} KV, {format_bytes(rest.buffer_bytes)} buffers in {where}"
-    rows.append(("context", f"{fit.asked.n_ctx} tokens, micro-batches of {fit.asked.n_ubatch}: {context}"))
+    size = f"{fit.asked.n_ctx} tokens{fit.asked.sequences}, micro-batches of {fit.asked.n_ubatch}"
+    rows.append(("context", f"{size}: {context}"))
     if info.is_moe:
         if fit.devices:
             rows.append(
@@ -285,6 +302,8 @@ def plan_lines(plan: Plan) -> list[str]:
         rows.append((f"prompt of {one.n_tokens}", f"{speed}, first token after {one.first_token_s:.2g} s"))
     if not plan.prompts and plan.prefill_s is not None:
         rows.append(("first prompt", f"at least {plan.prefill_s:.1f} s of reading"))
+    if plan.one_more is not None:
+        rows.append(("1 GiB more buys", str(plan.one_more)))
     lines = name_lines(rows, 18)
     lines += [f"note: {note}" for note in plan.notes]
     return [*lines, "", plan.command]

@@ -34,8 +34,10 @@ def plan_fit(
     try:
         fit = fit_model(info, asked, memory, devices)
     except BudgetError as error:
+        asked = replace(asked, other_contexts=())
         raise FitError(_refusal(info, asked, memory, devices, str(error), n_bits)) from None
     free = memory.available_bytes
+    asked = replace(asked, n_ctx=fit.asked.n_ctx, other_contexts=())
     if fit.warning:
         wanted = min(asked_bytes(asked.ram, info), info.budget_all_bytes)
         raise FitError(

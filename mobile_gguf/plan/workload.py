@@ -201,7 +201,7 @@ def make_settings(
         n_ctx=n_ctx,
         n_ubatch=n_ubatch,
         threads_batch=options.threads_batch or options.threads or default_threads()[1],
-        flash_attn=options.flash_attn,
+        flash_attn=options.uses_flash_attention,
         big_share=big_share(info, options, by_head, learnt_share)
         if wanted == BIG_LITTLE
         else DEFAULT_BIG_SHARE,

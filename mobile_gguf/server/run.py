@@ -61,6 +61,7 @@ def serve(
         asyncio.run(server.serve(sockets=[listening]))
     finally:
         listening.close()
+        server.ended()
     if server.app_state.worker_left:
         _end_by_force()
     return server.signal
@@ -142,6 +143,12 @@ class Server(uvicorn.Server):
         self._ready = ready
         self._stopping = stopping
         self._grace = grace
+        self._last: list[threading.Timer] = []
+
+    def ended(self) -> None:
+        """The loop is over: what the model still writes may take its time."""
+        for timer in self._last:
+            timer.cancel()
 
     @property
     def app_state(self) -> Serving:
@@ -189,5 +196,6 @@ class Server(uvicorn.Server):
         last = threading.Timer(seconds, _end_by_force)
         last.daemon = True
         last.start()
+        self._last.append(last)
         self.signal = sig
         self.should_exit = True

@@ -46,7 +46,7 @@ def opening(monkeypatch):
     constructed = []
 
     def open_it(info, engine, backend=None, **options):
-        def construct(_info, _options, asked, engine, *, use_mmap, devices=(), planned_bytes=0):
+        def construct(_info, _options, asked, engine, *, use_mmap, devices=(), planned_bytes=0, **_more):
             constructed.append((asked.n_ctx, use_mmap))
             assert (planned_bytes != 0) == (engine is not None), "what fit said is told"
             if isinstance(backend, BaseException):

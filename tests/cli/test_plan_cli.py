@@ -57,7 +57,8 @@ def test_the_transcript_without_a_measurement(command, sample):
     lines = out.splitlines()
     assert (code, err) == (0, "")
     assert [line.split("  ")[0] for line in lines] == [
-        "model", "memory", "dense weights", "context", "experts in RAM", "speed", "", lines[-1],
+        "model", "memory", "dense weights", "context", "experts in RAM", "speed", "1 GiB more buys", "",
+        lines[-1],
     ]  # fmt: skip
     assert lines[4].split("  ")[-1].strip().endswith("all of them")
     assert lines[5].endswith("not measured")

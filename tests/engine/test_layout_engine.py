@@ -116,7 +116,9 @@ def test_segments_equal_whole_experts(model: str, tmp_path: Path) -> None:
         assert_equals(outcome, "plain", expected)
 
 
-@pytest.mark.parametrize("model", ["mixtral", "qwen3moe-q4_0", "gpt-oss-mxfp4"])
+@pytest.mark.parametrize(
+    "model", ["mixtral", "qwen3moe-q4_0", "qwen3moe-iq4_nl", "qwen3moe-q4_k", "gpt-oss-mxfp4"]
+)
 def test_repacked_experts_equal_stacked(model: str, tmp_path: Path) -> None:
     """Buffers that want a tensor whole, as the processor's own form of a quantised one does."""
     repack: dict[str, Any] = {"use_extra_bufts": True}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from itertools import pairwise
 from pathlib import Path
 from threading import get_native_id
@@ -21,15 +22,16 @@ class Machine:
     the slowest has come, the more of them wait, the longer: what was measured on two cores.
     """
 
-    def __init__(self, processors: int, loops: int = 0) -> None:
-        self.processors, self.loops = processors, loops
+    def __init__(self, processors: int, loops: int = 0, *, puts_decoder_off: bool = True) -> None:
+        self.processors, self.loops, self.puts_decoder_off = processors, loops, puts_decoder_off
 
-    def token(self, threads: int) -> tuple[float, float, float]:
+    def token(self, threads: int) -> tuple[float, float, float, float]:
         share = min(1.0, self.processors / (threads + self.loops))
         alone = 0.04 / threads
         seconds = alone / share * (1 + 3 * (1 - share) * (threads - 1))
         idle = max(0.0, self.processors - threads - self.loops) * seconds
-        return seconds, seconds * (1 - share), idle
+        waited = seconds * (1 - share) if self.puts_decoder_off else 0.0
+        return seconds, waited, idle, self.loops * share * seconds
 
     def run(self, rule: ThreadRule, n_tokens: int) -> list[int]:
         return [rule.observe(*self.token(rule.threads)) for _ in range(n_tokens)]
@@ -55,6 +57,23 @@ def test_beside_others_the_fastest_number_is_found(processors: int, loops: int) 
     assert rule.n_changes >= 1
 
 
+def test_it_is_seen_when_another_than_the_decoding_thread_is_put_off() -> None:
+    rule = ThreadRule(2)
+    assert Machine(2, loops=1, puts_decoder_off=False).run(rule, 100)[-1] == 1
+    assert rule.n_changes == 1
+
+
+def test_what_others_take_of_processors_that_are_left_over_changes_nothing() -> None:
+    rule = ThreadRule(4)
+    assert set(Machine(8, loops=2).run(rule, 500)) == {4}
+
+
+def test_a_glance_is_enough_where_others_compete_and_tokens_are_slow() -> None:
+    rule = ThreadRule(2)
+    used = [rule.observe(0.2, 0.1, 0.0, 0.1) for _ in range(rules.GLANCE)]
+    assert used == [2] * (rules.GLANCE - 1) + [1]
+
+
 def test_when_the_others_leave_all_threads_come_back() -> None:
     rule = ThreadRule(4)
     Machine(4, loops=4).run(rule, 400)
@@ -63,8 +82,8 @@ def test_when_the_others_leave_all_threads_come_back() -> None:
 
 
 def test_fewer_threads_that_do_not_help_are_left_and_tried_ever_less_often() -> None:
-    def slower_with_fewer(n: int) -> tuple[float, float, float]:
-        return 0.08 / n, 0.5 * 0.08 / n, 0.0
+    def slower_with_fewer(n: int) -> tuple[float, float, float, float]:
+        return 0.08 / n, 0.5 * 0.08 / n, 0.0, 0.0
 
     rule = ThreadRule(2)
     used = [rule.observe(*slower_with_fewer(rule.threads)) for _ in range(2000)]
@@ -89,15 +108,18 @@ class Readings(Competition):
 
     def __init__(self, machine: Machine, threads: list[int]) -> None:
         self._machine, self._threads = machine, threads
-        self._at = Processors(0.0, 0.0, 0.0)
+        self._at = Processors(0.0, 0.0, 0.0, 0.0)
         self._begun = False
 
     def read(self) -> Processors | None:
         self._begun = not self._begun
         if not self._begun:
-            seconds, waited, idle = self._machine.token(self._threads[-1])
+            seconds, *more = self._machine.token(self._threads[-1])
             at = self._at
-            self._at = Processors(at.waited_s + waited, at.idle_s + idle, at.at + seconds)
+            waited, idle, others = more
+            self._at = Processors(
+                at.waited_s + waited, at.idle_s + idle, at.others_s + others, at.at + seconds
+            )
         return self._at
 
 
@@ -137,20 +159,22 @@ def _tree(root: Path, schedstat: str, stat: str) -> Path:
 
 
 def test_readings(tmp_path: Path) -> None:
-    root = _tree(tmp_path, "5000000000 1500000000 77\n", "cpu  10 20 30 400 50 6 7 0 0 0\ncpu0 1 2\n")
+    root = _tree(tmp_path, "5000000000 1500000000 77\n", "cpu  10 20 30 400 50 6 7 900 0 0\ncpu0 1 2\n")
     found = Competition(root).read()
     assert found is not None
     assert found.waited_s == 1.5
     assert found.idle_s == 4.5
+    assert found.others_s == pytest.approx(9.73 - time.process_time(), abs=0.5)
 
 
 @pytest.mark.parametrize(
     ("schedstat", "stat"),
     [
-        ("0 0 0\n", "cpu 1 2 3 4 5 6\n"),
-        ("", "cpu 1 2 3 4 5 6\n"),
+        ("0 0 0\n", "cpu 1 2 3 4 5 6 7 8\n"),
+        ("", "cpu 1 2 3 4 5 6 7 8\n"),
         ("1 2 3\n", ""),
-        ("1 2 3\n", "intr 1 2 3 4 5 6\n"),
+        ("1 2 3\n", "cpu 1 2 3 4 5 6 7\n"),
+        ("1 2 3\n", "intr 1 2 3 4 5 6 7 8\n"),
     ],
 )
 def test_no_readings(tmp_path: Path, schedstat: str, stat: str) -> None:

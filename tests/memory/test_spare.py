@@ -34,6 +34,16 @@ def test_memory_that_is_promised_is_left_alone(
     tmp_path: Path, available: int, resident: int | None, kept: int, spare: int
 ) -> None:
     write(tmp_path, available=2000, resident=100)
-    memory = SpareMemory(600 * MIB, tmp_path)
+    memory = SpareMemory(600 * MIB, root=tmp_path)
     write(tmp_path, available=available, resident=resident)
     assert memory.bytes_beside(kept * MIB) == spare * MIB
+
+
+def test_a_total_that_was_promised_is_not_exceeded(tmp_path: Path) -> None:
+    write(tmp_path, available=2000, resident=100)
+    memory = SpareMemory(600 * MIB, 1000 * MIB, tmp_path)
+    assert memory.bytes_beside(0) == 150 * MIB
+    write(tmp_path, available=2000, resident=700)
+    assert memory.bytes_beside(0) == 150 * MIB
+    write(tmp_path, available=2000, resident=1000)
+    assert memory.bytes_beside(0) == 0

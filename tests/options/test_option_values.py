@@ -87,8 +87,13 @@ def test_a_value_of_another_type_is_refused_by_name(options: type[Any], name: st
         "float": {"int", "float", "fraction"},
         "parsed": {"text"},
     }[kind(opt)]
-    if name in ("ram_budget", "vram_budget", "prefix_cache", "max_request", "n_ubatch"):
+    if name in (
+        *("ram_budget", "vram_budget", "memory", "prefix_cache", "session_cache"),
+        *("max_request", "n_ubatch", "parallel"),
+    ):
         takes = {"int", "text"}
+    elif name == "flash_attn":
+        takes = {"bool", "text"}
     elif name == "logit_bias":
         takes = {"dict"}
     elif name == "json_schema":
@@ -138,7 +143,7 @@ def test_what_is_held_has_the_declared_type(options: type[Any], name: str) -> No
     samples: dict[str, Any] = {
         "ram_budget": "40%", "vram_budget": OFF, "rpc": "host:1", "stop": ["a", "b"], "grammar": "root ::= x",
         "json_schema": {}, "logit_bias": {"5": 1}, "host": "::1", "allow_host": "a", "alias": ["a", "b"],
-        "api_key": "k", "api_key_file": "f", "cors": ["*"], "max_request": "1M",
+        "flash_attn": True, "api_key": "k", "api_key_file": "f", "cors": ["*"], "max_request": "1M",
     }  # fmt: skip
     number = 1.0 if opt.read is float else 1
     value = samples.get(name, opt.choices[0] if opt.choices else True if opt.is_flag else number)
@@ -160,7 +165,8 @@ def test_bool_is_no_int_and_a_float_no_whole_number() -> None:
     for name in ("n_ctx", "threads", "seed", "gamma"):
         assert "True" in refused(LoadOptions, name, True)
     assert "4096.0: it must be a whole number" in refused(LoadOptions, "n_ctx", 4096.0)
-    assert "1: it must be True or False" in refused(LoadOptions, "flash_attn", 1)
+    assert "1 is neither True, False nor auto" in refused(LoadOptions, "flash_attn", 1)
+    assert "1: it must be True or False" in refused(LoadOptions, "verbose", 1)
 
 
 def test_what_passed_unseen() -> None:

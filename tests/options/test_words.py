@@ -44,6 +44,8 @@ def test_the_options_offer_the_words() -> None:
         "placement": words.PLACEMENTS,
         "prefetch": words.PREFETCH,
         "mode": words.MODES,
+        "cache_type_k": words.CACHE_TYPES,
+        "cache_type_v": words.CACHE_TYPES,
         "importance": words.IMPORTANCE,
         "io": words.IO,
         "eviction": words.EVICTION,
@@ -51,6 +53,7 @@ def test_the_options_offer_the_words() -> None:
         "warm": (words.ON, words.OFF),
         "little_on_miss": (words.OFF, words.ON),
         "substitute": words.SUBSTITUTE,
+        "split": words.SPLIT,
     }
     assert set(bench.MODES) < set(words.MODES)
 

@@ -1,6 +1,7 @@
 """What llama.cpp allocates for contexts: loads models, makes contexts, and reads the sizes that it logs.
 
-stdin: {"models": {name: path}, "contexts": [[n_ctx, n_ubatch, flash_attn], ...]}; "no_alloc": true where
+stdin: {"models": {name: path}, "contexts": [[n_ctx, n_ubatch, flash_attn], ...]}, each with ggml's types of
+keys and values behind, if they are not f16; "no_alloc": true where
 nothing shall be allocated but be said all the same. stdout: by model a list of
 {"caches": MiB, "n": buffers of caches, "compute": MiB} in the order of the contexts, or the end of the log,
 or how its process died: each model has its own. The library is the one in $LLAMA_CPP_LIB_PATH.
@@ -29,11 +30,20 @@ def keep_log(level: int, text: bytes, user_data: Any) -> None:
     lines.append(text.decode(errors="replace"))
 
 
-def sizes(model: Any, no_alloc: bool, n_ctx: int, n_ubatch: int, flash_attn: bool) -> dict[str, Any]:
+def sizes(
+    model: Any,
+    no_alloc: bool,
+    n_ctx: int,
+    n_ubatch: int,
+    flash_attn: bool,
+    type_k: int = lib.GGML_TYPE_F16,
+    type_v: int = lib.GGML_TYPE_F16,
+) -> dict[str, Any]:
     params = lib.llama_context_default_params()
     params.n_ctx, params.n_batch, params.n_ubatch, params.n_threads = n_ctx, n_ubatch, n_ubatch, 1
     kinds = (lib.LLAMA_FLASH_ATTN_TYPE_DISABLED, lib.LLAMA_FLASH_ATTN_TYPE_ENABLED)
     params.flash_attn_type = kinds[flash_attn]
+    params.type_k, params.type_v = type_k, type_v
     lines.clear()
     context = lib.llama_init_from_model(model, params)
     assert context, "".join(lines)[-2000:]

@@ -86,7 +86,7 @@ def test_settings_are_changed_reset_and_loaded(tmp_path, key):
             select.focus()
             await pilot.press("ctrl+d")
             await until(pilot, lambda: app.settings.value("mode") != "little")
-            for name in ("cache_prompt", "flash_attn"):
+            for name in ("cache_prompt",):
                 select, before = app.screen.query_one(f"#{name}", Select), app.settings.value(name)
                 assert select.value == ("on" if before else "off")
                 select.focus()
@@ -95,6 +95,14 @@ def test_settings_are_changed_reset_and_loaded(tmp_path, key):
                 await pilot.press("ctrl+d")
                 assert app.settings.value(name) is before
                 assert select.value == ("on" if before else "off")
+            select = app.screen.query_one("#flash_attn", Select)
+            assert (select.value, app.settings.value("flash_attn")) == ("auto", "auto")
+            select.value = "on"
+            await until(pilot, lambda: app.settings.value("flash_attn") is True)
+            select.focus()
+            await pilot.press("ctrl+d")
+            await until(pilot, lambda: app.settings.value("flash_attn") == "auto")
+            assert select.value == "auto"
             budget = app.screen.query_one("#ram_budget", Input)
             budget.focus()
             await pilot.press("end", "ctrl+u", *"50%")

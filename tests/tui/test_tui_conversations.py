@@ -50,6 +50,24 @@ def test_conversations_are_found_opened_renamed_and_deleted(tmp_path):
     run(go())
 
 
+def test_the_last_conversation_goes_on(tmp_path):
+    async def go(*, system="", expected):
+        async with chat(tmp_path, goes_on=True, system=system) as (app, pilot):
+            assert contents(app) == expected
+            assert app.chat.session.system == (system or "be brief" if expected else system)
+            if expected:
+                assert app.chat.query_one(AnswerView).markdown.source == ANSWER
+            else:
+                await say(app, pilot, "/system be brief")
+            await say(app, pilot, "and then?")
+            assert contents(app) == [*expected, "and then?", ANSWER]
+            assert len(app.store.search()) == 1
+
+    run(go(expected=[]))
+    run(go(expected=["and then?", ANSWER]))
+    run(go(system="be long", expected=["and then?", ANSWER] * 2))
+
+
 def test_an_export_is_markdown(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 

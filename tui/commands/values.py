@@ -52,4 +52,4 @@ def setting_values(done: list[str], _last: str = "") -> Iterable[str]:
     opt = known.get(done[0])
     if opt is None or len(done) > 1:
         return []
-    return ["on", "off"] if opt.is_flag else [*opt.choices, "default"] if opt.choices else []
+    return [*opt.choices, "default"] if opt.choices else list(opt.switch)

@@ -18,6 +18,7 @@ from textual.message import Message
 
 from mobile_gguf.api.context import of_a_chat, way_out
 from mobile_gguf.api.model import Model, check_model, load
+from mobile_gguf.api.session_cache import with_sessions
 from mobile_gguf.api.words import python_words, with_flags
 from mobile_gguf.engine.experts import Asked, Experts, Places, Watch
 from mobile_gguf.errors import EngineMemoryError, MobileError, PromptTooLongError, UsageError
@@ -31,6 +32,8 @@ from .outbox import Outbox, Token
 
 # Progress of a load is worth a message this often.
 _PROGRESS_SECONDS = 0.1
+# What conversations may take on their way to the disk, at the end.
+_WRITING_SECONDS = 60.0
 
 
 class Cancelled(Exception):
@@ -55,6 +58,7 @@ class EngineThread(threading.Thread):
         self._loader, self._finder = loader, finder
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._last = Stop()
+        self._closes = threading.Event()
         self._model: Model | None = None
         self._experts: Experts | None = None
         # Set by the screen: whether to record what each token is routed to.
@@ -86,11 +90,16 @@ class EngineThread(threading.Thread):
         return experts.places() if experts is not None else None
 
     def shut_down(self, timeout: float) -> bool:
-        """End the thread and close the model; False if that takes longer than ``timeout`` seconds."""
+        """End the thread and close the model; False if it does not come to that within ``timeout`` seconds.
+
+        Once it does, it has longer: conversations may have to be written to a slow disk.
+        """
         self.stop()
         self._commands.put(None)
         if self.is_alive():
             self.join(timeout)
+            if self._closes.is_set():
+                self.join(_WRITING_SECONDS)
         return not self.is_alive()
 
     # the thread
@@ -99,6 +108,7 @@ class EngineThread(threading.Thread):
         """Obey commands until None comes."""
         while (command := self._commands.get()) is not None:
             command()
+        self._closes.set()
         self._close()
 
     def _post(self, message: Message) -> None:
@@ -129,7 +139,7 @@ class EngineThread(threading.Thread):
             # what cannot be had, or be read, leaves the model that is there
             self._finder(reference, progress)
             self._close()
-            model = self._loader(reference, progress=progress, **options)
+            model = self._loader(reference, progress=progress, **with_sessions(options))
         except Cancelled:
             fail("loading was cancelled", cancelled=True)
         except MobileError as error:

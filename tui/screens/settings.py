@@ -48,10 +48,12 @@ class SettingsScreen(Dialog[bool]):
         value = self._settings.value(name)
         with Horizontal(classes="setting"):
             yield Static(name, classes="name")
-            if opt.is_flag or opt.choices:
-                choices = [(choice, choice) for choice in opt.choices or ("on", "off")]
-                shown = self._settings.text(name) if opt.is_flag else value
-                yield Select(choices, value=shown, id=name, allow_blank=False, compact=True)
+            words = opt.choices or opt.switch
+            if words:
+                shown = value if opt.choices else self._settings.text(name)
+                yield Select(
+                    [(word, word) for word in words], value=shown, id=name, allow_blank=False, compact=True
+                )
             else:
                 placeholder = "default" if value is None else ""
                 yield Input(self._settings.text(name), id=name, placeholder=placeholder, compact=True)

@@ -62,6 +62,15 @@ bool ggml_expert_matmul(
         const struct ggml_compute_params * params, struct ggml_tensor * dst, const char * expert,
         int64_t n_rows, const int32_t * rows, void * next_chunk);
 
+// of llama.cpp's repacked kernels for matrices: nc rows of weights vx times nr interleaved rows vy of n, to s with stride bs
+typedef void (*ggml_expert_gemm)(int n, float * s, size_t bs, const void * vx, const void * vy, int nr, int nc);
+
+// of one thread: the same for a repacked expert, its rows of weights from begin to end. returns how many of `rows`, from
+// the first on, were computed
+int64_t ggml_expert_matmul_repacked(
+        const struct ggml_compute_params * params, struct ggml_tensor * dst, const char * expert, int64_t begin, int64_t end,
+        int64_t n_rows, const int32_t * rows, ggml_expert_gemm gemm);
+
 // for the scheduler: copies experts of w, to which it may apply, into `copy` on a backend, if they are not at w->data.
 // used: a bitset of experts; NULL: all. true: nothing is left to copy, also because none is used
 GGML_API bool ggml_expert_copy(ggml_backend_t backend, const struct ggml_tensor * w, struct ggml_tensor * copy, const uint32_t * used);

@@ -10,6 +10,7 @@
 #include <climits>
 #include <cstdlib>
 #include <cstring>
+#include <ctime>
 
 #include <fcntl.h>
 #include <sys/mman.h>
@@ -159,29 +160,43 @@ void * mobile_reserve(size_t size) {
     return mobile_mmap(size, PROT_NONE);
 }
 
-void * mobile_map(size_t size, bool huge) {
-    void * addr = mobile_mmap(size, PROT_READ | PROT_WRITE);
+void * mobile_map(size_t size) {
+    return mobile_mmap(size, PROT_READ | PROT_WRITE);
+}
+
+void mobile_huge_pages(void * addr, size_t size, bool on) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-    if (addr) {
-        madvise(addr, size, huge ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
-    }
+    madvise(addr, size, on ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
 #else
-    (void) huge;
+    (void) addr;
+    (void) size;
+    (void) on;
 #endif
-    return addr;
 }
 
 void * mobile_zeros(size_t size) {
     return mobile_mmap(size, PROT_READ);
 }
 
-bool mobile_prefault(void * addr, size_t size) {
 #if defined(__linux__)
-    const int populate_write = 23; // MADV_POPULATE_WRITE, which older headers lack
-    return madvise(addr, size, populate_write) == 0;
+static int64_t thread_us() {
+    timespec t = {};
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+    return t.tv_sec*1000000 + t.tv_nsec/1000;
+}
+#endif
+
+bool mobile_prefault(void * addr, size_t size, int64_t & spent_us) {
+#if defined(__linux__)
+    const int     populate_write = 23; // MADV_POPULATE_WRITE, which older headers lack
+    const int64_t start = thread_us();
+    const bool    ok    = madvise(addr, size, populate_write) == 0;
+    spent_us = thread_us() - start;
+    return ok;
 #else
     (void) addr;
     (void) size;
+    (void) spent_us;
     return false;
 #endif
 }

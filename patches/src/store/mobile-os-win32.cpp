@@ -98,15 +98,17 @@ void * mobile_reserve(size_t size) {
     return VirtualAlloc(nullptr, size, MEM_RESERVE, PAGE_NOACCESS);
 }
 
-void * mobile_map(size_t size, bool) {
+void * mobile_map(size_t size) {
     return VirtualAlloc(nullptr, size, MEM_RESERVE | MEM_COMMIT, PAGE_READWRITE);
 }
+
+void mobile_huge_pages(void *, size_t, bool) {}
 
 void * mobile_zeros(size_t size) {
     return VirtualAlloc(nullptr, size, MEM_RESERVE | MEM_COMMIT, PAGE_READONLY);
 }
 
-bool mobile_prefault(void *, size_t) {
+bool mobile_prefault(void *, size_t, int64_t &) {
     return false;
 }
 

@@ -9,6 +9,10 @@ static constexpr int VICTIM_SCAN = 8;
 
 // memory that is made present at a time, between two looks at what is asked for
 static constexpr uint64_t PREFAULT_BYTES = 2*1024*1024;
+// huge pages pay where they come at some GB/s, as cleared memory does. a virtual machine may have to get them from its host
+// first, at less than a disk's speed, and a fragmented one has to make them: no more of them after so many slow ones in a row
+static constexpr int64_t  SLOW_BYTES_PER_US = 1000; // of processor time
+static constexpr uint32_t SLOW_IN_A_ROW     = 3;
 
 // how much staler, in tokens, an expert must be for its slot to change shape
 static constexpr double RESHAPE_TOKENS = 64.0;
@@ -37,6 +41,7 @@ void mobile_store::release_slot(mobile_expert & x) {
     waste_hint(x);
     warm_count.n_wasted += x.warm_unused;
     n_transient -= x.transient;
+    n_held[x.layer]--;
     x.state      = MOBILE_NOT_RESIDENT;
     x.slot       = -1;
     x.data       = nullptr;
@@ -80,12 +85,15 @@ mobile_store_part mobile_store::find_victim(mobile_store_layer layer, slot_use u
     mobile_store_part best     [2];
     double            best_key [2] = { 0.0, 0.0 };
     for (mobile_store_layer l(0); layers.has(l); ++l) {
-        const int other = layers[l].cls != layers[layer].cls;
+        const int    other = layers[l].cls != layers[layer].cls;
+        const double lean  = split.lean(eviction, l, n_held[l]);
         int n = 0;
         for (auto it = evictable[l].begin(); it != evictable[l].end() && n < VICTIM_SCAN; ++it, ++n) {
             const mobile_expert & x = experts[it->second];
             if (may_go(x, layer, use, now)) {
-                const double key = it->first + (l > layer && !x.transient ? mobile_policy_unvisited(eviction) : 0.0);
+                // what is not kept is no reason to change a slot's shape
+                const double own = other ? mobile_split<mobile_store_layer>::own_key(it->first) : it->first;
+                const double key = own + lean + (l > layer && !x.transient ? mobile_policy_unvisited(eviction) : 0.0);
                 if (best[other].is_none() || key < best_key[other]) {
                     best    [other] = it->second;
                     best_key[other] = key;
@@ -127,7 +135,13 @@ bool mobile_store::prefault_some(locked & lock) {
     // whole pages: the one that is shared with the slot before is there already
     const uint64_t first = mobile_round_up(begin*c->slot_bytes, page);
     const uint64_t last  = mobile_round_up((begin + n)*c->slot_bytes, page);
-    const bool ok = last <= first || mobile_prefault(c->arena + first, last - first);
+    int64_t spent_us = 0;
+    const bool ok = last <= first || mobile_prefault(c->arena + first, last - first, spent_us);
+    n_slow_in_a_row = spent_us*SLOW_BYTES_PER_US > (int64_t) (last - first) ? n_slow_in_a_row + 1 : 0;
+    if (huge_pages && n_slow_in_a_row == SLOW_IN_A_ROW) {
+        huge_pages = false;
+        mobile_huge_pages(c->arena + last, mobile_round_up(c->n_slots*c->slot_bytes, page) - last, false);
+    }
     lock.lock();
 
     prefaulting  = false;

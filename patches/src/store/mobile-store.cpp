@@ -181,21 +181,24 @@ int32_t mobile_store::start(const std::function<bool(float)> & progress, std::st
         return MOBILE_OK;
     }
 
-    evictable.resize(layers.size());
+    evictable.assign(layers.size(), by_key(mobile_goes_first<mobile_store_part>{ n_segments }));
+    n_held.assign(layers.size(), 0);
     experts = decltype(experts)((layers.back().first + layers.back().n_parts).n);
     for (mobile_store_layer layer(0); layers.has(layer); ++layer) {
         for (mobile_part part(0); part.n < layers[layer].n_parts; ++part) {
             experts[store_part_of(layer, part)].layer = layer;
         }
     }
+    huge_pages = classes.size() == 1;
     for (auto & c : classes) {
         c.n_slots = std::min(c.n_experts, budget_bytes/c.slot_bytes);
-        c.arena   = (char *) mobile_map(c.n_slots*c.slot_bytes, classes.size() == 1);
+        c.arena   = (char *) mobile_map(c.n_slots*c.slot_bytes);
         if (!c.arena) {
             err = "no address space for " + std::to_string(c.n_slots*c.slot_bytes) + " bytes of experts";
             c.n_slots = 0;
             return MOBILE_ERR_MEMORY;
         }
+        mobile_huge_pages(c.arena, c.n_slots*c.slot_bytes, huge_pages);
         c.free .reserve(c.n_slots); // giving a slot back throws nothing
         c.spare.reserve(c.n_slots);
         for (int p = 0; p < c.n_pieces; ++p) {
