@@ -4,7 +4,8 @@
 
 ``calibrate`` prices rungs as well, on its own text; here they are judged on text that it has not seen, under
 any budget and any rung. ``--noise`` is another file of the same model: how far it is off with all experts is
-the floor below which nothing can be judged.
+the floor below which nothing can be judged. With ``prompt-drop:F`` among the rungs the prompts of all of them
+are computed at once, as they are in an answer: budgets then hold a layer at least.
 """
 
 from __future__ import annotations
@@ -46,14 +47,14 @@ DEFAULT_RUNGS = (
 
 def page_of(record: dict[str, Any]) -> str:
     """The prices as a page."""
-    heads = ("budget", "rung", "KL", "±", "top-1", "perplexity", "KiB/token missed", "idle", "misses",
-             "displaced", "weight moved")  # fmt: skip
+    heads = ("budget", "rung", "KL", "±", "top-1", "perplexity", "KiB/token missed", "idle", "of a prompt's",
+             "misses", "displaced", "weight moved")  # fmt: skip
     rows = [
         (
             v["budget"], v["rung"], f"{v['kl']:.5f}", f"{v['kl_error']:.5f}", f"{100 * v['agreement']:.1f}%",
             f"{100 * v['perplexity_ratio'] - 100:+.2f}%", f"{v['demand_bytes'] / 1024:.0f}",
-            f"{v['idle_bytes'] / 1024:.0f}", f"{v['misses']:.2f}", f"{v['displaced']:.2f}",
-            f"{v['moved_weight']:.4f}",
+            f"{v['idle_bytes'] / 1024:.0f}", f"{v['prompt_bytes'] / 1024:.0f}", f"{v['misses']:.2f}",
+            f"{v['displaced']:.2f}", f"{v['moved_weight']:.4f}",
         )
         for v in record["verdicts"]
     ]  # fmt: skip
@@ -69,7 +70,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     rungs = [parse_rung(text, info, head) for text in args.rungs.split(";") if text.strip()]
     text = args.text.read_text(encoding="utf-8").encode()
     exact_rung = parse_rung("exact", info, None)
-    shape: dict[str, Any] = {"n_ctx": args.block, "threads": args.threads}
+    at_once = args.prompt if any(rung.policy.prompt_loss is not None for rung in rungs) else 0
+    shape: dict[str, Any] = {"n_ctx": args.block, "threads": args.threads, "n_prompt": at_once}
     verdicts: list[Price] = []
     with tempfile.TemporaryFile() as file:
         with opened(info, EVERYTHING, **shape) as llama:

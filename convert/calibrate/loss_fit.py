@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -21,139 +22,162 @@ _LEAST_DEVIATION = 0.05  # between texts; fewer blocks than it takes show nothin
 _MIN_POSITIONS = 32
 
 
-def fit_loss_model(priced: Mapping[str, Sequence[Priced]], audited: Mapping[str, Priced]) -> LossModel | None:
-    """The LossModel of rungs' positions at all budgets, and of those that were audited; None: too few.
+@dataclass(frozen=True)
+class Fitted:
+    """The model, and of each budget and rung the factors of the whole and of a token's own part."""
 
-    Powers by Poisson regression, which gets means right however heavy the tails are.
+    model: LossModel
+    factors: dict[tuple[float, str], tuple[float, float]]
+
+
+def fit_loss_model(
+    priced: Mapping[tuple[float, str], Priced], audited: Mapping[str, Priced], middle: float
+) -> Fitted | None:
+    """Fit to the positions of rungs at all budgets, and of those that were audited at one; None: too few.
+
+    Powers by Poisson regression, which gets means right however heavy the tails are; each rung at each budget
+    has a factor of its own. What an audit sees is taken to be the same part of the whole at all budgets.
     """
-    of_rung = {
-        name: np.concatenate([rows for one in of for rows in one.positions]) for name, of in priced.items()
-    }
-    every = np.concatenate(list(of_rung.values())) if of_rung else np.zeros((0, len(COLUMNS)))
-    lost = every[(every[:, MOVED] > 0) & (every[:, SPREAD] > 0)]
-    steps = (
-        np.concatenate([rows for one in audited.values() for rows in one.positions]) if audited else lost[:0]
-    )
-    steps = steps[~np.isnan(steps[:, STEP_KL]) & (steps[:, MOVED] > 0) & (steps[:, SPREAD] > 0)]
-    if len(lost) < _MIN_POSITIONS or len(steps) < _MIN_POSITIONS or lost[:, KL].sum() <= 0:
+    rows = {key: _lost(one) for key, one in priced.items()}
+    steps = {name: _audited(one) for name, one in audited.items()}
+    n_lost, n_steps = (sum(map(len, of.values())) for of in (rows, steps))
+    if min(n_lost, n_steps) < _MIN_POSITIONS or sum(of[:, KL].sum() for of in rows.values()) <= 0:
         return None
-    history, (spread_power, moved_power) = _history(lost)
-    step_powers = _powers(steps[:, STEP_KL], steps[:, SPREAD], steps[:, MOVED])[0]
+    history, (spread_power, moved_power) = _history(list(rows.values()))
+    step_powers = _powers([(of[:, STEP_KL], of[:, SPREAD], of[:, MOVED]) for of in steps.values()])[0]
     model = LossModel(
         spread_power=spread_power, moved_power=moved_power, history=history,
         step_spread_power=step_powers[0], step_moved_power=step_powers[1],
     )  # fmt: skip
-    whole = {name: _ratio(rows[:, KL], foreseen(model, name, rows)) for name, rows in of_rung.items()}
-    own = {name: _own_ratio(model, name, one) for name, one in audited.items()}
+    whole = {key: _ratio(_every(one)[:, KL], foreseen(model, _every(one))) for key, one in priced.items()}
+    own = {name: _own_ratio(model, one) for name, one in audited.items()}
     scale, step_scale = _mean(whole.values()), _mean(own.values())
-    model = LossModel(
-        **{name: getattr(model, name) for name in _SHAPE},
-        scale=scale,
-        step_scale=step_scale,
-        of_rungs={
-            name: (whole[name] / scale, own[name] / step_scale)
-            for name in whole
-            if whole[name] > 0 and own.get(name, 0) > 0
-        },
+    factors = {}
+    for (share, name), ratio in whole.items():
+        there, here = whole.get((middle, name), 0.0), own.get(name, 0.0)
+        if min(ratio, there, here) > 0:
+            factors[share, name] = ratio / scale, here / step_scale * ratio / there
+    model = replace(model, scale=scale, step_scale=step_scale)
+    token = _token_deviation(model, priced, factors)
+    return Fitted(
+        replace(
+            model,
+            token_deviation=token,
+            text_deviation=_text_deviation(model, priced, token),
+            audit_deviation=_audit_deviation(model, audited, factors, middle),
+        ),
+        factors,
     )
-    token = _token_deviation(model, of_rung)
-    return LossModel(
-        **{name: getattr(model, name) for name in (*_SHAPE, "scale", "step_scale", "of_rungs")},
-        token_deviation=token,
-        text_deviation=_text_deviation(model, priced, token),
-        audit_deviation=_audit_deviation(model, audited),
-    )
 
 
-_SHAPE = (
-    "spread_power", "moved_power", "history", "step_spread_power", "step_moved_power",
-)  # fmt: skip
+def _every(priced: Priced) -> Floats:
+    return np.concatenate(priced.positions)
 
 
-def foreseen(model: LossModel, rung: str, rows: Floats) -> Floats:
-    """``LossModel.whole`` of every position."""
-    return np.array([model.whole(rung, row[SPREAD], row[MOVED], row[BEFORE]) for row in rows])
+def _lost(priced: Priced) -> Floats:
+    rows = _every(priced)
+    return rows[(rows[:, MOVED] > 0) & (rows[:, SPREAD] > 0)]
 
 
-def foreseen_own(model: LossModel, rung: str, rows: Floats) -> Floats:
-    """``LossModel.own`` of every position."""
-    return np.array([model.own(rung, row[SPREAD], row[MOVED]) for row in rows])
+def _audited(priced: Priced) -> Floats:
+    rows = _lost(priced)
+    return rows[~np.isnan(rows[:, STEP_KL])]
 
 
-def _history(rows: Floats) -> tuple[float, tuple[float, float]]:
-    found = [
-        (_powers(rows[:, KL], rows[:, SPREAD], rows[:, MOVED] + history * rows[:, BEFORE]), history)
-        for history in _HISTORIES
-    ]
-    (powers, _deviance), history = min(found, key=lambda one: one[0][1])
+def foreseen(model: LossModel, rows: Floats) -> Floats:
+    """``LossModel.whole`` of every position, of a rung whose factor is 1."""
+    return np.array([model.whole("", row[SPREAD], row[MOVED], row[BEFORE]) for row in rows])
+
+
+def foreseen_own(model: LossModel, rows: Floats) -> Floats:
+    """``LossModel.own`` of every position, likewise."""
+    return np.array([model.own("", row[SPREAD], row[MOVED]) for row in rows])
+
+
+def _history(groups: Sequence[Floats]) -> tuple[float, tuple[float, float]]:
+    found = []
+    for history in _HISTORIES:
+        rows = [(of[:, KL], of[:, SPREAD], of[:, MOVED] + history * of[:, BEFORE]) for of in groups]
+        powers, deviance = _powers(rows)
+        found.append((deviance, history, powers))
+    _least, history, powers = min(found)
     return history, powers
 
 
-def _powers(kl: Floats, spread: Floats, lost: Floats) -> tuple[tuple[float, float], float]:
-    """The powers of spread and of what was lost, and the deviance."""
+def _powers(groups: Sequence[tuple[Floats, Floats, Floats]]) -> tuple[tuple[float, float], float]:
+    """The powers of spread and of what was lost, and the deviance, of (KL, spread, lost) of each group."""
     from sklearn.linear_model import PoissonRegressor
 
-    x = np.log(np.stack([spread, lost], axis=1))
+    groups = [of for of in groups if len(of[0])]
+    kl = np.concatenate([of[0] for of in groups])
+    x = np.log(np.stack([np.concatenate([of[i] for of in groups]) for i in (1, 2)], axis=1))
     x -= x.mean(0)
+    of_group = np.repeat(np.eye(len(groups)), [len(of[0]) for of in groups], axis=0)
     y = kl / kl.mean()
-    fit = PoissonRegressor(alpha=1e-4, max_iter=1000).fit(x, y)
-    powers = np.clip(fit.coef_, *_POWERS)
-    mean = np.exp(x @ powers)
-    mean *= y.sum() / mean.sum()
-    deviance = float((mean - y * np.log(mean)).mean())
-    return (float(powers[0]), float(powers[1])), deviance
+    fit = PoissonRegressor(alpha=1e-5, max_iter=3000).fit(np.hstack([x, of_group]), y)
+    mean = fit.predict(np.hstack([x, of_group]))
+    powers = np.clip(fit.coef_[:2], *_POWERS)
+    return (float(powers[0]), float(powers[1])), float((mean - y * np.log(mean)).mean())
 
 
 def _ratio(kl: Floats, forecast: Floats) -> float:
     return float(kl.sum() / forecast.sum()) if forecast.sum() > 0 else 0.0
 
 
-def _own_ratio(model: LossModel, rung: str, priced: Priced) -> float:
+def _own_ratio(model: LossModel, priced: Priced) -> float:
     """The factor under which audits, drawn by forecast and cut at MOST times it, are 1 on average."""
-    rows = np.concatenate(priced.positions)
-    rows = rows[~np.isnan(rows[:, STEP_KL])]
-    kl, forecast = rows[:, STEP_KL], foreseen_own(model, rung, rows)
+    rows = _audited(priced)
+    kl, forecast = rows[:, STEP_KL], foreseen_own(model, rows)
     factor = _ratio(kl, forecast)
     for _ in range(20):
         factor = _ratio(np.minimum(kl, MOST * factor * forecast), forecast)
     return factor
 
 
-def _mean(values: object) -> float:
+def _mean(values: Iterable[float]) -> float:
     """The geometric mean of those that are above 0."""
-    good = [value for value in values if value > 0]  # type: ignore[attr-defined]
-    return math.exp(sum(map(math.log, good)) / len(good)) if good else 1.0
+    good = [math.log(value) for value in values if value > 0]
+    return math.exp(sum(good) / len(good)) if good else 1.0
 
 
-def _token_deviation(model: LossModel, of_rung: Mapping[str, Floats]) -> float:
+def _token_deviation(
+    model: LossModel,
+    priced: Mapping[tuple[float, str], Priced],
+    factors: Mapping[tuple[float, str], tuple[float, float]],
+) -> float:
     found = []
-    for name, rows in of_rung.items():
-        mean = rows[:, KL].mean()
-        if mean > 0:
-            found.append(np.sqrt(((rows[:, KL] - foreseen(model, name, rows)) ** 2).mean()) / mean)
+    for key, (factor, _own) in factors.items():
+        rows = _every(priced[key])
+        errors = rows[:, KL] - factor * foreseen(model, rows)
+        found.append(float(np.sqrt((errors**2).mean()) / rows[:, KL].mean()))
     return float(np.median(found)) if found else LossModel.token_deviation
 
 
-def _text_deviation(model: LossModel, priced: Mapping[str, Sequence[Priced]], token: float) -> float:
+def _text_deviation(model: LossModel, priced: Mapping[tuple[float, str], Priced], token: float) -> float:
     """How far means of blocks are from what is foreseen of them, beyond the noise of so few tokens."""
     found = []
-    for name, of in priced.items():
-        for one in of:
-            ratios = np.array([_ratio(rows[:, KL], foreseen(model, name, rows)) for rows in one.positions])
-            if len(ratios) > 1 and (ratios > 0).all():
-                noise = token**2 / np.mean([len(rows) for rows in one.positions])
-                found.append((ratios / ratios.mean()).var(ddof=1) - noise)
-    return max(_LEAST_DEVIATION, math.sqrt(max(0.0, float(np.mean(found))))) if found else 0.5
+    for one in priced.values():
+        ratios = np.array([_ratio(rows[:, KL], foreseen(model, rows)) for rows in one.positions])
+        if len(ratios) > 1 and (ratios > 0).all():
+            noise = token**2 / np.mean([len(rows) for rows in one.positions])
+            found.append((ratios / ratios.mean()).var(ddof=1) - noise)
+    least = _LEAST_DEVIATION
+    return max(least, math.sqrt(max(0.0, float(np.mean(found))))) if found else LossModel.text_deviation
 
 
-def _audit_deviation(model: LossModel, audited: Mapping[str, Priced]) -> float:
+def _audit_deviation(
+    model: LossModel,
+    audited: Mapping[str, Priced],
+    factors: Mapping[tuple[float, str], tuple[float, float]],
+    middle: float,
+) -> float:
     """Of an audit's ratio to its forecast, drawn in proportion to the forecast."""
     total = weight = 0.0
     for name, one in audited.items():
-        rows = np.concatenate(one.positions)
-        rows = rows[~np.isnan(rows[:, STEP_KL])]
-        forecast = foreseen_own(model, name, rows)
-        rows, forecast = rows[forecast > 0], forecast[forecast > 0]
+        if (middle, name) not in factors:
+            continue
+        rows = _audited(one)
+        forecast = factors[middle, name][1] * foreseen_own(model, rows)
         ratios = np.minimum(rows[:, STEP_KL] / forecast, MOST)
         total += float((forecast * (ratios - 1) ** 2).sum())
         weight += float(forecast.sum())

@@ -16,7 +16,7 @@ from mobile_gguf.engine.loss import Buddies
 from mobile_gguf.errors import EngineError, UsageError
 from mobile_gguf.generate.decode import default_little_k
 from mobile_gguf.generate.head import Head
-from mobile_gguf.generate.price_list import Offer, PriceList, is_switchable, lower_hull
+from mobile_gguf.generate.price_list import Offer, PriceList, hull_of, is_switchable
 from mobile_gguf.generate.pricing import Price, Priced, exact_rows, n_positions, opened, price
 from mobile_gguf.generate.rungs import Rung, parse_rung
 from mobile_gguf.gguf.info import GgufInfo
@@ -32,10 +32,10 @@ if TYPE_CHECKING:
 # Shares of all experts that budgets hold.
 SHARES = (0.125, 0.25, 0.5)
 EXACT = "exact"
-# Rungs of which two together are no better are left out: 45,000 passes of a model take long enough.
+# All kinds, and what is worth having together: 50,000 passes of a model take long enough.
 RUNGS = (
-    "drop:0.25", "drop:0.5", "drop:0.75", "drop:1", "little-on-miss", "live:0.25", "prior:0.05", "prior:0.1",
-    "prior:0.2", "drop:0.5+prior:0.1", "buddy",
+    "drop:0.25", "drop:0.5", "drop:0.75", "drop:1", "drop:1.5", "little-on-miss", "live:0.25",
+    "prior:0.05", "prior:0.1", "prior:0.2", "drop:0.5+prior:0.1", "buddy",
 )  # fmt: skip
 # One token in so many is run exactly as well, where that is measured.
 _AUDIT_EVERY = 4
@@ -65,7 +65,10 @@ def rung_names(info: GgufInfo, shares: Sequence[int]) -> list[str]:
     larger = max(half, 3 * info.n_expert_used // 4)
     little = [f"little:{k}" for k in dict.fromkeys((half, larger))]
     heads = [f"head:{share}" for share in (50, 70) if share in shares]
-    return [EXACT, *little, *heads, *(RUNGS if info.n_expert_used > 2 else ())]
+    # what is kept weighs as it did: that costs less than to give it all of the sum
+    mass = f"+mass:{info.n_expert_used}"
+    ladder = [f"{rung}{mass}" for rung in RUNGS] if info.n_expert_used > 2 else []
+    return [EXACT, *little, *(f"{rung}{mass}" for rung in little), *heads, *ladder]
 
 
 def price_ladder(
@@ -115,23 +118,28 @@ def price_ladder(
         for share in shares
     }
     mixed = [rung.name for rung in rungs if _may_be_mixed(rung) and rung.name not in left_out]
-    model = fit_loss_model(
-        {name: [found[share, name, 0] for share in shares] for name in mixed},
+    fitted = fit_loss_model(
+        {(share, name): found[share, name, 0] for share in shares for name in mixed},
         {name: found[middle, name, _AUDIT_EVERY] for name in mixed},
+        middle,
     )
-    if model is None:
+    if fitted is None:
         return Prices(rows, None, left_out)
-    listed = {EXACT, *model.of_rungs}
+    factors = fitted.factors | {(share, EXACT): (1.0, 1.0) for share in shares}
     offers = {
-        share: [Offer(row.rung, row.kl, row.demand_bytes) for row in of_share if row.rung in listed]
+        share: [
+            Offer(row.rung, row.kl, row.demand_bytes, *factors[share, row.rung])
+            for row in of_share
+            if (share, row.rung) in factors
+        ]
         for share, of_share in rows.items()
     }
-    return Prices(rows, PriceList(offers, model), left_out)
+    return Prices(rows, PriceList(offers, fitted.model), left_out)
 
 
 def hull_names(rows: Sequence[Price]) -> set[str]:
     """Which rungs of a budget are on the lower hull of bytes against KL."""
-    return {offer.rung for offer in lower_hull([Offer(row.rung, row.kl, row.demand_bytes) for row in rows])}
+    return {offer.rung for offer in hull_of([Offer(row.rung, row.kl, row.demand_bytes) for row in rows])}
 
 
 def _may_be_mixed(rung: Rung) -> bool:

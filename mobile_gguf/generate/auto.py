@@ -64,15 +64,22 @@ class Auto:
     """What a model's answers in mode ``auto`` share: its rungs, and what audits have taught.
 
     ``share`` of all experts are in memory. ``prices`` None: nobody calibrated the model. ``can_audit`` says
-    whether its memory can be rolled back, as running a token again needs.
+    whether its memory can be rolled back, as running a token again needs; ``mass`` is what rungs divide kept
+    weights by.
     """
 
     def __init__(
-        self, prices: PriceList | None, rules_of: dict[str, LossRules | None], share: float, can_audit: bool
+        self,
+        prices: PriceList | None,
+        rules_of: dict[str, LossRules | None],
+        share: float,
+        can_audit: bool,
+        mass: int = 0,
     ) -> None:
+        self.mass = mass
         self.is_calibrated = prices is not None
         self.can_audit = can_audit
-        self.model = prices.model if prices is not None else LossModel()
+        self.model = prices.model_at(share) if prices is not None else LossModel()
         self.correction = Correction(self.model, self.is_calibrated)
         if prices is not None:
             hull = prices.hull(share)
@@ -110,7 +117,12 @@ class Auto:
 
     @property
     def may_audit(self) -> bool:
-        return self.can_audit and self._of_audits <= AUDIT_SHARE * self.seconds
+        if not self.can_audit:
+            return False
+        expected = self._of_audits / self._n_audits if self._n_audits else 0.0
+        left = AUDIT_SHARE * self.seconds - (self.audit_seconds - self._of_audits)
+        # where foreseeing takes long, audits have half of it all the same
+        return self._of_audits + expected <= max(left, AUDIT_SHARE / 2 * self.seconds)
 
     def spend(self, max_kld: float, n_context: int) -> Spending:
         """An answer's budget, after so many tokens."""

@@ -56,19 +56,23 @@ def auto_policy(
             f"the memory of a {info.architecture} model cannot be rolled back: mode auto goes by what "
             "calibration found, without audits"
         )
-    return replace(exact, mode=AUTO_MODE, max_kld=max_kld, auto=auto)
+    return replace(exact, mode=AUTO_MODE, max_kld=max_kld, auto=auto, mass=auto.mass)
 
 
 def _make(info: GgufInfo, backend: Backend) -> Auto:
     prices = read_prices(info)
     rules: dict[str, LossRules | None] = {}
+    # as calibrated, all alike; what was not is best left as the model has it
+    mass = 0 if prices is not None else info.n_expert_used
     if prices is not None:
         for offers in prices.offers.values():
             for offer in offers:
-                rules[offer.rung] = parse_rung(offer.rung, info, None).policy.loss
+                policy = parse_rung(offer.rung, info, None).policy
+                rules[offer.rung] = policy.loss
+                mass = max(mass, policy.mass)
         if backend.buddies is None:
             prices = _without_buddies(prices, rules)
-    return Auto(prices, rules, _share_there(backend), backend.can_step_back)
+    return Auto(prices, rules, _share_there(backend), backend.can_step_back, mass)
 
 
 def _without_buddies(prices: PriceList, rules: dict[str, LossRules | None]) -> PriceList:

@@ -22,7 +22,8 @@ MOST = 8.0
 
 @dataclass(frozen=True)
 class LossModel:
-    """Powers and scales; ``of_rungs`` are factors of single rungs, of the whole and of the token's own part.
+    """Powers and scales; ``of_rungs`` are factors of single rungs at the budget that there is, of the whole
+    and of the token's own part, which a price list has.
 
     Deviations are relative: ``text_deviation`` of texts' means from what is foreseen, ``token_deviation`` of
     single tokens, ``audit_deviation`` of single audits. ``n_audits`` is how many audits the forecast of a
@@ -62,9 +63,8 @@ class LossModel:
         return factor * self.step_scale * spread**self.step_spread_power * moved**self.step_moved_power
 
     def to_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in _NUMBERS} | {
-            "of_rungs": {rung: list(factors) for rung, factors in self.of_rungs.items()}
-        }
+        """What a price list keeps of it."""
+        return {name: getattr(self, name) for name in _NUMBERS}
 
 
 _NUMBERS = (
@@ -75,17 +75,12 @@ _NUMBERS = (
 
 def loss_model_of(facts: Any) -> LossModel:
     """What ``to_dict`` gave, from an untrusted file. Raises ModelFormatError without the file's name."""
-    if not isinstance(facts, dict) or not isinstance(facts.get("of_rungs"), dict):
+    if not isinstance(facts, dict):
         raise ModelFormatError("there is no model of what rungs cost")
     numbers = {name: number_of(facts.get(name), name) for name in _NUMBERS}
-    of_rungs = {}
-    for rung, factors in facts["of_rungs"].items():
-        if not isinstance(factors, list) or len(factors) != 2:
-            raise ModelFormatError(f"the factors of {rung!r:.60} are {factors!r:.60}")
-        of_rungs[rung] = (number_of(factors[0], rung), number_of(factors[1], rung))
     if not numbers["text_deviation"] > 0 or not numbers["audit_deviation"] > 0:
         raise ModelFormatError("the deviations of what rungs cost are 0")
-    return LossModel(**numbers, of_rungs=of_rungs)
+    return LossModel(**numbers)
 
 
 def number_of(value: Any, name: str) -> float:

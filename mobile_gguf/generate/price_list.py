@@ -25,11 +25,20 @@ _LEAST = 1e-9
 
 @dataclass(frozen=True)
 class Offer:
-    """A rung at a budget: what it costs in nats, and the bytes that are missed, both a token."""
+    """A rung at a budget: what it costs in nats, and the bytes that are missed, both a token.
+
+    ``factor`` and ``own_factor`` are those of what is foreseen of its tokens (``loss_model``).
+    """
 
     rung: str
     kl: float
     n_bytes: float
+    factor: float = 1.0
+    own_factor: float = 1.0
+
+    @property
+    def numbers(self) -> tuple[float, float, float, float]:
+        return self.kl, self.n_bytes, self.factor, self.own_factor
 
 
 def lower_hull(offers: Sequence[Offer]) -> list[Offer]:
@@ -45,6 +54,13 @@ def lower_hull(offers: Sequence[Offer]) -> list[Offer]:
             hull.pop()
         hull.append(offer)
     return hull
+
+
+def hull_of(offers: Sequence[Offer]) -> list[Offer]:
+    """The lower hull of offers, exact first, which loses nothing whatever rounding says."""
+    exact = next(offer for offer in offers if offer.rung == EXACT)
+    others = [replace(one, kl=max(one.kl, _LEAST)) for one in offers if one is not exact]
+    return lower_hull([replace(exact, kl=0.0), *others])
 
 
 def _saves(one: Offer, other: Offer) -> float:
@@ -68,22 +84,21 @@ class PriceList:
             return self.offers[below]
         part = (share - below) / (above - below)
         there = {offer.rung: offer for offer in self.offers[above]}
-        return [
-            Offer(
-                one.rung,
-                one.kl + part * (there[one.rung].kl - one.kl),
-                one.n_bytes + part * (there[one.rung].n_bytes - one.n_bytes),
-            )
-            for one in self.offers[below]
-            if one.rung in there
-        ]
+        found = []
+        for one in self.offers[below]:
+            if (other := there.get(one.rung)) is not None:
+                numbers = zip(one.numbers, other.numbers, strict=True)
+                found.append(Offer(one.rung, *(low + part * (high - low) for low, high in numbers)))
+        return found
 
     def hull(self, share: float) -> list[Offer]:
         """The lower hull at a budget, exact first."""
-        offers = self.at(share)
-        exact = next(offer for offer in offers if offer.rung == EXACT)
-        others = [replace(one, kl=max(one.kl, _LEAST)) for one in offers if one is not exact]
-        return lower_hull([replace(exact, kl=0.0), *others])
+        return hull_of(self.at(share))
+
+    def model_at(self, share: float) -> LossModel:
+        """What is foreseen of tokens at a budget."""
+        factors = {offer.rung: (offer.factor, offer.own_factor) for offer in self.at(share)}
+        return replace(self.model, of_rungs=factors)
 
     def missed_at(self, share: float, kl: float) -> float:
         """The bytes missed at a budget for ``kl`` nats a token, as a share of those of exact."""
@@ -149,4 +164,5 @@ def _offer(info: GgufInfo, facts: Any) -> Offer:
     rung = parse_rung(facts["rung"], info, None)
     if not is_switchable(rung.policy):
         raise ModelFormatError(f"{rung.name!r:.60} is no rung of the ladder")
-    return Offer(rung.name, number_of(facts.get("kl"), rung.name), number_of(facts.get("n_bytes"), rung.name))
+    names = ("kl", "n_bytes", "factor", "own_factor")
+    return Offer(rung.name, *(number_of(facts.get(name), f"{name} of {rung.name}") for name in names))

@@ -161,7 +161,7 @@ def test_what_auto_keeps_is_measured(tmp_path: Path, capsys: pytest.CaptureFixtu
     text.write_text(" ".join("".join(rng.choice(list("etaoinsh"), 5)) for _ in range(900)))
     arguments = [
         str(tiny_models.path("olmoe")), "--text", str(text), "--budget", "25%", "--max-kld", "0,0.5",
-        "--texts", "3", "--tokens", "400", "--context", "200", "--prompt", "8",
+        "--texts", "2", "--tokens", "400", "--context", "200", "--prompt", "8",
         "--out", str(tmp_path / "out"),
     ]  # fmt: skip
     assert kept.main([*arguments[:6], "0", *arguments[7:]]) == 1
@@ -169,7 +169,7 @@ def test_what_auto_keeps_is_measured(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert kept.main([*arguments[:6], "0.5", *arguments[7:]]) == 0
     record = json.loads((tmp_path / "out" / "kept.json").read_text())
     rows = record["rows"]
-    assert [row["text"] for row in rows] == [0, 1, 2]
+    assert [row["text"] for row in rows] == [0, 1]
     assert sum(row["audited"] for row in rows) >= 8
     for row in rows:
         assert row["kept"] == (row["kl"] <= 0.5)
@@ -177,5 +177,21 @@ def test_what_auto_keeps_is_measured(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert 0 <= row["answers_kept"] <= row["answers"] == 2
         assert row["error"] == (pytest.approx(row["estimate"] / row["kl"] - 1) if row["kl"] > 0 else 0)
     assert rows[-1]["kl"] > 0
-    page = " ".join((tmp_path / "out" / "kept.md").read_text().split())
-    assert "| 25% | 0.5 |" in page
+    assert "2 texts of 382 tokens" in (tmp_path / "out" / "kept.md").read_text()
+
+
+def test_a_prompt_that_drops_is_judged_by_what_follows(tmp_path: Path):
+    text = tmp_path / "text"
+    rng = np.random.default_rng(4)
+    text.write_text(" ".join("".join(rng.choice(list("etaoinsh"), 5)) for _ in range(120)))
+    arguments = [
+        str(tiny_models.path("olmoe")), "--text", str(text), "--budget", "40%", "--tokens", "120",
+        "--block", "40", "--prompt", "24", "--rungs", "exact;prompt-drop:0.02",
+        "--out", str(tmp_path / "out"),
+    ]  # fmt: skip
+    assert judge.main(arguments) == 0
+    exact, dropped = json.loads((tmp_path / "out" / "judge.json").read_text())["verdicts"]
+    assert exact["kl"] == pytest.approx(0, abs=1e-6)
+    assert dropped["kl"] > 1e-4
+    assert 0 < dropped["prompt_bytes"] < exact["prompt_bytes"]
+    assert dropped["displaced"] == 0  # of the tokens after it

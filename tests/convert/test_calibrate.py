@@ -84,7 +84,7 @@ def calibrated(demo_gguf: Path, text: Path, tmp_path_factory: pytest.TempPathFac
     plot = folder / "curves.svg"
     done = calibrate(
         folder / "cache", demo_gguf, "--text", text, "--tokens", N_TOKENS, "--out", out, "--plot", plot,
-        "--imatrix", folder / "imatrix.gguf", "--price-blocks", 2,
+        "--imatrix", folder / "imatrix.gguf",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return Run(folder, text, out, done.stdout, done.stderr.splitlines())
@@ -103,10 +103,7 @@ def test_the_transcript(calibrated: Run) -> None:
         lines[2],
     )
     assert lines[3].startswith("default        head > 0.")
-    ladder = lines.index(
-        "rungs of the ladder, step by step; budgets are shares of all experts, KiB are of a token:"
-    )
-    table = [line for line in lines[:ladder] if line.startswith("| ")]
+    table = [line for line in lines if line.startswith("| ")]
     names = [re.sub(r"\d\.\d+", "#", row.split("|")[1].strip()) for row in table[1:]]
     of_k = ["little", "confidence < #", "head > # (30%)"]
     assert names == ["big", *of_k, *of_k]
@@ -117,7 +114,6 @@ def test_the_transcript(calibrated: Run) -> None:
         "trade-off curves",
         "running the text",
         "neuron importance",
-        "pricing rungs",
         "writing demo.gguf",
         *(
             ["no setting of the head is within 1% of big's perplexity: the nearest is the default"]
@@ -130,44 +126,63 @@ def test_the_transcript(calibrated: Run) -> None:
     assert (calibrated.folder / "curves.svg").read_text().startswith("<?xml")
 
 
-def test_the_ladder_is_priced(calibrated: Run) -> None:
-    prices = stored(calibrated.out)["prices"]
+@pytest.fixture(scope="module")
+def priced(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run on a tiny model that prices rungs, into a copy."""
+    folder = tmp_path_factory.mktemp("priced")
+    out = folder / "tiny.gguf"
+    done = calibrate(
+        folder / "cache", tiny_models.path("olmoe"), "--text", text, "--tokens", N_TOKENS, "--out", out,
+        "--plot", folder / "curves.svg", "--price-blocks", 3,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return Run(folder, text, out, done.stdout, done.stderr.splitlines())
+
+
+def test_the_ladder_is_priced(priced: Run) -> None:
+    prices = stored(priced.out)["prices"]
     assert prices["left_out"] == {}
     assert [budget["share"] for budget in prices["budgets"]] == [0.125, 0.25, 0.5]
-    rows = [line.split("|")[1:-1] for line in calibrated.output.splitlines() if line.startswith("| 0.")]
+    assert priced.narration.count("pricing rungs") == 1
+    rows = [line.split("|")[1:-1] for line in priced.output.splitlines() if line.startswith("| 0.")]
     for budget in prices["budgets"]:
         by_name = {price["rung"]: price for price in budget["prices"]}
         exact = by_name["exact"]
         assert (exact["kl"], exact["agreement"], exact["displaced"]) == (pytest.approx(0, abs=1e-6), 1, 0)
-        for name in ("drop:0.25", "drop:0.5", "drop:1"):
-            assert by_name[name]["kl"] > 0
+        for name in ("drop:1+mass:8", "drop:1.5+mass:8", "drop:0.5+prior:0.1+mass:8"):
             assert by_name[name]["demand_bytes"] < exact["demand_bytes"]
-        assert by_name["drop:0.25"]["demand_bytes"] > by_name["drop:1"]["demand_bytes"]
+            assert by_name[name]["displaced"] > 0
+        weak, strong = by_name["drop:0.25+mass:8"], by_name["drop:1.5+mass:8"]
+        assert weak["demand_bytes"] > strong["demand_bytes"]
+        assert weak["kl"] < strong["kl"]
         assert by_name["little:4"]["big"] == 0
         shown = {row[1].strip(): row for row in rows if float(row[0]) == budget["share"]}
         assert shown.keys() == by_name.keys()
-        assert shown["drop:1"][3].strip() == f"{by_name['drop:1']['kl']:.4f}"
+        assert shown["drop:1+mass:8"][3].strip() == f"{by_name['drop:1+mass:8']['kl']:.4f}"
         assert shown["exact"][2].strip() == "hull"
-    assert "drop:1" in (calibrated.folder / "curves.svg").read_text()
+    assert "drop:1" in (priced.folder / "curves.svg").read_text()
 
 
-def test_mode_auto_goes_by_the_prices(calibrated: Run) -> None:
-    info = read_gguf_info(calibrated.out)
-    prices = read_prices(info)
+def test_mode_auto_goes_by_the_prices(priced: Run) -> None:
+    prices = read_prices(read_gguf_info(priced.out))
     assert prices is not None
     assert set(prices.offers) == {0.125, 0.25, 0.5}
-    assert set(prices.model.of_rungs) > {"drop:0.5", "prior:0.1"}
-    with mobile_gguf.load(calibrated.out, max_kld=0.5, ram_budget="25%", vram_budget="off") as model:
+    assert {offer.rung for offer in prices.offers[0.25]} > {
+        *("exact", "drop:0.5+mass:8", "prior:0.1+mass:8"),
+    }
+    prompt = list(range(3, 20))
+    options = {"ram_budget": "40%", "vram_budget": "off", "warm": "off", "threads": 1}
+    with mobile_gguf.load(priced.out, max_kld=0.01, **options) as model:
         assert model.notices == []
-        reply = model.generate("Once upon a time", temperature=0, max_tokens=48)
-        exact = model.generate("Once upon a time", temperature=0, max_tokens=48, mode="exact")
+        reply = model.generate(prompt, temperature=0, max_tokens=100, cache_prompt=False)
+        exact = model.generate(prompt, temperature=0, max_tokens=100, cache_prompt=False, mode="exact")
     loss = reply.receipt.loss
     assert loss is not None
-    assert loss.budget == 0.5
+    assert loss.budget == 0.01
     assert loss.estimate is not None
-    assert 0 < loss.estimate < 0.5
+    assert 0 < loss.estimate < 0.01
     assert loss.dropped + loss.substituted + loss.little > 0
-    assert reply.receipt.bytes_read < exact.receipt.bytes_read
+    assert reply.receipt.expert_misses < exact.receipt.expert_misses
     assert exact.receipt.loss is None
 
 

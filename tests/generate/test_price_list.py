@@ -20,8 +20,8 @@ ROWS = [
     Offer("exact", 0.0, 100.0), Offer("drop:0.5", 0.01, 60.0), Offer("live:0.25", 0.005, 95.0),
     Offer("drop:1", 0.04, 30.0), Offer("buddy", 0.03, 70.0),
 ]  # fmt: skip
-MODEL = LossModel(scale=0.3, history=1.0, of_rungs={"drop:1": (1.1, 0.9)}, text_deviation=0.1)
-PRICES = PriceList({0.125: ROWS, 0.5: [Offer(o.rung, o.kl / 2, o.n_bytes / 4) for o in ROWS]}, MODEL)
+MODEL = LossModel(scale=0.3, history=1.0, text_deviation=0.1)
+PRICES = PriceList({0.125: ROWS, 0.5: [Offer(o.rung, o.kl / 2, o.n_bytes / 4, 3, 2) for o in ROWS]}, MODEL)
 
 
 def names(offers: list[Offer]) -> list[str]:
@@ -53,6 +53,9 @@ def test_between_two_budgets_prices_are_between_theirs():
     half = {offer.rung: offer for offer in PRICES.at(0.3125)}
     assert half["drop:1"].kl == pytest.approx(0.03)
     assert half["drop:1"].n_bytes == pytest.approx((30 + 7.5) / 2)
+    assert (half["drop:1"].factor, half["drop:1"].own_factor) == (2, 1.5)
+    assert PRICES.model_at(0.3125).whole("drop:1", 0.5, 0.1, 0.0) == pytest.approx(2 * 0.3 * 0.5 * 0.1)
+    assert PRICES.model_at(0.3125).own("drop:1", 0.5, 0.1) == pytest.approx(1.5 * 0.5 * 0.1)
     assert PRICES.at(0.01) == ROWS
     assert names(PRICES.at(1.0)) == names(ROWS)
 
@@ -94,7 +97,7 @@ GOOD = PRICES.to_dict()
         GOOD | {"model": None},
         GOOD | {"model": GOOD["model"] | {"scale": float("nan")}},
         GOOD | {"model": GOOD["model"] | {"audit_deviation": 0}},
-        GOOD | {"model": GOOD["model"] | {"of_rungs": {"drop:1": [1]}}},
+        GOOD | {"budgets": [{"share": 0.1, "rungs": [{"rung": "exact", "kl": 0, "n_bytes": 1}]}]},
         "[" * 100000,
     ],
 )
