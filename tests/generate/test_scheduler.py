@@ -14,6 +14,7 @@ from mobile_gguf.engine.loss import LossRules
 from mobile_gguf.errors import AnswerStopped, ExpertReadError
 from mobile_gguf.generate.decode import Pass, Policy
 from mobile_gguf.generate.scheduler import Scheduler
+from mobile_gguf.generate.wish import Wish
 
 EXACT, LITTLE, BOTH = Policy(), Policy("little", little_k=4), Policy("big-little", gamma=0.6, little_k=4)
 LOSSY = Policy(loss=LossRules(drop=0.5))
@@ -145,6 +146,27 @@ def test_parts_that_do_not_go_together_take_turns() -> None:
     both = [len({slice_.rules for slice_ in slices} - {None}) for slices in decoder.passes]
     assert max(both) == 1
     assert len(askers[2].at) == 30  # who has none goes with either
+
+
+def test_what_goes_into_one_decode() -> None:
+    _, _, sequences = make(2)
+    rules, others = LossRules(drop=0.5), LossRules(drop=0.25)
+
+    def goes(n: int, mine: dict[str, Any], its: dict[str, Any]) -> bool:
+        one, other = Wish(sequences[0], [1], **mine), Wish(sequences[1], [1] * n, n, **its)
+        assert one.goes_with(other) == other.goes_with(one)
+        return one.goes_with(other)
+
+    assert goes(1, {}, {"experts": 4})
+    assert goes(9, {"rules": rules}, {})
+    assert goes(1, {"rules": rules}, {"rules": rules})
+    assert not goes(1, {"rules": rules}, {"rules": others})
+    assert not goes(1, {"rules": rules, "is_counted": True}, {"rules": rules})
+    assert goes(1, {"rules": rules, "is_counted": True}, {"experts": 4})
+    assert not goes(1, {"experts": 4, "mass": 8}, {"rules": rules})
+    assert goes(1, {"experts": 4, "mass": 8}, {})
+    assert goes(1, {"keeps_state": True}, {})
+    assert not goes(2, {"keeps_state": True}, {})
 
 
 def test_an_error_is_that_of_those_whose_decode_it_was() -> None:
