@@ -215,6 +215,28 @@ def test_a_prompt_that_nobody_waits_for_ends_between_slices() -> None:
     assert decoder.n_passes == 3
 
 
+def test_a_ctrl_c_between_two_of_them_ends_all() -> None:
+    scheduler, decoder, _ = make(3, n_ctx=1024)
+    askers = [Asker([i] * 4, 40) for i in range(3)]
+    for asker in askers:
+        scheduler.spawn(asker.work(scheduler, decoder))
+    wake, n = scheduler._wake, 0
+
+    def struck(*given: Any, **more: Any) -> None:
+        nonlocal n
+        n += 1
+        if n == 8:
+            raise KeyboardInterrupt
+        wake(*given, **more)
+
+    scheduler._wake = struck
+    with pytest.raises(KeyboardInterrupt):
+        together(scheduler, decoder, [])
+    scheduler.stop()
+    assert scheduler.n_running == 0
+    assert sum(isinstance(asker.error, AnswerStopped) for asker in askers) == 2
+
+
 def test_what_all_cost_adds_up_to_what_was_counted() -> None:
     scheduler, decoder, _ = make(3, n_ctx=1024)
     spent = []
