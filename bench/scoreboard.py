@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from mobile_gguf.errors import MobileError, UsageError
-from mobile_gguf.files.atomic import complete_or_absent
+from mobile_gguf.files.plots import new_figure, save_figure
 from mobile_gguf.generate.buddies import read_buddies
 from mobile_gguf.generate.head import read_head
 from mobile_gguf.generate.pricing import Price, n_positions
@@ -50,6 +50,7 @@ SYSTEMS = {
     "prior": "prior",
     "drop": "drop",
     "little-on-miss": "little-on-miss",
+    "segments": "segments",
     "auto": f"{AUTO_MODE}:0.02",
 }
 BLOCK, N_PROMPT = 256, 32
@@ -178,13 +179,19 @@ def run_scoreboard(options: ScoreOptions, narrate: Narrate) -> Scoreboard:
 def _systems(info: GgufInfo, asked: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """What runs, by its name, and a note on what this model lacks. Raises UsageError for no system."""
     head, has_buddies = read_head(info), read_buddies(info) is not None
-    systems, notes = {}, []
+    systems: dict[str, str] = {}
+    notes: list[str] = []
     for name in asked or SYSTEMS:
         rung = SYSTEMS.get(name, name)
-        lacks = "importance head" if rung.startswith("head") and head is None else ""
-        lacks = "buddies" if rung.startswith("buddy") and not has_buddies else lacks
+        lacks = ""
+        if rung.startswith("head") and head is None:
+            lacks = "no importance head; `mobile-gguf calibrate` makes one"
+        elif rung.startswith("buddy") and not has_buddies:
+            lacks = "no buddies; `mobile-gguf calibrate` finds them"
+        elif rung.startswith("segments") and info.segments == 1:
+            lacks = "experts as a whole; `mobile-gguf convert --segments` cuts them up"
         if lacks:
-            notes.append(f"{name} is left out: the file has no {lacks}; `mobile-gguf calibrate` makes them")
+            notes.append(f"{name} is left out: the file has {lacks}")
             continue
         if not rung.startswith(f"{AUTO_MODE}:"):
             parse_rung(rung, info, head)
@@ -260,9 +267,7 @@ class _Runs:
 
 def plot(board: Scoreboard, path: Path) -> None:
     """Speed against divergence, one line a system over its budgets, written to a .png or .svg."""
-    from mobile_gguf.convert.calibrate.plot import figure_class
-
-    figure = figure_class()(figsize=(8, 5), layout="constrained")
+    figure = new_figure(8, 5)
     axis = figure.subplots()
     for i, system in enumerate(dict.fromkeys(score.system for score in board.scores)):
         line = [score for score in board.scores if score.system == system]
@@ -275,5 +280,4 @@ def plot(board: Scoreboard, path: Path) -> None:
     axis.set_title(f"{board.model} on {board.text}")
     axis.grid(alpha=0.3)
     axis.legend(fontsize="small")
-    with complete_or_absent(path) as partial:
-        figure.savefig(partial, format=path.suffix[1:].lower(), dpi=120)
+    save_figure(figure, path)

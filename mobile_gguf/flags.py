@@ -6,7 +6,7 @@ import argparse
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from .errors import UsageError, require_unicode
 from .options import Opt, declared, defaults
@@ -87,7 +87,7 @@ def _texts_of_one(opt: Opt, value: Any) -> list[str]:
     if isinstance(value, bool) and not opt.is_flag:
         return [ON if value else OFF]
     if opt.read is parse_bias:
-        return [format_bias(value)]
+        return [format_bias(cast("tuple[int, float]", value))]
     return [value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)]
 
 
