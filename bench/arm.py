@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
+from mobile_gguf.engine.split import Split
 from mobile_gguf.errors import EngineError
 from mobile_gguf.memory.cap import CgroupError, MemoryCgroup, create_memory_cgroup
 from mobile_gguf.options.words import DEFAULT_EVICTION, DEFAULT_IO_THREADS
@@ -50,6 +51,7 @@ class Arm:
     prompt_tokens: int = 0  # the trace over and over; 0: its own prompt
     n_ubatch: int = 512
     warm: tuple[tuple[int, int], ...] = ()  # (layer, expert), as the warm set has them
+    split: Split | None = None  # of experts in segments; None: whole
     command: OtherCommand | None = None  # of "other"
     idle_s: float = 0.0  # between load and prompt, at most: until the warm set is read
 
@@ -279,6 +281,7 @@ class Runner:
             eviction=arm.eviction,
             prefetch=arm.prefetch,
             warm=arm.warm,
+            split=None if arm.split is None else (arm.split.kept, arm.split.shares),
             idle_s=arm.idle_s,
             predictor=self.text.predictor,
             ids=ids,

@@ -49,12 +49,13 @@ class Job:
     predictor: str = "auto"
     ids: bool = False
     warm: Sequence[tuple[int, int]] = ()  # (layer, expert), as the warm set has them
+    split: tuple[Sequence[int], Sequence[float]] | None = None  # kept segments and shares of each layer
     idle_s: float = 0.0  # before the prompt, at most: until the warm set is read
 
 
 def main() -> int:
     """Run the job on stdin."""
-    _end_with_parent()
+    end_with_parent()
     job = Job(**json.loads(sys.stdin.readline()))
     try:
         _run(job)
@@ -64,7 +65,7 @@ def main() -> int:
     return 0
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """A long prompt writes nothing for minutes: no broken pipe would say that the parent was killed."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -73,6 +74,7 @@ def _end_with_parent() -> None:
 def _run(job: Job) -> None:
     from mobile_gguf.engine import binding, prefetch
     from mobile_gguf.engine import log as llama_log
+    from mobile_gguf.engine.split import Split, set_split
     from mobile_gguf.engine.warm import warm_counters, worth
 
     _, path = binding.load_library()
@@ -95,6 +97,8 @@ def _run(job: Job) -> None:
     if engine is not None:
         prefetch.set_predictor(engine, ctx, job.predictor)
         prefetch.set_prefetch(engine, ctx, job.prefetch)
+        if job.split is not None:
+            set_split(engine, ctx, Split(tuple(job.split[0]), tuple(job.split[1])))
         _warm_up(engine, ctx, job)
         engine.reset_counters(ctx)
     before = _Usage.now()

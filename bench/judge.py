@@ -88,7 +88,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         for budget in args.budget.split(","):
             for rung in rungs:
                 n_bytes = budget_of(budget, all_bytes)
-                with opened(info, n_bytes, **shape, head=head, buddies=buddies) as llama:
+                with opened(info, n_bytes, **shape, head=head, buddies=buddies, kept=args.kept) as llama:
                     verdicts.append(price(llama, rung, budget, blocks, args.prompt, exact).price)
                 print(_line(verdicts[-1]), file=sys.stderr, flush=True)
     first = verdicts[-1]
@@ -112,6 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--budget", default="12%,25%", help="bytes, or a share of the slots of all experts; several by commas"
     )
     parser.add_argument("--rungs", default=DEFAULT_RUNGS, help="by semicolons: drop:0.75;head:50+prior:0.1")
+    parser.add_argument("--kept", type=int, help="leading segments of an expert that stay before others")
     parser.add_argument("--tokens", type=int, default=2048, help="of the text, prompts included")
     parser.add_argument("--block", type=int, default=256)
     parser.add_argument("--prompt", type=int, default=32, help="tokens of a block that are not judged")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from mobile_gguf.errors import MobileError
 from mobile_gguf.sizes import format_bytes
@@ -118,7 +118,19 @@ def how_measured(options: BenchOptions, report: Report) -> str:
     )
 
 
-def write_report(report: Report, out: Path) -> list[Path]:
+class Written(Protocol):
+    """What can be written down."""
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-ready."""
+        ...
+
+    def to_text(self) -> str:
+        """Markdown."""
+        ...
+
+
+def write_report(report: Written, out: Path) -> list[Path]:
     """Write OUT.json and OUT.md beside each other; returns both paths. Raises MobileError."""
     stem = out.with_suffix("") if out.suffix in (".json", ".md") else out
     paths = [stem.with_name(stem.name + suffix) for suffix in (".json", ".md")]

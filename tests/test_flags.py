@@ -10,7 +10,13 @@ from mobile_gguf.flags import add_arguments, arguments
 from mobile_gguf.flags import given as given_by
 from mobile_gguf.options import GenerateOptions, LoadOptions, declared, defaults, make_options
 from mobile_gguf.options.bias import parse_bias
-from mobile_gguf.options.tokens import MAX_TOKENS, parse_switch, parse_tokens_or_auto
+from mobile_gguf.options.tokens import (
+    MAX_PARALLEL,
+    MAX_TOKENS,
+    parse_parallel,
+    parse_switch,
+    parse_tokens_or_auto,
+)
 from mobile_gguf.sizes import (
     AUTO,
     OFF,
@@ -43,6 +49,8 @@ def values(opt, default):
         one = st.one_of(st.just(OFF), sizes)
     elif opt.read is parse_tokens_or_auto:
         one = st.one_of(st.just("auto"), st.integers(1, MAX_TOKENS))
+    elif opt.read is parse_parallel:
+        one = st.one_of(st.just("auto"), st.integers(1, MAX_PARALLEL))
     elif opt.read is parse_switch:
         one = st.sampled_from((True, False, "auto"))
     elif opt.read is parse_bytes:
@@ -88,7 +96,7 @@ def another(opt, default):
     if opt.choices:
         return next(choice for choice in opt.choices if choice != default)
     ones = {int: 3, float: 0.25, parse_bias: (7, 1.0), parse_tokens_or_auto: 3, parse_switch: True}
-    one = ones.get(opt.read, "5MiB")
+    one = (ones | {parse_parallel: 3}).get(opt.read, "5MiB")
     return [one] if opt.repeated else one
 
 

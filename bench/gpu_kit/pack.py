@@ -32,9 +32,8 @@ else:
 LIMIT_BYTES = 60 * MIB
 NAME = "gpu-kit"
 WHEELS = (
-    "gguf>=0.17,<1", "jinja2>=3.1", "markupsafe", "diskcache", "typing-extensions", "pyyaml", "tqdm",
-    "requests",
-    "urllib3", "idna", "certifi", "charset-normalizer",
+    "gguf>=0.17,<1", "jinja2>=3.1", "greenlet>=3,<4", "markupsafe", "diskcache", "typing-extensions",
+    "pyyaml", "tqdm", "requests", "urllib3", "idna", "certifi", "charset-normalizer",
     "pytest>=9", "iniconfig", "pluggy", "packaging", "pygments", "hypothesis>=6", "sortedcontainers",
 )  # fmt: skip
 _PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")

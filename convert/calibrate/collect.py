@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -29,6 +29,15 @@ if TYPE_CHECKING:
 _LOGITS_BYTES = 128 * MIB
 _MAX_BATCH = 512
 _NORMS_SHARE = 0.2  # of the time, as progress tells it
+
+
+class Routed(Protocol):
+    """What is given the routing of a text, batch by batch: ``RouteCounts``, or one that keeps it."""
+
+    layers: tuple[int, ...]
+    n_expert_used: int
+
+    def add(self, ids: Ids, weights: Floats) -> None: ...
 
 
 def collect(
@@ -80,6 +89,27 @@ def collect(
     return counts.statistics(importance=importance, inputs=observed if inputs else {})
 
 
+def run_routed(
+    info: GgufInfo,
+    texts: list[list[int]],
+    routed: Routed,
+    *,
+    ram_budget: Size = AUTO,
+    threads: int | None = None,
+    progress: Progress = no_progress,
+) -> None:
+    """Run every chunk of token ids as ``collect`` does, and give its routing to ``routed``, nothing else."""
+    engine = find_engine()
+    if engine is None:
+        raise needs_engine("calibration")
+    llama = _open(info, max(map(len, texts)), ram_budget, threads)
+    try:
+        with Observation(engine, llama.ctx, ROUTES) as observation:
+            _run(llama, info, texts, observation, routed, progress, 1.0)
+    finally:
+        llama.close()
+
+
 def _open(info: GgufInfo, n_ctx: int, budget: Size, threads: int | None) -> MobileLlama:
     """Load the model; under an ``auto`` budget the logits of a whole batch are counted as well."""
     batch = _batch_size(info)
@@ -99,7 +129,7 @@ def _run(
     info: GgufInfo,
     texts: list[list[int]],
     observation: Observation,
-    counts: RouteCounts,
+    counts: Routed,
     progress: Progress,
     share: float,
 ) -> None:
@@ -143,7 +173,7 @@ def _decode(llama: MobileLlama, tokens: list[int], position: int) -> None:
         raise EngineError(reason or f"decoding failed with llama.cpp's code {code}")
 
 
-def _rows(routes: list[ObservedRoute], counts: RouteCounts, n_tokens: int) -> tuple[Ids, Floats]:
+def _rows(routes: list[ObservedRoute], counts: Routed, n_tokens: int) -> tuple[Ids, Floats]:
     """Routed ids and weights [n_layer_moe, n_tokens, k] of one decode, micro-batch after micro-batch."""
     ids = np.full((len(counts.layers), n_tokens, counts.n_expert_used), -1, np.int32)
     weights = np.zeros(ids.shape, np.float32)

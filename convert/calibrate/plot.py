@@ -21,7 +21,7 @@ def check_plot(path: Path) -> None:
         raise UsageError(f"--plot {path} must end in {' or '.join(FORMATS)}")
     if not path.parent.is_dir():
         raise UsageError(f"--plot {path}: there is no folder {path.parent}")
-    _figure_class()
+    figure_class()
 
 
 def plot(points: list[Point], prices: Prices | None, path: Path, title: str) -> None:
@@ -30,7 +30,7 @@ def plot(points: list[Point], prices: Prices | None, path: Path, title: str) -> 
     Of rungs' prices KL against missed bytes.
     """
     n = 3 if prices is None else 4
-    figure = _figure_class()(figsize=(13 * n / 3, 4.2), layout="constrained")
+    figure = figure_class()(figsize=(13 * n / 3, 4.2), layout="constrained")
     axes = figure.subplots(1, n)
     if prices is not None:
         _ladder(axes[3], prices)
@@ -79,7 +79,8 @@ def _ladder(axis: Any, prices: Prices) -> None:
     axis.legend(fontsize="small")
 
 
-def _figure_class() -> Any:
+def figure_class() -> Any:
+    """Matplotlib's figure without a window. Raises MobileError where it is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

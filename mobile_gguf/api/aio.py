@@ -1,13 +1,14 @@
 """The API for asyncio: one thread that owns the model, a queue before it, and answers to await.
 
-A model computes one answer at a time, so requests wait in line, first come first served. Whoever
-leaves, by cancelling the task or closing the stream, frees the place: a waiting request is taken out
-of the line, a running one stops within a token.
+A model makes as many answers at once as it was loaded for, and others wait in line, first come first served.
+Whoever leaves, by cancelling the task or closing the stream, frees the place: a waiting request is taken out
+of the line, a running one stops within a token, and the others go on.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import threading
 import time
 from collections import deque
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
 from mobile_gguf.engine.forks import abandon_in_children, forked
 from mobile_gguf.errors import ModelBusyError, QueueFullError
+from mobile_gguf.generate.crew import Alone, Crew
 from mobile_gguf.options import GenerateOptions, LoadOptions, takes
 
 if TYPE_CHECKING:
@@ -112,13 +114,17 @@ class Job(Generic[Item]):
 
 
 class Worker:
-    """One thread that runs jobs in the order they came; at most ``queue`` wait, None: any number."""
+    """One thread that begins jobs in the order they came; at most ``queue`` wait, None: any number.
 
-    def __init__(self, queue: int | None = None) -> None:
+    The ``crew`` runs them, as many at once as it makes answers.
+    """
+
+    def __init__(self, queue: int | None = None, crew: Crew | None = None) -> None:
         self._limit = queue
+        self._crew = crew if crew is not None else Alone()
         self._jobs: deque[Job[Any]] = deque()
         self._changed = threading.Condition()
-        self._running: Job[Any] | None = None
+        self._running: tuple[Job[Any], ...] = ()
         self._closed = self._is_forked = False
         self._in_hurry = threading.Event()
         self._n_jobs = self._n_turns = 0
@@ -137,8 +143,12 @@ class Worker:
         return len(self._jobs)
 
     @property
+    def n_running(self) -> int:
+        return len(self._running)
+
+    @property
     def is_busy(self) -> bool:
-        return self._running is not None
+        return bool(self._running)
 
     def submit(self, produce: Callable[[Job[Item]], Iterable[Item]]) -> Job[Item]:
         """Queue ``produce``, which is called with its Job in the worker's thread.
@@ -151,9 +161,9 @@ class Worker:
         with self._changed:
             if self._closed:
                 raise ModelBusyError("the model is being closed: it takes no more requests")
-            # the first of those that came has the thread, even where that has not looked yet
-            n_others = len(self._jobs) + (self._running is not None)
-            if self._limit is not None and n_others > self._limit:
+            # the first of those that came have their turn, even where the thread has not looked yet
+            n_others = len(self._jobs) + len(self._running)
+            if self._limit is not None and n_others >= self._crew.most + self._limit:
                 raise QueueFullError(f"{len(self._jobs)} requests are waiting for the model already")
             self._n_jobs += 1
             job.number = self._n_jobs
@@ -176,23 +186,21 @@ class Worker:
 
     @property
     def is_stuck(self) -> bool:
-        """Whether the running job was told to end ``STUCK_SECONDS`` ago and has not."""
-        running = self._running
-        told = running.cancelled_at if running is not None else 0.0
-        return told > 0 and time.monotonic() - told > STUCK_SECONDS
+        """Whether a running job was told to end ``STUCK_SECONDS`` ago and has not."""
+        told = [job.cancelled_at for job in self._running if job.cancelled_at]
+        return bool(told) and time.monotonic() - min(told) > STUCK_SECONDS
 
     def cancel_running(self) -> None:
-        """Have the running job stop soon, and a ``close`` that waits for it not wait."""
+        """Have running jobs stop soon, and a ``close`` that waits for them not wait."""
         self._in_hurry.set()
-        running = self._running
-        if running is not None:
-            running.cancel()
+        for job in self._running:
+            job.cancel()
 
     def close(self, grace: float = 0.0, patience: float | None = None) -> bool:
-        """Refuse what waits and end the thread; a running job is cancelled after ``grace`` seconds.
+        """Refuse what waits and end the thread; running jobs are cancelled after ``grace`` seconds.
 
         Returns whether the thread has ended: one that does not end for ``patience`` seconds more, None: any
-        number, is left alone, and whoever waits for its job gets an error.
+        number, is left alone, and whoever waits for its jobs gets an error.
         """
         with self._changed:
             self._closed = True
@@ -208,24 +216,36 @@ class Worker:
         self._thread.join(patience)
         if not self._thread.is_alive():
             return True
-        if (running := self._running) is not None:
-            running.fail(ModelBusyError(self.why_cut()))
+        for job in self._running:
+            job.fail(ModelBusyError(self.why_cut()))
         return False
 
     def _work(self) -> None:
-        for job in iter(self._next, None):
-            job.run()
+        while (jobs := self._begin()) or self._running:
+            for job in jobs:
+                self._crew.spawn(functools.partial(self._run, job))
+            self._crew.advance()
 
-    def _next(self) -> Job[Any] | None:
+    def _begin(self) -> list[Job[Any]]:
+        """The jobs whose turn it is; waits for one while none runs, and returns none then once closed."""
+        begun: list[Job[Any]] = []
         with self._changed:
-            self._running = None
-            self._changed.wait_for(lambda: self._jobs or self._closed)
-            if self._jobs:
-                self._running = self._jobs.popleft()
+            if not self._running:
+                self._changed.wait_for(lambda: self._jobs or self._closed)
+            while self._jobs and len(self._running) < self._crew.most:
+                job = self._jobs.popleft()
+                begun.append(job)
+                self._running = (*self._running, job)
                 self._n_turns += 1
-                self._running.turn = self._n_turns
-                self._running.waited = time.monotonic() - self._running.queued_at
-            return self._running
+                job.turn = self._n_turns
+                job.waited = time.monotonic() - job.queued_at
+        return begun
+
+    def _run(self, job: Job[Any]) -> None:
+        try:
+            job.run()
+        finally:
+            self._running = tuple(one for one in self._running if one is not job)
 
 
 @takes(LoadOptions)
@@ -244,7 +264,7 @@ async def load(
 
 
 class AsyncModel:
-    """A Model to await: any number of tasks may ask at once, and are answered in order.
+    """A Model to await: any number of tasks may ask at once; answers begin in order, ``parallel`` at once.
 
     ``queue`` bounds how many may wait; one more gets a QueueFullError. Cancelling a task, or closing a
     stream, stops its answer within a token. Made by ``load`` here, or around a Model that nobody else uses.
@@ -252,7 +272,7 @@ class AsyncModel:
 
     def __init__(self, model: Model, *, queue: int | None = None) -> None:
         self.model = model
-        self.worker = Worker(queue)
+        self.worker = Worker(queue, model.crew)
 
     @takes(GenerateOptions)
     async def generate(self, prompt: str | Sequence[int], **options: Any) -> Reply:

@@ -1,4 +1,4 @@
-"""Many prompts from a JSONL file, answered in order into another: resumable, a bad line costs only itself.
+"""Many prompts from a JSONL file, answered into another in order: resumable, a bad line costs only itself.
 
 An input line is ``{"prompt": ...}`` or ``{"messages": [...]}`` with an optional ``id`` and any of
 GenerateOptions. The output has one line for each, in the same order; its ``key`` says what was answered with
@@ -8,6 +8,7 @@ which settings, so that a file of something else is never gone on with.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -174,41 +175,87 @@ def run_batch(
     raw: bool = False,
     on_token: Callable[[BatchStatus], None] | None = None,
 ) -> BatchStatus:
-    """Answer the items that ``output`` does not have yet, in order.
+    """Answer the items that ``output`` does not have yet, as many at once as the model does, in order.
 
     What a line does wrong (a prompt that is too long) is written as its error; an error of the engine or the
-    disk ends the run, and so does Ctrl-C, as KeyboardInterrupt: the answer in the making is not written.
-    ``raw``: prompts are continued as they are, without the chat template.
+    disk ends the run, and so does Ctrl-C, as KeyboardInterrupt: answers in the making are not written, nor
+    those behind them. ``raw``: prompts are continued as they are, without the chat template.
     """
-    n_tokens, n_failed = 0, output.n_failed_before
-    tell = on_token or (lambda _status: None)
+    return _Run(model, items, keys, output, raw, on_token or (lambda _status: None)).all()
 
-    def status(n_done: int, more: int = 0) -> BatchStatus:
-        return BatchStatus(len(items), output.n_before, n_done, n_failed, n_tokens + more)
 
-    tell(status(output.n_before))
-    for index in range(output.n_before, len(items)):
-        item = items[index]
+class _Run:
+    """The answering of a batch."""
+
+    def __init__(
+        self,
+        model: Model,
+        items: list[BatchItem],
+        keys: list[str],
+        output: OutputFile | StreamOutput,
+        raw: bool,
+        tell: Callable[[BatchStatus], None],
+    ) -> None:
+        self._model, self._items, self._keys, self._output = model, items, keys, output
+        self._raw, self._tell = raw, tell
+        self._n_done, self._n_failed = output.n_before, output.n_failed_before
+        self._n_tokens = 0  # of all answers that are begun
+        self._answers: dict[int, dict[str, Any]] = {}  # that those before them are waited for
+        self._error: BaseException | None = None
+
+    def _status(self) -> BatchStatus:
+        return BatchStatus(
+            len(self._items), self._output.n_before, self._n_done, self._n_failed, self._n_tokens
+        )
+
+    def all(self) -> BatchStatus:
+        self._tell(self._status())
+        crew, begun = self._model.crew, self._n_done
+        try:
+            while self._error is None and self._n_done < len(self._items):
+                while self._error is None and begun < len(self._items) and crew.n_running < crew.most:
+                    crew.spawn(functools.partial(self._answer, begun))
+                    begun += 1
+                    self._write()
+                crew.advance()
+                self._write()
+        finally:
+            crew.stop()
+        if self._error is not None:
+            raise self._error
+        return self._status()
+
+    def _write(self) -> None:
+        while (answer := self._answers.pop(self._n_done, None)) is not None:
+            self._output.write(answer | {"key": self._keys[self._n_done]})
+            self._n_done += 1
+            self._n_failed += bool(answer["error"])
+            self._tell(self._status())
+
+    def _answer(self, index: int) -> None:
+        item = self._items[index]
         answer: dict[str, Any] = {"line": item.number, "id": item.id}
         last: Chunk | None = None
         try:
             if item.error:
                 raise UsageError(item.error)
             pieces = []
-            for chunk in _stream(model, item, raw):
+            for chunk in _stream(self._model, item, self._raw):
+                self._n_tokens += chunk.completion_tokens - (
+                    last.completion_tokens if last is not None else 0
+                )
                 last = chunk
                 pieces.append(chunk.text)
-                tell(status(index, chunk.completion_tokens))
+                self._tell(self._status())
             if last is None or last.finish_reason == INTERRUPTED:
                 raise KeyboardInterrupt
             answer |= _answered("".join(pieces), last)
         except UsageError as error:
-            n_failed += 1
             answer |= _failed(str(error))
-        output.write(answer | {"key": keys[index]})
-        n_tokens += last.completion_tokens if last is not None else 0
-        tell(status(index + 1))
-    return status(len(items))
+        except BaseException as error:  # what ends one ends all
+            self._error = self._error or error
+            return
+        self._answers[index] = answer
 
 
 def _stream(model: Model, item: BatchItem, raw: bool) -> Iterable[Chunk]:

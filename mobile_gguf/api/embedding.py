@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mobile_gguf.errors import PromptTooLongError, UsageError, require_unicode
-from mobile_gguf.generate.answer import Backend, read_traffic
+from mobile_gguf.generate.answer import read_traffic
+from mobile_gguf.generate.backend import Backend
 from mobile_gguf.generate.receipt import Receipt
 from mobile_gguf.generate.request import token_ids
 from mobile_gguf.gguf.info import GgufInfo
@@ -54,7 +55,6 @@ def embed(
     """The vector of a text, or of token ids as they are. Raises UsageError, EngineError."""
     import numpy as np
 
-    backend.reset_counters()
     name = info.path.name
     pooling = choose_pooling(backend.pooling, pooling, name)
     limit = backend.embedding_limit
@@ -72,12 +72,12 @@ def embed(
             f"the text has {len(tokens)} tokens and {name} embeds at most {limit} at once: shorten it, or "
             "load the model with larger --ctx-size, --batch-size and --ubatch-size, as it was trained for"
         )
-    backend.sequence.should_stop = should_stop
-    vector = np.asarray(backend.embed_tokens(tokens, pooling), dtype=np.float32)
+    with backend.seated(tokens, False) as sequence:
+        sequence.should_stop = should_stop
+        vector = np.asarray(backend.embed_tokens(tokens, pooling), dtype=np.float32)
+        spent = sequence.traffic()
     length = float(np.linalg.norm(vector))
-    traffic = read_traffic(
-        backend, backend.counters(), backend.device_counters(), backend.prefetch_counters()
-    )
+    traffic = read_traffic(backend, spent.host, spent.device, spent.ahead)
     store = backend.store
     receipt = Receipt(
         n_expert_used=info.n_expert_used,

@@ -14,6 +14,7 @@ from mobile_gguf.engine.held_interrupts import held_interrupts
 from mobile_gguf.engine.log import capture_log, clear_errors, last_errors
 from mobile_gguf.engine.prefetch import holder, set_prefetch
 from mobile_gguf.engine.rpc import clear_loss, last_loss
+from mobile_gguf.engine.split import set_split
 from mobile_gguf.engine.trial import try_file
 from mobile_gguf.engine.warm import WarmSet
 from mobile_gguf.errors import BudgetError, EngineError, MobileError, ModelFormatError
@@ -24,9 +25,11 @@ from mobile_gguf.memory.fit import Asked, Fit, asked_of, fit_model
 from mobile_gguf.memory.machine import read_memory
 from mobile_gguf.memory.microbatch import DEFAULT_UBATCH
 from mobile_gguf.memory.promise import cache_bytes, promised
+from mobile_gguf.memory.sequences import sequences_of
 from mobile_gguf.memory.threads import bounded_threads, default_threads
 from mobile_gguf.options import LoadOptions
-from mobile_gguf.options.words import AUTO_UBATCH, ON
+from mobile_gguf.options.words import AUTO_PARALLEL, AUTO_UBATCH, OFF, ON, RAM
+from mobile_gguf.plan.split_file import split_plan_for
 from mobile_gguf.progress import Progress
 
 from .session_cache import sessions_of
@@ -68,6 +71,8 @@ def open_backend(
         more["progress"] = progress
     notices: list[str] = []
     options = _with_threads(options, notices)
+    if (remark := sequences_of(info, options)[1]) and options.parallel is not None:
+        notices.append(remark)
     n_ctx = asked.n_ctx
     if n_ctx > info.n_ctx_train > 0:
         notices.append(f"a context of {n_ctx} is more than the model was trained with, {info.n_ctx_train}")
@@ -142,7 +147,7 @@ def _open(
         llama = _construct(info, options, asked, engine, use_mmap=False, **more)
     finally:
         engine.clear_load_params()
-    llama.sequence.head, llama.decoder.buddies = head, buddies
+    llama.decoder.head, llama.decoder.buddies = head, buddies
     if llama.store is None:
         notices.append(
             f"the engine cannot hold the experts of a {info.architecture} model: no budget, only mode exact"
@@ -150,6 +155,7 @@ def _open(
         return llama, notices
     try:
         set_prefetch(engine, llama.ctx, options.prefetch)
+        _set_split(llama, info, options, fit)
         if fit.devices:
             calls = DeviceCalls(engine, llama.ctx)
             hold = holder(engine, llama.ctx, options.prefetch)
@@ -162,6 +168,16 @@ def _open(
         llama.close()
         raise
     return llama, notices
+
+
+def _set_split(llama: MobileLlama, info: GgufInfo, options: LoadOptions, fit: Fit) -> None:
+    """Keep the segments that the file's plan for this budget says; whole experts without one."""
+    if options.split == OFF or fit.store_bytes == 0 or info.segments == 1:
+        return
+    plan = split_plan_for(info, RAM, fit.store_bytes)
+    if plan is not None and plan.split is not None and llama.engine is not None:
+        set_split(llama.engine, llama.ctx, plan.split)
+        llama.split = plan.split
 
 
 def _construct(
@@ -177,6 +193,7 @@ def _construct(
     """Make the backend; ``more`` holds ``devices``, none for the host alone, and keywords of Native's."""
     from mobile_gguf.generate.llama import MobileLlama
     from mobile_gguf.generate.native import GGML_TYPES
+    from mobile_gguf.generate.pace import follow_machine
 
     threads, threads_batch = default_threads()
     watch = _LoadWatch(progress) if progress is not None else None
@@ -199,6 +216,9 @@ def _construct(
                 type_k=GGML_TYPES[asked.kv.keys],
                 type_v=GGML_TYPES[asked.kv.values],
                 use_mmap=use_mmap,
+                n_sequences=asked.sequences.n,
+                in_turn=asked.sequences.is_apart,
+                grows=options.parallel == AUTO_PARALLEL,
                 sessions=sessions_of(info, options, asked, [one.name for one in more.get("devices", ())]),
                 keep_loading=watch,
                 **more,
@@ -215,9 +235,9 @@ def _construct(
             llama.close()
         raise
     if options.n_ubatch == AUTO_UBATCH and asked.n_ubatch > DEFAULT_UBATCH:
-        llama.sequence.as_with_ubatch = DEFAULT_UBATCH
+        llama.decoder.as_with_ubatch = DEFAULT_UBATCH
     if options.threads_auto == ON:
-        llama.follow_machine()
+        follow_machine(llama)
     return llama
 
 

@@ -26,7 +26,9 @@ from mobile_gguf.errors import (
     missing_package,
     shown,
 )
-from mobile_gguf.generate.answer import INTERRUPTED, Answer, Backend, Chunk, Reply
+from mobile_gguf.generate.answer import INTERRUPTED, Answer, Chunk, Reply
+from mobile_gguf.generate.backend import Backend
+from mobile_gguf.generate.crew import Crew
 from mobile_gguf.generate.decode import Policy
 from mobile_gguf.generate.logprobs import PromptLogprobs, TokenLogprob
 from mobile_gguf.generate.policy import choose_policy
@@ -144,6 +146,7 @@ class Model:
         self._backend: Backend | None = backend
         self._is_forked = False
         self._lock = threading.Lock()
+        self._n_together = 0  # answers of the thread that has the lock
         self._active: weakref.ref[Generator[Chunk, None, None]] | None = None
         self._totals = Counters()
         self._device_totals = DeviceCounters()
@@ -380,21 +383,28 @@ class Model:
             try:
                 yield from answer.stream()
             finally:
-                self._active = None
+                if self._active is handle[0]:
+                    self._active = None
 
     @contextlib.contextmanager
     def _taken(self) -> Generator[Backend, None, None]:
-        """Hold the model, whose counters are in the totals now: whoever uses it resets them first."""
+        """Hold the model, beside others of this thread's crew; the first has the counters begin anew."""
         lock = self._lock  # a forked child has another
-        if not lock.acquire(blocking=False):
+        backend = self._require_open()
+        if not backend.scheduler.joins and not lock.acquire(blocking=False):
             raise ModelBusyError(_BUSY)
+        self._n_together += 1
         try:
             backend = self._require_open()
-            self._totals = self._totals + backend.counters()
-            self._device_totals = self._device_totals + backend.device_counters()
+            if self._n_together == 1:
+                self._totals = self._totals + backend.counters()
+                self._device_totals = self._device_totals + backend.device_counters()
+                backend.reset_counters()
             yield backend
         finally:
-            lock.release()
+            self._n_together -= 1
+            if self._n_together == 0:
+                lock.release()
 
     def _join(self, answer: Answer, on_chunk: OnChunk) -> Reply:
         check_callables(on_chunk=on_chunk)
@@ -466,6 +476,11 @@ class Model:
         """
         with self._taken() as backend:
             backend.prepare_constraints()
+
+    @property
+    def crew(self) -> Crew:
+        """Who makes answers: as many at once as ``parallel`` says, by the thread that asks for them."""
+        return self._require_open().scheduler
 
     @property
     def can_generate(self) -> bool:
@@ -599,7 +614,7 @@ class Model:
         """In a forked child: every call is refused, and nothing is freed."""
         self._is_forked = True
         self._backend = self._active = None
-        self._lock = threading.Lock()
+        self._lock, self._n_together = threading.Lock(), 0
 
     def __reduce_ex__(self, _protocol: object) -> NoReturn:
         raise TypeError("a Model holds a loaded file and cannot be copied or pickled: load it again instead")

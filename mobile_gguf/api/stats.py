@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mobile_gguf.engine.structs import Counters, DeviceCounters
-from mobile_gguf.generate.answer import Backend
+from mobile_gguf.generate.backend import Backend
 from mobile_gguf.generate.decode import Policy
 from mobile_gguf.memory.split import split_of
 from mobile_gguf.sizes import format_bytes
@@ -69,5 +69,6 @@ def model_stats(
         "counters": dataclasses.asdict(totals + backend.counters()),
         "prefetch": backend.prefetch_counters().to_dict() if store is not None else None,
         "warm": dataclasses.asdict(backend.warm_counters()) if store is not None else None,
+        "split": dataclasses.asdict(backend.split) if backend.split is not None else None,
         "device": device.facts(device_totals + backend.device_counters()) if device is not None else None,
     }

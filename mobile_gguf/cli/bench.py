@@ -43,7 +43,11 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         action="append",
         help="routing trace, .csv or .csv.gz; without one a made-up routing is used, and said so",
     )
-    add("--budget", metavar="LIST", default="12%,25%,100%", help="expert budgets, as shares or sizes")
+    add(
+        "--budget",
+        metavar="LIST",
+        help="expert budgets, as shares or sizes (default: 12%%,25%%,100%%; of a scoreboard 12%%,25%%,50%%)",
+    )
     add("--modes", metavar="LIST", default=",".join(MODES), help="modes of the engine")
     add("--vs", metavar="LIST", default="stock", help="stock, stock-little (half the experts) or none")
     add(
@@ -69,7 +73,12 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add("--eviction", metavar="LIST", default=DEFAULT_EVICTION, help="eviction policies of the engine")
     add("--prefetch", metavar="LIST", default=OFF, help="off, on, auto: reading ahead, by transitions")
     add("--size", metavar="SIZE", default="4GiB", help="expert bytes of the model")
-    add("--tokens", metavar="N", type=at_least_one, default=32, help="decoded tokens a run")
+    add(
+        "--tokens",
+        metavar="N",
+        type=at_least_one,
+        help="decoded tokens a run (default: 32); of a scoreboard's text (default: 1024)",
+    )
     add("--repeats", metavar="N", type=at_least_one, default=3, help="rounds over all arms")
     add("--slack", metavar="SIZE", default="700MiB", help="memory a process gets beside its budget")
     add("--arm-seconds", metavar="S", type=at_least_one, default=300, help="stop decoding after so long")
@@ -77,6 +86,14 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add("--io-threads", metavar="LIST", default="2,4,8", help="I/O thread counts to try")
     add("--engine-lib", metavar="DIR", type=Path, help="the engine's libraries (default: installed)")
     add("--stock-lib", metavar="DIR", type=Path, help="stock libraries (default: `engine build --stock`)")
+    add(
+        "--scoreboard",
+        metavar="MODEL",
+        help="what every way of losing gains in speed and costs on a calibrated model and --text",
+    )
+    add("--text", metavar="FILE", type=Path, help="for --scoreboard: text that calibration has not seen")
+    add("--systems", metavar="LIST", default="", help="for --scoreboard: some of its systems, or rungs")
+    add("--plot", metavar="FILE", type=Path, help="for --scoreboard: draw speed against divergence")
     add("--simulate", action="store_true", help="only count misses of eviction policies on the traces")
     add("--json", action="store_true", help="print one JSON object")
     add(
@@ -91,7 +108,9 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark, or only the simulation."""
-    budgets = _words(args.budget, "--budget")
+    if args.scoreboard is not None:
+        return _scoreboard(args)
+    budgets = _words(args.budget or "12%,25%,100%", "--budget")
     if args.simulate:
         return _simulate(args, budgets)
     if args.write_model is not None:
@@ -113,7 +132,7 @@ def run(args: argparse.Namespace) -> int:
         evictions=_choices(args.eviction, "--eviction", EVICTION),
         prefetches=_choices(args.prefetch, "--prefetch", PREFETCH),
         size_bytes=absolute_bytes(args.size, "--size"),
-        tokens=args.tokens,
+        tokens=args.tokens or 32,
         repeats=args.repeats,
         slack_bytes=absolute_bytes(args.slack, "--slack"),
         arm_limit_s=float(args.arm_seconds),
@@ -154,6 +173,41 @@ def _write_model(args: argparse.Namespace) -> int:
     )
     print(prompt_text(trace))
     return 0
+
+
+def _scoreboard(args: argparse.Namespace) -> int:
+    from mobile_gguf.bench.hardware import n_cpus
+    from mobile_gguf.bench.plan import absolute_bytes
+    from mobile_gguf.bench.report import write_report
+    from mobile_gguf.bench.scoreboard import DEFAULT_TOKENS, ScoreOptions, plot, run_scoreboard
+    from mobile_gguf.convert.calibrate.plot import check_plot
+    from mobile_gguf.hub.resolve import resolve_model
+
+    if args.text is None:
+        raise UsageError("--scoreboard needs --text FILE, of the kind that the model is for")
+    if args.plot is not None:
+        check_plot(args.plot)
+    threads = _numbers(args.threads, "--threads") if args.threads else (n_cpus(),)
+    options = ScoreOptions(
+        model=resolve_model(args.scoreboard),
+        text=args.text,
+        budgets=_words(args.budget or "12%,25%,50%", "--budget"),
+        systems=_words(args.systems, "--systems") if args.systems else (),
+        tokens=args.tokens or DEFAULT_TOKENS,
+        repeats=args.repeats,
+        slack_bytes=absolute_bytes(args.slack, "--slack"),
+        threads=threads[0],
+        limit_s=float(args.arm_seconds),
+    )
+    board = run_scoreboard(options, _narrate)
+    if args.out is not None:
+        for path in write_report(board, args.out):
+            _narrate(f"wrote {path}")
+    if args.plot is not None:
+        plot(board, args.plot)
+        _narrate(f"wrote {args.plot}")
+    print(json.dumps(board.to_json()) if args.json else board.to_text())
+    return 1 if board.failures else 0
 
 
 def _simulate(args: argparse.Namespace, budgets: tuple[str, ...]) -> int:

@@ -12,7 +12,8 @@ from mobile_gguf.flags import OUT_FLAGS, at_least_one, reader
 from mobile_gguf.hub.cache import is_in_cache
 from mobile_gguf.hub.resolve import resolve_model
 from mobile_gguf.options import LoadOptions
-from mobile_gguf.sizes import AUTO
+from mobile_gguf.options.words import RAM
+from mobile_gguf.sizes import AUTO, Size, parse_text
 
 from .common import MODEL_HELP, narrate
 from .progress import TimedProgress
@@ -40,8 +41,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--tokens",
         metavar="N",
         type=at_least_one,
-        default=16384,
-        help="at most so many tokens (default: 16384)",
+        help="at most so many tokens (default: 16384; of --plan 1536)",
     )
     add(
         *OUT_FLAGS,
@@ -70,6 +70,13 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="blocks of text that the ladder's rungs are priced on, 0: none (default: 6)",
     )
     add("--plot", metavar="FILE", type=Path, help="draw the trade-off curves to a .png or .svg")
+    add(
+        "--plan",
+        metavar="RAM=SIZE",
+        type=_tier_budget,
+        action="append",
+        help="only choose which leading segments of experts to keep under a budget, and store that",
+    )
     add("--no-resume", action="store_true", help="start anew, whatever a stopped run left")
     ram, threads = reader("ram_budget", LoadOptions), reader("threads", LoadOptions)
     add("--ram-budget", metavar="SIZE", type=ram, default=AUTO, help="memory for experts (default: auto)")
@@ -80,15 +87,17 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(args: argparse.Namespace) -> int:
     """Run the verb."""
+    if args.plan:
+        return _plan(args)
     from mobile_gguf.convert.calibrate.plot import check_plot, plot
     from mobile_gguf.convert.calibrate.report import lines
-    from mobile_gguf.convert.calibrate.run import CalibrateOptions, calibrate
+    from mobile_gguf.convert.calibrate.run import DEFAULT_TOKENS, CalibrateOptions, calibrate
 
     if args.plot is not None:
         check_plot(args.plot)
     options = CalibrateOptions(
         text=tuple(args.text or ()),
-        tokens=args.tokens,
+        tokens=args.tokens or DEFAULT_TOKENS,
         out=args.out,
         imatrix=args.imatrix,
         kl=args.kl,
@@ -99,11 +108,7 @@ def run(args: argparse.Namespace) -> int:
     )
     with TimedProgress(sys.stderr) as progress:
         try:
-            path = resolve_model(args.model, progress)
-            if options.out is None and is_in_cache(path):
-                raise UsageError(
-                    f"{path.name} lies in the Hugging Face cache, which other programs share: give --out FILE"
-                )
+            path = _own_file(args, progress)
             result = calibrate(path, options, progress)
         except KeyboardInterrupt:
             progress.show("")
@@ -133,6 +138,53 @@ def _blocks(text: str) -> int:
 
 
 _blocks.__name__ = "whole number"
+
+
+def _own_file(args: argparse.Namespace, progress: TimedProgress) -> Path:
+    """The model's file, which may be rewritten if there is no --out. Raises UsageError."""
+    path = resolve_model(args.model, progress)
+    if args.out is None and is_in_cache(path):
+        raise UsageError(
+            f"{path.name} lies in the Hugging Face cache, which other programs share: give --out FILE"
+        )
+    return path
+
+
+def _plan(args: argparse.Namespace) -> int:
+    """Choose splits, and nothing else."""
+    from mobile_gguf.convert.calibrate.plan import DEFAULT_TOKENS, PlanOptions, plan_lines, plan_splits
+    from mobile_gguf.gguf.info import read_gguf_info
+
+    without = {"--kl": args.kl, "--imatrix": args.imatrix, "--plot": args.plot}
+    if given := [flag for flag, value in without.items() if value is not None]:
+        raise UsageError(f"--plan only chooses splits: leave out {' and '.join(given)}")
+    options = PlanOptions(
+        budgets=tuple(args.plan),
+        text=tuple(args.text or ()),
+        tokens=args.tokens or DEFAULT_TOKENS,
+        out=args.out,
+        threads=args.threads,
+        ram_budget=args.ram_budget,
+    )
+    with TimedProgress(sys.stderr) as progress:
+        path = _own_file(args, progress)
+        planned = plan_splits(path, options, progress)
+    if args.json:
+        print(json.dumps({"path": str(args.out or path), "plans": [one.to_dict() for one in planned]}))
+    else:
+        print("\n".join(plan_lines(read_gguf_info(path), planned)), flush=True)
+    narrate(f"wrote {args.out or path}")
+    return 0
+
+
+def _tier_budget(text: str) -> Size:
+    tier, equals, size = text.partition("=")
+    if not equals or tier.upper() != RAM:
+        raise argparse.ArgumentTypeError(f"{text!r}: write RAM=SIZE, such as RAM=25% or RAM=4GiB")
+    try:
+        return parse_text(size)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _divergence(text: str) -> float:

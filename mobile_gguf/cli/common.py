@@ -90,9 +90,12 @@ def configured(args: argparse.Namespace) -> dict[str, Default]:
     return read_defaults(args.verb, VERBS)
 
 
-def load_model(args: argparse.Namespace, *, keeps_sessions: bool = True) -> Model:
-    """Load what the arguments say, showing progress on stderr; ``keeps_sessions``: on disk, by default."""
-    options = load_options(args)
+def load_model(args: argparse.Namespace, *, keeps_sessions: bool = True, **usual: Any) -> Model:
+    """Load what the arguments say, showing progress on stderr; ``keeps_sessions``: on disk, by default.
+
+    ``usual``: defaults of the options here.
+    """
+    options = {**usual, **load_options(args)}
     if keeps_sessions:
         options = with_sessions(options)
     with Progress(sys.stderr) as progress:

@@ -21,9 +21,12 @@ from mobile_gguf.options.words import MEAN, RANK
 
 from .common import add_model_arguments, configured, generate_options, load_model, narrate
 
+# Requests that are answered at once, where nobody says.
+_PARALLEL = 4
+
 _DESCRIPTION = f"""Serve a model: OpenAI's API under /v1, metrics for Prometheus, and a chat at the address
-itself, which is printed on stdout. One request is answered at a time, the others wait in line. The flags of
-generating are defaults for requests that do not say otherwise. An API key comes from --api-key,
+itself, which is printed on stdout. Several requests are answered at once, the others wait in line. The flags
+of generating are defaults for requests that do not say otherwise. An API key comes from --api-key,
 --api-key-file or the environment variable {PREFIX}API_KEY."""
 
 
@@ -55,7 +58,10 @@ def run(args: argparse.Namespace) -> int:
     local = is_loopback(asked.host)
     options = generate_options(args)
     # before the model is loaded, which may take minutes
-    with contextlib.closing(bind(asked.host, asked.port)) as bound, load_model(args) as model:
+    with (
+        contextlib.closing(bind(asked.host, asked.port)) as bound,
+        load_model(args, parallel=_PARALLEL) as model,
+    ):
         pooling = embedding_pooling(asked, model)
         stem = Path(args.model).stem
         names = tuple(dict.fromkeys([*asked.alias, stem, args.model, model.path.stem]))

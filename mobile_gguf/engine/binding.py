@@ -79,6 +79,7 @@ class Engine:
             "get_worth": (n, [address, address, n]),
             "warm": (n, [address, address, n]),
             "get_warm_counters": (status, [address, address]),
+            "set_split": (status, [address, ctypes.c_bool, address, address, n]),
             "loss_default_params": (LossParamsStruct, []),
             "set_loss": (status, [address, address]),
             "set_lossy": (status, [address, ctypes.c_bool]),

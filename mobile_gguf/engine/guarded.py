@@ -159,8 +159,8 @@ class GuardedCalls:
         self._engine.checked("sample", "sampling", sampler, self._ctx, index, ctypes.byref(token))
         return token.value
 
-    def sample_among(self, sampler: Any, allowed: npt.NDArray[Any]) -> int:
-        """The same from the last logits, with no candidates but ``allowed``, ids [n].
+    def sample_among(self, sampler: Any, allowed: npt.NDArray[Any], index: int = -1) -> int:
+        """The same with no candidates but ``allowed``, ids [n].
 
         The others do not compete in top-k, top-p or any other sampler, as if their logits were -inf.
         """
@@ -168,18 +168,25 @@ class GuardedCalls:
         ids = allowed.astype("int32")
         token = ctypes.c_int32()
         if self._engine is None:
-            return self._stock_sample_among(sampler, ids)
+            return self._stock_sample_among(sampler, ids, index)
         self._engine.checked(
-            "sample_among", "sampling", sampler, self._ctx, -1, ids.ctypes.data, len(ids), ctypes.byref(token)
+            "sample_among",
+            "sampling",
+            sampler,
+            self._ctx,
+            index,
+            ids.ctypes.data,
+            len(ids),
+            ctypes.byref(token),
         )
         return token.value
 
-    def _stock_sample_among(self, sampler: Any, ids: npt.NDArray[Any]) -> int:
+    def _stock_sample_among(self, sampler: Any, ids: npt.NDArray[Any], index: int) -> int:
         import numpy as np
 
         candidates = np.zeros(len(ids), [("id", np.int32), ("logit", np.float32), ("p", np.float32)])
         candidates["id"] = ids
-        candidates["logit"] = self._stock_logits(-1)[ids]
+        candidates["logit"] = self._stock_logits(index)[ids]
         array = self._llama.llama_token_data_array(
             data=ctypes.cast(candidates.ctypes.data, ctypes.POINTER(self._llama.llama_token_data)),
             size=len(candidates),

@@ -47,6 +47,8 @@ class LossRules:
     token are never touched. ``admit`` displaced experts a layer and token are read while the disk is idle.
     ``prompt_drop``: of tokens that are computed together, a missing expert whose share of all their weight in
     the layer is below it is not computed for any of them.
+    ``partial``: before all these, a missing expert of which at least this share of its segments is there is
+    computed with those alone.
     """
 
     drop: float = 0.0
@@ -62,11 +64,13 @@ class LossRules:
     prior: float = 0.15
     admit: int = 1
     prompt_drop: float = 0.0
+    partial: float = 0.0
 
     @property
     def is_on(self) -> bool:
         """Whether any rule is in force."""
-        return self.drop > 0 or self.little_on_miss > 0 or self.substitute != OFF or self.prompt_drop > 0
+        rules = (self.drop, self.little_on_miss, self.prompt_drop, self.partial)
+        return any(rule > 0 for rule in rules) or self.substitute != OFF
 
     @property
     def reads_scores(self) -> bool:

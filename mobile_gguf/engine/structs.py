@@ -152,7 +152,7 @@ _PREFETCH_COUNTS = (
     "n_passes",
     "n_passes_on",
 )
-_PREFETCH_STATES = (
+PREFETCH_STATES = (
     "mode",
     "by_router",
     "next_on",
@@ -221,7 +221,7 @@ class PrefetchCountersStruct(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_uint64) for name in _PREFETCH_COUNTS),
-        *((name, ctypes.c_int32) for name in _PREFETCH_STATES),
+        *((name, ctypes.c_int32) for name in PREFETCH_STATES),
     ]
 
 
@@ -266,6 +266,7 @@ class LossParamsStruct(ctypes.Structure):
         ("prior", ctypes.c_float),
         ("admit", ctypes.c_int32),
         ("prompt_drop", ctypes.c_float),
+        ("partial", ctypes.c_float),
     ]
 
 
@@ -276,7 +277,8 @@ class LossCounters:
     Of ``n_missing`` experts that were asked for and not there, ``n_dropped``, ``n_left_out`` (by
     little-on-miss) and ``n_substituted`` were not read; ``n_again`` were, since they were asked for again.
     ``moved_weight`` sums the shares of the tokens' weights that this touched, over ``n_layers`` (token,
-    layer) pairs. ``n_admitted`` displaced experts were read while the disk was idle.
+    layer) pairs. ``n_admitted`` displaced experts were read while the disk was idle. ``n_partial`` missing
+    ones were computed with the segments that were there.
     """
 
     n_layers: int = 0
@@ -289,14 +291,15 @@ class LossCounters:
     n_admit_left: int = 0
     bytes_admitted: int = 0
     moved_weight: float = 0.0
+    n_partial: int = 0
 
 
 class LossCountersStruct(ctypes.Structure):
     """``struct mobile_loss_counters``."""
 
     _fields_ = [
-        *((name, ctypes.c_uint64) for name in LossCounters.__dataclass_fields__ if name != "moved_weight"),
-        ("moved_weight", ctypes.c_double),
+        (name, ctypes.c_double if name == "moved_weight" else ctypes.c_uint64)
+        for name in LossCounters.__dataclass_fields__
     ]
 
 

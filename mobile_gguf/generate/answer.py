@@ -6,33 +6,17 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
-from mobile_gguf.engine.structs import (
-    Counters,
-    DeviceCounters,
-    LossCounters,
-    ModelInfo,
-    PrefetchCounters,
-    WarmCounters,
-)
+from mobile_gguf.engine.structs import Counters, DeviceCounters, PrefetchCounters
 from mobile_gguf.errors import AnswerStopped
 
+from .backend import Backend, Text
+from .costs import Traffic
 from .decode import Pass, Policy
 from .notebook import reply_html
 from .receipt import Receipt, Timings, loss_of
 from .text import TextStream
-
-if TYPE_CHECKING:
-    from mobile_gguf.device.tier import DeviceTier
-    from mobile_gguf.engine.devices import Device
-    from mobile_gguf.engine.experts import Experts
-    from mobile_gguf.engine.loss import Buddies
-    from mobile_gguf.gguf.info import GgufInfo
-
-    from .auto import Auto
-    from .head import Head
-    from .threads import FollowingThreads
 
 STOP, LENGTH, INTERRUPTED = "stop", "length", "interrupted"
 
@@ -81,71 +65,6 @@ class Reply:
         return reply_html(self.to_dict())
 
 
-class Text(Protocol):
-    """What an answer needs of the text that it continues; TokenSequence is the real one."""
-
-    policy: Policy
-    last_pass: Pass
-    prompt_evaluated: int
-    prompt_done: float
-    should_stop: Callable[[], bool] | None  # asked while a prompt is computed
-    on_prompt: Callable[[int, int], object] | None  # told how many of its tokens are done, of how many
-    on_logits: Callable[[int, Any], object] | None  # given a prompt token's place, and the logits after it
-
-
-class Backend(Protocol):
-    """What an answer needs of a decoder; MobileLlama is the real one, tests script another."""
-
-    store: ModelInfo | None  # None without an expert store
-    has_engine: bool
-    device: DeviceTier | None  # None without slots on a device
-    threads: FollowingThreads | None  # None where their number is fixed
-    devices: tuple[Device, ...]  # that the model is on; none: the host alone
-    auto: Auto | None  # what mode auto knows of the model; None before it was asked for
-
-    @property
-    def sequence(self) -> Text: ...
-    @property
-    def n_ubatch(self) -> int: ...
-    @property
-    def can_step_back(self) -> bool: ...
-    @property
-    def head(self) -> Head | None: ...  # None for a model that was not calibrated
-    @property
-    def buddies(self) -> Buddies | None: ...  # likewise
-    @property
-    def can_generate(self) -> bool: ...
-    @property
-    def pooling(self) -> str | None: ...  # what the file asks for
-    @property
-    def embedding_limit(self) -> int: ...
-
-    def experts(self, info: GgufInfo) -> Experts: ...
-    def embed_tokens(self, tokens: list[int], pooling: str) -> Any: ...
-    def generate(self, tokens: list[int], **sampling: Any) -> Generator[int, Any, None]: ...
-    def tokenize(self, text: bytes, add_bos: bool = ..., special: bool = ...) -> list[int]: ...
-    def piece(self, token: int, special: bool = ...) -> bytes: ...
-    def is_end(self, token: int) -> bool: ...
-    def last_logits(self) -> Any: ...
-    def check_fits(self, text: bytes, n_tokens: int) -> None: ...
-    def render_chat(
-        self, messages: list[dict[str, Any]], *, special: bool = ..., **values: Any
-    ) -> list[int]: ...
-    def make_grammar(
-        self, grammar: str | None, json_schema: Any, should_stop: Callable[[], bool] | None = ...
-    ) -> Any: ...
-    def prepare_constraints(self) -> None: ...
-    def set_seed(self, seed: int) -> None: ...
-    def counters(self) -> Counters: ...
-    def device_counters(self) -> DeviceCounters: ...
-    def prefetch_counters(self) -> PrefetchCounters: ...
-    def loss_counters(self) -> LossCounters: ...
-    def warm_counters(self) -> WarmCounters: ...
-    def reset_counters(self) -> None: ...
-    def forget(self) -> None: ...
-    def close(self) -> None: ...
-
-
 @dataclass(frozen=True)
 class Request:
     """Everything that decides an answer, resolved: nothing is None that has a default."""
@@ -164,9 +83,8 @@ class Request:
     fills_context: bool = False  # max_tokens is what the context has room for, and not what was asked for
 
 
-def generate_steps(backend: Backend, request: Request) -> Generator[tuple[int, Pass], None, None]:
+def generate_steps(backend: Backend, text: Text, request: Request) -> Generator[tuple[int, Pass], None, None]:
     """The bottom layer: sampled tokens, each with the pass its logits came from, without an end."""
-    text = backend.sequence
     text.policy = request.policy
     text.should_stop = request.should_stop
     text.on_prompt = request.on_prompt
@@ -218,45 +136,44 @@ class Answer:
         self._thread_changes = backend.threads.n_changes if backend.threads is not None else 0
         self._busy_seconds = 0.0
         self._prompt_seconds = 0.0
-        self._counters = Counters()
-        self._device_counters = DeviceCounters()
-        self._ahead = PrefetchCounters()
-        self._loss = LossCounters()
+        self._traffic = Traffic()
+        self._prompt_evaluated = 0
         store = backend.store
         self._budget_bytes = store.budget_bytes if store is not None else 0
         self.finish_reason: str | None = None
 
     def stream(self) -> Generator[Chunk, None, None]:
         """Yield a chunk per token until the end; Ctrl-C or ``should_stop`` make it ``interrupted``."""
-        self._backend.reset_counters()
-        self._backend.sequence.prompt_evaluated = 0
-        should_stop = self._request.should_stop or _never
-        with closing(generate_steps(self._backend, self._request)) as steps:
+        should_stop, backend, request = self._request.should_stop or _never, self._backend, self._request
+        with (
+            backend.seated(request.prompt, request.policy.always_big) as text,
+            closing(generate_steps(backend, text, request)) as steps,
+        ):
             while self.finish_reason is None:
                 try:
-                    chunk = self._end(INTERRUPTED) if should_stop() else self._advance(steps)
+                    chunk = self._end(INTERRUPTED) if should_stop() else self._advance(text, steps)
                 except (KeyboardInterrupt, AnswerStopped):
                     chunk = self._end(INTERRUPTED)
                 yield chunk
 
-    def _advance(self, steps: Iterator[tuple[int, Pass]]) -> Chunk:
+    def _advance(self, text: Text, steps: Iterator[tuple[int, Pass]]) -> Chunk:
         if self._request.max_tokens <= 0:
             if self._request.on_logits is not None:
-                self._step(steps)  # for its prompt: the token is not wanted
+                self._step(text, steps)  # for its prompt: the token is not wanted
             return self._end(LENGTH)
-        token, kind = self._step(steps)
+        token, kind = self._step(text, steps)
         self._tokens.append(token)
         self._passes[kind] += 1
         if self._backend.is_end(token):
             return self._end(STOP, token)
-        text = self._text.push(self._backend.piece(token))
+        new = self._text.push(self._backend.piece(token))
         if self._text.stopped:
             self.finish_reason = STOP
         elif len(self._tokens) >= self._request.max_tokens:
-            return self._end(LENGTH, token, text)
-        return self._chunk(text, token)
+            return self._end(LENGTH, token, new)
+        return self._chunk(new, token)
 
-    def _step(self, steps: Iterator[tuple[int, Pass]]) -> tuple[int, Pass]:
+    def _step(self, text: Text, steps: Iterator[tuple[int, Pass]]) -> tuple[int, Pass]:
         """The next token; what it took is counted."""
         started = time.perf_counter()
         try:
@@ -264,13 +181,11 @@ class Answer:
         finally:
             ended = time.perf_counter()
             self._busy_seconds += ended - started
-            self._counters = self._backend.counters()
-            self._device_counters = self._backend.device_counters()
-            self._ahead = self._backend.prefetch_counters()
-            self._loss = self._backend.loss_counters()
+            self._traffic = text.traffic()
+            self._prompt_evaluated = text.prompt_evaluated
         if not self._tokens:
             # Sampling the first token belongs to the generation, as in llama-server.
-            self._prompt_seconds = max(0.0, min(self._backend.sequence.prompt_done, ended) - started)
+            self._prompt_seconds = max(0.0, min(text.prompt_done, ended) - started)
         return made
 
     def _end(self, reason: str, token: int | None = None, text: str = "") -> Chunk:
@@ -287,14 +202,14 @@ class Answer:
             tokens_per_second=self.timings().predicted_per_second,
             finish_reason=self.finish_reason,
             receipt=self.receipt(),
-            prompt_evaluated=self._backend.sequence.prompt_evaluated,
+            prompt_evaluated=self._prompt_evaluated,
         )
 
     def timings(self) -> Timings:
         """Times so far, without what the consumer of the stream took."""
         prompt_seconds = self._prompt_seconds if self._tokens else self._busy_seconds
         return Timings(
-            prompt_n=self._backend.sequence.prompt_evaluated,
+            prompt_n=self._prompt_evaluated,
             prompt_ms=prompt_seconds * 1e3,
             predicted_n=len(self._tokens),
             predicted_ms=(self._busy_seconds - prompt_seconds) * 1e3,
@@ -302,7 +217,7 @@ class Answer:
 
     def receipt(self) -> Receipt:
         """The receipt so far."""
-        policy, threads = self._request.policy, self._backend.threads
+        policy, threads, traffic = self._request.policy, self._backend.threads, self._traffic
         return Receipt(
             mode=policy.mode,
             n_expert_used=self._n_expert_used,
@@ -316,14 +231,14 @@ class Answer:
             thread_changes=threads.n_changes - self._thread_changes if threads is not None else 0,
             n_ubatch=self._backend.n_ubatch,
             context_full=self.finish_reason == LENGTH and self._request.fills_context,
-            loss=loss_of(self._loss, policy.spending) if policy.may_lose else None,
-            **read_traffic(self._backend, self._counters, self._device_counters, self._ahead),
+            loss=loss_of(traffic.loss, policy.spending) if policy.may_lose else None,
+            **read_traffic(self._backend, traffic.host, traffic.device, traffic.ahead),
         )
 
     @property
     def counters(self) -> Counters:
         """The store's counters for this answer so far."""
-        return self._counters
+        return self._traffic.host
 
     def reply(self) -> Reply:
         """The answer so far as a whole; one that was not streamed to its end counts as interrupted."""

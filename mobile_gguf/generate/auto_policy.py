@@ -11,8 +11,8 @@ from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.options import DEFAULT_MAX_KLD, LoadOptions
 from mobile_gguf.options.words import AUTO_MODE
 
-from .answer import Backend
 from .auto import Auto
+from .backend import Backend
 from .decode import Policy
 from .loss_rules import asked_flags, nothing_to_lose
 from .price_list import PriceList, read_prices

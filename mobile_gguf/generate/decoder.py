@@ -1,4 +1,4 @@
-"""One llama_decode: tokens at their places in, logits and hidden states out.
+"""One llama_decode: tokens of sequences at their places in, logits and hidden states out.
 
 Imported with llama-cpp-python, when a model is loaded.
 """
@@ -8,7 +8,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from llama_cpp import llama_cpp
@@ -16,20 +17,46 @@ from llama_cpp import llama_cpp
 from mobile_gguf.engine.binding import Engine
 from mobile_gguf.engine.guarded import GuardedCalls
 from mobile_gguf.engine.log import clear_errors, last_errors
-from mobile_gguf.engine.loss import Buddies, LossRules, loss_counters, set_buddies, set_loss, set_lossy
+from mobile_gguf.engine.loss import Buddies, LossRules, set_batch_lossy, set_buddies, set_loss, set_lossy
 from mobile_gguf.engine.rpc import context_loss
-from mobile_gguf.engine.structs import LossCounters
 from mobile_gguf.errors import EngineError, ExpertReadError, MobileError, UsageError
 
 from .decode import ALL_EXPERTS
 from .interrupt import stopping_on_request
 from .native import Native
 
+if TYPE_CHECKING:
+    from .head import Head
+
 _states: Any = llama_cpp  # its types of these calls are narrower than what they take
 
 
+@dataclass(frozen=True)
+class Slice:
+    """Tokens of one sequence for a decode: ``number`` is the sequence's, ``start`` the place of the first.
+
+    ``experts``: at most so many routed ones a token, ALL_EXPERTS: the top-k. ``rules``: those that missing
+    experts follow, None: all are read; ``mass``: of how many the weights that are kept are divided by the
+    mass, 0: by their own. ``every_output``: logits of every token, else of the last one only.
+    """
+
+    number: int
+    start: int
+    tokens: Sequence[int]
+    experts: int = ALL_EXPERTS
+    rules: LossRules | None = None
+    every_output: bool = False
+    keeps_state: bool = False  # the last token's hidden state
+    mass: int = 0
+
+    @property
+    def may_lack(self) -> bool:
+        """Whether its tokens may run with fewer experts."""
+        return self.experts != ALL_EXPERTS or self.rules is not None
+
+
 class Batch:
-    """Room for the tokens of one decode of one sequence; ``batch`` is what llama.cpp reads."""
+    """Room for the tokens of one decode; ``batch`` is what llama.cpp reads."""
 
     def __init__(self, n_max: int) -> None:
         self._tokens, self._places, self._counts, self._sequences = np.zeros((4, n_max), np.int32)
@@ -47,28 +74,38 @@ class Batch:
             logits=self._outputs.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
         )
 
-    def fill(self, tokens: Sequence[int], start: int, every_output: bool) -> None:
-        """Take ``tokens`` at the places from ``start`` on, for outputs of the last or of every one."""
-        n = len(tokens)
-        self.batch.n_tokens = n
-        self._tokens[:n] = tokens
-        self._places[:n] = np.arange(start, start + n)
-        self._outputs[:n] = every_output
-        self._outputs[n - 1] = True
+    def fill(self, slices: Sequence[Slice]) -> list[int]:
+        """Take the slices, one after another; returns where in the batch the last token of each is."""
+        end, last = 0, []
+        for one in slices:
+            begin, end = end, end + len(one.tokens)
+            self._tokens[begin:end] = one.tokens
+            self._places[begin:end] = np.arange(one.start, one.start + len(one.tokens))
+            self._sequences[begin:end] = one.number
+            self._outputs[begin:end] = one.every_output
+            self._outputs[end - 1] = True
+            last.append(end - 1)
+        self.batch.n_tokens = end
+        return last
 
 
 class Decoder:
-    """What runs tokens through a context, at most ``n_batch`` at a time, and knows what came of it.
+    """What runs tokens of sequences through a context, at most ``n_batch`` at a time, and knows what came.
 
     Decoding raises RuntimeError where llama.cpp fails, which ``error`` explains; the context stays usable.
+    ``n_passes`` counts decodes, so that whoever has logits knows whether they are the last one's.
     """
 
     def __init__(self, native: Native, calls: GuardedCalls, engine: Engine | None, on_devices: bool) -> None:
         self.native = native
         self.engine = engine  # None without a store to ask it about
-        self.experts = ALL_EXPERTS
+        self.head: Head | None = None  # that may say which tokens are important
         self.buddies: Buddies | None = None  # that the rules for missing experts may need
-        self.is_lossy = False  # whether the last pass might lose, and the next one may
+        self.as_with_ubatch = 0  # the micro-batch whose results are wanted where a larger one was chosen
+        self.n_passes = 0
+        self._experts = ALL_EXPERTS  # of tokens that no mask names
+        self._is_lossy = False  # whether these may lose
+        self._is_unsure = False  # a decode failed that may have left its masks
         self._loss: LossRules | None = None  # that the engine was told
         self._mass = 0
         self._has_buddies = False  # it was told them, too
@@ -77,36 +114,44 @@ class Decoder:
         self._batch = Batch(native.n_batch)
         self._keeps_states = False
 
-    def use_experts(self, k: int) -> None:
-        """Use at most ``k`` routed experts of every token from the next pass on; ALL_EXPERTS: the top-k."""
-        if self.engine is not None and k != self.experts:
-            self.engine.set_n_expert_used(self.native.ctx, k)
-            self.experts = k
+    def _use_experts(self, slices: Sequence[Slice]) -> None:
+        """Have the tokens of the next decode use as many experts as their slices say."""
+        if self.engine is None:
+            return
+        first, *others = {one.experts for one in slices}
+        if not others and first != self._experts:
+            self.engine.set_n_expert_used(self.native.ctx, first)
+            self._experts = first
+        if others or self._is_unsure:
+            of_tokens = [one.experts for one in slices for _ in one.tokens]
+            self.engine.set_batch_n_expert_used(self.native.ctx, of_tokens)
 
-    def use_mass(self, n: int) -> None:
-        """Divide the weights that a token keeps by the mass of its ``n`` heaviest, 0: by their own."""
+    def _use_mass(self, slices: Sequence[Slice]) -> None:
+        """Have the weights of tokens that lack experts divided as their slices say, which say the same."""
+        n = next((one.mass for one in slices if one.may_lack), self._mass)
         if self.engine is not None and n != self._mass:
             self.engine.checked("set_mass", "choosing what weights are divided by", self.native.ctx, n)
             self._mass = n
 
-    def use_loss(self, rules: LossRules | None) -> None:
-        """Have missing experts follow ``rules`` from the next pass on; None: all are read."""
+    def _use_loss(self, slices: Sequence[Slice]) -> None:
+        """Have missing experts in the next decode follow the rules of the slices, which are the same."""
         if self.engine is None:
             return
         ctx = self.native.ctx
+        rules = next((one.rules for one in slices if one.rules is not None), None)
         if rules is not None and rules != self._loss:
             if rules.needs_buddies and self.buddies is not None and not self._has_buddies:
                 set_buddies(self.engine, ctx, self.buddies)
                 self._has_buddies = True
             set_loss(self.engine, ctx, rules)
             self._loss = rules
-        if (rules is not None) != self.is_lossy:
-            set_lossy(self.engine, ctx, rules is not None)
-            self.is_lossy = rules is not None
-
-    def loss_counters(self) -> LossCounters:
-        """What the rules did since the last reset; all zero without a store."""
-        return loss_counters(self.engine, self.native.ctx) if self.engine is not None else LossCounters()
+        first, *others = {one.rules is not None for one in slices}
+        if not others and first != self._is_lossy:
+            set_lossy(self.engine, ctx, first)
+            self._is_lossy = first
+        if others or self._is_unsure:
+            of_tokens = [one.rules is not None for one in slices for _ in one.tokens]
+            set_batch_lossy(self.engine, ctx, of_tokens)
 
     def keep_states(self, keep: bool) -> None:
         """Whether the passes to come keep hidden states: then logits of every token are computed, too."""
@@ -114,37 +159,56 @@ class Decoder:
             llama_cpp.llama_set_embeddings(self.native.ctx, keep)
             self._keeps_states = keep
 
-    def run(self, tokens: Sequence[int], start: int, every_output: bool = False) -> None:
-        """Run at most ``n_batch`` tokens at the places from ``start`` on."""
-        self._batch.fill(tokens, start, every_output)
+    def run(self, slices: Sequence[Slice]) -> list[int]:
+        """One decode of slices of different sequences; returns the number of each one's last output.
+
+        Of rules for missing experts there may be one among them.
+        """
+        last = self._batch.fill(slices)
+        self._use_loss(slices)
+        self._use_mass(slices)
+        self._use_experts(slices)
+        self.keep_states(any(one.keeps_state for one in slices))
+        self.n_passes += 1
+        self._is_unsure = True
         self._calls.decode(self._batch)
+        self._is_unsure = False
+        return last
 
-    def cut(self, start: int) -> bool:
-        """Drop the places from ``start`` on; False where the memory cannot."""
-        return bool(llama_cpp.llama_memory_seq_rm(self.native.memory, 0, start, -1))
+    def cut(self, start: int, number: int = 0) -> bool:
+        """Drop a sequence's places from ``start`` on; False where the memory cannot."""
+        return bool(llama_cpp.llama_memory_seq_rm(self.native.memory, number, start, -1))
 
-    def clear(self) -> None:
-        """Drop all places, and the states of a recurrent memory; nothing for a model without a memory."""
-        if self.native.memory:
+    def copy(self, number: int, to: int, n: int) -> None:
+        """Have the first ``n`` places of a sequence be those of another, too, which has none."""
+        llama_cpp.llama_memory_seq_cp(self.native.memory, number, to, 0, n)
+
+    def clear(self, number: int = 0) -> None:
+        """Drop a sequence's places, or its state of a recurrent memory; nothing without a memory."""
+        if not self.native.memory:
+            return
+        if self.native.n_sequences == 1:
             llama_cpp.llama_memory_clear(self.native.memory, not self.native.can_step_back)
+        else:
+            self.cut(0, number)
 
-    def state_bytes(self, partial: bool = False) -> int:
+    def state_bytes(self, partial: bool = False, number: int = 0) -> int:
         """Bytes of ``save``."""
-        return int(_states.llama_state_seq_get_size_ext(self.native.ctx, 0, _flags(partial)))
+        return int(_states.llama_state_seq_get_size_ext(self.native.ctx, number, _flags(partial)))
 
-    def save(self, partial: bool = False) -> np.ndarray | None:
-        """What the memory holds; ``partial``: only what cannot be rolled back. None if it cannot be had."""
-        data = np.empty(self.state_bytes(partial), np.uint8)
+    def save(self, partial: bool = False, number: int = 0) -> np.ndarray | None:
+        """What the memory holds of a sequence, if it can be had; ``partial``: what cannot be rolled back."""
+        data = np.empty(self.state_bytes(partial, number), np.uint8)
         pointer = data.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
-        n = _states.llama_state_seq_get_data_ext(self.native.ctx, pointer, len(data), 0, _flags(partial))
+        n = _states.llama_state_seq_get_data_ext(self.native.ctx, pointer, len(data), number, _flags(partial))
         return data if 0 < n == len(data) else None
 
-    def load(self, data: np.ndarray, partial: bool = False) -> bool:
+    def load(self, data: np.ndarray, partial: bool = False, number: int = 0) -> bool:
         """Put what ``save`` gave in the place of what the memory holds; False if it did not take it."""
         pointer = data.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
         if not partial:
-            self.cut(0)
-        n = _states.llama_state_seq_set_data_ext(self.native.ctx, pointer, len(data), 0, _flags(partial))
+            self.cut(0, number)
+        n = _states.llama_state_seq_set_data_ext(self.native.ctx, pointer, len(data), number, _flags(partial))
         return n == len(data)
 
     def logits(self, i: int = -1) -> Any:
@@ -154,9 +218,9 @@ class Decoder:
             raise UsageError("there are no logits: ask for a token first")
         return np.ctypeslib.as_array(logits, shape=(self._calls.n_vocab,))
 
-    def hidden(self, n_embd: int) -> Any | None:
-        """The last token's hidden state [n_embd], if it was kept."""
-        state = llama_cpp.llama_get_embeddings_ith(self.native.ctx, -1)
+    def hidden(self, n_embd: int, i: int = -1) -> Any | None:
+        """The hidden state [n_embd] of output ``i``, if it was kept."""
+        state = llama_cpp.llama_get_embeddings_ith(self.native.ctx, i)
         return np.ctypeslib.as_array(state, shape=(n_embd,)) if state else None
 
     @contextlib.contextmanager

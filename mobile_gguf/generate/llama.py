@@ -1,14 +1,14 @@
-"""A loaded model as an answer needs it: llama.cpp's low-level functions under one policy, one text at a time.
+"""A loaded model as answers need it: llama.cpp's low-level functions, the texts in its context, who decodes.
 
 Imported when a model is loaded: it needs llama-cpp-python.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,45 +21,42 @@ from mobile_gguf.engine.devices import Device
 from mobile_gguf.engine.experts import ContextExperts, Experts
 from mobile_gguf.engine.guarded import GuardedCalls
 from mobile_gguf.engine.loss import Buddies
-from mobile_gguf.engine.prefetch import prefetch_counters
 from mobile_gguf.engine.rpc import context_loss
-from mobile_gguf.engine.structs import (
-    Counters,
-    DeviceCounters,
-    LossCounters,
-    ModelInfo,
-    PrefetchCounters,
-    WarmCounters,
-)
-from mobile_gguf.engine.warm import WarmSet, warm_counters
+from mobile_gguf.engine.split import Split
+from mobile_gguf.engine.structs import ModelInfo
+from mobile_gguf.engine.warm import WarmSet
 from mobile_gguf.errors import EngineError
 from mobile_gguf.gguf.info import GgufInfo
-from mobile_gguf.memory.competition import Competition
 from mobile_gguf.memory.fit import Fit
 from mobile_gguf.memory.spare import SpareMemory
 
 from .auto import Auto
 from .chat_prompt import ChatPrompts
-from .constraint.making import constraint_of
 from .constraint.matching import Constraint
 from .constraint.table import TableReader
+from .costs import Meter
+from .counted import Counted
 from .decoder import Decoder
 from .head import Head
 from .native import Native
+from .pace import run_token
 from .pooling import embed_tokens, file_pooling, longest_text
 from .prefix_cache import PrefixCache
 from .sampler import Sampler
+from .scheduler import Scheduler
 from .sequence import TokenSequence
 from .sessions import Sessions
+from .spoken import Spoken
 from .threads import FollowingThreads
 from .vocabulary import Vocabulary
 
 
-class MobileLlama:
+class MobileLlama(Counted, Spoken):
     """A model and a context whose single-token steps run little, big, or little with fallback.
 
-    What decides that is ``sequence.policy``, which may be changed between generations. Without an engine (a
-    stock library), or for a model that it holds no experts of (``store`` is None), every step is big.
+    What decides that is the policy of the answer's sequence. As many answers as the context has sequences may
+    be made at once, by tasks of ``scheduler``; ``in_turn``: with the results that each has alone. Without an
+    engine (a stock library), or for a model that it holds no experts of (``store`` is None), all is big.
     Decoding raises ExpertReadError or EngineError and leaves the object usable. In ``cache_bytes`` texts are
     kept that others have put out of the context, where memory is free beside ``planned_bytes`` for all else,
     within ``total_bytes`` if so many are promised; ``sessions`` keeps them when this is closed.
@@ -77,6 +74,9 @@ class MobileLlama:
         planned_bytes: int = 0,
         total_bytes: int = 0,
         sessions: Sessions | None = None,
+        n_sequences: int = 1,
+        grows: bool = False,
+        in_turn: bool = False,
         **options: Any,
     ) -> None:
         self.devices = tuple(devices)
@@ -84,6 +84,7 @@ class MobileLlama:
         self.threads: FollowingThreads | None = None  # set by loading, where they follow the machine
         self.auto: Auto | None = None  # set by the first policy of mode auto
         self.warm: WarmSet | None = None  # set by loading, where it is on
+        self.split: Split | None = None  # set by loading, where experts are not kept whole
         self.fit: Fit | None = None  # set by loading, where it was planned
         self.store: ModelInfo | None = None
         self.engine: Engine | None = None  # while there is a store to ask it about
@@ -91,16 +92,17 @@ class MobileLlama:
         self._seed = 0
         self.sessions = sessions
         cache = PrefixCache(cache_bytes, SpareMemory(planned_bytes, total_bytes).bytes_beside, sessions)
-        self.native = Native(path, devices=self.devices, n_ctx=n_ctx, **options)
+        self.native = Native(
+            path, devices=self.devices, n_ctx=n_ctx, n_sequences=n_sequences, is_apart=in_turn, **options
+        )
         try:
-            self._set_up(path, engine, n_ctx, cache)
+            self._set_up(path, engine)
+            self.scheduler = self._make_scheduler(n_ctx, cache, grows, in_turn)
         except BaseException:
             self.native.close()
             raise
 
-    def _set_up(
-        self, path: str | os.PathLike[str], engine: Engine | None, n_ctx: int, cache: PrefixCache
-    ) -> None:
+    def _set_up(self, path: str | os.PathLike[str], engine: Engine | None) -> None:
         self.calls = GuardedCalls(engine, self.model, self.ctx)
         # llama.cpp does not notice that a server is gone once it has the memory.
         if self.devices and (lost := context_loss(self.ctx)):
@@ -109,7 +111,6 @@ class MobileLlama:
         if store is not None and store.n_layer_moe > 0:
             self.store, self.engine = store, engine
         self.decoder = Decoder(self.native, self.calls, self.engine, bool(self.devices))
-        self.sequence = TokenSequence(self.decoder, n_ctx, cache)
         self.vocabulary = Vocabulary(self.calls, self.native.says("tokenizer.ggml.model") or "")
         self._tables = TableReader(self.calls, self.vocabulary)
         self._prompts = ChatPrompts(
@@ -120,6 +121,28 @@ class MobileLlama:
             self._token_text(int(llama_cpp.llama_vocab_eos(self.native.vocab))),
             self.native.n_ctx,
         )
+
+    def _make_scheduler(self, n_ctx: int, cache: PrefixCache, grows: bool, in_turn: bool) -> Scheduler:
+        numbers = range(self.native.n_sequences)
+        return Scheduler(
+            self.decoder,
+            [TokenSequence(self.decoder, n_ctx, cache, number) for number in numbers],
+            Meter(self.traffic, self.count_anew),
+            n_expert_used=self.store.n_expert_used if self.store is not None else 1,
+            in_turn=in_turn,
+            grows=grows,
+        )
+
+    @property
+    def sequence(self) -> TokenSequence:
+        """The one of the answer that runs, or ran last."""
+        return self.scheduler.sequence
+
+    def seated(
+        self, prompt: Sequence[int], only_big: bool
+    ) -> contextlib.AbstractContextManager[TokenSequence]:
+        """The sequence that an answer to ``prompt`` is made in; ``only_big``: it builds on no other rows."""
+        return self.scheduler.seated(prompt, only_big)
 
     @property
     def n_ubatch(self) -> int:
@@ -145,17 +168,18 @@ class MobileLlama:
         """Free the model and end the process that renders its template, once what was used is remembered and
         what was said is written."""
         self._prompts.close()
+        self.scheduler.close()
         warm, self.warm = self.warm, None
         try:
             if not sys.is_finalizing():
-                self.sequence.end()
+                self.scheduler.end()
                 if warm is not None:
                     warm.remember()
         finally:
             self.native.close()
 
     def __del__(self) -> None:
-        if hasattr(self, "_prompts"):  # a load may have failed
+        if hasattr(self, "scheduler"):  # a load may have failed
             self.close()
 
     # generation
@@ -172,44 +196,21 @@ class MobileLlama:
 
         Raises GrammarError where ``grammar`` leaves no token, or became too complex.
         """
+        sequence = self.sequence
         with Sampler(self.calls.n_vocab, self._seed, logit_bias, **sampling) as sampler:
-            self.sequence.run_prompt(self.sequence.begin(tokens))
+            sequence.run_prompt(sequence.begin(tokens))
             while True:
-                token = self._sample(sampler, grammar)
+                token = self._sample(sampler, grammar, sequence.row)
                 yield token
-                self._run_token(token)
+                run_token(self, sequence, token)
 
-    def _sample(self, sampler: Sampler, grammar: Constraint | None) -> int:
-        """A token of the last logits, one that the grammar allows."""
+    def _sample(self, sampler: Sampler, grammar: Constraint | None, row: int) -> int:
+        """A token of the logits in output ``row``, one that the grammar allows."""
         if grammar is None:
-            return self.calls.sample(sampler.chain)
-        token = self.calls.sample_among(sampler.chain, grammar.allowed())
+            return self.calls.sample(sampler.chain, row)
+        token = self.calls.sample_among(sampler.chain, grammar.allowed(), row)
         grammar.accept(token)
         return token
-
-    def follow_machine(self) -> None:
-        """Generate with fewer threads while others want the processors.
-
-        Not with flash attention, which adds up in another order with another number: a seed must
-        give one text. Nor with a device, whose own trials compare times.
-        """
-        native, limit = self.native, self.native.n_threads
-        if limit > 1 and not native.flash_attn and not self.devices:
-            self.threads = FollowingThreads(limit, native.set_threads, Competition())
-
-    def _run_token(self, token: int) -> None:
-        if self.threads is not None:
-            self.threads.before()
-            self.sequence.run_token(token)
-            self.threads.after()
-        elif self.device is not None:
-            self.device.controller.before_step(self.sequence.policy.mode)
-            started = time.perf_counter()
-            self.sequence.run_token(token)
-            llama_cpp.llama_synchronize(self.ctx)
-            self.device.controller.after_step(time.perf_counter() - started)
-        else:
-            self.sequence.run_token(token)
 
     def set_seed(self, seed: int) -> None:
         """The seed of the next generation."""
@@ -220,8 +221,8 @@ class MobileLlama:
         self.sequence.leave()
 
     def last_logits(self) -> Any:
-        """The logits [n_vocab] of the last pass. Raises UsageError if there was none."""
-        return self.decoder.logits()
+        """The logits [n_vocab] of the answer's last pass. Raises UsageError if they are not at hand."""
+        return self.sequence.last_logits()
 
     # embeddings
 
@@ -256,8 +257,8 @@ class MobileLlama:
 
     @property
     def head(self) -> Head | None:
-        """The model's importance head, which loading gives to the sequence."""
-        return self.sequence.head
+        """The model's importance head, which loading gives to the decoder."""
+        return self.decoder.head
 
     @property
     def buddies(self) -> Buddies | None:
@@ -269,68 +270,9 @@ class MobileLlama:
         """Whether single positions can be dropped from the memory; recurrent ones cannot."""
         return self.native.can_step_back
 
-    def counters(self) -> Counters:
-        """The store's counters since the last reset; all zero without one."""
-        return self.engine.counters(self.ctx) if self.engine is not None else Counters()
-
-    def device_counters(self) -> DeviceCounters:
-        """The device tier's counters since the last reset; all zero without one."""
-        return self.device.counters() if self.device is not None else DeviceCounters()
-
-    def prefetch_counters(self) -> PrefetchCounters:
-        """What was read ahead since the last reset; all zero without a store."""
-        return prefetch_counters(self.engine, self.ctx) if self.engine is not None else PrefetchCounters()
-
-    def loss_counters(self) -> LossCounters:
-        """What the lossy rules did since the last reset; all zero without a store."""
-        return self.decoder.loss_counters()
-
-    def warm_counters(self) -> WarmCounters:
-        """What became of the warm set since the model was loaded; all zero without a store."""
-        return warm_counters(self.engine, self.ctx) if self.engine is not None else WarmCounters()
-
     def reset_counters(self) -> None:
-        if self.engine is not None:
-            self.engine.reset_counters(self.ctx)
-
-    def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
-        """Token ids of UTF-8 text; ``add_bos``: with what the model adds, ``special``: control tokens."""
-        return self.calls.tokenize(text, add_bos, special)
-
-    def is_end(self, token: int) -> bool:
-        """Whether ``token`` ends an answer (any of the model's end-of-generation tokens)."""
-        return self.calls.is_end(token)
-
-    def piece(self, token: int, special: bool = False) -> bytes:
-        """A token's bytes; control tokens are empty unless ``special``."""
-        return self.calls.piece(token, special)
-
-    def check_fits(self, text: bytes, n_tokens: int) -> None:
-        """Raise PromptTooLongError for a text that cannot be so few tokens."""
-        self.vocabulary.check_fits(text, n_tokens)
-
-    def render_chat(
-        self, messages: list[dict[str, Any]], *, special: bool = False, **values: Any
-    ) -> list[int]:
-        """Prompt tokens for ``messages`` by the GGUF's template, by ChatML if it has none.
-
-        ``values`` (``tools``, ``enable_thinking``) are what the template may use besides. What is written in
-        messages and values is text; ``special`` reads control tokens in it.
-        Raises UsageError if the template refuses them, PromptTooLongError if they cannot fit.
-        """
-        return self._prompts.tokens(messages, values, special=special)
-
-    def make_grammar(
-        self, grammar: str | None, json_schema: Any, should_stop: Callable[[], bool] | None = None
-    ) -> Constraint | None:
-        """What an answer is to follow, of GBNF text or a JSON schema; raises UsageError if it cannot."""
-        if grammar is None and json_schema is None:
-            return None
-        return constraint_of(self._tables.table(should_stop), grammar, json_schema, should_stop)
-
-    def prepare_constraints(self) -> None:
-        """Make what the first answer under a grammar would wait for."""
-        self._tables.prepare()
+        """Count anew, while no answer is made."""
+        self.scheduler.restart_counters()
 
     def _token_text(self, token: int) -> str:
         return self.calls.text(token) if token >= 0 else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from mobile_gguf.engine.binding import needs_engine
 from mobile_gguf.engine.loss import LossRules
@@ -11,7 +12,7 @@ from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.options import LoadOptions
 from mobile_gguf.options.words import OFF, ON
 
-from .answer import Backend
+from .backend import Backend
 
 
 def asked_flags(options: LoadOptions) -> str:
@@ -20,6 +21,7 @@ def asked_flags(options: LoadOptions) -> str:
         f"--drop {options.drop:g}": options.drop > 0,
         "--little-on-miss on": options.little_on_miss == ON,
         f"--substitute {options.substitute}": options.substitute != OFF,
+        f"--partial {options.partial:g}": options.partial > 0,
     }
     return " and ".join(flag for flag, is_on in asked.items() if is_on)
 
@@ -32,7 +34,14 @@ def loss_rules(
         drop=options.drop,
         little_on_miss=little_k if options.little_on_miss == ON else 0,
         substitute=options.substitute,
+        partial=options.partial,
     )
+    if rules.partial > 0 and info.is_moe and info.segments == 1:
+        notify(
+            f"{info.path.name} holds its experts whole: --partial {options.partial:g} has no effect; "
+            "`mobile-gguf convert --segments` makes a file of segments"
+        )
+        rules = replace(rules, partial=0.0)
     if not rules.is_on:
         return None
     flags = asked_flags(options)

@@ -16,6 +16,7 @@ from llama_cpp import llama_cpp
 from mobile_gguf.engine.devices import Device, device_array
 from mobile_gguf.engine.forks import abandon_in_children
 from mobile_gguf.engine.guarded import NoContextError
+from mobile_gguf.gguf.caches import padded_context
 from mobile_gguf.options.words import F16, Q4_0, Q8_0
 
 # of what keys and values may be kept as
@@ -33,6 +34,8 @@ class Native:
 
     ``devices``: those that all layers go to; none: the host alone. ``keep_loading`` is told the share that is
     loaded and ends the loading by False. ``type_k`` and ``type_v`` are ggml's types of keys and values.
+    ``n_sequences`` may be in the context at once: they share its ``n_ctx`` cells, or ``is_apart`` each has so
+    many of its own.
     Raises RuntimeError where the file is not loaded, NoContextError.
     """
 
@@ -51,10 +54,13 @@ class Native:
         keep_loading: Callable[[float], bool] | None = None,
         type_k: int | None = None,
         type_v: int | None = None,
+        n_sequences: int = 1,
+        is_apart: bool = False,
     ) -> None:
         # A batch is no longer than the context.
         self.n_batch = min(n_ctx, n_batch)
         self.n_threads, self.n_threads_batch, self.flash_attn = n_threads, n_threads_batch, flash_attn
+        self.n_sequences, self.is_apart = n_sequences, is_apart
         # Both have to last while the model is loaded.
         self._devices = device_array(devices)
         self._keep_loading = llama_cpp.llama_progress_callback(
@@ -78,7 +84,7 @@ class Native:
         abandon_in_children(self)
         self.vocab: Any = llama_cpp.llama_model_get_vocab(model)
         self.memory: Any = llama_cpp.llama_get_memory(ctx)  # None of encoders
-        self.n_ctx = int(llama_cpp.llama_n_ctx(ctx))
+        self.n_ctx = int(llama_cpp.llama_n_ctx_seq(ctx))  # of a sequence
         # A recurrent memory keeps one state of each sequence and not one of each position.
         is_recurrent = llama_cpp.llama_model_is_recurrent(model) or llama_cpp.llama_model_is_hybrid(model)
         self.can_step_back = not is_recurrent
@@ -98,6 +104,9 @@ class Native:
     ) -> llama_cpp.llama_context_params:
         params = llama_cpp.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch = n_ctx, self.n_batch, min(self.n_batch, n_ubatch)
+        if self.n_sequences > 1:
+            params.n_seq_max, params.kv_unified = self.n_sequences, not self.is_apart
+            params.n_ctx = padded_context(n_ctx) * (self.n_sequences if self.is_apart else 1)
         params.n_threads, params.n_threads_batch = self.n_threads, self.n_threads_batch
         params.flash_attn_type = (
             llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED

@@ -12,8 +12,8 @@ from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.options import DEFAULT_GAMMA, LoadOptions
 from mobile_gguf.options.words import AUTO_MODE, BIG_LITTLE, CONFIDENCE, EXACT, HEAD
 
-from .answer import Backend
 from .auto_policy import auto_policy
+from .backend import Backend
 from .decode import Policy, default_little_k
 from .loss_rules import loss_rules, prompt_rules
 

@@ -12,8 +12,7 @@ from llama_cpp import llama_cpp
 
 from mobile_gguf.options.words import CLS, LAST, MEAN, RANK
 
-from .decode import ALL_EXPERTS
-from .decoder import Decoder
+from .decoder import Decoder, Slice
 from .native import Native
 from .sequence import TokenSequence
 
@@ -54,14 +53,12 @@ def embed_tokens(sequence: TokenSequence, tokens: list[int], pooling: str) -> np
     Raises what decoding raises.
     """
     decoder = sequence.decoder
-    decoder.use_loss(None)
-    decoder.use_experts(ALL_EXPERTS)
     sequence.put_away()
     _empty(sequence)
-    decoder.keep_states(True)
     try:
+        sequence.scheduler.begin_alone(sequence, len(tokens))
         with decoder.explained(sequence.should_stop):
-            return _pooled_state(decoder, tokens, pooling)
+            return _pooled_state(decoder, sequence.number, tokens, pooling)
     finally:
         decoder.keep_states(False)
         _empty(sequence)
@@ -69,10 +66,10 @@ def embed_tokens(sequence: TokenSequence, tokens: list[int], pooling: str) -> np
 
 def _empty(sequence: TokenSequence) -> None:
     sequence.forget()
-    sequence.decoder.clear()
+    sequence.decoder.clear(sequence.number)
 
 
-def _pooled_state(decoder: Decoder, tokens: list[int], pooling: str) -> np.ndarray:
+def _pooled_state(decoder: Decoder, number: int, tokens: list[int], pooling: str) -> np.ndarray:
     native = decoder.native
     n_part = len(tokens)
     if _in_parts(native):
@@ -81,11 +78,11 @@ def _pooled_state(decoder: Decoder, tokens: list[int], pooling: str) -> np.ndarr
     by_file = file_pooling(native) is not None
     for start in range(0, len(tokens), n_part):
         part = tokens[start : start + n_part]
-        decoder.run(part, start, every_output=True)
+        decoder.run([Slice(number, start, part, every_output=True, keeps_state=True)])
         if not by_file:
             parts.add(_array(llama_cpp.llama_get_embeddings(native.ctx), (len(part), parts.n_embd)))
     if by_file:
-        return _array(llama_cpp.llama_get_embeddings_seq(native.ctx, 0), (parts.n_embd,)).copy()
+        return _array(llama_cpp.llama_get_embeddings_seq(native.ctx, number), (parts.n_embd,)).copy()
     return parts.pooled(pooling)
 
 

@@ -4,7 +4,8 @@ A text is cut into blocks. Each begins with a prompt, which is not counted; its 
 one as if the model had said them (a wide batch would hide everything that depends on what is resident), and
 after each the distribution over the next token is held against the exact one: KL(exact || rung) in nats.
 Experts lie in the engine's own store under a budget, which keeps its contents from block to block; displaced
-experts are read before the next token, as by a disk that is idle meanwhile, so that a run can be repeated.
+experts are read before the next token, as by a disk that is idle meanwhile, so that a run can be repeated;
+a run that is timed does not wait for them.
 Budgets may be smaller than a layer: no pass has more than a token, unless prompts are priced as well.
 """
 
@@ -22,6 +23,7 @@ import numpy.typing as npt
 from mobile_gguf.engine.binding import find_engine, needs_engine
 from mobile_gguf.engine.log import capture_log
 from mobile_gguf.engine.loss import Buddies
+from mobile_gguf.engine.split import Split, set_split
 from mobile_gguf.engine.structs import LossCounters
 from mobile_gguf.errors import MobileError, UsageError
 from mobile_gguf.gguf.info import GgufInfo
@@ -48,7 +50,8 @@ class Price:
     ``kl_error`` is the standard error of the mean over blocks, ``perplexity_ratio`` is to exact.
     ``demand_bytes`` are those of misses, ``idle_bytes`` those of displaced experts, read while the disk was
     idle. ``moved_weight`` is the mean share of a token's weight in a layer, ``big`` the share of tokens that
-    ran with all experts asked for. ``prompt_bytes`` are those missed by a prompt's token.
+    ran with all experts asked for. ``prompt_bytes`` are those missed by a prompt's token, ``tokens_per_s`` is
+    the speed of the others.
     """
 
     rung: str
@@ -66,6 +69,7 @@ class Price:
     moved_weight: float
     big: float
     prompt_bytes: float
+    tokens_per_s: float
 
 
 @dataclass(frozen=True)
@@ -102,11 +106,12 @@ def opened(
     n_prompt: int = 0,
     head: Head | None = None,
     buddies: Buddies | None = None,
+    kept: int | None = None,
 ) -> Iterator[MobileLlama]:
     """The model with experts under a budget of bytes, which may be smaller than a layer.
 
-    Each pass has a token; with ``n_prompt`` those of prompts so many, which takes a larger budget. Raises
-    MobileError, UsageError.
+    Each pass has a token; with ``n_prompt`` those of prompts so many, which takes a larger budget. ``kept``
+    leading segments of each expert stay before others. Raises MobileError, UsageError.
     """
     from .llama import MobileLlama
 
@@ -129,7 +134,9 @@ def opened(
     try:
         if llama.store is None:
             raise UsageError(f"{info.path.name} has no experts that the engine could hold")
-        llama.sequence.head, llama.decoder.buddies = head, buddies
+        llama.decoder.head, llama.decoder.buddies = head, buddies
+        if kept is not None:
+            set_split(engine, llama.ctx, Split((kept,) * info.n_layer, (0.0,) * info.n_layer))
         yield llama
     finally:
         llama.close()
@@ -141,6 +148,7 @@ class _Step:
     kind: Pass
     moved: float  # mean share of the token's weight in a layer
     step_kl: float
+    seconds: float
 
 
 def _run_block(
@@ -150,6 +158,8 @@ def _run_block(
     n_prompt: int,
     of_prompt: list[int],
     audit_every: int = 0,
+    *,
+    timed: bool = False,
 ) -> Iterator[_Step]:
     """The logits after each token behind the prompt; one in ``audit_every`` is run exactly afterwards.
 
@@ -157,24 +167,27 @@ def _run_block(
     """
     sequence = llama.sequence
     sequence.forget()
-    sequence.policy = rung.policy
+    policy = rung.policy if rung.policy.spending is not None else rung.policy.of_answer(n_prompt)
+    sequence.policy = policy
     together = min(llama.native.n_batch, n_prompt)
     llama.reset_counters()
     for start in range(0, n_prompt, together):
-        decode_prompt(sequence, list(tokens[start : start + together]), rung.policy.prompt_loss)
+        decode_prompt(sequence, list(tokens[start : start + together]), policy.prompt_loss)
     of_prompt.append(llama.counters().bytes_read_demand)
     llama.reset_counters()
     before = llama.loss_counters()
     for i, token in enumerate(tokens[n_prompt:-1]):
-        kind = decode_token(sequence, token, rung.policy)
-        after = _settled(llama)
+        started = time.perf_counter()
+        kind = decode_token(sequence, token, policy)
+        seconds = time.perf_counter() - started
+        after = llama.loss_counters() if timed else _settled(llama)
         n_layers = after.n_layers - before.n_layers
         moved = (after.moved_weight - before.moved_weight) / n_layers if n_layers else 0.0
         logits, before = llama.last_logits().astype(np.float32), after
         step_kl = np.nan
         if audit_every and i % audit_every == audit_every - 1:
             step_kl = _audit(llama, token, logits)
-        yield _Step(logits, kind, moved, step_kl)
+        yield _Step(logits, kind, moved, step_kl, seconds)
 
 
 def _settled(llama: MobileLlama) -> LossCounters:
@@ -202,19 +215,22 @@ def price(
     exact: Rows,
     *,
     audit_every: int = 0,
+    timed: bool = False,
 ) -> Priced:
     """Run all blocks under a rung; ``exact`` [positions, n_vocab] are the exact log probabilities.
 
     With ``audit_every`` one token in so many is run exactly as well, which stays in memory; bytes then are
-    those of both.
+    those of both. ``timed`` does not wait for displaced experts before the next token, as an answer does not.
     """
     kept: list[npt.NDArray[np.float64]] = []
     of_prompt: list[int] = []
     totals = np.zeros(5)
-    at = 0
+    at, seconds = 0, 0.0
     for block in blocks:
         rows, moved_before = [], 0.0
-        for i, step in enumerate(_run_block(llama, rung, block, n_prompt, of_prompt, audit_every)):
+        steps = _run_block(llama, rung, block, n_prompt, of_prompt, audit_every, timed=timed)
+        for i, step in enumerate(steps):
+            seconds += step.seconds
             following = block[n_prompt + i + 1]
             # as the reference was kept, so that the same logits are no divergence
             q = log_softmax(step.logits.astype(np.float64)).astype(np.float32).astype(np.float64)
@@ -230,7 +246,7 @@ def price(
             at += 1
         kept.append(np.array(rows, np.float64))
         store, loss = llama.counters(), llama.loss_counters()
-        displaced = loss.n_dropped + loss.n_left_out + loss.n_substituted
+        displaced = loss.n_dropped + loss.n_left_out + loss.n_substituted + loss.n_partial
         totals += (
             store.bytes_read_demand, store.bytes_read - store.bytes_read_demand, store.n_misses, displaced,
             loss.n_substituted,
@@ -245,7 +261,7 @@ def price(
         perplexity=float(np.exp(nll)), perplexity_ratio=float(np.exp(nll - nll_exact)),
         demand_bytes=float(totals[0]), idle_bytes=float(totals[1]), misses=float(totals[2]),
         displaced=float(totals[3]), substituted=float(totals[4]), moved_weight=float(moved), big=float(big),
-        prompt_bytes=sum(of_prompt) / (n_prompt * len(of_prompt)),
+        prompt_bytes=sum(of_prompt) / (n_prompt * len(of_prompt)), tokens_per_s=len(every) / seconds,
     )  # fmt: skip
     return Priced(found, kept)
 

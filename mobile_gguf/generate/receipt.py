@@ -22,7 +22,8 @@ class Loss:
 
     Of ``missing`` ones, which would have had to be moved, ``dropped`` and ``little`` (by little-on-miss) were
     not computed, and in the place of ``substituted`` others were; the rest was read, ``read_again`` of it
-    because it was asked for a second time. ``moved_weight`` sums what this touched, as shares of the tokens'
+    because it was asked for a second time. ``partial`` ones were computed with the segments that were there.
+    ``moved_weight`` sums what this touched, as shares of the tokens'
     weights, over ``layers`` pairs of a token and a layer. ``admitted`` displaced experts, or segments, were
     read while the disk was idle: ``admitted_bytes``. Mode auto had a ``budget`` of nats a token and has spent
     ``estimate`` of it; ``audited_tokens`` were run exactly as well, which with all that the estimate took
@@ -34,6 +35,7 @@ class Loss:
     dropped: int = 0
     little: int = 0
     substituted: int = 0
+    partial: int = 0
     read_again: int = 0
     moved_weight: float = 0.0
     admitted: int = 0
@@ -52,6 +54,7 @@ def loss_of(counters: LossCounters, spending: Spending | None = None) -> Loss:
         dropped=counters.n_dropped,
         little=counters.n_left_out,
         substituted=counters.n_substituted,
+        partial=counters.n_partial,
         read_again=counters.n_again,
         moved_weight=counters.moved_weight,
         admitted=counters.n_admitted,
@@ -158,7 +161,12 @@ class Receipt:
 
 
 def _loss_summary(loss: Loss) -> str:
-    kinds = {"dropped": loss.dropped, "left out": loss.little, "substituted": loss.substituted}
+    kinds = {
+        "dropped": loss.dropped,
+        "left out": loss.little,
+        "substituted": loss.substituted,
+        "in part": loss.partial,
+    }
     counts = [f"{count} {kind}" for kind, count in kinds.items() if count]
     return f"{' · '.join(counts) or 'none displaced'} of {loss.missing} missing"
 

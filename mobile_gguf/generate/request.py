@@ -11,7 +11,8 @@ from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.options import GenerateOptions
 from mobile_gguf.options.bias import check_tokens
 
-from .answer import Backend, Request
+from .answer import Request
+from .backend import Backend
 from .decode import Policy
 
 

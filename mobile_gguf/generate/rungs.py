@@ -29,6 +29,7 @@ _RULES: dict[str, tuple[str, dict[str, Any]]] = {
     "buddy-own": ("beta", {"substitute": BUDDY, "tau": OWN_TAU}),
     LIVE: ("margin", {"substitute": LIVE}),
     PRIOR: ("prior", {"substitute": PRIOR}),
+    "segments": ("partial", {}),
     RANDOM: ("tau", {"substitute": RANDOM}),
     "random-own": ("beta", {"substitute": RANDOM, "tau": OWN_TAU}),
     "keep": ("keep", {}),
@@ -40,7 +41,7 @@ _RULES: dict[str, tuple[str, dict[str, Any]]] = {
     "prompt-drop": ("prompt_drop", {}),
 }
 _WHOLE = {"little_on_miss", "keep", "substitutes_max", "again_tokens", "admit"}
-_DEFAULTS = {"drop": 0.75}
+_DEFAULTS = {"drop": 0.75, "partial": 0.01}  # any segment that is there
 _MODES = (EXACT, LITTLE, HEAD, CONFIDENCE)
 
 
@@ -64,10 +65,10 @@ def parse_rung(
 
     Modes: ``exact``, ``little:K``, ``head:SHARE`` of tokens that are big, in per cent, ``confidence:GAMMA``.
     Rules: ``drop:F``, ``little-on-miss:K``, ``buddy:TAU``, ``buddy-own:BETA`` with each layer's own tau,
-    ``live:MARGIN``, ``prior:LAMBDA``, ``random:TAU``, ``random-own:BETA``, ``prompt-drop:F``; their settings
-    ``keep:N``, ``mass:N`` (what kept weights are divided by), ``rho:N``, ``beta:X``, ``eta:X``,
-    ``again:TOKENS``, ``admit:N``. ``shares`` are the head's thresholds, by default the file's. Raises
-    UsageError.
+    ``live:MARGIN``, ``prior:LAMBDA``, ``segments:SHARE`` of an expert that must be there, ``random:TAU``,
+    ``random-own:BETA``, ``prompt-drop:F``; their settings ``keep:N``, ``mass:N`` (what kept weights are
+    divided by), ``rho:N``, ``beta:X``, ``eta:X``, ``again:TOKENS``, ``admit:N``. ``shares`` are the head's
+    thresholds, by default the file's. Raises UsageError.
     """
     shares = head_shares(info) if shares is None else shares
     little_k = default_little_k(info.n_expert_used)

@@ -35,6 +35,9 @@ TRANSITIONS = "mobile.transitions."
 RANKED_EXPERT, RANKED_SHARE = "expert", "share"  # the two tensors of buddies, and of transitions
 IMPORTANCE = "mobile.importance."
 
+# which segments to keep under which budget
+PLAN = "mobile.plan.json"
+
 # what rungs of the ladder cost
 LOSS = "mobile.loss."
 LOSS_JSON = "mobile.loss.json"

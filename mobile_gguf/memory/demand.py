@@ -14,6 +14,8 @@ from mobile_gguf.gguf.caches import CONTEXT_MULTIPLE, DSV4, F16_KV, QSA, KvTypes
 from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.sizes import format_bytes
 
+from .sequences import ONE, Sequences
+
 DEFAULT_CONTEXT = 4096
 _F16, _F32 = 2, 4
 # The engine's vocabulary: token texts, two hash maps and the merges, measured at 300-400 bytes a token.
@@ -75,14 +77,16 @@ def estimate_demand(
     flash_attn: bool = False,
     kv: KvTypes = F16_KV,
     measured: Measured = NOT_MEASURED,
+    sequences: Sequences = ONE,
 ) -> Demand:
     """The demand with all layers on the host, for a context of ``n_ctx`` tokens."""
     context = context_of(n_ctx, n_ubatch, flash_attn)
     buffers = compute_buffers(info, context, measured)
+    logits = sequences.logits_bytes(info)
     return Demand(
         _dense_bytes(info),
-        kv_cache_bytes(info, context.n_ctx, flash_attn, kv),
-        buffers.reserved,
+        sequences.kept_bytes(info, context.n_ctx, flash_attn, kv),
+        buffers.reserved + logits,
         idle_bytes=buffers.reserved - buffers.used,
         vocabulary_bytes=info.n_vocab * _VOCABULARY_BYTES,
     )
@@ -96,6 +100,7 @@ def estimate_device_demand(
     flash_attn: bool = False,
     kv: KvTypes = F16_KV,
     measured: Measured = NOT_MEASURED,
+    sequences: Sequences = ONE,
 ) -> Demand:
     """The demand on devices that have all layers; what is reserved has real memory there.
 
@@ -103,9 +108,9 @@ def estimate_device_demand(
     counts where it is higher.
     """
     context = context_of(n_ctx, n_ubatch, flash_attn)
-    kept = kv_cache_bytes(info, context.n_ctx, flash_attn, kv)
+    kept = sequences.kept_bytes(info, context.n_ctx, flash_attn, kv)
     reserved = max(compute_buffers(info, context, one).reserved for one in (measured, NOT_MEASURED))
-    return Demand(_dense_bytes(info), kept, reserved)
+    return Demand(_dense_bytes(info), kept, reserved + sequences.logits_bytes(info))
 
 
 def host_share(demand: Demand, info: GgufInfo) -> Demand:

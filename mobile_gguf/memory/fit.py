@@ -32,6 +32,7 @@ from .demand import (
 from .machine import Memory
 from .microbatch import DEFAULT_UBATCH, growth_pays, larger_ubatches, reads_are_hidden
 from .pools import asked_pool, auto_pool, foreseen, lacking, pool_all_bytes, pool_min_bytes
+from .sequences import ONE, Sequences, sequences_of
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,8 @@ class Asked:
 
     ``n_ubatch`` is the micro-batch, ``larger`` what may be taken instead where experts are streamed: none if
     the user gave one; ``other_contexts`` likewise of the context. ``kv``: the types of keys and values.
-    ``vram`` None: no device. ``servers``: RPC servers were named as devices. ``measured``: what the engine
-    said of the file's compute buffers, with f16 for keys and values.
+    ``sequences`` are in the context at once. ``vram`` None: no device. ``servers``: RPC servers were named as
+    devices. ``measured``: what the engine said of the file's compute buffers, with f16 for keys and values.
     """
 
     n_ctx: int
@@ -53,6 +54,7 @@ class Asked:
     ram: Size = AUTO
     vram: Size | None = AUTO
     servers: bool = False
+    sequences: Sequences = ONE
     measured: Measured = field(default=NOT_MEASURED, repr=False, compare=False)
 
     @property
@@ -133,6 +135,7 @@ def asked_of(info: GgufInfo, options: LoadOptions) -> Asked:
         ram=options.ram_budget,
         vram=None if vram == OFF else vram,
         servers=bool(options.rpc),
+        sequences=sequences_of(info, options)[0],
         measured=Measured(known_buffers(info.path, info.files)),
     )
 
@@ -205,8 +208,9 @@ def host_demand(info: GgufInfo, asked: Asked) -> Demand:
     """The demand with all of the model on the host."""
     n_ctx, n_ubatch, flash_attn = asked.context
     return estimate_demand(
-        info, n_ctx=n_ctx, n_ubatch=n_ubatch, flash_attn=flash_attn, kv=asked.kv, measured=asked.measured
-    )
+        info, n_ctx=n_ctx, n_ubatch=n_ubatch, flash_attn=flash_attn, kv=asked.kv, measured=asked.measured,
+        sequences=asked.sequences,
+    )  # fmt: skip
 
 
 def _fit_devices(
@@ -216,8 +220,9 @@ def _fit_devices(
     asked = replace(asked, larger=())
     n_ctx, n_ubatch, flash_attn = asked.context
     demand = estimate_device_demand(
-        info, n_ctx=n_ctx, n_ubatch=n_ubatch, flash_attn=flash_attn, kv=asked.kv, measured=asked.measured
-    )
+        info, n_ctx=n_ctx, n_ubatch=n_ubatch, flash_attn=flash_attn, kv=asked.kv, measured=asked.measured,
+        sequences=asked.sequences,
+    )  # fmt: skip
     holding = foreseen(devices, info, demand)
     n = max(1, len(holding))
     pool = asked_pool(vram, info, n) if info.is_moe else None

@@ -14,7 +14,7 @@ from mobile_gguf.sizes import AUTO, Size, parse_bytes, parse_bytes_or_off, parse
 
 from .bias import parse_bias, take_bias
 from .opt import Checked, Opt, take_parsed, take_schema, take_texts
-from .tokens import MAX_TOKENS, parse_switch, parse_tokens_or_auto
+from .tokens import MAX_TOKENS, parse_parallel, parse_switch, parse_tokens_or_auto
 from .words import AUTO as AUTO_SWITCH
 from .words import (
     AUTO_MODE,
@@ -33,6 +33,7 @@ from .words import (
     ON,
     PLACEMENTS,
     PREFETCH,
+    SPLIT,
     SUBSTITUTE,
 )
 
@@ -54,6 +55,7 @@ POLICY_OPTIONS = (
     "substitute",
     "max_kld",
     "prompt_drop",
+    "partial",
 )
 
 _RAM_BUDGET = Opt(
@@ -112,6 +114,13 @@ _SUBSTITUTE = Opt(
     "--substitute",
     choices=SUBSTITUTE,
     help="in the place of a missing expert: its buddy, the likeliest there, or favour those there",
+)
+_PARTIAL = Opt(
+    "--partial",
+    read=float,
+    low=0,
+    high=1,
+    help="compute a missing expert by its segments that are there, if at least this share of them is",
 )
 _PROMPT_DROP = Opt(
     "--prompt-drop",
@@ -182,6 +191,7 @@ class LoadOptions(Checked):
     substitute: Annotated[str, _SUBSTITUTE] = OFF
     max_kld: Annotated[float | None, _MAX_KLD] = None
     prompt_drop: Annotated[float, _PROMPT_DROP] = 0.0
+    partial: Annotated[float, _PARTIAL] = 0.0
     n_ctx: Annotated[
         int | None,
         Opt(
@@ -240,6 +250,10 @@ class LoadOptions(Checked):
     eviction: Annotated[str, Opt("--eviction", choices=EVICTION, help="which expert leaves memory first")] = (
         DEFAULT_EVICTION
     )
+    split: Annotated[
+        str,
+        Opt("--split", choices=SPLIT, help="keep leading segments of experts, where the file has a plan"),
+    ] = "auto"
     flash_attn: Annotated[
         bool | Literal["auto"],
         Opt(
@@ -276,6 +290,24 @@ class LoadOptions(Checked):
             help="free memory for conversations that others put out of the context: auto (2 GiB), or off",
         ),
     ] = AUTO
+    parallel: Annotated[
+        int | Literal["auto"] | None,
+        Opt(
+            *("-np", "--parallel"),
+            read=parse_parallel,
+            metavar="N",
+            help="answers of a server or a batch made at once, sharing the context; auto: as many as pay"
+            " (default: 1, serve: 4)",
+        ),
+    ] = None
+    deterministic: Annotated[
+        bool,
+        Opt(
+            "--deterministic",
+            is_flag=True,
+            help="several at once: each exactly as alone, with a context and decodes of its own; slower",
+        ),
+    ] = False
     session_cache: Annotated[
         Size | Literal["off"],
         Opt(
@@ -379,6 +411,7 @@ class GenerateOptions(Checked):
     substitute: Annotated[str | None, _SUBSTITUTE] = None
     max_kld: Annotated[float | None, _MAX_KLD] = None
     prompt_drop: Annotated[float | None, _PROMPT_DROP] = None
+    partial: Annotated[float | None, _PARTIAL] = None
     context_full: Annotated[
         str,
         Opt(

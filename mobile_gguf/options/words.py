@@ -31,6 +31,7 @@ DEFAULT_IO_THREADS = 4
 
 # how many tokens of a prompt are computed at once: as streaming experts costs
 AUTO_UBATCH: Final = "auto"
+AUTO_PARALLEL: Final = "auto"
 
 # flash attention: where it is needed; and the context: what fits
 AUTO: Final = "auto"
@@ -45,6 +46,10 @@ PLACEMENTS = ("auto", CACHE, LAYERS)
 # moving experts before they are asked for; auto: while it is measured to help
 OFF, ON = "off", "on"
 PREFETCH = ("auto", OFF, ON)
+
+# keeping leading segments of experts before others; auto: as the file's plan for the budget says
+SPLIT = ("auto", OFF)
+RAM = "RAM"  # the tier that a split is planned for
 
 # what is computed in the place of a missing expert; by co-activation, by the router's probabilities, by its
 # choice among scores that favour what is there

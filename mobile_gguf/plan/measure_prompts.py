@@ -12,6 +12,7 @@ from .machine import Rate
 from .steps import PRODUCT_S, Step, main_products, matrices, mean_rate, mean_speed
 from .workload import Heads, Product, Workload, read_heads
 
+PROMPTS = "measuring prompts"  # the phase of these steps
 _TOKENS = 512
 _MIN_TOKENS = 32
 _MULTIPLICATIONS = 2e9  # of one pass: a tenth of a second on a slow machine
@@ -55,7 +56,7 @@ def prompt_steps(
                 _, times = ggml.time_products(cpu, backend, what, PRODUCT_S, check)
             return {name: mean_speed(what.multiplications, times)}
 
-        yield Step(name, PRODUCT_S, "measuring prompts", products)
+        yield Step(name, PRODUCT_S, PROMPTS, products)
     heads = read_heads(info)
     if heads is None:
         return
@@ -76,7 +77,7 @@ def prompt_steps(
         pairs = _ATTENTION_POSITIONS * _ATTENTION_TOKENS
         return {name: mean_rate([seconds / pairs for seconds in times])}
 
-    yield Step(name, PRODUCT_S, "measuring prompts", attention)
+    yield Step(name, PRODUCT_S, PROMPTS, attention)
 
 
 def _batch(product: Product, n_expert: int, k: int, usual: bool) -> Matrices:

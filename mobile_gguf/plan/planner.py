@@ -214,6 +214,7 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
         "fits": True,
         "n_ctx": fit.asked.n_ctx,
         "n_ubatch": fit.asked.n_ubatch,
+        "parallel": fit.asked.sequences.n,
         "bits_per_weight": round(plan.n_bits, 2),
         "memory": {"available_bytes": fit.memory.available_bytes, "source": fit.memory.source},
         "split": split_of(fit) if fit.memory.promise is not None else None,
@@ -269,7 +270,8 @@ def plan_lines(plan: Plan) -> list[str]:
         idle = f"{format_bytes(info.mtp_bytes)} of blocks that predict several tokens at once (MTP)"
         rows.append(("not loaded", idle))
     context = f"{format_bytes(rest.kv_bytes)} KV, {format_bytes(rest.buffer_bytes)} buffers in {where}"
-    rows.append(("context", f"{fit.asked.n_ctx} tokens, micro-batches of {fit.asked.n_ubatch}: {context}"))
+    size = f"{fit.asked.n_ctx} tokens{fit.asked.sequences}, micro-batches of {fit.asked.n_ubatch}"
+    rows.append(("context", f"{size}: {context}"))
     if info.is_moe:
         if fit.devices:
             rows.append(

@@ -76,16 +76,18 @@ def pass_seconds(one: Pass, rate: float, reads: Reads) -> float:
     return one.rest_s + one.n_layer * layer
 
 
-def layer_seconds(one: Pass, n_misses: int, reads: Reads) -> float:
-    """The experts of one layer with so many misses.
+def layer_seconds(one: Pass, n_misses: float, reads: Reads) -> float:
+    """The experts of one layer with so many misses, or as many parts of some.
 
-    Gate and up of the hits overlap with the reads; the last matrix needs both, of all experts.
+    Gate and up of the hits overlap with the reads; the last matrix needs both, of all experts. However quick
+    the reads are, all of it has to be computed.
     """
     if n_misses <= 0:
         return one.expert_s
     hits = 1 - n_misses / one.k
     early = one.expert_s * hits * BEFORE_LAST
-    return WAKE_S + max(reads.seconds(n_misses), early) + one.expert_s * (1 - BEFORE_LAST)
+    waiting = max(reads.seconds(n_misses), early) + one.expert_s * (1 - BEFORE_LAST)
+    return WAKE_S + max(waiting, one.expert_s)
 
 
 def mixed_seconds(little_s: float, big_s: float, again_s: float, big_share: float, *, by_head: bool) -> float:

@@ -25,7 +25,7 @@ _TRAFFIC = {
 class Metrics:
     """One server's metrics, in a registry of their own."""
 
-    def __init__(self, n_waiting: Callable[[], int], is_busy: Callable[[], bool]) -> None:
+    def __init__(self, n_waiting: Callable[[], int], n_running: Callable[[], int]) -> None:
         self.registry = CollectorRegistry()
 
         def counter(name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
@@ -68,7 +68,7 @@ class Metrics:
         waiting = Gauge("mobile_gguf_queue_length", "Requests that wait", registry=self.registry)
         waiting.set_function(n_waiting)
         running = Gauge("mobile_gguf_requests_running", "Requests being answered", registry=self.registry)
-        running.set_function(is_busy)
+        running.set_function(n_running)
         for kind in ("prompt", "cached", "big", "little", "fallback"):
             self._tokens.labels(kind)
 

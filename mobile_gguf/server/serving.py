@@ -46,8 +46,8 @@ class Serving:
     def __init__(self, model: Model, settings: ServerSettings) -> None:
         self.model = model
         self.settings = settings
-        self.worker = Worker(settings.queue)
-        self.metrics = Metrics(lambda: self.worker.n_waiting, lambda: self.worker.is_busy)
+        self.worker = Worker(settings.queue, model.crew)
+        self.metrics = Metrics(lambda: self.worker.n_waiting, lambda: self.worker.n_running)
         self.experts = ExpertMap(model)
         self.started = int(time.time())
         self.closing = asyncio.Event()
@@ -66,7 +66,7 @@ class Serving:
         try:
             return self.worker.submit(produce)
         except QueueFullError as error:
-            wait = self._mean_seconds * (self.worker.n_waiting + 1)
+            wait = self._mean_seconds * (self.worker.n_waiting + 1) / max(1, self.worker.n_running)
             raise ApiError(
                 429, f"{error}: try again later", code="queue_full", headers=retry_after(wait)
             ) from None

@@ -205,6 +205,13 @@ struct mobile_warm_counters {
 
 LLAMA_API int32_t mobile_get_warm_counters(const struct llama_context * ctx, struct mobile_warm_counters * counters);
 
+// which segments of an expert are kept before others, in host memory or in the slots of devices (MoEpic, arXiv 2509.08342).
+// changes when bytes move, never what is computed. kept: [n_layer] the so many leading segments of an expert that rank by the
+// eviction policy, 1 to the model's segments; the others come for a use, and are the first to go. shares: [n_layer] of the
+// budget, which a layer that fills more gives way by, a little; 0: no wish. NULL and NULL: all segments, no wishes.
+// MOBILE_ERR_STATE for slots that there are not
+LLAMA_API int32_t mobile_set_split(struct llama_context * ctx, bool on_device, const int32_t * kept, const float * shares, int32_t n_layer);
+
 // text of the error that made the last decode on ctx fail inside the expert store; "" if it did not
 LLAMA_API const char * mobile_context_error(const struct llama_context * ctx);
 
@@ -261,6 +268,8 @@ struct mobile_loss_params {
     float   prior;           // prior: lambda, what residents gain, as a share of the range of the router's logits; 0: off
     int32_t admit;           // displaced experts that are read while the disk is idle: so many a layer and token at most
     float   prompt_drop;     // of tokens computed together, a missing expert whose share of all their weight in the layer is below it is not computed; 0: off
+    float   partial;         // a missing expert of which at least this share of its segments is there is computed with these
+                             // alone; 0: off
 };
 
 LLAMA_API struct mobile_loss_params mobile_loss_default_params(void); // every rule off, the other values as published
@@ -274,7 +283,8 @@ LLAMA_API int32_t mobile_set_lossy(struct llama_context * ctx, bool on);
 LLAMA_API int32_t mobile_set_batch_lossy(struct llama_context * ctx, const int32_t * lossy, int32_t n_tokens);
 // experts, shares: [n_layer][n_expert][n], the best first; -1: no more. tau: [n_layer]
 LLAMA_API int32_t mobile_set_buddies(struct llama_context * ctx, const int32_t * experts, const float * shares, const float * tau, int32_t n_layer, int32_t n_expert, int32_t n);
-// for experiments: the rules take these experts for resident, whatever is. resident: [n_layer * n_expert] 0 or 1; NULL ends it
+// for experiments: the rules take these experts for resident, whatever is. resident: [n_layer * n_expert] 0 or 1, or as many
+// for each segment, [n_layer * n_expert * segments]; NULL ends it
 LLAMA_API int32_t mobile_set_loss_residency(struct llama_context * ctx, const uint8_t * resident, size_t n_resident);
 
 // since the last reset, sums over layers and over tokens that might lose; experts, not segments
@@ -288,7 +298,9 @@ struct mobile_loss_counters {
     uint64_t n_admitted;    // displaced ones, or their segments, that were read while the disk was idle
     uint64_t n_admit_left;  // that are waiting for it now
     uint64_t bytes_admitted;
-    double   moved_weight;  // dropped, left out or substituted, as shares of their tokens' weights
+    double   moved_weight;  // dropped, left out or substituted, as shares of their tokens' weights; of those computed in part
+                            // the share of their segments that was left out
+    uint64_t n_partial;     // of n_missing, computed with the segments that were there
 };
 
 LLAMA_API int32_t mobile_get_loss_counters(const struct llama_context * ctx, struct mobile_loss_counters * counters);

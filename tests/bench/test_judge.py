@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import layout_files
 import numpy as np
 import pytest
 import tiny_models
@@ -44,6 +45,8 @@ INFO = fake_info(metadata={keys.HEAD_THRESHOLDS: json.dumps({"30": 0.6})})
         ),
         ("live:0.5+drop:1", Policy(little_k=4, loss=LossRules(drop=1, substitute="live", margin=0.5))),
         ("prior:0.1", Policy(little_k=4, loss=LossRules(substitute="prior", prior=0.1))),
+        ("segments", Policy(little_k=4, loss=LossRules(partial=0.01))),
+        ("segments:0.5+drop", Policy(little_k=4, loss=LossRules(partial=0.5, drop=0.75))),
     ],
 )
 def test_a_rung_is_one_word(text, policy):
@@ -116,6 +119,23 @@ def test_rungs_save_bytes_and_cost_divergence(judged):
     assert judged["drop:1"]["big"] == 1
     of_one = judged["exact"]["demand_bytes"] / judged["exact"]["misses"]
     assert judged["little"]["demand_bytes"] == pytest.approx(of_one * judged["little"]["misses"], rel=0.05)
+
+
+def test_segments_that_are_there_have_a_price(tmp_path: Path):
+    """Half of every expert is kept: what is computed of the missing ones reads nothing, and differs."""
+    model = layout_files.write_per_expert(tiny_models.path("olmoe"), tmp_path / "m.gguf", 2)
+    text = tmp_path / "text"
+    text.write_text(" ".join(["tone", "shine", "nation", "thanes"] * 30))
+    assert judge.main([
+        str(model), "--text", str(text), "--budget", "40%", "--kept", "1", "--tokens", "80", "--block", "40",
+        "--prompt", "8", "--out", str(tmp_path), "--rungs", "exact;segments:0.5+keep:0+admit:0",
+    ]) == 0  # fmt: skip
+    exact, partial = json.loads((tmp_path / "judge.json").read_text())["verdicts"]
+    assert exact["kl"] == 0
+    assert partial["kl"] > 0
+    assert partial["displaced"] > 0
+    assert partial["misses"] < exact["misses"]
+    assert 0 < partial["moved_weight"] < 1
 
 
 def test_what_cannot_be_judged_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -25,7 +25,7 @@ KINDS: dict[int, tuple[Any, Any, Any]] = {  # of logits, back to logits, what we
     SIGMOID: (lambda x: 1 / (1 + np.exp(-x)), lambda p: np.log(p / (1 - p)), lambda p: p),
     SOFTPLUS: (lambda x: np.sqrt(np.log1p(np.exp(x))), lambda p: np.log(np.expm1(p * p)), lambda p: p),
 }
-COUNTS = ("n_layers", "n_missing", "n_dropped", "n_left_out", "n_substituted", "n_again")
+COUNTS = ("n_layers", "n_missing", "n_dropped", "n_left_out", "n_substituted", "n_again", "n_partial")
 
 # what mobile.h needs of llama.cpp's header to be read
 LLAMA_H = """#pragma once
@@ -85,6 +85,7 @@ class Case:
         mass = self.mass(self.probs.astype(np.float64))[self.ids]
         self.weights = (2.5 * mass / mass.sum()).astype(np.float32)
         self.resident = rng.random(N_EXPERT) < 0.5
+        self.there = np.where(self.resident, 1.0, rng.integers(0, 4, N_EXPERT) / 4).astype(np.float32)
         order = np.array(
             [rng.permutation(np.delete(np.arange(N_EXPERT), e))[:N_BUDDIES] for e in range(N_EXPERT)]
         )
@@ -93,7 +94,10 @@ class Case:
         self.shares = -np.sort(-rng.random(order.shape).astype(np.float32), axis=-1)
 
     def layer(self, rules: dict[str, Any], tau: float = 1.0) -> oracle.Layer:
-        return oracle.Layer(self.resident, rules, self.buddies, self.shares, tau, self.logit, self.mass)
+        there = self.there if "partial" in rules else None
+        return oracle.Layer(
+            self.resident, rules, self.buddies, self.shares, tau, self.logit, self.mass, there=there
+        )
 
 
 class Engine:
@@ -104,6 +108,8 @@ class Engine:
         self.times = np.full(N_EXPERT, oracle.NEVER)
         self.counts = dict.fromkeys([*COUNTS, "moved_weight"], 0.0)
         self.displaced: list[tuple[int, int]] = []
+        self.in_part: set[int] = set()  # slots of the last token
+        self.is_split = "partial" in rules
 
     def apply(
         self, case: Case, *, tau: float = 1.0, time: float = 0.0, share: float = 0.0, blind: bool = False
@@ -111,18 +117,20 @@ class Engine:
         ids, weights = case.ids.copy(), case.weights.copy()
         counts, moved = np.zeros(len(COUNTS), np.uint64), ctypes.c_double()
         displaced = np.zeros((K, 2), np.int32)
-        resident = case.resident.astype(np.uint8)
+        resident, partial = case.resident.astype(np.uint8), np.zeros(K, np.uint8)
 
         def at(array: np.ndarray) -> ctypes.c_void_p:
             return ctypes.c_void_p(array.ctypes.data)
 
         nothing = ctypes.c_void_p()
         n = self.library.loss_apply(
-            ctypes.byref(self.params), K, N_EXPERT, at(resident), at(case.buddies), at(case.shares),
-            N_BUDDIES, ctypes.c_float(tau), case.kind, ctypes.c_double(share), at(self.times), at(ids),
-            at(weights), nothing if blind else at(case.probs), nothing if blind else at(case.scores),
-            ctypes.c_double(time), at(counts), ctypes.byref(moved), at(displaced),
+            ctypes.byref(self.params), K, N_EXPERT, at(resident),
+            at(case.there) if self.is_split else nothing, at(case.buddies), at(case.shares), N_BUDDIES,
+            ctypes.c_float(tau), case.kind, ctypes.c_double(share), at(self.times), at(ids), at(weights),
+            nothing if blind else at(case.probs), nothing if blind else at(case.scores),
+            ctypes.c_double(time), at(partial), at(counts), ctypes.byref(moved), at(displaced),
         )  # fmt: skip
+        self.in_part = set(np.flatnonzero(partial).tolist())
         for name, value in zip(COUNTS, counts.tolist(), strict=True):
             self.counts[name] += value
         self.counts["moved_weight"] += moved.value
@@ -141,7 +149,11 @@ RULES: dict[str, dict[str, Any]] = {
     "prior": {"substitute": oracle.PRIOR, "prior": 0.2},
     "all": {"drop": 0.6, "little_on_miss": 4, "substitute": oracle.LIVE, "margin": 0.9},
     "prior-and-drop": {"drop": 0.9, "substitute": oracle.PRIOR},
-}
+    "partial": {"partial": 0.5},
+    "partial-and-all": {
+        "partial": 0.75, "keep": 1, "drop": 0.6, "little_on_miss": 4, "substitute": oracle.LIVE, "margin": 0.9
+    },
+}  # fmt: skip
 OFF_RULES: dict[str, dict[str, Any]] = {
     "off": {},
     "drop 0": {"drop": 0.0},
@@ -151,6 +163,7 @@ OFF_RULES: dict[str, dict[str, Any]] = {
     "beta 0": {"substitute": oracle.BUDDY, "tau": 0.0, "beta": 0.0},
     "margin 0": {"substitute": oracle.LIVE, "margin": 0.0},
     "lambda 0": {"substitute": oracle.PRIOR, "prior": 0.0},
+    "partial 0": {"partial": 0.0},
 }
 kinds = st.sampled_from(sorted(KINDS))
 seeds = st.integers(0, 10**6)
@@ -170,6 +183,7 @@ def test_rules_are_the_oracles(
     for i in range(4):
         case = Case(seed + i, kind, biased=biased)
         case.buddies, case.shares, case.resident = first.buddies, first.shares, first.resident
+        case.there = first.there
         got = engine.apply(case, tau=0.7, time=time, share=share)
         want = oracle.apply(
             layer,
@@ -182,6 +196,7 @@ def test_rules_are_the_oracles(
         )
         assert got[0].tolist() == want[0].tolist()
         assert got[1] == pytest.approx(want[1], rel=1e-5)
+        assert engine.in_part == layer.in_part
         time += float(rng.integers(1, 12))
     for name, value in engine.counts.items():
         assert value == pytest.approx(layer.counts.get(name, 0)), name
@@ -205,6 +220,7 @@ def test_thresholds_at_zero_touch_nothing(library: ctypes.CDLL, rule: str, seed:
 def test_what_holds_whatever_the_rule(library: ctypes.CDLL, rule: str, seed: int, kind: int, n_resident: int):
     case = Case(seed, kind)
     case.resident[:] = np.random.default_rng(seed).permutation(N_EXPERT) < n_resident
+    case.there = np.where(case.resident, 1.0, np.minimum(case.there, 0.75)).astype(np.float32)
     engine = Engine(library, RULES[rule])
     ids, _ = engine.apply(case, tau=0.7)
     heaviest = np.argsort(-case.weights, kind="stable")[: engine.params.keep]
@@ -216,9 +232,12 @@ def test_what_holds_whatever_the_rule(library: ctypes.CDLL, rule: str, seed: int
     assert case.resident[ids[changed & (ids >= 0)]].all(), "in its place stands one that is not there"
     if n_resident == N_EXPERT:
         assert not changed.any()
-    assert [e for e, _ in engine.displaced] == sorted(
-        case.ids[changed].tolist(), key=lambda e: [d for d, _ in engine.displaced].index(e)
-    )
+    in_part = sorted(engine.in_part)
+    assert not case.resident[case.ids[in_part]].any(), "an expert that was there was computed in part"
+    assert (case.there[ids[in_part]] >= engine.params.partial).all()
+    assert not engine.in_part & set(heaviest.tolist())
+    touched = {*case.ids[changed].tolist(), *ids[in_part].tolist()}
+    assert sorted(e for e, _ in engine.displaced) == sorted(touched)
 
 
 def test_a_second_request_is_read_within_the_window(library: ctypes.CDLL):
@@ -276,7 +295,7 @@ def test_what_reads_scores_is_known(library: ctypes.CDLL):
         assert library.loss_is_on(ctypes.byref(made)) == (rule in RULES or rule == "little-on-miss of all"), (
             rule
         )
-        reads = rule.startswith(("live", "prior", "buddy-eta")) or rule == "all"
+        reads = rule.startswith(("live", "prior", "buddy-eta")) or rule in ("all", "partial-and-all")
         assert library.loss_reads_scores(ctypes.byref(made)) == reads, rule
 
 
@@ -290,6 +309,7 @@ FAULTS = {
     "live": ("(1.0 - params.margin)*p", "(1.0 + params.margin)*p"),
     "prior": ("params.prior*(high - low)", "params.prior*high"),
     "all": ("rank >= params.keep; --rank", "rank > params.keep; --rank"),
+    "partial": ("layer.there[expert] >= params.partial", "layer.there[expert] > params.partial"),
 }
 # ... and in that of tokens together
 FAULTS_TOGETHER = {
@@ -310,12 +330,14 @@ def test_a_planted_fault_is_caught(rule: str, tmp_path: Path):
     for seed in range(60):
         case = Case(seed, SOFTMAX)
         for share in (0.2, 0.7):
-            ids, weights = Engine(broken, RULES[rule]).apply(case, tau=0.7, share=share)
+            engine = Engine(broken, RULES[rule])
+            ids, weights = engine.apply(case, tau=0.7, share=share)
             layer = case.layer(RULES[rule], tau=0.7)
             want = oracle.apply(
                 layer, case.ids, case.weights, probs=case.probs, scores=case.scores, share_missing=share
             )
             differs = differs or ids.tolist() != want[0].tolist() or not np.allclose(weights, want[1])
+            differs = differs or engine.in_part != layer.in_part
     assert differs
 
 

@@ -9,8 +9,11 @@ import ctypes
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import stress
+
+from mobile_gguf.plan.split_cache import Shape, missing_segments
 
 N_LAYERS, N_EXPERTS, N_PIECES = 4, 8, 2
 RESIDENT = 2  # enum mobile_residency
@@ -28,8 +31,11 @@ class Store:
         self._lib = ctypes.CDLL(str(library))
         self._file = file
 
-    def open(self, *, n_io_threads: int, budget: int = ROOM - 1, prefault: bool = False) -> None:
+    def open(
+        self, *, n_io_threads: int, budget: int = ROOM - 1, prefault: bool = False, segments: int = 1
+    ) -> None:
         path = str(self._file).encode()
+        self._lib.order_segments(segments)
         assert self._lib.order_open(path, N_LAYERS, N_EXPERTS, budget, n_io_threads, prefault) == 0
 
     def close(self) -> None:
@@ -68,12 +74,24 @@ class Store:
     def read_ahead(self, layer: int) -> None:
         self._lib.order_read_ahead(layer)
 
+    def at(self, time: float) -> None:
+        """Requests from now on are a token's of that time."""
+        self._lib.order_time(ctypes.c_double(time))
+
+    def split(self, kept: Sequence[int], shares: Sequence[float]) -> None:
+        n = len(kept)
+        self._lib.order_split((ctypes.c_int * n)(*kept), (ctypes.c_double * n)(*shares), n)
+
+    def there(self, layer: int) -> list[int]:
+        """Those of a layer that are there, segments where experts have some."""
+        return [part for part in range(N_EXPERTS) if self._lib.order_there(layer, part)]
+
     def residency(self, pair: Pair) -> int:
         return self._lib.order_residency(*pair)
 
     def log(self) -> list[Pair]:
         """(layer, expert) of each read, in the order in which they began."""
-        room = (ctypes.c_int * 1000)()
+        room = (ctypes.c_int * 4000)()
         return [divmod(one, 1000) for one in room[: self._lib.order_log(room, len(room))]]
 
 
@@ -216,6 +234,101 @@ def test_a_warm_set_of_everything_ends_where_the_budget_does(store: Store) -> No
     store.resolve(0, [0])
     assert store.end_pass()
     assert len(store.log()) == n_reads(every[: ROOM // 2])
+
+
+SEGMENTS = 4  # of two experts a layer
+
+
+def run_routes(store: Store, routes: np.ndarray) -> list[list[int]]:
+    """Segments that were read for each token and layer."""
+    found, n_before = [], 0
+    for time, token in enumerate(routes.tolist()):
+        store.at(time)
+        store.begin_pass()
+        read = []
+        for layer, experts in enumerate(token):
+            parts = [e * SEGMENTS + s for e in experts for s in range(SEGMENTS)]
+            store.request(layer, parts)
+            store.resolve(layer, parts)
+            n = len(store.log())
+            read.append((n - n_before) // N_PIECES)
+            n_before = n
+        assert store.end_pass()
+        found.append(read)
+    return found
+
+
+def some_routes(n_tokens: int = 40) -> np.ndarray:
+    return np.random.default_rng(5).integers(0, N_EXPERTS // SEGMENTS, (n_tokens, N_LAYERS, 1))
+
+
+SPLITS = {
+    "whole": ([4] * N_LAYERS, [0.0] * N_LAYERS),
+    "half": ([2] * N_LAYERS, [0.0] * N_LAYERS),
+    "by layer": ([1, 2, 3, 4], [0.1, 0.2, 0.3, 0.4]),
+}
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("budget", [9, 18])
+def test_segments_are_read_as_the_configurator_foresees(store: Store, split: str, budget: int) -> None:
+    """To the segment: the store and ``plan/split_cache.py`` are one rule.
+
+    Where a layer has a quota, the store weighs it again for every segment, and the replay once for some.
+    """
+    routes = some_routes()
+    store.open(n_io_threads=1, budget=budget, segments=SEGMENTS)
+    store.allow(-1)
+    store.split(*SPLITS[split])
+    shape = Shape(N_LAYERS, N_EXPERTS // SEGMENTS, SEGMENTS)
+    wanted = missing_segments(routes.astype(np.int32), shape, budget, *SPLITS[split])
+    found = np.array(run_routes(store, routes))
+    if any(SPLITS[split][1]):
+        assert found.sum() == pytest.approx(wanted.sum(), rel=0.05)
+    else:
+        assert found.tolist() == wanted.tolist()
+    assert 0 < found[8:].sum() < SEGMENTS * found[8:].size
+
+
+def test_leading_segments_stay(store: Store) -> None:
+    """Room for the first segment of every expert, and for the rest of one."""
+    budget = 2 * N_LAYERS + SEGMENTS - 1
+    store.open(n_io_threads=1, budget=budget, segments=SEGMENTS)
+    store.allow(-1)
+    store.split([1] * N_LAYERS, [0.0] * N_LAYERS)
+    run_routes(store, np.stack([np.full((N_LAYERS, 1), e) for e in (0, 1, 0, 1)]))
+    held = [store.there(layer) for layer in range(N_LAYERS)]
+    assert all({0, SEGMENTS} <= set(parts) for parts in held)
+    assert sum(map(len, held)) == budget
+
+
+def test_what_was_used_before_a_split_ranks_as_if_under_it(store: Store) -> None:
+    store.open(n_io_threads=1, budget=10, segments=SEGMENTS)
+    store.allow(-1)
+    run_routes(store, np.zeros((1, 2, 1), int))  # one expert each of two layers
+    store.split([2] * N_LAYERS, [0.0] * N_LAYERS)
+    store.at(1)
+    store.begin_pass()
+    store.request(2, [0, 1, 2, 3, 4])
+    store.resolve(2, [0, 1, 2, 3, 4])
+    assert store.end_pass()
+    gone = {(layer, part) for layer in range(2) for part in range(4)} - {
+        (layer, part) for layer in range(2) for part in store.there(layer)
+    }
+    assert len(gone) == 3
+    assert {part for _, part in gone} <= {2, 3}
+
+
+def test_a_store_that_keeps_any_segment_is_seen(library: Path, tmp_path: Path) -> None:
+    """The planted fault: every segment ranks as the first."""
+    changes = {"mobile-store-split.cpp": ("mobile_segment_of(part, n_segments)", "0")}
+    made = stress.build(stress.LIBRARY, tmp_path, changes=changes, compiled=library.parent)
+    spoilt = Store(made, tmp_path / "experts")
+    try:
+        with pytest.raises(AssertionError):
+            test_segments_are_read_as_the_configurator_foresees(spoilt, "half", 9)
+    finally:
+        spoilt.close()
 
 
 def test_all_its_threads_at_once(library: Path, tmp_path: Path) -> None:

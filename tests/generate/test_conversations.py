@@ -12,7 +12,7 @@ import tiny_models
 import mobile_gguf
 from mobile_gguf import Model
 from mobile_gguf.api.model import backend_of
-from mobile_gguf.generate import sequence
+from mobile_gguf.generate import cells
 from mobile_gguf.options.words import CONFIDENCE
 
 pytestmark = pytest.mark.engine
@@ -31,7 +31,7 @@ def once(request: pytest.FixtureRequest) -> Iterator[Model]:
 
 @pytest.fixture
 def model(once: Model, monkeypatch: pytest.MonkeyPatch) -> Model:
-    monkeypatch.setattr(sequence, "_BETWEEN", BETWEEN)
+    monkeypatch.setattr(cells, "BETWEEN", BETWEEN)
     empty(once)
     return once
 
@@ -120,7 +120,7 @@ def test_what_is_not_to_be_reused_leaves_the_others_alone(model: Model) -> None:
 
 
 def test_logits_that_are_at_hand_are_used(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sequence, "_BETWEEN", 512)
+    monkeypatch.setattr(cells, "BETWEEN", 512)
     prompt = text(1, 100)
     for beginning in (prompt[:40], [*prompt, 5, 6, 7]):  # what is put away has a checkpoint in the prompt
         model.generate(beginning, max_tokens=1)

@@ -58,6 +58,18 @@ def test_a_conversation_goes_on_after_a_restart(name: str, most: int) -> None:
     assert all(file.stat().st_mode & 0o77 == 0 for file in sessions_dir().glob("*.session"))
 
 
+@pytest.mark.parametrize("later", [1, 3])
+def test_conversations_that_share_a_context_go_on_after_a_restart(later: int) -> None:
+    path = tiny_models.path(ATTENTION)
+    texts = [text(seed, 300) for seed in range(3)]
+    with load(path, parallel=3, n_ctx=1024) as model:
+        for one in texts:
+            one += say(model, one)[0]
+    with load(path, parallel=later, n_ctx=1024) as model:
+        for one in texts:
+            assert say(model, [*one, 7, 8])[1] <= 64
+
+
 def test_python_writes_no_files_that_nobody_asked_for() -> None:
     with load(tiny_models.path(ATTENTION), session_cache="auto") as model:
         assert model.sessions is None

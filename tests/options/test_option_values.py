@@ -89,7 +89,7 @@ def test_a_value_of_another_type_is_refused_by_name(options: type[Any], name: st
     }[kind(opt)]
     if name in (
         *("ram_budget", "vram_budget", "memory", "prefix_cache", "session_cache"),
-        *("max_request", "n_ubatch"),
+        *("max_request", "n_ubatch", "parallel"),
     ):
         takes = {"int", "text"}
     elif name == "flash_attn":

@@ -53,6 +53,7 @@ def test_the_options_offer_the_words() -> None:
         "warm": (words.ON, words.OFF),
         "little_on_miss": (words.OFF, words.ON),
         "substitute": words.SUBSTITUTE,
+        "split": words.SPLIT,
     }
     assert set(bench.MODES) < set(words.MODES)
 

@@ -10,11 +10,12 @@ extern "C" {
     double loss_entropy     (const float * weights, int k) { return mobile_loss_entropy(weights, k); }
     double loss_logit       (int kind, float score) { return mobile_score_logit((enum mobile_score) kind, score); }
 
-    // buddies: [n_expert][n]. times: when each was displaced last, changed. counts: the sums' integers in their order.
+    // buddies: [n_expert][n]. there: [n_expert], NULL: whole experts. times: when each was displaced last, changed. partial: [k]
+    // counts: the sums' integers in their order, n_partial last.
     // returns how many displaced experts are in displaced [k][2]: expert, again
-    int loss_apply(const mobile_loss_params * params, int k, int n_expert, const uint8_t * resident, const int32_t * buddies, const float * shares, int n_buddies,
+    int loss_apply(const mobile_loss_params * params, int k, int n_expert, const uint8_t * resident, const float * there, const int32_t * buddies, const float * shares, int n_buddies,
             float tau, int kind, double missing_share, double * times, int32_t * ids, float * weights, const float * probs, const float * scores, double time,
-            uint64_t * counts, double * moved, int32_t * displaced) {
+            uint8_t * partial, uint64_t * counts, double * moved, int32_t * displaced) {
         mobile_buddies b;
         b.n   = n_buddies;
         b.tau = tau;
@@ -26,6 +27,7 @@ extern "C" {
         layer.k             = k;
         layer.n_expert      = n_expert;
         layer.resident      = resident;
+        layer.there         = there;
         layer.buddies       = &b;
         layer.kind          = (enum mobile_score) kind;
         layer.missing_share = missing_share;
@@ -34,6 +36,7 @@ extern "C" {
         mobile_loss_token token;
         token.ids     = ids;
         token.weights = weights;
+        token.partial = partial;
         token.probs   = probs;
         token.scores  = scores;
         token.time    = time;
@@ -42,6 +45,7 @@ extern "C" {
         std::vector<mobile_loss_displaced> found;
         mobile_loss_apply(layer, token, sums, found);
         memcpy(counts, &sums, 6*sizeof(uint64_t));
+        counts[6] = sums.n_partial;
         *moved = sums.moved_weight;
         for (size_t i = 0; i < found.size(); ++i) {
             displaced[2*i]     = found[i].expert;

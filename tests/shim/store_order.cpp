@@ -9,12 +9,15 @@
 
 #include <algorithm>
 #include <memory>
+#include <utility>
 
 static constexpr uint64_t PIECE_BYTES = 6000;
 static constexpr int      N_PIECES    = 2;
 
 static std::unique_ptr<mobile_store>      g_store;
 static std::vector<std::vector<uint64_t>> g_offsets;
+static int    g_n_segments = 1;
+static double g_time       = 0.0;
 
 static std::vector<mobile_store_part> parts_of(const int * pairs, int n) {
     std::vector<mobile_store_part> parts;
@@ -26,6 +29,9 @@ static std::vector<mobile_store_part> parts_of(const int * pairs, int n) {
 
 extern "C" {
 
+// of experts of the stores that are opened from now on; what is called an expert here is a segment then
+void order_segments(int n) { g_n_segments = n; }
+
 // budget: in experts. returns enum mobile_status
 int order_open(const char * path, int n_layers, int n_experts, int budget, int n_io_threads, int prefault) {
     const std::vector<planted_layer> layers(n_layers, { std::vector<uint64_t>(N_PIECES, PIECE_BYTES), n_experts });
@@ -36,6 +42,7 @@ int order_open(const char * path, int n_layers, int n_experts, int budget, int n
     params.budget_bytes = budget*N_PIECES*mobile_round_up(PIECE_BYTES + 511, 512);
     params.io           = MOBILE_IO_BUFFERED; // in blocks of 512 bytes
     g_store   = std::make_unique<mobile_store>(params);
+    g_store->n_segments = g_n_segments;
     g_offsets = planted_layers(*g_store, fd, layers);
     close(fd);
     std::string err;
@@ -50,11 +57,31 @@ void order_begin_pass() { g_store->begin_pass(); }
 int  order_end_pass()   { return g_store->end_pass(); }
 void order_read_ahead(int layer) { g_store->read_ahead(mobile_store_layer(layer)); }
 
+// of requests from now on, in tokens
+void order_time(double time) { g_time = time; }
+
+void order_split(const int * kept, const double * shares, int n_layers) {
+    mobile_by<mobile_store_layer, int32_t> of_layer;
+    mobile_by<mobile_store_layer, double>  share_of;
+    for (int i = 0; i < n_layers; ++i) {
+        of_layer.push_back(kept[i]);
+        share_of.push_back(shares[i]);
+    }
+    g_store->set_split(std::move(of_layer), share_of);
+}
+
+int order_there(int layer, int expert) {
+    mobile_by<mobile_part, uint8_t> there;
+    g_store->get_resident(mobile_store_layer(layer), there);
+    return there[mobile_part(expert)];
+}
+
 void order_request(int layer, const int * experts, int n) {
     std::vector<mobile_need> needs(n);
     for (int i = 0; i < n; ++i) {
         needs[i].part     = mobile_part(experts[i]);
         needs[i].n_tokens = 1;
+        needs[i].time     = g_time;
     }
     g_store->request(mobile_store_layer(layer), needs);
 }

@@ -60,6 +60,7 @@ def bind() -> ctypes.CDLL | None:
         "mobile_get_worth": (int32, [void_p, int32_p, int32]),
         "mobile_warm": (int32, [void_p, int32_p, int32]),
         "mobile_get_warm_counters": (int32, [void_p, ctypes.POINTER(WarmCountersStruct)]),
+        "mobile_set_split": (int32, [void_p, ctypes.c_bool, void_p, void_p, int32]),
         "mobile_loss_default_params": (LossParamsStruct, []),
         "mobile_set_loss": (int32, [void_p, ctypes.POINTER(LossParamsStruct)]),
         "mobile_set_lossy": (int32, [void_p, ctypes.c_bool]),
@@ -292,6 +293,17 @@ class Run:
         assert mobile is not None
         return {"status": status, "error": mobile.mobile_last_error().decode() if status < 0 else ""}
 
+    def op_split(self, op: dict[str, Any]) -> dict[str, Any]:
+        """kept, shares: [n_layer], or null."""
+        assert mobile is not None
+        arrays = [
+            None if values is None else np.array(values, kind)
+            for values, kind in ((op["kept"], np.int32), (op["shares"], np.float32))
+        ]
+        data = [None if array is None else array.ctypes.data for array in arrays]
+        n_layer = max(0 if array is None else len(array) for array in arrays)
+        return self.status(mobile.mobile_set_split(self.ctx, op.get("on_device", False), *data, n_layer))
+
     def op_loss(self, op: dict[str, Any]) -> dict[str, Any]:
         """The ladder's ``rules`` by their names in mobile.h, null: none; tokens from now on may lose."""
         assert mobile is not None
@@ -315,7 +327,7 @@ class Run:
         return self.status(mobile.mobile_set_buddies(self.ctx, *data, *experts.shape))
 
     def op_loss_residency(self, op: dict[str, Any]) -> dict[str, Any]:
-        """What the rules take for resident: [n_layer][n_expert] of 0 and 1; null ends it."""
+        """What the rules take for resident, 0 and 1: [n_layer][n_expert], or [n_expert][segments]."""
         assert mobile is not None
         if op["resident"] is None:
             return self.status(mobile.mobile_set_loss_residency(self.ctx, None, 0))

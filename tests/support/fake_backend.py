@@ -6,9 +6,10 @@ position that was not run again, or a row that was not overwritten, changes the 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from mobile_gguf.engine.structs import (
     WarmCounters,
 )
 from mobile_gguf.errors import PromptTooLongError, UsageError
+from mobile_gguf.generate.costs import Traffic
+from mobile_gguf.generate.crew import Alone
 from mobile_gguf.generate.decode import ALL_EXPERTS, Pass, Policy, decode_prompt, decode_token
 from mobile_gguf.generate.head import Head
 from mobile_gguf.gguf.caches import CacheRows, Caches
@@ -119,6 +122,7 @@ class FakeBackend:
         important: Sequence[float | None] = (),
     ) -> None:
         self.model = model
+        self.split = None
         self.head = head
         self.important = list(important)
         self.n_ctx = n_ctx
@@ -157,6 +161,7 @@ class FakeBackend:
         self.devices: tuple[Any, ...] = ()
         self.expert_source: ExpertSource | None = None
         self.ctx = 1
+        self.scheduler = Alone()
         self.has_engine = has_engine
         self.store = ModelInfo(4 * MIB, 2 * MIB, MIB, 4 * MIB, 4, 4, 16, TOP_K, 0, 0) if has_store else None
 
@@ -171,6 +176,16 @@ class FakeBackend:
     @property
     def sequence(self) -> FakeBackend:
         return self
+
+    @contextlib.contextmanager
+    def seated(self, prompt: Sequence[int], only_big: bool) -> Iterator[FakeBackend]:
+        self.prompt_evaluated = 0
+        yield self
+
+    def traffic(self) -> Traffic:
+        return Traffic(
+            self.counters(), self.device_counters(), self.prefetch_counters(), self.loss_counters()
+        )
 
     # decode.Steps
 

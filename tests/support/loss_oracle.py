@@ -12,7 +12,7 @@ import numpy as np
 DEFAULTS: dict[str, Any] = {
     "drop": 0.0, "little_on_miss": 0, "again_tokens": 8, "substitute": 0, "keep": 2, "substitutes_max": 3,
     "tau": 0.95, "beta": 0.6, "eta": 0.0, "margin": 0.25, "prior": 0.15, "admit": 1,
-    "prompt_drop": 0.0,
+    "prompt_drop": 0.0, "partial": 0.0,
 }  # fmt: skip
 OFF, BUDDY, LIVE, PRIOR, RANDOM = range(5)  # enum mobile_substitute
 NEVER = -1e15
@@ -22,7 +22,11 @@ Mass = Callable[[np.ndarray], np.ndarray]
 
 @dataclass
 class Layer:
-    """A layer's state: ``seen[e]`` is when expert e was displaced last."""
+    """A layer's state: ``seen[e]`` is when expert e was displaced last.
+
+    ``there[e]`` is the share of its segments that are, where experts may run in part; ``in_part`` are the
+    slots of the last token that do.
+    """
 
     resident: np.ndarray
     rules: dict[str, Any]
@@ -33,6 +37,8 @@ class Layer:
     mass: Mass = np.asarray  # what weights are proportional to
     seen: dict[int, float] = field(default_factory=dict)
     counts: dict[str, float] = field(default_factory=dict)
+    there: np.ndarray | None = None
+    in_part: set[int] = field(default_factory=set)
 
     def count(self, name: str, by: float = 1) -> None:
         self.counts[name] = self.counts.get(name, 0) + by
@@ -61,6 +67,7 @@ def apply(
     part = weights / weights.sum()
     by_weight = sorted(range(k), key=lambda i: (-weights[i], i))
     light = [s for s in reversed(by_weight[rules["keep"] :]) if ids[s] >= 0]  # may be touched, lightest first
+    layer.in_part = set()
     layer.count("n_layers")
     layer.count("n_missing", sum(e >= 0 and not layer.resident[e] for e in ids))
 
@@ -101,6 +108,12 @@ def apply(
     for slot in light:
         expert = int(ids[slot])
         if layer.resident[expert]:
+            continue
+        if layer.there is not None and 0 < rules["partial"] <= layer.there[expert]:
+            layer.seen[expert] = time
+            layer.in_part.add(slot)
+            layer.count("n_partial")
+            layer.count("moved_weight", part[slot] * (1 - layer.there[expert]))
             continue
         if part[slot] < rules["drop"] / k:
             displace(slot, -1, "n_dropped")

@@ -14,8 +14,9 @@ from mobile_gguf.flags import option_named, parse_setting
 from mobile_gguf.options import POLICY_OPTIONS, GenerateOptions, LoadOptions, Opt, declared, defaults
 from mobile_gguf.sizes import Size
 
-# The engine's log would be drawn over the screen; a grammar and token ids have no place in a line.
-_HIDDEN = ("verbose", "grammar", "logit_bias")
+# The engine's log would be drawn over the screen; a grammar and token ids have no place in a line; a chat
+# makes one answer at a time.
+_HIDDEN = ("verbose", "grammar", "logit_bias", "parallel", "deterministic")
 
 
 def answer_settings() -> dict[str, Opt]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from mobile_gguf.convert.calibrate.statistics import Statistics
@@ -9,6 +10,7 @@ from mobile_gguf.generate.decode import default_little_k
 from mobile_gguf.generate.recommended import PREFIX, recommended
 from mobile_gguf.gguf import keys
 from mobile_gguf.gguf.info import GgufInfo
+from mobile_gguf.plan.split_file import SplitPlan, read_split_plans
 from mobile_gguf.sizes import format_bytes
 from mobile_gguf.wording import name_lines, plain
 
@@ -71,6 +73,7 @@ def calibrated_facts(info: GgufInfo, statistics: Statistics | None) -> dict[str,
             "result": read_json(info, keys.VERIFY_JSON),
         },
         "calibration": calibration_facts(info),
+        "split_plans": [asdict(plan) for plan in read_split_plans(info)] or None,
         "statistics": None if statistics is None else statistics_facts(statistics),
     }
 
@@ -86,6 +89,7 @@ def lines(info: GgufInfo, statistics: Statistics | None, *, fancy: bool = False)
             shown += calibration_rows(info, calibration)
         elif statistics is None:
             shown.append(("calibration", "none; run mobile-gguf calibrate"))
+        shown += [("segments to keep", split_line(plan)) for plan in read_split_plans(info)]
         if statistics is not None:
             shown += statistics_rows(statistics)
     found = name_lines([(name, plain(value)) for name, value in shown], 24)
@@ -96,6 +100,14 @@ def lines(info: GgufInfo, statistics: Statistics | None, *, fancy: bool = False)
         found += ["", f"hotness: layers x experts, over {statistics.n_tokens} tokens"]
         found += heat_map(statistics.hotness, statistics.layers, fancy=fancy)
     return found
+
+
+def split_line(plan: SplitPlan) -> str:
+    """What a plan keeps, and what that is foreseen to take."""
+    low, high = min(plan.kept), max(plan.kept)
+    kept = "all" if plan.is_whole else f"{low}" if low == high else f"{low} to {high}"
+    times = f"{plan.ms:.1f} ms a token" + ("" if plan.is_whole else f", whole {plan.whole_ms:.1f}")
+    return f"{plan.tier} {format_bytes(plan.budget_bytes)}: {kept} of {plan.n_segments} ({times})"
 
 
 def rows(info: GgufInfo) -> list[tuple[str, str]]:

@@ -25,6 +25,7 @@ static void check(const struct mobile_loss_params & p, int32_t n_used) {
     check_within(p.margin, 0.0f, 1.0f,           "margin");
     check_within(p.prior, 0.0f, 0.3f,           "prior"); // more of it makes fluent text that is wrong
     check_within(p.prompt_drop, 0.0f, 1.0f,      "prompt_drop");
+    check_within(p.partial, 0.0f, 1.0f,         "partial");
     mobile_require(p.substitute >= MOBILE_SUBSTITUTE_OFF && p.substitute <= MOBILE_SUBSTITUTE_RANDOM, "unknown rule of substitution");
     mobile_require(p.little_on_miss >= 0 && p.again_tokens >= 0 && p.keep >= 0 && p.substitutes_max >= 0 && p.admit >= 0,
         "the ladder's counts must not be negative");
@@ -112,9 +113,14 @@ int32_t mobile_set_buddies(struct llama_context * ctx, const int32_t * experts, 
 int32_t mobile_set_loss_residency(struct llama_context * ctx, const uint8_t * resident, size_t n_resident) {
     return mobile_guard([&] {
         mobile_context & m = mobile_context_of(ctx);
-        const size_t n = (size_t) m.n_layer*m.store->n_expert_max();
-        mobile_require(!resident || n_resident == n, "resident must have n_layer * n_expert entries");
-        m.rules.set_residency(resident ? std::vector<uint8_t>(resident, resident + n) : std::vector<uint8_t>());
+        const size_t n          = (size_t) m.n_layer*m.store->n_expert_max();
+        const size_t n_segments = m.store->n_segments;
+        mobile_require(!resident || n_resident == n || n_resident == n*n_segments, "resident must have n_layer * n_expert entries, or as many for each segment");
+        std::vector<uint8_t> parts(resident ? n*n_segments : 0);
+        for (size_t i = 0; i < parts.size(); ++i) {
+            parts[i] = resident[n_resident == parts.size() ? i : i/n_segments];
+        }
+        m.rules.set_residency(std::move(parts));
         return MOBILE_OK;
     });
 }

@@ -130,7 +130,7 @@ bool mobile_slots::upload_ahead(const mobile_slot_hint & h) {
             return false;
         }
         const mobile_part leaves = layers[victim].evictable.begin()->second;
-        const double      use    = mobile_policy_key((enum mobile_eviction) params.eviction, std::max<uint64_t>(x.n_uses, 1), h.now);
+        const double      use    = rank(h.layer, h.part, h.now);
         if (params.miss != MOBILE_MISS_FETCH && (key >= use || layers[victim].experts[leaves].last_use >= h.now)) {
             return false;
         }

@@ -26,6 +26,7 @@ void mobile_slots::add_layer(mobile_model_layer il, const mobile_experts & host,
     l.host     = host;
     l.n_expert = (int32_t) host.down->ne[2];
     l.experts.resize(l.n_expert);
+    l.evictable = decltype(l.evictable)(mobile_goes_first<mobile_part>{ store.n_segments });
 
     auto device = std::find_if(devices.begin(), devices.end(), [&](const mobile_device & d) { return d.dev == dev; });
     if (device == devices.end()) {

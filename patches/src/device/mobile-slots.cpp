@@ -25,6 +25,7 @@ void mobile_slots::move(mobile_device_layer & l, mobile_part part, enum mobile_s
     if (x.state == MOBILE_SLOT_IDLE) {
         l.evictable.erase({ x.key, part });
     }
+    l.n_held += (int32_t) (state != MOBILE_SLOT_NONE) - (int32_t) (x.state != MOBILE_SLOT_NONE);
     x.state = state;
     if (x.state == MOBILE_SLOT_IDLE) {
         l.evictable.emplace(x.key, part);
@@ -101,7 +102,7 @@ mobile_slots_layer mobile_slots::find_victim(int32_t pool, mobile_slots_layer la
     key = INFINITY;
     for (mobile_slots_layer i(0); layers.has(i); ++i) {
         if (layers[i].pool == pool && !layers[i].evictable.empty()) {
-            const double k = layers[i].evictable.begin()->first + (i > layer ? mobile_policy_unvisited(eviction) : 0.0);
+            const double k = layers[i].evictable.begin()->first + split.lean(eviction, i, layers[i].n_held) + (i > layer ? mobile_policy_unvisited(eviction) : 0.0);
             if (k < key) {
                 key    = k;
                 victim = i;
@@ -130,7 +131,7 @@ bool mobile_slots::take_slot(mobile_slots_layer layer, int32_t & slot, const mob
         return false;
     }
     const mobile_part leaves = victim.is_none() ? mobile_part() : layers[victim].evictable.begin()->second;
-    if (candidate && !is_earned(l, *candidate, victim.is_none() ? nullptr : &layers[victim].experts[leaves])) {
+    if (candidate && !may_leave(l, *candidate, victim, leaves)) {
         return false;
     }
     if (!victim.is_none()) {
@@ -228,7 +229,6 @@ int32_t mobile_slots::assign(mobile_model_layer il, const std::vector<mobile_nee
 
 // slots for the running layer: those its needs are in, and new ones for what is worth an upload
 void mobile_slots::choose(const std::vector<mobile_need> & needs, mobile_by<mobile_part, int32_t> & slot) {
-    const auto eviction = (enum mobile_eviction) params.eviction;
     mobile_device_layer & l = layers[current];
 
     slot.assign(l.n_expert, -1);
@@ -244,7 +244,7 @@ void mobile_slots::choose(const std::vector<mobile_need> & needs, mobile_by<mobi
         x.lately   = uses_lately(x, need.time) + need.n_tokens;
         x.n_uses  += need.n_tokens;
         x.last_use = need.time;
-        x.key      = mobile_policy_key(eviction, x.n_uses, x.last_use);
+        x.key      = rank(current, need.part, x.last_use);
         running.push_back(need.part);
         if (x.state == MOBILE_SLOT_IN_USE) {
             count.n_hits++;

@@ -80,12 +80,13 @@ struct mobile_device_layer {
     int32_t device   = -1;
     int32_t pool     = -1;
     int32_t n_expert = 0;       // as the store counts them
+    int32_t n_held   = 0;       // of them in slots, or on their way there
     int32_t whole_slot = -1;    // of its part 0 in placement LAYERS; -1: it does not fit
     bool    filled   = false;   // ... and all its experts are there
     mobile_experts host;
     mobile_experts whole;       // views of the pool, if whole_slot >= 0
     mobile_by<mobile_part, mobile_device_expert> experts;
-    std::set<std::pair<double, mobile_part>> evictable; // (key, part) of those that are IDLE
+    std::set<std::pair<double, mobile_part>, mobile_goes_first<mobile_part>> evictable; // (key, part) of those that are IDLE
 
     int32_t slot_in_whole(mobile_part part) const { return whole_slot + part.n; }
 };
@@ -143,6 +144,8 @@ public:
     // empties the slots where their contents change, and fills them for LAYERS
     void set_placement(enum mobile_placement placement);
     void set_miss     (enum mobile_miss miss) { params.miss = miss; }
+    // as mobile_store::set_split, of the slots; by the model's layers
+    void set_split    (const mobile_by<mobile_model_layer, int32_t> & kept, const mobile_by<mobile_model_layer, double> & shares);
 
     enum mobile_miss      miss       () const { return (enum mobile_miss) params.miss; }
     enum mobile_placement placement  () const { return (enum mobile_placement) params.placement; }
@@ -212,6 +215,8 @@ private:
 
     // slots
     void     move        (mobile_device_layer & l, mobile_part part, enum mobile_slot_state state);
+    double   rank        (mobile_slots_layer layer, mobile_part part, double time) const;
+    bool     may_leave   (const mobile_device_layer & l, const mobile_device_expert & candidate, mobile_slots_layer victim, mobile_part leaves) const;
     mobile_slots_layer find_victim(int32_t pool, mobile_slots_layer layer, double & key) const;
     int32_t  take_free   (mobile_pool & pool);
     bool     take_slot   (mobile_slots_layer layer, int32_t & slot, const mobile_device_expert * candidate);
@@ -248,6 +253,7 @@ private:
     mobile_by<mobile_slots_layer, mobile_device_layer> layers; // ascending il
     mobile_by<mobile_model_layer, mobile_slots_layer>  index_of;
     std::vector<mobile_pool>   pools;
+    mobile_split<mobile_slots_layer> split;
     enum mobile_placement            contents = MOBILE_PLACEMENT_HOST; // what the slots were filled for
     mobile_device_counters           count = {};
 

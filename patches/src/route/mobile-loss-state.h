@@ -22,7 +22,11 @@ public:
     mobile_route_loss(size_t n_layer, int32_t n_expert) : displaced_at(n_layer, std::vector<double>(n_expert, -1e15)) {}
 
     // a layer's tokens that may lose; their ids and weights change. on_device: parts in slots of a device are computed there
-    void run(mobile_context & ctx, const mobile_route & route, mobile_store_layer layer, const std::vector<mobile_loss_token> & tokens, bool on_device);
+    // in_part: an expert may run with some of its segments
+    void run(mobile_context & ctx, const mobile_route & route, mobile_store_layer layer, const std::vector<mobile_loss_token> & tokens, bool on_device, bool in_part);
+
+    // of the last layer that ran here, as it was then
+    bool is_there(mobile_part part) const { return parts[part] != 0; }
 
     void get           (mobile_store & store, mobile_loss_counters & counters) const;
     void reset_counters(mobile_store & store);
@@ -37,7 +41,9 @@ private:
     mobile_admit_counters base; // the store's at the last reset
 
     // of the running layer
+    mobile_by<mobile_part, uint8_t> parts;        // that are there
     std::vector<uint8_t> resident;                // [n_expert]
+    std::vector<float>   there;                   // [n_expert] share of its segments
     std::vector<uint8_t> asked;                   // [n_expert]
     std::vector<mobile_loss_displaced> displaced; // of one token
 };

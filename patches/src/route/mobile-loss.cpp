@@ -41,7 +41,7 @@ bool mobile_loss_is_on(const mobile_loss_params & p) {
         case MOBILE_SUBSTITUTE_PRIOR:  if (p.prior > 0.0f) return true; break;
         default: break;
     }
-    return p.drop > 0.0f || p.little_on_miss > 0 || p.prompt_drop > 0.0f;
+    return p.drop > 0.0f || p.little_on_miss > 0 || p.prompt_drop > 0.0f || p.partial > 0.0f;
 }
 
 bool mobile_loss_reads_scores(const mobile_loss_params & p) {
@@ -90,7 +90,9 @@ public:
             if (!is_missing(slot)) {
                 continue;
             }
-            if (share(slot) < params.drop/k) {
+            if (is_enough(token.ids[slot])) {
+                compute_part(slot);
+            } else if (share(slot) < params.drop/k) {
                 displace(slot, -1, sums.n_dropped);
             } else if (params.little_on_miss > 0 && rank >= params.little_on_miss) {
                 if (is_again(token.ids[slot])) {
@@ -137,6 +139,18 @@ private:
         sums.moved_weight += share(slot);
         token.ids[slot] = other;
         count++;
+    }
+
+    // whether its segments that are there stand for all of it
+    bool is_enough(int32_t expert) const { return layer.there && params.partial > 0.0f && layer.there[expert] >= params.partial; }
+
+    void compute_part(int32_t slot) {
+        const int32_t expert = token.ids[slot];
+        displaced.push_back({ expert, is_again(expert) });
+        layer.displaced[expert] = token.time;
+        sums.moved_weight += share(slot)*(1.0 - layer.there[expert]);
+        token.partial[slot] = 1;
+        sums.n_partial++;
     }
 
     bool may_substitute() const {

@@ -43,6 +43,7 @@ struct mobile_loss_layer {
     int32_t k        = 0;                        // the model's top-k
     int32_t n_expert = 0;
     const uint8_t * resident = nullptr;          // [n_expert]
+    const float * there = nullptr;               // [n_expert] share of its segments that are; NULL: no part of an expert runs
     const mobile_buddies * buddies = nullptr;    // for MOBILE_SUBSTITUTE_BUDDY
     enum mobile_score kind = MOBILE_SCORE_LOGIT; // of probs
     double missing_share = 0.0;                  // of the distinct experts that its tokens ask for
@@ -53,6 +54,7 @@ struct mobile_loss_layer {
 struct mobile_loss_token {
     int32_t * ids     = nullptr;       // [k] -1: not computed; changed
     float   * weights = nullptr;       // [k] of the top-k, those not computed as well; only `prior` changes them
+    uint8_t * partial = nullptr;       // [k] 1: only with the segments that are there; changed if layer.there is set
     const float * probs  = nullptr;    // [n_expert] of which the weights were made; NULL: not connected
     const float * scores = nullptr;    // [n_expert] by which the top-k was chosen: probs, or those with a bias, -inf
                                        // where a whole group is out
@@ -74,6 +76,7 @@ struct mobile_loss_sums {
     uint64_t n_substituted = 0;
     uint64_t n_again       = 0; // that little_on_miss had read at the second request
     double   moved_weight  = 0.0; // share of a token's weight that was dropped, left out or substituted, summed over layers
+    uint64_t n_partial     = 0;
 };
 
 // every rule off

@@ -7,23 +7,28 @@
 
 // what the layer's rules take for resident
 void mobile_route_loss::look(mobile_context & ctx, const mobile_route & route, mobile_store_layer layer, bool on_device) {
-    const int32_t n_expert = ctx.store->n_expert_of(layer);
-    if (const uint8_t * state = ctx.rules.residency_of(route.il, ctx.store->n_expert_max())) {
-        resident.assign(state, state + n_expert);
-        return;
-    }
-    const bool fetches = on_device && ctx.slots->miss() == MOBILE_MISS_FETCH;
-    if (fetches) {
-        resident.assign(n_expert, 0);
+    const int32_t n_expert   = ctx.store->n_expert_of(layer);
+    const int32_t n_segments = ctx.store->n_segments;
+    const uint8_t * state    = ctx.rules.residency_of(route.il, ctx.store->n_parts_max);
+    if (state) {
+        parts.assign(state, state + n_expert*n_segments);
+    } else if (on_device && ctx.slots->miss() == MOBILE_MISS_FETCH) {
+        parts.assign(n_expert*n_segments, 0);
     } else {
-        ctx.store->get_resident(layer, resident);
+        ctx.store->get_resident(layer, parts);
     }
-    for (int32_t e = 0; on_device && e < n_expert; ++e) {
-        bool is_there = true;
-        for (int32_t s = 0; s < ctx.store->n_segments; ++s) {
-            is_there = is_there && ctx.slots->is_there(route.il, ctx.store->part_of(e, s));
+    for (mobile_part part(0); on_device && !state && parts.has(part); ++part) {
+        parts[part] = parts[part] || ctx.slots->is_there(route.il, part);
+    }
+    resident.assign(n_expert, 0);
+    there   .assign(n_expert, 0.0f);
+    for (int32_t e = 0; e < n_expert; ++e) {
+        int32_t n = 0;
+        for (int32_t s = 0; s < n_segments; ++s) {
+            n += parts[ctx.store->part_of(e, s)] != 0;
         }
-        resident[e] = resident[e] || is_there;
+        resident[e] = n == n_segments;
+        there[e]    = (float) n/n_segments;
     }
 }
 
@@ -59,7 +64,7 @@ void mobile_route_loss::admit(mobile_context & ctx, mobile_store_layer layer, do
     ctx.store->displace(layer, admitted, time, true);
 }
 
-void mobile_route_loss::run(mobile_context & ctx, const mobile_route & route, mobile_store_layer layer, const std::vector<mobile_loss_token> & tokens, bool on_device) {
+void mobile_route_loss::run(mobile_context & ctx, const mobile_route & route, mobile_store_layer layer, const std::vector<mobile_loss_token> & tokens, bool on_device, bool in_part) {
     const mobile_loss_params & params = ctx.rules.loss_params();
     if (ctx.rules.reads_scores() && !tokens[0].probs) {
         mobile_throw(MOBILE_ERR_STATE, "layer " + std::to_string(route.il.n) + ": its router gives no score for each expert, which --substitute live and prior choose by");
@@ -71,6 +76,7 @@ void mobile_route_loss::run(mobile_context & ctx, const mobile_route & route, mo
     l.k             = route.n_used;
     l.n_expert      = (int32_t) resident.size();
     l.resident      = resident.data();
+    l.there         = in_part ? there.data() : nullptr;
     l.buddies       = ctx.rules.buddies_of(route.il);
     l.kind          = route.kind;
     l.missing_share = missing_share(tokens, l.k);
@@ -95,6 +101,7 @@ void mobile_route_loss::get(mobile_store & store, mobile_loss_counters & counter
     counters.n_substituted  = sums.n_substituted;
     counters.n_again        = sums.n_again;
     counters.moved_weight   = sums.moved_weight;
+    counters.n_partial      = sums.n_partial;
     counters.n_admitted     = now.n_read - base.n_read;
     counters.bytes_admitted = now.bytes  - base.bytes;
     counters.n_admit_left   = now.n_left;

@@ -166,6 +166,7 @@ static void lose(mobile_context & ctx, const mobile_route & route, mobile_store_
             mobile_loss_token losing;
             losing.ids     = routed_ids(dst, t);
             losing.weights = &r.weights[t*n_used_of(dst)];
+            losing.partial = &r.partial[t*n_used_of(dst)];
             losing.probs   = scores_at(src_probs(dst), t);
             losing.scores  = src_scores(dst) ? scores_at(src_scores(dst), t) : losing.probs;
             losing.time    = ctx.pass.time + token;
@@ -173,7 +174,9 @@ static void lose(mobile_context & ctx, const mobile_route & route, mobile_store_
         }
     }
     if (!r.losing.empty()) {
-        ctx.loss.run(ctx, route, layer, r.losing, has_hot(dst));
+        // where a device may compute nothing is skipped, but weighs nothing, and a weight is all its segments'
+        const bool in_part = ctx.store->n_segments > 1 && (!route.keep || has_hot(dst));
+        ctx.loss.run(ctx, route, layer, r.losing, has_hot(dst), in_part);
     }
 }
 
@@ -201,7 +204,8 @@ static void record_layer(mobile_context & ctx, const mobile_route & route, mobil
             if (id < 0) {
                 continue;
             }
-            const uint64_t bytes = layer.is_none() ? 0 : ctx.store->missing_of_model(layer, id);
+            const bool     reads = !layer.is_none() && !ctx.routing.partial[t*n_used_of(dst) + rank];
+            const uint64_t bytes = reads ? ctx.store->missing_of_model(layer, id) : 0;
             if (ctx.trace.is_on()) {
                 ctx.trace.add(route.il, token, rank, id, routed_weights(dst, t)[rank], !layer.is_none(), bytes);
             }
@@ -213,13 +217,16 @@ static void record_layer(mobile_context & ctx, const mobile_route & route, mobil
 }
 
 // from the model's experts to their parts; the weight is that of each
-static void expand_segments(const mobile_store & store, const ggml_tensor * dst, int64_t t) {
+static void expand_segments(const mobile_context & ctx, const ggml_tensor * dst, int64_t t) {
+    const uint8_t * partial  = &ctx.routing.partial[t*n_used_of(dst)];
     const int64_t n_used     = n_used_of(dst);
     const int64_t n_segments = n_segments_of(dst);
     int32_t * ids = routed_ids(dst, t);
     for (int64_t i = n_used*n_segments - 1; i >= 0 && n_segments > 1; --i) {
-        const int32_t id = ids[i % n_used];
-        ids[i] = id < 0 ? -1 : store.part_of(id, (int32_t) (i/n_used)).n;
+        const int32_t     id   = ids[i % n_used];
+        const mobile_part part = ctx.store->part_of(std::max(id, 0), (int32_t) (i/n_used));
+        const bool        runs = id >= 0 && !(partial[i % n_used] && !ctx.loss.is_there(part));
+        ids[i] = runs ? part.n : -1;
     }
 }
 
@@ -280,6 +287,7 @@ static void run(mobile_route & route, ggml_tensor * dst) {
 
     route.masked.clear();
     r.weights.resize(n_used_of(dst)*n_tokens);
+    r.partial.assign(n_used_of(dst)*n_tokens, 0);
     for (int64_t t = 0; t < n_tokens; ++t) {
         route_ids(ctx, route, dst, t, ctx.pass.token_of(t, n_tokens));
         for (int64_t rank = 0; rank < n_used_of(dst); ++rank) {
@@ -304,7 +312,7 @@ static void run(mobile_route & route, ggml_tensor * dst) {
         if (route.keep && !has_hot(dst)) {
             keep_ids(ctx, route, dst, t, ctx.pass.token_of(t, n_tokens));
         }
-        expand_segments(store, dst, t);
+        expand_segments(ctx, dst, t);
     }
     if (ctx.slots) {
         ctx.slots->admit();

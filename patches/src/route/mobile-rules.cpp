@@ -54,8 +54,8 @@ void mobile_rules::end_pass(bool ok) {
     batch_lossy.end_pass(ok);
 }
 
-const uint8_t * mobile_rules::residency_of(mobile_model_layer il, int32_t n_expert) const {
-    return residency.empty() || il.n >= n_layer ? nullptr : &residency[(size_t) il.n*n_expert];
+const uint8_t * mobile_rules::residency_of(mobile_model_layer il, int32_t n_parts) const {
+    return residency.empty() || il.n >= n_layer ? nullptr : &residency[(size_t) il.n*n_parts];
 }
 
 int32_t mobile_rules::replayed_id(mobile_model_layer il, int32_t pos, int64_t rank) const {

@@ -50,7 +50,7 @@ public:
     void set_lossy    (bool on) { lossy = on; }
     void set_lossy    (const int32_t * values, int32_t n_tokens) { batch_lossy.set(values, n_tokens); }
     void set_buddies  (mobile_by<mobile_model_layer, mobile_buddies> && lists) { buddies = std::move(lists); }
-    // [n_layer][n_expert]; empty: what is
+    // [n_layer][n_parts]; empty: what is
     void set_residency(std::vector<uint8_t> && state) { residency = std::move(state); }
 
     bool has_loss   () const { return mobile_loss_is_on(loss); }
@@ -60,7 +60,7 @@ public:
     // NULL: none have been set
     const mobile_buddies * buddies_of(mobile_model_layer il) const { return buddies.has(il) ? &buddies[il] : nullptr; }
     // NULL: what is
-    const uint8_t * residency_of(mobile_model_layer il, int32_t n_expert) const;
+    const uint8_t * residency_of(mobile_model_layer il, int32_t n_parts) const;
 
     bool is_replay() const { return !replay.empty(); }
     // whether anything but the model's own top-k may run

@@ -13,16 +13,14 @@
 // what waits longer than this many others has been displaced too long ago
 static constexpr size_t ADMITS_MAX = 64;
 
-void mobile_store::get_resident(mobile_store_layer layer, std::vector<uint8_t> & resident) {
-    resident.assign(n_expert_of(layer), 1);
+void mobile_store::get_resident(mobile_store_layer layer, mobile_by<mobile_part, uint8_t> & resident) {
+    resident.assign(layers[layer].n_parts, 1);
     if (plain) {
         return;
     }
     locked lock(mutex);
-    for (mobile_part part(0); part.n < layers[layer].n_parts; ++part) {
-        if (experts[store_part_of(layer, part)].state == MOBILE_NOT_RESIDENT) {
-            resident[mobile_expert_of(part, n_segments)] = 0;
-        }
+    for (mobile_part part(0); resident.has(part); ++part) {
+        resident[part] = experts[store_part_of(layer, part)].state != MOBILE_NOT_RESIDENT;
     }
 }
 

@@ -59,7 +59,7 @@ bool mobile_store::begin_hint(locked & lock) {
         x.own_use   = x.last_use;
         x.own_key   = x.key;
         x.last_use  = h.now;
-        x.key       = mobile_policy_key((enum mobile_eviction) params.eviction, std::max<uint64_t>(x.n_uses, 1), h.now);
+        x.key       = rank(x, part_in_layer(h.part), h.now);
         begin_load(h.part, slot, true);
         hinted_reads.push_back(h.part);
         count.n_prefetched++;

@@ -62,7 +62,7 @@ void mobile_store::use(mobile_expert & x, const mobile_need & need) {
     if (need.lasting) {
         x.n_uses  += need.n_tokens;
         x.last_use = need.time;
-        x.key      = mobile_policy_key((enum mobile_eviction) params.eviction, x.n_uses, x.last_use);
+        x.key      = rank(x, need.part, x.last_use);
     } else if (transient) {
         x.key = TRANSIENT_KEY - (double) ++transient_seq;
     }

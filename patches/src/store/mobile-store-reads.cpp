@@ -36,6 +36,7 @@ void mobile_store::begin_load(mobile_store_part part, int32_t slot, bool ahead) 
         x.piece_state[p].store(MOBILE_PIECE_LOADING, std::memory_order_release);
     }
     n_in_flight++;
+    n_held[x.layer]++;
 }
 
 void mobile_store::queue_reads(const std::vector<mobile_store_part> & loads, std::deque<item> & queue) {

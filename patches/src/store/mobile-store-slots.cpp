@@ -41,6 +41,7 @@ void mobile_store::release_slot(mobile_expert & x) {
     waste_hint(x);
     warm_count.n_wasted += x.warm_unused;
     n_transient -= x.transient;
+    n_held[x.layer]--;
     x.state      = MOBILE_NOT_RESIDENT;
     x.slot       = -1;
     x.data       = nullptr;
@@ -84,12 +85,15 @@ mobile_store_part mobile_store::find_victim(mobile_store_layer layer, slot_use u
     mobile_store_part best     [2];
     double            best_key [2] = { 0.0, 0.0 };
     for (mobile_store_layer l(0); layers.has(l); ++l) {
-        const int other = layers[l].cls != layers[layer].cls;
+        const int    other = layers[l].cls != layers[layer].cls;
+        const double lean  = split.lean(eviction, l, n_held[l]);
         int n = 0;
         for (auto it = evictable[l].begin(); it != evictable[l].end() && n < VICTIM_SCAN; ++it, ++n) {
             const mobile_expert & x = experts[it->second];
             if (may_go(x, layer, use, now)) {
-                const double key = it->first + (l > layer && !x.transient ? mobile_policy_unvisited(eviction) : 0.0);
+                // what is not kept is no reason to change a slot's shape
+                const double own = other ? mobile_split<mobile_store_layer>::own_key(it->first) : it->first;
+                const double key = own + lean + (l > layer && !x.transient ? mobile_policy_unvisited(eviction) : 0.0);
                 if (best[other].is_none() || key < best_key[other]) {
                     best    [other] = it->second;
                     best_key[other] = key;

@@ -181,7 +181,8 @@ int32_t mobile_store::start(const std::function<bool(float)> & progress, std::st
         return MOBILE_OK;
     }
 
-    evictable.resize(layers.size());
+    evictable.assign(layers.size(), by_key(mobile_goes_first<mobile_store_part>{ n_segments }));
+    n_held.assign(layers.size(), 0);
     experts = decltype(experts)((layers.back().first + layers.back().n_parts).n);
     for (mobile_store_layer layer(0); layers.has(layer); ++layer) {
         for (mobile_part part(0); part.n < layers[layer].n_parts; ++part) {

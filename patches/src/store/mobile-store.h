@@ -18,7 +18,7 @@
 #include "mobile-ids.h"
 #include "mobile.h"
 #include "store/mobile-os.h"
-#include "store/mobile-policy.h"
+#include "store/mobile-split.h"
 
 #include <atomic>
 #include <condition_variable>
@@ -215,8 +215,11 @@ public:
     // experts worth having, the most worthy first: read while there is nothing else to read, until no slot is free. in
     // place of those named before. returns how many are not there. by any thread
     int32_t warm(const std::vector<mobile_store_part> & parts);
-    // which of a layer's experts are there or on their way. resident: [n_expert of the model]
-    void get_resident(mobile_store_layer layer, std::vector<uint8_t> & resident);
+    // which of a layer's parts are there or on their way
+    void get_resident(mobile_store_layer layer, mobile_by<mobile_part, uint8_t> & resident);
+    // from now on these segments of experts are kept before others. kept, shares: [layers]; shares: of the budget that a layer
+    // fills before it gives way, 0: no wish. empty: all segments, no wishes
+    void set_split(mobile_by<mobile_store_layer, int32_t> && kept, const mobile_by<mobile_store_layer, double> & shares);
     // parts that a token asked for and that are not computed, at a time in tokens: they count as used. admits: they are read
     // while there is nothing else to read, if what would go for them was used less
     void displace(mobile_store_layer layer, const std::vector<mobile_part> & parts, double time, bool admits);
@@ -288,6 +291,7 @@ private:
     void unlist      (mobile_store_part part);
     void unpin_all   ();
     void use         (mobile_expert & x, const mobile_need & need);
+    double rank      (const mobile_expert & x, mobile_part part, double time) const;
     void begin_load  (mobile_store_part part, int32_t slot, bool ahead);
     void queue_reads (const std::vector<mobile_store_part> & parts, std::deque<item> & queue);
     void promote     (const std::vector<mobile_store_part> & parts);
@@ -340,8 +344,10 @@ private:
     bool                    stop = false;
     std::vector<std::thread> io_threads;
 
-    using by_key = std::set<std::pair<double, mobile_store_part>>;
+    using by_key = std::set<std::pair<double, mobile_store_part>, mobile_goes_first<mobile_store_part>>;
     mobile_by<mobile_store_layer, by_key> evictable; // resident, not pinned
+    mobile_by<mobile_store_layer, uint64_t> n_held;     // parts that hold a slot
+    mobile_split<mobile_store_layer>        split;
     std::vector<mobile_store_part>        pinned;
     uint64_t committed    = 0; // bytes of slots with pages
     uint64_t prefaulted   = 0; // ... of slots that nobody has used yet

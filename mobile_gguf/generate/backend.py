@@ -1,0 +1,101 @@
+"""What the making of answers needs of a loaded model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Protocol
+
+from mobile_gguf.engine.structs import (
+    Counters,
+    DeviceCounters,
+    LossCounters,
+    ModelInfo,
+    PrefetchCounters,
+    WarmCounters,
+)
+
+from .costs import Traffic
+from .crew import Crew
+from .decode import Pass, Policy
+
+if TYPE_CHECKING:
+    from mobile_gguf.device.tier import DeviceTier
+    from mobile_gguf.engine.devices import Device
+    from mobile_gguf.engine.experts import Experts
+    from mobile_gguf.engine.loss import Buddies
+    from mobile_gguf.engine.split import Split
+    from mobile_gguf.gguf.info import GgufInfo
+
+    from .auto import Auto
+    from .head import Head
+    from .threads import FollowingThreads
+
+
+class Text(Protocol):
+    """What an answer needs of the text that it continues; TokenSequence is the real one."""
+
+    policy: Policy
+    last_pass: Pass
+    prompt_evaluated: int
+    prompt_done: float
+    should_stop: Callable[[], bool] | None  # asked while a prompt is computed
+    on_prompt: Callable[[int, int], object] | None  # told how many of its tokens are done, of how many
+    on_logits: Callable[[int, Any], object] | None  # given a prompt token's place, and the logits after it
+
+    def traffic(self) -> Traffic: ...  # what the answer cost so far
+
+
+class Backend(Protocol):
+    """What an answer needs of a decoder; MobileLlama is the real one, tests script another."""
+
+    store: ModelInfo | None  # None without an expert store
+    has_engine: bool
+    device: DeviceTier | None  # None without slots on a device
+    split: Split | None  # None where experts are kept whole
+    threads: FollowingThreads | None  # None where their number is fixed
+    devices: tuple[Device, ...]  # that the model is on; none: the host alone
+    auto: Auto | None  # what mode auto knows of the model; None before it was asked for
+
+    @property
+    def scheduler(self) -> Crew: ...  # of those who make answers
+    @property
+    def n_ubatch(self) -> int: ...
+    @property
+    def can_step_back(self) -> bool: ...
+    @property
+    def head(self) -> Head | None: ...  # None for a model that was not calibrated
+    @property
+    def buddies(self) -> Buddies | None: ...  # likewise
+    @property
+    def can_generate(self) -> bool: ...
+    @property
+    def pooling(self) -> str | None: ...  # what the file asks for
+    @property
+    def embedding_limit(self) -> int: ...
+
+    def seated(self, prompt: Sequence[int], only_big: bool) -> AbstractContextManager[Text]: ...
+    def experts(self, info: GgufInfo) -> Experts: ...
+    def embed_tokens(self, tokens: list[int], pooling: str) -> Any: ...
+    def generate(self, tokens: list[int], **sampling: Any) -> Generator[int, Any, None]: ...
+    def tokenize(self, text: bytes, add_bos: bool = ..., special: bool = ...) -> list[int]: ...
+    def piece(self, token: int, special: bool = ...) -> bytes: ...
+    def is_end(self, token: int) -> bool: ...
+    def last_logits(self) -> Any: ...
+    def check_fits(self, text: bytes, n_tokens: int) -> None: ...
+    def render_chat(
+        self, messages: list[dict[str, Any]], *, special: bool = ..., **values: Any
+    ) -> list[int]: ...
+    def make_grammar(
+        self, grammar: str | None, json_schema: Any, should_stop: Callable[[], bool] | None = ...
+    ) -> Any: ...
+    def prepare_constraints(self) -> None: ...
+    def set_seed(self, seed: int) -> None: ...
+    def counters(self) -> Counters: ...
+    def device_counters(self) -> DeviceCounters: ...
+    def prefetch_counters(self) -> PrefetchCounters: ...
+    def loss_counters(self) -> LossCounters: ...
+    def warm_counters(self) -> WarmCounters: ...
+    def reset_counters(self) -> None: ...
+    def forget(self) -> None: ...
+    def close(self) -> None: ...

@@ -1,0 +1,40 @@
+"""Who makes answers: one after another, or several at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+
+class Crew(Protocol):
+    """Answers in the making, ``n_running`` of ``most`` that there may be at present; all of one thread.
+
+    ``spawn`` begins one, which goes on with each ``advance``. What its work raises it has to tell itself.
+    """
+
+    n_running: int
+
+    @property
+    def most(self) -> int: ...
+    @property
+    def joins(self) -> bool: ...  # whether who asks is one of several, and not the first
+    def spawn(self, work: Callable[[], object]) -> None: ...
+    def advance(self) -> None: ...
+    def stop(self) -> None: ...  # ends all
+
+
+class Alone:
+    """A crew of one: an answer is made to its end as soon as it is begun."""
+
+    n_running = 0
+    most = 1
+    joins = False
+
+    def spawn(self, work: Callable[[], object]) -> None:
+        work()
+
+    def advance(self) -> None:
+        """Nothing is waiting."""
+
+    def stop(self) -> None:
+        """Nothing is running."""

@@ -1,0 +1,283 @@
+"""Several answers, one decode after another: what each waits for, and what goes into the next one.
+
+An answer is made by code that knows nothing of others: it calls, and gets the logits. Where several are made
+at once each is a greenlet, all of one thread, and ``Scheduler.run`` is where it waits; once all wait,
+``advance`` decodes for as many of them as go together, and each goes on until it waits again. So nothing is
+locked, and the order is always the same. The least recently served comes first, and of prompts no more is
+taken at a time than a micro-batch holds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from greenlet import getcurrent
+
+from mobile_gguf.errors import AnswerStopped, EngineError
+
+from .aside import Aside
+from .costs import Costs, Meter, Share
+from .decoder import Decoder, Slice
+from .growth import Growth
+from .room import Room
+from .wish import Task, Wish
+
+if TYPE_CHECKING:
+    from .cells import Cells
+    from .sequence import TokenSequence
+    from .threads import FollowingThreads
+
+
+Result = TypeVar("Result")
+
+
+class Scheduler:
+    """Decodes for the answers that are made at once, ``most`` at present, in ``sequences``.
+
+    ``in_turn``: every decode is of one sequence. ``n_expert_used`` is the model's top-k, what a token asks.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        sequences: Sequence[TokenSequence],
+        meter: Meter,
+        *,
+        n_expert_used: int = 1,
+        in_turn: bool = False,
+        grows: bool = False,
+    ) -> None:
+        self.decoder = decoder
+        self.threads: FollowingThreads | None = None
+        self.sequences = sequences
+        self._room = Room(sequences, decoder.native.n_ctx, is_shared=not decoder.native.is_apart)
+        self._meter = meter
+        self._top_k = max(1, n_expert_used)
+        self._in_turn = in_turn
+        self._growth = Growth(len(sequences)) if grows else None
+        self._waiting: list[Wish] = []
+        self._alone: list[Task] = []
+        self._aside = Aside()
+        self._n_decodes = 0
+        self._own = sequences[0]  # of whoever is no task
+        self.n_running = 0
+        for sequence in sequences:
+            sequence.scheduler = self
+
+    # for those who make answers
+
+    @property
+    def most(self) -> int:
+        return self._growth.now if self._growth is not None else len(self.sequences)
+
+    def spawn(self, work: Callable[[], object]) -> None:
+        """Begin an answer: ``work`` runs until it waits. There may be ``most`` of them."""
+        self.n_running += 1
+        self._go_on(Task(work))
+
+    def _go_on(self, task: Task, *value: Any, error: BaseException | None = None) -> None:
+        try:
+            if error is not None:
+                task.throw(error)
+            else:
+                task.switch(*value)
+        finally:
+            if task.dead:
+                self.n_running -= 1
+
+    @property
+    def sequence(self) -> TokenSequence:
+        """The one of the answer that runs, or that ran last."""
+        task = getcurrent()
+        return task.sequence or self._own if isinstance(task, Task) else self._own
+
+    @property
+    def joins(self) -> bool:
+        """Whether who asks is one of several answers of a thread, and not the first."""
+        return isinstance(getcurrent(), Task) and any(one.is_taken for one in self.sequences)
+
+    @contextlib.contextmanager
+    def seated(self, prompt: Sequence[int], only_big: bool) -> Iterator[TokenSequence]:
+        """The sequence that a new answer is made in, the one that has most of its prompt."""
+        self._meter.settle()
+        task, sequence = getcurrent(), self._room.seat(self.sequences, prompt, only_big)
+        if isinstance(task, Task):
+            task.sequence = sequence
+        else:
+            self._own = sequence
+        sequence.costs, sequence.prompt_evaluated = Costs(), 0
+        try:
+            yield sequence
+        finally:
+            self._room.leave(sequence)
+
+    def settle(self) -> None:
+        """Have what was counted so far belong to whom it belongs to."""
+        self._meter.settle()
+
+    def make_room(self, sequence: Cells, n_tokens: int) -> bool:
+        """Have cells for what a sequence brings, those of texts that nobody goes on with."""
+        return self._room.claim(sequence, n_tokens)
+
+    def begin_alone(self, sequence: TokenSequence, n_tokens: int) -> None:
+        """Decodes begin that are of one sequence only, and not ours: so many tokens in all, of new places."""
+        task = getcurrent()
+        if isinstance(task, Task):
+            # until nobody needs the logits of the last decode any more
+            self._alone.append(task)
+            assert task.parent is not None
+            task.parent.switch()
+        with self._room.claims([wish.sequence for wish in self._waiting]):
+            if not self._room.claim(sequence, n_tokens, at_once=True):
+                raise EngineError("the context has no room for the text")
+        self._meter.begin([Share(sequence.costs, n_tokens)])
+
+    def restart_counters(self) -> None:
+        """Count anew, while no answer is made."""
+        self._meter.restart()
+
+    def run(self, wish: Wish) -> int:
+        """Run some of the tokens, or all; returns how many. Raises what the decode raised."""
+        task = getcurrent()
+        if isinstance(task, Task):
+            wish.task = task
+            self._waiting.append(wish)
+            assert task.parent is not None
+            return task.parent.switch()
+        if not self._room.claim(wish.sequence, len(wish.tokens)):
+            raise EngineError("the context has no room for the answer")
+        self._decode([(wish, len(wish.tokens))])
+        return len(wish.tokens)
+
+    def aside(self, work: Callable[[], Result]) -> Result:
+        """What an answer needs that is no decode, and may be slow: on another thread while others go on."""
+        task = getcurrent()
+        if not isinstance(task, Task) or len(self.sequences) == 1:
+            return work()
+        return self._aside.run(task, work)
+
+    # for the thread that decodes
+
+    def advance(self) -> None:
+        """One decode of what answers wait for, each of which goes on with what came of it."""
+        self._go_on_without_us()
+        for wish in [one for one in self._waiting if one.may_stop()]:
+            self._waiting.remove(wish)
+            self._wake(wish, error=AnswerStopped("the answer was stopped while it waited for its turn"))
+        self._n_decodes += 1
+        chosen, error = [(wish, 0) for wish in self._waiting], None
+        try:
+            with self._room.claims([wish.sequence for wish in self._waiting]):
+                chosen = self._choose()
+            if chosen:
+                self._decode(chosen)
+        except BaseException as raised:  # it belongs to those whose decode it was
+            error = raised
+        for wish, n in chosen:
+            wish.sequence.served_at = self._n_decodes
+            was_before = wish.n_before > 0
+            if error is None and was_before:
+                del wish.tokens[:n]
+                wish.n_before -= n
+                continue
+            self._waiting.remove(wish)
+            self._wake(wish, n, error=error)
+
+    def stop(self) -> None:
+        """End all answers."""
+        while self.n_running:
+            self._go_on_without_us()
+            for wish in list(self._waiting):
+                self._waiting.remove(wish)
+                self._wake(wish, error=AnswerStopped("the answer was stopped"))
+
+    def _go_on_without_us(self) -> None:
+        """Those that waited for something else than a decode of ours go on."""
+        alone, self._alone = self._alone[:1], self._alone[1:]
+        for task in [*alone, *self._aside.done(is_wanted=not (alone or self._waiting))]:
+            self._go_on(task)
+
+    def close(self) -> None:
+        """No answers will be made any more."""
+        self._aside.close()
+
+    def end(self) -> None:
+        """Have all texts written that outlive the model, those in the context last."""
+        cache = self.sequences[0].cache
+        disk = cache.disk
+        if disk is not None and disk.is_open:
+            disk.flush()
+            cache.clear()
+            for sequence in sorted(self.sequences, key=lambda one: one.used_at):
+                sequence.put_away(stays=False)
+            disk.close()
+
+    def _wake(self, wish: Wish, *value: Any, error: BaseException | None = None) -> None:
+        assert wish.task is not None
+        self._go_on(wish.task, *value, error=error)
+
+    def _choose(self) -> list[tuple[Wish, int]]:
+        """What the next decode is of: wishes, and how many tokens of each, prompts first."""
+        native = self.decoder.native
+        n_single = sum(not wish.is_long for wish in self._waiting)
+        left = max(1, min(native.n_batch, native.n_ubatch) - n_single)
+        n_parts = 1 if self._in_turn else native.n_batch
+        chosen: list[tuple[Wish, int]] = []
+        for wish in sorted(self._waiting, key=lambda one: (one.sequence.served_at, one.sequence.number)):
+            if len(chosen) >= n_parts or not all(wish.goes_with(other) for other, _ in chosen):
+                continue
+            if (wish.is_long and not left) or not self._claim(wish):
+                continue
+            n = wish.n_before or len(wish.tokens)
+            if wish.is_long and not (self._in_turn or len(self._waiting) == 1):
+                n = min(n, left)
+                left -= n
+            chosen.append((wish, min(n, native.n_batch)))
+        if self._waiting and not chosen:
+            raise EngineError("the context has no room for any of the answers")
+        # what comes last counts as used last, and a prompt uses nearly all experts
+        return sorted(chosen, key=lambda one: (not one[0].is_long, one[0].sequence.number))
+
+    def _claim(self, wish: Wish) -> bool:
+        """Have cells for a wish, and all of its text here; False: it has to wait."""
+        # who begins, or gave way, waits until all of it has room, or it would only take from others
+        sequence = wish.sequence
+        if not self._room.claim(sequence, len(sequence.away) + wish.n_before + wish.n_left):
+            return False
+        if sequence.away:
+            before = sequence.come_back(sequence.policy.always_big)
+            wish.tokens[:0] = before
+            wish.n_before += len(before)
+        return True
+
+    def _decode(self, chosen: Sequence[tuple[Wish, int]]) -> None:
+        sequences = [wish.sequence for wish, _ in chosen]
+        slices = [wish.first(n) for wish, n in chosen]
+        is_long = any(len(one.tokens) > 1 for one in slices)
+        self._meter.begin([self._share(*pair) for pair in zip(sequences, slices, strict=True)])
+        stops = [sequence.should_stop for sequence in sequences]
+
+        def all_stop() -> bool:
+            return all(stop is not None and stop() for stop in stops)
+
+        shared = self.n_running > 1 and not is_long
+        if shared and self.threads is not None:
+            self.threads.before()
+        started = time.perf_counter()
+        with self.decoder.explained(all_stop if all(stops) else None, long=is_long):
+            for sequence in sequences:
+                sequence.cut()
+            rows = self.decoder.run(slices)
+        if shared and self.threads is not None:
+            self.threads.after()
+        if self._growth is not None and not is_long:
+            self._growth.observe(self.n_running, len(slices), time.perf_counter() - started)
+        for sequence, part, row in zip(sequences, slices, rows, strict=True):
+            sequence.took(part, row)
+
+    def _share(self, sequence: TokenSequence, part: Slice) -> Share:
+        asked = len(part.tokens) * (min(part.experts, self._top_k) or self._top_k)
+        return Share(sequence.costs, asked, asked if part.rules is not None else 0)

@@ -1,0 +1,68 @@
+"""Texts and what is to be followed, as tokens of a loaded model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from .constraint.making import constraint_of
+from .constraint.matching import Constraint
+
+if TYPE_CHECKING:
+    from mobile_gguf.engine.guarded import GuardedCalls
+
+    from .chat_prompt import ChatPrompts
+    from .constraint.table import TableReader
+    from .scheduler import Scheduler
+    from .vocabulary import Vocabulary
+
+
+class Spoken:
+    """What texts are to a model: its vocabulary, its chat template, grammars over its tokens."""
+
+    calls: GuardedCalls
+    scheduler: Scheduler
+    vocabulary: Vocabulary
+    _tables: TableReader
+    _prompts: ChatPrompts
+
+    def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
+        """Token ids of UTF-8 text; ``add_bos``: with what the model adds, ``special``: control tokens."""
+        return self.calls.tokenize(text, add_bos, special)
+
+    def is_end(self, token: int) -> bool:
+        """Whether ``token`` ends an answer (any of the model's end-of-generation tokens)."""
+        return self.calls.is_end(token)
+
+    def piece(self, token: int, special: bool = False) -> bytes:
+        """A token's bytes; control tokens are empty unless ``special``."""
+        return self.calls.piece(token, special)
+
+    def check_fits(self, text: bytes, n_tokens: int) -> None:
+        """Raise PromptTooLongError for a text that cannot be so few tokens."""
+        self.vocabulary.check_fits(text, n_tokens)
+
+    def render_chat(
+        self, messages: list[dict[str, Any]], *, special: bool = False, **values: Any
+    ) -> list[int]:
+        """Prompt tokens for ``messages`` by the GGUF's template, by ChatML if it has none.
+
+        ``values`` (``tools``, ``enable_thinking``) are what the template may use besides. What is written in
+        messages and values is text; ``special`` reads control tokens in it.
+        Raises UsageError if the template refuses them, PromptTooLongError if they cannot fit.
+        """
+        return self.scheduler.aside(lambda: self._prompts.tokens(messages, values, special=special))
+
+    def make_grammar(
+        self, grammar: str | None, json_schema: Any, should_stop: Callable[[], bool] | None = None
+    ) -> Constraint | None:
+        """What an answer is to follow, of GBNF text or a JSON schema; raises UsageError if it cannot."""
+        if grammar is None and json_schema is None:
+            return None
+        return self.scheduler.aside(
+            lambda: constraint_of(self._tables.table(should_stop), grammar, json_schema, should_stop)
+        )
+
+    def prepare_constraints(self) -> None:
+        """Make what the first answer under a grammar would wait for."""
+        self._tables.prepare()

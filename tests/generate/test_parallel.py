@@ -1,0 +1,298 @@
+"""Several answers at once over the engine: each as it is alone, in one context that all share."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_models
+
+import mobile_gguf
+from mobile_gguf import Model
+from mobile_gguf.api.batch import read_items, run_batch
+from mobile_gguf.api.model import backend_of
+from mobile_gguf.errors import ExpertReadError
+
+pytestmark = pytest.mark.engine
+ATTENTION, HYBRID = "qwen3moe", "nemotron-h"
+BOTH = {"mode": "big-little", "gamma": 0.02, "importance": "confidence"}
+MODES: list[dict[str, Any]] = [{"mode": "exact"}, {"mode": "little"}, BOTH]
+
+
+def load(name: str, **options: Any) -> Model:
+    usual = {"ram_budget": "60%", "n_ctx": 1024, "n_batch": 32, "n_ubatch": 32}
+    return mobile_gguf.load(tiny_models.path(name), threads=1, threads_batch=1, **{**usual, **options})
+
+
+@pytest.fixture(scope="module", params=[ATTENTION, HYBRID])
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def one(name: str) -> Iterator[Model]:
+    with load(name) as loaded:
+        yield loaded
+
+
+@pytest.fixture(scope="module")
+def four(name: str) -> Iterator[Model]:
+    with load(name, parallel=4) as loaded:
+        yield loaded
+
+
+@pytest.fixture(scope="module")
+def apart(name: str) -> Iterator[Model]:
+    with load(name, parallel=3, deterministic=True) as loaded:
+        yield loaded
+
+
+def text(chance: random.Random, n: int) -> list[int]:
+    return [chance.randrange(3, 200) for _ in range(n)]
+
+
+@dataclass
+class Asker:
+    """Asks for an answer, and keeps what came: tokens, the logits that they are of, and what it cost."""
+
+    prompt: list[int]
+    n: int
+    options: dict[str, Any] = field(default_factory=dict)
+    leaves_after: int = 1 << 30
+    tokens: list[int] = field(default_factory=list)
+    logits: list[np.ndarray] = field(default_factory=list)
+    last: Any = None
+    error: BaseException | None = None
+
+    def work(self, model: Model) -> Callable[[], None]:
+        ends = {token: -100.0 for token in range(model.info.n_vocab) if model.is_end(token)}
+        usual = {"temperature": 0, "seed": 1, "cache_prompt": False, "logit_bias": ends}
+
+        def run() -> None:
+            try:
+                for chunk in model.stream(
+                    self.prompt, max_tokens=self.n, should_stop=self.is_gone, **{**usual, **self.options}
+                ):
+                    self.last = chunk
+                    if chunk.token is not None:
+                        self.tokens.append(chunk.token)
+                        self.logits.append(np.array(model.last_logits()))
+            except mobile_gguf.MobileError as error:
+                self.error = error
+
+        return run
+
+    def is_gone(self) -> bool:
+        return len(self.tokens) >= self.leaves_after
+
+    def again(self) -> Asker:
+        return Asker(self.prompt, self.n, self.options, self.leaves_after)
+
+
+def together(model: Model, askers: list[Asker], most: int = 1 << 30) -> None:
+    waiting, crew = list(askers), model.crew
+    while waiting or crew.n_running:
+        while waiting and crew.n_running < min(most, crew.most):
+            crew.spawn(waiting.pop(0).work(model))
+        crew.advance()
+
+
+def empty(model: Model) -> None:
+    for sequence in backend_of(model).scheduler.sequences:
+        sequence.forget()
+
+
+def alone(model: Model, asker: Asker) -> Asker:
+    other = asker.again()
+    other.work(model)()
+    return other
+
+
+def check_nearly_the_same(one: Asker, other: Asker) -> None:
+    """Logits differ in last digits, which half-precision rows amplify; tokens where two were as likely."""
+    assert one.error is None and other.error is None  # noqa: PT018
+    for mine, its, token, other_token in zip(one.logits, other.logits, one.tokens, other.tokens, strict=True):
+        np.testing.assert_allclose(mine, its, atol=5e-3)
+        if token != other_token:
+            assert np.ptp(np.sort(mine)[-2:]) < 1e-2
+            return
+
+
+def askers_of(seed: int, n: int, modes: list[dict[str, Any]]) -> list[Asker]:
+    chance = random.Random(seed)
+    system = text(chance, 40)
+    return [
+        Asker(
+            chance.choice([[], system]) + text(chance, chance.randrange(1, 90)),
+            chance.randrange(1, 24),
+            chance.choice(modes) | chance.choice([{}, {"temperature": 0.9}]),
+            chance.choice([1 << 30, 1 << 30, 4]),
+        )
+        for _ in range(n)
+    ]
+
+
+def modes_of(model: Model) -> list[dict[str, Any]]:
+    return MODES if backend_of(model).can_step_back else MODES[:2]
+
+
+def test_one_answer_in_an_empty_context_for_several_is_the_same_bit_for_bit(
+    one: Model, four: Model, apart: Model
+) -> None:
+    for options in modes_of(one):
+        asker = Asker(text(random.Random(1), 70), 20, options)
+        alone(one, asker)
+        expected = alone(one, asker)
+        for model in (four, apart):
+            for is_task in (False, True):
+                empty(model)
+                found = asker.again()
+                if is_task:
+                    together(model, [found])
+                else:
+                    found.work(model)()
+                assert found.tokens == expected.tokens
+                np.testing.assert_array_equal(found.logits, expected.logits)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_deterministic_answers_are_those_that_each_has_alone(one: Model, apart: Model, seed: int) -> None:
+    askers = askers_of(seed, 8, modes_of(one))
+    together(apart, askers)
+    for asker in askers:
+        expected = alone(one, asker)
+        assert asker.error is None
+        assert asker.tokens == expected.tokens
+        np.testing.assert_array_equal(asker.logits, expected.logits)
+
+
+def test_modes_are_mixed_in_one_decode(one: Model, four: Model) -> None:
+    modes, chance = modes_of(one), random.Random(5)
+    askers = [Asker(text(chance, 20 + i), 16, modes[i % len(modes)]) for i in range(4)]
+    together(four, askers)
+    for asker in askers:
+        check_nearly_the_same(asker, alone(one, asker))
+        receipt = asker.last.receipt
+        assert receipt.tokens_big + receipt.tokens_little + receipt.tokens_fallback == len(asker.tokens)
+    if modes is MODES:
+        assert askers[2].last.receipt.tokens_fallback > 0 < askers[2].last.receipt.tokens_little
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_whoever_comes_and_leaves_the_others_go_on(one: Model, four: Model, seed: int) -> None:
+    askers = askers_of(10 + seed, 9, modes_of(one)[:2])
+    for asker in askers:
+        asker.options = {**asker.options, "temperature": 0}
+    together(four, askers)
+    for asker in askers:
+        check_nearly_the_same(asker, alone(one, asker))
+        if asker.leaves_after < asker.n:
+            assert asker.last.finish_reason == "interrupted"
+
+
+def test_receipts_add_up_to_the_counters(four: Model) -> None:
+    chance = random.Random(6)
+    askers = [Asker(text(chance, 12), 12, mode) for mode in modes_of(four)[:2] * 2]
+    together(four, askers)
+    counted = backend_of(four).counters()
+    receipts = [asker.last.receipt for asker in askers]
+    assert sum(receipt.expert_hits for receipt in receipts) == counted.n_hits
+    assert sum(receipt.expert_misses for receipt in receipts) == counted.n_misses
+    assert sum(receipt.bytes_read for receipt in receipts) <= counted.bytes_read  # some is read afterwards
+    exact, little = receipts[:2]
+    assert exact.expert_hits + exact.expert_misses > little.expert_hits + little.expert_misses > 0
+
+
+def test_a_context_that_is_too_small_for_all(one: Model, name: str) -> None:
+    chance = random.Random(7)
+    with load(name, parallel=4, n_ctx=256) as small:
+        askers = [Asker(text(chance, 60), 70, {"cache_prompt": True}) for _ in range(5)]
+        together(small, askers)
+        for asker in askers:
+            assert asker.error is None
+            assert len(asker.tokens) == 70
+        long = Asker(text(chance, 200), 50)
+        together(small, [long])
+        check_nearly_the_same(long, alone(one, long))
+
+
+def test_what_prompts_begin_with_is_computed_once(one: Model, four: Model) -> None:
+    chance, kept = random.Random(11), {"cache_prompt": True}
+    system = text(chance, 100)
+    first, second = (Asker(system + text(chance, 20), 12, kept) for _ in range(2))
+    empty(four)
+    four.crew.spawn(first.work(four))
+    while not first.tokens:
+        four.crew.advance()
+    together(four, [second])
+    for asker in (first, second):
+        check_nearly_the_same(asker, alone(one, Asker(asker.prompt, 12)))
+    assert second.last.prompt_evaluated == (20 if backend_of(four).can_step_back else 120)
+
+
+def test_a_failed_read_is_that_of_the_answers_in_the_decode(tmp_path: Path) -> None:
+    source = tiny_models.path(ATTENTION)
+    path = Path(shutil.copy(source, tmp_path / "copy.gguf"))
+    whole = path.read_bytes()
+    chance = random.Random(8)
+    with mobile_gguf.load(
+        path, parallel=3, ram_budget="30%", n_ctx=512, threads=1, threads_batch=1, prefetch="off", warm="off"
+    ) as model:
+        askers = [Asker(text(chance, 20), 40) for _ in range(3)]
+        crew = model.crew
+        for asker in askers[:2]:
+            crew.spawn(asker.work(model))
+        while not all(len(asker.tokens) > 3 for asker in askers[:2]):
+            crew.advance()
+        os.truncate(path, len(whole) // 4)
+        while crew.n_running:
+            crew.advance()
+        for asker in askers[:2]:
+            assert isinstance(asker.error, ExpertReadError)
+            assert 3 < len(asker.tokens) < 40
+        path.write_bytes(whole)
+        together(model, askers[2:])
+        assert askers[2].error is None
+
+
+def test_several_texts_are_embedded_while_others_are_answered(four: Model) -> None:
+    chance = random.Random(9)
+    words = text(chance, 30)
+    expected = four.embed(words, pooling="mean").vector
+    asker, vectors = Asker(text(chance, 20), 20), []
+    four.crew.spawn(asker.work(four))
+    four.crew.advance()
+    four.crew.spawn(lambda: vectors.append(four.embed(words, pooling="mean").vector))
+    while four.crew.n_running:
+        four.crew.advance()
+    assert len(asker.tokens) == 20
+    np.testing.assert_allclose(vectors[0], expected, atol=1e-5)
+
+
+def test_a_batch_is_the_same_however_many_are_made_at_once(one: Model, apart: Model) -> None:
+    class Output:
+        n_before = n_failed_before = 0
+
+        def __init__(self) -> None:
+            self.answers: list[dict[str, Any]] = []
+
+        def write(self, answer: dict[str, Any]) -> None:
+            self.answers.append(answer)
+
+    lines = [b'{"prompt": "%s", "max_tokens": %d}' % (b"ab" * (1 + i % 7), 3 + i) for i in range(8)]
+    items = read_items([*lines, b'{"prompt": 5}'], {"temperature": 0, "seed": 1, "cache_prompt": False}, None)
+    keys = [item.key("") for item in items]
+    found = []
+    for model in (one, apart):
+        output: Any = Output()
+        status = run_batch(model, items, keys, output, raw=True)
+        assert (status.n_done, status.n_failed) == (9, 1)
+        found.append([(answer["line"], answer["text"], answer["error"]) for answer in output.answers])
+    assert found[0] == found[1]
