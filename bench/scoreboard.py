@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from mobile_gguf.errors import MobileError, UsageError
-from mobile_gguf.files.atomic import complete_or_absent
+from mobile_gguf.files.plots import new_figure, save_figure
 from mobile_gguf.generate.buddies import read_buddies
 from mobile_gguf.generate.head import read_head
 from mobile_gguf.generate.pricing import Price, n_positions
@@ -267,9 +267,7 @@ class _Runs:
 
 def plot(board: Scoreboard, path: Path) -> None:
     """Speed against divergence, one line a system over its budgets, written to a .png or .svg."""
-    from mobile_gguf.convert.calibrate.plot import figure_class
-
-    figure = figure_class()(figsize=(8, 5), layout="constrained")
+    figure = new_figure(8, 5)
     axis = figure.subplots()
     for i, system in enumerate(dict.fromkeys(score.system for score in board.scores)):
         line = [score for score in board.scores if score.system == system]
@@ -282,5 +280,4 @@ def plot(board: Scoreboard, path: Path) -> None:
     axis.set_title(f"{board.model} on {board.text}")
     axis.grid(alpha=0.3)
     axis.legend(fontsize="small")
-    with complete_or_absent(path) as partial:
-        figure.savefig(partial, format=path.suffix[1:].lower(), dpi=120)
+    save_figure(figure, path)

@@ -6,7 +6,7 @@ import argparse
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from .errors import UsageError, require_unicode
 from .options import Opt, declared, defaults
@@ -84,10 +84,10 @@ def _texts(opt: Opt, value: Any) -> list[str]:
 def _texts_of_one(opt: Opt, value: Any) -> list[str]:
     if isinstance(value, Size):
         return [size_flag(value)]
-    if opt.read is parse_bias:
-        return [format_bias(value)]
-    if isinstance(value, bool):
+    if isinstance(value, bool) and not opt.is_flag:
         return [ON if value else OFF]
+    if opt.read is parse_bias:
+        return [format_bias(cast("tuple[int, float]", value))]
     return [value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)]
 
 

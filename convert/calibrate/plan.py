@@ -78,7 +78,8 @@ class _RouteLog:
         self.n_expert_used = info.n_expert_used
         self._parts: list[Ids] = []
 
-    def add(self, ids: Ids, _weights: Floats) -> None:
+    def add(self, ids: Ids, weights: Floats) -> None:
+        del weights
         self._parts.append(ids.transpose(1, 0, 2))
 
     def routes(self) -> npt.NDArray[np.int32]:

@@ -5,23 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mobile_gguf.errors import MobileError, UsageError, install_hint
-from mobile_gguf.files.atomic import complete_or_absent
+from mobile_gguf.files.plots import new_figure, save_figure
 from mobile_gguf.options.words import CONFIDENCE, HEAD
 
 from .curves import BIG, LITTLE, Point
 from .price import Prices, hull_names
-
-FORMATS = (".png", ".svg")
-
-
-def check_plot(path: Path) -> None:
-    """Raise UsageError or MobileError if ``path`` cannot become a plot, before anything is measured."""
-    if path.suffix.lower() not in FORMATS:
-        raise UsageError(f"--plot {path} must end in {' or '.join(FORMATS)}")
-    if not path.parent.is_dir():
-        raise UsageError(f"--plot {path}: there is no folder {path.parent}")
-    figure_class()
 
 
 def plot(points: list[Point], prices: Prices | None, path: Path, title: str) -> None:
@@ -30,7 +18,7 @@ def plot(points: list[Point], prices: Prices | None, path: Path, title: str) -> 
     Of rungs' prices KL against missed bytes.
     """
     n = 3 if prices is None else 4
-    figure = figure_class()(figsize=(13 * n / 3, 4.2), layout="constrained")
+    figure = new_figure(13 * n / 3, 4.2)
     axes = figure.subplots(1, n)
     if prices is not None:
         _ladder(axes[3], prices)
@@ -41,8 +29,7 @@ def plot(points: list[Point], prices: Prices | None, path: Path, title: str) -> 
     axes[2].axhline(1.01, color="0.6", linestyle=":", linewidth=1)
     axes[0].legend(fontsize="small")
     figure.suptitle(title)
-    with complete_or_absent(path) as partial:
-        figure.savefig(partial, format=path.suffix[1:].lower(), dpi=120)
+    save_figure(figure, path)
 
 
 def _curve(axis: Any, points: list[Point], big: Point, label: str, value: Any) -> None:
@@ -77,12 +64,3 @@ def _ladder(axis: Any, prices: Prices) -> None:
     axis.set_ylabel("mean KL to exact (nats)")
     axis.grid(alpha=0.3)
     axis.legend(fontsize="small")
-
-
-def figure_class() -> Any:
-    """Matplotlib's figure without a window. Raises MobileError where it is not installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise MobileError(f"--plot needs matplotlib: {install_hint('calibrate')}") from None
-    return Figure

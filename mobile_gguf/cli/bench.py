@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mobile_gguf.errors import UsageError
+from mobile_gguf.files.plots import check_plot
 from mobile_gguf.flags import OUT_FLAGS, at_least_one
 from mobile_gguf.options.words import DEFAULT_EVICTION, EVICTION, EXACT, LITTLE, OFF, PREFETCH
 from mobile_gguf.sizes import parse_size
@@ -180,7 +181,6 @@ def _scoreboard(args: argparse.Namespace) -> int:
     from mobile_gguf.bench.plan import absolute_bytes
     from mobile_gguf.bench.report import write_report
     from mobile_gguf.bench.scoreboard import DEFAULT_TOKENS, ScoreOptions, plot, run_scoreboard
-    from mobile_gguf.convert.calibrate.plot import check_plot
     from mobile_gguf.hub.resolve import resolve_model
 
     if args.text is None:

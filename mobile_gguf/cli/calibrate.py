@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from mobile_gguf.errors import UsageError
+from mobile_gguf.files.plots import check_plot
 from mobile_gguf.flags import OUT_FLAGS, at_least_one, reader
 from mobile_gguf.hub.cache import is_in_cache
 from mobile_gguf.hub.resolve import resolve_model
@@ -89,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the verb."""
     if args.plan:
         return _plan(args)
-    from mobile_gguf.convert.calibrate.plot import check_plot, plot
+    from mobile_gguf.convert.calibrate.plot import plot
     from mobile_gguf.convert.calibrate.report import lines
     from mobile_gguf.convert.calibrate.run import DEFAULT_TOKENS, CalibrateOptions, calibrate
 

@@ -21,13 +21,13 @@ from places import SUPPORT
 import mobile_gguf
 from mobile_gguf.api.model import backend_of
 from mobile_gguf.convert.calibrate.lockstep import Lockstep
-from mobile_gguf.convert.calibrate.plot import check_plot
 from mobile_gguf.convert.calibrate.run import check_model
 from mobile_gguf.convert.calibrate.store import read_statistics
 from mobile_gguf.convert.calibrate.text import read_text
 from mobile_gguf.convert.gguf.file import GgufSource
 from mobile_gguf.engine.binding import find_engine
 from mobile_gguf.errors import MobileError
+from mobile_gguf.files.plots import check_plot
 from mobile_gguf.generate.decode import Pass
 from mobile_gguf.generate.head import read_head
 from mobile_gguf.generate.price_list import read_prices

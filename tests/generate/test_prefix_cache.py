@@ -36,7 +36,9 @@ def test_a_prompt_goes_on_with_the_text_that_saves_most() -> None:
     assert cache.best([5, 1, 2], only_big=False) == (None, 0)
     found, _ = cache.best([7, 7, 8], only_big=False)
     assert found is not None
-    assert cache.take(found).tokens == [7, 7]
+    taken = cache.take(found)
+    assert taken is not None
+    assert taken.tokens == [7, 7]
     assert cache.best([7, 7, 8], only_big=False) == (None, 0)
 
 

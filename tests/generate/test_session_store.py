@@ -11,6 +11,7 @@ import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -133,7 +134,8 @@ def test_a_damaged_file_is_dropped_in_a_line(tmp_path: Path, where: int | str) -
 
 def test_what_does_not_fit_is_not_used_and_told_once(tmp_path: Path) -> None:
     Store(tmp_path).save(kept(text(1)))
-    other = Store(tmp_path, **{"flash attention": "on"})
+    otherwise: dict[str, Any] = {"flash attention": "on"}
+    other = Store(tmp_path, **otherwise)
     for _ in range(2):
         assert other.found([*text(1), 5]) is None
     assert other.told == [

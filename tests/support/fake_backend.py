@@ -17,6 +17,7 @@ import numpy as np
 
 from mobile_gguf.engine.experts import Experts, ExpertSource
 from mobile_gguf.engine.loss import Buddies, LossRules
+from mobile_gguf.engine.split import Split
 from mobile_gguf.engine.structs import (
     Counters,
     DeviceCounters,
@@ -122,7 +123,7 @@ class FakeBackend:
         important: Sequence[float | None] = (),
     ) -> None:
         self.model = model
-        self.split = None
+        self.split: Split | None = None
         self.head = head
         self.important = list(important)
         self.n_ctx = n_ctx

@@ -38,7 +38,7 @@ def talk(job: dict[str, Any]) -> dict[str, Any]:
 def main(job: dict[str, Any]) -> None:
     if job.get("blind"):
         for module in (loading, plan):
-            module.read_memory = lambda: Memory(1 << 40, 1 << 40, "the machine")
+            setattr(module, "read_memory", lambda: Memory(1 << 40, 1 << 40, "the machine"))  # noqa: B010
     fits = command(["plan", "--no-measure", job["path"], *job["flags"]]) == 0
     print(json.dumps({"fits": fits} | (talk(job) if fits else {})), flush=True)
 
