@@ -57,6 +57,7 @@ def measure(path: str, budget: str, n_at_once: int, n_tokens: int, options: dict
 
         crew, backend = model.crew, backend_of(model)
         never = {token: -100.0 for token in range(model.info.n_vocab) if model.is_end(token)}
+        _first_token(model, prompt(_NEWCOMER))  # what is first used now is first used
         alone = _first_token(model, prompt(_NEWCOMER))
         # longer than is looked at: the newcomer has to have others beside it
         answers = [_Answer(model, prompt(_PROMPT + 3 * i), 4 * n_tokens, never) for i in range(n_at_once)]

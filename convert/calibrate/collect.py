@@ -37,7 +37,7 @@ class Routed(Protocol):
     layers: tuple[int, ...]
     n_expert_used: int
 
-    def add(self, ids: Ids, weights: Floats) -> None: ...
+    def add(self, ids: Ids, weights: Floats, /) -> None: ...
 
 
 def collect(

@@ -21,6 +21,10 @@ class Aside:
         self._thread: concurrent.futures.ThreadPoolExecutor | None = None
         self._running: list[tuple[Task, concurrent.futures.Future[Any]]] = []
 
+    @property
+    def is_busy(self) -> bool:
+        return bool(self._running)
+
     def run(self, task: Task, work: Callable[[], Result]) -> Result:
         """Have ``task`` wait for what ``work`` returns or raises."""
         if self._thread is None:

@@ -188,11 +188,12 @@ class Scheduler:
 
     def stop(self) -> None:
         """End all answers."""
-        while self.n_running:
+        while self._waiting or self._alone or self._aside.is_busy:
             self._go_on_without_us()
             for wish in list(self._waiting):
                 self._waiting.remove(wish)
                 self._wake(wish, error=AnswerStopped("the answer was stopped"))
+        self.n_running = 0  # a Ctrl-C may have struck between two of them
 
     def _go_on_without_us(self) -> None:
         """Those that waited for something else than a decode of ours go on."""

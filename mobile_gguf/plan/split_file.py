@@ -67,8 +67,8 @@ def read_split_plans(info: GgufInfo) -> list[SplitPlan]:
 
 
 def _plan(info: GgufInfo, entry: dict[str, Any]) -> SplitPlan:
-    values: dict[str, Any] = entry | {"kept": tuple(entry["kept"]), "shares": tuple(entry["shares"])}
-    plan = SplitPlan(**values)
+    fields: dict[str, Any] = {**entry, "kept": tuple(entry["kept"]), "shares": tuple(entry["shares"])}
+    plan = SplitPlan(**fields)
     numbers = (plan.ms, plan.bytes, plan.whole_ms, plan.whole_bytes, *plan.shares)
     counts = (plan.budget_bytes, plan.n_segments, plan.n_tokens, *plan.kept)
     good = (

@@ -16,8 +16,9 @@ from fake_backend import FakeBackend, fake_info, scripted
 from mobile_gguf import __version__
 from mobile_gguf.api import loading
 from mobile_gguf.api import model as model_module
-from mobile_gguf.cli import VERBS, main
+from mobile_gguf.cli import VERBS, main, make_parser, parse
 from mobile_gguf.errors import ExpertReadError
+from mobile_gguf.options import LoadOptions
 
 RATE = re.compile(r"\d+\.\d tok/s")
 
@@ -406,3 +407,23 @@ def test_load_progress_is_shown_once_a_phase_without_a_terminal(command, fake_lo
     _, _, err = command("run", "demo", "x")
     assert err.splitlines()[0] == "building the demo model"
     assert err.count("building") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "flash_attn", "prompt"),
+    [
+        (["-fa", "hello"], True, ["hello"]),
+        (["--flash-attn", "off", "hello"], False, ["hello"]),
+        (["hello", "-fa"], True, ["hello"]),
+        (["-fa", "auto", "on"], "auto", ["on"]),
+        (["-fa", "--", "off"], True, ["off"]),
+    ],
+)
+def test_a_flag_that_may_stand_alone_takes_no_prompt_for_its_value(words, flash_attn, prompt):
+    args = parse(make_parser(), ["run", "m.gguf", *words])
+    assert (args.flash_attn, args.prompt) == (flash_attn, prompt)
+
+
+def test_a_context_may_be_left_to_the_machine():
+    assert parse(make_parser(), ["run", "m.gguf", "-c", "auto", "hi"]).n_ctx is None
+    assert LoadOptions(n_ctx="auto").n_ctx is None

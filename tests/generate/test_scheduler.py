@@ -14,6 +14,7 @@ from mobile_gguf.engine.loss import LossRules
 from mobile_gguf.errors import AnswerStopped, ExpertReadError
 from mobile_gguf.generate.decode import Pass, Policy
 from mobile_gguf.generate.scheduler import Scheduler
+from mobile_gguf.generate.wish import Wish
 
 EXACT, LITTLE, BOTH = Policy(), Policy("little", little_k=4), Policy("big-little", gamma=0.6, little_k=4)
 LOSSY = Policy(loss=LossRules(drop=0.5))
@@ -147,6 +148,27 @@ def test_parts_that_do_not_go_together_take_turns() -> None:
     assert len(askers[2].at) == 30  # who has none goes with either
 
 
+def test_what_goes_into_one_decode() -> None:
+    _, _, sequences = make(2)
+    rules, others = LossRules(drop=0.5), LossRules(drop=0.25)
+
+    def goes(n: int, mine: dict[str, Any], its: dict[str, Any]) -> bool:
+        one, other = Wish(sequences[0], [1], **mine), Wish(sequences[1], [1] * n, n, **its)
+        assert one.goes_with(other) == other.goes_with(one)
+        return one.goes_with(other)
+
+    assert goes(1, {}, {"experts": 4})
+    assert goes(9, {"rules": rules}, {})
+    assert goes(1, {"rules": rules}, {"rules": rules})
+    assert not goes(1, {"rules": rules}, {"rules": others})
+    assert not goes(1, {"rules": rules, "is_counted": True}, {"rules": rules})
+    assert goes(1, {"rules": rules, "is_counted": True}, {"experts": 4})
+    assert not goes(1, {"experts": 4, "mass": 8}, {"rules": rules})
+    assert goes(1, {"experts": 4, "mass": 8}, {})
+    assert goes(1, {"keeps_state": True}, {})
+    assert not goes(2, {"keeps_state": True}, {})
+
+
 def test_an_error_is_that_of_those_whose_decode_it_was() -> None:
     scheduler, decoder, _ = make(2, n_ctx=1024)
     both, later = [Asker([i] * 4, 20) for i in range(2)], Asker([7] * 5, 20)
@@ -191,6 +213,28 @@ def test_a_prompt_that_nobody_waits_for_ends_between_slices() -> None:
     assert ended
     assert scheduler.n_running == 0
     assert decoder.n_passes == 3
+
+
+def test_a_ctrl_c_between_two_of_them_ends_all() -> None:
+    scheduler, decoder, _ = make(3, n_ctx=1024)
+    askers = [Asker([i] * 4, 40) for i in range(3)]
+    for asker in askers:
+        scheduler.spawn(asker.work(scheduler, decoder))
+    wake, n = scheduler._wake, 0
+
+    def struck(*given: Any, **more: Any) -> None:
+        nonlocal n
+        n += 1
+        if n == 8:
+            raise KeyboardInterrupt
+        wake(*given, **more)
+
+    scheduler._wake = struck
+    with pytest.raises(KeyboardInterrupt):
+        together(scheduler, decoder, [])
+    scheduler.stop()
+    assert scheduler.n_running == 0
+    assert sum(isinstance(asker.error, AnswerStopped) for asker in askers) == 2
 
 
 def test_what_all_cost_adds_up_to_what_was_counted() -> None:

@@ -42,6 +42,7 @@ def a_setting(seed: int) -> tuple[str, dict[str, Any]]:
         "threads": 1,
         "threads_batch": 1,
         "vram_budget": "off",
+        "parallel": pick.choice([None, None, 3]),
         "session_cache": pick.choice(["off", "32MiB"]),
     }
     if pick.random() < 0.3:
