@@ -18,9 +18,6 @@ from mobile_gguf.memory.competition import Competition, Processors
 # Tokens that are compared, and seconds that they take at least.
 WINDOW = 8
 WINDOW_S = 0.15
-# Tokens, and seconds, after which it is known whether others compete.
-GLANCE = 3
-GLANCE_S = 0.25
 # Share of a token's time on a run queue above which fewer threads are tried.
 CONTENDED = 0.15
 # Processors that others used above which fewer threads are tried, if fewer were idle.
@@ -50,10 +47,6 @@ class _Window:
     def is_contended(self) -> bool:
         taken = TAKEN * self.seconds
         return self.waited > CONTENDED * self.seconds or (self.others > taken and self.idle < taken)
-
-    @property
-    def says_enough(self) -> bool:
-        return self.n >= GLANCE and self.seconds >= GLANCE_S and self.is_contended
 
     @property
     def per_token(self) -> float:
@@ -94,17 +87,13 @@ class ThreadRule:
         window.waited += waited_s
         window.idle += idle_s
         window.others += others_s
-        if window.is_full or (self._may_try_fewer and window.says_enough):
+        if window.is_full:
             self._window = _Window()
             if self._best is None:
                 self._consider(window)
             else:
                 self._judge(window)
         return self.threads
-
-    @property
-    def _may_try_fewer(self) -> bool:
-        return self._best is None and self._windows_left <= 0 and self.threads > 1
 
     def _consider(self, window: _Window) -> None:
         self._windows_left -= 1

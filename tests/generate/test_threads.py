@@ -68,12 +68,6 @@ def test_what_others_take_of_processors_that_are_left_over_changes_nothing() -> 
     assert set(Machine(8, loops=2).run(rule, 500)) == {4}
 
 
-def test_a_glance_is_enough_where_others_compete_and_tokens_are_slow() -> None:
-    rule = ThreadRule(2)
-    used = [rule.observe(0.2, 0.1, 0.0, 0.1) for _ in range(rules.GLANCE)]
-    assert used == [2] * (rules.GLANCE - 1) + [1]
-
-
 def test_when_the_others_leave_all_threads_come_back() -> None:
     rule = ThreadRule(4)
     Machine(4, loops=4).run(rule, 400)
