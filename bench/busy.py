@@ -26,7 +26,9 @@ from .plan import budget_bytes
 from .replay import engine_arm, median_range, open_replay, record_run, replay_parser, run_module
 
 _CAP_SLACK_BYTES = 900 * MIB
-_LOOP = "while True: pass"
+_LOOP = """from mobile_gguf.bench.child import end_with_parent
+end_with_parent()
+while True: pass"""
 
 
 @contextmanager
