@@ -143,3 +143,9 @@ def loss_counters(engine: Engine, ctx: int) -> LossCounters:
     struct = with_slack(LossCountersStruct)
     engine.checked("get_loss_counters", "reading what was lost", ctx, ctypes.byref(struct))
     return LossCounters(**struct_fields(struct))
+
+
+def moved_share(before: LossCounters, after: LossCounters) -> float:
+    """The mean share of a token's weight in a layer that rules touched between two readings."""
+    n_layers = after.n_layers - before.n_layers
+    return (after.moved_weight - before.moved_weight) / n_layers if n_layers > 0 else 0.0

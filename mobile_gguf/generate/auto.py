@@ -18,8 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from mobile_gguf.engine.loss import LossRules
-from mobile_gguf.engine.structs import LossCounters
+from mobile_gguf.engine.loss import LossRules, moved_share
 from mobile_gguf.options.words import BUDDY, OFF, PRIOR
 
 from .correction import Correction, TextCorrection
@@ -255,7 +254,7 @@ class Spending:
         """What the token cost, measured if it is its turn; returns seconds for the forecast and the audit."""
         import numpy as np
 
-        from .divergence import log_softmax, spread_of
+        from .divergence import log_softmax, row_divergence, spread_of
 
         model, before = self.auto.model, self._moved / max(1, self._n_context)
         logits = steps.last_logits()
@@ -269,7 +268,7 @@ class Spending:
             self._moved += moved
             return foreseen_at - started, 0.0
         log_q = log_softmax(np.array(logits, np.float64))
-        kl = divergence_of(log_softmax(self._run_exactly(steps, token)), log_q)
+        kl = row_divergence(log_softmax(self._run_exactly(steps, token)), log_q)
         self.correction.add(kl, own, self._since_audit)
         self._since_audit = 0.0
         self.auto.audited(rung, whole)
@@ -295,20 +294,3 @@ class Spending:
         steps.use_loss(None)
         steps.forward([token])
         return np.array(steps.last_logits(), np.float64)
-
-
-def divergence_of(exact: npt.NDArray[np.float64], log_q: npt.NDArray[np.float64]) -> float:
-    """KL of two rows of log probabilities, never below 0; infinite where they are no numbers."""
-    import numpy as np
-
-    from .divergence import divergence
-
-    there = exact > -np.inf
-    kl = float(divergence(exact[there], log_q[there]))
-    return max(0.0, kl) if kl == kl else math.inf
-
-
-def moved_share(before: LossCounters, after: LossCounters) -> float:
-    """The mean share of a token's weight in a layer that rules touched between two readings."""
-    n_layers = after.n_layers - before.n_layers
-    return (after.moved_weight - before.moved_weight) / n_layers if n_layers > 0 else 0.0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+import math
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,13 @@ def log_softmax(logits: npt.NDArray[Real]) -> npt.NDArray[Real]:
 def divergence(p: npt.NDArray[Real], q: npt.NDArray[Real]) -> npt.NDArray[Real]:
     """KL(p || q) of rows of log probabilities, in nats: what coding p's tokens by q costs."""
     return (np.exp(p) * (p - q)).sum(-1)
+
+
+def row_divergence(log_p: npt.NDArray[Any], log_q: npt.NDArray[Any]) -> float:
+    """KL of one row of log probabilities, never below 0; infinite where they are no numbers."""
+    there = log_p > -np.inf
+    kl = float(divergence(log_p[there], log_q[there]))
+    return max(0.0, kl) if kl == kl else math.inf
 
 
 def spread_of(logits: npt.NDArray[Real]) -> float:

@@ -22,14 +22,14 @@ import numpy.typing as npt
 
 from mobile_gguf.engine.binding import find_engine, needs_engine
 from mobile_gguf.engine.log import capture_log
-from mobile_gguf.engine.loss import Buddies
+from mobile_gguf.engine.loss import Buddies, moved_share
 from mobile_gguf.engine.split import Split, set_split
 from mobile_gguf.engine.structs import LossCounters
 from mobile_gguf.errors import MobileError, UsageError
 from mobile_gguf.gguf.info import GgufInfo
 
 from .decode import ALL_EXPERTS, Pass, decode_prompt, decode_token
-from .divergence import divergence, log_softmax, spread_of
+from .divergence import log_softmax, row_divergence, spread_of
 from .head import Head
 from .rungs import Rung
 
@@ -181,8 +181,7 @@ def _run_block(
         kind = decode_token(sequence, token, policy)
         seconds = time.perf_counter() - started
         after = llama.loss_counters() if timed else _settled(llama)
-        n_layers = after.n_layers - before.n_layers
-        moved = (after.moved_weight - before.moved_weight) / n_layers if n_layers else 0.0
+        moved = moved_share(before, after)
         logits, before = llama.last_logits().astype(np.float32), after
         step_kl = np.nan
         if audit_every and i % audit_every == audit_every - 1:
@@ -203,7 +202,7 @@ def _audit(llama: MobileLlama, token: int, logits: Rows) -> float:
     sequence.use_experts(ALL_EXPERTS)
     sequence.forward([token])
     exact = log_softmax(llama.last_logits().astype(np.float64))
-    return max(0.0, float(divergence(exact, log_softmax(logits.astype(np.float64)))))
+    return row_divergence(exact, log_softmax(logits.astype(np.float64)))
 
 
 def price(
@@ -235,7 +234,7 @@ def price(
             # as the reference was kept, so that the same logits are no divergence
             q = log_softmax(step.logits.astype(np.float64)).astype(np.float32).astype(np.float64)
             p = exact[at].astype(np.float64)
-            kl = max(0.0, float(divergence(p, q)))
+            kl = row_divergence(p, q)
             rows.append(
                 (
                     kl, p.argmax() == q.argmax(), -q[following], -p[following], step.kind is not Pass.LITTLE,
