@@ -204,6 +204,7 @@ def _construct(
         with held_interrupts() as interrupted:
             if watch is not None:
                 watch.interrupted = interrupted
+            types = {"type_k": GGML_TYPES[asked.kv.keys], "type_v": GGML_TYPES[asked.kv.values]}
             llama = MobileLlama(
                 info.path,
                 engine=engine,
@@ -213,15 +214,13 @@ def _construct(
                 n_threads=options.threads or threads,
                 n_threads_batch=options.threads_batch or options.threads or threads_batch,
                 flash_attn=asked.flash_attn,
-                type_k=GGML_TYPES[asked.kv.keys],
-                type_v=GGML_TYPES[asked.kv.values],
                 use_mmap=use_mmap,
                 n_sequences=asked.sequences.n,
                 in_turn=asked.sequences.is_apart,
                 grows=options.parallel == AUTO_PARALLEL,
                 sessions=sessions_of(info, options, asked, [one.name for one in more.get("devices", ())]),
                 keep_loading=watch,
-                **more,
+                **(types | more),
             )
     except (ValueError, RuntimeError, OSError, MemoryError) as error:
         if watch is not None and watch.error is not None:
