@@ -37,6 +37,8 @@ RUNGS = (
     "drop:0.25", "drop:0.5", "drop:0.75", "drop:1", "drop:1.5", "little-on-miss", "live:0.25",
     "prior:0.05", "prior:0.1", "prior:0.2", "drop:0.5+prior:0.1", "buddy",
 )  # fmt: skip
+# Shares of the top-k that little tokens have.
+LITTLE = (0.5, 0.75)
 # One token in so many is run exactly as well, where that is measured.
 _AUDIT_EVERY = 4
 _FIELDS = tuple(name for name in Price.__dataclass_fields__ if name not in ("rung", "budget"))
@@ -61,9 +63,9 @@ class Prices:
 
 def rung_names(info: GgufInfo, shares: Sequence[int]) -> list[str]:
     """What is priced of a model whose head has thresholds for these shares of big tokens."""
-    half = default_little_k(info.n_expert_used)
-    larger = max(half, 3 * info.n_expert_used // 4)
-    little = [f"little:{k}" for k in dict.fromkeys((half, larger))]
+    least = default_little_k(info.n_expert_used)
+    little = [f"little:{max(least, int(share * info.n_expert_used))}" for share in LITTLE]
+    little = list(dict.fromkeys(little))
     heads = [f"head:{share}" for share in (50, 70) if share in shares]
     # what is kept weighs as it did: that costs less than to give it all of the sum
     mass = f"+mass:{info.n_expert_used}"

@@ -23,7 +23,7 @@ from forks import in_forks
 
 import mobile_gguf
 from mobile_gguf.api.model import Model
-from mobile_gguf.convert.calibrate import curves, head
+from mobile_gguf.convert.calibrate import curves, head, price
 from mobile_gguf.convert.calibrate import run as calibration
 from mobile_gguf.convert.gguf.layout import to_mobile, to_stacked
 from mobile_gguf.errors import MobileError
@@ -33,6 +33,7 @@ N_TOKENS, WORKERS = 400, 2
 _GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 10}
 # few settings: what is asked is whether it runs, not what is best
 curves.GAMMAS, head.SHARES = (0.7,), (30,)
+price.SHARES, price.RUNGS, price.LITTLE = (0.5,), ("drop:0.75",), ()
 
 
 class Cells:
@@ -131,7 +132,9 @@ class Cells:
 
     def calibration(self) -> dict[str, Any]:
         """Calibrated on a short text; by the head then, and back to the stock file."""
-        options = calibration.CalibrateOptions(tokens=N_TOKENS, out=self.calibrated, threads=1, resume=False)
+        options = calibration.CalibrateOptions(
+            tokens=N_TOKENS, out=self.calibrated, threads=1, resume=False, price_blocks=1
+        )
         refused = said(lambda: calibration.calibrate(self.mobile, options))
         if refused:
             return {"refused": refused}
