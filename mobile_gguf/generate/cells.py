@@ -125,7 +125,7 @@ class Cells:
         beside = sum(one.n_bytes for one in checkpoints or ())  # which move with it, or are kept by both
         n_bytes = self.decoder.state_bytes(number=self.number)
         stays = stays and self.cache.make_room(self.tokens, n_bytes, beside)
-        if not stays and not self.cache.may_pass(n_bytes, beside):
+        if not stays and not self.cache.may_pass(n, n_bytes, beside):
             return
         state = self.decoder.save(number=self.number)
         if state is not None:

@@ -71,6 +71,8 @@ def usable(
 class Disk(Protocol):
     """Where texts are that outlive this process; Sessions is the real one."""
 
+    least_tokens: int  # shorter texts are not taken
+
     @property
     def is_open(self) -> bool: ...  # whether it takes texts
     def best(self, prompt: Sequence[int], only_big: bool) -> tuple[Saved | None, int]: ...
@@ -141,9 +143,11 @@ class PrefixCache:
                 self.disk.evicted(one)
         return True
 
-    def may_pass(self, n_bytes: int, beside: int = 0) -> bool:
+    def may_pass(self, n_tokens: int, n_bytes: int, beside: int = 0) -> bool:
         """Whether a state that has no room here may be made of a text for the disk, and dropped then."""
-        return self.disk is not None and n_bytes <= self._room_bytes(self.n_bytes + beside)
+        if self.disk is None or n_tokens < self.disk.least_tokens:
+            return False
+        return n_bytes <= self._room_bytes(self.n_bytes + beside)
 
     def _worth(self, one: Kept) -> float:
         return len(one.tokens) / (1 + self._clock - one.used_at)
