@@ -204,7 +204,10 @@ def _construct(
         with held_interrupts() as interrupted:
             if watch is not None:
                 watch.interrupted = interrupted
-            types = {"type_k": GGML_TYPES[asked.kv.keys], "type_v": GGML_TYPES[asked.kv.values]}
+            types: dict[str, Any] = {
+                "type_k": GGML_TYPES[asked.kv.keys],
+                "type_v": GGML_TYPES[asked.kv.values],
+            }
             llama = MobileLlama(
                 info.path,
                 engine=engine,

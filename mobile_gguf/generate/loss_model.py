@@ -77,7 +77,7 @@ def loss_model_of(facts: Any) -> LossModel:
     """What ``to_dict`` gave, from an untrusted file. Raises ModelFormatError without the file's name."""
     if not isinstance(facts, dict):
         raise ModelFormatError("there is no model of what rungs cost")
-    numbers = {name: number_of(facts.get(name), name) for name in _NUMBERS}
+    numbers: dict[str, Any] = {name: number_of(facts.get(name), name) for name in _NUMBERS}
     if not numbers["text_deviation"] > 0 or not numbers["audit_deviation"] > 0:
         raise ModelFormatError("the deviations of what rungs cost are 0")
     return LossModel(**numbers)

@@ -426,4 +426,5 @@ def test_a_flag_that_may_stand_alone_takes_no_prompt_for_its_value(words, flash_
 
 def test_a_context_may_be_left_to_the_machine():
     assert parse(make_parser(), ["run", "m.gguf", "-c", "auto", "hi"]).n_ctx is None
-    assert LoadOptions(n_ctx="auto").n_ctx is None
+    words: dict[str, Any] = {"n_ctx": "auto"}
+    assert LoadOptions(**words).n_ctx is None

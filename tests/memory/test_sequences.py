@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from fake_backend import fake_info
@@ -18,7 +19,7 @@ HYBRID = fake_info(caches=replace(INFO.caches, state_bytes=1000))
 
 @pytest.mark.parametrize("info", [INFO, HYBRID], ids=["attention", "hybrid"])
 def test_cells_are_shared_and_states_are_not(info) -> None:
-    sizes = {"n_ctx": 512, "n_ubatch": 64}
+    sizes: dict[str, Any] = {"n_ctx": 512, "n_ubatch": 64}
     one = estimate_demand(info, **sizes)
     assert estimate_demand(info, **sizes, sequences=ONE) == one
     shared = estimate_demand(info, **sizes, sequences=Sequences(4))
