@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 
-from mobile_gguf.errors import MobileError
 from mobile_gguf.generate.buddies import read_buddies
 from mobile_gguf.generate.head import read_head
 from mobile_gguf.generate.pricing import (
@@ -37,7 +36,7 @@ from mobile_gguf.gguf.info import read_gguf_info
 from mobile_gguf.wording import markdown_table
 
 from .plan import budget_of
-from .record import begin_record, keep_record
+from .record import record_measured
 
 DEFAULT_RUNGS = (
     "exact;little;head:30;head:50;head:70;head:90;drop:0.5;drop:0.75;drop:1;little-on-miss;little-on-miss:6;"
@@ -123,16 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if not 0 < args.prompt < args.block - 1:
         parser.error("a block is longer than its prompt by two tokens at least")
-    record = begin_record("judge", argv)
-    try:
-        record |= measure(args)
-    except (MobileError, OSError, UnicodeDecodeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    page = page_of(record)
-    print(page)
-    keep_record(args.out, "judge", record, page)
-    return 0
+    return record_measured("judge", argv, lambda: measure(args), page_of, args.out)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from mobile_gguf.options.words import AUTO_MODE
 from mobile_gguf.wording import markdown_table
 
 from .plan import budget_of
-from .record import begin_record, keep_record
+from .record import record_measured
 
 
 @dataclass(frozen=True)
@@ -227,16 +227,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if not 0 < args.prompt < args.context - 1:
         parser.error("an answer is longer than its prompt by two tokens at least")
-    record = begin_record("kept", argv)
-    try:
-        record |= measure(args)
-    except (MobileError, OSError, UnicodeDecodeError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    page = page_of(record)
-    print(page)
-    keep_record(args.out, "kept", record, page)
-    return 0
+    return record_measured("kept", argv, lambda: measure(args), page_of, args.out)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from mobile_gguf.errors import MobileError
 
 from .hardware import describe_hardware
 
@@ -28,3 +30,23 @@ def keep_record(folder: Path | None, name: str, record: dict[str, Any], page: st
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     (folder / f"{name}.md").write_text(page, encoding="utf-8")
+
+
+def record_measured(
+    module: str,
+    argv: Sequence[str] | None,
+    measure: Callable[[], dict[str, Any]],
+    page_of: Callable[[dict[str, Any]], str],
+    folder: Path | None,
+) -> int:
+    """Measure, print the page and keep both in ``folder``; what goes wrong is one line and exit code 1."""
+    record = begin_record(module, argv)
+    try:
+        record |= measure()
+    except (MobileError, OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    page = page_of(record)
+    print(page)
+    keep_record(folder, module, record, page)
+    return 0

@@ -23,7 +23,7 @@ import mobile_gguf
 from mobile_gguf.errors import MobileError
 from mobile_gguf.wording import markdown_table
 
-from .record import begin_record, keep_record
+from .record import record_measured
 
 KINDS = ("animal", "place", "tool", "food")
 SCHEMA: dict[str, Any] = {
@@ -109,7 +109,7 @@ def _answers(args: argparse.Namespace, options: dict[str, Any]) -> list[Any]:
     return values
 
 
-def measure(args: argparse.Namespace) -> list[Compared]:
+def measure(args: argparse.Namespace) -> dict[str, Any]:
     """All rungs against exact. Raises MobileError, ValueError for an answer that is no JSON."""
     exact = _answers(args, {})
     found = []
@@ -121,7 +121,7 @@ def measure(args: argparse.Namespace) -> list[Compared]:
         equal = sum(a == b for a, b in both)
         found.append(Compared(name, len(values), ended, equal, sum(keys) / len(keys) if keys else 0.0))
         print(f"{name}: {ended} of {len(values)} ended and hold, {equal} equal", file=sys.stderr, flush=True)
-    return found
+    return {"model": args.model.name, "budget": args.budget, "rows": [asdict(row) for row in found]}
 
 
 def page_of(record: dict[str, Any]) -> str:
@@ -150,16 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, help="folder for schema_loss.json and schema_loss.md")
     args = parser.parse_args(argv)
-    record = begin_record("schema_loss", argv) | {"model": args.model.name, "budget": args.budget}
-    try:
-        record["rows"] = [asdict(row) for row in measure(args)]
-    except (MobileError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    page = page_of(record)
-    print(page, end="")
-    keep_record(args.out, "schema_loss", record, page)
-    return 0
+    return record_measured("schema_loss", argv, lambda: measure(args), page_of, args.out)
 
 
 if __name__ == "__main__":
