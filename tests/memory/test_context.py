@@ -5,32 +5,20 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from fake_backend import fake_caches, fake_info
+from fake_plans import EIGHT_GIB
 
 from mobile_gguf.engine.devices import Device
 from mobile_gguf.errors import BudgetError, UsageError
-from mobile_gguf.gguf.info import ExpertLayer, GgufInfo
+from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.memory.budget import reserve_bytes
 from mobile_gguf.memory.context import other_contexts
 from mobile_gguf.memory.fit import Fit, asked_of, fit_model
 from mobile_gguf.memory.machine import Memory
 from mobile_gguf.options import LoadOptions, make_options
 from mobile_gguf.plan.more import longest_context, one_more_gib
-from mobile_gguf.sizes import GIB, KIB, MIB
+from mobile_gguf.sizes import GIB, KIB
 
-# 8 KiB of KV a token; 8 GiB of experts
-INFO = fake_info(
-    n_layer=8,
-    n_head=(8,) * 8,
-    caches=fake_caches((2,) * 8, 128, 128),
-    n_ctx_train=131072,
-    n_embd=1024,
-    n_vocab=32000,
-    n_expert=64,
-    n_expert_used=8,
-    expert_layers=(ExpertLayer(64, (8 * MIB, 8 * MIB)),) * 8,
-    tensor_bytes=9 * GIB,
-)
+INFO = EIGHT_GIB
 DENSE = replace(INFO, n_expert=0, n_expert_used=0, expert_layers=(), tensor_bytes=2 * GIB)
 
 

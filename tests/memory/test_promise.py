@@ -6,10 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fake_backend import fake_caches, fake_info
+from fake_plans import EIGHT_GIB
 
 from mobile_gguf.errors import BudgetError
-from mobile_gguf.gguf.info import ExpertLayer
 from mobile_gguf.memory.fit import asked_of, fit_model
 from mobile_gguf.memory.machine import Memory
 from mobile_gguf.memory.promise import make_promise, promised
@@ -17,18 +16,7 @@ from mobile_gguf.memory.split import split_line, split_of
 from mobile_gguf.options import LoadOptions, make_options
 from mobile_gguf.sizes import AUTO, GIB, MIB, OFF, Size
 
-INFO = fake_info(
-    n_layer=8,
-    n_head=(8,) * 8,
-    caches=fake_caches((2,) * 8, 128, 128),
-    n_ctx_train=4096,
-    n_embd=1024,
-    n_vocab=32000,
-    n_expert=64,
-    n_expert_used=8,
-    expert_layers=(ExpertLayer(64, (8 * MIB, 8 * MIB)),) * 8,
-    tensor_bytes=9 * GIB,
-)
+INFO = replace(EIGHT_GIB, n_ctx_train=4096)
 
 
 def memory_for(options: LoadOptions, root: Path, available: int, resident: int = 50 * MIB) -> Memory:
