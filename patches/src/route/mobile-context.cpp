@@ -49,6 +49,8 @@ static void begin(mobile_context & ctx, const llama_ubatch & ubatch) {
     ctx.usage.add_tokens(n_tokens, std::count_if(pass.k.begin(), pass.k.end(), [&](int32_t k) { return ctx.rules.is_little(k); }));
     ctx.trace.begin_pass(n_tokens);
     ctx.store->begin_pass();
+    ctx.guesses.begin_pass(ubatch, pass.time, ctx.worth);
+    ctx.store->keep_uses(ctx.guesses.is_kept());
     ctx.predictor.begin_pass((int64_t) n_tokens, pass.k[0], mobile_route_takes_hints(ctx));
 }
 

@@ -296,7 +296,11 @@ static void run(mobile_route & route, ggml_tensor * dst) {
         record_layer(ctx, route, layer, dst); // before the request changes what is resident
     }
     keep_routed(ctx, dst);
-    if (ctx.pass.n_tokens() == 1) {
+    if (ctx.guesses.is_kept()) {
+        for (int64_t t = 0; t < n_tokens; ++t) {
+            ctx.guesses.add(route.il, ctx.pass.token_of(t, n_tokens), &r.routed[t*n_used_of(dst)], n_used_of(dst));
+        }
+    } else if (ctx.pass.n_tokens() == 1) {
         ctx.worth.add(route.il, r.routed, ctx.pass.time);
     }
     for (int64_t t = 0; t < n_tokens; ++t) {
