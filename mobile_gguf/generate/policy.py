@@ -16,6 +16,7 @@ from .auto_policy import auto_policy
 from .backend import Backend
 from .decode import Policy, default_little_k
 from .loss_rules import loss_rules, prompt_rules
+from .speculation.choosing import choose_speculation
 
 if TYPE_CHECKING:
     from .head import Head
@@ -28,6 +29,12 @@ def choose_policy(
 
     Raises UsageError where the mode or a rule cannot be had in this way, EngineError on a stock llama.cpp.
     """
+    policy = _rules(options, info, backend, notify)
+    return replace(policy, speculate=choose_speculation(options, info, backend, policy, notify))
+
+
+def _rules(options: LoadOptions, info: GgufInfo, backend: Backend, notify: Callable[[str], object]) -> Policy:
+    """Which experts a token runs with."""
     policy = _by_mode(options, info, backend, notify)
     prompt_loss = prompt_rules(options, info, backend, notify)
     if options.mode == AUTO_MODE:

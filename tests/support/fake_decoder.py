@@ -46,6 +46,7 @@ class FakeDecoder:
         self.n_passes = 0
         self.passes: list[list[Slice]] = []
         self.errors: dict[int, BaseException] = {}
+        self.refused: list[list[int]] = []
         self.counters = Counters()
         self._rows: list[list[tuple[int, int]]] = [[] for _ in range(native.n_sequences)]
         self._outputs: dict[int, np.ndarray] = {}
@@ -71,11 +72,16 @@ class FakeDecoder:
             for token in slice_.tokens:
                 rows.append((token, slice_.experts))
                 at += 1
+                if slice_.every_output:
+                    self._outputs[at] = hashed_logits(rows)
             self._outputs[at] = hashed_logits(rows)
             last.append(at)
         if not self.native.is_apart:
             assert self.n_cells <= self.native.n_ctx, "there are no more cells"
         return last
+
+    def refuse(self, places: Sequence[int]) -> None:
+        self.refused.append(list(places))
 
     def logits(self, i: int = -1) -> np.ndarray:
         return self._outputs[i]
