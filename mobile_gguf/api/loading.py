@@ -238,8 +238,6 @@ def _construct(
         raise
     if options.n_ubatch == AUTO_UBATCH and asked.n_ubatch > DEFAULT_UBATCH:
         llama.decoder.as_with_ubatch = DEFAULT_UBATCH
-    if options.deterministic:
-        llama.decoder.row_exact = engine
     if options.threads_auto == ON:
         follow_machine(llama)
     return llama

@@ -103,11 +103,11 @@ class Decoder:
         self.head: Head | None = None  # that may say which tokens are important
         self.buddies: Buddies | None = None  # that the rules for missing experts may need
         self.as_with_ubatch = 0  # the micro-batch whose results are wanted where a larger one was chosen
-        self.row_exact: Engine | None = None  # that has drafted tokens computed as each would be alone
+        self.row_exact: Engine | None = None  # that can have tokens computed as each would be alone
         self.n_passes = 0
         self._experts = ALL_EXPERTS  # of tokens that no mask names
         self._is_lossy = False  # whether these may lose
-        self._has_drafts = False  # the last decode
+        self._has_drafts = self._is_row_exact = False  # the last decode
         self._is_unsure = False  # a decode failed that may have left its masks
         self._loss: LossRules | None = None  # that the engine was told
         self._mass = 0
@@ -157,15 +157,15 @@ class Decoder:
             set_batch_lossy(self.engine, ctx, of_tokens)
 
     def _expect_drafts(self, slices: Sequence[Slice]) -> None:
-        """Have drafted tokens not count as uses yet, and get the bits of single ones where that is wanted."""
+        """Have drafted tokens not count as uses yet, and those of one answer get the bits of single ones."""
         on = any(one.is_drafted for one in slices)
-        if on == self._has_drafts:
-            return
-        if self.engine is not None:
+        if self.engine is not None and on != self._has_drafts:
             self.engine.set_guessed(self.native.ctx, on)
-        if self.row_exact is not None:
-            self.row_exact.set_row_exact(self.native.ctx, on)
         self._has_drafts = on
+        on = on and len(slices) == 1
+        if self.row_exact is not None and on != self._is_row_exact:
+            self.row_exact.set_row_exact(self.native.ctx, on)
+            self._is_row_exact = on
 
     def refuse(self, places: Sequence[int]) -> None:
         """Have drafted tokens of the last decode, by their outputs, count as never run."""

@@ -115,6 +115,7 @@ class MobileLlama(Counted, Spoken):
         if store is not None and store.n_layer_moe > 0:
             self.store, self.engine = store, engine
         self.decoder = Decoder(self.native, self.calls, self.engine, bool(self.devices))
+        self.decoder.row_exact = engine
         self.vocabulary = Vocabulary(self.calls, self.native.says("tokenizer.ggml.model") or "")
         self._tables = TableReader(self.calls, self.vocabulary)
         self._prompts = ChatPrompts(

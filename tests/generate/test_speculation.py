@@ -24,7 +24,7 @@ SOURCES = ("ngram", "little")
 
 
 def load(name: str, **options: Any) -> Model:
-    usual = {"ram_budget": "60%", "n_ctx": 512, "n_batch": 64, "n_ubatch": 64, "deterministic": True}
+    usual = {"ram_budget": "60%", "n_ctx": 512, "n_batch": 64, "n_ubatch": 64}
     return mobile_gguf.load(tiny_models.path(name), threads=1, threads_batch=1, **{**usual, **options})
 
 
@@ -79,9 +79,9 @@ def test_greedy_text_is_the_same_for_every_length(model: Model, source: str) -> 
 @pytest.mark.parametrize("source", SOURCES)
 def test_a_seed_gives_the_same_text(model: Model, source: str) -> None:
     settings = {"temperature": 0.7, "top_k": 30, "repeat_penalty": 1.2, "presence_penalty": 0.1}
-    for seed in range(3):
+    for seed in range(2):
         expected = said(model, text(seed), "off", seed=seed, **settings)
-        for length in (1, 3, MOST):
+        for length in (3, MOST):
             assert said(model, text(seed), source, length, seed=seed, **settings).tokens == expected.tokens
 
 
@@ -161,8 +161,8 @@ def test_logits_are_those_that_a_token_was_drawn_from(one: Model) -> None:
 
 
 def test_several_answers_with_drafts_are_those_that_each_has_alone() -> None:
-    """In one context without --deterministic: the same but for near ties."""
-    with load(ATTENTION, parallel=4, deterministic=False) as four, load(ATTENTION) as one:
+    """In one context that all share: the same but for near ties."""
+    with load(ATTENTION, parallel=4) as four, load(ATTENTION) as one:
         backend_of(four).speculation.tuner.fixed = 3
         came: list[list[int]] = [[] for _ in range(4)]
 
@@ -180,6 +180,25 @@ def test_several_answers_with_drafts_are_those_that_each_has_alone() -> None:
             four.crew.advance()
         for i, tokens in enumerate(came):
             check_nearly_the_same(one, text(i), tokens)
+
+
+def test_several_answers_with_drafts_are_exact_where_it_is_asked_for() -> None:
+    with load(ATTENTION, parallel=3, deterministic=True) as apart, load(ATTENTION) as one:
+        backend_of(apart).speculation.tuner.fixed = 3
+        came: list[list[int | None]] = [[] for _ in range(3)]
+
+        def work(i: int) -> Any:
+            def run() -> None:
+                answer = apart.stream(text(i), max_tokens=24, temperature=0, speculate=SOURCES[i % 2])
+                came[i] += [chunk.token for chunk in answer if chunk.token is not None]
+
+            return run
+
+        for i in range(3):
+            apart.crew.spawn(work(i))
+        while apart.crew.n_running:
+            apart.crew.advance()
+        assert came == [list(said(one, text(i), "off", max_tokens=24).tokens) for i in range(3)]
 
 
 def check_nearly_the_same(model: Model, prompt: list[int], tokens: list[int]) -> None:
@@ -218,6 +237,9 @@ def test_what_cannot_be_drafted_is_said(one: Model) -> None:
         assert any("cannot be rolled back" in notice for notice in hybrid.notices)
         reply = hybrid.generate(text(1), max_tokens=8, temperature=0)
         assert reply.receipt.speculation is None
+    with load(ATTENTION, speculate="ngram", deterministic=True, flash_attn=True) as other:
+        assert any("flash attention adds up" in notice for notice in other.notices)
+        assert other.generate(text(1), max_tokens=4).receipt.speculation is None
     for options, why in (
         ({"mode": "big-little", "importance": "confidence"}, "mode big-little is decided token by token"),
         ({"drop": 0.5}, "missing experts is decided token by token"),
