@@ -89,14 +89,15 @@ def _run(
 ) -> dict[str, Any]:
     from mobile_gguf.api.model import backend_of
 
-    backend, last, began = backend_of(model), [None] * len(prompts), [0.0] * len(prompts)
+    backend, last, began = backend_of(model), [None] * len(prompts), [(0.0, 0.0)] * len(prompts)
 
     def work(i: int) -> Any:
         def run() -> None:
             for chunk in model.stream(
                 prompts[i], max_tokens=n_tokens, temperature=0, logit_bias=never, speculate=source
             ):
-                began[i] = began[i] or time.perf_counter()
+                if last[i] is None:
+                    began[i] = time.perf_counter(), time.process_time()
                 last[i] = chunk
 
         return run
@@ -109,7 +110,9 @@ def _run(
             model.crew.spawn(work(i))
         while model.crew.n_running:
             model.crew.advance()
-    seconds, after = time.perf_counter() - max(began), backend.counters()
+    started, processor = max(began)
+    seconds, processor = time.perf_counter() - started, time.process_time() - processor
+    after = backend.counters()
     chunks: list[Any] = [chunk for chunk in last if chunk is not None]
     made = sum(chunk.completion_tokens - 1 for chunk in chunks)
     speculation = [chunk.receipt.speculation for chunk in chunks if chunk.receipt.speculation is not None]
@@ -117,6 +120,7 @@ def _run(
     needs = sum(chunk.receipt.expert_hits + chunk.receipt.expert_misses for chunk in chunks)
     return {
         "per_second": made / seconds,
+        "per_processor_second": made / processor,
         "mib_per_token": (after.bytes_read - before.bytes_read) / made / (1 << 20),
         "needs_per_token": needs / made,
         "drafted": drafted,
@@ -130,7 +134,8 @@ def _run(
 
 def table(runs: Sequence[dict[str, Any]]) -> list[list[str]]:
     """Rows of medians of each setting; the gain is over what the same round had without drafts."""
-    rows = [["budget", "text", "source", "tokens/s", "gain", "MiB a token", "accepted", "length", "foreseen"]]
+    names = ("budget", "text", "source", "tokens/s", "gain", "by processor time", "MiB a token", "accepted")
+    rows = [[*names, "length", "foreseen"]]
     settings = dict.fromkeys((run["budget"], run["text"], run["source"], run["fixed"]) for run in runs)
     for budget, text, source, fixed in settings:
         found = [
@@ -139,13 +144,16 @@ def table(runs: Sequence[dict[str, Any]]) -> list[list[str]]:
             if (run["budget"], run["text"], run["source"], run["fixed"]) == (budget, text, source, fixed)
         ]
         plain = {
-            run["round"]: run["per_second"]
+            run["round"]: run
             for run in runs
             if (run["budget"], run["text"], run["source"]) == (budget, text, OFF)
         }
         speeds = [run["per_second"] for run in found]
         middle = statistics.median(speeds)
-        gains = [run["per_second"] / plain[run["round"]] for run in found if run["round"] in plain]
+        gains = [
+            [run[name] / plain[run["round"]][name] for run in found if run["round"] in plain]
+            for name in ("per_second", "per_processor_second")
+        ]
         drafted, accepted = (sum(run[name] for run in found) for name in ("drafted", "accepted"))
         foreseen = [run["predicted"] for run in found if run["predicted"] is not None]
         rows.append(
@@ -154,7 +162,7 @@ def table(runs: Sequence[dict[str, Any]]) -> list[list[str]]:
                 text,
                 source if fixed is None else f"{source}, {fixed}",
                 f"{middle:.1f} ±{50 * (max(speeds) - min(speeds)) / middle:.0f}%",
-                f"{statistics.median(gains):.2f}" if gains else "",
+                *(f"{statistics.median(gain):.2f}" if gain else "" for gain in gains),
                 f"{statistics.median(run['mib_per_token'] for run in found):.2f}",
                 f"{accepted}/{drafted}" if drafted else "",
                 f"{statistics.median(run['mean_length'] for run in found):.1f}" if drafted else "",
