@@ -10,13 +10,14 @@ taken at a time than a micro-batch holds.
 from __future__ import annotations
 
 import contextlib
+import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from greenlet import getcurrent
 
-from mobile_gguf.errors import AnswerStopped, EngineError
+from mobile_gguf.errors import AnswerStopped, EngineError, MobileError
 
 from .aside import Aside
 from .costs import Costs, Meter, Share
@@ -184,7 +185,8 @@ class Scheduler:
                 wish.n_before -= n
                 continue
             self._waiting.remove(wish)
-            self._wake(wish, n, error=error)
+            # each has one of its own, since its answer so far is noted on it
+            self._wake(wish, n, error=copy.copy(error) if isinstance(error, MobileError) else error)
 
     def stop(self) -> None:
         """End all answers."""
