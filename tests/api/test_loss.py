@@ -164,14 +164,15 @@ def test_a_loaded_anew_model_gives_the_same_answer_on_any_clock(rules):
     for seconds in (0.0, 0.004):
         with load(tiny_models.path("olmoe"), deterministic=True, **options) as model:
             ends = {token: -100.0 for token in range(model.info.n_vocab) if backend_of(model).is_end(token)}
-            tokens = []
+            chunks = []
             asked = {"max_tokens": 120, "temperature": 1.5, "seed": 5, "logit_bias": ends}
             for chunk in model.stream(prompt, **asked):
                 time.sleep(seconds)
-                tokens.append(chunk.token)
-            loss = chunk.receipt.loss
-            assert loss is not None
-            answers.append((tokens, replace(loss, audit_ms=0.0), chunk.receipt.expert_misses))
+                chunks.append(chunk)
+            receipt = chunks[-1].receipt
+            assert receipt.loss is not None
+            tokens = [chunk.token for chunk in chunks]
+            answers.append((tokens, replace(receipt.loss, audit_ms=0.0), receipt.expert_misses))
     assert answers[0] == answers[1]
     loss = answers[0][1]
     assert loss.dropped + loss.substituted > 0
