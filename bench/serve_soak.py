@@ -173,7 +173,7 @@ def _sums_once_free(url: str) -> dict[str, float] | None:
         time.sleep(0.05)
     else:
         return None
-    sums = dict.fromkeys((*_HITS, _REQUESTS), 0.0)
+    sums: dict[str, float] = dict.fromkeys((*_HITS, _REQUESTS), 0.0)
     for line in httpx.get(f"{url}/metrics", timeout=TIMEOUT).text.splitlines():
         name, _, value = line.rpartition(" ")
         endpoint = name.partition("{")[2]

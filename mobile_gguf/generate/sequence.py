@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from mobile_gguf.engine.loss import LossRules
-from mobile_gguf.engine.structs import LossCounters
 from mobile_gguf.errors import EngineError, UsageError
 
 from .cells import Cells
@@ -188,9 +187,6 @@ class TokenSequence(Cells):
         """What the answer cost so far."""
         self.scheduler.settle()
         return self.costs.traffic
-
-    def loss_counters(self) -> LossCounters:
-        return self.traffic().loss
 
     def last_logits(self) -> Any:
         return self.decoder.logits(self.row)

@@ -305,7 +305,8 @@ class LoadOptions(Checked):
         Opt(
             "--deterministic",
             is_flag=True,
-            help="several at once: each exactly as alone, with a context and decodes of its own; slower",
+            help="the same answer each time: several at once in contexts and decodes of their own, and"
+            " no expert comes by the clock (none ahead of need or while idle); slower",
         ),
     ] = False
     session_cache: Annotated[

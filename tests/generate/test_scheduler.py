@@ -270,7 +270,7 @@ def test_what_each_lost_is_known_and_not_divided() -> None:
         def run() -> None:
             for made in answer(scheduler, asker.prompt, asker.n, asker.policy):
                 asker.came.append(made)
-            found[asker.prompt[0]] = scheduler.sequence.loss_counters()
+            found[asker.prompt[0]] = scheduler.sequence.traffic().loss
 
         return run
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 from fake_decoder import FakeDecoder, answer, make
@@ -93,7 +94,7 @@ class Crowd:
         return turn
 
 
-def crowded(seed: int, policies: list[Policy], settings: dict[str, object]) -> tuple[Crowd, FakeDecoder]:
+def crowded(seed: int, policies: list[Policy], settings: dict[str, Any]) -> tuple[Crowd, FakeDecoder]:
     """Have them all answered; now and then a read fails."""
     crowd = Crowd(seed, policies)
     scheduler, decoder, sequences = make(4, **settings)

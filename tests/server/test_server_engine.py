@@ -122,6 +122,31 @@ def test_a_required_tool_call_follows_its_schema(command, choice):
     assert json.loads(arguments).keys() == {"name", "age"}
 
 
+@pytest.mark.parametrize(
+    "rung",
+    [{"mode": "little"}, {"drop": 2.0, "substitute": "prior"}, {"little_on_miss": "on"}, {"max_kld": 0.5}],
+    ids=lambda rung: "-".join(map(str, *rung.items())),
+)  # fmt: skip
+def test_a_tool_call_follows_its_schema_whatever_is_lost(command, rung):
+    answer = command.client().chat.completions.create(
+        model="demo", messages=USER, tools=[TOOL], tool_choice="required", seed=2, max_tokens=100,
+        extra_body=rung,
+    )  # fmt: skip
+    choice, receipt = answer.choices[0], answer.usage.receipt
+    (call,) = choice.message.tool_calls
+    assert (call.function.name, choice.finish_reason) == ("note_person", "tool_calls")
+    person = json.loads(call.function.arguments)
+    assert person["name"] in ("Ann", "Bob")
+    assert isinstance(person["age"], int)
+    lost = receipt["loss"]
+    if "mode" in rung:
+        assert receipt["tokens_little"] > 0
+    elif "max_kld" in rung:
+        assert lost["budget"] == 0.5
+    else:
+        assert lost["dropped"] + lost["little"] > 0
+
+
 def test_one_odd_tool_costs_no_request(command):
     odd = {
         "type": "object",
