@@ -89,7 +89,7 @@ def soak(
     problems += [problem for client in clients for problem in client.problems]
     problems += _grown(servers) + _out_of_order(clients)
     report = {
-        "command": ["mobile-gguf", *server.command[3:]],
+        "command": ["mobile-gguf", "serve", model, *server.command[5:]],
         "hardware": describe_hardware(Path.cwd()),
         "seconds": round(took, 1),
         "clients": n_clients,

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from greenlet import getcurrent
 
+from mobile_gguf.engine.structs import LossCounters
 from mobile_gguf.errors import AnswerStopped, EngineError, MobileError
 
 from .aside import Aside
@@ -278,8 +279,15 @@ class Scheduler:
             self.threads.after()
         if self._growth is not None and not is_long:
             self._growth.observe(self.n_running, len(slices), time.perf_counter() - started)
+        if sum(part.rules is not None for part in slices) > 1:
+            self._meter.lost([self._lost(part, row) for part, row in zip(slices, rows, strict=True)])
         for sequence, part, row in zip(sequences, slices, rows, strict=True):
             sequence.took(part, row)
+
+    def _lost(self, part: Slice, row: int) -> LossCounters:
+        """What a token lost, beside others that may."""
+        is_token = part.rules is not None and len(part.tokens) == 1
+        return self.decoder.lost(row) if is_token else LossCounters()
 
     def _share(self, sequence: TokenSequence, part: Slice) -> Share:
         asked = len(part.tokens) * (min(part.experts, self._top_k) or self._top_k)

@@ -31,7 +31,11 @@ import mobile_gguf
 from mobile_gguf import Model
 from mobile_gguf.api.batch import read_items, run_batch
 from mobile_gguf.api.model import backend_of
+from mobile_gguf.engine.loss import LossRules
 from mobile_gguf.errors import ExpertReadError
+from mobile_gguf.generate.auto import Auto
+from mobile_gguf.generate.loss_model import LossModel
+from mobile_gguf.generate.price_list import Offer, PriceList
 
 pytestmark = pytest.mark.engine
 
@@ -175,6 +179,29 @@ def test_receipts_add_up_whatever_becomes_of_the_answers(tmp_path: Path) -> None
     assert sum(receipt.expert_misses for receipt in receipts) == counted.n_misses
     assert abs(sum(receipt.stall_ms for receipt in receipts) - counted.stall_us / 1e3) < 0.1
     assert 0 < sum(receipt.bytes_read for receipt in receipts) <= counted.bytes_read
+
+
+def test_answers_that_spend_a_budget_share_decodes_and_know_what_each_lost() -> None:
+    rules = {"exact": None, "drop:1": LossRules(drop=1.0)}
+    offers = [Offer("exact", 0.0, 100.0), Offer("drop:1", 1e-6, 10.0)]
+    with load(ATTENTION, parallel=3, ram_budget="30%") as model:
+        backend = backend_of(model)
+        backend.auto = Auto(PriceList({0.3: offers}, LossModel()), rules, share=0.3, can_audit=True)
+        run, lossy = backend.decoder.run, []
+
+        def watched(slices: Any) -> list[int]:
+            lossy.append(sum(one.rules is not None for one in slices))
+            return run(slices)
+
+        backend.decoder.run = watched
+        chance = random.Random(13)
+        askers = [Asker(text(chance, 12), 30, {"mode": "auto", "max_kld": 0.5}) for _ in range(3)]
+        together(model, askers)
+        counted = backend.loss_counters()
+    assert [asker.error for asker in askers] == [None] * 3
+    assert max(lossy) == 3
+    losses = [asker.last.receipt.loss for asker in askers]
+    assert sum(loss.dropped for loss in losses) == counted.n_dropped > 0
 
 
 def test_a_context_that_is_too_small_for_all(one: Model, name: str) -> None:

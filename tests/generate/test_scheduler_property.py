@@ -158,3 +158,19 @@ def test_all_that_may_happen_does() -> None:
     assert any(turn.policy is BOTH and Pass.FALLBACK in dict(turn.came).values() for turn in turns)
     lengths = [len(turn.prompt) for turn in turns]
     assert min(lengths) < 10 < 90 < max(lengths)
+
+
+def test_a_checkpoint_is_of_the_text_that_goes_back_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two edits: at the place of the second one there was a checkpoint of the text before the first."""
+    monkeypatch.setattr(cells, "BETWEEN", 40)
+    crowd, settings = Crowd(1, []), {"n_ctx": 1024, "can_step_back": False}
+    first = crowd.words(130)
+    second = first[:70] + crowd.words(70)
+    scheduler, decoder, _ = make(1, **settings)
+    for prompt, n_most in ((first, 130), (second, 140), (second[:132] + crowd.words(10), 100)):
+        had = decoder.n_passes
+        found = list(answer(scheduler, prompt, 3, EXACT))
+        run = sum(len(one.tokens) for slices in decoder.passes[had:] for one in slices) - 3
+        assert run <= n_most
+        alone, _, _ = make(1, **settings)
+        assert found == list(answer(alone, prompt, 3, EXACT))
