@@ -150,13 +150,12 @@ def _answer(
     n_prompt: int,
 ) -> _Answer:
     of_answer = policy.of_answer(n_prompt)
-    spending, auto = of_answer.spending, policy.auto
-    if spending is None or auto is None:
+    spending = of_answer.spending
+    if spending is None:
         raise MobileError("mode auto has no effect on this model")
-    before = auto.seconds
     found = price(llama, Rung("auto", of_answer), budget, [tokens], n_prompt, row).price
     return _Answer(
-        found.kl, spending.estimate, spending.n_audited, spending.audit_seconds, auto.seconds - before,
+        found.kl, spending.estimate, spending.n_audited, spending.audit_seconds, spending.seconds,
         found.agreement, found.demand_bytes,
     )  # fmt: skip
 

@@ -1,9 +1,11 @@
 """Misses of the device tier by bandwidth of its link: ``python -m mobile_gguf.bench.link_speed [MODEL]``.
 
 The device is llama.cpp's RPC server on loopback with one CPU thread, behind a proxy that limits the link. For
-each bandwidth the host alone and the slot cache with ``--miss cpu``, ``fetch`` and ``auto`` answer one prompt
-in turn, round after round; the first round fills the slots and is not counted. Prints a page;
-``--out FOLDER`` also writes it there, with all figures as JSON.
+each bandwidth the arms answer one prompt in turn, round after round; the first round fills the slots and is
+not counted. Arms are the host alone, the slot cache with ``--miss cpu``, ``fetch`` and ``auto``, and of what
+is fetched ``buddy`` (BuddyMoE in the place of a missing expert), ``ahead`` (predicted a layer ahead) and
+``kept:N`` (likewise, N leading segments of each expert stay before others: MoEpic; of the host's experts some
+must be left out). Prints a page; ``--out FOLDER`` also writes it there, with all figures as JSON.
 """
 
 from __future__ import annotations
@@ -17,14 +19,27 @@ from pathlib import Path
 from typing import Any
 
 import mobile_gguf
+from mobile_gguf.api.model import backend_of
 from mobile_gguf.engine.binding import find_engine
+from mobile_gguf.engine.split import Split, set_split
+from mobile_gguf.options.words import BUDDY
 from mobile_gguf.sizes import format_bytes
 
 from .record import begin_record, keep_record
 from .rpc_device import rpc_server, slow_link
 
-HOST = "host"
-_ARMS = (HOST, "cpu", "fetch", "auto")
+HOST, FETCH = "host", "fetch"
+KEPT = "kept:"
+# How an arm is loaded; "kept:N" as "ahead".
+ARMS: dict[str, dict[str, Any]] = {
+    HOST: {"vram_budget": "off"},
+    "cpu": {"miss": "cpu"},
+    FETCH: {"miss": FETCH},
+    "auto": {"miss": "auto"},
+    BUDDY: {"miss": FETCH, "substitute": BUDDY},
+    "ahead": {"miss": FETCH, "prefetch": "on"},
+}
+_USUAL = f"{HOST},cpu,{FETCH},auto"
 _PROMPT = "Once upon a time"
 
 
@@ -33,25 +48,32 @@ def measure(args: argparse.Namespace, rate: float) -> dict[str, Any]:
     common: dict[str, Any] = {"threads": 1, "n_ctx": 512, "ram_budget": args.ram_budget}
     with ExitStack() as stack:
         models = {}
-        for arm in _ARMS:
-            options: dict[str, Any] = {"vram_budget": "off"}
+        for arm in args.arms:
+            options = common | ARMS["ahead" if arm.startswith(KEPT) else arm]
             if arm != HOST:  # a server has one client
                 endpoint = stack.enter_context(slow_link(stack.enter_context(rpc_server()), rate))
-                options = {
-                    "rpc": endpoint,
-                    "vram_budget": args.vram_budget,
-                    "placement": "cache",
-                    "miss": arm,
-                }
-            models[arm] = stack.enter_context(mobile_gguf.load(args.model, **common, **options))
-        runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in _ARMS}
+                options |= {"rpc": endpoint, "vram_budget": args.vram_budget, "placement": "cache"}
+            models[arm] = stack.enter_context(mobile_gguf.load(args.model, **options))
+            if arm.startswith(KEPT):
+                _keep(models[arm], int(arm.removeprefix(KEPT)))
+        runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in args.arms}
         for _round in range(args.rounds + 1):
             for arm, model in models.items():
                 runs[arm].append(_run(model, args.tokens))
-        devices = models["auto"].stats()["device"]["devices"]
-    return {"megabytes_per_s": rate, "devices": devices, "warm_up": {a: r[0] for a, r in runs.items()}} | {
-        "arms": {arm: _summary(runs[arm][1:]) for arm in _ARMS}
+        stats = next(model.stats() for arm, model in models.items() if arm != HOST)
+    return {
+        "megabytes_per_s": rate,
+        "devices": stats["device"]["devices"],
+        "warm_up": {a: r[0] for a, r in runs.items()},
+        "arms": {arm: _summary(runs[arm][1:]) for arm in args.arms},
     }
+
+
+def _keep(model: mobile_gguf.Model, n: int) -> None:
+    """Have ``n`` leading segments of each expert stay in slots before others."""
+    llama = backend_of(model)
+    n_layer = model.info.n_layer
+    set_split(llama.engine, llama.ctx, Split((n,) * n_layer, (0.0,) * n_layer), on_device=True)
 
 
 def _run(model: mobile_gguf.Model, n_tokens: int) -> dict[str, Any]:
@@ -109,12 +131,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m mobile_gguf.bench.link_speed", description=__doc__)
     parser.add_argument("model", nargs="?", default="demo")
     parser.add_argument("--rates", default="20,100,500,0", help="megabytes per second, 0: no limit")
+    parser.add_argument("--arms", default=_USUAL, help=f"of {', '.join(ARMS)}, {KEPT}N")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--vram-budget", default="25%")
     parser.add_argument("--ram-budget", default="100%")
     parser.add_argument("--out", type=Path, help="folder for links.json and links.md")
     args = parser.parse_args(argv)
+    args.arms = args.arms.split(",")
+    for arm in args.arms:
+        if arm not in ARMS and not (arm.startswith(KEPT) and arm.removeprefix(KEPT).isdecimal()):
+            parser.error(f"--arms: {arm!r} is none of {', '.join(ARMS)}, {KEPT}N")
+    if set(args.arms) <= {HOST}:
+        parser.error("--arms: one is to be on the device")
     if find_engine() is None:
         raise SystemExit("the patched engine is not built: run `mobile-gguf engine build`")
     result = {

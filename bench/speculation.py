@@ -87,9 +87,7 @@ def measure(
 def _run(
     model: Any, prompts: Sequence[list[int]], source: str, n_tokens: int, never: dict[int, float]
 ) -> dict[str, Any]:
-    from mobile_gguf.api.model import backend_of
-
-    backend, last, began = backend_of(model), [None] * len(prompts), [(0.0, 0.0)] * len(prompts)
+    last, began = [None] * len(prompts), [(0.0, 0.0)] * len(prompts)
 
     def work(i: int) -> Any:
         def run() -> None:
@@ -102,7 +100,6 @@ def _run(
 
         return run
 
-    before = backend.counters()
     if len(prompts) == 1:
         work(0)()
     else:
@@ -112,7 +109,6 @@ def _run(
             model.crew.advance()
     started, processor = max(began)
     seconds, processor = time.perf_counter() - started, time.process_time() - processor
-    after = backend.counters()
     chunks: list[Any] = [chunk for chunk in last if chunk is not None]
     made = sum(chunk.completion_tokens - 1 for chunk in chunks)
     speculation = [chunk.receipt.speculation for chunk in chunks if chunk.receipt.speculation is not None]
@@ -121,7 +117,7 @@ def _run(
     return {
         "per_second": made / seconds,
         "per_processor_second": made / processor,
-        "mib_per_token": (after.bytes_read - before.bytes_read) / made / (1 << 20),
+        "mib_per_token": sum(chunk.receipt.bytes_read for chunk in chunks) / made / (1 << 20),
         "needs_per_token": needs / made,
         "drafted": drafted,
         "accepted": sum(one.accepted for one in speculation),

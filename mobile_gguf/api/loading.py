@@ -154,14 +154,16 @@ def _open(
         )
         return llama, notices
     try:
-        set_prefetch(engine, llama.ctx, options.prefetch)
+        # what comes early comes by the clock, and rules for missing experts would hang on it
+        prefetch = OFF if options.deterministic else options.prefetch
+        set_prefetch(engine, llama.ctx, prefetch)
         _set_split(llama, info, options, fit)
         if fit.devices:
             calls = DeviceCalls(engine, llama.ctx)
-            hold = holder(engine, llama.ctx, options.prefetch)
+            hold = holder(engine, llama.ctx, prefetch)
             llama.device, remarks = start_tier(calls, info, options, fit, hold)
             notices += remarks
-        if options.warm == ON:
+        if options.warm == ON and not options.deterministic:
             llama.warm = WarmSet(engine, llama.ctx, info.path, info.files)
             llama.warm.begin()
     except BaseException:

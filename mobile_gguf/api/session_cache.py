@@ -25,7 +25,12 @@ AUTO_BYTES = 2 << 30
 
 
 def with_sessions(options: dict[str, Any]) -> dict[str, Any]:
-    """Options of loading for somebody who comes back: what ``auto`` means where people talk to a model."""
+    """Options of loading for somebody who comes back: what ``auto`` means where people talk to a model.
+
+    Deterministic, it means none: what was computed before would not be asked for again.
+    """
+    if options.get("deterministic"):
+        return options
     asked = options.get("session_cache", AUTO)
     if asked is None or parse_bytes_or_off(asked) == AUTO:
         return options | {"session_cache": Size(n_bytes=AUTO_BYTES)}

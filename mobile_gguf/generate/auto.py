@@ -2,8 +2,9 @@
 
 Before each token a rung is taken, from the lower hull of their prices, so that what has been spent stays
 within the budget's running mean; two neighbours of the hull are mixed token by token. What a token cost is
-foreseen (``loss_model``); a sampled share of tokens, at most ``AUDIT_SHARE`` of the time, is run exactly as
-well, over the lossy pass's row: then the KL of the two is known, and corrects what is foreseen of all others.
+foreseen (``loss_model``); a sampled share of tokens, at most ``AUDIT_SHARE`` of the work (``audit_cost``), is
+run exactly as well, over the lossy pass's row: then the KL of the two is known, and corrects what is foreseen
+of all others. No clock has a say in any of this: what was asked for and what is in memory decides.
 An audit's KL is heavy-tailed, so tokens are drawn in proportion to what was foreseen of them (Hansen and
 Hurwitz), whose ratio is far steadier than the KL itself (``correction``); and a margin of two standard
 deviations is kept to the budget, wide while little is known and the answer short. A model that nobody
@@ -21,7 +22,9 @@ from typing import TYPE_CHECKING
 from mobile_gguf.engine.loss import LossRules, moved_share
 from mobile_gguf.options.words import BUDDY, OFF, PRIOR
 
+from .audit_cost import AuditCost, work_between
 from .correction import Correction, TextCorrection
+from .costs import Traffic
 from .decode import ALL_EXPERTS, Pass, Steps
 from .loss_model import LossModel
 from .price_list import PriceList
@@ -30,12 +33,6 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-# Of the time, what is foreseen of every token included.
-AUDIT_SHARE = 0.05
-# ... that is aimed at, so that what one audit takes longer than the last does not break the promise.
-_AIM = 0.045
-# Tokens between two audits at least, and what an audit is taken to cost, in tokens, before one was run.
-_CLOSEST, _FIRST_COST = 16, 1.5
 # Standard deviations that are kept to the budget.
 _MARGIN = 2.0
 # What is over or under the budget is made good within so many tokens.
@@ -64,7 +61,8 @@ class Auto:
 
     ``share`` of all experts are in memory. ``prices`` None: nobody calibrated the model. ``can_audit`` says
     whether its memory can be rolled back, as running a token again needs; ``mass`` is what rungs divide kept
-    weights by.
+    weights by, ``n_expert_used`` the model's top-k, ``admit`` how many displaced experts of a layer and token
+    are read while the disk is idle, at most.
     """
 
     def __init__(
@@ -74,8 +72,11 @@ class Auto:
         share: float,
         can_audit: bool,
         mass: int = 0,
+        n_expert_used: int = 1,
+        admit: int = LossRules.admit,
     ) -> None:
         self.mass = mass
+        self.n_expert_used = n_expert_used
         self.is_calibrated = prices is not None
         self.can_audit = can_audit
         self.model = prices.model_at(share) if prices is not None else LossModel()
@@ -87,11 +88,8 @@ class Auto:
             self.rungs = [Rung("exact", None, 0.0)] + [
                 Rung(f"drop:{step:g}", LossRules(drop=step), (step / _TRIED) ** 1.5) for step in _STEPS
             ]
-        self.seconds = 0.0  # of all tokens
-        self.audit_seconds = 0.0  # of them, for audits and what is foreseen
-        self._n_audits = 0
-        self._n_tokens = 0
-        self._of_audits = 0.0
+        self.rungs = [_admitting(rung, admit) for rung in self.rungs]
+        self.cost = AuditCost()
         self._tried = 0.0  # what was foreseen of tokens under the rung that an unknown model is tried by
         self._n_tried = 0
 
@@ -106,22 +104,8 @@ class Auto:
         return next(rung for rung in self.rungs if rung.rules is not None and rung.rules.drop == _TRIED)
 
     @property
-    def audit_every(self) -> float:
-        """Tokens between two audits, so that they stay within their share of the time."""
-        if not self._n_audits or not self._n_tokens:
-            return _FIRST_COST / _AIM
-        left = max(_AIM / 3, _AIM - (self.audit_seconds - self._of_audits) / max(self.seconds, 1e-9))
-        cost = self._of_audits / self._n_audits / (self.seconds / self._n_tokens)
-        return max(_CLOSEST, cost / left)
-
-    @property
     def may_audit(self) -> bool:
-        if not self.can_audit:
-            return False
-        expected = self._of_audits / self._n_audits if self._n_audits else 0.0
-        left = AUDIT_SHARE * self.seconds - (self.audit_seconds - self._of_audits)
-        # where foreseeing takes long, audits have half of it all the same
-        return self._of_audits + expected <= max(left, AUDIT_SHARE / 2 * self.seconds)
+        return self.can_audit and self.cost.has_room
 
     def spend(self, max_kld: float, n_context: int) -> Spending:
         """An answer's budget, after so many tokens."""
@@ -130,15 +114,6 @@ class Auto:
     def unit(self) -> float:
         """What the rungs' ``kl`` are multiplied with: 1, or what is known of the one that was tried."""
         return 1.0 if self.is_calibrated else self._tried / max(1, self._n_tried)
-
-    def took(self, seconds: float, foreseeing: float, audit: float) -> None:
-        """A token took so long, of it so much to foresee its cost and for its audit."""
-        self._n_tokens += 1
-        self.seconds += seconds
-        self.audit_seconds += foreseeing + audit
-        if audit > 0:
-            self._n_audits += 1
-            self._of_audits += audit
 
     def audited(self, rung: Rung, whole: float) -> None:
         """A token of ``rung``, of which ``whole`` was foreseen, was run exactly as well."""
@@ -154,6 +129,12 @@ def _alike(rungs: Sequence[Rung]) -> list[Rung]:
     return [replace(rung, rules=_reading(rung.rules)) for rung in rungs]
 
 
+def _admitting(rung: Rung, most: int) -> Rung:
+    if rung.rules is None:
+        return rung
+    return replace(rung, rules=replace(rung.rules, admit=min(rung.rules.admit, most)))
+
+
 def _reading(rules: LossRules | None) -> LossRules | None:
     if rules is None or rules.reads_scores:
         return rules
@@ -165,7 +146,8 @@ def _reading(rules: LossRules | None) -> LossRules | None:
 class Spending:
     """One answer's budget of ``max_kld`` nats a token: what was spent, and what the next token may.
 
-    ``n_context`` tokens are in the context before it, which lost nothing.
+    ``n_context`` tokens are in the context before it, which lost nothing. ``seconds`` were spent on it, of
+    them ``audit_seconds`` to foresee what tokens cost and on audits, which is told and decides nothing.
     """
 
     def __init__(self, auto: Auto, max_kld: float, n_context: int) -> None:
@@ -173,7 +155,9 @@ class Spending:
         self.budget = max_kld
         self.n_tokens = 0
         self.n_audited = 0
+        self.seconds = 0.0
         self.audit_seconds = 0.0
+        self._counted: Traffic | None = None  # after the last pass
         self._n_context = n_context
         self._moved = 0.0  # by the tokens that are in the context now, summed
         self._foreseen = 0.0  # cost of all tokens, as calibrated
@@ -225,33 +209,33 @@ class Spending:
         is_trial = self._is_trial()
         rung = self.auto.tried if is_trial else self.choose()
         steps.use_experts(ALL_EXPERTS)
-        before = steps.loss_counters()
+        before = self._counted or steps.traffic()
         steps.use_loss(rung.rules)
         steps.forward([token])
-        moved = moved_share(before, steps.loss_counters())
+        ran = time.perf_counter()
+        self._counted = after = steps.traffic()
+        moved = moved_share(before.loss, after.loss)
+        self.auto.cost.add_token(work_between(before, after, self.auto.n_expert_used))
         self.n_tokens += 1
         self._since_tried += 1
-        foreseeing = audit = 0.0
         if moved > 0 or self._moved > 0:
-            since = time.perf_counter()
-            foreseeing, audit = self._account(steps, token, rung, moved, is_trial, since)
+            self._account(steps, token, rung, moved, is_trial)
         self._n_context += 1
-        self.audit_seconds += foreseeing + audit
-        self.auto.took(time.perf_counter() - started, foreseeing, audit)
+        ended = time.perf_counter()
+        self.seconds += ended - started
+        self.audit_seconds += ended - ran
         return Pass.BIG
 
     def _is_trial(self) -> bool:
         auto = self.auto
-        is_due = self._since_tried >= auto.audit_every
+        is_due = self._since_tried >= auto.cost.every
         if auto.is_known or not auto.may_audit or not is_due:
             return False
         self._since_tried = 0
         return True
 
-    def _account(
-        self, steps: Steps, token: int, rung: Rung, moved: float, is_trial: bool, started: float
-    ) -> tuple[float, float]:
-        """What the token cost, measured if it is its turn; returns seconds for the forecast and the audit."""
+    def _account(self, steps: Steps, token: int, rung: Rung, moved: float, is_trial: bool) -> None:
+        """What the token cost: foreseen, or measured if it is its turn."""
         import numpy as np
 
         from .divergence import log_softmax, row_divergence, spread_of
@@ -262,11 +246,10 @@ class Spending:
         own, whole = model.own(rung.name, spread, moved), model.whole(rung.name, spread, moved, before)
         self._own += (own - self._own) / min(self.n_tokens, _WITHIN)
         self._since_audit += own
-        foreseen_at = time.perf_counter()
         if not (is_trial or self._is_audit(own)):
             self._foreseen += whole
             self._moved += moved
-            return foreseen_at - started, 0.0
+            return
         log_q = log_softmax(np.array(logits, np.float64))
         kl = row_divergence(log_softmax(self._run_exactly(steps, token)), log_q)
         self.correction.add(kl, own, self._since_audit)
@@ -275,13 +258,11 @@ class Spending:
         self.n_audited += 1
         # its row is exact now; what the memory lost before it stays lost
         self._foreseen += model.whole(rung.name, spread, 0.0, before)
-        extra = time.perf_counter() - (started if is_trial else foreseen_at)
-        return (0.0 if is_trial else foreseen_at - started), extra
 
     def _is_audit(self, own: float) -> bool:
         if own <= 0:
             return False
-        self._until_audit -= own / self._own / self.auto.audit_every
+        self._until_audit -= own / self._own / self.auto.cost.every
         if self._until_audit > 0 or not self.auto.may_audit:
             return False
         self._until_audit = max(self._until_audit + 1.0, 0.0)
@@ -290,7 +271,10 @@ class Spending:
     def _run_exactly(self, steps: Steps, token: int) -> npt.NDArray[np.float64]:
         import numpy as np
 
+        assert self._counted is not None
         steps.step_back()
         steps.use_loss(None)
         steps.forward([token])
+        before, self._counted = self._counted, steps.traffic()
+        self.auto.cost.add_audit(work_between(before, self._counted, self.auto.n_expert_used))
         return np.array(steps.last_logits(), np.float64)

@@ -14,7 +14,7 @@ from mobile_gguf.options.words import AUTO_MODE
 from .auto import Auto
 from .backend import Backend
 from .decode import Policy
-from .loss_rules import asked_flags, nothing_to_lose
+from .loss_rules import admits, asked_flags, nothing_to_lose
 from .price_list import PriceList, read_prices
 from .rungs import parse_rung
 
@@ -38,7 +38,7 @@ def auto_policy(
         raise needs_engine("mode auto")
     auto = backend.auto
     if auto is None:
-        auto = backend.auto = _make(info, backend)
+        auto = backend.auto = _make(info, backend, admits(options))
     name = info.path.name
     if not auto.is_calibrated and not auto.can_audit:
         notify(
@@ -59,7 +59,7 @@ def auto_policy(
     return replace(exact, mode=AUTO_MODE, max_kld=max_kld, auto=auto, mass=auto.mass)
 
 
-def _make(info: GgufInfo, backend: Backend) -> Auto:
+def _make(info: GgufInfo, backend: Backend, admit: int) -> Auto:
     prices = read_prices(info)
     rules: dict[str, LossRules | None] = {}
     # as calibrated, all alike; what was not is best left as the model has it
@@ -72,7 +72,7 @@ def _make(info: GgufInfo, backend: Backend) -> Auto:
                 mass = max(mass, policy.mass)
         if backend.buddies is None:
             prices = _without_buddies(prices, rules)
-    return Auto(prices, rules, _share_there(backend), backend.can_step_back, mass)
+    return Auto(prices, rules, _share_there(backend), backend.can_step_back, mass, info.n_expert_used, admit)
 
 
 def _without_buddies(prices: PriceList, rules: dict[str, LossRules | None]) -> PriceList:

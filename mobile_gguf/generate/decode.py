@@ -14,7 +14,6 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mobile_gguf.engine.loss import LossRules
-from mobile_gguf.engine.structs import LossCounters
 from mobile_gguf.options import DEFAULT_GAMMA
 from mobile_gguf.options.words import AUTO_MODE, BIG_LITTLE, CONFIDENCE, EXACT, HEAD, LITTLE, OFF
 
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from .auto import Auto, Spending
+    from .costs import Traffic
 
 # As the engine has it: 0 routed experts means all of the top-k.
 ALL_EXPERTS = 0
@@ -127,8 +127,8 @@ class Steps(Protocol):
         """Logits [n_vocab] of the last pass."""
         ...
 
-    def loss_counters(self) -> LossCounters:
-        """What the rules for missing experts did so far."""
+    def traffic(self) -> Traffic:
+        """What was counted so far."""
         ...
 
     def head_probability(self, token: int) -> float | None:

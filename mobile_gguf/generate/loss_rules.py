@@ -35,6 +35,7 @@ def loss_rules(
         little_on_miss=little_k if options.little_on_miss == ON else 0,
         substitute=options.substitute,
         partial=options.partial,
+        admit=admits(options),
     )
     if rules.partial > 0 and info.is_moe and info.segments == 1:
         notify(
@@ -58,6 +59,12 @@ def loss_rules(
     return rules
 
 
+def admits(options: LoadOptions) -> int:
+    """How many displaced experts a layer and token are read while the disk is idle: none where no clock may
+    have a say in what is there."""
+    return 0 if options.deterministic else LossRules.admit
+
+
 def prompt_rules(
     options: LoadOptions, info: GgufInfo, backend: Backend, notify: Callable[[str], object]
 ) -> LossRules | None:
@@ -67,7 +74,7 @@ def prompt_rules(
     flag = f"--prompt-drop {options.prompt_drop:g}"
     if not backend.has_engine:
         raise needs_engine(flag)
-    rules = LossRules(prompt_drop=options.prompt_drop)
+    rules = LossRules(prompt_drop=options.prompt_drop, admit=admits(options))
     if (reason := nothing_to_lose(info, backend, rules)) is not None:
         notify(f"{reason}: {flag} has no effect")
         return None

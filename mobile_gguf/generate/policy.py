@@ -29,13 +29,18 @@ def choose_policy(
 
     Raises UsageError where the mode or a rule cannot be had in this way, EngineError on a stock llama.cpp.
     """
-    policy = _rules(options, info, backend, notify)
+    policy = _with_loss(options, info, backend, _by_mode(options, info, backend, notify), notify)
+    if options.deterministic and policy.may_lose and backend.device is not None:
+        notify(
+            "what is missing on a device depends on when uploads end: answers that lose experts are not the "
+            "same each time, --deterministic or not; --vram-budget off has them so"
+        )
     return replace(policy, speculate=choose_speculation(options, info, backend, policy, notify))
 
 
-def _rules(options: LoadOptions, info: GgufInfo, backend: Backend, notify: Callable[[str], object]) -> Policy:
-    """Which experts a token runs with."""
-    policy = _by_mode(options, info, backend, notify)
+def _with_loss(
+    options: LoadOptions, info: GgufInfo, backend: Backend, policy: Policy, notify: Callable[[str], object]
+) -> Policy:
     prompt_loss = prompt_rules(options, info, backend, notify)
     if options.mode == AUTO_MODE:
         return replace(auto_policy(options, info, backend, policy, notify), prompt_loss=prompt_loss)

@@ -10,25 +10,27 @@ taken at a time than a micro-batch holds.
 from __future__ import annotations
 
 import contextlib
+import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from greenlet import getcurrent
 
-from mobile_gguf.errors import AnswerStopped, EngineError
+from mobile_gguf.engine.structs import LossCounters
+from mobile_gguf.errors import AnswerStopped, EngineError, MobileError
 
 from .aside import Aside
 from .costs import Costs, Meter, Share
 from .decoder import Decoder, Slice
 from .growth import Growth
 from .room import Room
+from .speculation.watch import StepWatch, watching
 from .wish import Task, Wish
 
 if TYPE_CHECKING:
     from .cells import Cells
     from .sequence import TokenSequence
-    from .speculation.watch import StepWatch
     from .threads import FollowingThreads
 
 
@@ -187,7 +189,8 @@ class Scheduler:
                 wish.n_before -= n
                 continue
             self._waiting.remove(wish)
-            self._wake(wish, n, error=error)
+            # each has one of its own, since its answer so far is noted on it
+            self._wake(wish, n, error=copy.copy(error) if isinstance(error, MobileError) else error)
 
     def stop(self) -> None:
         """End all answers."""
@@ -275,24 +278,31 @@ class Scheduler:
         shared = self.n_running > 1 and is_alike
         if shared and self.threads is not None:
             self.threads.before()
-        watch = self.watch if not (is_long or any(wish.is_guess for wish, _ in chosen)) else None
-        if watch is not None:
-            watch.before()
+        n_guesses = sum(wish.is_guess for wish, _ in chosen)
+        watch = self.watch if not (is_long or n_guesses) else None
         started = time.perf_counter()
-        with self.decoder.explained(all_stop if all(stops) else None, long=is_long):
+        with (
+            self.decoder.explained(all_stop if all(stops) else None, long=is_long),
+            watching(watch, [one.tokens for one in slices]),
+        ):
             for sequence in sequences:
                 sequence.cut()
             rows = self.decoder.run(slices)
-        if watch is not None:
-            watch.after(sum(len(one.tokens) for one in slices))
         if shared and self.threads is not None:
             self.threads.after()
         if self._growth is not None and not is_long:
-            n_given = sum(not wish.is_guess for wish, _ in chosen) + self.n_accepted
-            self.n_accepted = 0  # they are of the decode before
+            n_given = len(slices) - n_guesses + self.n_accepted
             self._growth.observe(self.n_running, n_given, time.perf_counter() - started)
+            self.n_accepted = 0
+        if sum(part.rules is not None for part in slices) > 1:
+            self._meter.lost([self._lost(part, row) for part, row in zip(slices, rows, strict=True)])
         for sequence, part, row in zip(sequences, slices, rows, strict=True):
             sequence.took(part, row)
+
+    def _lost(self, part: Slice, row: int) -> LossCounters:
+        """What a token lost, beside others that may."""
+        is_token = part.rules is not None and len(part.tokens) == 1
+        return self.decoder.lost(row) if is_token else LossCounters()
 
     def _share(self, sequence: TokenSequence, part: Slice) -> Share:
         asked = len(part.tokens) * (min(part.experts, self._top_k) or self._top_k)

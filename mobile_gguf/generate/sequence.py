@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mobile_gguf.engine.loss import LossRules
-from mobile_gguf.engine.structs import LossCounters
 from mobile_gguf.errors import EngineError, UsageError
 
 from .cells import Cells
@@ -184,7 +183,7 @@ class TokenSequence(Cells):
                 wish = Wish(
                     self, tokens[done:end], len(tokens) - done, self._experts, self._rules,
                     every_output=show is not None, keeps_state=keeps_state, mass=self._mass,
-                    is_counted=self.policy.spending is not None, is_guess=self._is_guess,
+                    is_guess=self._is_guess,
                 )  # fmt: skip
                 n_done = self.scheduler.run(wish)
                 done += n_done
@@ -223,9 +222,6 @@ class TokenSequence(Cells):
         """What the answer cost so far."""
         self.scheduler.settle()
         return self.costs.traffic
-
-    def loss_counters(self) -> LossCounters:
-        return self.traffic().loss
 
     def last_logits(self) -> Any:
         return self.decoder.logits(self.row)

@@ -316,8 +316,8 @@ class LoadOptions(Checked):
         Opt(
             "--deterministic",
             is_flag=True,
-            help="several at once, or with drafts: each answer exactly as alone and without, by a context,"
-            " decodes and kernels of its own; slower",
+            help="the same answer each time, with others and drafts as without: contexts, decodes and kernels"
+            " of its own, and no expert comes by the clock (none ahead of need or while idle); slower",
         ),
     ] = False
     session_cache: Annotated[

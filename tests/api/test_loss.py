@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, cast
+
 import numpy as np
 import pytest
 import tiny_models
 from fake_backend import FakeBackend, fake_info
 
 from mobile_gguf.api.model import backend_of, load
+from mobile_gguf.api.session_cache import with_sessions
 from mobile_gguf.engine.loss import Buddies, LossRules
 from mobile_gguf.errors import EngineError, UsageError
+from mobile_gguf.generate.policy import choose_policy
+from mobile_gguf.options import LoadOptions, make_options
 from mobile_gguf.server.usage import sum_receipts
 
 BUDDIES = Buddies(np.zeros((4, 16, 2), np.int32), np.zeros((4, 16, 2), np.float32), np.ones(4, np.float32))
@@ -115,6 +123,62 @@ def test_the_loss_of_several_answers_adds_up():
     one = {"loss": {"dropped": 2, "moved_weight": 0.5}, "tokens_big": 1}
     assert sum_receipts([one, one]) == {"loss": {"dropped": 4, "moved_weight": 1.0}, "tokens_big": 2}
     assert sum_receipts([{"loss": None}, one])["loss"] == one["loss"]
+
+
+def test_deterministic_rules_let_nothing_come_by_the_clock():
+    notices: list[str] = []
+    backend = FakeBackend()
+
+    def policy(**options):
+        options = make_options(LoadOptions, {"deterministic": True, **options})
+        return choose_policy(options, fake_info(), backend, notices.append)
+
+    lossy = policy(drop=0.5, prompt_drop=0.02)
+    assert lossy.loss == LossRules(drop=0.5, admit=0)
+    assert lossy.prompt_loss == LossRules(prompt_drop=0.02, admit=0)
+    auto = policy(max_kld=0.1).auto
+    assert auto is not None
+    assert {rung.rules.admit for rung in auto.rungs if rung.rules is not None} == {0}
+    notices.clear()
+    backend.device = cast(Any, SimpleNamespace(budget_bytes=1))
+    assert policy(drop=0.5) == replace(lossy, prompt_loss=None)
+    assert [notice for notice in notices if "--vram-budget off has them so" in notice]
+    notices.clear()
+    policy()
+    assert notices == []
+
+
+def test_deterministic_conversations_do_not_outlive_their_process_unless_asked():
+    assert with_sessions({}) != {}
+    assert with_sessions({"deterministic": True}) == {"deterministic": True}
+    asked = {"deterministic": True, "session_cache": "1GiB"}
+    assert with_sessions(asked) == asked
+
+
+@pytest.mark.parametrize("rules", [{"max_kld": 0.5}, {"substitute": "prior", "drop": 1.0}])
+def test_a_loaded_anew_model_gives_the_same_answer_on_any_clock(rules):
+    """One that is asked slowly has time to read what is displaced, and what earlier sessions used."""
+    prompt = list(range(3, 20))
+    options = {"ram_budget": "30%", "vram_budget": "off", "threads": 1, "n_ctx": 512, **rules}
+    answers = []
+    for seconds in (0.0, 0.004):
+        with load(tiny_models.path("olmoe"), deterministic=True, **options) as model:
+            ends = {token: -100.0 for token in range(model.info.n_vocab) if backend_of(model).is_end(token)}
+            chunks = []
+            asked = {"max_tokens": 120, "temperature": 1.5, "seed": 5, "logit_bias": ends}
+            for chunk in model.stream(prompt, **asked):
+                time.sleep(seconds)
+                chunks.append(chunk)
+            receipt = chunks[-1].receipt
+            assert receipt.loss is not None
+            tokens = [chunk.token for chunk in chunks]
+            answers.append((tokens, replace(receipt.loss, audit_ms=0.0), receipt.expert_misses))
+    assert answers[0] == answers[1]
+    loss = answers[0][1]
+    assert loss.dropped + loss.substituted > 0
+    assert loss.admitted == 0
+    if "max_kld" in rules:
+        assert loss.audited_tokens > 0
 
 
 def test_an_answer_of_the_engine_says_what_it_lost():

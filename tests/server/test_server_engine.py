@@ -122,6 +122,31 @@ def test_a_required_tool_call_follows_its_schema(command, choice):
     assert json.loads(arguments).keys() == {"name", "age"}
 
 
+@pytest.mark.parametrize(
+    "rung",
+    [{"mode": "little"}, {"drop": 2.0, "substitute": "prior"}, {"little_on_miss": "on"}, {"max_kld": 0.5}],
+    ids=lambda rung: "-".join(map(str, *rung.items())),
+)  # fmt: skip
+def test_a_tool_call_follows_its_schema_whatever_is_lost(command, rung):
+    answer = command.client().chat.completions.create(
+        model="demo", messages=USER, tools=[TOOL], tool_choice="required", seed=2, max_tokens=100,
+        extra_body=rung,
+    )  # fmt: skip
+    choice, receipt = answer.choices[0], answer.usage.receipt
+    (call,) = choice.message.tool_calls
+    assert (call.function.name, choice.finish_reason) == ("note_person", "tool_calls")
+    person = json.loads(call.function.arguments)
+    assert person["name"] in ("Ann", "Bob")
+    assert isinstance(person["age"], int)
+    lost = receipt["loss"]
+    if "mode" in rung:
+        assert receipt["tokens_little"] > 0
+    elif "max_kld" in rung:
+        assert lost["budget"] == 0.5
+    else:
+        assert lost["dropped"] + lost["little"] > 0
+
+
 def test_one_odd_tool_costs_no_request(command):
     odd = {
         "type": "object",
@@ -290,7 +315,8 @@ NODE_SCRIPT = """
 import OpenAI from "openai";
 const client = new OpenAI({ baseURL: process.argv[2] + "/v1", apiKey: "none", maxRetries: 0 });
 const messages = [{ role: "user", content: "Hello" }];
-const asked = { model: "demo", messages, max_tokens: 8, temperature: 0 };
+// alone, and with a prompt that is computed whole each time: so both have the same bits
+const asked = { model: "demo", messages, max_tokens: 8, temperature: 0, cache_prompt: false };
 const streamed = { ...asked, stream: true, stream_options: { include_usage: true } };
 const whole = await client.chat.completions.create(asked);
 let text = "", usage = null;
@@ -320,6 +346,7 @@ def test_the_node_client(command, tmp_path):
     if installed.returncode:
         pytest.skip("npm cannot install the openai package here")
     (tmp_path / "ask.mjs").write_text(NODE_SCRIPT)
+    until(lambda: not get(f"{command.url}/health").json()["busy"])
     done = subprocess.run(
         ["node", "ask.mjs", command.url], cwd=tmp_path, capture_output=True, text=True, timeout=SECONDS
     )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence, Sized
 
 from mobile_gguf.engine.structs import Counters
 
@@ -24,19 +25,15 @@ class StepWatch:
         self._counters = counters
         self._wait = wait
         self._clock = clock
-        self._before = Counters()
-        self._started = 0.0
 
-    def before(self) -> None:
-        """A decode begins."""
-        self._before = self._counters()
-        self._started = self._clock()
-
-    def after(self, n_tokens: int) -> None:
-        """It ran so many generated or drafted tokens, and none of a prompt."""
+    @contextlib.contextmanager
+    def decode(self, n_tokens: int) -> Iterator[None]:
+        """A decode of so many generated or drafted tokens, none of a prompt, that ends well."""
+        before, started = self._counters(), self._clock()
+        yield
         self._wait()
-        seconds = self._clock() - self._started
-        after, before = self._counters(), self._before
+        seconds = self._clock() - started
+        after = self._counters()
         self._costs.observe(
             Step(
                 n_tokens,
@@ -46,3 +43,8 @@ class StepWatch:
                 after.n_hits + after.n_misses - before.n_hits - before.n_misses,
             )
         )
+
+
+def watching(watch: StepWatch | None, slices: Sequence[Sized]) -> contextlib.AbstractContextManager[None]:
+    """A decode of slices, which ``watch`` measures, if there is one."""
+    return watch.decode(sum(map(len, slices))) if watch is not None else contextlib.nullcontext()

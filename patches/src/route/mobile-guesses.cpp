@@ -8,7 +8,7 @@ void mobile_guesses::count(mobile_worth & worth) const {
     for (mobile_model_layer il(0); asked.has(il); ++il) {
         for (size_t t = 0; t < asked[il].size(); ++t) {
             if (!refused[t]) {
-                worth.add(il, asked[il][t], time + (double) t);
+                worth.add(il, asked[il][t].data(), (int64_t) asked[il][t].size(), time + (double) t);
             }
         }
     }
@@ -51,8 +51,12 @@ void mobile_guesses::settle(mobile_store & store) const {
         mobile_use use;
         for (size_t t = 0; asked.has(il) && t < asked[il].size(); ++t) {
             const std::vector<int32_t> & ids = asked[il][t];
-            if (!refused[t] && std::find(ids.begin(), ids.end(), expert) != ids.end()) {
-                use.n++;
+            if (std::find(ids.begin(), ids.end(), expert) == ids.end()) {
+                continue;
+            }
+            if (refused[t]) {
+                use.n_refused++;
+            } else {
                 use.time = time + (double) t;
             }
         }

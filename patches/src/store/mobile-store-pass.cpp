@@ -10,10 +10,11 @@
 // slots, and its first layers stay for the next batch
 static constexpr double TRANSIENT_KEY = -1e15;
 
-void mobile_store::begin_pass() {
+void mobile_store::begin_pass(int32_t n_tokens) {
     locked lock(mutex);
-    in_pass    = true;
-    error_text = error_for_good;
+    in_pass       = true;
+    n_pass_tokens = n_tokens;
+    error_text    = error_for_good;
 }
 
 void mobile_store::fail_for_good(const std::string & text) {
@@ -102,7 +103,7 @@ void mobile_store::ask(locked & lock, mobile_store_layer layer, const std::vecto
         pinned.push_back(part);
         unlist(part);
         if (keeps_former) {
-            former.push_back({ part, x.n_uses, x.last_use, x.key, x.transient, x.state != MOBILE_NOT_RESIDENT });
+            former.push_back({ part, x.n_uses, x.last_use, x.key, x.transient, x.state != MOBILE_NOT_RESIDENT, need.lasting ? need.n_tokens : 0 });
         }
         use(x, need);
         x.pinned = true;

@@ -121,10 +121,10 @@ struct mobile_need {
     bool     lasting  = true; // counts as a use; false: a long batch passing through
 };
 
-// uses of a part by tokens
+// uses of a part by tokens that may be none of the text
 struct mobile_use {
-    uint64_t n    = 0;
-    double   time = 0.0; // of the last one
+    uint64_t n_refused = 0;
+    double   time      = 0.0; // of the last one that was not refused, if there is one
 };
 
 // reads made of hints, since the store began. n_queued = n_used + n_wasted + those that are there unused
@@ -201,8 +201,9 @@ public:
 
     // for one computation at a time
 
-    // forgets the last error, but for one that is for good
-    void begin_pass();
+    // forgets the last error, but for one that is for good. n_tokens: those of answers in it, or 1
+    void begin_pass(int32_t n_tokens = 1);
+    int32_t tokens_of_pass() const { return n_pass_tokens; }
     // every pass from now on fails with this text
     void fail_for_good(const std::string & text);
     // pins the needs of a layer and queues reads of those that are missing; returns before they arrive.
@@ -228,7 +229,7 @@ public:
     void displace(mobile_store_layer layer, const std::vector<mobile_part> & parts, double time, bool admits);
     // whether the next pass keeps what the use of a part was before it, for settle_uses()
     void keep_uses(bool on);
-    // of the parts that the last pass asked for: what of it remains
+    // of the parts that the last pass asked for: how many of the uses are none
     void settle_uses(const std::function<mobile_use(mobile_store_layer, mobile_part)> & used);
     // unpins the last layer; false: a read failed in this pass, error() says which
     bool end_pass();
@@ -278,7 +279,8 @@ private:
         double   last_use;
         double   key;
         bool     transient;
-        bool     there; // or on its way
+        bool     there;  // or on its way
+        uint64_t n_pass; // uses by this pass
     };
 
     using locked = std::unique_lock<std::mutex>;
@@ -357,6 +359,7 @@ private:
     uint32_t                n_warm_running   = 0; // of n_running
     uint64_t                warm_in_flight   = 0; // bytes of slots of those being loaded
     bool                    in_pass          = false;
+    int32_t                 n_pass_tokens    = 1;
     bool                    stop = false;
     std::vector<std::thread> io_threads;
 
