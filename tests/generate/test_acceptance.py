@@ -23,7 +23,7 @@ Rule = Callable[[random.Random, int, list[int]], list[int]]
 
 
 def drawn(chance: random.Random, probabilities: np.ndarray) -> int:
-    return chance.choices(range(len(probabilities)), probabilities)[0]
+    return chance.choices(range(len(probabilities)), list(probabilities))[0]
 
 
 def plainly(chance: random.Random) -> tuple[int, ...]:

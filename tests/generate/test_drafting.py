@@ -217,8 +217,7 @@ def test_a_draft_that_a_decode_has_no_room_for_is_cut() -> None:
         scheduler.spawn(work(i))
     while scheduler.n_running:
         scheduler.advance()
-    settings = {"n_ctx": 1024, "n_batch": 8, "n_ubatch": 8}
-    assert came == [plain([*PROMPT, i], 30, **settings) for i in range(3)]
+    assert came == [plain([*PROMPT, i], 30, n_ctx=1024, n_batch=8, n_ubatch=8) for i in range(3)]
     assert max(sum(len(one.tokens) for one in passed) for passed in decoder.passes) <= 8
 
 
