@@ -31,8 +31,7 @@ STDERR_LINES = 20
 @dataclass(frozen=True)
 class Arm:
     """One system in one mode under one cap. ``budget_bytes`` is what the experts may take; the whole process
-    may take ``cap_bytes``. ``load_mode`` is stock's; ``io_threads``, ``eviction`` and ``prefetch`` are the
-    engine's."""
+    may take ``cap_bytes``. ``load_mode`` is stock's; ``io_threads`` and ``eviction`` are the engine's."""
 
     system: str  # "engine", "stock" or "other"
     mode: str  # "exact" or "little"
@@ -46,7 +45,6 @@ class Arm:
     load_mode: str = "mmap"
     repack: bool = False
     eviction: str = DEFAULT_EVICTION
-    prefetch: str = "off"
     offset: int = 0  # decoding begins so many steps behind the prompt
     prompt_tokens: int = 0  # the trace over and over; 0: its own prompt
     n_ubatch: int = 512
@@ -60,7 +58,6 @@ class Arm:
         usual = type(self)
         words = [self.command.name] if self.command is not None else [self.system, self.mode]
         words += [self.eviction] if self.eviction != usual.eviction else []
-        words += [f"prefetch-{self.prefetch}"] if self.prefetch != usual.prefetch else []
         return " ".join([*words, self.budget])
 
     @property
@@ -120,22 +117,15 @@ class ArmRun:
 
 @dataclass(frozen=True)
 class Text:
-    """Token ids that arms are given: a prompt, and what is decoded behind it, whatever the model says.
-
-    ``predictor``: what tells the next layer's experts, where the engine reads ahead.
-    """
+    """Token ids that arms are given: a prompt, and what is decoded behind it, whatever the model says."""
 
     ids: tuple[int, ...]
     n_prompt: int
-    predictor: str = "auto"
 
 
 def text_of(trace: Trace) -> Text:
-    """A trace's steps, which are the replay model's tokens.
-
-    The model's states are alike in every layer, so that its routers would always be right.
-    """
-    return Text(tuple(range(trace.n_steps)), trace.n_prompt, "transitions")
+    """A trace's steps, which are the replay model's tokens."""
+    return Text(tuple(range(trace.n_steps)), trace.n_prompt)
 
 
 @dataclass(frozen=True)
@@ -151,7 +141,6 @@ class Runner:
     libraries: dict[str, Path | None]
     little_k: int
     prompt_limit_s: float = 900.0
-    disk: Path | None = None  # of slow_disk(): how fast the disk is
 
     def run(self, arm: Arm, n_tokens: int, limit_s: float) -> ArmRun:
         """Decode ``n_tokens`` after the prompt, for at most ``limit_s`` seconds.
@@ -245,8 +234,6 @@ class Runner:
                 with contextlib.suppress(CgroupError):
                     group.attach(process.pid)
                     result.capped = True
-            if self.disk is not None:
-                (self.disk / "cgroup.procs").write_text(str(process.pid), encoding="ascii")
             stdin.write(json.dumps(asdict(self._job(arm, n_tokens, ids))) + "\n")
             stdin.close()
             finished = _follow(stdout, self.prompt_limit_s, limit_s, result)
@@ -279,11 +266,9 @@ class Runner:
             budget_bytes=0 if arm.resident else arm.budget_bytes,
             io_threads=arm.io_threads,
             eviction=arm.eviction,
-            prefetch=arm.prefetch,
             warm=arm.warm,
             split=None if arm.split is None else (arm.split.kept, arm.split.shares),
             idle_s=arm.idle_s,
-            predictor=self.text.predictor,
             ids=ids,
         )
 

@@ -45,8 +45,6 @@ class Job:
     budget_bytes: int = 0
     io_threads: int = DEFAULT_IO_THREADS
     eviction: str = DEFAULT_EVICTION
-    prefetch: str = "off"
-    predictor: str = "auto"
     ids: bool = False
     warm: Sequence[tuple[int, int]] = ()  # (layer, expert), as the warm set has them
     split: tuple[Sequence[int], Sequence[float]] | None = None  # kept segments and shares of each layer
@@ -72,7 +70,7 @@ def end_with_parent() -> None:
 
 
 def _run(job: Job) -> None:
-    from mobile_gguf.engine import binding, prefetch
+    from mobile_gguf.engine import binding
     from mobile_gguf.engine import log as llama_log
     from mobile_gguf.engine.split import Split, set_split
     from mobile_gguf.engine.warm import warm_counters, worth
@@ -95,8 +93,6 @@ def _run(job: Job) -> None:
     ctx = _new_context(llama_cpp, model, job, recorder)
     _emit("loaded", seconds=time.perf_counter() - started, library=path)
     if engine is not None:
-        prefetch.set_predictor(engine, ctx, job.predictor)
-        prefetch.set_prefetch(engine, ctx, job.prefetch)
         if job.split is not None:
             set_split(engine, ctx, Split(tuple(job.split[0]), tuple(job.split[1])))
         _warm_up(engine, ctx, job)
@@ -118,10 +114,9 @@ def _run(job: Job) -> None:
         if following is not None:
             following.after()
         _emit("token", seconds=time.perf_counter() - started, **_spent(before, engine, ctx))
-    ahead = asdict(prefetch.prefetch_counters(engine, ctx)) if engine is not None else None
     used = worth(engine, ctx) if engine is not None else None
     warmed = asdict(warm_counters(engine, ctx)) if engine is not None else None
-    _emit("done", prefetch=ahead, ids=recorder.ids if recorder else None, worth=used, warm=warmed)
+    _emit("done", ids=recorder.ids if recorder else None, worth=used, warm=warmed)
     llama_cpp.llama_free(ctx)
     llama_cpp.llama_model_free(model)
 

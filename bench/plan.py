@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mobile_gguf.errors import UsageError
-from mobile_gguf.options.words import DEFAULT_EVICTION, EXACT, LITTLE, OFF
+from mobile_gguf.options.words import DEFAULT_EVICTION, EXACT, LITTLE
 from mobile_gguf.sizes import GIB, MIB, format_bytes, parse_size
 
 from .arm import Arm
@@ -27,7 +27,6 @@ class BenchOptions:
     modes: tuple[str, ...] = (EXACT, LITTLE)
     versus: tuple[str, ...] = ("stock",)
     evictions: tuple[str, ...] = (DEFAULT_EVICTION,)
-    prefetches: tuple[str, ...] = (OFF,)
     size_bytes: int = 4 * GIB
     tokens: int = 32
     repeats: int = 3
@@ -72,8 +71,7 @@ def plan_arms(
         for mode in options.modes:
             # with everything resident nothing is ever evicted or read
             for eviction in options.evictions[:1] if resident else options.evictions:
-                for prefetch in ("off",) if resident else options.prefetches:
-                    arms.append(Arm("engine", mode, eviction=eviction, prefetch=prefetch, **common))
+                arms.append(Arm("engine", mode, eviction=eviction, **common))
     if not arms:
         raise UsageError("nothing to run: every budget was left out; give a smaller --size")
     return arms, notes

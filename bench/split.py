@@ -123,7 +123,7 @@ def _run_all(
             model = args.unsegmented if row["split"] == UNSEGMENTED else args.model
             arm = Arm(
                 "engine", "exact", row["budget"], row["budget_bytes"], row["budget_bytes"] + _SLACK_BYTES,
-                threads=args.threads, prefetch=args.prefetch, split=split,
+                threads=args.threads, split=split,
             )  # fmt: skip
             run = replace(runner, model=model).run(arm, args.tokens, args.limit)
             record_run(runs, run, run.tokens_per_s, round=number, budget=row["budget"], split=row["split"])
@@ -175,7 +175,7 @@ def measured_page(
         )  # fmt: skip
     said = (
         f"{args.model.name}, {args.tokens} tokens after the prompt, {args.rounds} interleaved rounds, "
-        f"{args.threads} threads, prefetch {args.prefetch}; median (range); * is chosen"
+        f"{args.threads} threads; median (range); * is chosen"
     )
     return "\n".join([said, "", *markdown_table([heads, *cells], left=(1,)), ""])
 
@@ -204,7 +204,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--limit", type=float, default=120.0, help="seconds of decoding in one run")
-    parser.add_argument("--prefetch", default="off")
     parser.add_argument("--out", type=Path, help="folder for split.json and split.md")
     args = parser.parse_args(argv)
     record = begin_record("split", argv)

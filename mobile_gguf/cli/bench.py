@@ -11,7 +11,7 @@ from typing import Any
 from mobile_gguf.errors import UsageError
 from mobile_gguf.files.plots import check_plot
 from mobile_gguf.flags import OUT_FLAGS, at_least_one
-from mobile_gguf.options.words import DEFAULT_EVICTION, EVICTION, EXACT, LITTLE, OFF, PREFETCH
+from mobile_gguf.options.words import DEFAULT_EVICTION, EVICTION, EXACT, LITTLE
 from mobile_gguf.sizes import parse_size
 
 # a replay follows its trace, so there is no telling which of its tokens are important
@@ -72,7 +72,6 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="only write the model that follows the trace to FILE, and print its prompt: any engine runs it",
     )
     add("--eviction", metavar="LIST", default=DEFAULT_EVICTION, help="eviction policies of the engine")
-    add("--prefetch", metavar="LIST", default=OFF, help="off, on, auto: reading ahead, by transitions")
     add("--size", metavar="SIZE", default="4GiB", help="expert bytes of the model")
     add(
         "--tokens",
@@ -131,7 +130,6 @@ def run(args: argparse.Namespace) -> int:
             for number, command in enumerate(args.vs_command or (), start=1)
         ),
         evictions=_choices(args.eviction, "--eviction", EVICTION),
-        prefetches=_choices(args.prefetch, "--prefetch", PREFETCH),
         size_bytes=absolute_bytes(args.size, "--size"),
         tokens=args.tokens or 32,
         repeats=args.repeats,

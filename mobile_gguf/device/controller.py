@@ -20,7 +20,7 @@ class PlacementController:
 
     ``switch`` puts a placement in force; ``key_of`` names a mode's decision in the cache, empty: not kept.
     A ``fixed`` placement is not measured against the others. ``hold`` is told True before the first step of a
-    contest and False after the last: nothing else may try things out meanwhile (reading ahead does), since
+    contest and False after the last: nothing else may try things out meanwhile (uploads ahead do), since
     each would take the other's trial for its own result.
     """
 

@@ -11,18 +11,18 @@ from collections.abc import Callable
 from mobile_gguf.options.words import OFF
 
 from .binding import Engine, choice
-from .structs import PREDICT, PREFETCH, PrefetchCounters, PrefetchCountersStruct, struct_fields, with_slack
+from .structs import PREFETCH, PrefetchCounters, PrefetchCountersStruct, struct_fields, with_slack
 
 AUTO = "auto"
 
 
 def set_prefetch(engine: Engine, ctx: int, mode: str) -> None:
-    """Move experts ahead of need on ``ctx``: ``on``, ``off``, or ``auto``, while it is measured to help."""
+    """Move experts ahead of need on ``ctx``: ``on``, ``off``, or ``auto``: uploads while they help."""
     engine.checked("set_prefetch", "setting the prefetch mode", ctx, choice("prefetch", PREFETCH, mode))
 
 
 def holder(engine: Engine, ctx: int, mode: str) -> Callable[[bool], None] | None:
-    """Keeps ``auto`` still while something else is being measured: called with True it reads nothing ahead,
+    """Keeps ``auto`` still while something else is being measured: called with True it moves nothing ahead,
     with False it begins its trials anew, under what is in force by then. None where ``mode`` is no trial.
     """
     if mode != AUTO:
@@ -30,17 +30,8 @@ def holder(engine: Engine, ctx: int, mode: str) -> Callable[[bool], None] | None
     return lambda on: set_prefetch(engine, ctx, OFF if on else AUTO)
 
 
-def set_predictor(engine: Engine, ctx: int, predictor: str) -> None:
-    """Predict the next layer's experts by its ``router``, by ``transitions`` counted so far, or ``auto``.
-
-    Raises EngineError for ``router`` if the model has none that sees the feed-forward layer's input.
-    """
-    number = choice("predictor", PREDICT, predictor)
-    engine.checked("set_predictor", f"predicting by {predictor}", ctx, number)
-
-
 def prefetch_counters(engine: Engine, ctx: int) -> PrefetchCounters:
-    """What was read ahead on ``ctx``."""
+    """What was moved ahead on ``ctx``."""
     struct = with_slack(PrefetchCountersStruct)
     engine.checked("get_prefetch_counters", "reading the prefetch counters", ctx, ctypes.byref(struct))
     return PrefetchCounters(**struct_fields(struct))

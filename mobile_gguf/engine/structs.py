@@ -20,7 +20,6 @@ IO = {"auto": 0, "direct": 1, "buffered": 2}
 MISS = {"auto": 0, "fetch": 1, "cpu": 2}
 PLACEMENT = {HOST: 0, CACHE: 1, LAYERS: 2}
 PREFETCH = {OFF: 0, ON: 1, "auto": 2}
-PREDICT = {"auto": 0, "router": 1, "transitions": 2}  # auto: the router where the model has a plain one
 SUBSTITUTE = {OFF: 0, BUDDY: 1, LIVE: 2, PRIOR: 3, "random": 4}  # random: only for experiments
 OBSERVE = {"routes": 1, "neurons": 2, "inputs": 4}
 NOT_RESIDENT, LOADING, RESIDENT = 0, 1, 2
@@ -159,22 +158,19 @@ PREFETCH_STATES = (
     "masked_on",
     "next_permille",
     "masked_permille",
-    "device_next_on",
-    "device_masked_on",
-    "device_next_permille",
-    "device_masked_permille",
 )
 
 
 @dataclass(frozen=True)
 class PrefetchCounters:
-    """What was read ahead since the last reset of the counters, and what is in use now.
+    """What was moved ahead since the last reset of the counters, and what is in use now.
 
-    Counts, bytes and microseconds as in mobile.h: ``n_queued`` experts were read, of which ``n_used`` were
-    needed before they left memory, ``n_wasted`` left it unused; ``n_unused`` are there still. ``saved_us``
-    is an estimate: the bytes that had arrived when they were needed, times the stall that a byte read on
-    demand cost. ``next_permille`` is the time of a pass with predictions over one without, as measured
-    last; 0: not yet. ``device_...``: the same for uploads, which ``DeviceCounters`` counts.
+    Counts, bytes and microseconds as in mobile.h: ``n_queued`` experts that a little pass left out were read,
+    of which ``n_used`` were needed before they left memory, ``n_wasted`` left it unused; ``n_unused`` are
+    there still. ``saved_us`` is an estimate: the bytes that had arrived when they were needed, times the
+    stall that a byte read on demand cost. Uploads to a device, which ``DeviceCounters`` counts, are tried:
+    ``next_permille`` is the time of a pass with predicted ones over one without, as measured last; 0: not
+    yet; ``masked_permille`` the same for what little passes left out.
     """
 
     n_predicted: int = 0
@@ -194,24 +190,16 @@ class PrefetchCounters:
     masked_on: int = 0
     next_permille: int = 0
     masked_permille: int = 0
-    device_next_on: int = 0
-    device_masked_on: int = 0
-    device_next_permille: int = 0
-    device_masked_permille: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """For ``Model.stats()``: ratios are None until they were measured."""
         return {
             "mode": {number: name for name, number in PREFETCH.items()}[self.mode],
             "predictor": "router" if self.by_router else "transitions",
-            "next_layer_on": bool(self.next_on),
-            "little_pass_on": bool(self.masked_on),
-            "next_layer_time_ratio": self.next_permille / 1000 or None,
-            "little_pass_time_ratio": self.masked_permille / 1000 or None,
-            "next_layer_uploads_on": bool(self.device_next_on),
-            "little_pass_uploads_on": bool(self.device_masked_on),
-            "next_layer_uploads_time_ratio": self.device_next_permille / 1000 or None,
-            "little_pass_uploads_time_ratio": self.device_masked_permille / 1000 or None,
+            "next_layer_uploads_on": bool(self.next_on),
+            "little_pass_uploads_on": bool(self.masked_on),
+            "next_layer_uploads_time_ratio": self.next_permille / 1000 or None,
+            "little_pass_uploads_time_ratio": self.masked_permille / 1000 or None,
             **{name: getattr(self, name) for name in _PREFETCH_COUNTS},
         }
 

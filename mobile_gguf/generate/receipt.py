@@ -152,9 +152,9 @@ class Receipt:
         if tokens_per_second is not None:
             parts.append(f"{tokens_per_second:.1f} tok/s")
         if self.thread_changes:
-            parts.append(
-                f"{self.threads} {'thread' if self.threads == 1 else 'threads'} since others compute, too"
-            )
+            threads = "thread" if self.threads == 1 else "threads"
+            times = "once" if self.thread_changes == 1 else f"{self.thread_changes} times"
+            parts.append(f"{self.threads} {threads}, changed {times} since others compute, too")
         if n := self.turns_left_out:
             parts.append(f"the oldest {f'{n} turns were' if n > 1 else 'turn was'} left out")
         return " | ".join(parts)

@@ -4,8 +4,9 @@ Beside others who want the processors, each of a token's hundreds of barriers wa
 put off last: two threads on two processors with a busy loop beside them are half as fast as one. How much
 others want shows in the time that the decoding thread could have run and did not. Where another thread is the
 one that is put off, it shows in what others used while no processor was idle. Whether fewer threads are
-better is then tried, and whether more are better again once processors are idle. The rule knows no machine,
-so that it can be tested.
+better is then tried, and whether more are better again once processors are idle. A cache that fills makes
+every window faster than the one before: what is not won by far is held against a window before it and one
+behind it. The rule knows no machine, so that it can be tested.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ CONTENDED = 0.15
 TAKEN = 0.3
 # Idle processors (a mean) from which on one more thread is tried.
 IDLE = 0.7
-# What a trial has to win, as a share of the time of a token.
+# What a trial has to win, as a share of the time of a token; from which on once is enough.
 GAIN = 0.05
+CLEAR_GAIN = 0.3
 # Windows until a lost trial is made again; doubled by each loss.
 FIRST_PAUSE = 4
 LAST_PAUSE = 64
@@ -66,6 +68,7 @@ class ThreadRule:
     _window: _Window = field(default_factory=_Window)
     _settled: int = 0  # the number that a trial is compared with
     _best: float | None = None  # seconds a token of the settled number while one is tried
+    _tried: tuple[int, float] | None = None  # a number and its seconds, while the settled one runs once more
     _pause: int = FIRST_PAUSE
     _windows_left: int = 0  # until something may be tried again
     _skip: int = 0  # tokens that count for nothing: threads are made or end
@@ -114,16 +117,27 @@ class ThreadRule:
         return self.threads
 
     def _judge(self, window: _Window) -> None:
-        if self._best is not None and window.per_token < self._best * (1 - GAIN):
-            self._settled = self.threads
+        best = self._best or 0.0
+        if self._tried is not None:
+            threads, seconds = self._tried
+            best = (best + window.per_token) / 2
+        else:
+            threads, seconds = self.threads, window.per_token
+            if best * (1 - CLEAR_GAIN) <= seconds < best * (1 - GAIN):
+                self._tried = threads, seconds
+                self._use(self._settled)
+                return
+        if seconds < best * (1 - GAIN):
+            self._settled = threads
             self.n_changes += 1
             self._pause = FIRST_PAUSE
             self._windows_left = 0
         else:
             self._windows_left = self._pause
             self._pause = min(LAST_PAUSE, 2 * self._pause)
+        self._best = self._tried = None
+        if self.threads != self._settled:
             self._use(self._settled)
-        self._best = None
 
     def _use(self, threads: int) -> None:
         self.threads = threads

@@ -134,15 +134,15 @@ LLAMA_API int32_t mobile_set_mass(struct llama_context * ctx, int32_t k);
 // starts reading, in layer order, the experts that the last little pass left out (ranks k+1..K):
 // hints for a run of the same position with all experts. returns how many experts or segments are not there yet and
 // were hinted, < 0: error; they are read as far as the disk has nothing else to do. with a device tier those in host
-// memory are uploaded as well
+// memory are uploaded as well, if the mode says so
 LLAMA_API int32_t mobile_prefetch_masked(struct llama_context * ctx);
 
-// what is read ahead of need: experts that a little pass left out (mobile_prefetch_masked), and the next layer's as
-// they are predicted. changes when bytes are read, never outputs
+// what is moved ahead of need: experts that a little pass left out (mobile_prefetch_masked), and into a device's slots the
+// next layer's as they are predicted. changes when bytes are moved, never outputs
 enum mobile_prefetch {
     MOBILE_PREFETCH_OFF  = 0,
     MOBILE_PREFETCH_ON   = 1,
-    MOBILE_PREFETCH_AUTO = 2, // each of the two while it is measured to shorten passes
+    MOBILE_PREFETCH_AUTO = 2, // uploads: each of the two while it is measured to shorten passes
 };
 
 enum mobile_predict {
@@ -155,25 +155,21 @@ enum mobile_predict {
 struct mobile_prefetch_counters {
     uint64_t n_predicted;  // experts that were predicted for the next layer
     uint64_t n_right;      // of these, routed to
-    uint64_t n_queued;     // experts read because of a prediction or a little pass
+    uint64_t n_queued;     // experts read because of a little pass
     uint64_t n_used;       // of these, needed before they were evicted
     uint64_t n_wasted;     // of these, evicted without a use
     uint64_t n_unused;     // of these, resident now without a use yet
     uint64_t bytes_early;  // had arrived when they were needed
     uint64_t bytes_wasted; // of n_wasted
     uint64_t saved_us;     // bytes_early times the stall that a byte read on demand cost: an estimate
-    uint64_t n_passes;     // of up to 8 tokens
+    uint64_t n_passes;     // of up to 8 tokens, with a device tier that takes predictions
     uint64_t n_passes_on;  // of these, with predictions
     int32_t  mode;         // enum mobile_prefetch, now
     int32_t  by_router;    // now; 0: by transitions
-    int32_t  next_on;      // predictions are in use, now
+    int32_t  next_on;      // predictions are uploaded, now
     int32_t  masked_on;    // and what little passes left out
     int32_t  next_permille;   // time of passes with predictions over passes without, as measured last; 0: not yet
     int32_t  masked_permille; // the same for what little passes left out
-    int32_t  device_next_on;  // the same four for uploads to a device's slots; the rest is about reads
-    int32_t  device_masked_on;
-    int32_t  device_next_permille;
-    int32_t  device_masked_permille;
 };
 
 // a new context has MOBILE_PREFETCH_OFF

@@ -145,15 +145,6 @@ def test_arms_of_a_round() -> None:
     assert [arm.resident for arm in arms] == [False] * 6 + [True] * 4
 
 
-def test_reading_ahead_is_an_arm_where_something_is_read() -> None:
-    given = options(budgets=("25%", "100%"), versus=(), modes=("exact",), prefetches=("off", "on"))
-    arms, _ = plan_arms(given, SHAPE, available_bytes=GIB)
-    assert [arm.label for arm in arms] == [
-        "engine exact 25%", "engine exact prefetch-on 25%", "engine exact 100%",
-    ]  # fmt: skip
-    assert [arm.prefetch for arm in arms] == ["off", "on", "off"]
-
-
 def test_resident_arms_are_added_or_left_out_aloud() -> None:
     arms, notes = plan_arms(options(budgets=("25%",)), SHAPE, available_bytes=GIB)
     assert arms[-1].resident
@@ -260,7 +251,6 @@ def test_what_a_child_is_asked_for_is_the_text_and_what_the_arm_says(tmp_path: P
     arm = Arm("engine", "exact", "50%", GIB, 2 * GIB)
     job = runner._job(arm, 2, ids=False)
     assert (job.prompt, job.decode, job.ids, job.n_ubatch) == ([0, 1], [2, 3], False, 512)
-    assert job.predictor == "transitions"
     long = runner._job(arm.tuned(prompt_tokens=12, n_ubatch=1024), 0, ids=True)
     assert (long.prompt, long.decode, long.ids) == ([0, 1, 2, 3, 4] * 2 + [0, 1], [], True)
     assert long.n_ubatch == 1024

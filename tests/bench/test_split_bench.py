@@ -66,7 +66,7 @@ def test_measured_rows_stand_beside_what_was_foreseen() -> None:
         for number in range(2)
         for name, speed in (("whole", 20.0), ("2 of 4", 10.0))
     ]  # fmt: skip
-    args = argparse.Namespace(model=Path("m.gguf"), tokens=2, rounds=2, threads=1, prefetch="off")
+    args = argparse.Namespace(model=Path("m.gguf"), tokens=2, rounds=2, threads=1)
     page = split.measured_page(foreseen, runs, args)
     whole, half = ("|".join(cell.strip() for cell in line.split("|")) for line in page.splitlines()[-2:])
     assert "whole *|50.0 (50.0-50.0)|50.0|1.00 (1.00-1.00)|2.0|2.0|4-4" in whole

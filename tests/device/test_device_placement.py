@@ -239,7 +239,7 @@ def test_a_placement_that_fails_leaves_the_other_in_force(caplog):
 
 
 class Machine:
-    """A scripted clock: layers are a little faster, and a trial of reading ahead slows the steps it is on."""
+    """A scripted clock: layers are a little faster, and a trial of uploads ahead slows the steps it is on."""
 
     def __init__(self):
         self.placement, self.is_held, self.step, self.holds = CACHE, False, 0, []
@@ -270,7 +270,7 @@ def decide_on(machine, hold, n=MOST_STEPS):
     return controller
 
 
-def test_a_trial_of_reading_ahead_would_spoil_the_contest():
+def test_a_trial_of_uploads_ahead_would_spoil_the_contest():
     assert decide_on(Machine(), None).facts()["chosen"] == CACHE  # the slower one
 
 

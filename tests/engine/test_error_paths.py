@@ -85,11 +85,17 @@ def test_read_that_throws_is_a_failed_read(what: str, n_io_threads: int, tmp_pat
 
 
 def test_guess_that_throws_fails_a_decode(tmp_path: Path) -> None:
-    ops = [{"op": "set_prefetch", "mode": 1}, {"op": "arm", "what": "memory"}, steps(12), DISARM]
-    outcome = on_errors(
-        run("guess", GOOD_MODEL, [*ops, *good("after")]), **preload(tmp_path, "throwing_threads.cpp")
-    )
-    assert_planted(outcome, "guess", "guessing the next layer's experts failed: planted")
+    start = {"op": "device_start", "budget": 0.5, "miss": CPU, "poison": 1}
+    ops = [{"op": "set_prefetch", "mode": 1}, start, {"op": "arm", "what": "memory"}, steps(12), DISARM]
+    with rpc_servers() as rpc:
+        outcome = on_errors(
+            device_run("guess", GOOD_MODEL, rpc, [*ops, *follow()]),
+            **preload(tmp_path, "throwing_threads.cpp"),
+        )
+    assert outcome.ops("guess", "arm")[1]["n_thrown"] == 1
+    (failed,) = [op for op in outcome.runs["guess"]["ops"] if op.get("rc", 0) != 0]
+    assert failed["error"] == "guessing the next layer's experts failed: planted"
+    assert_as_on_cpu(outcome, "guess", GOOD_MODEL)
 
 
 def test_upload_that_throws_fails_a_decode(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Receipts and timings: names, arithmetic, the line people read."""
 
+import pytest
+
 from mobile_gguf.engine.structs import LossCounters
 from mobile_gguf.generate.receipt import Loss, Receipt, Timings, loss_of
 
@@ -52,6 +54,18 @@ def test_kinds_of_tokens_that_the_mode_does_not_have_are_left_out():
 def test_all_hits_are_claimed_only_if_nothing_missed():
     assert "99% hits" in Receipt(expert_hits=9999, expert_misses=1).summary()
     assert "100% hits" in Receipt(expert_hits=1).summary()
+
+
+@pytest.mark.parametrize(
+    ("threads", "changes", "said"),
+    [
+        (1, 1, "3 big | 1 thread, changed once since others compute, too"),
+        (2, 2, "3 big | 2 threads, changed 2 times since others compute, too"),
+        (2, 0, "3 big"),
+    ],
+)
+def test_threads_are_spoken_of_if_they_changed(threads, changes, said):
+    assert Receipt(tokens_big=3, threads=threads, thread_changes=changes).summary() == said
 
 
 def test_a_device_tier_has_a_part_of_the_line():

@@ -90,6 +90,27 @@ def test_fewer_threads_that_do_not_help_are_left_and_tried_ever_less_often() -> 
     assert used.count(1) < 100
 
 
+@pytest.mark.parametrize("gets_faster", [0.97, 0.965])
+def test_a_cache_that_fills_is_no_win_of_fewer_threads(gets_faster: float) -> None:
+    """Every token is a little faster than the one before, and with one thread a fifth slower than with two."""
+    rule, seconds, used = ThreadRule(2), 0.1, []
+    for _ in range(120):
+        of_token = seconds * (1.2 if rule.threads == 1 else 1.0)
+        used.append(rule.observe(of_token, 0.5 * of_token, 0.0, 0.0))
+        seconds *= gets_faster
+    assert rule.n_changes == 0
+    assert used.count(1) < 40
+
+
+@pytest.mark.parametrize("gain", [0.1, 0.2, 0.5])
+def test_what_one_thread_wins_on_a_steady_machine_is_taken(gain: float) -> None:
+    rule = ThreadRule(2)
+    for _ in range(6 * rules.WINDOW):
+        of_token = 0.1 * (1 - gain if rule.threads == 1 else 1.0)
+        rule.observe(of_token, 0.5 * of_token, 0.0, 0.0)
+    assert (rule.threads, rule.n_changes) == (1, 1)
+
+
 def test_the_limit_is_never_passed() -> None:
     rule = ThreadRule(3)
     for at in range(3000):

@@ -239,7 +239,7 @@ private:
             const mobile_part        part((int64_t) own.below(layers[l.n].n_parts));
             switch (own.below(6)) {
                 case 0: store.warm(parts_by_chance(own)); break;
-                case 1: store.hint(l, { part, mobile_part(0) }, 1e9, own.one_in(2) ? store.sequence() : 0); break;
+                case 1: store.hint(l, { part, mobile_part(0) }, 1e9); break;
                 case 2: store.residency_of_model(l, part.n); break;
                 case 3: store.missing_of_model(l, part.n); break;
                 case 4: check_counters(); break;

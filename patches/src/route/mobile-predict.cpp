@@ -35,8 +35,8 @@ mobile_predictor::~mobile_predictor() {
 
 void mobile_predictor::set_mode(enum mobile_prefetch m) {
     if (mode != m) {
-        std::fill_n(next_trial,   MOBILE_AHEAD_TIERS, mobile_trial());
-        std::fill_n(masked_trial, MOBILE_AHEAD_TIERS, mobile_trial());
+        next_trial   = mobile_trial();
+        masked_trial = mobile_trial();
     }
     mode = m;
     set_predictor(asked);
@@ -59,34 +59,26 @@ void mobile_predictor::set_replay(bool on) {
     set_predictor(asked);
 }
 
-void mobile_predictor::set_tiers(bool device) {
-    takes[MOBILE_AHEAD_HOST]   = !store->all_resident;
-    takes[MOBILE_AHEAD_DEVICE] = device;
+bool mobile_predictor::is_on(const mobile_trial & trial) const {
+    return takes && (mode == MOBILE_PREFETCH_ON || (mode == MOBILE_PREFETCH_AUTO && trial.on()));
 }
 
-bool mobile_predictor::is_on(enum mobile_ahead tier, const mobile_trial & trial) const {
-    return takes[tier] && (mode == MOBILE_PREFETCH_ON || (mode == MOBILE_PREFETCH_AUTO && trial.on()));
-}
-
-void mobile_predictor::begin_masked(bool device) {
-    set_tiers(device);
+bool mobile_predictor::begin_masked(bool device) {
+    takes = device;
     rerun = !is_idle();
-    for (int i = 0; i < MOBILE_AHEAD_TIERS; ++i) {
-        masked_on[i] = is_on((enum mobile_ahead) i, masked_trial[i]);
-    }
+    return is_on(masked_trial);
 }
 
 void mobile_predictor::begin_pass(int64_t n, int32_t k_used, bool device) {
     n_tokens = n;
     k        = k_used;
-    set_tiers(device);
-    for (int i = 0; i < MOBILE_AHEAD_TIERS; ++i) {
-        next_on[i] = n <= N_TOKENS_MAX && is_on((enum mobile_ahead) i, next_trial[i]);
-    }
+    takes    = device;
+    next_on  = n <= N_TOKENS_MAX && is_on(next_trial);
     before_layer = mobile_store_layer();
-    if (next_on[MOBILE_AHEAD_HOST] || next_on[MOBILE_AHEAD_DEVICE]) {
+    if (next_on) {
         start();
         std::lock_guard<std::mutex> lock(mutex);
+        reached = mobile_store_layer();
         for (auto & ids : guessed) {
             ids.clear();
         }
@@ -98,7 +90,7 @@ void mobile_predictor::begin_pass(int64_t n, int32_t k_used, bool device) {
 
 std::vector<mobile_guess> mobile_predictor::take() {
     std::vector<mobile_guess> guesses;
-    if (next_on[MOBILE_AHEAD_DEVICE]) {
+    if (next_on) {
         std::lock_guard<std::mutex> lock(mutex);
         guesses.swap(taken);
     }
@@ -113,7 +105,7 @@ void mobile_predictor::end_pass(bool ok) {
         return;
     }
     n_passes++;
-    n_passes_on += next_on[MOBILE_AHEAD_HOST] || next_on[MOBILE_AHEAD_DEVICE];
+    n_passes_on += next_on;
 
     double & u = usual[n_tokens - 1][k > 0][was_rerun];
     u = u > 0.0 ? u + USUAL_STEP*(us - u) : us;
@@ -121,17 +113,10 @@ void mobile_predictor::end_pass(bool ok) {
         return;
     }
     // one at a time
-    for (mobile_trial * trials : { next_trial, masked_trial }) {
-        for (int i = 0; i < MOBILE_AHEAD_TIERS; ++i) {
-            if (!takes[i] || (trials == masked_trial && !was_rerun)) {
-                continue;
-            }
-            const bool deciding = trials[i].deciding();
-            trials[i].add(us/u);
-            if (deciding) {
-                return;
-            }
-        }
+    const bool deciding = next_trial.deciding();
+    next_trial.add(us/u);
+    if (was_rerun && !deciding) {
+        masked_trial.add(us/u);
     }
 }
 
@@ -146,7 +131,7 @@ std::string mobile_predictor::take_error() {
 }
 
 void mobile_predictor::add_layer(mobile_store_layer layer, const std::vector<int32_t> & routed, int64_t n, const float * cur, int64_t n_embd,
-        size_t cur_stride, const mobile_by<mobile_part, uint8_t> & on_device, double now) {
+        size_t cur_stride, double now) {
     if (is_idle()) {
         return;
     }
@@ -157,8 +142,9 @@ void mobile_predictor::add_layer(mobile_store_layer layer, const std::vector<int
     if (!by_router) {
         count(layer, routed, n);
     }
-    if ((next_on[MOBILE_AHEAD_HOST] || next_on[MOBILE_AHEAD_DEVICE]) && n <= N_TOKENS_MAX) {
+    if (next_on) {
         std::lock_guard<std::mutex> lock(mutex);
+        reached = layer;
         for (int32_t id : guessed[layer]) {
             n_predicted++;
             n_right += std::find(routed.begin(), routed.end(), id) != routed.end();
@@ -166,9 +152,7 @@ void mobile_predictor::add_layer(mobile_store_layer layer, const std::vector<int
         const mobile_store_layer next = layer + 1;
         if (store->layers.has(next) && (by_router ? cur && routers[next].weight && n_embd == n_embd_router : true)) {
             pending.layer    = next;
-            pending.seq      = store->sequence();
             pending.pass     = pass;
-            std::copy_n(next_on, MOBILE_AHEAD_TIERS, pending.to_tier);
             pending.now      = now;
             pending.n_tokens = n;
             pending.k        = (int32_t) (k > 0 ? std::min<int64_t>(k, n_used) : n_used);
@@ -178,7 +162,6 @@ void mobile_predictor::add_layer(mobile_store_layer layer, const std::vector<int
                 pending.cur.insert(pending.cur.end(), cur + t*cur_stride, cur + t*cur_stride + n_embd);
             }
             pending.ids = routed;
-            pending.on_device = on_device;
             cv.notify_one();
         }
     }
@@ -247,19 +230,12 @@ void mobile_predictor::serve(std::unique_lock<std::mutex> & lock) {
             parts.push_back(store->part_of(id, s));
         }
     }
-    if (t.to_tier[MOBILE_AHEAD_DEVICE]) {
-        lock.lock();
-        if (t.pass == pass) {
-            taken.push_back({ t.layer, t.now, parts });
-        }
-        lock.unlock();
-    }
-    if (t.to_tier[MOBILE_AHEAD_HOST]) {
-        parts.erase(std::remove_if(parts.begin(), parts.end(), [&](mobile_part part) { return !t.on_device.empty() && t.on_device[part]; }), parts.end());
-        store->hint(t.layer, parts, t.now, t.seq);
-    }
     lock.lock();
-    if (store->sequence() == t.seq) {
+    if (t.pass != pass) {
+        return;
+    }
+    taken.push_back({ t.layer, t.now, parts });
+    if (reached + 1 == t.layer) { // in time
         guessed[t.layer] = running_ids;
     }
 }
@@ -305,14 +281,10 @@ void mobile_predictor::get_counters(mobile_prefetch_counters & c) const {
     c.mode         = mode;
     c.by_router    = by_router;
     const auto permille = [](const mobile_trial & trial) { return (int32_t) std::lround(1000.0*trial.ratio()); };
-    c.next_on      = mode == MOBILE_PREFETCH_ON || (mode == MOBILE_PREFETCH_AUTO && next_trial[MOBILE_AHEAD_HOST].on());
-    c.masked_on    = mode == MOBILE_PREFETCH_ON || (mode == MOBILE_PREFETCH_AUTO && masked_trial[MOBILE_AHEAD_HOST].on());
-    c.next_permille   = permille(next_trial[MOBILE_AHEAD_HOST]);
-    c.masked_permille = permille(masked_trial[MOBILE_AHEAD_HOST]);
-    c.device_next_on   = is_on(MOBILE_AHEAD_DEVICE, next_trial[MOBILE_AHEAD_DEVICE]);
-    c.device_masked_on = is_on(MOBILE_AHEAD_DEVICE, masked_trial[MOBILE_AHEAD_DEVICE]);
-    c.device_next_permille   = permille(next_trial[MOBILE_AHEAD_DEVICE]);
-    c.device_masked_permille = permille(masked_trial[MOBILE_AHEAD_DEVICE]);
+    c.next_on         = is_on(next_trial);
+    c.masked_on       = is_on(masked_trial);
+    c.next_permille   = permille(next_trial);
+    c.masked_permille = permille(masked_trial);
 }
 
 void mobile_predictor::reset_counters() {

@@ -1,12 +1,12 @@
 // mobile-predict.h - which experts the next layer will need, guessed while this layer is computed.
 //
 // Mechanism: the route op of a layer hands over the FFN's input and the ids that it routed. A thread of its own
-// guesses the next layer's top-k of it and hints them to the store, which reads them when the disk has nothing
-// else to do; a device tier fetches them by take(), to upload what is in memory. The guess is the next layer's own router on this layer's FFN input, where the model has a plain
+// guesses the next layer's top-k of it; a device tier fetches the guesses by take(), to upload what is in host memory.
+// The guess is the next layer's own router on this layer's FFN input, where the model has a plain
 // router; else P(expert of the next layer | experts of this one), counted on the tokens seen so far.
-// Whether hints shorten the passes is measured (mobile-trial.h), for each source and tier: they are on only while they do.
-// Invariant: changes when bytes are read, never what is computed. What is thrown while guessing fails a pass, as a read does.
-// Limits: passes of up to N_TOKENS_MAX tokens; nothing is guessed for the first layer.
+// Whether uploads ahead shorten the passes is measured (mobile-trial.h), for each source: they are on only while they do.
+// Invariant: changes when bytes are moved, never what is computed. What is thrown while guessing fails a pass, as a read does.
+// Limits: passes of up to N_TOKENS_MAX tokens; nothing is guessed for the first layer, nothing without a device tier.
 
 #pragma once
 
@@ -23,9 +23,6 @@
 #include <vector>
 
 struct llama_model;
-
-// where a hinted expert is moved to
-enum mobile_ahead { MOBILE_AHEAD_HOST, MOBILE_AHEAD_DEVICE, MOBILE_AHEAD_TIERS };
 
 struct mobile_guess {
     mobile_store_layer       layer;
@@ -59,18 +56,17 @@ public:
     std::string take_error();
 
     // a layer of the store, whose needs it has been told. routed: [n_tokens][n_used], the model's experts, -1: skipped.
-    // cur: n_embd values of each token, NULL: the router has another input; stride in elements. on_device: of the next
-    // layer, those that need no host memory; empty: none
+    // cur: n_embd values of each token, NULL: the router has another input; stride in elements
     void add_layer(mobile_store_layer layer, const std::vector<int32_t> & routed, int64_t n_tokens, const float * cur, int64_t n_embd,
-        size_t cur_stride, const mobile_by<mobile_part, uint8_t> & on_device, double now);
+        size_t cur_stride, double now);
 
-    // guesses for the device tier since the last call, of this pass
+    // guesses since the last call, of this pass
     std::vector<mobile_guess> take();
 
-    // before the pass that runs what a little pass left out; then whether that is to be hinted
-    void begin_masked(bool device);
-    bool hints_masked(enum mobile_ahead tier) const { return masked_on[tier]; }
+    // before the pass that runs what a little pass left out; whether that is to be uploaded ahead
+    bool begin_masked(bool device);
 
+    bool is_off() const { return mode == MOBILE_PREFETCH_OFF; }
     bool forced() const { return mode == MOBILE_PREFETCH_ON; }
 
     void get_counters(mobile_prefetch_counters & c) const;
@@ -87,21 +83,17 @@ private:
 
     struct task {
         mobile_store_layer layer; // that is guessed; none: there is nothing to do
-        uint64_t seq   = 0;
         uint64_t pass  = 0;
         double   now   = 0.0;
         int64_t  n_tokens = 0;
         int32_t  k        = 0;
         bool     by_router = false;
-        bool     to_tier[MOBILE_AHEAD_TIERS] = {};
         std::vector<float>   cur; // [n_tokens][n_embd]
         std::vector<int32_t> ids; // [n_tokens][n_used] of the layer before
-        mobile_by<mobile_part, uint8_t> on_device;
     };
 
-    void set_tiers(bool device);
-    bool is_idle() const { return mode == MOBILE_PREFETCH_OFF || (!takes[MOBILE_AHEAD_HOST] && !takes[MOBILE_AHEAD_DEVICE]); }
-    bool is_on(enum mobile_ahead tier, const mobile_trial & trial) const;
+    bool is_idle() const { return is_off() || !takes; }
+    bool is_on(const mobile_trial & trial) const;
     void start();
     void load_routers();
     void run();
@@ -124,10 +116,10 @@ private:
     bool                 by_router = false; // what is in use
 
     // of the running pass
-    bool    takes    [MOBILE_AHEAD_TIERS] = {}; // hints: the tier has not got everything
-    bool    next_on  [MOBILE_AHEAD_TIERS] = {};
-    bool    masked_on[MOBILE_AHEAD_TIERS] = {};
+    bool    takes     = false; // there is a device tier that takes hints
+    bool    next_on   = false;
     uint64_t pass     = 0;  // its number; guarded by mutex
+    mobile_store_layer reached; // the last layer whose needs are known; guarded by mutex
     bool    rerun     = false; // it runs what a little pass left out
     int64_t n_tokens  = 0;
     int32_t k         = 0;
@@ -135,8 +127,8 @@ private:
     std::vector<int32_t> before;  // ids of the layer before, [n_tokens][n_used]
     mobile_store_layer   before_layer;
 
-    mobile_trial next_trial  [MOBILE_AHEAD_TIERS];
-    mobile_trial masked_trial[MOBILE_AHEAD_TIERS];
+    mobile_trial next_trial;
+    mobile_trial masked_trial;
     double       usual[N_TOKENS_MAX][2][2] = {}; // us of a pass of the kind, a running mean. [n_tokens - 1][little][rerun]
 
     // transitions, guarded by mutex: tokens routed to j in a layer after i in the one before, and to i

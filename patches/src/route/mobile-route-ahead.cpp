@@ -1,5 +1,5 @@
-// mobile-route-ahead.cpp - hints of experts that will probably be needed, from the predictor and from little passes to
-// the two tiers.
+// mobile-route-ahead.cpp - hints of experts that will be needed: to the device tier from the predictor, to both tiers from
+// little passes.
 
 #include "route/mobile-context.h"
 
@@ -17,9 +17,8 @@ void mobile_route_ahead(mobile_context & ctx) {
 }
 
 int32_t mobile_route_hint_masked(mobile_context & ctx, llama_context & lctx) {
-    ctx.predictor.begin_masked(mobile_route_takes_hints(ctx));
-    const bool reads   = ctx.predictor.hints_masked(MOBILE_AHEAD_HOST);
-    const bool uploads = ctx.predictor.hints_masked(MOBILE_AHEAD_DEVICE);
+    const bool uploads = ctx.predictor.begin_masked(mobile_route_takes_hints(ctx));
+    const bool reads   = !ctx.predictor.is_off() && !ctx.store->all_resident;
     if (!reads && !uploads) {
         return 0;
     }
@@ -46,7 +45,7 @@ int32_t mobile_route_hint_masked(mobile_context & ctx, llama_context & lctx) {
             }
         }
         if (reads) {
-            n += ctx.store->hint(layer, absent, last, 0);
+            n += ctx.store->hint(layer, absent, last);
         }
         if (uploads) {
             ctx.slots->hint(route.il, all, last);

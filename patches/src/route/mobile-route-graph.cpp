@@ -131,7 +131,7 @@ void mobile_moe::route(bool renormalise, bool ranked, bool routes_cur, const sco
     route.keep = is_whole || (n_tokens > 1 && has_offload(at.sched));
 
     // the next layer is predicted of it in short passes only. with a hot chain a fourth argument says so
-    const bool guesses = !ctx->store->all_resident || (slots && slots->placement() == MOBILE_PLACEMENT_CACHE);
+    const bool guesses = slots && slots->placement() == MOBILE_PLACEMENT_CACHE;
     int n_args = has_hot ? 4 : n_tokens <= mobile_predictor::N_TOKENS_MAX && guesses ? 3 : 2;
     ggml_tensor * args[6] = { ids, weights, n_args > 2 ? cur : nullptr, has_hot ? cur : nullptr, nullptr, nullptr };
     const mobile_store_layer layer = ctx->store->layer_of(il);

@@ -263,18 +263,9 @@ static void keep_routed(mobile_context & ctx, const ggml_tensor * dst) {
 
 // hints for the layer that comes next
 static void predict_next(mobile_context & ctx, const mobile_route & route, mobile_store_layer layer, const ggml_tensor * dst) {
-    const mobile_store_layer next = layer + 1;
-    mobile_by<mobile_part, uint8_t> & on_device = ctx.routing.on_device;
-    on_device.clear();
-    if (ctx.slots && ctx.store->layers.has(next)) {
-        on_device.resize(ctx.store->layers[next].n_parts);
-        for (mobile_part part(0); on_device.has(part); ++part) {
-            on_device[part] = ctx.slots->is_there(ctx.store->model_layer(next), part);
-        }
-    }
     const ggml_tensor * cur = route.routes_cur ? src_cur(dst) : nullptr;
     ctx.predictor.add_layer(layer, ctx.routing.routed, dst->ne[1], cur ? (const float *) cur->data : nullptr, cur ? cur->ne[0] : 0,
-        cur ? cur->nb[2]/sizeof(float) : 0, on_device, ctx.pass.time);
+        cur ? cur->nb[2]/sizeof(float) : 0, ctx.pass.time);
 }
 
 static void run(mobile_route & route, ggml_tensor * dst) {

@@ -53,7 +53,6 @@ struct mobile_routing {
     std::vector<float>                  weights;   // [n_tokens][K] of those that the router chose, or `prior` in its place
     std::vector<mobile_loss_token>      losing;    // tokens that may
     std::vector<uint8_t>                partial;   // [n_tokens][K] 1: only with the segments that were there
-    mobile_by<mobile_part, uint8_t>     on_device; // of the next layer: in a slot
     std::vector<mobile_routed>          watched;   // the layer's entries of the ring
 };
 

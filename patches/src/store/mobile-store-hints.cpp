@@ -1,6 +1,6 @@
-// mobile-store-hints.cpp - reads ahead of need that may turn out wrong.
+// mobile-store-hints.cpp - reads for the pass that runs again what a little pass left out.
 //
-// Mechanism: a hint names an expert that a layer will probably need. It costs nothing until an I/O thread has
+// Mechanism: a hint names an expert that a layer will need, unless the run again is routed otherwise. It costs nothing until an I/O thread has
 // no other read to do; only then does it take a slot and become a read. What a layer needs is known when it
 // asks, so its hints are dropped then: those that became reads are used, or kept as the staler expert they were.
 // Invariants: a hint evicts nothing that the running token has used; a read of a hint that fails is no error;
@@ -13,28 +13,23 @@
 // hints become reads only while at most so many reads of misses are under way
 static constexpr uint32_t HINT_DEMAND_MAX = 0;
 
-uint64_t mobile_store::sequence() const {
-    return n_requests.load(std::memory_order_relaxed);
-}
-
-int32_t mobile_store::hint(mobile_store_layer layer, const std::vector<mobile_part> & parts, double now, uint64_t seq) {
+int32_t mobile_store::hint(mobile_store_layer layer, const std::vector<mobile_part> & parts, double now) {
     const mobile_layer & l = layers[layer];
 
     locked lock(mutex);
-    if (all_resident || (seq != 0 && seq != sequence())) {
+    if (all_resident) {
         return 0;
     }
-    std::vector<hinted> fresh;
+    int32_t n = 0;
     for (mobile_part part : parts) {
         if (part.n >= 0 && part.n < l.n_parts && experts[store_part_of(layer, part)].state == MOBILE_NOT_RESIDENT) {
-            fresh.push_back({ store_part_of(layer, part), now });
+            hints.push_back({ store_part_of(layer, part), now });
+            n++;
         }
     }
-    // those for the layer that comes next before those for a whole pass
-    hints.insert(seq != 0 ? hints.begin() : hints.end(), fresh.begin(), fresh.end());
     lock.unlock();
-    wake_io(fresh.size());
-    return (int32_t) fresh.size();
+    wake_io(n);
+    return n;
 }
 
 // makes a read of the first hint that can be one; false: there is none
@@ -95,7 +90,6 @@ void mobile_store::waste_hint(mobile_expert & x) {
 
 // the needs of a layer are known and pinned: its hints have served
 void mobile_store::settle_hints(mobile_store_layer layer) {
-    n_requests.fetch_add(1, std::memory_order_relaxed);
     hints.erase(std::remove_if(hints.begin(), hints.end(), [&](const hinted & h) {
         return layer_of_part(h.part) == layer;
     }), hints.end());
@@ -121,7 +115,6 @@ void mobile_store::settle_hints(mobile_store_layer layer) {
 
 // the pass is over
 void mobile_store::drop_hints() {
-    n_requests.fetch_add(1, std::memory_order_relaxed);
     hints.clear();
     hinted_reads.clear();
 }

@@ -205,13 +205,10 @@ public:
     // queues reads of a layer that is needed soon, as far as slots can be had without evicting what
     // single tokens use
     void read_ahead(mobile_store_layer layer);
-    // changes with every request and pass
-    uint64_t sequence() const;
-    // experts that a layer will probably need, best first: they are read when there is nothing else to read, until
+    // experts that a layer will need in the next pass: they are read when there is nothing else to read, until
     // the layer asks for what it does need or the next pass is over. now: evicts only what was used before that,
-    // in tokens. seq: forgotten unless sequence() is still that; 0: always meant. returns how many are not there.
-    // by any thread
-    int32_t hint(mobile_store_layer layer, const std::vector<mobile_part> & parts, double now, uint64_t seq);
+    // in tokens. returns how many are not there. by any thread
+    int32_t hint(mobile_store_layer layer, const std::vector<mobile_part> & parts, double now);
     // experts worth having, the most worthy first: read while there is nothing else to read, until no slot is free. in
     // place of those named before. returns how many are not there. by any thread
     int32_t warm(const std::vector<mobile_store_part> & parts);
@@ -340,7 +337,6 @@ private:
     uint32_t                n_warm_running   = 0; // of n_running
     uint64_t                warm_in_flight   = 0; // bytes of slots of those being loaded
     bool                    in_pass          = false;
-    std::atomic<uint64_t>   n_requests = 1;       // changed under the lock
     bool                    stop = false;
     std::vector<std::thread> io_threads;
 
