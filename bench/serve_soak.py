@@ -1,24 +1,24 @@
 """A long run of many impatient clients against one server: nothing leaks, nothing is lost.
 
 ``python -m mobile_gguf.bench.serve_soak MODEL --minutes 10`` starts ``mobile-gguf serve`` and lets
-``--clients`` threads ask it, streamed and whole, some of them hanging up in the middle. At the end every
-request that was waited for must have had its answer or a 429, answers must have been computed in the order
-their requests came in, the model must be free, and the server's memory and file descriptors must be what
-they were after the first tenth. With ``--embeddings`` a part of the requests are for embeddings. Prints one
-JSON object, and writes it and a page with ``--out``; exit code 1 if something is wrong. Unknown flags go to
-``mobile-gguf serve``.
+``--clients`` threads have conversations with it, streamed and whole, edited and answered anew, some of them
+hanging up in the middle. ``--restarts N`` times it is ended, by SIGTERM and SIGKILL in turn, and started
+again. At the end every request that was waited for must have had its answer, a 429, or a restart; answers
+must have been begun in the order their requests came, receipts must fit their answers and the server's sums,
+conversations go on after an orderly restart, their files stay within ``--session-cache``, the model must be
+free, and each server's memory and file descriptors must be what they were after a tenth of its time. With
+``--embeddings`` a part of the requests are for embeddings. Prints one JSON object, and writes it and a page
+with ``--out``; exit code 1 if something is wrong. Unknown flags go to ``mobile-gguf serve``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import random
 import shlex
 import signal
-import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -26,84 +26,170 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .hardware import describe_hardware
+import httpx
 
-_TIMEOUT = 300.0
-# Memory that a server may take on after its first tenth: allocator slack, caches of templates and grammars.
+from mobile_gguf.files.lock import exclusive
+from mobile_gguf.files.paths import APP
+from mobile_gguf.generate.session_store import SessionFolder
+from mobile_gguf.hub.resolve import resolve_model
+from mobile_gguf.sizes import parse_bytes
+
+from .hardware import describe_hardware
+from .soak_client import TIMEOUT, Client
+from .soak_server import SoakServer
+
+# Memory that a server may take on after its first tenth: allocator slack, caches of templates and grammars,
+# and texts that were put away, of which --prefix-cache bounds the bytes.
 _SLACK_BYTES = 48 << 20
 _SLACK_FILES = 8
+_SESSION_CACHE = "--session-cache"
+# The server's sums, and what of a receipt goes into them.
+_HITS = ("mobile_gguf_expert_hits_total", "mobile_gguf_expert_misses_total")
+_REQUESTS = "mobile_gguf_requests_total"
+_LEAST_TO_JUDGE = 10
 
 
 def soak(
-    model: str, seconds: float, n_clients: int, flags: Sequence[str] = (), seed: int = 0
+    model: str,
+    seconds: float,
+    n_clients: int,
+    flags: Sequence[str] = (),
+    seed: int = 0,
+    n_restarts: int = 0,
+    modes: tuple[str, ...] = ("exact", "little"),
 ) -> dict[str, Any]:
     """Run it; returns what happened, ``problems`` being what should not have."""
-    command = [sys.executable, "-m", "mobile_gguf", "serve", model, "--port", "0", *flags]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert server.stdout is not None
-    url = server.stdout.readline().strip()
-    if not url:
-        raise SystemExit(f"the server did not start (exit code {server.wait()})")
-    clients = [_Client(url, seed + i, "--embeddings" in flags) for i in range(n_clients)]
-    watch = _Watch(server.pid)
-    try:
+    flags = list(flags) if _SESSION_CACHE in flags else [*flags, _SESSION_CACHE, "2GiB"]
+    session_bytes = parse_bytes(flags[flags.index(_SESSION_CACHE) + 1]).n_bytes or 0
+    path = str(resolve_model(model))
+    with tempfile.TemporaryDirectory() as cache:
+        server = SoakServer(path, flags, {"XDG_CACHE_HOME": cache})
+        clients = [Client(server, seed + i, "--embeddings" in flags, modes) for i in range(n_clients)]
+        watch = _Watch(server, Path(cache) / APP / "sessions")
+        problems: list[str] = []
+        servers: list[dict[str, Any]] = []
         started = time.monotonic()
-        end = started + seconds
-        for client in clients:
-            client.start(end)
-        watch.start()
-        time.sleep(seconds / 10)
-        while time.monotonic() < end and sum(client.n_ended for client in clients) < 4 * n_clients:
-            time.sleep(0.1)  # on a slow machine its first tenth is still the start
-        before = _resources(server.pid)
-        for client in clients:
-            client.join()
-        free = _wait_until_free(url)
-        after = _resources(server.pid)
-        took = time.monotonic() - started
-    finally:
-        watch.stop()
-        server.send_signal(signal.SIGTERM)
         try:
-            code = server.wait(timeout=_TIMEOUT)
-        except subprocess.TimeoutExpired:
-            server.kill()
-            code = None
-    outcomes: Counter[str] = sum((client.outcomes for client in clients), Counter())
-    problems = [problem for client in clients for problem in client.problems]
-    if not free:
-        problems.append("the model was not free at the end")
-    if code != 0:
-        problems.append(f"the server ended with {code}")
-    if after["rss_bytes"] > before["rss_bytes"] + _SLACK_BYTES:
-        problems.append("memory grew")
-    turns = sorted(turn for client in clients for turn in client.turns)
-    if [number for _turn, number in turns] != sorted(number for _turn, number in turns):
-        problems.append("the order was not kept")
-    if after["files"] > before["files"] + _SLACK_FILES:
-        problems.append("file descriptors grew")
-    return {
-        "command": ["mobile-gguf", *command[3:]],
+            for client in clients:
+                client.start(started + seconds)
+            watch.start()
+            for i in range(n_restarts + 1):
+                servers.append(_run(server, clients, started + seconds * (i + 1) / (n_restarts + 1)))
+                if i < n_restarts:
+                    servers[-1]["after"] = server.resources()
+                    problems.append(server.restart((signal.SIGTERM, signal.SIGKILL)[i % 2]))
+            for client in clients:
+                client.join()
+            sums = _sums_once_free(server.url)
+            servers[-1]["after"] = server.resources()
+            took = time.monotonic() - started
+        finally:
+            watch.stop()
+            problems.append(server.end())
+    problems += [problem for client in clients for problem in client.problems]
+    problems += _grown(servers) + _out_of_order(clients)
+    report = {
+        "command": ["mobile-gguf", "serve", model, *server.command[5:]],
         "hardware": describe_hardware(Path.cwd()),
         "seconds": round(took, 1),
         "clients": n_clients,
         "requests": sum(client.n_sent for client in clients),
-        "outcomes": dict(sorted(outcomes.items())),
-        "in_order": len(turns),
+        "outcomes": dict(sorted(_outcomes(clients).items())),
+        "in_order": sum(len(client.turns) for client in clients),
         "longest_wait_s": round(max((client.longest_wait for client in clients), default=0.0), 2),
-        "before": before,
-        "after": after,
+        "servers": servers,
+        "session_bytes": {"limit": session_bytes, "most": watch.most_bytes},
+        "after_restart": {
+            "asked": sum(client.n_after_restart for client in clients),
+            "went_on": sum(client.n_went_on for client in clients),
+        },
         "rss_mib_by_second": watch.samples,
-        "problems": problems,
     }
+    problems += _of_report(report, sums, clients, server.generation)
+    return report | {"problems": [problem for problem in problems if problem]}
+
+
+def _run(server: SoakServer, clients: Sequence[Client], until: float) -> dict[str, Any]:
+    """Wait until then; what the server took after a tenth of the time."""
+    begun, n_before = time.monotonic(), sum(client.n_ended for client in clients)
+    time.sleep(max(0.0, (until - begun) / 10))
+    while time.monotonic() < until and sum(client.n_ended for client in clients) < n_before + 4 * len(
+        clients
+    ):
+        time.sleep(0.1)  # on a slow machine its first tenth is still the start
+    before = server.resources()
+    time.sleep(max(0.0, until - time.monotonic()))
+    return {"before": before}
+
+
+def _outcomes(clients: Sequence[Client]) -> Counter[str]:
+    return sum((client.outcomes for client in clients), Counter())
+
+
+def _grown(servers: Sequence[dict[str, Any]]) -> list[str]:
+    problems = []
+    for i, one in enumerate(servers, 1):
+        before, after = one["before"], one["after"]
+        if after["anonymous_bytes"] > before["anonymous_bytes"] + _SLACK_BYTES:
+            problems.append(f"memory of server {i} grew")
+        if after["files"] > before["files"] + _SLACK_FILES:
+            problems.append(f"file descriptors of server {i} grew")
+    return problems
+
+
+def _out_of_order(clients: Sequence[Client]) -> list[str]:
+    turns = sorted(turn for client in clients for turn in client.turns)
+    by_coming = sorted((generation, number) for generation, _, number in turns)
+    is_kept = [(generation, number) for generation, _, number in turns] == by_coming
+    return [] if is_kept else ["the order was not kept"]
+
+
+def _of_report(
+    report: dict[str, Any], sums: dict[str, float] | None, clients: Sequence[Client], generation: int
+) -> list[str]:
+    """What is wrong with sessions and with the last server's sums."""
+    problems = []
+    sessions, restarted = report["session_bytes"], report["after_restart"]
+    if sessions["most"] > sessions["limit"]:
+        problems.append("conversations on disk took more than --session-cache")
+    if restarted["asked"] >= _LEAST_TO_JUDGE and not restarted["went_on"]:
+        problems.append("no conversation went on after a restart")
+    if sums is None:
+        return [*problems, "the model was not free at the end"]
+    hits = sum(client.hits[generation] for client in clients)
+    if not 0 < hits <= sum(sums[name] for name in _HITS):
+        problems.append(f"receipts count {hits} experts, the server {[sums[name] for name in _HITS]}")
+    if sums[_REQUESTS] > report["requests"]:
+        problems.append(f"the server counts {sums[_REQUESTS]} requests of {report['requests']}")
+    return problems
+
+
+def _sums_once_free(url: str) -> dict[str, float] | None:
+    """What the server has counted once nothing runs any more; None if something does."""
+    for _ in range(6000):
+        health = httpx.get(f"{url}/health", timeout=TIMEOUT).json()
+        if not health["busy"] and not health["waiting"]:
+            break
+        time.sleep(0.05)
+    else:
+        return None
+    sums: dict[str, float] = dict.fromkeys((*_HITS, _REQUESTS), 0.0)
+    for line in httpx.get(f"{url}/metrics", timeout=TIMEOUT).text.splitlines():
+        name, _, value = line.rpartition(" ")
+        endpoint = name.partition("{")[2]
+        name = name.partition("{")[0]
+        if name in sums and (not endpoint or "/v1/" in endpoint):
+            sums[name] += float(value)
+    return sums
 
 
 class _Watch:
-    """Notes a process's memory every ten seconds."""
+    """Notes a server's memory every ten seconds, and the most that conversations took on disk."""
 
-    def __init__(self, pid: int) -> None:
+    def __init__(self, server: SoakServer, folder: Path) -> None:
         self.samples: list[tuple[int, float]] = []
-        self._pid = pid
+        self.most_bytes = 0
+        self._server, self._folder = server, folder
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -112,156 +198,29 @@ class _Watch:
 
     def stop(self) -> None:
         self._ended.set()
-
-    def _run(self) -> None:
-        second = 0
-        while not self._ended.wait(10):
-            second += 10
-            try:
-                size = _resources(self._pid)["rss_bytes"]
-            except OSError:
-                return
-            self.samples.append((second, round(size / (1 << 20), 1)))
-
-
-class _Client:
-    """Asks again and again; hangs up at random, and holds what it did wait for against what it asked for."""
-
-    def __init__(self, url: str, seed: int, embeds: bool) -> None:
-        self.outcomes: Counter[str] = Counter()
-        self.problems: list[str] = []
-        self.turns: list[tuple[int, int]] = []
-        self.n_sent = 0
-        self.longest_wait = 0.0
-        self._embeds = embeds
-        self._url = url
-        self._random = random.Random(seed)
-        self._thread = threading.Thread(target=self._run)
-        self._end = 0.0
-
-    @property
-    def n_ended(self) -> int:
-        """Requests so far that came to an end of whatever kind."""
-        return sum(list(self.outcomes.values()))
-
-    def start(self, end: float) -> None:
-        self._end = end
-        self._thread.start()
-
-    def join(self) -> None:
         self._thread.join()
 
     def _run(self) -> None:
-        import httpx
-
-        with httpx.Client(timeout=_TIMEOUT) as http:
-            while time.monotonic() < self._end:
-                self.n_sent += 1
-                try:
-                    ask = self._embed if self._embeds and self._random.random() < 0.1 else self._ask
-                    self.outcomes[ask(http)] += 1
-                except Exception as error:  # whatever it is, it is a finding
-                    self.problems.append(f"{type(error).__name__}: {error}")
-                    return
-
-    def _embed(self, http: Any) -> str:
-        texts = ["word " * self._random.randint(1, 9) for _ in range(self._random.randint(1, 4))]
-        answer = http.post(f"{self._url}/v1/embeddings", json={"input": texts})
-        if answer.status_code == 429:
-            return self._full(answer)
-        if answer.status_code != 200 or len(answer.json()["data"]) != len(texts):
-            raise RuntimeError(f"status {answer.status_code}: {answer.text:.200}")
-        return "embedded"
-
-    def _ask(self, http: Any) -> str:
-        import httpx
-
-        stream = self._random.random() < 0.6
-        leaves = self._random.random() < 0.4
-        n = self._random.randint(1, 12)
-        body = {
-            "messages": [{"role": "user", "content": f"Count to {self._random.randint(2, 99)}."}],
-            "max_tokens": n,
-            "stream": stream,
-            "stream_options": {
-                "include_usage": True,
-                "continuous_usage_stats": self._random.random() < 0.5,
-            },
-            "mode": self._random.choice(["exact", "little"]),
-            "logit_bias": {str(self._random.randint(0, 99)): self._random.randint(-100, 100)},
-            "grammar": "root ::= [a-z ] root",  # has no end: every answer is as long as asked
-        }
-        path = f"{self._url}/v1/chat/completions"
-        if leaves and not stream:
+        quarters = 0
+        while not self._ended.wait(0.25):
+            quarters += 1
+            if self._folder.is_dir():
+                with exclusive(self._folder / "lock"):  # or files come and go while they are counted
+                    self.most_bytes = max(self.most_bytes, SessionFolder(self._folder).n_bytes)
+            if quarters % 40:
+                continue
             try:
-                answer = http.post(path, json=body, timeout=self._random.uniform(0.01, 0.5))
-            except httpx.TimeoutException:
-                return "left"
-            return self._whole(answer, n)
-        if not stream:
-            return self._whole(http.post(path, json=body), n)
-        with http.stream("POST", path, json=body) as answer:
-            if answer.status_code == 429:
-                return self._full(answer)
-            if answer.status_code != 200:
-                raise RuntimeError(f"status {answer.status_code}: {answer.read()!r:.200}")
-            events = []
-            for line in answer.iter_lines():
-                if line.startswith("data: "):
-                    events.append(line[6:])
-                if leaves and len(events) > n // 2:
-                    return "left"
-        return self._streamed(events, n)
-
-    def _full(self, answer: Any) -> str:
-        if int(answer.headers["retry-after"]) < 1:
-            raise RuntimeError("429 without a Retry-After")
-        time.sleep(0.05)
-        return "full"
-
-    def _whole(self, answer: Any, n: int) -> str:
-        if answer.status_code == 429:
-            return self._full(answer)
-        if answer.status_code != 200:
-            raise RuntimeError(f"status {answer.status_code}: {answer.text:.200}")
-        return self._counted(answer.json()["usage"], n)
-
-    def _streamed(self, events: list[str], n: int) -> str:
-        if not events or events[-1] != "[DONE]":
-            raise RuntimeError(f"a stream without an end: {events[-1:]}")
-        return self._counted(json.loads(events[-2]).get("usage") or {}, n)
-
-    def _counted(self, usage: dict[str, Any], n: int) -> str:
-        if usage.get("completion_tokens") != n:
-            raise RuntimeError(f"asked for {n} tokens, got {usage.get('completion_tokens')}")
-        line = usage["queue"]
-        self.turns.append((line["turn"], line["number"]))
-        self.longest_wait = max(self.longest_wait, line["wait_ms"] / 1e3)
-        return "answered"
-
-
-def _wait_until_free(url: str) -> bool:
-    import httpx
-
-    for _ in range(6000):
-        health = httpx.get(f"{url}/health", timeout=_TIMEOUT).json()
-        if not health["busy"] and not health["waiting"]:
-            return True
-        time.sleep(0.05)
-    return False
-
-
-def _resources(pid: int) -> dict[str, int]:
-    """Memory and open files of a process (Linux)."""
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    files = len(os.listdir(f"/proc/{pid}/fd"))
-    return {"rss_bytes": pages * os.sysconf("SC_PAGE_SIZE"), "files": files}
+                size = self._server.resources()["rss_bytes"]
+            except (OSError, KeyError):  # it is started anew
+                continue
+            self.samples.append((quarters // 4, round(size / (1 << 20), 1)))
 
 
 def as_page(report: dict[str, Any], asked: str) -> str:
     """The report in words and figures; ``asked`` is the command that made it."""
-    samples = report["rss_mib_by_second"]
-    before, after = report["before"], report["after"]
+    samples, sessions, restarted = (
+        report["rss_mib_by_second"], report["session_bytes"], report["after_restart"],
+    )  # fmt: skip
     rows = [
         ("clients", report["clients"]),
         ("seconds", report["seconds"]),
@@ -269,14 +228,20 @@ def as_page(report: dict[str, Any], asked: str) -> str:
         *((f"... {name}", n) for name, n in report["outcomes"].items()),
         ("answers whose turn was checked against their coming", report["in_order"]),
         ("longest wait in line", f"{report['longest_wait_s']} s"),
-        ("server's memory after the first tenth", f"{before['rss_bytes'] / (1 << 20):.1f} MiB"),
-        ("... at the end", f"{after['rss_bytes'] / (1 << 20):.1f} MiB"),
-        ("open files after the first tenth, at the end", f"{before['files']}, {after['files']}"),
-        ("problems", "; ".join(report["problems"]) or "none"),
+        ("turns of conversations that were there before an orderly restart", restarted["asked"]),
+        ("... and had a part of it kept", restarted["went_on"]),
+        ("conversations on disk, at most", f"{_mib(sessions['most'])} of {_mib(sessions['limit'])}"),
     ]
+    for i, one in enumerate(report["servers"], 1):
+        before, after = one["before"], one["after"]
+        both = " to ".join(_mib(state["anonymous_bytes"]) for state in (before, after))
+        rows.append((f"server {i}: memory after its first tenth, and at its end", both))
+        rows.append(("... open files", f"{before['files']} to {after['files']}"))
+    rows.append(("problems", "; ".join(report["problems"]) or "none"))
     lines = ["| | |", "|---|---:|", *(f"| {name} | {value} |" for name, value in rows)]
     every = samples[:: max(1, len(samples) // 10)]
-    lines += ["", "Memory: " + ", ".join(f"{size:.0f} MiB at {second} s" for second, size in every) + "."]
+    told = ", ".join(f"{size:.0f} MiB at {second} s" for second, size in every)
+    lines += ["", f"Memory with mapped files: {told}."]
     lines += [
         "",
         "`left`: hung up before its end; `full`: a 429 with Retry-After, back after 50 ms all the same.",
@@ -288,6 +253,10 @@ def as_page(report: dict[str, Any], asked: str) -> str:
     return "\n".join([*lines, "", f"Machine: {report['hardware']}", ""])
 
 
+def _mib(n_bytes: int) -> str:
+    return f"{n_bytes / (1 << 20):.1f} MiB"
+
+
 def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description="Many impatient clients against one server.")
@@ -295,9 +264,12 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--restarts", type=int, default=0, metavar="N")
+    parser.add_argument("--modes", default="exact,little", metavar="MODE,...")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write soak.json and soak.md there")
     args, flags = parser.parse_known_args()
-    report = soak(args.model, args.minutes * 60, args.clients, flags, args.seed)
+    modes = tuple(args.modes.split(","))
+    report = soak(args.model, args.minutes * 60, args.clients, flags, args.seed, args.restarts, modes)
     print(json.dumps(report))
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)

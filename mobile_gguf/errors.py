@@ -5,6 +5,7 @@ A message says what is wrong, with which file or value, and what to do, in one l
 
 import reprlib
 import sys
+from typing import Any
 
 
 class MobileError(Exception):
@@ -12,6 +13,7 @@ class MobileError(Exception):
 
     exit_code = 1
     command_line: str | None = None  # the text with flags for options, where it has such
+    reply: Any = None  # of an answer that failed while a Reply was awaited: what there is of it
 
 
 class UsageError(MobileError):

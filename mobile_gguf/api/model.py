@@ -20,6 +20,7 @@ from mobile_gguf.engine.structs import Counters, DeviceCounters
 from mobile_gguf.errors import (
     AnswerStopped,
     EngineError,
+    MobileError,
     ModelBusyError,
     PromptTooLongError,
     UsageError,
@@ -262,7 +263,8 @@ class Model:
         on_logits: OnLogits = None,
         **options: Any,
     ) -> Reply:
-        """Continue ``prompt`` and return the whole Reply; raises as ``stream`` does.
+        """Continue ``prompt`` and return the whole Reply; raises as ``stream`` does, the error with the Reply
+        so far as its ``reply``.
 
         ``on_chunk`` is called with every Chunk. Ctrl-C or ``should_stop`` return the text so far, with
         ``finish_reason`` ``interrupted``.
@@ -415,6 +417,9 @@ class Model:
                     on_chunk(chunk)
         except KeyboardInterrupt:
             running.close()
+        except MobileError as error:
+            error.reply = answer.reply()
+            raise
         return answer.reply()
 
     @speaks_python

@@ -87,6 +87,7 @@ class Engine:
             "set_buddies": (status, [address, address, address, address, n, n, n]),
             "set_loss_residency": (status, [address, address, ctypes.c_size_t]),
             "get_loss_counters": (status, [address, address]),
+            "get_token_loss": (status, [address, ctypes.c_int32, address]),
             "get_counters": (status, [address, address]),
             "reset_counters": (status, [address]),
             "context_error": (text, [address]),

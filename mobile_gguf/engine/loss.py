@@ -145,6 +145,13 @@ def loss_counters(engine: Engine, ctx: int) -> LossCounters:
     return LossCounters(**struct_fields(struct))
 
 
+def token_loss(engine: Engine, ctx: int, i: int) -> LossCounters:
+    """What the rules did to token ``i`` of the last decode's batch alone."""
+    struct = with_slack(LossCountersStruct)
+    engine.checked("get_token_loss", "reading what a token lost", ctx, i, ctypes.byref(struct))
+    return LossCounters(**struct_fields(struct))
+
+
 def moved_share(before: LossCounters, after: LossCounters) -> float:
     """The mean share of a token's weight in a layer that rules touched between two readings."""
     n_layers = after.n_layers - before.n_layers

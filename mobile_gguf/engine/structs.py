@@ -281,6 +281,12 @@ class LossCounters:
     moved_weight: float = 0.0
     n_partial: int = 0
 
+    def __add__(self, other: LossCounters) -> LossCounters:
+        """Both together."""
+        return LossCounters(
+            *(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__)
+        )
+
 
 class LossCountersStruct(ctypes.Structure):
     """``struct mobile_loss_counters``."""

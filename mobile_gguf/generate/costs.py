@@ -54,7 +54,8 @@ class Share:
 class Meter:
     """Divides what ``read`` counts among those whose decode it was; ``reset`` has it count from 0.
 
-    What moves between two decodes belongs to those of the first.
+    What moves between two decodes belongs to those of the first. What a part lost by itself may be known:
+    ``lost`` is told.
     """
 
     def __init__(self, read: Callable[[], Traffic], reset: Callable[[], object]) -> None:
@@ -62,6 +63,9 @@ class Meter:
         self._reset = reset
         self._last = Traffic()
         self._shares: list[Share] = []
+        self._lost: list[
+            LossCounters
+        ] = []  # what each of them is known to have lost, none if it is not known
         self._only: Costs | None = None  # who asked for all that was counted since the restart
         self._is_divided = False  # there were others
 
@@ -71,7 +75,7 @@ class Meter:
         for costs in [self._only, *(share.costs for share in self._shares)]:
             if costs is not None:
                 costs.traffic = Traffic()
-        self._last, self._shares = self._read(), []
+        self._last, self._shares, self._lost = self._read(), [], []
         self._only, self._is_divided = None, False
 
     def begin(self, shares: Sequence[Share]) -> None:
@@ -81,6 +85,11 @@ class Meter:
             return
         self.settle()
         self._is_divided, self._shares = True, list(shares)
+
+    def lost(self, parts: Sequence[LossCounters]) -> None:
+        """What each of those whose decode it was lost in it by itself; all else is divided."""
+        if self._is_divided:
+            self._lost = list(parts)
 
     def settle(self) -> None:
         """Give everyone a part of what was counted since the last time."""
@@ -92,13 +101,15 @@ class Meter:
             return
         asked = _weights([share.asked for share in self._shares])
         lossy = _weights([share.lossy for share in self._shares])
+        lost, self._lost = self._lost or [LossCounters()] * len(self._shares), []
+        known = sum(lost, LossCounters())
         for i, share in enumerate(self._shares):
             had = share.costs.traffic
             share.costs.traffic = Traffic(
                 _grown(had.host, before.host, now.host, asked, i),
                 _grown(had.device, before.device, now.device, asked, i),
                 _grown(had.ahead, before.ahead, now.ahead, asked, i),
-                _grown(had.loss, before.loss, now.loss, lossy, i),
+                _grown(had.loss + lost[i], before.loss + known, now.loss, lossy, i),
             )
 
 
@@ -126,4 +137,6 @@ def _grown(had: Of, before: Of, now: Of, sums: list[int], i: int) -> Of:
 def _part(amount: Any, sums: list[int], i: int) -> Any:
     if isinstance(amount, int):
         return amount * sums[i + 1] // sums[-1] - amount * sums[i] // sums[-1]
-    return amount * (sums[i + 1] - sums[i]) / sums[-1]
+    return (
+        max(0.0, amount) * (sums[i + 1] - sums[i]) / sums[-1]
+    )  # of parts that are known a digit may be over

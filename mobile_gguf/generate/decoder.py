@@ -17,8 +17,17 @@ from llama_cpp import llama_cpp
 from mobile_gguf.engine.binding import Engine
 from mobile_gguf.engine.guarded import GuardedCalls
 from mobile_gguf.engine.log import clear_errors, last_errors
-from mobile_gguf.engine.loss import Buddies, LossRules, set_batch_lossy, set_buddies, set_loss, set_lossy
+from mobile_gguf.engine.loss import (
+    Buddies,
+    LossRules,
+    set_batch_lossy,
+    set_buddies,
+    set_loss,
+    set_lossy,
+    token_loss,
+)
 from mobile_gguf.engine.rpc import context_loss
+from mobile_gguf.engine.structs import LossCounters
 from mobile_gguf.errors import EngineError, ExpertReadError, MobileError, UsageError
 
 from .decode import ALL_EXPERTS
@@ -217,6 +226,10 @@ class Decoder:
         if not logits:
             raise UsageError("there are no logits: ask for a token first")
         return np.ctypeslib.as_array(logits, shape=(self._calls.n_vocab,))
+
+    def lost(self, i: int) -> LossCounters:
+        """What rules for missing experts did to the token of output ``i`` in the last pass."""
+        return token_loss(self.engine, self.native.ctx, i) if self.engine is not None else LossCounters()
 
     def hidden(self, n_embd: int, i: int = -1) -> Any | None:
         """The hidden state [n_embd] of output ``i``, if it was kept."""

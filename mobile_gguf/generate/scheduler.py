@@ -10,13 +10,15 @@ taken at a time than a micro-batch holds.
 from __future__ import annotations
 
 import contextlib
+import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from greenlet import getcurrent
 
-from mobile_gguf.errors import AnswerStopped, EngineError
+from mobile_gguf.engine.structs import LossCounters
+from mobile_gguf.errors import AnswerStopped, EngineError, MobileError
 
 from .aside import Aside
 from .costs import Costs, Meter, Share
@@ -184,7 +186,8 @@ class Scheduler:
                 wish.n_before -= n
                 continue
             self._waiting.remove(wish)
-            self._wake(wish, n, error=error)
+            # each has one of its own, since its answer so far is noted on it
+            self._wake(wish, n, error=copy.copy(error) if isinstance(error, MobileError) else error)
 
     def stop(self) -> None:
         """End all answers."""
@@ -276,8 +279,15 @@ class Scheduler:
             self.threads.after()
         if self._growth is not None and not is_long:
             self._growth.observe(self.n_running, len(slices), time.perf_counter() - started)
+        if sum(part.rules is not None for part in slices) > 1:
+            self._meter.lost([self._lost(part, row) for part, row in zip(slices, rows, strict=True)])
         for sequence, part, row in zip(sequences, slices, rows, strict=True):
             sequence.took(part, row)
+
+    def _lost(self, part: Slice, row: int) -> LossCounters:
+        """What a token lost, beside others that may."""
+        is_token = part.rules is not None and len(part.tokens) == 1
+        return self.decoder.lost(row) if is_token else LossCounters()
 
     def _share(self, sequence: TokenSequence, part: Slice) -> Share:
         asked = len(part.tokens) * (min(part.experts, self._top_k) or self._top_k)

@@ -156,7 +156,6 @@ class TokenSequence(Cells):
                 wish = Wish(
                     self, tokens[done:end], len(tokens) - done, self._experts, self._rules,
                     every_output=show is not None, keeps_state=keeps_state, mass=self._mass,
-                    is_counted=self.policy.spending is not None,
                 )  # fmt: skip
                 n_done = self.scheduler.run(wish)
                 done += n_done

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from stat import S_ISREG
 
 from mobile_gguf.errors import MobileError
 from mobile_gguf.files.atomic import WriterBusyError, partial_path, remove_abandoned, replacing_file
@@ -36,6 +37,8 @@ from .session_files import (
 _LOCK = "lock"
 _ONLY_OURS = 0o600
 _HOUR = 3600.0
+_UNREADABLE = """some saved conversations are damaged, or of another version, and are not used: \
+`mobile-gguf sessions` lists them, `mobile-gguf sessions rm` removes them"""
 _OF_USE = 16  # a text of which a prompt has less than one part in so many is not read for it
 
 Entry = Saved | None  # None: a file that cannot be read
@@ -53,6 +56,7 @@ class SessionFolder:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.n_unreadable = 0  # damaged, or of another version, when it was looked into last
         self._heads: dict[str, tuple[tuple[int, int], Saved]] = {}
         self._reading = threading.Lock()
 
@@ -76,6 +80,7 @@ class SessionFolder:
                     continue
             self._heads[path.name] = known
             found[path] = stat.st_size, known[1]
+        self.n_unreadable = sum(one is None for _, one in found.values())
         return found
 
     def saved(self) -> list[Saved]:
@@ -177,7 +182,10 @@ class SessionStore:
         """The text that saves most of ``prompt``, and how many tokens; ``only_big``: of its big rows."""
         found, most = None, 0
         other, n_other = None, 0
-        for one in self._folder.saved():
+        saved = self._folder.saved()
+        if self._folder.n_unreadable:
+            self._tell(_UNREADABLE)
+        for one in saved:
             n = usable(one.tokens, one.n_big if only_big else len(one.tokens), one.checkpoints, prompt)
             if n < LEAST_TOKENS or n * _OF_USE < len(one.tokens) or one.path in self._unusable:
                 continue
@@ -256,4 +264,6 @@ def _files(folder: Path, suffix: str) -> Iterator[tuple[Path, os.stat_result]]:
         for entry in entries:
             if entry.name.endswith(suffix):
                 with contextlib.suppress(FileNotFoundError):
-                    yield folder / entry.name, entry.stat(follow_symlinks=False)
+                    stat = entry.stat(follow_symlinks=False)
+                    if S_ISREG(stat.st_mode):  # what else lies there is not ours
+                        yield folder / entry.name, stat

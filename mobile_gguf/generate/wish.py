@@ -38,7 +38,6 @@ class Wish:
     every_output: bool = False
     keeps_state: bool = False
     mass: int = 0
-    is_counted: bool = False  # what the rules do to it has to be known, and not only what it shares
     n_before: int = 0
     task: Task | None = field(default=None, repr=False)
 
@@ -60,7 +59,7 @@ class Wish:
             return False
         if self.rules is None or other.rules is None:
             return True
-        return self.rules == other.rules and not (self.is_counted or other.is_counted)
+        return self.rules == other.rules
 
     def may_stop(self) -> bool:
         """Whether it should end before it is run; a single token's answer asks for itself, right after it."""

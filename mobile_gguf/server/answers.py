@@ -82,12 +82,15 @@ class Renderer:
 
     def whole(self, events: list[Event], usage: dict[str, Any]) -> dict[str, Any]:
         """The completion of all events."""
+        kind = "chat.completion" if self._chat else "text_completion"
+        return self._object(kind, self.choices(events)) | {"usage": usage}
+
+    def choices(self, events: list[Event]) -> list[dict[str, Any]]:
+        """What events say of each choice."""
         choices: dict[int, _ChoiceSoFar] = {}
         for event in events:
             choices.setdefault(event.choice, _ChoiceSoFar()).add(event)
-        made = [self._choice(i, choices[i]) for i in sorted(choices)]
-        kind = "chat.completion" if self._chat else "text_completion"
-        return self._object(kind, made) | {"usage": usage}
+        return [self._choice(i, choices[i]) for i in sorted(choices)]
 
     def _choice(self, index: int, choice: _ChoiceSoFar) -> dict[str, Any]:
         made: dict[str, Any] = {"index": index, "finish_reason": choice.finish_reason, "logprobs": None}

@@ -121,7 +121,7 @@ async def _answer(
                 shutdown_event=anyio.Event(),
                 shutdown_grace_period=grace,
             )
-        whole = await unless_client_leaves(request, _collect(events))
+        whole = await unless_client_leaves(request, _collect(events, renderer))
         body_of_all = renderer.whole(whole, _usage(producer, job))
         return JSONResponse(body_of_all, headers=_notes(producer))
     except ClientLeftError:
@@ -159,8 +159,17 @@ def _watched(
             yield replace(event, usage=_usage(producer, job)) if wanted else event
 
 
-async def _collect(events: Events[Event]) -> list[Event]:
-    return [event async for event in events]
+async def _collect(events: Events[Event], renderer: Renderer) -> list[Event]:
+    """All events. What fails after words were made has them with it: they were paid for."""
+    found: list[Event] = []
+    try:
+        async for event in events:
+            found.append(event)
+    except Exception as error:
+        failed = as_api_error(error)
+        failed.choices = renderer.choices(found)
+        raise failed from error
+    return found
 
 
 async def _stream(

@@ -51,9 +51,12 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """OpenAI's error object."""
+    """OpenAI's error object, and what was answered before it happened."""
 
     error: ErrorDetail = Field(description="what went wrong")
+    choices: list[dict[str, Any]] | None = Field(
+        default=None, description="of an answer that was not streamed: what there is of it"
+    )
 
 
 class ApiError(Exception):
@@ -74,6 +77,7 @@ class ApiError(Exception):
         self.param = param
         self.code = code
         self.headers = dict(headers or {})
+        self.choices: list[dict[str, Any]] = []  # what was answered before
 
     def body(self) -> dict[str, Any]:
         """The error object."""
@@ -83,7 +87,7 @@ class ApiError(Exception):
             "param": None if self.param is None else _printable(self.param),
             "code": self.code,
         }
-        return {"error": detail}
+        return {"error": detail} | ({"choices": self.choices} if self.choices else {})
 
     def response(self) -> JSONResponse:
         """The whole answer to the request."""

@@ -184,7 +184,7 @@ LLAMA_API int32_t mobile_reset_counters(struct llama_context * ctx);
 // the warm set: experts that are worth having before anything asks for them. changes when bytes are read, never outputs.
 // experts [n][2]: layer and expert, the most worthy first
 
-// the experts that single tokens used on ctx so far, the most used first. fills at most n; returns how many there are
+// the experts that tokens of answers used on ctx so far, the most used first. fills at most n; returns how many there are
 LLAMA_API int32_t mobile_get_worth(const struct llama_context * ctx, int32_t * experts, int32_t n);
 // reads them in their order while there is nothing else to read, as far as the budget has room: nothing is evicted for
 // them. in place of those of an earlier call; n = 0 ends it. returns how many experts or segments are not there yet
@@ -300,6 +300,8 @@ struct mobile_loss_counters {
 };
 
 LLAMA_API int32_t mobile_get_loss_counters(const struct llama_context * ctx, struct mobile_loss_counters * counters);
+// of token i of the last decode's batch alone; prompt_drop and what is read while the disk is idle are no token's
+LLAMA_API int32_t mobile_get_token_loss(const struct llama_context * ctx, int32_t i, struct mobile_loss_counters * counters);
 
 // changes outputs. F16 and BF16 matrices are multiplied by float32 activations on the CPU, not by activations
 // rounded to 16 bits: for all models of the process, slower, and only to be changed while nothing decodes.

@@ -187,8 +187,10 @@ def test_a_failed_read_is_raised_and_the_model_stays_usable(fake_model, at):
     backend = FakeBackend(scripted("abc"))
     backend.errors[at] = ExpertReadError("fake.gguf: layer 1, expert 2: short read")
     model = fake_model(backend)
-    with pytest.raises(ExpertReadError, match="layer 1, expert 2"):
+    with pytest.raises(ExpertReadError, match="layer 1, expert 2") as failed:
         model.generate("x")
+    assert failed.value.reply.text == "abc"[:at]
+    assert failed.value.reply.finish_reason == "interrupted"
     assert model.generate("x").text == "abc"
 
 

@@ -275,6 +275,41 @@ def test_a_rule_without_a_message_ends_with_its_counters() -> None:
     assert all(second[name] == 0 for name in COUNTS)
 
 
+def test_what_each_token_of_a_batch_lost_is_known() -> None:
+    """Of three texts in one decode two may lose: each as it does alone, and together what is counted."""
+    model, text = "olmoe", tokens(3, 4)
+    rule = {"op": "loss", "rules": {"drop": 2.0}, "lossy": False}
+    ops = set_up(model)
+    for token in text:
+        ops += [{"op": "clear"}, {"op": "reset_counters"}, {**rule, "lossy": True}]
+        ops += [{"op": "decode", "tokens": [token]}, {"op": "token_loss", "i": 0}, {"op": "loss_counters"}]
+    together = {"op": "decode", "tokens": text, "pos": [0] * 3, "seqs": [0, 1, 2]}
+    ops += [
+        rule,
+        {"op": "clear"},
+        {"op": "reset_counters"},
+        {"op": "batch_lossy", "lossy": [1, 0, 1]},
+        together,
+    ]
+    ops += [*({"op": "token_loss", "i": i} for i in (0, 1, 2, 99)), {"op": "loss_counters"}]
+    ops += [{"op": "clear"}, {"op": "decode", "tokens": [text[0]]}, {"op": "token_loss", "i": 0}]
+    settings: dict[str, Any] = {"n_seq_max": 3, "kv_unified": True, **F32}
+    outcome = succeeded(on_engine(run("r", model, ops, "min", **settings)))
+    each, beside = outcome.ops("r", "token_loss")[:3], outcome.ops("r", "token_loss")[3:6]
+    for i, (alone, counted) in enumerate(zip(each, outcome.ops("r", "loss_counters"), strict=False)):
+        assert alone["n_dropped"] > 0
+        for name in COUNTS:
+            assert alone[name] == counted[name]
+            assert beside[i][name] == pytest.approx(0 if i == 1 else alone[name], rel=1e-4)
+    for name in COUNTS:
+        both = beside[0][name] + beside[2][name]
+        assert outcome.ops("r", "loss_counters")[3][name] == pytest.approx(both)
+    unknown, later = outcome.ops("r", "token_loss")[6:]
+    assert unknown["n_layers"] == later["n_layers"] == 0, "what was lost is the last decode's"
+    refused = on_engine(run("r", model, [{"op": "token_loss", "i": -1}], "min")).ops("r", "token_loss")[0]
+    assert refused["status"] == ARGUMENT
+
+
 def test_a_budget_below_a_layer_is_legal_where_passes_ask_for_less() -> None:
     """And a pass that asks for more fails with a text, and the next one does not."""
     model, spec = "olmoe", tiny_models.MODELS["olmoe"]

@@ -188,18 +188,30 @@ def test_eviction_policies_differ_in_misses_only(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("eviction", [0, 1, 2], ids=["lru", "moepic", "decay"])
-def test_misses_equal_a_simulation(eviction: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_misses_equal_a_simulation(eviction: int, at_once: int, tmp_path: Path) -> None:
     """The oracle is a plain cache over the traced ids (all experts of this model have one size)."""
-    path = tmp_path / "trace.csv"
+    path, text = tmp_path / "trace.csv", tokens(120, 31)
+    passes = [
+        {
+            "op": "decode",
+            "tokens": text[i : i + at_once],
+            "pos": [i // at_once] * at_once,
+            "seqs": list(range(at_once)),
+        }
+        for i in range(0, len(text), at_once)
+    ]
     outcome = succeeded(on_engine(run("r", "qwen2moe", [
-        {"op": "trace_start", "path": str(path)}, {"op": "steps", "tokens": tokens(120, 31), "pos": 0},
-        {"op": "counters"}, {"op": "trace_stop"},
-    ], "40%", mobile={"eviction": eviction})))  # fmt: skip
+        {"op": "trace_start", "path": str(path)}, *passes, {"op": "counters"}, {"op": "trace_stop"},
+    ], "40%", mobile={"eviction": eviction}, n_seq_max=at_once, kv_unified=True)))  # fmt: skip
     info, counters = outcome.runs["r"]["info"], outcome.ops("r", "counters")[0]
     n_slots = info["budget_bytes"] * info["n_layer_moe"] * info["n_expert"] // info["budget_all_bytes"]
     by_pass: dict[tuple[float, float], list[tuple[int, int]]] = defaultdict(list)
+    at: dict[tuple[float, float], dict[tuple[int, int], float]] = defaultdict(dict)
     for row in read_trace(path):
-        by_pass[row["step"], row["layer"]].append((int(row["layer"]), int(row["expert"])))
+        place, expert = (row["step"] // at_once, row["layer"]), (int(row["layer"]), int(row["expert"]))
+        by_pass[place].append(expert)
+        at[place][expert] = max(row["step"], at[place].get(expert, 0.0))
     # MoEpic's rho is 0.25; its omega 128 tokens, decay's 12 visits of the expert's own layer
     decay = {0: 0.0, 1: math.log(4) / 128, 2: math.log(4) / 12}[eviction]
     n_uses: Counter[tuple[int, int]] = Counter()
@@ -208,20 +220,21 @@ def test_misses_equal_a_simulation(eviction: int, tmp_path: Path) -> None:
     def worth(expert: tuple[int, int], layer: float) -> float:
         if eviction == 0:
             return last_use[expert]
-        # a layer that this token has yet to reach has had one visit less
-        unvisited = eviction == 2 and expert[0] > layer
-        return math.log(n_uses[expert]) + last_use[expert] * decay + (decay if unvisited else 0.0)
+        # a layer that this pass has yet to reach has had one visit less
+        unvisited = at_once if eviction == 2 and expert[0] > layer else 0
+        return math.log(n_uses[expert]) + (last_use[expert] + unvisited) * decay
 
     n_misses = 0
-    for (step, layer), needs in by_pass.items():
-        missing = [need for need in needs if need not in last_use]
+    for (number, layer), needs in by_pass.items():
+        step = at[number, layer]
+        missing = [need for need in dict.fromkeys(needs) if need not in last_use]
         n_misses += len(missing)
         n_uses.update(needs)
         # ties go by layer and expert
-        last_use.update({need: step for need in needs if need in last_use})
+        last_use.update({need: step[need] for need in needs if need in last_use})
         for need in missing:
             if len(last_use) == n_slots:
                 _, victim = min((worth(expert, layer), expert) for expert in last_use if expert not in needs)
                 del last_use[victim]
-            last_use[need] = step
+            last_use[need] = step[need]
     assert counters["n_misses"] == n_misses

@@ -80,6 +80,39 @@ def test_single_tokens_rank_what_they_used(model: Path, tmp_path: Path) -> None:
     assert ranks == sorted(ranks)
 
 
+def test_answers_made_at_once_count_each_and_a_prompt_beside_them_for_nothing(tmp_path: Path) -> None:
+    """Rows of a pass that are tokens of answers count as they do in passes of their own."""
+    path, n = tmp_path / "trace.csv", len(PROMPT)
+    prompts = [{"op": "decode", "tokens": PROMPT, "seqs": [i] * n, "outputs": [n - 1]} for i in range(2)]
+    mixed = {
+        "op": "decode", "tokens": [*PROMPT, *FOLLOWING[:2]], "pos": [*range(n), n, n],
+        "seqs": [*[2] * n, 0, 1], "outputs": [n - 1, n, n + 1],
+    }  # fmt: skip
+    shared = [
+        {"op": "decode", "tokens": FOLLOWING[i : i + 2], "pos": [n + i // 2] * 2, "seqs": [0, 1]}
+        for i in (2, 4, 6)
+    ]
+    outcome = succeeded(on_engine(run("r", "mixtral", [
+        *prompts, {"op": "worth"}, {"op": "trace_start", "path": str(path)}, mixed, {"op": "worth"}, *shared,
+        {"op": "trace_stop"}, {"op": "worth"},
+    ], "40%", n_seq_max=3, kv_unified=True)))  # fmt: skip
+    before, beside, after = (op["experts"] for op in outcome.ops("r", "worth"))
+    assert before == []
+    rows = read_trace(path)
+    first = min(row["step"] for row in rows)
+
+    def used(begin: int, end: int) -> list[dict[str, float]]:
+        return [row for row in rows if begin <= row["step"] - first < end]
+
+    assert pairs(beside) == {(int(row["layer"]), int(row["expert"])) for row in used(n, n + 2)}
+    assert {(row["layer"], row["expert"]) for row in used(0, n)} - pairs(beside), "a prompt uses others"
+    uses = Counter((int(row["layer"]), int(row["expert"])) for row in used(n, n + 8))
+    last = {(int(row["layer"]), int(row["expert"])): row["step"] for row in used(n, n + 8)}
+    assert pairs(after) == set(uses)
+    ranks = [(-uses[layer, expert], -last[layer, expert]) for layer, expert in after]
+    assert ranks == sorted(ranks)
+
+
 @EACH_FILE
 def test_named_experts_come_without_a_pass(model: Path) -> None:
     """They stand in no answer's counters, and the results are those of a load without."""

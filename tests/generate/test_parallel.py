@@ -6,29 +6,38 @@ import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tiny_models
+from askers import (
+    ATTENTION,
+    HYBRID,
+    MODES,
+    Asker,
+    alone,
+    askers_of,
+    check_nearly_the_same,
+    empty,
+    load,
+    modes_of,
+    text,
+    together,
+)
 
 import mobile_gguf
 from mobile_gguf import Model
 from mobile_gguf.api.batch import read_items, run_batch
 from mobile_gguf.api.model import backend_of
+from mobile_gguf.engine.loss import LossRules
 from mobile_gguf.errors import ExpertReadError
+from mobile_gguf.generate.auto import Auto
+from mobile_gguf.generate.loss_model import LossModel
+from mobile_gguf.generate.price_list import Offer, PriceList
 
 pytestmark = pytest.mark.engine
-ATTENTION, HYBRID = "qwen3moe", "nemotron-h"
-BOTH = {"mode": "big-little", "gamma": 0.02, "importance": "confidence"}
-MODES: list[dict[str, Any]] = [{"mode": "exact"}, {"mode": "little"}, BOTH]
-
-
-def load(name: str, **options: Any) -> Model:
-    usual = {"ram_budget": "60%", "n_ctx": 1024, "n_batch": 32, "n_ubatch": 32}
-    return mobile_gguf.load(tiny_models.path(name), threads=1, threads_batch=1, **{**usual, **options})
 
 
 @pytest.fixture(scope="module", params=[ATTENTION, HYBRID])
@@ -52,95 +61,6 @@ def four(name: str) -> Iterator[Model]:
 def apart(name: str) -> Iterator[Model]:
     with load(name, parallel=3, deterministic=True) as loaded:
         yield loaded
-
-
-def text(chance: random.Random, n: int) -> list[int]:
-    return [chance.randrange(3, 200) for _ in range(n)]
-
-
-@dataclass
-class Asker:
-    """Asks for an answer, and keeps what came: tokens, the logits that they are of, and what it cost."""
-
-    prompt: list[int]
-    n: int
-    options: dict[str, Any] = field(default_factory=dict)
-    leaves_after: int = 1 << 30
-    tokens: list[int] = field(default_factory=list)
-    logits: list[np.ndarray] = field(default_factory=list)
-    last: Any = None
-    error: BaseException | None = None
-
-    def work(self, model: Model) -> Callable[[], None]:
-        ends = {token: -100.0 for token in range(model.info.n_vocab) if model.is_end(token)}
-        usual = {"temperature": 0, "seed": 1, "cache_prompt": False, "logit_bias": ends}
-
-        def run() -> None:
-            try:
-                for chunk in model.stream(
-                    self.prompt, max_tokens=self.n, should_stop=self.is_gone, **{**usual, **self.options}
-                ):
-                    self.last = chunk
-                    if chunk.token is not None:
-                        self.tokens.append(chunk.token)
-                        self.logits.append(np.array(model.last_logits()))
-            except mobile_gguf.MobileError as error:
-                self.error = error
-
-        return run
-
-    def is_gone(self) -> bool:
-        return len(self.tokens) >= self.leaves_after
-
-    def again(self) -> Asker:
-        return Asker(self.prompt, self.n, self.options, self.leaves_after)
-
-
-def together(model: Model, askers: list[Asker], most: int = 1 << 30) -> None:
-    waiting, crew = list(askers), model.crew
-    while waiting or crew.n_running:
-        while waiting and crew.n_running < min(most, crew.most):
-            crew.spawn(waiting.pop(0).work(model))
-        crew.advance()
-
-
-def empty(model: Model) -> None:
-    for sequence in backend_of(model).scheduler.sequences:
-        sequence.forget()
-
-
-def alone(model: Model, asker: Asker) -> Asker:
-    other = asker.again()
-    other.work(model)()
-    return other
-
-
-def check_nearly_the_same(one: Asker, other: Asker) -> None:
-    """Logits differ in last digits, which half-precision rows amplify; tokens where two were as likely."""
-    assert one.error is None and other.error is None  # noqa: PT018
-    for mine, its, token, other_token in zip(one.logits, other.logits, one.tokens, other.tokens, strict=True):
-        np.testing.assert_allclose(mine, its, atol=5e-3)
-        if token != other_token:
-            assert np.ptp(np.sort(mine)[-2:]) < 1e-2
-            return
-
-
-def askers_of(seed: int, n: int, modes: list[dict[str, Any]]) -> list[Asker]:
-    chance = random.Random(seed)
-    system = text(chance, 40)
-    return [
-        Asker(
-            chance.choice([[], system]) + text(chance, chance.randrange(1, 90)),
-            chance.randrange(1, 24),
-            chance.choice(modes) | chance.choice([{}, {"temperature": 0.9}]),
-            chance.choice([1 << 30, 1 << 30, 4]),
-        )
-        for _ in range(n)
-    ]
-
-
-def modes_of(model: Model) -> list[dict[str, Any]]:
-    return MODES if backend_of(model).can_step_back else MODES[:2]
 
 
 def test_one_answer_in_an_empty_context_for_several_is_the_same_bit_for_bit(
@@ -208,6 +128,80 @@ def test_receipts_add_up_to_the_counters(four: Model) -> None:
     assert sum(receipt.bytes_read for receipt in receipts) <= counted.bytes_read  # some is read afterwards
     exact, little = receipts[:2]
     assert exact.expert_hits + exact.expert_misses > little.expert_hits + little.expert_misses > 0
+
+
+def test_receipts_add_up_whatever_becomes_of_the_answers(tmp_path: Path) -> None:
+    """Exact, little, run again, and cut by a read that failed: of each what it cost, and nothing twice."""
+    path = Path(shutil.copy(tiny_models.path(ATTENTION), tmp_path / "copy.gguf"))
+    whole, chance = path.read_bytes(), random.Random(12)
+    usual = {"n_ctx": 1024, "threads": 1, "threads_batch": 1, "prefetch": "off", "warm": "off"}
+    with mobile_gguf.load(path, parallel=4, ram_budget="30%", **usual) as model:
+        ends = {token: -100.0 for token in range(model.info.n_vocab) if model.is_end(token)}
+        replies: list[Any] = []
+        errors: list[ExpertReadError] = []
+        n_tokens = [0] * 4
+
+        def work(i: int, prompt: list[int], n: int) -> Callable[[], None]:
+            def count(_chunk: object) -> None:
+                n_tokens[i] += 1
+
+            def run() -> None:
+                try:
+                    replies.append(
+                        model.generate(
+                            prompt, max_tokens=n, on_chunk=count, temperature=0, logit_bias=ends,
+                            **[*MODES, MODES[0]][i],
+                        )
+                    )  # fmt: skip
+                except ExpertReadError as error:
+                    errors.append(error)
+                    replies.append(error.reply)
+
+            return run
+
+        for i, n in enumerate((9, 40, 400, 400)):
+            model.crew.spawn(work(i, text(chance, 12), n))
+        while min(n_tokens) < 9 or n_tokens[2] < 60:
+            model.crew.advance()
+        os.truncate(path, len(whole) // 4)
+        while model.crew.n_running:
+            model.crew.advance()
+        counted = backend_of(model).counters()
+        path.write_bytes(whole)
+    receipts = [reply.receipt for reply in replies]
+    assert len(receipts) == 4
+    assert 0 < len(errors) < 4
+    assert len({id(error) for error in errors}) == len(errors)
+    assert all(len(error.reply.tokens) >= 9 for error in errors)
+    assert sum(receipt.tokens_fallback for receipt in receipts) > 0
+    assert sum(receipt.tokens_little for receipt in receipts) >= 40
+    assert sum(receipt.expert_hits for receipt in receipts) == counted.n_hits
+    assert sum(receipt.expert_misses for receipt in receipts) == counted.n_misses
+    assert abs(sum(receipt.stall_ms for receipt in receipts) - counted.stall_us / 1e3) < 0.1
+    assert 0 < sum(receipt.bytes_read for receipt in receipts) <= counted.bytes_read
+
+
+def test_answers_that_spend_a_budget_share_decodes_and_know_what_each_lost() -> None:
+    rules = {"exact": None, "drop:1": LossRules(drop=1.0)}
+    offers = [Offer("exact", 0.0, 100.0), Offer("drop:1", 1e-6, 10.0)]
+    with load(ATTENTION, parallel=3, ram_budget="30%") as model:
+        backend = backend_of(model)
+        backend.auto = Auto(PriceList({0.3: offers}, LossModel()), rules, share=0.3, can_audit=True)
+        run, lossy = backend.decoder.run, []
+
+        def watched(slices: Any) -> list[int]:
+            lossy.append(sum(one.rules is not None for one in slices))
+            return run(slices)
+
+        backend.decoder.run = watched
+        chance = random.Random(13)
+        askers = [Asker(text(chance, 12), 30, {"mode": "auto", "max_kld": 0.5}) for _ in range(3)]
+        together(model, askers)
+        counted = backend.loss_counters()
+    assert [asker.error for asker in askers] == [None] * 3
+    assert max(lossy) == 3
+    losses = [asker.last.receipt.loss for asker in askers]
+    assert sum(loss.dropped for loss in losses) == counted.n_dropped > 0
 
 
 def test_a_context_that_is_too_small_for_all(one: Model, name: str) -> None:

@@ -11,6 +11,7 @@ import pytest
 from fake_decoder import FakeDecoder, answer, make
 
 from mobile_gguf.engine.loss import LossRules
+from mobile_gguf.engine.structs import LossCounters
 from mobile_gguf.errors import AnswerStopped, ExpertReadError
 from mobile_gguf.generate.decode import Pass, Policy
 from mobile_gguf.generate.scheduler import Scheduler
@@ -161,8 +162,7 @@ def test_what_goes_into_one_decode() -> None:
     assert goes(9, {"rules": rules}, {})
     assert goes(1, {"rules": rules}, {"rules": rules})
     assert not goes(1, {"rules": rules}, {"rules": others})
-    assert not goes(1, {"rules": rules, "is_counted": True}, {"rules": rules})
-    assert goes(1, {"rules": rules, "is_counted": True}, {"experts": 4})
+    assert goes(1, {"rules": rules}, {"experts": 4})
     assert not goes(1, {"experts": 4, "mass": 8}, {"rules": rules})
     assert goes(1, {"experts": 4, "mass": 8}, {})
     assert goes(1, {"keeps_state": True}, {})
@@ -259,6 +259,36 @@ def test_what_all_cost_adds_up_to_what_was_counted() -> None:
     for name in ("n_hits", "n_misses", "bytes_read"):
         assert sum(getattr(one, name) for one in spent) == getattr(decoder.counters, name)
     assert all(one.bytes_read > 0 for one in spent)
+
+
+def test_what_each_lost_is_known_and_not_divided() -> None:
+    """Two answers under the same rules are one decode; a budget of divergence asks what each token lost."""
+    scheduler, decoder, _ = make(3, n_ctx=1024)
+    found: dict[int, LossCounters] = {}
+
+    def work(asker: Asker) -> Callable[[], None]:
+        def run() -> None:
+            for made in answer(scheduler, asker.prompt, asker.n, asker.policy):
+                asker.came.append(made)
+            found[asker.prompt[0]] = scheduler.sequence.traffic().loss
+
+        return run
+
+    scheduler.restart_counters()
+    askers = [Asker([i] * 5, 12 + i, policy) for i, policy in enumerate((LOSSY, LOSSY, EXACT))]
+    for asker in askers:
+        scheduler.spawn(work(asker))
+    while scheduler.n_running:
+        scheduler.advance()
+    assert max(sum(one.rules is not None for one in slices) for slices in decoder.passes) == 2
+    for asker in askers[:2]:
+        run = [token for token, _ in asker.came]
+        assert found[asker.prompt[0]] == LossCounters(
+            n_layers=2 * len(run),
+            n_dropped=sum(token % 3 for token in run),
+            moved_weight=sum(token % 7 / 8 for token in run),
+        )
+    assert found[2] == LossCounters()
 
 
 def test_a_text_that_is_there_is_continued_in_its_sequence() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -130,6 +131,53 @@ def test_a_damaged_file_is_dropped_in_a_line(tmp_path: Path, where: int | str) -
     if isinstance(where, str) or where < 0 or where > 400:
         assert again.told == [] or "damaged" in again.told[0]
     assert Store(tmp_path).found([*text(1), 5]) is not None, "its place is taken"
+
+
+def heads() -> dict[str, bytes]:
+    """Files that are no sessions of this version."""
+    magic = b"mobile-gguf session 1\n"
+
+    def head(header: bytes) -> bytes:
+        return magic + len(header).to_bytes(4, "little") + header
+
+    whole = {"fits": FITS, "model": "m", "n_tokens": 1, "n_big": 1, "state_bytes": 0, "checkpoints": None}
+    return {
+        "noise": bytes(state(5000)),
+        "of another version": magic.replace(b"1", b"2") + bytes(900),
+        "no JSON": head(b"{"),
+        "nested": head(b"[" * 100_000),
+        "no object": head(b"[1]") + bytes(900),
+        "tokens without end": head(json.dumps(whole | {"n_tokens": 1 << 60}).encode()),
+        "fewer than none": head(json.dumps(whole | {"state_bytes": -9}).encode()),
+        "a long header": magic + b"\xff" * 900,
+    }
+
+
+@pytest.mark.parametrize("kind", heads())
+def test_a_foreign_file_is_told_in_one_line_and_goes_first(tmp_path: Path, kind: str) -> None:
+    content = heads()[kind].ljust(3500, b"-")
+    (tmp_path / "foreign.session").write_bytes(content)
+    store = Store(tmp_path, limit=len(content) + 500)
+    for _ in range(3):
+        assert store.best([*text(1), 5], only_big=True) == (None, 0)
+    (line,) = store.told
+    assert "damaged, or of another version" in line
+    store.save(kept(text(1), 1500))
+    store.save(kept(text(2, 90), 500))
+    assert not (tmp_path / "foreign.session").exists()
+    assert store.found([*text(1), 5]) is not None
+
+
+def test_what_is_no_file_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "folder.session").mkdir()
+    (tmp_path / "link.session").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "pipe.session")
+    store = Store(tmp_path, limit=2000)
+    for i in range(3):
+        store.save(kept(text(i), 1000))
+    assert store.found([*text(2), 5]) is not None
+    assert store.told == []
+    assert {path.name for path in tmp_path.iterdir()} >= {"folder.session", "link.session", "pipe.session"}
 
 
 def test_what_does_not_fit_is_not_used_and_told_once(tmp_path: Path) -> None:
@@ -265,6 +313,41 @@ def test_what_a_killed_writer_left_counts_until_it_is_dead_and_goes_then(tmp_pat
     assert not partial.exists()
     assert len(files(tmp_path)) == 1
     assert store.told == []
+
+
+_WRITER = """
+import sys
+from pathlib import Path
+import numpy as np
+from mobile_gguf.generate.prefix_cache import Kept
+from mobile_gguf.generate.session_store import SessionFolder, SessionStore
+store = SessionStore(SessionFolder(Path(sys.argv[1])), 5 << 20, {"model": "a"}, "m.gguf", 10_000, print)
+for i in range(int(sys.argv[2]), 10_000):
+    store.save(Kept([i] * 100, 100, np.full(1 << 20, i % 251, np.uint8)))
+    print(i, flush=True)
+"""
+
+
+def test_writers_that_are_killed_leave_whole_files_and_no_others(tmp_path: Path) -> None:
+    """At any point of a file, again and again: the next one goes on within the limit."""
+    chance, first = random.Random(4), 0
+    for _ in range(5):
+        command = [sys.executable, "-c", _WRITER, str(tmp_path), str(first)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+            assert child.stdout is not None
+            for _ in range(chance.randrange(1, 12)):
+                first = int(child.stdout.readline()) + 1  # else than a number: something was told
+            for _ in range(chance.randrange(200_000)):
+                pass  # it is somewhere in the next one
+            child.send_signal(signal.SIGKILL)
+        store = SessionStore(SessionFolder(tmp_path), 5 * MIB, {"model": "a"}, "m.gguf", 10_000, pytest.fail)
+        store.save(Kept([first] * 100, 100, state(MIB)))
+        assert sum(file.stat().st_size for file in tmp_path.iterdir()) <= 5 * MIB
+        assert {file.suffix for file in tmp_path.iterdir()} == {".session", ""}
+        for file in files(tmp_path):
+            read(file)
+        assert store.best([first] * 101, only_big=True)[1] == 100
+        first += 1
 
 
 # when they are written

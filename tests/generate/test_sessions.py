@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -91,9 +93,43 @@ def test_what_does_not_fit_is_computed_and_told(tmp_path: Path, caplog: pytest.L
 
     (line,) = told(flash_attn=True)
     assert "flash attention off, now on" in line
+    (line,) = told(cache_type_k="q8_0")
+    assert "it was made with keys f16, now q8_0" in line
     for file in sessions_dir().glob("*.session"):
         file.write_bytes(file.read_bytes()[:-1] + b"!")
     assert "damaged" in told()[-1]
+
+
+_WRITER = """
+import sys
+import mobile_gguf
+from mobile_gguf.generate import session_files
+
+def half(file, part):
+    file.write(part[: len(part) // 2])
+    print("writing", flush=True)
+    sys.stdin.read()
+
+session_files._write_all = half
+options = {"n_ctx": 3072, "threads": 1, "threads_batch": 1, "session_cache": "64MiB"}
+with mobile_gguf.load(sys.argv[1], **options) as model:
+    model.generate([int(token) for token in sys.argv[2:]], temperature=0, max_tokens=4)
+"""
+
+
+def test_a_process_that_is_killed_while_it_writes_a_conversation(caplog: pytest.LogCaptureFixture) -> None:
+    path, said = tiny_models.path(ATTENTION), text(1, 200)
+    command = [sys.executable, "-c", _WRITER, str(path), *map(str, said)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"writing\n"
+        child.kill()
+    assert [file.suffix for file in sessions_dir().iterdir() if file.name != "lock"] == [".partial"]
+    for n in (202, 2):
+        with caplog.at_level(logging.WARNING, "mobile_gguf"), load(path) as model:
+            assert say(model, [*said, 5, 6])[1] == n
+    assert [record.message for record in caplog.records if "conversation" in record.message] == []
+    assert [file.suffix for file in sessions_dir().iterdir() if file.name != "lock"] == [".session"]
 
 
 def test_another_file_in_its_place_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

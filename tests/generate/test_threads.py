@@ -92,7 +92,7 @@ def test_fewer_threads_that_do_not_help_are_left_and_tried_ever_less_often() -> 
 
 @pytest.mark.parametrize("gets_faster", [0.97, 0.965])
 def test_a_cache_that_fills_is_no_win_of_fewer_threads(gets_faster: float) -> None:
-    """Every token is a little faster than the one before, and with one thread a fifth slower than with two."""
+    """Every token is faster than the one before, and with one thread a fifth slower than with two."""
     rule, seconds, used = ThreadRule(2), 0.1, []
     for _ in range(120):
         of_token = seconds * (1.2 if rule.threads == 1 else 1.0)

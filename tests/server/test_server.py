@@ -286,6 +286,26 @@ def test_an_engine_error_is_a_500_and_the_server_lives_on(fake_model):
         assert server.chat().json()["choices"][0]["message"]["content"] == "hello"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_was_answered_before_a_failure_is_not_lost(fake_model, stream):
+    backend = FakeBackend(scripted("hello"))
+    backend.errors = {3: ExpertReadError("disk gone: layer 3")}
+    with running(fake_model(backend)) as server:
+        answer = server.chat(stream=stream)
+        if stream:
+            chunks = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
+            assert chunks.pop()["error"]["code"] == "engine_error"
+            text = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
+        else:
+            assert answer.status_code == 500
+            assert answer.json()["error"]["code"] == "engine_error"
+            (choice,) = answer.json()["choices"]
+            text = choice["message"]["content"]
+            assert choice["finish_reason"] is None
+        assert text == "hel"
+        assert "choices" not in server.post("/v1/chat/completions", {"messages": []}).json()
+
+
 def test_the_queue_is_bounded_and_keeps_its_order(fake_model):
     gate, order = Gate(), []
     backend = FakeBackend(scripted("x"))

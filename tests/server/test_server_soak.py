@@ -1,4 +1,4 @@
-"""Clients that come and go: a short run of bench/serve_soak.py, and requests made up by schemathesis."""
+"""Clients and servers that come and go: a short run of bench/serve_soak.py; requests by schemathesis."""
 
 import pytest
 import tiny_models
@@ -19,9 +19,12 @@ def test_a_short_soak():
     from mobile_gguf.bench.serve_soak import soak
 
     model = tiny_models.path("qwen3moe")
-    report = soak(str(model), 10, 24, ["-t", "1", "--queue", "4", "-c", "256"])
+    flags = ["-t", "1", "--queue", "4", "-c", "256", "--session-cache", "2MiB"]
+    report = soak(str(model), 12, 24, flags, n_restarts=1)
     assert report["problems"] == []
     assert {"answered", "left", "full"} <= report["outcomes"].keys()
+    assert report["session_bytes"]["most"] > 0
+    assert len(report["servers"]) == 2
 
 
 def test_requests_made_up_from_the_openapi_document(fake_model):

@@ -68,6 +68,7 @@ def bind() -> ctypes.CDLL | None:
         "mobile_set_buddies": (int32, [void_p, void_p, void_p, void_p, int32, int32, int32]),
         "mobile_set_loss_residency": (int32, [void_p, void_p, ctypes.c_size_t]),
         "mobile_get_loss_counters": (int32, [void_p, ctypes.POINTER(LossCountersStruct)]),
+        "mobile_get_token_loss": (int32, [void_p, int32, ctypes.POINTER(LossCountersStruct)]),
         "mobile_get_prefetch_counters": (int32, [void_p, ctypes.POINTER(PrefetchCountersStruct)]),
         "mobile_get_counters": (int32, [void_p, ctypes.POINTER(CountersStruct)]),
         "mobile_reset_counters": (int32, [void_p]),
@@ -343,6 +344,15 @@ class Run:
                 return counted
             assert time.monotonic() < until, "displaced experts were not read"
             time.sleep(0.002)
+
+    def op_token_loss(self, op: dict[str, Any]) -> dict[str, Any]:
+        """What token ``i`` of the last decode's batch lost."""
+        assert mobile is not None
+        counted = LossCountersStruct()
+        return {
+            "status": mobile.mobile_get_token_loss(self.ctx, op["i"], ctypes.byref(counted)),
+            **fields(counted),
+        }
 
     def op_prefetch(self, op: dict[str, Any]) -> dict[str, Any]:
         assert mobile is not None

@@ -14,13 +14,15 @@ from typing import Any
 import numpy as np
 from fake_backend import hashed_logits
 
-from mobile_gguf.engine.structs import Counters
+from mobile_gguf.engine.structs import Counters, LossCounters
 from mobile_gguf.generate.costs import Meter, Traffic
 from mobile_gguf.generate.decode import Pass, Policy
 from mobile_gguf.generate.decoder import Slice
 from mobile_gguf.generate.prefix_cache import PrefixCache
 from mobile_gguf.generate.scheduler import Scheduler
 from mobile_gguf.generate.sequence import TokenSequence
+
+_LOSSY = 1000  # more than experts that wrote a row, where rules for missing ones were in force
 
 
 @dataclass
@@ -47,8 +49,13 @@ class FakeDecoder:
         self.passes: list[list[Slice]] = []
         self.errors: dict[int, BaseException] = {}
         self.counters = Counters()
+        self.loss = LossCounters()
         self._rows: list[list[tuple[int, int]]] = [[] for _ in range(native.n_sequences)]
         self._outputs: dict[int, np.ndarray] = {}
+        self._lost: dict[int, LossCounters] = {}
+
+    def count_anew(self) -> None:
+        self.counters, self.loss = Counters(), LossCounters()
 
     @property
     def n_cells(self) -> int:
@@ -62,23 +69,30 @@ class FakeDecoder:
         assert len({slice_.number for slice_ in slices}) == len(slices)
         assert len({slice_.rules for slice_ in slices} - {None}) <= 1
         self.counters = self.counters + Counters(n_hits=7 * n_tokens, n_misses=n_tokens, bytes_read=1001)
-        if (error := self.errors.pop(self.n_passes, None)) is not None:
-            raise error
-        self._outputs, at, last = {}, -1, []
+        self._outputs, self._lost, at, last = {}, {}, -1, []
         for slice_ in slices:
             rows = self._rows[slice_.number]
             assert len(rows) == slice_.start
             for token in slice_.tokens:
-                rows.append((token, slice_.experts))
+                rows.append((token, slice_.experts + _LOSSY * (slice_.rules is not None)))
                 at += 1
+                if slice_.rules is not None:
+                    self._lost[at] = LossCounters(n_layers=2, n_dropped=token % 3, moved_weight=token % 7 / 8)
+                    self.loss = self.loss + self._lost[at]
             self._outputs[at] = hashed_logits(rows)
             last.append(at)
+        if (error := self.errors.pop(self.n_passes, None)) is not None:
+            self._outputs = {}  # but rows have been written
+            raise error
         if not self.native.is_apart:
             assert self.n_cells <= self.native.n_ctx, "there are no more cells"
         return last
 
     def logits(self, i: int = -1) -> np.ndarray:
         return self._outputs[i]
+
+    def lost(self, i: int) -> LossCounters:
+        return self._lost[i]
 
     def cut(self, start: int, number: int = 0) -> bool:
         rows = self._rows[number]
@@ -115,7 +129,7 @@ def make(
     decoder: Any = FakeDecoder(FakeNative(n_sequences, **settings))
     cache = PrefixCache(cache_bytes, lambda _kept: 1 << 30)
     sequences = [TokenSequence(decoder, decoder.native.n_ctx, cache, i) for i in range(n_sequences)]
-    meter = Meter(lambda: Traffic(decoder.counters), lambda: setattr(decoder, "counters", Counters()))
+    meter = Meter(lambda: Traffic(decoder.counters, loss=decoder.loss), decoder.count_anew)
     scheduler = Scheduler(decoder, sequences, meter, n_expert_used=8, in_turn=decoder.native.is_apart)
     return scheduler, decoder, sequences
 

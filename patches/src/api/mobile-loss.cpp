@@ -132,3 +132,11 @@ int32_t mobile_get_loss_counters(const struct llama_context * ctx, struct mobile
         return MOBILE_OK;
     });
 }
+
+int32_t mobile_get_token_loss(const struct llama_context * ctx, int32_t i, struct mobile_loss_counters * counters) {
+    return mobile_guard([&] {
+        mobile_require(i >= 0, "a token of a batch has an index of at least 0");
+        mobile_context_of(ctx).loss.get_of_token(i, *counters);
+        return MOBILE_OK;
+    });
+}

@@ -102,7 +102,7 @@ mobile_slots_layer mobile_slots::find_victim(int32_t pool, mobile_slots_layer la
     key = INFINITY;
     for (mobile_slots_layer i(0); layers.has(i); ++i) {
         if (layers[i].pool == pool && !layers[i].evictable.empty()) {
-            const double k = layers[i].evictable.begin()->first + split.lean(eviction, i, layers[i].n_held) + (i > layer ? mobile_policy_unvisited(eviction) : 0.0);
+            const double k = layers[i].evictable.begin()->first + split.lean(eviction, i, layers[i].n_held) + (i > layer ? mobile_policy_unvisited(eviction, store.tokens_of_pass()) : 0.0);
             if (k < key) {
                 key    = k;
                 victim = i;

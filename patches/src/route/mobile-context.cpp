@@ -7,6 +7,7 @@
 #include "llama-model.h"
 
 #include <algorithm>
+#include <map>
 
 mobile_context::mobile_context(const llama_model & model, std::shared_ptr<mobile_store> s) :
     store(std::move(s)),
@@ -30,12 +31,32 @@ std::shared_ptr<mobile_context> mobile_context_new(const llama_model & model) {
     return store ? std::make_shared<mobile_context>(model, std::move(store)) : nullptr;
 }
 
+// which tokens are of answers, and not of prompts
+static void find_single(mobile_pass & pass, const llama_ubatch & ubatch) {
+    const auto text_of    = [&](size_t i) { return ubatch.seq_id ? ubatch.seq_id[i][0] : 0; };
+    const auto has_output = [&](size_t i) { return ubatch.output && ubatch.output[i]; };
+
+    struct counts { int64_t n = 0, n_outputs = 0; };
+    std::map<llama_seq_id, counts> of_text;
+    for (size_t i = 0; i < ubatch.n_tokens; ++i) {
+        counts & text = of_text[text_of(i)];
+        text.n++;
+        text.n_outputs += has_output(i);
+    }
+    pass.single.resize(ubatch.n_tokens);
+    for (size_t i = 0; i < ubatch.n_tokens; ++i) {
+        const counts & text = of_text[text_of(i)];
+        pass.single[i] = text.n == text.n_outputs && text.n <= MOBILE_LASTING_TOKENS;
+    }
+}
+
 static void begin(mobile_context & ctx, const llama_ubatch & ubatch) {
     mobile_pass & pass = ctx.pass;
     const size_t n_tokens = ubatch.n_tokens;
 
     ctx.rules.begin_pass(ubatch, pass.k, pass.lossy);
-    pass.pos.assign(n_tokens, 0);
+    pass.pos  .assign(n_tokens, 0);
+    pass.index.assign(n_tokens, -1);
     pass.outputs.clear();
     pass.mapped = true;
     for (size_t i = 0; i < n_tokens; ++i) {
@@ -45,10 +66,15 @@ static void begin(mobile_context & ctx, const llama_ubatch & ubatch) {
         if (ubatch.output && ubatch.output[i]) {
             pass.outputs.push_back((int32_t) i);
         }
+        if (ubatch.data && i < ubatch.data->batch_idxs.size()) {
+            pass.index[i] = ubatch.data->batch_idxs[i];
+        }
     }
+    find_single(pass, ubatch);
+    ctx.loss.begin_pass(pass.index);
     ctx.usage.add_tokens(n_tokens, std::count_if(pass.k.begin(), pass.k.end(), [&](int32_t k) { return ctx.rules.is_little(k); }));
     ctx.trace.begin_pass(n_tokens);
-    ctx.store->begin_pass();
+    ctx.store->begin_pass(std::max(1, (int32_t) std::count(pass.single.begin(), pass.single.end(), 1)));
     ctx.predictor.begin_pass((int64_t) n_tokens, pass.k[0], mobile_route_takes_hints(ctx));
 }
 

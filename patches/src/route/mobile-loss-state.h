@@ -28,7 +28,12 @@ public:
     // of the last layer that ran here, as it was then
     bool is_there(mobile_part part) const { return parts[part] != 0; }
 
+    // index: [n_tokens] of the ubatch, in the batch of the decode
+    void begin_pass(const std::vector<int32_t> & index);
+
     void get           (mobile_store & store, mobile_loss_counters & counters) const;
+    // of one token of the last decode; what tokens lose together, and what is read for later, is no token's
+    void get_of_token  (int32_t index, mobile_loss_counters & counters) const;
     void reset_counters(mobile_store & store);
 
 private:
@@ -38,6 +43,7 @@ private:
 
     mobile_by<mobile_store_layer, std::vector<double>> displaced_at; // [n_expert] in tokens
     mobile_loss_sums sums;
+    std::vector<mobile_loss_sums> of_tokens; // of the last decode, by index in its batch
     mobile_admit_counters base; // the store's at the last reset
 
     // of the running layer

@@ -59,6 +59,7 @@ struct mobile_loss_token {
     const float * scores = nullptr;    // [n_expert] by which the top-k was chosen: probs, or those with a bias, -inf
                                        // where a whole group is out
     double    time = 0.0;              // in tokens
+    int32_t   index = -1;              // in the batch of the decode; -1: not known
 };
 
 // what was displaced for one token

@@ -64,6 +64,17 @@ void mobile_route_loss::admit(mobile_context & ctx, mobile_store_layer layer, do
     ctx.store->displace(layer, admitted, time, true);
 }
 
+static void add(mobile_loss_sums & sums, const mobile_loss_sums & more) {
+    sums.n_layers      += more.n_layers;
+    sums.n_missing     += more.n_missing;
+    sums.n_dropped     += more.n_dropped;
+    sums.n_left_out    += more.n_left_out;
+    sums.n_substituted += more.n_substituted;
+    sums.n_again       += more.n_again;
+    sums.moved_weight  += more.moved_weight;
+    sums.n_partial     += more.n_partial;
+}
+
 void mobile_route_loss::run(mobile_context & ctx, const mobile_route & route, mobile_store_layer layer, const std::vector<mobile_loss_token> & tokens, bool on_device, bool in_part) {
     const mobile_loss_params & params = ctx.rules.loss_params();
     if (ctx.rules.reads_scores() && !tokens[0].probs) {
@@ -84,16 +95,20 @@ void mobile_route_loss::run(mobile_context & ctx, const mobile_route & route, mo
     mobile_loss_apply_together(l, tokens, sums);
     for (const mobile_loss_token & token : tokens) {
         displaced.clear();
-        mobile_loss_apply(l, token, sums, displaced);
+        mobile_loss_sums of_token;
+        mobile_loss_apply(l, token, of_token, displaced);
+        add(sums, of_token);
+        if (token.index >= 0) {
+            add(of_tokens[token.index], of_token);
+        }
         if (!displaced.empty()) {
             admit(ctx, layer, token.time);
         }
     }
 }
 
-void mobile_route_loss::get(mobile_store & store, mobile_loss_counters & counters) const {
-    const mobile_admit_counters now = store.counters_admit();
-    counters = {};
+static mobile_loss_counters counters_of(const mobile_loss_sums & sums) {
+    mobile_loss_counters counters = {};
     counters.n_layers       = sums.n_layers;
     counters.n_missing      = sums.n_missing;
     counters.n_dropped      = sums.n_dropped;
@@ -102,9 +117,31 @@ void mobile_route_loss::get(mobile_store & store, mobile_loss_counters & counter
     counters.n_again        = sums.n_again;
     counters.moved_weight   = sums.moved_weight;
     counters.n_partial      = sums.n_partial;
+    return counters;
+}
+
+void mobile_route_loss::get(mobile_store & store, mobile_loss_counters & counters) const {
+    const mobile_admit_counters now = store.counters_admit();
+    counters = counters_of(sums);
     counters.n_admitted     = now.n_read - base.n_read;
     counters.bytes_admitted = now.bytes  - base.bytes;
     counters.n_admit_left   = now.n_left;
+}
+
+void mobile_route_loss::get_of_token(int32_t index, mobile_loss_counters & counters) const {
+    counters = counters_of((size_t) index < of_tokens.size() ? of_tokens[index] : mobile_loss_sums());
+}
+
+void mobile_route_loss::begin_pass(const std::vector<int32_t> & index) {
+    for (int32_t i : index) {
+        if (i < 0) {
+            continue;
+        }
+        if ((size_t) i >= of_tokens.size()) {
+            of_tokens.resize((size_t) i + 1);
+        }
+        of_tokens[i] = {};
+    }
 }
 
 void mobile_route_loss::reset_counters(mobile_store & store) {

@@ -9,10 +9,6 @@
 #include <cstring>
 #include <functional>
 
-// a batch of more tokens than this passes through the cache: only its last tokens count as uses, the
-// others' experts go first
-static constexpr int64_t LASTING_TOKENS = 8;
-
 // the op's tensors by position; the third, the experts' input, is read by predictions, and is there so that the
 // scheduler has copied it to the host before the hot chain runs. the last two are there for rules that read them. its result holds ids [K, S] of all tokens, behind them
 // weights [K] of all tokens and, with a hot chain, slots [K, S] of all tokens. segment by segment, since mul_mat_id takes
@@ -76,13 +72,14 @@ static void collect_needs(mobile_context & ctx, const ggml_tensor * dst, int32_t
 
     r.need_of.assign(n_parts, {});
     for (int64_t t = 0; t < n_tokens; ++t) {
+        const bool lasting = t >= n_tokens - MOBILE_LASTING_TOKENS || ctx.pass.single[ctx.pass.token_of(t, n_tokens)];
         for (int64_t i = 0; i < n_ids; ++i) {
             const mobile_part part = routed_part(dst, t, i);
             if (r.need_of.has(part)) {
                 mobile_need & need = r.need_of[part];
                 need.part    = part;
                 need.time    = ctx.pass.time + (double) t;
-                need.lasting = t >= n_tokens - LASTING_TOKENS;
+                need.lasting = need.lasting || lasting;
                 need.n_tokens++;
             }
         }
@@ -170,6 +167,7 @@ static void lose(mobile_context & ctx, const mobile_route & route, mobile_store_
             losing.probs   = scores_at(src_probs(dst), t);
             losing.scores  = src_scores(dst) ? scores_at(src_scores(dst), t) : losing.probs;
             losing.time    = ctx.pass.time + token;
+            losing.index   = ctx.pass.index[token];
             r.losing.push_back(losing);
         }
     }
@@ -261,6 +259,17 @@ static void keep_routed(mobile_context & ctx, const ggml_tensor * dst) {
     }
 }
 
+// what single tokens use, for whoever wants to have it again
+static void count_worth(mobile_context & ctx, const mobile_route & route, const ggml_tensor * dst) {
+    const int64_t n_used = n_used_of(dst);
+    for (int64_t t = 0; t < dst->ne[1]; ++t) {
+        const int32_t token = ctx.pass.token_of(t, dst->ne[1]);
+        if (ctx.pass.single[token]) {
+            ctx.worth.add(route.il, &ctx.routing.routed[t*n_used], n_used, ctx.pass.time + token);
+        }
+    }
+}
+
 // hints for the layer that comes next
 static void predict_next(mobile_context & ctx, const mobile_route & route, mobile_store_layer layer, const ggml_tensor * dst) {
     const ggml_tensor * cur = route.routes_cur ? src_cur(dst) : nullptr;
@@ -296,9 +305,7 @@ static void run(mobile_route & route, ggml_tensor * dst) {
         record_layer(ctx, route, layer, dst); // before the request changes what is resident
     }
     keep_routed(ctx, dst);
-    if (ctx.pass.n_tokens() == 1) {
-        ctx.worth.add(route.il, r.routed, ctx.pass.time);
-    }
+    count_worth(ctx, route, dst);
     for (int64_t t = 0; t < n_tokens; ++t) {
         if (route.keep && !has_hot(dst)) {
             keep_ids(ctx, route, dst, t, ctx.pass.token_of(t, n_tokens));
@@ -332,7 +339,7 @@ static void run(mobile_route & route, ggml_tensor * dst) {
     }
 
     // a batch that needs nearly all of this layer needs nearly all of the next one
-    if (n_tokens > LASTING_TOKENS && 10*r.needs.size() >= 9*(size_t) n_parts && store.layers.has(layer + 1)) {
+    if (n_tokens > MOBILE_LASTING_TOKENS && 10*r.needs.size() >= 9*(size_t) n_parts && store.layers.has(layer + 1)) {
         store.read_ahead(layer + 1);
     }
 }

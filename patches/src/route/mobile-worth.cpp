@@ -3,12 +3,13 @@
 #include <algorithm>
 #include <iterator>
 
-void mobile_worth::add(mobile_model_layer il, const std::vector<int32_t> & experts, double time) {
+void mobile_worth::add(mobile_model_layer il, const int32_t * experts, int64_t n, double time) {
     if (!entries.has(il)) {
         entries.resize((size_t) il.n + 1);
     }
     std::vector<mobile_worth_entry> & layer = entries[il];
-    for (int32_t expert : experts) {
+    for (int64_t i = 0; i < n; ++i) {
+        const int32_t expert = experts[i];
         if (expert < 0) {
             continue;
         }

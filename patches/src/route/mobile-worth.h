@@ -1,7 +1,7 @@
-// mobile-worth.h - which experts single tokens used, for whoever wants to have them again.
+// mobile-worth.h - which experts the tokens of answers used, for whoever wants to have them again.
 //
-// Prompts do not count: they pass through nearly all experts, and say little about the next one's. Owned by the thread
-// that decodes.
+// Prompts do not count: they pass through nearly all experts, and say little about the next one's. Of several answers that
+// are made at once each token counts. Owned by the thread that decodes.
 
 #pragma once
 
@@ -19,8 +19,8 @@ struct mobile_worth_entry {
 
 class mobile_worth {
 public:
-    // what a token uses of a layer: the model's experts, -1: skipped
-    void add(mobile_model_layer il, const std::vector<int32_t> & experts, double time);
+    // what a token uses of a layer. experts: [n] the model's, -1: skipped
+    void add(mobile_model_layer il, const int32_t * experts, int64_t n, double time);
     // those that were used, the most used first; of as many uses the last used
     std::vector<mobile_worth_entry> ranked() const;
 

@@ -33,8 +33,8 @@ inline double mobile_policy_key(enum mobile_eviction eviction, uint64_t n_uses, 
     return mu + time*mobile_policy_step(eviction);
 }
 
-// what to add to the keys of layers that the running pass has not reached yet: their experts were last
-// used a token ago, but have missed no visit of their layer since
-inline double mobile_policy_unvisited(enum mobile_eviction eviction) {
-    return eviction == MOBILE_EVICTION_DECAY ? mobile_policy_step(eviction) : 0.0;
+// what to add to the keys of layers that the running pass, of n_tokens of answers, has not reached yet: their experts were
+// last used so many tokens ago, but have missed no visit of their layer since
+inline double mobile_policy_unvisited(enum mobile_eviction eviction, int32_t n_tokens) {
+    return eviction == MOBILE_EVICTION_DECAY ? n_tokens*mobile_policy_step(eviction) : 0.0;
 }

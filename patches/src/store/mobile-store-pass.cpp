@@ -10,10 +10,11 @@
 // slots, and its first layers stay for the next batch
 static constexpr double TRANSIENT_KEY = -1e15;
 
-void mobile_store::begin_pass() {
+void mobile_store::begin_pass(int32_t n_tokens) {
     locked lock(mutex);
-    in_pass    = true;
-    error_text = error_for_good;
+    in_pass       = true;
+    n_pass_tokens = n_tokens;
+    error_text    = error_for_good;
 }
 
 void mobile_store::fail_for_good(const std::string & text) {

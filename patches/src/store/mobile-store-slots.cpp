@@ -93,7 +93,7 @@ mobile_store_part mobile_store::find_victim(mobile_store_layer layer, slot_use u
             if (may_go(x, layer, use, now)) {
                 // what is not kept is no reason to change a slot's shape
                 const double own = other ? mobile_split<mobile_store_layer>::own_key(it->first) : it->first;
-                const double key = own + lean + (l > layer && !x.transient ? mobile_policy_unvisited(eviction) : 0.0);
+                const double key = own + lean + (l > layer && !x.transient ? mobile_policy_unvisited(eviction, n_pass_tokens) : 0.0);
                 if (best[other].is_none() || key < best_key[other]) {
                     best    [other] = it->second;
                     best_key[other] = key;

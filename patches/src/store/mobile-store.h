@@ -195,8 +195,9 @@ public:
 
     // for one computation at a time
 
-    // forgets the last error, but for one that is for good
-    void begin_pass();
+    // forgets the last error, but for one that is for good. n_tokens: those of answers in it, or 1
+    void begin_pass(int32_t n_tokens = 1);
+    int32_t tokens_of_pass() const { return n_pass_tokens; }
     // every pass from now on fails with this text
     void fail_for_good(const std::string & text);
     // pins the needs of a layer and queues reads of those that are missing; returns before they arrive.
@@ -337,6 +338,7 @@ private:
     uint32_t                n_warm_running   = 0; // of n_running
     uint64_t                warm_in_flight   = 0; // bytes of slots of those being loaded
     bool                    in_pass          = false;
+    int32_t                 n_pass_tokens    = 1;
     bool                    stop = false;
     std::vector<std::thread> io_threads;
 
