@@ -42,7 +42,10 @@ from .record import record_measured
 
 @dataclass(frozen=True)
 class Kept:
-    """A text under a budget of nats; bytes are missed ones of a token, ``audit_share`` is of the time."""
+    """A text under a budget of nats; bytes are missed ones of a token.
+
+    ``audit_share`` is of the time, ``foreseeing_share`` what foreseeing takes beside that.
+    """
 
     max_kld: float
     budget: str
@@ -51,6 +54,7 @@ class Kept:
     estimate: float
     audited: int
     audit_share: float
+    foreseeing_share: float
     agreement: float
     missed_bytes: float
     exact_bytes: float
@@ -73,6 +77,7 @@ class _Answer:
     estimate: float
     audited: int
     audit_seconds: float
+    foreseeing_seconds: float
     seconds: float
     agreement: float
     missed_bytes: float
@@ -118,6 +123,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                                 max_kld, budget, i, _of(answers, "kl"), _of(answers, "estimate"),
                                 sum(answer.audited for answer in answers),
                                 _of(answers, "audit_seconds") / _of(answers, "seconds"),
+                                _of(answers, "foreseeing_seconds") / _of(answers, "seconds"),
                                 _of(answers, "agreement"), _of(answers, "missed_bytes"),
                                 exact_bytes[i].price.demand_bytes, len(answers), kept,
                             )
@@ -155,8 +161,8 @@ def _answer(
         raise MobileError("mode auto has no effect on this model")
     found = price(llama, Rung("auto", of_answer), budget, [tokens], n_prompt, row).price
     return _Answer(
-        found.kl, spending.estimate, spending.n_audited, spending.audit_seconds, spending.seconds,
-        found.agreement, found.demand_bytes,
+        found.kl, spending.estimate, spending.n_audited, spending.audit_seconds,
+        spending.foreseeing_seconds, spending.seconds, found.agreement, found.demand_bytes,
     )  # fmt: skip
 
 
@@ -184,7 +190,7 @@ def _line(row: Kept) -> str:
 def page_of(record: dict[str, Any]) -> str:
     """A line for each budget, of the worst and of all texts."""
     heads = ("budget", "max-kld", "kept", "KL, mean", "largest", "estimate, mean error", "largest", "audits",
-             "of the time", "bytes of exact", "top-1", "answers kept")  # fmt: skip
+             "of the time", "foreseeing", "bytes of exact", "top-1", "answers kept")  # fmt: skip
     lines = []
     groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
     for row in record["rows"]:
@@ -196,7 +202,7 @@ def page_of(record: dict[str, Any]) -> str:
                 budget, f"{max_kld:g}", f"{sum(row['kept'] for row in rows)} of {len(rows)}",
                 f"{_mean(rows, 'kl'):.5f}", f"{max(row['kl'] for row in rows):.5f}",
                 f"{100 * np.mean(errors):.0f}%", f"{100 * max(errors):.0f}%", f"{_mean(rows, 'audited'):.0f}",
-                f"{100 * _mean(rows, 'audit_share'):.1f}%",
+                f"{100 * _mean(rows, 'audit_share'):.1f}%", f"{100 * _mean(rows, 'foreseeing_share'):.1f}%",
                 f"{100 * _mean(rows, 'missed_bytes') / _mean(rows, 'exact_bytes'):.0f}%",
                 f"{100 * _mean(rows, 'agreement'):.1f}%",
                 f"{sum(row['answers_kept'] for row in rows)} of {sum(row['answers'] for row in rows)}",

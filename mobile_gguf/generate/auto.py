@@ -147,7 +147,8 @@ class Spending:
     """One answer's budget of ``max_kld`` nats a token: what was spent, and what the next token may.
 
     ``n_context`` tokens are in the context before it, which lost nothing. ``seconds`` were spent on it, of
-    them ``audit_seconds`` to foresee what tokens cost and on audits, which is told and decides nothing.
+    them ``audit_seconds`` on audits and ``foreseeing_seconds`` on foreseeing what tokens cost; that is told,
+    and decides nothing.
     """
 
     def __init__(self, auto: Auto, max_kld: float, n_context: int) -> None:
@@ -156,7 +157,7 @@ class Spending:
         self.n_tokens = 0
         self.n_audited = 0
         self.seconds = 0.0
-        self.audit_seconds = 0.0
+        self.audit_seconds = self.foreseeing_seconds = 0.0
         self._counted: Traffic | None = None  # after the last pass
         self._n_context = n_context
         self._moved = 0.0  # by the tokens that are in the context now, summed
@@ -166,6 +167,7 @@ class Spending:
         self._since_audit = 0.0  # ... summed
         self._until_audit = 0.5  # of the usual distance, in what is foreseen
         self._since_tried = 0
+        self._in_audit = 0.0  # seconds of this token's
         self._mixed = 0.0
 
     @property
@@ -223,7 +225,9 @@ class Spending:
         self._n_context += 1
         ended = time.perf_counter()
         self.seconds += ended - started
-        self.audit_seconds += ended - ran
+        self.foreseeing_seconds += ended - ran - self._in_audit
+        self.audit_seconds += self._in_audit
+        self._in_audit = 0.0
         return Pass.BIG
 
     def _is_trial(self) -> bool:
@@ -250,6 +254,7 @@ class Spending:
             self._foreseen += whole
             self._moved += moved
             return
+        started = time.perf_counter()
         log_q = log_softmax(np.array(logits, np.float64))
         kl = row_divergence(log_softmax(self._run_exactly(steps, token)), log_q)
         self.correction.add(kl, own, self._since_audit)
@@ -258,6 +263,7 @@ class Spending:
         self.n_audited += 1
         # its row is exact now; what the memory lost before it stays lost
         self._foreseen += model.whole(rung.name, spread, 0.0, before)
+        self._in_audit = time.perf_counter() - started
 
     def _is_audit(self, own: float) -> bool:
         if own <= 0:

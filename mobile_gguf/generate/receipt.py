@@ -63,7 +63,9 @@ def loss_of(counters: LossCounters, spending: Spending | None = None) -> Loss:
         budget=spending.budget if spending is not None else None,
         estimate=spending.estimate if spending is not None else None,
         audited_tokens=spending.n_audited if spending is not None else 0,
-        audit_ms=spending.audit_seconds * 1e3 if spending is not None else 0.0,
+        audit_ms=(spending.audit_seconds + spending.foreseeing_seconds) * 1e3
+        if spending is not None
+        else 0.0,
     )
 
 

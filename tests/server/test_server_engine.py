@@ -125,7 +125,7 @@ def test_a_required_tool_call_follows_its_schema(command, choice):
 @pytest.mark.parametrize(
     "rung",
     [{"mode": "little"}, {"drop": 2.0, "substitute": "prior"}, {"little_on_miss": "on"}, {"max_kld": 0.5}],
-    ids=lambda rung: "-".join(map(str, *rung.items())),
+    ids=" ".join,
 )  # fmt: skip
 def test_a_tool_call_follows_its_schema_whatever_is_lost(command, rung):
     answer = command.client().chat.completions.create(

@@ -210,6 +210,7 @@ class Torture:
         body = {
             "messages": [{"role": "user", "content": question}],
             "max_tokens": 8, "temperature": 0, "seed": 1, "mode": "exact", "stream": stream,
+            "cache_prompt": False,  # what another's prompt shares with it was computed in that one's batches
         }  # fmt: skip
         while True:
             answer = httpx.post(url + hostile.CHAT, json=body, timeout=600)
