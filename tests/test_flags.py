@@ -10,6 +10,7 @@ from mobile_gguf.flags import add_arguments, arguments
 from mobile_gguf.flags import given as given_by
 from mobile_gguf.options import GenerateOptions, LoadOptions, declared, defaults, make_options
 from mobile_gguf.options.bias import parse_bias
+from mobile_gguf.options.source import parse_source
 from mobile_gguf.options.tokens import (
     MAX_PARALLEL,
     MAX_TOKENS,
@@ -17,6 +18,7 @@ from mobile_gguf.options.tokens import (
     parse_switch,
     parse_tokens_or_auto,
 )
+from mobile_gguf.options.words import SPECULATE
 from mobile_gguf.sizes import (
     AUTO,
     OFF,
@@ -51,6 +53,9 @@ def values(opt, default):
         one = st.one_of(st.just("auto"), st.integers(1, MAX_TOKENS))
     elif opt.read is parse_parallel:
         one = st.one_of(st.just("auto"), st.integers(1, MAX_PARALLEL))
+    elif opt.read is parse_source:
+        models = words.filter(str.strip).map(lambda word: f"draft={word}")
+        one = st.one_of(st.sampled_from(SPECULATE), models)
     elif opt.read is parse_switch:
         one = st.sampled_from((True, False, "auto"))
     elif opt.read is parse_bytes:
@@ -96,7 +101,7 @@ def another(opt, default):
     if opt.choices:
         return next(choice for choice in opt.choices if choice != default)
     ones = {int: 3, float: 0.25, parse_bias: (7, 1.0), parse_tokens_or_auto: 3, parse_switch: True}
-    one = (ones | {parse_parallel: 3}).get(opt.read, "5MiB")
+    one = (ones | {parse_parallel: 3, parse_source: "draft=a"}).get(opt.read, "5MiB")
     return [one] if opt.repeated else one
 
 

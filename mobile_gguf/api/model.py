@@ -43,8 +43,8 @@ from mobile_gguf.options.bias import check_tokens
 from mobile_gguf.options.opt import check_callables, take_text
 from mobile_gguf.options.words import TRIM
 
-from . import loading
 from .context import ChatPrompt, fit_chat, reserve_for
+from .drafts import open_both
 from .embedding import Embedding, embed
 from .messages import Messages, as_messages
 from .stats import model_stats
@@ -93,7 +93,7 @@ def load(
     try:
         path = resolve_model(model, progress)
         info = read_gguf_info(path)
-        backend, notices = loading.open_backend(info, settings, progress)
+        backend, notices = open_both(info, settings, progress)
     except ImportError as error:
         if (missing := missing_package(error)) is None:
             raise

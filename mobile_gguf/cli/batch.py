@@ -57,7 +57,8 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"{args.batch} has no lines to answer")
     _report_bad(args.batch, items, strict=args.strict)
     loading = load_options(args)
-    policy = {name: value for name, value in loading.items() if name in POLICY_OPTIONS}
+    # drafts change no answer
+    policy = {name: loading[name] for name in POLICY_OPTIONS if name in loading and name != "speculate"}
     seed = {name: value for name, value in loading.items() if name == "seed"}
     asked = {**policy, **seed, "system": args.system, "options": options}
     settings = settings_of(os.fspath(args.model), bool(args.raw), asked)

@@ -97,6 +97,9 @@ class Engine:
             "routed_read": (n, [address, ctypes.c_uint64, address, n, address, address]),
             "set_replay": (status, [address, address, n, n, n]),
             "set_precise": (status, [ctypes.c_bool]),
+            "set_row_exact": (status, [address, ctypes.c_bool]),
+            "set_guessed": (status, [address, ctypes.c_bool]),
+            "refuse": (status, [address, address, n]),
             "tokenize": (status, [address, text, n, address, n, ctypes.c_bool, ctypes.c_bool, address]),
             "token_to_piece": (status, [address, n, address, n, ctypes.c_bool, address]),
             "decode": (status, [address, llama_cpp.llama_batch, address]),
@@ -211,6 +214,21 @@ class Engine:
     def set_precise(self, on: bool) -> None:
         """Multiply F16 and BF16 matrices by float32 activations, in every model of this process."""
         self._check(self._call("set_precise", on), "switching to float32 activations")
+
+    def set_row_exact(self, ctx: int, on: bool) -> None:
+        """Whether each token of the passes to come has the bits that it has alone, on the CPU."""
+        self._check(self._call("set_row_exact", ctx, on), "choosing the kernels of single rows")
+
+    def set_guessed(self, ctx: int, on: bool) -> None:
+        """Whether tokens of the passes to come may turn out to be none of the text."""
+        self._check(self._call("set_guessed", ctx, on), "keeping what tokens ask for")
+
+    def refuse(self, ctx: int, tokens: Sequence[int]) -> None:
+        """Have tokens of the last decode, by their places in its batch, be none of the text.
+
+        A hint: an error, as for a decode of several micro-batches, only leaves them counted.
+        """
+        self._call("refuse", ctx, (ctypes.c_int32 * len(tokens))(*tokens), len(tokens))
 
     def checked(self, name: str, doing: str, *arguments: Any) -> int:
         """Call ``mobile_NAME`` and return its count or status; raises if that is negative."""

@@ -15,7 +15,8 @@ from .backend import Backend, Text
 from .costs import Traffic
 from .decode import Pass, Policy
 from .notebook import reply_html
-from .receipt import Receipt, Timings, loss_of
+from .receipt import Receipt, Timings, loss_of, speculation_of
+from .speculation.drafting import Record
 from .text import TextStream
 
 STOP, LENGTH, INTERRUPTED = "stop", "length", "interrupted"
@@ -89,6 +90,7 @@ def generate_steps(backend: Backend, text: Text, request: Request) -> Generator[
     text.should_stop = request.should_stop
     text.on_prompt = request.on_prompt
     text.on_logits = request.on_logits
+    text.n_wanted = request.max_tokens
     backend.set_seed(request.seed)
     if not request.cache_prompt:
         backend.forget()
@@ -138,6 +140,7 @@ class Answer:
         self._prompt_seconds = 0.0
         self._traffic = Traffic()
         self._prompt_evaluated = 0
+        self._record: Record | None = None
         store = backend.store
         self._budget_bytes = store.budget_bytes if store is not None else 0
         self.finish_reason: str | None = None
@@ -183,6 +186,7 @@ class Answer:
             self._busy_seconds += ended - started
             self._traffic = text.traffic()
             self._prompt_evaluated = text.prompt_evaluated
+            self._record = text.drafting.record if text.drafting is not None else None
         if not self._tokens:
             # Sampling the first token belongs to the generation, as in llama-server.
             self._prompt_seconds = max(0.0, min(text.prompt_done, ended) - started)
@@ -232,6 +236,7 @@ class Answer:
             n_ubatch=self._backend.n_ubatch,
             context_full=self.finish_reason == LENGTH and self._request.fills_context,
             loss=loss_of(traffic.loss, policy.spending) if policy.may_lose else None,
+            speculation=speculation_of(self._record) if self._record is not None else None,
             **read_traffic(self._backend, traffic.host, traffic.device, traffic.ahead),
         )
 

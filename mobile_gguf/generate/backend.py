@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
     from .auto import Auto
     from .head import Head
+    from .speculation.draft_model import DraftModel
+    from .speculation.drafting import Drafting
     from .threads import FollowingThreads
 
 
@@ -41,6 +43,8 @@ class Text(Protocol):
     prompt_done: float
     should_stop: Callable[[], bool] | None  # asked while a prompt is computed
     on_prompt: Callable[[int, int], object] | None  # told how many of its tokens are done, of how many
+    n_wanted: int  # tokens that the answer may have
+    drafting: Drafting | None  # None where none are guessed
     on_logits: Callable[[int, Any], object] | None  # given a prompt token's place, and the logits after it
 
     def traffic(self) -> Traffic: ...  # what the answer cost so far
@@ -56,6 +60,7 @@ class Backend(Protocol):
     threads: FollowingThreads | None  # None where their number is fixed
     devices: tuple[Device, ...]  # that the model is on; none: the host alone
     auto: Auto | None  # what mode auto knows of the model; None before it was asked for
+    draft: DraftModel | None  # a smaller model that drafts
 
     @property
     def scheduler(self) -> Crew: ...  # of those who make answers

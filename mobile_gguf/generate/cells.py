@@ -40,6 +40,8 @@ class Cells:
         self._n_big = 0  # rows at the start that big passes wrote
         self._checkpoints: list[Checkpoint] | None = None if decoder.native.can_step_back else []
         self._is_wanted = True  # whether what is here may be put away
+        self._ahead: list[int] = []  # drafted tokens that have rows behind those of the tokens
+        self._n_big_ahead = 0  # rows at the start that big passes wrote, with theirs
 
     @property
     def has_logits(self) -> bool:
@@ -53,6 +55,33 @@ class Cells:
             self._n_big += len(taken.tokens)
         self.tokens += taken.tokens
         self._row, self._row_of = row, self.decoder.n_passes
+
+    def take_back(self, n: int) -> None:
+        """Count all but the last ``n`` tokens of the last decode, of which there is an output each.
+
+        The others are drafted: ``accept`` counts them one by one, ``drop_draft`` drops the rest.
+        """
+        start = len(self.tokens) - n
+        self._ahead, self._n_big_ahead = self.tokens[start:], self._n_big
+        del self.tokens[start:]
+        self._n_big = min(self._n_big, start)
+        self._row -= n
+
+    def accept(self, token: int) -> bool:
+        """Count the next drafted token if it is ``token``; False if it is not, or its row is gone."""
+        if not (self._ahead and self.has_logits and self._ahead[0] == token):
+            return False
+        self.tokens.append(self._ahead.pop(0))
+        self._n_big = min(len(self.tokens), self._n_big_ahead)
+        self._row += 1
+        self.scheduler.n_accepted += 1
+        return True
+
+    def drop_draft(self) -> None:
+        """Have the drafted tokens that were not accepted leave, and count as never run."""
+        if self._ahead and self.has_logits:
+            self.decoder.refuse(range(self._row + 1, self._row + 1 + len(self._ahead)))
+        self.cut()
 
     @property
     def can_be_copied(self) -> bool:
@@ -77,7 +106,7 @@ class Cells:
         self._n_big = min(self._n_big, n)
         if self._checkpoints is not None:
             self._checkpoints = [one for one in self._checkpoints if one.n_tokens <= n]
-        self._row_of = -1
+        self._row_of, self._ahead = -1, []
 
     def turn_to(self, prompt: list[int], only_big: bool) -> None:
         """Put the tokens here away if ``prompt`` goes on with others, or drops many of them."""
@@ -147,6 +176,7 @@ class Cells:
 
     def cut(self, n: int | None = None) -> bool:
         """Drop the places from ``n`` on, else those that are none of the tokens; False if it cannot."""
+        self._ahead = []
         return self.decoder.cut(len(self.tokens) if n is None else n, self.number)
 
     def back_to(self, n: int) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from mobile_gguf.engine.loss import LossRules
 from mobile_gguf.options import DEFAULT_GAMMA
-from mobile_gguf.options.words import AUTO_MODE, BIG_LITTLE, CONFIDENCE, EXACT, HEAD, LITTLE
+from mobile_gguf.options.words import AUTO_MODE, BIG_LITTLE, CONFIDENCE, EXACT, HEAD, LITTLE, OFF
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -43,7 +43,7 @@ class Policy:
     has a token run big. ``loss`` are the rules for missing experts of generated tokens, None: all are read;
     ``prompt_loss`` those for a prompt's. Of a token that lacks experts the weights of the others are divided
     by the mass of its ``mass`` heaviest, 0: by their own. In mode auto tokens follow what an answer's
-    ``spending`` chooses, of ``max_kld`` nats each.
+    ``spending`` chooses, of ``max_kld`` nats each. ``speculate`` says where drafts come from.
     """
 
     mode: str = EXACT
@@ -57,6 +57,7 @@ class Policy:
     max_kld: float = 0.0
     auto: Auto | None = field(default=None, compare=False)
     spending: Spending | None = field(default=None, compare=False)
+    speculate: str = OFF
 
     def of_answer(self, n_prompt: int) -> Policy:
         """The policy of one answer to a prompt of so many tokens."""
@@ -73,6 +74,11 @@ class Policy:
     def uses_head(self) -> bool:
         """Whether the head is asked before each token."""
         return self.mode == BIG_LITTLE and self.importance == HEAD
+
+    @property
+    def is_the_same_for_all(self) -> bool:
+        """Whether all tokens are run alike, whatever passes before them gave: then several may be at once."""
+        return self.mode in (EXACT, LITTLE) and self.loss is None
 
     @property
     def always_big(self) -> bool:
@@ -103,6 +109,10 @@ class Steps(Protocol):
 
     def forward(self, tokens: list[int]) -> None:
         """Run tokens at the next positions, overwriting whatever was there."""
+        ...
+
+    def forward_drafted(self, tokens: list[int]) -> None:
+        """Run tokens at the next positions in one pass that gives the logits after each of them."""
         ...
 
     def step_back(self) -> None:
@@ -195,3 +205,13 @@ def decode_token(steps: Steps, token: int, policy: Policy) -> Pass:
     steps.use_experts(ALL_EXPERTS)
     steps.forward([token])
     return Pass.FALLBACK
+
+
+def decode_drafted(steps: Steps, tokens: list[int], policy: Policy) -> Pass:
+    """Run a generated token and those that were drafted behind it, each as ``policy`` has a token."""
+    steps.use_mass(policy.mass)
+    steps.use_loss(None)
+    is_little = policy.mode == LITTLE
+    steps.use_experts(policy.little_k if is_little else ALL_EXPERTS)
+    steps.forward_drafted(tokens)
+    return Pass.LITTLE if is_little else Pass.BIG

@@ -57,6 +57,7 @@ class Slice:
     every_output: bool = False
     keeps_state: bool = False  # the last token's hidden state
     mass: int = 0
+    is_drafted: bool = False  # a generated token and those drafted behind it
 
     @property
     def may_lack(self) -> bool:
@@ -111,9 +112,11 @@ class Decoder:
         self.head: Head | None = None  # that may say which tokens are important
         self.buddies: Buddies | None = None  # that the rules for missing experts may need
         self.as_with_ubatch = 0  # the micro-batch whose results are wanted where a larger one was chosen
+        self.row_exact: Engine | None = None  # that can have tokens computed as each would be alone
         self.n_passes = 0
         self._experts = ALL_EXPERTS  # of tokens that no mask names
         self._is_lossy = False  # whether these may lose
+        self._has_drafts = self._is_row_exact = False  # the last decode
         self._is_unsure = False  # a decode failed that may have left its masks
         self._loss: LossRules | None = None  # that the engine was told
         self._mass = 0
@@ -162,6 +165,22 @@ class Decoder:
             of_tokens = [one.rules is not None for one in slices for _ in one.tokens]
             set_batch_lossy(self.engine, ctx, of_tokens)
 
+    def _expect_drafts(self, slices: Sequence[Slice]) -> None:
+        """Have drafted tokens not count as uses yet, and those of one answer get the bits of single ones."""
+        on = any(one.is_drafted for one in slices)
+        if self.engine is not None and on != self._has_drafts:
+            self.engine.set_guessed(self.native.ctx, on)
+        self._has_drafts = on
+        on = on and len(slices) == 1
+        if self.row_exact is not None and on != self._is_row_exact:
+            self.row_exact.set_row_exact(self.native.ctx, on)
+            self._is_row_exact = on
+
+    def refuse(self, places: Sequence[int]) -> None:
+        """Have drafted tokens of the last decode, by their outputs, count as never run."""
+        if self.engine is not None and self._has_drafts and places:
+            self.engine.refuse(self.native.ctx, places)
+
     def keep_states(self, keep: bool) -> None:
         """Whether the passes to come keep hidden states: then logits of every token are computed, too."""
         if keep != self._keeps_states:
@@ -177,6 +196,7 @@ class Decoder:
         self._use_loss(slices)
         self._use_mass(slices)
         self._use_experts(slices)
+        self._expect_drafts(slices)
         self.keep_states(any(one.keeps_state for one in slices))
         self.n_passes += 1
         self._is_unsure = True

@@ -46,6 +46,8 @@ from .sampler import Sampler
 from .scheduler import Scheduler
 from .sequence import TokenSequence
 from .sessions import Sessions
+from .speculation.draft_model import DraftModel
+from .speculation.speculation import Speculation
 from .spoken import Spoken
 from .threads import FollowingThreads
 from .vocabulary import Vocabulary
@@ -85,6 +87,7 @@ class MobileLlama(Counted, Spoken):
         self.auto: Auto | None = None  # set by the first policy of mode auto
         self.warm: WarmSet | None = None  # set by loading, where it is on
         self.split: Split | None = None  # set by loading, where experts are not kept whole
+        self.draft: DraftModel | None = None  # set by loading, where there is one
         self.fit: Fit | None = None  # set by loading, where it was planned
         self.store: ModelInfo | None = None
         self.engine: Engine | None = None  # while there is a store to ask it about
@@ -98,6 +101,7 @@ class MobileLlama(Counted, Spoken):
         try:
             self._set_up(path, engine)
             self.scheduler = self._make_scheduler(n_ctx, cache, grows, in_turn)
+            self.speculation = Speculation(self)
         except BaseException:
             self.native.close()
             raise
@@ -111,6 +115,7 @@ class MobileLlama(Counted, Spoken):
         if store is not None and store.n_layer_moe > 0:
             self.store, self.engine = store, engine
         self.decoder = Decoder(self.native, self.calls, self.engine, bool(self.devices))
+        self.decoder.row_exact = engine
         self.vocabulary = Vocabulary(self.calls, self.native.says("tokenizer.ggml.model") or "")
         self._tables = TableReader(self.calls, self.vocabulary)
         self._prompts = ChatPrompts(
@@ -176,6 +181,8 @@ class MobileLlama(Counted, Spoken):
                 if warm is not None:
                     warm.remember()
         finally:
+            if self.draft is not None:
+                self.draft.close()
             self.native.close()
 
     def __del__(self) -> None:
@@ -199,12 +206,15 @@ class MobileLlama(Counted, Spoken):
         sequence = self.sequence
         with Sampler(self.calls.n_vocab, self._seed, logit_bias, **sampling) as sampler:
             sequence.run_prompt(sequence.begin(tokens))
+            sequence.drafting = self.speculation.of_answer(sequence, sampler, grammar)
+            if sequence.drafting is not None:
+                yield from sequence.drafting.tokens(tokens)
             while True:
-                token = self._sample(sampler, grammar, sequence.row)
+                token = self.draw(sampler, grammar, sequence.row)
                 yield token
                 run_token(self, sequence, token)
 
-    def _sample(self, sampler: Sampler, grammar: Constraint | None, row: int) -> int:
+    def draw(self, sampler: Sampler, grammar: Constraint | None, row: int) -> int:
         """A token of the logits in output ``row``, one that the grammar allows."""
         if grammar is None:
             return self.calls.sample(sampler.chain, row)

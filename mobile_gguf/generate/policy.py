@@ -16,6 +16,7 @@ from .auto_policy import auto_policy
 from .backend import Backend
 from .decode import Policy, default_little_k
 from .loss_rules import loss_rules, prompt_rules
+from .speculation.choosing import choose_speculation
 
 if TYPE_CHECKING:
     from .head import Head
@@ -34,7 +35,7 @@ def choose_policy(
             "what is missing on a device depends on when uploads end: answers that lose experts are not the "
             "same each time, --deterministic or not; --vram-budget off has them so"
         )
-    return policy
+    return replace(policy, speculate=choose_speculation(options, info, backend, policy, notify))
 
 
 def _with_loss(

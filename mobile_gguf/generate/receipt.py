@@ -14,6 +14,7 @@ from .notebook import receipt_html
 
 if TYPE_CHECKING:
     from .auto import Spending
+    from .speculation.drafting import Record
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,35 @@ def loss_of(counters: LossCounters, spending: Spending | None = None) -> Loss:
 
 
 @dataclass(frozen=True)
+class Speculation:
+    """What guessing did for an answer: ``drafted`` tokens were run, ``accepted`` ones of them are its own.
+
+    ``mean_length`` is what a draft had, of those that were made. A utility is the tokens per second of passes
+    over drafts, in units of those of single tokens: as it was foreseen when they were made, and as it was,
+    None where the answer had none of either, or was made beside others.
+    """
+
+    source: str
+    drafted: int = 0
+    accepted: int = 0
+    mean_length: float = 0.0
+    utility_predicted: float | None = None
+    utility_measured: float | None = None
+
+
+def speculation_of(record: Record) -> Speculation:
+    """What was recorded of an answer's drafts, as a receipt has it."""
+    return Speculation(
+        record.source,
+        record.drafted,
+        record.accepted,
+        record.mean_length,
+        record.utility_predicted,
+        record.utility_measured,
+    )
+
+
+@dataclass(frozen=True)
 class Receipt:
     """One answer's receipt.
 
@@ -80,7 +110,8 @@ class Receipt:
     are a chat's oldest turns that the context had no room for; with ``context_full`` the answer was cut by
     it. ``threads`` is what the last token was generated with, ``thread_changes`` how often another number was
     found faster; both 0 where the number is fixed. ``n_ubatch`` is how many tokens of a prompt are computed
-    at once: the last bits of logits may hang on it. ``loss`` is None where every missing expert was read.
+    at once: the last bits of logits may hang on it. ``loss`` is None where every missing expert was read,
+    ``speculation`` where no tokens were to be guessed.
     """
 
     mode: str = EXACT
@@ -109,6 +140,7 @@ class Receipt:
     thread_changes: int = 0
     n_ubatch: int = 0
     loss: Loss | None = None
+    speculation: Speculation | None = None
 
     @property
     def spent(self) -> str:
@@ -151,6 +183,8 @@ class Receipt:
             if self.spent:
                 parts.append(f"{self.spent}, {self.loss.audited_tokens} audited")
             parts.append(_loss_summary(self.loss))
+        if self.speculation is not None and self.speculation.drafted:
+            parts.append(f"{self.speculation.accepted} of {self.speculation.drafted} drafted")
         if tokens_per_second is not None:
             parts.append(f"{tokens_per_second:.1f} tok/s")
         if self.thread_changes:

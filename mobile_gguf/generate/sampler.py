@@ -55,6 +55,12 @@ class Sampler(contextlib.AbstractContextManager["Sampler"]):
     def _add(self, sampler: Any) -> None:
         llama_cpp.llama_sampler_chain_add(self.chain, sampler)
 
+    def copy(self) -> Sampler:
+        """Another that would choose as this one does, and goes on by itself."""
+        other = Sampler.__new__(Sampler)
+        other.chain = llama_cpp.llama_sampler_clone(self.chain)
+        return other
+
     def __exit__(self, *_exception: object) -> None:
         self.close()
 

@@ -25,6 +25,7 @@ from .costs import Costs, Meter, Share
 from .decoder import Decoder, Slice
 from .growth import Growth
 from .room import Room
+from .speculation.watch import StepWatch, watching
 from .wish import Task, Wish
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class Scheduler:
     ) -> None:
         self.decoder = decoder
         self.threads: FollowingThreads | None = None
+        self.watch: StepWatch | None = None  # while it is of use what decodes take
         self.sequences = sequences
         self._room = Room(sequences, decoder.native.n_ctx, is_shared=not decoder.native.is_apart)
         self._meter = meter
@@ -65,6 +67,7 @@ class Scheduler:
         self._aside = Aside()
         self._n_decodes = 0
         self._own = sequences[0]  # of whoever is no task
+        self.n_accepted = 0  # drafted tokens, since the last decode
         self.n_running = 0
         for sequence in sequences:
             sequence.scheduler = self
@@ -110,7 +113,7 @@ class Scheduler:
             task.sequence = sequence
         else:
             self._own = sequence
-        sequence.costs, sequence.prompt_evaluated = Costs(), 0
+        sequence.costs, sequence.prompt_evaluated, sequence.drafting = Costs(), 0, None
         try:
             yield sequence
         finally:
@@ -226,12 +229,14 @@ class Scheduler:
     def _choose(self) -> list[tuple[Wish, int]]:
         """What the next decode is of: wishes, and how many tokens of each, prompts first."""
         native = self.decoder.native
-        n_single = sum(not wish.is_long for wish in self._waiting)
+        n_single = sum(len(wish.tokens) for wish in self._waiting if not wish.is_long)
         left = max(1, min(native.n_batch, native.n_ubatch) - n_single)
-        n_parts = 1 if self._in_turn else native.n_batch
+        room = native.n_batch
         chosen: list[tuple[Wish, int]] = []
         for wish in sorted(self._waiting, key=lambda one: (one.sequence.served_at, one.sequence.number)):
-            if len(chosen) >= n_parts or not all(wish.goes_with(other) for other, _ in chosen):
+            if not room or (self._in_turn and chosen):
+                break
+            if not all(wish.goes_with(other) for other, _ in chosen):
                 continue
             if (wish.is_long and not left) or not self._claim(wish):
                 continue
@@ -239,7 +244,9 @@ class Scheduler:
             if wish.is_long and not (self._in_turn or len(self._waiting) == 1):
                 n = min(n, left)
                 left -= n
-            chosen.append((wish, min(n, native.n_batch)))
+            n = min(n, room)
+            room -= n
+            chosen.append((wish, n))
         if self._waiting and not chosen:
             raise EngineError("the context has no room for any of the answers")
         # what comes last counts as used last, and a prompt uses nearly all experts
@@ -260,25 +267,33 @@ class Scheduler:
     def _decode(self, chosen: Sequence[tuple[Wish, int]]) -> None:
         sequences = [wish.sequence for wish, _ in chosen]
         slices = [wish.first(n) for wish, n in chosen]
-        is_long = any(len(one.tokens) > 1 for one in slices)
+        is_long = any(wish.is_long for wish, _ in chosen)
         self._meter.begin([self._share(*pair) for pair in zip(sequences, slices, strict=True)])
         stops = [sequence.should_stop for sequence in sequences]
 
         def all_stop() -> bool:
             return all(stop is not None and stop() for stop in stops)
 
-        shared = self.n_running > 1 and not is_long
+        is_alike = all(len(one.tokens) == 1 for one in slices)  # with what is compared: one token of each
+        shared = self.n_running > 1 and is_alike
         if shared and self.threads is not None:
             self.threads.before()
+        n_guesses = sum(wish.is_guess for wish, _ in chosen)
+        watch = self.watch if not (is_long or n_guesses) else None
         started = time.perf_counter()
-        with self.decoder.explained(all_stop if all(stops) else None, long=is_long):
+        with (
+            self.decoder.explained(all_stop if all(stops) else None, long=is_long),
+            watching(watch, [one.tokens for one in slices]),
+        ):
             for sequence in sequences:
                 sequence.cut()
             rows = self.decoder.run(slices)
         if shared and self.threads is not None:
             self.threads.after()
         if self._growth is not None and not is_long:
-            self._growth.observe(self.n_running, len(slices), time.perf_counter() - started)
+            n_given = len(slices) - n_guesses + self.n_accepted
+            self._growth.observe(self.n_running, n_given, time.perf_counter() - started)
+            self.n_accepted = 0
         if sum(part.rules is not None for part in slices) > 1:
             self._meter.lost([self._lost(part, row) for part, row in zip(slices, rows, strict=True)])
         for sequence, part, row in zip(sequences, slices, rows, strict=True):

@@ -9,18 +9,21 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mobile_gguf.engine.loss import LossRules
 from mobile_gguf.errors import EngineError, UsageError
 
 from .cells import Cells
 from .costs import Costs, Traffic
-from .decode import ALL_EXPERTS, Pass, Policy, decode_prompt, decode_token
+from .decode import ALL_EXPERTS, Pass, Policy, decode_drafted, decode_prompt, decode_token
 from .decoder import Decoder
 from .prefix_cache import PrefixCache, common_length
 from .prompt_pieces import prompt_pieces
 from .wish import Wish
+
+if TYPE_CHECKING:
+    from .speculation.drafting import Drafting
 
 # The engine keeps this much more memory for logits where those of a whole prompt are asked for.
 _LOGITS_BYTES = 16 << 20
@@ -33,8 +36,9 @@ class TokenSequence(Cells):
 
     ``policy`` says which passes its tokens get; ``last_pass`` is the one that the logits at hand come from.
     ``prompt_evaluated`` counts the tokens of prompts that were computed, ``prompt_done`` is when the last
-    prompt was (``time.perf_counter``). While a prompt is computed ``should_stop`` is asked, ``on_prompt`` is
-    told how many tokens are done, of how many, and ``on_logits`` a token's place and the logits after it.
+    prompt was (``time.perf_counter``). An answer may have ``n_wanted`` tokens, which ``drafting`` guesses.
+    While a prompt is computed ``should_stop`` is asked, ``on_prompt`` is told how many tokens are done, of
+    how many, and ``on_logits`` a token's place and the logits after it.
     """
 
     def __init__(self, decoder: Decoder, n_max: int, cache: PrefixCache, number: int = 0) -> None:
@@ -45,6 +49,8 @@ class TokenSequence(Cells):
         self.last_pass = Pass.BIG
         self.prompt_evaluated = 0
         self.prompt_done = 0.0
+        self.n_wanted = n_max
+        self.drafting: Drafting | None = None
         self.should_stop: Callable[[], bool] | None = None
         self.on_prompt: Callable[[int, int], object] | None = None
         self.on_logits: Callable[[int, Any], object] | None = None
@@ -53,6 +59,7 @@ class TokenSequence(Cells):
         self._mass = 0
         self._is_afresh = False  # whether the next prompt is to be computed from its first token
         self._in_prompt = False
+        self._is_guess = False
         self._state_at = -1  # how many tokens there were when the last pass left its hidden state
 
     # growing
@@ -108,6 +115,26 @@ class TokenSequence(Cells):
             self.last_pass = decode_token(self, token, self.policy)
             self.mark_now_and_then()
 
+    def run_guess(self, token: int, k: int) -> None:
+        """Run a token with ``k`` experts for what it makes likely; its row is no part of the text."""
+        with self._whole():
+            self.use_mass(self.policy.mass)
+            self.use_loss(None)
+            self.use_experts(k)
+            self._is_guess = True
+            try:
+                self.forward([token])
+            finally:
+                self._is_guess = False
+
+    def run_drafted(self, token: int, draft: Sequence[int]) -> None:
+        """Run a generated token and those that may follow it in one decode, none of which counts yet.
+
+        The logits at hand are those after ``token``; each ``accept`` goes on by a token of the draft.
+        """
+        with self._whole():
+            self.last_pass = decode_drafted(self, [token, *draft], self.policy)
+
     @contextlib.contextmanager
     def _whole(self) -> Iterator[None]:
         try:
@@ -156,6 +183,7 @@ class TokenSequence(Cells):
                 wish = Wish(
                     self, tokens[done:end], len(tokens) - done, self._experts, self._rules,
                     every_output=show is not None, keeps_state=keeps_state, mass=self._mass,
+                    is_guess=self._is_guess,
                 )  # fmt: skip
                 n_done = self.scheduler.run(wish)
                 done += n_done
@@ -166,6 +194,13 @@ class TokenSequence(Cells):
                         show(start + i, self.decoder.logits(self._row - n_done + 1 + i))
                 if tell is not None:
                     tell(done, len(tokens))
+
+    def forward_drafted(self, tokens: list[int]) -> None:
+        if len(self.tokens) + len(tokens) > self.n_max:
+            raise UsageError(f"the context of {self.n_max} tokens is full")
+        self._state_at = -1
+        wish = Wish(self, tokens, len(tokens), self._experts, mass=self._mass, is_drafted=True)
+        self.take_back(self.scheduler.run(wish) - 1)
 
     def step_back(self) -> None:
         self.keep(len(self.tokens) - 1)

@@ -38,12 +38,14 @@ class Wish:
     every_output: bool = False
     keeps_state: bool = False
     mass: int = 0
+    is_drafted: bool = False  # a generated token and those drafted behind it: no part of a prompt
+    is_guess: bool = False  # it is run for a draft only
     n_before: int = 0
     task: Task | None = field(default=None, repr=False)
 
     @property
     def is_long(self) -> bool:
-        return len(self.tokens) > 1
+        return self.n_before > 0 or (len(self.tokens) > 1 and not self.is_drafted)
 
     @property
     def may_lack(self) -> bool:
@@ -73,6 +75,6 @@ class Wish:
         if self.n_before:
             return Slice(sequence.number, start, tokens)
         return Slice(
-            sequence.number, start, tokens, self.experts, self.rules, self.every_output, self.keeps_state,
-            self.mass,
+            sequence.number, start, tokens, self.experts, self.rules, self.every_output or self.is_drafted,
+            self.keeps_state, self.mass, self.is_drafted,
         )  # fmt: skip

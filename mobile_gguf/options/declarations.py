@@ -14,6 +14,7 @@ from mobile_gguf.sizes import AUTO, Size, parse_bytes, parse_bytes_or_off, parse
 
 from .bias import parse_bias, take_bias
 from .opt import Checked, Opt, take_parsed, take_schema, take_texts
+from .source import parse_source
 from .tokens import MAX_TOKENS, parse_parallel, parse_switch, parse_tokens_or_auto
 from .words import AUTO as AUTO_SWITCH
 from .words import (
@@ -33,6 +34,7 @@ from .words import (
     ON,
     PLACEMENTS,
     PREFETCH,
+    SPECULATE,
     SPLIT,
     SUBSTITUTE,
 )
@@ -43,7 +45,7 @@ DEFAULT_MAX_KLD = 0.02
 # GGML_MAX_N_THREADS of llama.cpp, which ends the process with more.
 MAX_THREADS = 512
 _MAX_INT32 = (1 << 31) - 1
-# What decides which tokens run with fewer experts; may change from answer to answer.
+# What decides how tokens are run, with fewer experts or several at once; may change from answer to answer.
 POLICY_OPTIONS = (
     "mode",
     "gamma",
@@ -56,6 +58,7 @@ POLICY_OPTIONS = (
     "max_kld",
     "prompt_drop",
     "partial",
+    "speculate",
 )
 
 _RAM_BUDGET = Opt(
@@ -129,6 +132,10 @@ _PROMPT_DROP = Opt(
     high=1,
     help="prompts: leave out a missing expert with less than so much of its layer's weight, 0: none",
 )
+_SPECULATE_HELP = (
+    "guess tokens and check several in one pass: by the text itself (ngram), few experts (little), or a "
+    "smaller model (draft%s); auto: where it pays"
+)
 _threads = partial(Opt, read=int, low=1, high=MAX_THREADS)
 # The engine's seeds have 32 bits, of which all ones ask it to make one up: fold_seed of generate/request.py.
 _SEED = Opt(
@@ -192,6 +199,10 @@ class LoadOptions(Checked):
     max_kld: Annotated[float | None, _MAX_KLD] = None
     prompt_drop: Annotated[float, _PROMPT_DROP] = 0.0
     partial: Annotated[float, _PARTIAL] = 0.0
+    speculate: Annotated[
+        str,
+        Opt("--speculate", read=parse_source, metavar="SOURCE", help=_SPECULATE_HELP % "=MODEL"),
+    ] = OFF
     n_ctx: Annotated[
         int | None,
         Opt(
@@ -305,8 +316,8 @@ class LoadOptions(Checked):
         Opt(
             "--deterministic",
             is_flag=True,
-            help="the same answer each time: several at once in contexts and decodes of their own, and"
-            " no expert comes by the clock (none ahead of need or while idle); slower",
+            help="the same answer each time, with others and drafts as without: contexts, decodes and kernels"
+            " of its own, and no expert comes by the clock (none ahead of need or while idle); slower",
         ),
     ] = False
     session_cache: Annotated[
@@ -413,6 +424,9 @@ class GenerateOptions(Checked):
     max_kld: Annotated[float | None, _MAX_KLD] = None
     prompt_drop: Annotated[float | None, _PROMPT_DROP] = None
     partial: Annotated[float | None, _PARTIAL] = None
+    speculate: Annotated[
+        str | None, Opt("--speculate", choices=SPECULATE, help=_SPECULATE_HELP % ", loaded with it")
+    ] = None
     context_full: Annotated[
         str,
         Opt(

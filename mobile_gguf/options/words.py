@@ -47,6 +47,11 @@ PLACEMENTS = ("auto", CACHE, LAYERS)
 OFF, ON = "off", "on"
 PREFETCH = ("auto", OFF, ON)
 
+# where guesses of the next tokens come from that are then checked together: the text itself, the model's own
+# little passes, a smaller model; auto: where it is measured to pay
+NGRAM, DRAFT = "ngram", "draft"
+SPECULATE = (OFF, "auto", NGRAM, LITTLE, DRAFT)
+
 # keeping leading segments of experts before others; auto: as the file's plan for the budget says
 SPLIT = ("auto", OFF)
 RAM = "RAM"  # the tier that a split is planned for

@@ -308,6 +308,18 @@ LLAMA_API int32_t mobile_get_token_loss(const struct llama_context * ctx, int32_
 // MOBILE_ERR_STATE before a model is loaded
 LLAMA_API int32_t mobile_set_precise(bool on);
 
+// tokens of the passes to come may turn out to be none of the text: what each asks for is kept until the next pass
+LLAMA_API int32_t mobile_set_guessed(struct llama_context * ctx, bool on);
+
+// tokens of the last decode, by their places in its batch, are none of the text. what only they asked for counts as unused
+// and leaves memory first; the others count as single tokens do. never changes outputs. MOBILE_ERR_ARGUMENT: that decode
+// has no such token
+LLAMA_API int32_t mobile_refuse(struct llama_context * ctx, const int32_t * tokens, int32_t n);
+
+// each token of the passes to come has the bits that it has in a pass of its own: the CPU uses the kernels of a single row
+// for all. nothing is promised of devices, and of memories that keep a state instead of rows
+LLAMA_API int32_t mobile_set_row_exact(struct llama_context * ctx, bool on);
+
 // llama.cpp's calls, for whoever cannot catch what they throw or survive what they abort on: what they assert of their
 // arguments is checked first (MOBILE_ERR_ARGUMENT). the count that they return is in n, also where n_max is too small
 LLAMA_API int32_t mobile_tokenize(const struct llama_vocab * vocab, const char * text, int32_t n_text, llama_token * tokens, int32_t n_max, bool add_special, bool parse_special, int32_t * n);

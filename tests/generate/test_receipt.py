@@ -3,14 +3,15 @@
 import pytest
 
 from mobile_gguf.engine.structs import LossCounters
-from mobile_gguf.generate.receipt import Loss, Receipt, Timings, loss_of
+from mobile_gguf.generate.receipt import Loss, Receipt, Speculation, Timings, loss_of, speculation_of
+from mobile_gguf.generate.speculation.drafting import Record
 
 FIELDS = [
     "mode", "n_expert_used", "little_k", "tokens_big", "tokens_little", "tokens_fallback", "expert_hits",
     "expert_misses", "bytes_read", "stall_ms", "budget_bytes", "resident_bytes_peak",
     "device_hits", "device_misses", "bytes_uploaded", "upload_stall_ms", "vram_budget_bytes",
     "prefetch_hits", "prefetch_wasted_bytes", "prefetch_saved_ms", "turns_left_out", "context_full",
-    "threads", "thread_changes", "n_ubatch", "loss",
+    "threads", "thread_changes", "n_ubatch", "loss", "speculation",
 ]  # fmt: skip
 TIMING_NAMES = [
     "prompt_n", "prompt_ms", "prompt_per_token_ms", "prompt_per_second",
@@ -44,6 +45,17 @@ def test_what_mode_auto_spent_is_said():
     assert receipt.spent == "KL 0.0123 of 0.02"
     assert receipt.summary() == "3 big | KL 0.0123 of 0.02, 9 audited | 3 dropped of 5 missing"
     assert Receipt(loss=Loss()).spent == Receipt().spent == ""
+
+
+def test_what_was_drafted_is_said():
+    record = Record(
+        "ngram", 40, 31, 10, predicted=14.0, timed=41, seconds=2.0, n_single=4, single_seconds=0.4
+    )
+    speculation = speculation_of(record)
+    assert speculation == Speculation("ngram", 40, 31, 4.0, 1.4, pytest.approx(2.05))
+    assert Receipt(tokens_big=3, speculation=speculation).summary() == "3 big | 31 of 40 drafted"
+    assert Receipt(tokens_big=3, speculation=speculation_of(Record("ngram"))).summary() == "3 big"
+    assert speculation_of(Record("ngram", n_single=9, single_seconds=1.0)) == Speculation("ngram")
 
 
 def test_kinds_of_tokens_that_the_mode_does_not_have_are_left_out():

@@ -144,6 +144,7 @@ def test_what_is_held_has_the_declared_type(options: type[Any], name: str) -> No
         "ram_budget": "40%", "vram_budget": OFF, "rpc": "host:1", "stop": ["a", "b"], "grammar": "root ::= x",
         "json_schema": {}, "logit_bias": {"5": 1}, "host": "::1", "allow_host": "a", "alias": ["a", "b"],
         "flash_attn": True, "api_key": "k", "api_key_file": "f", "cors": ["*"], "max_request": "1M",
+        "speculate": "draft=small.gguf" if options.__name__ == "LoadOptions" else "draft",
     }  # fmt: skip
     number = 1.0 if opt.read is float else 1
     value = samples.get(name, opt.choices[0] if opt.choices else True if opt.is_flag else number)

@@ -149,3 +149,13 @@ def test_functions_show_the_options_they_take():
         assert all(
             parameters[name].kind is inspect.Parameter.KEYWORD_ONLY for name in defaults(GenerateOptions)
         )
+
+
+def test_a_source_of_drafts_is_a_word_or_a_model(capsys):
+    args = parse("--speculate", "draft=a/b.gguf")
+    assert make_options(LoadOptions, flags.given(args, LoadOptions)).speculate == "draft=a/b.gguf"
+    assert make_options(LoadOptions, {"speculate": " NGRAM "}).speculate == "ngram"
+    for wrong in ("draft=", "both", "drafts=x", "", "Draft=x"):
+        assert "is no source of drafts: choose off, auto, ngram" in refused(capsys, "--speculate", wrong)
+    with pytest.raises(UsageError, match="speculate is 'draft=a': choose off"):
+        make_options(GenerateOptions, {"speculate": "draft=a"})  # no answer has a file opened

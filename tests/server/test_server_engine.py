@@ -96,6 +96,23 @@ def test_an_answer_follows_the_json_schema(command, stream):
     assert isinstance(person["age"], int)
 
 
+def test_a_request_may_ask_for_drafts(command):
+    """The text is what it is without; a model that drafts is not named by who asks."""
+    words = {"prompt": "one two three four five six one two three four", "seed": 5, "temperature": 0.3}
+    plain, drafted = (
+        httpx.post(f"{command.url}/v1/completions", json=words | more, timeout=SECONDS).json()
+        for more in ({}, {"speculate": "ngram"})
+    )
+    assert drafted["choices"][0]["text"] == plain["choices"][0]["text"]
+    assert plain["usage"]["receipt"]["speculation"] is None
+    assert drafted["usage"]["receipt"]["speculation"]["source"] == "ngram"
+    for source in ("draft=/etc/passwd", "draft"):
+        answer = httpx.post(
+            f"{command.url}/v1/completions", json=words | {"speculate": source}, timeout=SECONDS
+        )
+        assert answer.status_code == 400, answer.text
+
+
 def test_a_json_object_is_one(command):
     answer = command.client().chat.completions.create(
         model="demo", messages=USER, response_format={"type": "json_object"}, seed=3, max_tokens=60

@@ -131,6 +131,8 @@ class FakeBackend:
         self.last_pass = Pass.BIG
         self.prompt_evaluated = 0
         self.prompt_done = 0.0
+        self.n_wanted = 0
+        self.drafting: Any = None
         self.should_stop: Callable[[], bool] | None = None
         self.on_prompt: Callable[[int, int], object] | None = None
         self.on_logits: Callable[[int, Any], object] | None = None
@@ -150,6 +152,7 @@ class FakeBackend:
         self._experts = ALL_EXPERTS
         self.mass = 0
         self.auto: Any = None
+        self.draft: Any = None
         self.buddies: Buddies | None = None
         self.loss: LossRules | None = None  # in force
         self.losses: list[LossRules | None] = []  # of each evaluation

@@ -48,6 +48,7 @@ class FakeDecoder:
         self.n_passes = 0
         self.passes: list[list[Slice]] = []
         self.errors: dict[int, BaseException] = {}
+        self.refused: list[list[int]] = []
         self.counters = Counters()
         self.loss = LossCounters()
         self._rows: list[list[tuple[int, int]]] = [[] for _ in range(native.n_sequences)]
@@ -76,6 +77,8 @@ class FakeDecoder:
             for token in slice_.tokens:
                 rows.append((token, slice_.experts + _LOSSY * (slice_.rules is not None)))
                 at += 1
+                if slice_.every_output:
+                    self._outputs[at] = hashed_logits(rows)
                 if slice_.rules is not None:
                     self._lost[at] = LossCounters(n_layers=2, n_dropped=token % 3, moved_weight=token % 7 / 8)
                     self.loss = self.loss + self._lost[at]
@@ -87,6 +90,9 @@ class FakeDecoder:
         if not self.native.is_apart:
             assert self.n_cells <= self.native.n_ctx, "there are no more cells"
         return last
+
+    def refuse(self, places: Sequence[int]) -> None:
+        self.refused.append(list(places))
 
     def logits(self, i: int = -1) -> np.ndarray:
         return self._outputs[i]

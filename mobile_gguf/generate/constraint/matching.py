@@ -58,6 +58,11 @@ class Constraint:
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         return np.flatnonzero(np.unpackbits(bits, bitorder="little")[:n_vocab])
 
+    def n_fitting(self, tokens: list[int]) -> int:
+        """How many of ``tokens`` may come next, one after the other; where it is not known, none."""
+        n = next((i for i, token in enumerate(tokens) if token in self._table.ends), len(tokens))
+        return max(0, self._matcher.validate_tokens(tokens[:n]))
+
     def accept(self, token: int) -> None:
         """Go on by ``token``, one of those that were allowed; one that ends the answer changes nothing."""
         if token not in self._table.ends:

@@ -46,7 +46,7 @@ static void find_single(mobile_pass & pass, const llama_ubatch & ubatch) {
     pass.single.resize(ubatch.n_tokens);
     for (size_t i = 0; i < ubatch.n_tokens; ++i) {
         const counts & text = of_text[text_of(i)];
-        pass.single[i] = text.n == text.n_outputs && text.n <= MOBILE_LASTING_TOKENS;
+        pass.single[i] = text.n == text.n_outputs && text.n <= MOBILE_LASTING_TOKENS + 1; // the last token, and drafts
     }
 }
 
@@ -75,6 +75,8 @@ static void begin(mobile_context & ctx, const llama_ubatch & ubatch) {
     ctx.usage.add_tokens(n_tokens, std::count_if(pass.k.begin(), pass.k.end(), [&](int32_t k) { return ctx.rules.is_little(k); }));
     ctx.trace.begin_pass(n_tokens);
     ctx.store->begin_pass(std::max(1, (int32_t) std::count(pass.single.begin(), pass.single.end(), 1)));
+    ctx.guesses.begin_pass(ubatch, pass.time, ctx.worth);
+    ctx.store->keep_uses(ctx.guesses.is_kept());
     ctx.predictor.begin_pass((int64_t) n_tokens, pass.k[0], mobile_route_takes_hints(ctx));
 }
 

@@ -10,6 +10,7 @@
 #include "device/mobile-slots.h"
 #include "mobile-error.h"
 #include "route/mobile-graph.h"
+#include "route/mobile-guesses.h"
 #include "route/mobile-pass.h"
 #include "route/mobile-predict.h"
 #include "route/mobile-ring.h"
@@ -39,6 +40,7 @@ struct mobile_context {
     mobile_ring  ring;
     mobile_usage usage;  // counters
     mobile_worth worth;
+    mobile_guesses guesses;
     mobile_graph graph;
     mobile_pass  pass;   // the running ubatch
     std::string  error;  // what made the last one fail; "" if it did not

@@ -264,7 +264,9 @@ static void count_worth(mobile_context & ctx, const mobile_route & route, const 
     const int64_t n_used = n_used_of(dst);
     for (int64_t t = 0; t < dst->ne[1]; ++t) {
         const int32_t token = ctx.pass.token_of(t, dst->ne[1]);
-        if (ctx.pass.single[token]) {
+        if (ctx.pass.single[token] && ctx.guesses.is_kept()) {
+            ctx.guesses.add(route.il, token, &ctx.routing.routed[t*n_used], n_used); // counts when it is known to be of the text
+        } else if (ctx.pass.single[token]) {
             ctx.worth.add(route.il, &ctx.routing.routed[t*n_used], n_used, ctx.pass.time + token);
         }
     }

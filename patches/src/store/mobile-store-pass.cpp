@@ -54,6 +54,10 @@ bool mobile_store::end_pass() {
     return error_text.empty();
 }
 
+double mobile_store::transient_key() {
+    return TRANSIENT_KEY - (double) ++transient_seq;
+}
+
 // gives x a new key; it is not listed
 void mobile_store::use(mobile_expert & x, const mobile_need & need) {
     const bool transient = need.lasting ? false : x.transient || x.state == MOBILE_NOT_RESIDENT;
@@ -65,7 +69,7 @@ void mobile_store::use(mobile_expert & x, const mobile_need & need) {
         x.last_use = need.time;
         x.key      = rank(x, need.part, x.last_use);
     } else if (transient) {
-        x.key = TRANSIENT_KEY - (double) ++transient_seq;
+        x.key = transient_key();
     }
 }
 
@@ -98,6 +102,9 @@ void mobile_store::ask(locked & lock, mobile_store_layer layer, const std::vecto
         mobile_expert & x = experts[part];
         pinned.push_back(part);
         unlist(part);
+        if (keeps_former) {
+            former.push_back({ part, x.n_uses, x.last_use, x.key, x.transient, x.state != MOBILE_NOT_RESIDENT, need.lasting ? need.n_tokens : 0 });
+        }
         use(x, need);
         x.pinned = true;
         if (x.state == MOBILE_NOT_RESIDENT) {

@@ -121,6 +121,12 @@ struct mobile_need {
     bool     lasting  = true; // counts as a use; false: a long batch passing through
 };
 
+// uses of a part by tokens that may be none of the text
+struct mobile_use {
+    uint64_t n_refused = 0;
+    double   time      = 0.0; // of the last one that was not refused, if there is one
+};
+
 // reads made of hints, since the store began. n_queued = n_used + n_wasted + those that are there unused
 struct mobile_ahead_counters {
     uint64_t n_queued     = 0;
@@ -221,6 +227,10 @@ public:
     // parts that a token asked for and that are not computed, at a time in tokens: they count as used. admits: they are read
     // while there is nothing else to read, if what would go for them was used less
     void displace(mobile_store_layer layer, const std::vector<mobile_part> & parts, double time, bool admits);
+    // whether the next pass keeps what the use of a part was before it, for settle_uses()
+    void keep_uses(bool on);
+    // of the parts that the last pass asked for: how many of the uses are none
+    void settle_uses(const std::function<mobile_use(mobile_store_layer, mobile_part)> & used);
     // unpins the last layer; false: a read failed in this pass, error() says which
     bool end_pass();
 
@@ -263,6 +273,16 @@ private:
         double   now;
     };
 
+    struct former_use {
+        mobile_store_part part;
+        uint64_t n_uses;
+        double   last_use;
+        double   key;
+        bool     transient;
+        bool     there;  // or on its way
+        uint64_t n_pass; // uses by this pass
+    };
+
     using locked = std::unique_lock<std::mutex>;
 
     class running;
@@ -290,6 +310,7 @@ private:
     void unpin_all   ();
     void use         (mobile_expert & x, const mobile_need & need);
     double rank      (const mobile_expert & x, mobile_part part, double time) const;
+    double transient_key();
     void begin_load  (mobile_store_part part, int32_t slot, bool ahead);
     void queue_reads (const std::vector<mobile_store_part> & parts, std::deque<item> & queue);
     void promote     (const std::vector<mobile_store_part> & parts);
@@ -347,6 +368,8 @@ private:
     mobile_by<mobile_store_layer, uint64_t> n_held;     // parts that hold a slot
     mobile_split<mobile_store_layer>        split;
     std::vector<mobile_store_part>        pinned;
+    std::vector<former_use>               former; // of the last pass, if it keeps them
+    bool     keeps_former = false;
     uint64_t committed    = 0; // bytes of slots with pages
     uint64_t prefaulted   = 0; // ... of slots that nobody has used yet
     bool     can_prefault = false;

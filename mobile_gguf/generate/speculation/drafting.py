@@ -1,0 +1,197 @@
+"""An answer whose tokens are drafted and checked: one pass after another, each over as many as pay."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Protocol
+
+from .acceptance import verified
+from .source import NOTHING, Offer, Source
+from .tuner import Tuner
+
+
+class Rows(Protocol):
+    """What drafting needs of the sequence that the answer is made in."""
+
+    n_max: int
+    n_wanted: int
+    tokens: list[int]
+
+    def run_drafted(self, token: int, draft: Sequence[int]) -> None: ...
+    def accept(self, token: int) -> bool: ...
+    def drop_draft(self) -> None: ...
+
+
+@dataclass
+class Record:
+    """What drafts did for an answer: tokens that were ``drafted`` and run, and ``accepted`` ones of them.
+
+    Of the ``n_passes`` over drafts ``timed`` tokens came while no other answer was made, in ``seconds`` with
+    what it took to draft them, and ``n_single`` without a draft in ``single_seconds``.
+    """
+
+    source: str = ""
+    drafted: int = 0
+    accepted: int = 0
+    n_passes: int = 0
+    predicted: float = 0.0  # utilities, summed over passes
+    timed: int = 0
+    seconds: float = 0.0
+    n_single: int = 0
+    single_seconds: float = 0.0
+
+    @property
+    def mean_length(self) -> float:
+        """Tokens of a draft."""
+        return self.drafted / self.n_passes if self.n_passes else 0.0
+
+    @property
+    def utility_predicted(self) -> float | None:
+        return self.predicted / self.n_passes if self.n_passes else None
+
+    @property
+    def utility_measured(self) -> float | None:
+        """Tokens per second of drafted passes, in units of single ones', if this answer had both."""
+        if not (self.timed and self.n_single and self.seconds > 0 and self.single_seconds > 0):
+            return None
+        return self.timed / self.seconds * self.single_seconds / self.n_single
+
+
+class Drafting:
+    """Drafts for one answer in ``rows``, by the one of ``sources`` that promises most.
+
+    ``run_single`` runs a token as without drafts, ``draw`` takes one from the logits at hand; ``cut`` leaves
+    of a draft what may come at all, by its grammar and the model's end. ``n_answers`` are made at once.
+    """
+
+    def __init__(
+        self,
+        tuner: Tuner,
+        sources: Sequence[Source],
+        rows: Rows,
+        *,
+        run_single: Callable[[int], object],
+        draw: Callable[[], int],
+        cut: Callable[[list[int]], list[int]],
+        n_answers: Callable[[], int] = lambda: 1,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._tuner = tuner
+        self._sources = list(sources)
+        self._rows = rows
+        self._run_single = run_single
+        self._draw = draw
+        self._cut = cut
+        self._n_answers = n_answers
+        self._clock = clock
+        self.record = Record("+".join(source.name for source in sources))
+        self._n_said = 0
+        self._compared: tuple[str, list[int], int] | None = None  # a draft that the answer is compared with
+
+    def tokens(self, prompt: Sequence[int]) -> Generator[int, None, None]:
+        """The answer's tokens without an end, once the prompt was run; one is run when the next is wanted."""
+        for source in self._sources:
+            source.add(prompt)
+        token = self._said(self._draw())
+        yield token
+        while True:
+            made = self._draft()
+            if made is None:
+                token = self._said(self._single(token))
+                yield token
+                continue
+            with closing(self._several(token, *made)) as several:
+                for drawn, is_drafted in several:
+                    token = self._said(drawn)
+                    self.record.accepted += is_drafted
+                    yield token
+
+    # drafts
+
+    def _draft(self) -> tuple[Offer, list[int], float] | None:
+        """A draft that is expected to pay, and the seconds that it took to make."""
+        rows = self._rows
+        # the pass gives a token more than it drafts
+        most = min(self._tuner.most, rows.n_max - len(rows.tokens) - 1, rows.n_wanted - self._n_said - 1)
+        if most <= 0:
+            return None
+        n_answers, tuner = self._n_answers(), self._tuner
+        best, offer, length, utility = None, NOTHING, 0, 0.0
+        for source in self._sources:
+            offered = source.offer(most)
+            self._compare(source, offered)
+            n = tuner.length(offered.kind, offered.n, source.name, n_answers)
+            if n and (value := tuner.utility(offered.kind, n, source.name, n_answers)) > utility:
+                best, offer, length, utility = source, offered, n, value
+        if best is None:
+            return None
+        started = self._clock()
+        drafted = best.draft(length)
+        seconds = self._clock() - started
+        if n_answers == 1:
+            tuner.drafted(best.name, len(drafted), seconds)
+        draft = self._cut(drafted)
+        if not best.is_free:
+            self._compared = offer.kind, drafted, 0
+        self.record.predicted += utility if draft else 0.0
+        return (offer, draft, seconds) if draft else None
+
+    def _compare(self, source: Source, offered: Offer) -> None:
+        """Have the answer to come compared with what a source says, if it costs nothing to say it."""
+        if source.is_free and offered.n and self._compared is None:
+            self._compared = offered.kind, source.draft(offered.n), 0
+
+    def _said(self, token: int) -> int:
+        self._n_said += 1
+        for source in self._sources:
+            source.add([token])
+        if self._compared is not None:
+            kind, draft, place = self._compared
+            is_taken = draft[place] == token
+            self._tuner.saw(kind, place, is_taken)
+            goes_on = is_taken and place + 1 < len(draft)
+            self._compared = (kind, draft, place + 1) if goes_on else None
+        return token
+
+    # passes
+
+    def _single(self, token: int) -> int:
+        is_alone, started = self._n_answers() == 1, self._clock()
+        self._run_single(token)
+        drawn = self._drawn()
+        if is_alone:
+            seconds = self._clock() - started
+            self.record.n_single += 1
+            self.record.single_seconds += seconds
+            self._tuner.ran_single(seconds)
+        return drawn
+
+    def _drawn(self) -> int:
+        started = self._clock()
+        token = self._draw()
+        self._tuner.drawing.add(self._clock() - started)
+        return token
+
+    def _several(
+        self, token: int, offer: Offer, draft: list[int], seconds: float
+    ) -> Generator[tuple[int, bool], None, None]:
+        """What a pass over a draft gives, which took so many ``seconds`` to make."""
+        is_alone, started, n_given, n_taken = self._n_answers() == 1, self._clock(), 0, 0
+        self._rows.run_drafted(token, draft)
+        self.record.n_passes += 1
+        self.record.drafted += len(draft)
+        try:
+            for drawn, is_drafted in verified(draft, self._drawn, self._rows.accept):
+                seconds += self._clock() - started
+                n_given, n_taken = n_given + 1, n_taken + is_drafted
+                yield drawn, is_drafted
+                started = self._clock()
+        finally:
+            self._rows.drop_draft()
+            if is_alone and n_given:
+                self.record.timed += n_given
+                self.record.seconds += seconds
+                self._tuner.ran(offer.kind, len(draft), n_taken, seconds)

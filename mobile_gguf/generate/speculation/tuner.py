@@ -1,0 +1,147 @@
+"""How long a draft is to be, from what passes take and how much of drafts is taken.
+
+The length is the one that gives most tokens per second, 0 where none is expected to give ``GAIN`` more than
+single tokens do. What does not pay is left alone, for twice as long each time, and then tried for a few
+passes; and never more is lost than ``LOSS`` of the time. Pure: it is told what happened, and knows no clock.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .acceptance import Acceptance
+from .costs import Mean, StepCosts
+
+MOST = 8
+# What a draft has to be expected to win, as a share of the tokens per second.
+GAIN = 1.03
+# The share of the time that may be lost by drafts that did not pay.
+LOSS = 0.03
+# Passes of a trial, tokens of its drafts at most, and drafts on offer until what did not pay is tried again.
+TRIAL, TRIAL_LENGTH = 3, 3
+FIRST_PAUSE, LAST_PAUSE = 16, 1024
+# Drafted passes in a row before a single one shows again what single ones take.
+IN_A_ROW = 24
+# What was won counts against later losses up to so many single tokens' time.
+_SAVED = 8.0
+
+
+@dataclass
+class _Kind:
+    """What is known of one kind of draft from one source."""
+
+    pause: int = FIRST_PAUSE
+    waits: int = 0  # offers until it is tried again
+    trial: int = TRIAL  # passes that are left of a trial
+
+
+class Tuner:
+    """Lengths of drafts, at most ``most``; ``fixed`` is one that nothing changes, for measurements.
+    A pass may want ``most_needs`` different experts, summed over the layers: beyond, it would drop its own.
+
+    Drafts of a kind are taken to be alike. ``drafting`` has what a drafted token takes, by source.
+    """
+
+    def __init__(self, most: int = MOST) -> None:
+        self.most = most
+        self.fixed: int | None = None
+        self.most_needs = float("inf")
+        self.costs = StepCosts()
+        self.acceptance = Acceptance(most)
+        self.drafting: dict[str, Mean] = {}
+        self.drawing = Mean()  # seconds to draw a token from the logits
+        self._kinds: dict[str, _Kind] = {}
+        self._balance = 0.0  # seconds that drafts have won, those of the last ones at most
+        self._seconds = 0.0
+        self._in_a_row = 0
+
+    # what happened
+
+    def begin(self) -> None:
+        """An answer begins, whose text may be another."""
+        self.acceptance.doubt()
+
+    def ran(self, kind: str, n: int, n_taken: int, seconds: float) -> None:
+        """A draft of ``n`` tokens was run for one answer alone, and gave ``n_taken`` of them and one more."""
+        self._tried(kind)
+        single = self.costs.seconds_of(1) + self.drawing.value
+        self._balance = min(self._balance + (n_taken + 1) * single - seconds, _SAVED * single)
+        self._seconds += seconds
+
+    def ran_single(self, seconds: float) -> None:
+        """A token was run without a draft, for one answer alone."""
+        self._seconds += seconds
+        self._in_a_row = 0
+
+    def drafted(self, source: str, n: int, seconds: float) -> None:
+        """A draft of ``n`` tokens took so long to make."""
+        if n:
+            self.drafting.setdefault(source, Mean()).add(seconds / n)
+
+    def saw(self, kind: str, place: int, is_taken: bool) -> None:
+        """What became of the token at ``place`` of a draft, whether it was run or only compared."""
+        self.acceptance.add(kind, place, is_taken)
+
+    # what next
+
+    def utility(self, kind: str, n: int, source: str = "", n_answers: int = 1) -> float:
+        """Tokens per second of drafts of ``n``, in units of those without.
+
+        ``n_answers`` are made at once, of which each has such a draft.
+        """
+        if n == 0:
+            return 1.0
+        tokens = self.acceptance.expected(kind, n)
+        drafting = self.drafting[source].value if source in self.drafting else 0.0
+        own = tokens * self.drawing.value + n * drafting
+        seconds = self.costs.seconds_of(n_answers * (n + 1)) + n_answers * own
+        single = self.costs.seconds_of(n_answers) + n_answers * self.drawing.value
+        return tokens * single / max(seconds, 1e-12)
+
+    def best(self, kind: str, most: int, source: str = "", n_answers: int = 1) -> tuple[int, float]:
+        """The length from 1 on with the largest utility, and that."""
+        lengths = range(1, min(most, self.most) + 1)
+        return max(((n, self.utility(kind, n, source, n_answers)) for n in lengths), key=lambda one: one[1])
+
+    def length(self, kind: str, most: int, source: str = "", n_answers: int = 1) -> int:
+        """How many of ``most`` tokens on offer are to be drafted now."""
+        if most <= 0:
+            return 0
+        if self.fixed is not None:
+            return min(self.fixed, most)
+        if not self.costs.is_known or (n_answers == 1 and self._in_a_row >= IN_A_ROW):
+            return 0
+        most = self._within_memory(most, n_answers)
+        if most <= 0:
+            return 0
+        n, utility = self.best(kind, most, source, n_answers)
+        known = self._kinds.setdefault(kind, _Kind())
+        if n_answers == 1 and not self._may_lose(n):
+            return 0
+        if utility > GAIN:
+            known.pause, known.trial, known.waits = FIRST_PAUSE, TRIAL, 0
+            return n
+        if known.trial > 0:
+            return min(n, TRIAL_LENGTH)
+        if known.waits <= 0:
+            known.waits, known.pause = known.pause, min(LAST_PAUSE, 2 * known.pause)
+        known.waits -= 1
+        if known.waits == 0:
+            known.trial = TRIAL
+        return 0
+
+    def _within_memory(self, most: int, n_answers: int) -> int:
+        while most > 0 and self.costs.needs_of(n_answers * (most + 1)) > self.most_needs:
+            most -= 1
+        return most
+
+    def _tried(self, kind: str) -> None:
+        known = self._kinds.setdefault(kind, _Kind())
+        known.trial = max(0, known.trial - 1)
+        self._in_a_row += 1
+
+    def _may_lose(self, n: int) -> bool:
+        """Whether a draft of ``n`` of which nothing is taken would leave the losses within their share."""
+        single = self.costs.seconds_of(1)
+        at_most = self.costs.seconds_of(n + 1) - single
+        return self._balance - at_most >= -LOSS * self._seconds - _SAVED * single / 2

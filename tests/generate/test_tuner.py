@@ -1,0 +1,232 @@
+"""How long drafts are, on made-up machines: near the best length, and never much slower than without."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from itertools import pairwise
+
+import pytest
+
+from mobile_gguf.generate.speculation.costs import UNION, Step, StepCosts
+from mobile_gguf.generate.speculation.tuner import FIRST_PAUSE, LAST_PAUSE, MOST, TRIAL, Tuner
+
+
+@dataclass
+class Machine:
+    """What passes take here, and how often a drafted token is right."""
+
+    right: float = 0.8
+    single: float = 0.02
+    slope: float = 0.5  # of another token, in single ones
+    jump: float = 0.0
+    waits: float = 0.0  # for bytes, in single ones
+    drafting: float = 0.0  # of a drafted token, in single ones
+    noise: float = 0.05
+    seed: int = 1
+
+    def __post_init__(self) -> None:
+        self.chance = random.Random(self.seed)
+
+    def step(self, n: int) -> Step:
+        noise = self.chance.uniform(1 - self.noise, 1 + self.noise)
+        computed = self.single * (1 + (self.jump + self.slope * (n - 1) if n > 1 else 0)) * noise
+        waited = self.single * self.waits * n**UNION * noise
+        return Step(n, computed + waited, waited, int(1e9 * waited), round(100 * n**UNION))
+
+    def exactly(self, n: int) -> float:
+        more = self.jump + self.slope * (n - 1) if n > 1 else 0
+        return self.single * (1 + more + self.waits * n**UNION)
+
+    def utility(self, n: int) -> float:
+        """What drafts of ``n`` are worth, as the machine is."""
+        tokens = sum(self.right**i for i in range(n + 1))
+        return tokens * self.exactly(1) / (self.exactly(n + 1) + n * self.drafting * self.single)
+
+    def taken(self, n: int) -> int:
+        return next((i for i in range(n) if self.chance.random() >= self.right), n)
+
+
+def play(tuner: Tuner, machine: Machine, n_tokens: int, kind: str = "k", *, is_free: bool = False) -> float:
+    """Make so many tokens; returns the seconds."""
+    seconds, made = 0.0, 0
+    while made < n_tokens:
+        n = tuner.length(kind, MOST, kind)
+        drafting = n * machine.drafting * machine.single
+        tuner.drafted(kind, n, drafting)
+        compared = n or (MOST if is_free else 0)
+        taken = machine.taken(compared)
+        for place in range(min(taken + 1, compared)):
+            tuner.saw(kind, place, place < taken)
+        step = machine.step(n + 1)
+        tuner.costs.observe(step)
+        if n:
+            tuner.ran(kind, n, min(n, taken), step.seconds + drafting)
+        else:
+            tuner.ran_single(step.seconds)
+        seconds += step.seconds + drafting
+        made += min(n, taken) + 1
+    return seconds
+
+
+def plain(machine: Machine, n_tokens: int) -> float:
+    return sum(machine.step(1).seconds for _ in range(n_tokens))
+
+
+MACHINES = [
+    Machine(right=right, slope=slope, jump=jump, waits=waits, drafting=drafting, seed=i)
+    for i, (right, slope, jump, waits, drafting) in enumerate(
+        [
+            (0.95, 0.3, 0.0, 0.0, 0.0),
+            (0.9, 0.1, 0.2, 0.0, 0.0),
+            (0.8, 0.6, 0.0, 0.0, 0.0),
+            (0.5, 0.2, 0.0, 0.0, 0.0),
+            (0.3, 0.6, 0.1, 0.0, 0.0),
+            (0.0, 0.6, 0.0, 0.0, 0.0),
+            (0.9, 0.6, 0.0, 3.0, 0.0),
+            (0.7, 0.6, 0.0, 3.0, 0.0),
+            (0.9, 0.2, 0.0, 0.0, 0.6),
+            (0.9, 0.05, 0.0, 0.0, 0.1),
+        ]
+    )
+]
+
+
+@pytest.mark.parametrize("is_free", [False, True])
+@pytest.mark.parametrize("machine", MACHINES, ids=str)
+def test_it_is_never_much_slower_than_without(machine: Machine, is_free: bool) -> None:
+    for n_tokens in (200, 2000):
+        seconds = play(Tuner(), machine, n_tokens, is_free=is_free)
+        assert seconds <= plain(machine, n_tokens) / 0.95
+
+
+@pytest.mark.parametrize("machine", MACHINES, ids=str)
+def test_the_length_is_near_the_best(machine: Machine) -> None:
+    tuner = Tuner()
+    play(tuner, machine, 1500, is_free=True)
+    best = max(machine.utility(n) for n in range(MOST + 1))
+    if best < 1.0 + 1e-9 or tuner.best("k", MOST, "k")[1] <= 1.03:
+        assert best < 1.1
+        return
+    assert machine.utility(tuner.best("k", MOST, "k")[0]) >= 0.95 * best
+
+
+@pytest.mark.parametrize("machine", MACHINES, ids=str)
+def test_what_a_pass_takes_is_foreseen(machine: Machine) -> None:
+    tuner = Tuner()
+    for n in (*range(1, 10), *range(1, 10), 1, 1, 1):
+        tuner.costs.observe(machine.step(n))
+    for n in range(1, 10):
+        assert tuner.costs.seconds_of(n) == pytest.approx(machine.exactly(n), rel=0.15)
+        assert tuner.costs.needs_of(n) == pytest.approx(100 * n**UNION, rel=0.15)
+        assert tuner.costs.bytes_of(n) == pytest.approx(
+            1e9 * machine.waits * machine.single * n**UNION, rel=0.15
+        )
+
+
+def test_a_machine_that_pays_is_used() -> None:
+    machine = Machine(right=0.95, slope=0.2)
+    assert play(Tuner(), machine, 1000, is_free=True) < plain(machine, 1000) / 1.6
+    assert play(Tuner(), machine, 1000) < plain(machine, 1000) / 1.6
+
+
+def test_what_does_not_pay_is_tried_more_and_more_rarely() -> None:
+    machine, tuner, tried = Machine(right=0.0, slope=0.9), Tuner(), []
+    tuner.costs.observe(machine.step(1))
+    for i in range(6000):
+        n = tuner.length("k", MOST)
+        if n:
+            tried.append(i)
+            tuner.saw("k", 0, False)
+            tuner.costs.observe(machine.step(n + 1))
+            tuner.ran("k", n, 0, machine.step(n + 1).seconds)
+        else:
+            tuner.costs.observe(machine.step(1))
+            tuner.ran_single(machine.step(1).seconds)
+    pauses = [later - one - 1 for one, later in pairwise(tried) if later - one > TRIAL]
+    assert pauses[0] >= FIRST_PAUSE - 1
+    assert pauses[-1] >= LAST_PAUSE - 1
+    assert len(tried) < 40
+
+
+def test_it_comes_back_when_it_pays_again() -> None:
+    tuner, machine = Tuner(), Machine(right=0.0, slope=0.2)
+    play(tuner, machine, 300, is_free=True)
+    assert tuner.length("k", MOST) == 0
+    machine.right = 0.95
+    play(tuner, machine, 100, is_free=True)
+    assert tuner.best("k", MOST)[1] > 1.5
+
+
+def test_a_kind_that_pays_is_drafted_beside_one_that_does_not() -> None:
+    tuner = Tuner()
+    good, bad = Machine(right=0.95, slope=0.2), Machine(right=0.05, slope=0.2)
+    for _ in range(20):
+        play(tuner, good, 20, "good", is_free=True)
+        play(tuner, bad, 20, "bad", is_free=True)
+    assert tuner.best("good", MOST)[0] >= 4
+    assert tuner.best("good", MOST)[1] > 1.4
+    assert tuner.best("bad", MOST)[1] < 1.0
+
+
+def test_a_single_token_shows_now_and_then_what_it_takes() -> None:
+    tuner, machine = Tuner(), Machine(right=1.0, slope=0.1)
+    lengths = []
+    for _ in range(100):
+        n = tuner.length("k", MOST)
+        lengths.append(n)
+        tuner.costs.observe(machine.step(n + 1))
+        if n:
+            tuner.saw("k", 0, True)
+            tuner.ran("k", n, n, machine.step(n + 1).seconds)
+        else:
+            tuner.ran_single(machine.step(1).seconds)
+    assert 5 <= lengths.count(0) <= 12
+
+
+def test_of_several_answers_the_passes_of_all_count() -> None:
+    """Where another token costs what a single one does, nothing is won; where it is nearly free, much."""
+    dear, cheap = Tuner(), Tuner()
+    for tuner, slope in ((dear, 0.95), (cheap, 0.02)):
+        machine = Machine(slope=slope, noise=0.0)
+        for n in (1, 2, 4, 8, 16, 24) * 6:
+            tuner.costs.observe(machine.step(n))
+        for place in range(3):
+            for _ in range(50):
+                tuner.saw("k", place, True)
+    assert dear.utility("k", 3, n_answers=8) < 1.1
+    assert cheap.utility("k", 3, n_answers=8) > 2.0
+    assert cheap.length("k", 3, n_answers=8) == 3
+
+
+def test_a_length_that_is_fixed_stays() -> None:
+    tuner = Tuner()
+    tuner.fixed = 5
+    assert [tuner.length("k", most) for most in (0, 3, 8)] == [0, 3, 5]
+    tuner.fixed = 0
+    assert tuner.length("k", 8) == 0
+
+
+def test_nothing_is_drafted_before_it_is_known_what_passes_take() -> None:
+    tuner = Tuner()
+    assert tuner.length("k", MOST) == 0
+
+
+def test_a_pass_that_something_else_held_up_is_not_believed() -> None:
+    costs = StepCosts()
+    for _ in range(10):
+        costs.observe(Step(1, 0.02))
+    costs.observe(Step(1, 5.0))
+    assert costs.seconds_of(1) < 0.03
+    costs.observe(Step(3, 9.0))
+    assert costs.seconds_of(3) < 0.1
+
+
+def test_a_draft_is_cut_where_its_experts_would_drop_each_other() -> None:
+    tuner, machine = Tuner(), Machine(right=1.0, slope=0.02, noise=0.0)
+    play(tuner, machine, 200, is_free=True)
+    assert tuner.length("k", MOST) == MOST
+    tuner.most_needs = 100 * 4.5**UNION
+    assert tuner.length("k", MOST) == 3
+    tuner.most_needs = 100 * 1.5**UNION
+    assert tuner.length("k", MOST) == 0
