@@ -202,6 +202,9 @@ class FakeBackend:
     def use_mass(self, n: int) -> None:
         self.mass = n
 
+    def forward_drafted(self, tokens: list[int]) -> None:
+        self.forward(tokens)
+
     def forward(self, tokens: list[int]) -> None:
         self.on_evaluate()
         error = self.errors.pop(self.n_evaluations, None)
