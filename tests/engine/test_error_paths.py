@@ -14,7 +14,7 @@ from typing import Any
 
 import engine_libs
 import pytest
-from device_jobs import CPU, device_run, rpc_servers
+from device_jobs import CPU, FETCH, device_run, rpc_servers
 from device_oracle import assert_as_on_cpu, follow
 from engine_jobs import FOLLOWING, GOOD_MODEL, PROMPT, assert_good, good, run
 from places import SHIM, SUPPORT
@@ -85,7 +85,8 @@ def test_read_that_throws_is_a_failed_read(what: str, n_io_threads: int, tmp_pat
 
 
 def test_guess_that_throws_fails_a_decode(tmp_path: Path) -> None:
-    start = {"op": "device_start", "budget": 0.5, "miss": CPU, "poison": 1}
+    # what is missed is fetched by the thread that decodes: the uploader has nothing to do before a guess
+    start = {"op": "device_start", "budget": 0.5, "miss": FETCH, "poison": 1}
     ops = [{"op": "set_prefetch", "mode": 1}, start, {"op": "arm", "what": "memory"}, steps(12), DISARM]
     with rpc_servers() as rpc:
         outcome = on_errors(
