@@ -11,19 +11,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mobile_gguf.wording import markdown_table
 
-from .hardware import describe_hardware
+from .record import in_own_process, keep_runs
 
 _PROMPT = 32  # tokens of the shortest prompt
 _NEWCOMER = 128
@@ -92,14 +89,6 @@ def _first_token(model: Any, prompt: list[int]) -> float:
     return newcomer.at[0] - started
 
 
-def _in_a_process(arguments: Sequence[str]) -> dict[str, Any]:
-    command = [sys.executable, "-m", "mobile_gguf.bench.parallel", *arguments, "--run"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ, check=False)
-    if done.returncode:
-        raise SystemExit(f"a run ended with exit code {done.returncode}: {' '.join(command)}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def table(runs: list[dict[str, Any]]) -> list[list[str]]:
     """Rows of medians, and spreads in percent, of each setting; the gain is over one answer of its budget."""
     rows = [["budget", "at once", "all, tokens/s", "gain", "each", "MiB a token", "first token", "alone"]]
@@ -154,11 +143,9 @@ def main() -> int:
                 flags = ["--budgets", budget, "--at-once", str(n), "--tokens", str(args.tokens)]
                 flags += ["--ctx-size", str(args.ctx_size)]
                 flags += ["--threads", str(args.threads)] if args.threads else []
-                runs.append(_in_a_process([args.model, *flags]))
+                runs.append(in_own_process("parallel", [args.model, *flags]))
                 print(json.dumps(runs[-1]), file=sys.stderr, flush=True)
-    if args.out is not None:
-        lines = [describe_hardware(Path(args.model)), *runs]
-        args.out.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    keep_runs(args.out, args.model, runs)
     print("\n".join(markdown_table(table(runs))))
     return 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,6 +31,22 @@ def keep_record(folder: Path | None, name: str, record: dict[str, Any], page: st
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     (folder / f"{name}.md").write_text(page, encoding="utf-8")
+
+
+def in_own_process(module: str, words: Sequence[str]) -> Any:
+    """What ``python -m mobile_gguf.bench.MODULE WORDS --run`` says, a line of JSON; it is another process."""
+    command = [sys.executable, "-m", f"mobile_gguf.bench.{module}", *words, "--run"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"a run ended with exit code {done.returncode}: {' '.join(command)}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def keep_runs(out: Path | None, model: str, runs: Sequence[dict[str, Any]]) -> None:
+    """Write the hardware of ``model`` and all runs, a line of JSON each; None: nothing is kept."""
+    if out is not None:
+        lines = [describe_hardware(Path(model)), *runs]
+        out.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def record_measured(

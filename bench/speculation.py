@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -24,7 +22,7 @@ from typing import Any
 from mobile_gguf.options.words import AUTO, LITTLE, NGRAM, OFF
 from mobile_gguf.wording import markdown_table
 
-from .hardware import describe_hardware
+from .record import in_own_process, keep_runs
 
 SOURCES = (OFF, AUTO, NGRAM, LITTLE)
 LENGTHS = range(1, 9)
@@ -194,15 +192,8 @@ def main() -> int:
     own = sys.argv[1:]
     for budget in args.budgets.split(","):
         for text in args.texts.split(","):
-            command = [sys.executable, "-m", "mobile_gguf.bench.speculation", *own]
-            command += ["--budgets", budget, "--texts", text, "--run"]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ, check=False)
-            if done.returncode:
-                raise SystemExit(f"a run ended with exit code {done.returncode}: {' '.join(command)}")
-            runs += json.loads(done.stdout.splitlines()[-1])
-    if args.out is not None:
-        lines = [describe_hardware(Path(args.model)), *runs]
-        args.out.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            runs += in_own_process("speculation", [*own, "--budgets", budget, "--texts", text])
+    keep_runs(args.out, args.model, runs)
     print("\n".join(markdown_table(table(runs))))
     return 0
 

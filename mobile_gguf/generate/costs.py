@@ -63,9 +63,7 @@ class Meter:
         self._reset = reset
         self._last = Traffic()
         self._shares: list[Share] = []
-        self._lost: list[
-            LossCounters
-        ] = []  # what each of them is known to have lost, none if it is not known
+        self._lost: list[LossCounters] = []  # what each of them lost, empty if that is not known
         self._only: Costs | None = None  # who asked for all that was counted since the restart
         self._is_divided = False  # there were others
 
@@ -137,6 +135,5 @@ def _grown(had: Of, before: Of, now: Of, sums: list[int], i: int) -> Of:
 def _part(amount: Any, sums: list[int], i: int) -> Any:
     if isinstance(amount, int):
         return amount * sums[i + 1] // sums[-1] - amount * sums[i] // sums[-1]
-    return (
-        max(0.0, amount) * (sums[i + 1] - sums[i]) / sums[-1]
-    )  # of parts that are known a digit may be over
+    # where parts are known the last digit of what is left may be below 0
+    return max(0.0, amount) * (sums[i + 1] - sums[i]) / sums[-1]
