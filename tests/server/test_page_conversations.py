@@ -84,7 +84,11 @@ def test_new_open_rename_delete_and_take_back(browser, fake_model):
         assert titles(page) == ["second", "first"]
         page.click("#chats a >> text=first")
         page.wait_for_selector(".user:has-text('first')")
-        page.click("#show-list") if not page.is_visible("#list") else None
+        assert not page.is_visible("#list")  # it would hide the conversation
+        page.click("#show-list")
+        page.click("#show-list")
+        assert not page.is_visible("#list")
+        page.click("#show-list")
         page.click("#chats button:has-text('Rename')")
         page.keyboard.type("renamed")
         page.keyboard.press("Enter")

@@ -164,6 +164,7 @@ $("settings-clear").addEventListener("click", () => fill({}));
 $("chats").addEventListener("click", (event) => {
   if (event.target.closest("a") && isNarrow()) setOpen("list", "show-list", false);
 });
+$("log").addEventListener("pointerdown", () => { if (isNarrow()) setOpen("list", "show-list", false); });
 $("log").addEventListener("click", async (event) => {
   if (!event.target.classList.contains("copy")) return;
   try {
@@ -176,7 +177,10 @@ $("log").addEventListener("click", async (event) => {
 });
 document.addEventListener("keydown", (event) => {
   if ($("settings").open) return;
-  if (event.key === "Escape") stop();
+  if (event.key === "Escape") {
+    if (isNarrow() && !$("list").hidden) toggleList();
+    else stop();
+  }
   if (!event.altKey || event.ctrlKey || event.metaKey) return;
   const action = { KeyN: newChat, KeyM: toggleMap, KeyR: regenerate, KeyL: toggleList, KeyS: openSettings }[event.code];
   if (action) {
