@@ -132,6 +132,15 @@ def fake_model() -> Iterator[Callable[..., Model]]:
         model.close()
 
 
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A Chromium for the pages of a module: while it runs, its thread can have no other event loop."""
+    from page_harness import chromium
+
+    with chromium() as opened:
+        yield opened
+
+
 @pytest.fixture
 def fake_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., FakeBackend]:
     """Makes ``load`` (and so the CLI) open the scripted engine for the model file it returns the path of."""
