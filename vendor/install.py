@@ -17,7 +17,7 @@ from mobile_gguf.files import paths
 from . import failures, process
 from .build import MARKER
 from .progress import Progress, ReportProgress, ignore
-from .recipe import EngineOptions
+from .recipe import EngineOptions, Recipe
 
 DISTRIBUTION = "llama-cpp-python"
 
@@ -40,7 +40,20 @@ class Installed:
         if self.manifest is None:
             return None
         options = self.manifest["options"]
-        return EngineOptions(tuple(options["backends"]), tuple(options["cmake_args"]))
+        target = options.get("target", "")
+        return EngineOptions(tuple(options["backends"]), tuple(options["cmake_args"]), target)
+
+    def is_made_from(self, recipe: Recipe) -> bool:
+        """Whether it is what ``recipe`` builds.
+
+        An engine for any processor was compiled elsewhere: its source decides, not this machine's compiler.
+        """
+        if self.manifest is None:
+            return False
+        if not (self.options and self.options.target):
+            return self.key == recipe.key
+        wanted = recipe.manifest()
+        return all(self.manifest.get(name) == wanted[name] for name in ("pin", "patches", "sources"))
 
     @property
     def library(self) -> Path | None:
