@@ -1,8 +1,8 @@
 """Builds and runs the stress programs of ``shim/``: the barrier and the expert store, without the engine.
 
 ``changes`` plants a fault: a part of a source's text is replaced in a copy, and has to be there once. With
-``sanitize`` the program is built for ThreadSanitizer, and a data race ends it; with ``windows`` it is built by
-mingw-w64, and run by Wine.
+``sanitize`` the program is built for ThreadSanitizer, and a data race ends it; with ``windows`` by mingw-w64,
+and Wine runs it.
 """
 
 from __future__ import annotations
