@@ -20,6 +20,7 @@ from .progress import Progress, ReportProgress, ignore
 from .recipe import EngineOptions, Recipe
 
 DISTRIBUTION = "llama-cpp-python"
+LIBRARIES = ("libllama.so", "libllama.dylib", "llama.dll", "libllama.dll")  # the last one is mingw's
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,7 @@ class Installed:
     @property
     def library(self) -> Path | None:
         """Path of libllama."""
-        names = ("libllama.so", "libllama.dylib", "llama.dll", "libllama.dll")
-        return next((path for name in names if (path := self.directory / "lib" / name).exists()), None)
+        return next((path for name in LIBRARIES if (path := self.directory / "lib" / name).exists()), None)
 
 
 def installed_engine() -> Installed | None:

@@ -159,7 +159,7 @@ def _reads(files: Iterable[Path]) -> Reads:
     path = max(sizes)[1]
     try:
         rate = measure_reads(path, CHUNK_BYTES, DEFAULT_IO_THREADS, _READ_S)
-    except (MobileError, OSError, AttributeError) as error:  # no os.preadv: macOS before 11, Windows
+    except (MobileError, OSError) as error:
         return Reads(path, problem=str(error))
     # of one thread's reads, which are on their way beside those of the others
     return Reads(path, DEFAULT_IO_THREADS * CHUNK_BYTES / max(rate.value, 1e-9))
