@@ -44,6 +44,8 @@ def cmake_arguments(target: str) -> list[str]:
         "-DGGML_CPU_ALL_VARIANTS=ON",
         # zig has no OpenMP, and a wheel would bring a second one into the process of torch or scikit-learn
         "-DGGML_OPENMP=OFF",
+        "-DGGML_CCACHE=OFF",  # zig keeps what it compiled
+        "-DCMAKE_LINK_DEPENDS_USE_LINKER=OFF",  # zig's linker does not say what it read
         "-DCMAKE_SYSTEM_NAME=Linux",
         f"-DCMAKE_SYSTEM_PROCESSOR={processor}",
         f"-DCMAKE_AR={folder / 'ar'}",

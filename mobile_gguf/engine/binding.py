@@ -291,9 +291,18 @@ def load_library() -> tuple[Any, str]:
         raise EngineError(f"llama-cpp-python's library does not load ({error}): {BUILD_HINT}") from None
     library = llama_cpp._lib
     let_children_load(library)
-    if getattr(library, "ggml_backend_cpu_init", None) is None:
-        library.llama_supports_rpc()  # the backends are libraries of their own: it loads them, once
+    load_backends(library)
     return library, str(getattr(library, "_name", "the engine library"))
+
+
+def load_backends(library: Any) -> None:
+    """Have ggml choose its backends, once, where they are libraries of their own.
+
+    llama.cpp does it when it is first asked for one; ggml's registry alone would have none.
+    """
+    asks = getattr(library, "llama_supports_rpc", None)
+    if asks is not None and getattr(library, "ggml_backend_cpu_init", None) is None:
+        asks()
 
 
 def bind_function(library: Any, name: str, result: Any, arguments: list[Any]) -> Callable[..., Any]:
