@@ -27,7 +27,7 @@ VERBS = (
     *("run", "chat", "serve", "plan"),
     *("pull", "list", "show", "rm", "sessions"),
     *("convert", "verify", "calibrate"),
-    *("bench", "engine", "config", "help"),
+    *("bench", "engine", "doctor", "config", "help"),
 )
 EXIT_FAILURE, EXIT_INTERRUPTED = 1, 130
 

@@ -49,6 +49,7 @@ EXAMPLES = {
         "mobile-gguf engine build --backend cuda",
         "mobile-gguf engine info",
     ),
+    "doctor": ("mobile-gguf doctor", "mobile-gguf doctor --json"),
     "config": (
         "mobile-gguf config demo --for serve",
         "MOBILE_GGUF_MODE=little mobile-gguf config --json",

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import IO
 
 from mobile_gguf.errors import ModelFormatError
+from mobile_gguf.processes import crashed, how_it_ended
 
 from .binding import Engine
 from .buffers import Buffers, Context
@@ -84,7 +85,7 @@ def check_file(engine: Engine, path: Path, keep_on: Callable[[], object] = lambd
     Raises ModelFormatError if loading it ended the child.
     """
     end, text, _ = _end_of_child(engine.path, path, keep_on)
-    if end < 0 or end == _TOO_LONG:
+    if crashed(end) or end == _TOO_LONG:
         raise ModelFormatError(f"{path} cannot be used: {_reason(end, text)}")
     return as_one_line(text) or f"exit code {end}" if end else ""
 
@@ -118,7 +119,7 @@ def measure_buffers(
 def _end_of_child(
     library: str, path: Path, keep_on: Callable[[], object], words: Sequence[str] = ()
 ) -> tuple[int, str, str]:
-    """The child's exit code, below 0 for a signal, and what it wrote to stderr and to stdout."""
+    """The child's exit status (see ``crashed``), and what it wrote to stderr and to stdout."""
     command = [
         sys.executable or "python",
         "-I",
@@ -170,6 +171,6 @@ def _reason(end: int, text: str) -> str:
     if asserted:
         # "/where/it/was/built/src/llama-vocab.cpp:3422: GGML_ASSERT(...) failed"
         return f"llama.cpp ends on it ({asserted[0].rpartition('/')[2].strip()}): its header is damaged"
-    name = signal.Signals(-end).name if -end in set(signal.Signals) else f"signal {-end}"
+    name = signal.Signals(-end).name if -end in set(signal.Signals) else how_it_ended(end)
     what = "too little memory, or its header is damaged" if name == "SIGKILL" else "its header is damaged"
     return f"llama.cpp ends on it ({name}): {what}"

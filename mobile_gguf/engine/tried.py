@@ -24,7 +24,6 @@ from .buffers import Buffers, Context
 
 _MAX_FILES = 1000
 _MAX_CONTEXTS = 100  # of one file
-_LIBRARIES = ("libllama.so", "libllama.dylib", "llama.dll")
 
 
 class TriedFiles:
@@ -98,6 +97,8 @@ def installed_engine() -> str:
 
 def _installed() -> str | None:
     """The library that llama-cpp-python would load."""
+    from mobile_gguf.vendor.install import LIBRARIES
+
     folder = os.environ.get("LLAMA_CPP_LIB_PATH")
     if not folder:
         # find_spec of a top-level package imports nothing
@@ -105,7 +106,7 @@ def _installed() -> str | None:
         if spec is None or spec.origin is None:
             return None
         folder = os.path.join(os.path.dirname(spec.origin), "lib")
-    found = (os.path.join(folder, name) for name in _LIBRARIES)
+    found = (os.path.join(folder, name) for name in LIBRARIES)
     return next((path for path in found if os.path.exists(path)), None)
 
 

@@ -60,6 +60,17 @@ def test_another_abi_is_refused(installed):
         find_engine()
 
 
+@pytest.mark.parametrize("compiled_in", [False, True])
+def test_backends_that_are_libraries_are_loaded_with_ours(installed, compiled_in):
+    library, asked = fake_library(), []
+    library.llama_supports_rpc = lambda: asked.append(1)
+    if compiled_in:
+        library.ggml_backend_cpu_init = lambda: None
+    installed(library)
+    find_engine()
+    assert asked == ([] if compiled_in else [1])
+
+
 def test_a_library_that_lacks_a_function_is_refused(installed):
     library = fake_library()
     del library.mobile_set_replay
