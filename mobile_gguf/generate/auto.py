@@ -160,7 +160,7 @@ class Spending:
         self.audit_seconds = self.foreseeing_seconds = 0.0
         self._counted: Traffic | None = None  # after the last pass
         self._n_context = n_context
-        self._moved = 0.0  # by the tokens that are in the context now, summed
+        self._lost = 0.0  # by the tokens that are in the context now, summed
         self._foreseen = 0.0  # cost of all tokens, as calibrated
         self.correction = TextCorrection(auto.correction)
         self._own = 0.0  # the part of single passes, on average over the last ones
@@ -220,7 +220,7 @@ class Spending:
         self.auto.cost.add_token(work_between(before, after, self.auto.n_expert_used))
         self.n_tokens += 1
         self._since_tried += 1
-        if moved > 0 or self._moved > 0:
+        if moved > 0 or self._lost > 0:
             self._account(steps, token, rung, moved, is_trial)
         self._n_context += 1
         ended = time.perf_counter()
@@ -244,7 +244,7 @@ class Spending:
 
         from .divergence import log_softmax, row_divergence, spread_of
 
-        model, before = self.auto.model, self._moved / max(1, self._n_context)
+        model, before = self.auto.model, self._lost / max(1, self._n_context)
         logits = steps.last_logits()
         spread = spread_of(logits)
         own, whole = model.own(rung.name, spread, moved), model.whole(rung.name, spread, moved, before)
@@ -252,7 +252,7 @@ class Spending:
         self._since_audit += own
         if not (is_trial or self._is_audit(own)):
             self._foreseen += whole
-            self._moved += moved
+            self._lost += model.lost(rung.name, moved)
             return
         started = time.perf_counter()
         log_q = log_softmax(np.array(logits, np.float64))
