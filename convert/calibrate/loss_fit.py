@@ -81,22 +81,24 @@ def _with_history(
 
     Under one rung tokens have much the same before them: what that does shows between rungs.
     """
-    found = [np.empty((0, 3))]
+    found, added, alone = [np.empty((0, 3))], 0.0, 0.0
     for name, one in audited.items():
         rows = steps[name]
         forecast = foreseen_own(model, rows).sum()
-        if forecast <= 0:
+        own = rows[:, STEP_KL].sum()
+        if min(own, forecast) <= 0:
             continue
-        before = lost_before(_of_rung(model, rows[:, STEP_KL].sum() / forecast), one, n_prompt)
+        # each rung says as much, however much it costs
+        added += float((rows[:, KL] - rows[:, STEP_KL]).sum() / own)
+        alone += float(rows[:, HISTORY_KL].sum() / own)
+        before = lost_before(_of_rung(model, own / forecast), one, n_prompt)
         every = _every(one)
         good = (before > 0) & (every[:, SPREAD] > 0) & ~np.isnan(every[:, HISTORY_KL])
         found.append(np.stack([every[good, HISTORY_KL], every[good, SPREAD], before[good]], axis=1))
     kl, spread, before = np.concatenate(found).T
-    if len(kl) < _MIN_POSITIONS or kl.sum() <= 0:
+    if len(kl) < _MIN_POSITIONS or kl.sum() <= 0 or alone <= 0:
         return replace(model, history_scale=0.0)
     of_spread, of_before = _powers([(kl, spread, before)])
-    rows = np.concatenate([_NOTHING, *steps.values()])
-    added, alone = (rows[:, KL] - rows[:, STEP_KL]).sum(), rows[:, HISTORY_KL].sum()
     return replace(
         model,
         history_scale=float(kl.sum() / (spread**of_spread * before**of_before).sum()),

@@ -59,18 +59,18 @@ class LossModel:
 
     def whole(self, rung: str, spread: float, moved: float, before: float) -> float:
         """The KL of a token; ``before`` is the mean of what those before it have lost."""
-        beside = self.history_beside if moved > 0 else 1.0
-        return self.own(rung, spread, moved) + beside * self.history(spread, before)
+        return self.own(rung, spread, moved) + self.history(spread, before, moved)
 
     def own(self, rung: str, spread: float, moved: float) -> float:
         """The KL of its pass alone, over the memory that there is: what an audit measures."""
         return self.lost(rung, moved) * spread**self.own_spread_power if spread > 0 else 0.0
 
-    def history(self, spread: float, before: float) -> float:
-        """The KL of an exact pass over a memory that has lost."""
+    def history(self, spread: float, before: float, moved: float = 0.0) -> float:
+        """What the memory costs a token: one that moved nothing, or was run exactly, all of it."""
         if before <= 0 or spread <= 0:
             return 0.0
-        return self.history_scale * spread**self.history_spread_power * before**self.history_power
+        beside = self.history_beside if moved > 0 else 1.0
+        return beside * self.history_scale * spread**self.history_spread_power * before**self.history_power
 
     def to_dict(self) -> dict[str, Any]:
         """What a price list keeps of it."""

@@ -292,6 +292,13 @@ def test_one_audit_does_not_decide_and_several_that_contradict_do():
     assert text.alarmed > 4
 
 
+def test_what_is_cut_of_audits_is_made_up_for():
+    text = TextCorrection(Correction(replace(MODEL, audit_mean=0.8), is_calibrated=True))
+    for _ in range(200):
+        text.add(0.8, 1.0, 1.0)
+    assert text.factor == pytest.approx(1.0)
+
+
 def test_an_audit_stands_for_what_was_foreseen_since_the_last():
     text = TextCorrection(Correction(MODEL, is_calibrated=True))
     for _ in range(300):
