@@ -66,7 +66,7 @@ class TextCorrection:
         if foreseen <= 0 or mass <= 0:
             return
         most = MOST * self.factor if math.isfinite(self._spread) else math.inf
-        ratio = min(measured / foreseen, most)
+        ratio = min(measured / foreseen, most) / self._known.model.audit_mean
         self._mass += mass
         self._squares += mass * mass
         self._sum += mass * ratio
