@@ -153,6 +153,8 @@ class FakeBackend:
         self.mass = 0
         self.auto: Any = None
         self.draft: Any = None
+        self.mtp: Any = None
+        self.why_no_mtp = ""
         self.buddies: Buddies | None = None
         self.loss: LossRules | None = None  # in force
         self.losses: list[LossRules | None] = []  # of each evaluation

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from llama_cpp import llama_cpp
 
-from mobile_gguf.options.words import AUTO, DRAFT, NGRAM, OFF
+from mobile_gguf.options.words import AUTO, DRAFT, MTP, NGRAM, OFF
 
 from ..constraint.matching import Constraint
 from ..pace import run_token
@@ -17,6 +17,7 @@ from ..sampler import Sampler
 from .draft_model import ModelSource
 from .drafting import Drafting
 from .little import LittleSource
+from .mtp import MtpSource
 from .source import LookupSource, Source
 from .tuner import Tuner
 from .watch import StepWatch
@@ -37,6 +38,15 @@ class Speculation:
             n_all = store.n_layer_moe * store.n_expert * llama.engine.n_segments(llama.model)
             # half of what there is room for: the other half is of tokens before
             self.tuner.most_needs = n_all * store.budget_bytes / store.budget_all_bytes / 2
+
+    def expect(self, sequence: TokenSequence) -> None:
+        """The prompt of an answer comes: what its drafts need of it is kept."""
+        if (block := self._llama.mtp) is None:
+            return
+        if sequence.policy.speculate in (AUTO, MTP):
+            block.wanted.add(sequence.number)
+        else:
+            block.wanted.discard(sequence.number)
 
     def of_answer(
         self, sequence: TokenSequence, sampler: Sampler, grammar: Constraint | None
@@ -72,8 +82,12 @@ class Speculation:
         policy, llama = sequence.policy, self._llama
         if policy.speculate == OFF:
             return []
-        if policy.speculate in (AUTO, NGRAM):
+        if policy.speculate == NGRAM:
             return [LookupSource()]
+        if policy.speculate in (AUTO, MTP):
+            block = llama.mtp
+            own = [] if block is None else [MtpSource(block, sequence.number, sampler, llama.is_end)]
+            return [*([LookupSource()] if policy.speculate == AUTO else []), *own]
         if policy.speculate == DRAFT:
             assert llama.draft is not None
             return [ModelSource(llama.draft, sequence.number, sampler)]
