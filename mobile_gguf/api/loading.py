@@ -222,6 +222,7 @@ def _construct(
                 use_mmap=use_mmap,
                 n_sequences=asked.sequences.n,
                 in_turn=asked.sequences.is_apart,
+                is_deterministic=options.deterministic,
                 grows=options.parallel == AUTO_PARALLEL,
                 sessions=sessions_of(info, options, asked, [one.name for one in more.get("devices", ())]),
                 keep_loading=watch,

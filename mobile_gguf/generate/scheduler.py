@@ -25,6 +25,7 @@ from .costs import Costs, Meter, Share
 from .decoder import Decoder, Slice
 from .growth import Growth
 from .room import Room
+from .speculation.costs import usual_cost
 from .speculation.watch import StepWatch, watching
 from .turns import Turns
 from .wish import Task, Wish
@@ -237,11 +238,12 @@ class Scheduler:
         def all_stop() -> bool:
             return all(stop is not None and stop() for stop in stops)
 
-        is_alike = all(len(one.tokens) == 1 for one in slices)  # with what is compared: one token of each
-        shared = self.n_running > 1 and is_alike
-        if shared and self.threads is not None:
-            self.threads.before()
         n_guesses = sum(wish.is_guess for wish, _ in chosen)
+        has_drafts = any(one.is_drafted for one in slices)
+        # a token of one answer alone is timed by who asks for it
+        threads = self.threads if not (is_long or n_guesses) and (self.n_running > 1 or has_drafts) else None
+        if threads is not None:
+            threads.before()
         watch = self.watch if not (is_long or n_guesses) else None
         started = time.perf_counter()
         with (
@@ -251,8 +253,8 @@ class Scheduler:
             for sequence in sequences:
                 sequence.cut()
             rows = self.decoder.run(slices)
-        if shared and self.threads is not None:
-            self.threads.after()
+        if threads is not None:
+            threads.after(sum(map(usual_cost, (len(one.tokens) for one in slices))) / len(slices))
         if self._growth is not None and not is_long:
             n_given = len(slices) - n_guesses + self.n_accepted
             self._growth.observe(self.n_running, n_given, time.perf_counter() - started)

@@ -36,7 +36,9 @@ class Turns:
         sizes = self._sizes
         n_single = sum(len(wish.tokens) for wish in waiting if not wish.is_long)
         left = max(1, min(sizes.n_batch, sizes.n_ubatch) - n_single)
-        room = sizes.n_batch
+        # of drafts in several micro-batches the engine could not take back what was refused
+        has_drafts = any(wish.is_drafted for wish in waiting)
+        room = min(sizes.n_batch, sizes.n_ubatch) if has_drafts else sizes.n_batch
         chosen: list[tuple[Wish, int]] = []
         for wish in sorted(waiting, key=lambda one: (one.sequence.served_at, one.sequence.number)):
             if not room or (self._in_turn and chosen):
