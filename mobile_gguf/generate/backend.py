@@ -45,6 +45,7 @@ class Text(Protocol):
     should_stop: Callable[[], bool] | None  # asked while a prompt is computed
     on_prompt: Callable[[int, int], object] | None  # told how many of its tokens are done, of how many
     n_wanted: int  # tokens that the answer may have
+    prediction: Sequence[int]  # what much of the answer may be
     drafting: Drafting | None  # None where none are guessed
     on_logits: Callable[[int, Any], object] | None  # given a prompt token's place, and the logits after it
 

@@ -58,8 +58,9 @@ class MobileLlama(Counted, Spoken):
     """A model and a context whose single-token steps run little, big, or little with fallback.
 
     What decides that is the policy of the answer's sequence. As many answers as the context has sequences may
-    be made at once, by tasks of ``scheduler``; ``in_turn``: with the results that each has alone. Without an
-    engine (a stock library), or for a model that it holds no experts of (``store`` is None), all is big.
+    be made at once, by tasks of ``scheduler``; ``in_turn``: with the results that each has alone. No clock
+    says which passes are made where it ``is_deterministic``. Without an engine (a stock library), or for a
+    model that it holds no experts of (``store`` is None), all is big.
     Decoding raises ExpertReadError or EngineError and leaves the object usable. In ``cache_bytes`` texts are
     kept that others have put out of the context, where memory is free beside ``planned_bytes`` for all else,
     within ``total_bytes`` if so many are promised; ``sessions`` keeps them when this is closed.
@@ -105,7 +106,7 @@ class MobileLlama(Counted, Spoken):
             self._set_up(path, engine)
             self.mtp = self._make_block(engine, is_deterministic)
             self.scheduler = self._make_scheduler(n_ctx, cache, grows, in_turn)
-            self.speculation = Speculation(self)
+            self.speculation = Speculation(self, is_deterministic)
         except BaseException:
             self.native.close()
             raise

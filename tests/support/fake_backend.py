@@ -204,7 +204,7 @@ class FakeBackend:
     def use_mass(self, n: int) -> None:
         self.mass = n
 
-    def forward_drafted(self, tokens: list[int]) -> None:
+    def forward_drafted(self, tokens: list[int], n_said: int) -> None:
         self.forward(tokens)
 
     def forward(self, tokens: list[int]) -> None:

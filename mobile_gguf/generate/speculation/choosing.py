@@ -44,8 +44,11 @@ def _why_no_block(info: GgufInfo, backend: Backend) -> str:
 
 
 def _why_not(options: LoadOptions, info: GgufInfo, backend: Backend, policy: Policy) -> str | None:
-    if not backend.can_step_back:
-        return f"the memory of a {info.architecture} model cannot be rolled back behind a wrong guess"
+    if not backend.can_step_back and options.prefix_cache == OFF:
+        return (
+            f"the memory of a {info.architecture} model cannot be rolled back behind a wrong guess, and "
+            "without a prefix cache there is no room for what it was before"
+        )
     if options.deterministic and (reason := _why_not_exactly(options, backend)) is not None:
         return reason
     if not policy.is_the_same_for_all:

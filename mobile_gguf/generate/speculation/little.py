@@ -49,10 +49,12 @@ class LittleSource:
         start, found = len(sequence.tokens), []
         try:
             with self._sampler.copy() as guessing:
+                for said in sequence.owed:
+                    sequence.run_guess(said, self._little_k)
                 while len(found) < n and not (found and self._is_end(token)):
                     sequence.run_guess(token, self._little_k)
                     token = self._sample(guessing, sequence.row)
                     found.append(token)
         finally:
-            sequence.keep(start)
+            sequence.drop_guesses(start)
         return found
