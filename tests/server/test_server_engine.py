@@ -113,28 +113,6 @@ def test_a_request_may_ask_for_drafts(command):
         assert answer.status_code == 400, answer.text
 
 
-def test_a_prediction_is_drafted_from(command):
-    """What of the drafts was right is told as OpenAI has it."""
-    asked = {"messages": USER, "temperature": 0, "max_tokens": 60, "model": "demo"}
-    url = f"{command.url}/v1/chat/completions"
-    plain = httpx.post(url, json=asked | {"speculate": "off"}, timeout=SECONDS).json()
-    text = plain["choices"][0]["message"]["content"]
-    nothing = {"accepted_prediction_tokens": 0, "rejected_prediction_tokens": 0}
-    assert plain["usage"]["completion_tokens_details"] == nothing
-    for content in (text, [{"type": "text", "text": text}]):
-        prediction = {"type": "content", "content": content}
-        more = {"speculate": "ngram", "prediction": prediction}
-        drafted = httpx.post(url, json=asked | more, timeout=SECONDS).json()
-        details = drafted["usage"]["completion_tokens_details"]
-        speculation = drafted["usage"]["receipt"]["speculation"]
-        assert details["accepted_prediction_tokens"] == speculation["accepted"] > 0
-        assert sum(details.values()) == speculation["drafted"]
-    for wrong in ({"type": "content"}, {"type": "other", "content": "x"}, "x"):
-        answer = httpx.post(url, json=asked | {"prediction": wrong}, timeout=SECONDS)
-        assert answer.status_code == 400, answer.text
-        assert "prediction" in answer.json()["error"]["message"]
-
-
 def test_a_json_object_is_one(command):
     answer = command.client().chat.completions.create(
         model="demo", messages=USER, response_format={"type": "json_object"}, seed=3, max_tokens=60
