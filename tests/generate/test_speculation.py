@@ -358,3 +358,17 @@ def test_a_prediction_is_drafted_from(name: str) -> None:
         assert found.receipt.speculation.accepted >= plain.receipt.speculation.accepted
         with pytest.raises(UsageError, match="text"):
             model.generate(text(2), prediction=5)
+
+
+def test_auto_drafts_where_no_bit_changes_and_says_nothing_elsewhere() -> None:
+    for options, is_on in (
+        ({}, True),
+        ({"deterministic": True}, True),
+        ({"flash_attn": True}, False),
+        ({"mode": "big-little", "importance": "confidence"}, False),
+        ({"drop": 0.5}, False),
+    ):
+        with load(ATTENTION, speculate="auto", **options) as model:
+            reply = model.generate(text(1), max_tokens=4, temperature=0)
+            assert (reply.receipt.speculation is not None) is is_on
+            assert not any("--speculate" in notice for notice in model.notices)
