@@ -25,7 +25,8 @@ def block_to_load(
     """``info`` as the model is loaded, which ``runs_mtp`` or not; and why not, where it was asked for.
 
     ``auto`` has the block only where all experts stay in memory beside it, by ``fit``: from a disk drafts
-    mostly do not pay, and what it takes would be missed. ``keep_on`` is called while a child tries it.
+    mostly do not pay, and what it takes would be missed; and not with flash attention, where ``auto`` drafts
+    nothing. ``keep_on`` is called while a child tries it.
     """
     if options.speculate not in (AUTO, MTP) or not info.n_layer_mtp:
         return info, ""
@@ -34,8 +35,8 @@ def block_to_load(
     if devices:
         return info, "with a device a model's MTP block does not draft"
     whole = read_gguf_info(info.path, runs_mtp=True)
-    if options.speculate == AUTO and not _stays(whole, fit):
-        return info, "from a disk the MTP block drafts only where it is asked for, by --speculate mtp"
+    if options.speculate == AUTO and (options.uses_flash_attention or not _stays(whole, fit)):
+        return info, "auto has no MTP block here, which is loaded by --speculate mtp"
     problem = try_block(engine, info.path, info.files, keep_on)
     if problem:
         return info, f"the MTP block of {info.path.name} cannot be run: {problem}"

@@ -45,8 +45,7 @@ class Cells:
         self._ahead: list[int] = []  # drafted tokens that have rows behind those of the tokens
         self._n_big_ahead = 0  # rows at the start that big passes wrote, with theirs
         self._n_run = 0  # tokens of the last decode
-        # what a memory that cannot be rolled back held before a draft, and what was owed then
-        self._before: tuple[Checkpoint, list[int]] | None = None
+        self._before: Checkpoint | None = None  # of a memory that cannot be rolled back, before a draft
         self.owed: list[int] = []  # tokens of the text that must be run once more
 
     @property
@@ -97,19 +96,21 @@ class Cells:
             if before is None:
                 self.cut()
             else:
-                self._return_to(before[0], self.tokens[before[0].n_tokens :])
+                owed = self.tokens[before.n_tokens :]
+                self._return_to(before)
+                self.owed = owed
         if self._checkpoints is not None:
             self.mark_now_and_then()
 
     def hold(self) -> bool:
         """Keep what a memory that cannot be rolled back holds, until a draft is dropped; False: no room."""
         n = len(self.tokens)
-        if self._checkpoints is None or (self._before is not None and self._before[0].n_tokens == n):
+        if self._checkpoints is None or (self._before is not None and self._before.n_tokens == n):
             return True
         n_bytes = self.decoder.state_bytes(True, self.number)
         has_room = self.cache.has_room(n_bytes, sum(one.n_bytes for one in self._checkpoints))
         state = self.decoder.save(True, self.number) if has_room else None
-        self._before = (Checkpoint(n, state), self.owed) if state is not None else None
+        self._before = Checkpoint(n, state) if state is not None else None
         return state is not None
 
     def drop_guesses(self, n: int) -> None:
@@ -117,14 +118,13 @@ class Cells:
         if self._before is None:
             self.keep(n)
         else:
-            self._return_to(*self._before)
+            self._return_to(self._before)
 
-    def _return_to(self, point: Checkpoint, owed: list[int]) -> None:
+    def _return_to(self, point: Checkpoint) -> None:
         if not (self.decoder.load(point.state, True, self.number) and self.cut(point.n_tokens)):
             self.forget()
             raise EngineError("what the model's memory held before a draft could not be restored")
         self.keep(point.n_tokens)
-        self.owed = owed
 
     @property
     def can_be_copied(self) -> bool:

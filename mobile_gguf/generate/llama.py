@@ -104,7 +104,7 @@ class MobileLlama(Counted, Spoken):
         )
         try:
             self._set_up(path, engine)
-            self.mtp = self._make_block(engine, is_deterministic)
+            self.mtp = self._make_block(engine)
             self.scheduler = self._make_scheduler(n_ctx, cache, grows, in_turn)
             self.speculation = Speculation(self, is_deterministic)
         except BaseException:
@@ -132,10 +132,10 @@ class MobileLlama(Counted, Spoken):
             self.native.n_ctx,
         )
 
-    def _make_block(self, engine: Engine | None, is_deterministic: bool) -> MtpContext | None:
+    def _make_block(self, engine: Engine | None) -> MtpContext | None:
         if engine is None or self.native.block is None:
             return None
-        self.decoder.mtp = MtpContext(self.native, engine, only_said=is_deterministic)
+        self.decoder.mtp = MtpContext(self.native, engine)
         return self.decoder.mtp
 
     def _make_scheduler(self, n_ctx: int, cache: PrefixCache, grows: bool, in_turn: bool) -> Scheduler:

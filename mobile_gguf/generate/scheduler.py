@@ -63,7 +63,7 @@ class Scheduler:
         self._meter = meter
         self._top_k = max(1, n_expert_used)
         self._turns = Turns(self._room, decoder.native, in_turn=in_turn)
-        self._growth = Growth(len(sequences)) if grows else None
+        self._growth = Growth(len(sequences), foresee=self._foresee) if grows else None
         self._waiting: list[Wish] = []
         self._alone: list[Task] = []
         self._aside = Aside()
@@ -79,6 +79,20 @@ class Scheduler:
     @property
     def most(self) -> int:
         return self._growth.now if self._growth is not None else len(self.sequences)
+
+    def _foresee(self, n: int) -> float | None:
+        """Tokens per second of so many answers together; 0 where the context has no room for their texts."""
+        if self.watch is None:
+            return None
+        lengths = [len(one.tokens) for one in self.sequences if one.is_taken]
+        if not self._room.has_cells(n * sum(lengths) / max(1, len(lengths))):
+            return 0.0
+        return self.watch.tuner.foreseen(n)
+
+    @property
+    def iteration_ms(self) -> tuple[float, float] | None:
+        """Milliseconds that decodes of several tokens were to take, and took; None without drafts."""
+        return self.watch.iterations.mean_ms if self.watch is not None else None
 
     def spawn(self, work: Callable[[], object]) -> None:
         """Begin an answer: ``work`` runs until it waits. There may be ``most`` of them."""

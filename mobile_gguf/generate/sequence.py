@@ -68,7 +68,7 @@ class TokenSequence(Cells):
 
     def begin(self, prompt: Sequence[int]) -> list[int]:
         """Keep what ``prompt`` has in common with the tokens here; returns those of it that are to be run."""
-        prompt, self.owed = list(prompt), []
+        prompt, self.owed, self._before = list(prompt), [], None
         if self.on_logits is not None:
             self.leave()  # it is shown those of all the prompt
         only_big = self.policy.always_big

@@ -248,7 +248,7 @@ def test_auto_has_the_block_where_all_experts_stay() -> None:
         assert reply.tokens == said(model, "off", max_tokens=60).tokens
     with load(path, speculate="auto", ram_budget="50%") as model:
         assert backend_of(model).mtp is None
-        assert "from a disk the MTP block drafts only where it is asked for" in notices_of(model, "mtp")
+        assert "auto has no MTP block here, which is loaded by speculate mtp" in notices_of(model, "mtp")
 
 
 def notices_of(model: Model, source: str) -> str:

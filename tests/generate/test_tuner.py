@@ -335,3 +335,32 @@ def test_a_batch_does_not_try_for_ever() -> None:
             tuner.tried("k")
             tuner.saw("k", 0, False)
     assert sum(n > 0 for n in lengths) <= 3 * TRIAL
+
+
+def test_answers_and_drafts_are_weighed_together() -> None:
+    """Where more tokens of a pass are nearly free, as many answers as there are, with drafts; where they cost
+    what a single one does, neither; and drafts that want too many experts are none."""
+    cheap, dear = Tuner(), Tuner()
+    for tuner, slope in ((cheap, 0.05), (dear, 0.98)):
+        machine = Machine(slope=slope, noise=0.0)
+        for n in (*range(1, 10), 16, 24, 32, 64) * 4:
+            tuner.together.observe(machine.step(n))
+            tuner.costs.observe(machine.step(n))
+        for place in range(MOST):
+            for _ in range(60):
+                tuner.saw("k", place, True)
+        assert tuner.length("k", MOST, n_answers=4) >= 0
+    two, eight = cheap.foreseen(2), cheap.foreseen(8)
+    assert two is not None
+    assert eight is not None
+    assert eight > 1.4 * two
+    cheap.most_needs = 10
+    without = cheap.foreseen(8)
+    assert without is not None
+    assert without < eight / 2
+    one, more = dear.foreseen(2), dear.foreseen(8)
+    assert one is not None
+    assert more is not None
+    assert more < 1.05 * one
+    assert Tuner().foreseen(2) is None
+    assert Tuner(share=1.0).foreseen(2) is None

@@ -136,6 +136,7 @@ class FakeBackend:
         self.should_stop: Callable[[], bool] | None = None
         self.on_prompt: Callable[[int, int], object] | None = None
         self.on_logits: Callable[[int, Any], object] | None = None
+        self.prediction: Sequence[int] = ()
         self.can_step_back = can_step_back
         self.pooling = pooling
         self.can_generate = can_generate

@@ -8,7 +8,7 @@ from mobile_gguf.errors import UsageError
 from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.options import LoadOptions
 from mobile_gguf.options.source import draft_model
-from mobile_gguf.options.words import DRAFT, LITTLE, MTP, OFF
+from mobile_gguf.options.words import AUTO, DRAFT, LITTLE, MTP, OFF
 
 from ..backend import Backend
 from ..decode import Policy
@@ -19,6 +19,7 @@ def choose_speculation(
 ) -> str:
     """The ``speculate`` of a policy; off where it can have no effect, with a notice that says why.
 
+    ``auto`` is where nothing is to be thought of: it drafts only where no bit changes, and says nothing else.
     Raises UsageError for a smaller model, or a block, that was not loaded.
     """
     if options.speculate == OFF:
@@ -31,6 +32,8 @@ def choose_speculation(
     reason = reason or _why_not(options, info, backend, policy)
     if reason is None:
         return source
+    if source == AUTO:
+        return OFF
     notify(f"{reason}: --speculate {options.speculate} has no effect")
     return OFF
 
@@ -49,7 +52,8 @@ def _why_not(options: LoadOptions, info: GgufInfo, backend: Backend, policy: Pol
             f"the memory of a {info.architecture} model cannot be rolled back behind a wrong guess, and "
             "without a prefix cache there is no room for what it was before"
         )
-    if options.deterministic and (reason := _why_not_exactly(options, backend)) is not None:
+    is_exact = options.deterministic or options.speculate == AUTO
+    if is_exact and (reason := _why_not_exactly(options, backend)) is not None:
         return reason
     if not policy.is_the_same_for_all:
         what = f"mode {policy.mode}" if policy.loss is None else "what becomes of missing experts"

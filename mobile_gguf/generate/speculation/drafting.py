@@ -17,6 +17,7 @@ class Rows(Protocol):
     """What drafting needs of the sequence that the answer is made in."""
 
     n_wanted: int
+    owed: list[int]  # tokens of the text that must be run once more, with the next one
 
     @property
     def n_left(self) -> int: ...  # tokens that the text may grow by
@@ -149,9 +150,10 @@ class Drafting:
         # the pass gives a token more than it drafts
         most = min(self._tuner.most, rows.n_left - 1, rows.n_wanted - self._n_said - 1)
         n_answers, tuner = self._n_answers(), self._tuner
-        # several texts of such a memory go together only if all bring as many tokens
-        if most <= 0 or (tuner.runs_again and n_answers > 1):
+        if most <= 0 or rows.owed:
             return None
+        if tuner.runs_again and n_answers > 1:
+            return None  # several texts of such a memory go together only if all bring as many tokens
         best, kind, length, utility = None, "", 0, 0.0
         for source in self._sources:
             offered = source.offer(most)

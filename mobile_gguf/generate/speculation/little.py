@@ -49,8 +49,6 @@ class LittleSource:
         start, found = len(sequence.tokens), []
         try:
             with self._sampler.copy() as guessing:
-                for said in sequence.owed:
-                    sequence.run_guess(said, self._little_k)
                 while len(found) < n and not (found and self._is_end(token)):
                     sequence.run_guess(token, self._little_k)
                     token = self._sample(guessing, sequence.row)

@@ -30,17 +30,17 @@ _AHEAD = 16  # cells of tokens that are drafted and not counted as had
 
 
 class MtpContext:
-    """The block of a loaded model. ``wanted`` are the numbers of sequences whose answers it may draft for.
+    """The block of a loaded model.
 
-    ``only_said``: nothing is taken of prompts, so that their logits have the digits that they have otherwise.
+    ``wanted``: the numbers of sequences whose answers it may draft for, and whether it takes states of their
+    prompts: without, these have the digits of logits that they have otherwise.
     """
 
-    def __init__(self, native: Native, engine: Engine, *, only_said: bool = False) -> None:
-        self.wanted: set[int] = set()
+    def __init__(self, native: Native, engine: Engine) -> None:
+        self.wanted: dict[int, bool] = {}
         self.n_blocks = int(llama_cpp.llama_model_n_layer_nextn(native.model))
         self._native = native
         self._engine = engine
-        self._only_said = only_said
         self._ctx = native.block
         self._memory: Any = llama_cpp.llama_get_memory(self._ctx)
         self._calls = GuardedCalls(engine, native.model, self._ctx)
@@ -59,9 +59,7 @@ class MtpContext:
 
     def before(self, slices: Sequence[Slice]) -> None:
         """Have the decode of these leave states, if any of them is to be drafted for."""
-        takes = any(one.number in self.wanted for one in slices)
-        if self._only_said:
-            takes = takes and not any(map(_is_prompt, slices))
+        takes = any(map(self._is_taken, slices))
         if takes != self._takes:
             mtp.set_states(self._engine, self._native.ctx, takes)
             self._takes = takes
@@ -71,7 +69,7 @@ class MtpContext:
         start = 0
         for one in slices:
             text, n = self._texts[one.number], len(one.tokens)
-            if self._takes and one.number in self.wanted:
+            if self._is_taken(one):
                 states = mtp.read_states(self._engine, self._native.ctx, start, n, self._n_embd)
                 text.took(one.start, one.tokens, states)
                 if _is_prompt(one):
@@ -80,6 +78,10 @@ class MtpContext:
             else:
                 text.skipped(one.start)
             start += n
+
+    def _is_taken(self, one: Slice) -> bool:
+        takes_prompts = self.wanted.get(one.number)
+        return takes_prompts is not None and (takes_prompts or not _is_prompt(one))
 
     # drafts
 

@@ -57,10 +57,12 @@ class Speculation:
         """The prompt of an answer comes: what its drafts need of it is kept."""
         if (block := self._llama.mtp) is None:
             return
-        if sequence.policy.speculate in (AUTO, MTP):
-            block.wanted.add(sequence.number)
+        source = sequence.policy.speculate
+        if source in (AUTO, MTP):
+            # states of prompts change digits
+            block.wanted[sequence.number] = source == MTP and not self._is_stated
         else:
-            block.wanted.discard(sequence.number)
+            block.wanted.pop(sequence.number, None)
 
     def of_answer(
         self, sequence: TokenSequence, sampler: Sampler, grammar: Constraint | None

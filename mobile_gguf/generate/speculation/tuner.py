@@ -62,6 +62,7 @@ class Tuner:
         self._balance = 0.0  # seconds that drafts have won, those of the last ones at most
         self._seconds = 0.0
         self._in_a_row = 0
+        self._last = "", 0, ""  # the kind, tokens and source of what was on offer
 
     # what happened
 
@@ -136,10 +137,22 @@ class Tuner:
         lengths = range(1, min(most, self.most) + 1)
         return max(((n, self.utility(kind, n, source, n_answers)) for n in lengths), key=lambda one: one[1])
 
+    def foreseen(self, n_answers: int) -> float | None:
+        """Tokens per second that so many answers have together, with drafts as the last that were on offer,
+        of the best length for so many; None where it is not known what passes take."""
+        costs = self._costs_of(n_answers)
+        if not costs.is_known or not self.is_timed:
+            return None
+        kind, most, source = self._last
+        most = min(self._within_memory(most, n_answers), self.most) if most else 0
+        utility = max(1.0, self.best(kind, most, source, n_answers)[1]) if most else 1.0
+        return n_answers * utility / max(costs.seconds_of(n_answers) + n_answers * self.drawing.value, 1e-12)
+
     def length(self, kind: str, most: int, source: str = "", n_answers: int = 1) -> int:
         """How many of ``most`` tokens on offer are to be drafted now."""
         if most <= 0:
             return 0
+        self._last = kind, most, source
         if self.fixed is not None:
             return min(self.fixed, most)
         costs = self._costs_of(n_answers)

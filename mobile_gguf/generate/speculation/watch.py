@@ -34,13 +34,9 @@ class Iterations:
         self.off += abs(predicted - seconds) / max(seconds, 1e-9)
 
     @property
-    def predicted_ms(self) -> float | None:
-        """Milliseconds of one, as they were foreseen; None where there was none."""
-        return 1e3 * self.predicted / self.n if self.n else None
-
-    @property
-    def measured_ms(self) -> float | None:
-        return 1e3 * self.seconds / self.n if self.n else None
+    def mean_ms(self) -> tuple[float, float] | None:
+        """Milliseconds of one, as they were foreseen and as they were; None where there was none."""
+        return (1e3 * self.predicted / self.n, 1e3 * self.seconds / self.n) if self.n else None
 
 
 class StepWatch:
@@ -53,7 +49,7 @@ class StepWatch:
         wait: Callable[[], object],
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._tuner = tuner
+        self.tuner = tuner
         self._counters = counters
         self._wait = wait
         self._clock = clock
@@ -77,7 +73,7 @@ class StepWatch:
             after.bytes_read - before.bytes_read,
             after.n_hits + after.n_misses - before.n_hits - before.n_misses,
         )
-        tuner = self._tuner
+        tuner = self.tuner
         costs = tuner.costs if n_answers == 1 else tuner.together
         self.last = None
         if n_tokens > 1 and tuner.is_timed and costs.is_known:
