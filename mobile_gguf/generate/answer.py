@@ -81,6 +81,7 @@ class Request:
     on_prompt: Callable[[int, int], object] | None = None
     on_logits: Callable[[int, Any], object] | None = None
     turns_left_out: int = 0
+    prediction: tuple[int, ...] = ()  # tokens that much of the answer may be
     fills_context: bool = False  # max_tokens is what the context has room for, and not what was asked for
 
 
@@ -91,6 +92,7 @@ def generate_steps(backend: Backend, text: Text, request: Request) -> Generator[
     text.on_prompt = request.on_prompt
     text.on_logits = request.on_logits
     text.n_wanted = request.max_tokens
+    text.prediction = request.prediction
     backend.set_seed(request.seed)
     if not request.cache_prompt:
         backend.forget()

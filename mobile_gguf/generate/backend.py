@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .head import Head
     from .speculation.draft_model import DraftModel
     from .speculation.drafting import Drafting
+    from .speculation.mtp_context import MtpContext
     from .threads import FollowingThreads
 
 
@@ -44,6 +45,7 @@ class Text(Protocol):
     should_stop: Callable[[], bool] | None  # asked while a prompt is computed
     on_prompt: Callable[[int, int], object] | None  # told how many of its tokens are done, of how many
     n_wanted: int  # tokens that the answer may have
+    prediction: Sequence[int]  # what much of the answer may be
     drafting: Drafting | None  # None where none are guessed
     on_logits: Callable[[int, Any], object] | None  # given a prompt token's place, and the logits after it
 
@@ -61,6 +63,8 @@ class Backend(Protocol):
     devices: tuple[Device, ...]  # that the model is on; none: the host alone
     auto: Auto | None  # what mode auto knows of the model; None before it was asked for
     draft: DraftModel | None  # a smaller model that drafts
+    mtp: MtpContext | None  # the model's own block that does
+    why_no_mtp: str  # where it was asked for and is not there
 
     @property
     def scheduler(self) -> Crew: ...  # of those who make answers

@@ -47,6 +47,7 @@ from .scheduler import Scheduler
 from .sequence import TokenSequence
 from .sessions import Sessions
 from .speculation.draft_model import DraftModel
+from .speculation.mtp_context import MtpContext
 from .speculation.speculation import Speculation
 from .spoken import Spoken
 from .threads import FollowingThreads
@@ -57,8 +58,9 @@ class MobileLlama(Counted, Spoken):
     """A model and a context whose single-token steps run little, big, or little with fallback.
 
     What decides that is the policy of the answer's sequence. As many answers as the context has sequences may
-    be made at once, by tasks of ``scheduler``; ``in_turn``: with the results that each has alone. Without an
-    engine (a stock library), or for a model that it holds no experts of (``store`` is None), all is big.
+    be made at once, by tasks of ``scheduler``; ``in_turn``: with the results that each has alone. No clock
+    says which passes are made where it ``is_deterministic``. Without an engine (a stock library), or for a
+    model that it holds no experts of (``store`` is None), all is big.
     Decoding raises ExpertReadError or EngineError and leaves the object usable. In ``cache_bytes`` texts are
     kept that others have put out of the context, where memory is free beside ``planned_bytes`` for all else,
     within ``total_bytes`` if so many are promised; ``sessions`` keeps them when this is closed.
@@ -79,6 +81,7 @@ class MobileLlama(Counted, Spoken):
         n_sequences: int = 1,
         grows: bool = False,
         in_turn: bool = False,
+        is_deterministic: bool = False,
         **options: Any,
     ) -> None:
         self.devices = tuple(devices)
@@ -88,6 +91,7 @@ class MobileLlama(Counted, Spoken):
         self.warm: WarmSet | None = None  # set by loading, where it is on
         self.split: Split | None = None  # set by loading, where experts are not kept whole
         self.draft: DraftModel | None = None  # set by loading, where there is one
+        self.why_no_mtp = ""  # set by loading, where the block for it was asked for
         self.fit: Fit | None = None  # set by loading, where it was planned
         self.store: ModelInfo | None = None
         self.engine: Engine | None = None  # while there is a store to ask it about
@@ -100,8 +104,9 @@ class MobileLlama(Counted, Spoken):
         )
         try:
             self._set_up(path, engine)
+            self.mtp = self._make_block(engine)
             self.scheduler = self._make_scheduler(n_ctx, cache, grows, in_turn)
-            self.speculation = Speculation(self)
+            self.speculation = Speculation(self, is_deterministic)
         except BaseException:
             self.native.close()
             raise
@@ -126,6 +131,12 @@ class MobileLlama(Counted, Spoken):
             self._token_text(int(llama_cpp.llama_vocab_eos(self.native.vocab))),
             self.native.n_ctx,
         )
+
+    def _make_block(self, engine: Engine | None) -> MtpContext | None:
+        if engine is None or self.native.block is None:
+            return None
+        self.decoder.mtp = MtpContext(self.native, engine)
+        return self.decoder.mtp
 
     def _make_scheduler(self, n_ctx: int, cache: PrefixCache, grows: bool, in_turn: bool) -> Scheduler:
         numbers = range(self.native.n_sequences)
@@ -205,6 +216,7 @@ class MobileLlama(Counted, Spoken):
         """
         sequence = self.sequence
         with Sampler(self.calls.n_vocab, self._seed, logit_bias, **sampling) as sampler:
+            self.speculation.expect(sequence)
             sequence.run_prompt(sequence.begin(tokens))
             sequence.drafting = self.speculation.of_answer(sequence, sampler, grammar)
             if sequence.drafting is not None:

@@ -29,6 +29,7 @@ def make_request(
     on_prompt: Callable[[int, int], object] | None = None,
     on_logits: Callable[[int, Any], object] | None = None,
     turns_left_out: int = 0,
+    prediction: Sequence[int] = (),
 ) -> Request:
     """The Request of ``options``; ``seed`` is used where they have none. Raises UsageError."""
     if not backend.can_generate:
@@ -65,6 +66,7 @@ def make_request(
         should_stop=should_stop,
         on_prompt=on_prompt,
         on_logits=on_logits,
+        prediction=tuple(prediction),
     )
 
 

@@ -133,8 +133,8 @@ _PROMPT_DROP = Opt(
     help="prompts: leave out a missing expert with less than so much of its layer's weight, 0: none",
 )
 _SPECULATE_HELP = (
-    "guess tokens and check several in one pass: by the text itself (ngram), few experts (little), or a "
-    "smaller model (draft%s); auto: where it pays"
+    "guess tokens and check several in one pass: by the text itself (ngram), few experts (little), the "
+    "model's block for it (mtp), or a smaller model (draft%s); auto: where it pays"
 )
 _threads = partial(Opt, read=int, low=1, high=MAX_THREADS)
 # The engine's seeds have 32 bits, of which all ones ask it to make one up: fold_seed of generate/request.py.

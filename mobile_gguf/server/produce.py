@@ -101,6 +101,8 @@ class Producer:
             )
         except PromptTooLongError as error:
             raise too_long(error, "messages") from None
+        if request.prediction is not None:
+            options["prediction"] = request.prediction.text
         n_top = (request.top_logprobs or 0) if request.logprobs else None
         if plan is None:
             yield from self._plain(job, [prompt], request, options, n_top)

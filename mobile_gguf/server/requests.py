@@ -267,6 +267,18 @@ class JsonSchema(Loose):
     strict: bool | None = None
 
 
+class Prediction(Loose):
+    """OpenAI's ``prediction``: text that the answer repeats much of."""
+
+    type: Literal["content"]
+    content: Text | list[TextPart]
+
+    @property
+    def text(self) -> str:
+        parts = self.content if isinstance(self.content, list) else []
+        return "".join(part.text or "" for part in parts) if parts else str(self.content or "")
+
+
 class ResponseFormat(Loose):
     """OpenAI's ``response_format``; ``schema`` beside ``json_object`` is llama-cpp-python's."""
 
@@ -296,10 +308,12 @@ class ChatRequest(Generation):
         default=None, description="given to the chat template; none and minimal ask it not to think"
     )
     thinking: Thinking | None = Field(default=None, description="disabled asks the template not to think")
+    prediction: Prediction | None = Field(
+        default=None, description="what much of the answer will be: with speculate it is drafted from"
+    )
     # taken and without effect here: they change no answer, or ask for what is so anyway
     verbosity: Literal["low", "medium", "high"] | None = None
     modalities: list[Literal["text"]] | None = None
-    prediction: dict[str, Any] | None = None
     web_search_options: dict[str, Any] | None = None
     audio: None = None
     functions: Annotated[list[Any], Field(max_length=0)] | None = None
