@@ -14,7 +14,7 @@ from mobile_gguf.generate.pricing import COLUMNS, Price, Priced
 
 TRUE = LossModel(
     own_scale=0.2, own_spread_power=0.7, own_moved_power=1.1,
-    history_scale=0.8, history_spread_power=1.2, history_power=0.9, history_beside=0.6,
+    history_scale=0.8, history_spread_power=1.2, history_power=0.9, history_beside=1.2,
 )  # fmt: skip
 FACTORS = {"drop:0.5": 0.5, "drop:1": 1.0, "prior:0.1": 2.0}
 MOVED = {"drop:0.5": 0.03, "drop:1": 0.08, "prior:0.1": 0.05}
