@@ -1,21 +1,12 @@
-"""The page's files: what is served, and libraries that are what their makers published."""
+"""The page's libraries are what their makers published."""
 
 import json
 import shutil
 from pathlib import Path
 
 import page_libraries
-import pytest
 
 ROOT = Path(__file__).parents[2]
-
-
-def test_every_file_of_the_page_is_served():
-    facts = pytest.importorskip("mobile_gguf.server.facts")
-    page = page_libraries.FOLDER.parent
-    files = {path.relative_to(page).as_posix() for path in page.rglob("*") if path.is_file()}
-    unserved = {name for name in files if name.endswith((".LICENSE", ".json"))}
-    assert set(facts.PAGE.values()) == files - unserved
 
 
 def test_libraries_are_as_they_were_fetched_and_named_with_their_licences():
