@@ -28,6 +28,7 @@ from mobile_gguf.errors import EngineError, UsageError
 from mobile_gguf.generate.sampler import Sampler
 from mobile_gguf.generate.speculation.tuner import MOST
 from mobile_gguf.gguf.header import read_header
+from mobile_gguf.gguf.info import read_gguf_info
 
 pytestmark = pytest.mark.engine
 # an attention with biases, a latent one, a hybrid
@@ -67,21 +68,24 @@ def counted(reply: Reply) -> tuple[int, int]:
     return speculation.drafted, speculation.accepted
 
 
-def of_llama_cpp(path: Path, out: Path) -> np.ndarray:
-    """The logits after the prompt, and of its drafts, by the stock library."""
+def of_llama_cpp(path: Path, out: Path) -> tuple[np.ndarray, float]:
+    """Logits after the prompt and of its drafts, by the stock library; MiB of the block's keys and values."""
     command = [
         sys.executable, str(Path(__file__).parents[1] / "support" / "mtp_child.py"), str(path), str(out),
         ",".join(map(str, PROMPT)), str(N_DRAFTED),
     ]  # fmt: skip
     environment = engine_libs.child_environment(engine_libs.stock_lib())
     subprocess.run(command, env=environment, check=True, capture_output=True)
-    return np.load(out)["logits"]
+    found = np.load(out)
+    return found["logits"], float(found["kept"])
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_drafted_logits_are_llama_cpps(name: str, tmp_path: Path) -> None:
     path = families.folder(name) / "model.gguf"
-    expected = of_llama_cpp(path, tmp_path / "logits.npz")
+    expected, kept = of_llama_cpp(path, tmp_path / "logits.npz")
+    without, with_block = (read_gguf_info(path, runs).caches.n_bytes(512, False) for runs in (False, True))
+    assert abs((with_block - without) / 2**20 - kept) < 0.006  # it logs two digits
     with load(path) as model:
         backend = backend_of(model)
         assert backend.mtp is not None
