@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from mobile_gguf.engine.binding import Engine, needs_engine
 from mobile_gguf.engine.devices import Device
-from mobile_gguf.engine.mtp import try_block
+from mobile_gguf.engine.trial import try_block
 from mobile_gguf.errors import BudgetError
 from mobile_gguf.gguf.info import GgufInfo, read_gguf_info
 from mobile_gguf.memory.fit import Fit

@@ -1,22 +1,17 @@
 """A model's own block for multi-token prediction (NextN, MTP): Python's side of ``patches/src/mobile-mtp.h``.
 
-What llama.cpp asserts of a block ends the process, so a child tries it first (``try_block``); what it says is
-remembered with what else is known of the file.
+What llama.cpp asserts of a block ends the process, so a child tries it first (``trial.py``).
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from .binding import Engine
-from .trial import check_block
-from .tried import TriedFiles
 
 States = npt.NDArray[np.float32]  # [n_tokens][n_embd]
 
@@ -41,16 +36,3 @@ def decode(engine: Engine, ctx: Any, batch: Any, states: States, block: int) -> 
     engine.checked("mtp_decode", "running the MTP block", ctx, batch, block, ctypes.byref(answer))
     if answer.value != 0:
         raise RuntimeError(f"llama_decode returned {answer.value}")
-
-
-def try_block(
-    engine: Engine, path: Path, files: Sequence[Path], keep_on: Callable[[], object] = lambda: None
-) -> str:
-    """Why the block of a file that has one cannot be run; empty if it can."""
-    tried = TriedFiles(engine.path)
-    if tried.runs_block(path, files):
-        return ""
-    problem = check_block(engine, path, keep_on)
-    if not problem:
-        tried.add_block(path, files)
-    return problem

@@ -6,8 +6,9 @@ weights, tokenises, and runs a prompt and a token (``mobile_try_file`` of ``patc
 reads the header alone, so it does not grow with the file: a tenth of a second and what computing ten tokens
 takes. What was tried is remembered until the file or the engine changes (``tried.py``).
 
-Another child says what compute buffers a context takes, from the header as well (``mobile_measure_file``):
-the graphs are made, and nothing is allocated for weights, caches or buffers.
+Its blocks for multi-token prediction, if it has some, are tried only where they are to draft
+(``mobile_mtp_try_file``). Another child says what compute buffers a context takes, from the header as well
+(``mobile_measure_file``): the graphs are made, and nothing is allocated for weights, caches or buffers.
 """
 
 from __future__ import annotations
@@ -90,6 +91,20 @@ def check_file(engine: Engine, path: Path, keep_on: Callable[[], object] = lambd
     if crashed(end) or end == _TOO_LONG:
         raise ModelFormatError(f"{path} cannot be used: {_reason(end, text)}")
     return as_one_line(text) or f"exit code {end}" if end else ""
+
+
+def try_block(
+    engine: Engine, path: Path, files: Sequence[Path], keep_on: Callable[[], object] = lambda: None
+) -> str:
+    """Why the block for multi-token prediction of a file cannot be run, asked of a child if it is not known
+    to run; empty if it can."""
+    tried = TriedFiles(engine.path)
+    if tried.runs_block(path, files):
+        return ""
+    problem = check_block(engine, path, keep_on)
+    if not problem:
+        tried.add_block(path, files)
+    return problem
 
 
 def check_block(engine: Engine, path: Path, keep_on: Callable[[], object] = lambda: None) -> str:

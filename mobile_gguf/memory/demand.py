@@ -146,7 +146,8 @@ def compute_buffers(info: GgufInfo, context: Context, measured: Measured = NOT_M
 def _block_bytes(info: GgufInfo, context: Context) -> int:
     """What the context of a model's MTP block computes in, and the states of a batch that go into it."""
     n_ctx, n_ubatch, flash_attn = context
-    used = _activation_bytes(info, n_ctx, min(n_ubatch, BLOCK_UBATCH), flash_attn)
+    shape = n_ctx, min(n_ubatch, BLOCK_UBATCH), flash_attn
+    used = _activation_bytes(info, *shape) - _sparse_bytes(info, *shape)  # it attends to all positions
     return used + (info.n_vocab + n_ubatch * info.n_embd) * _F32
 
 

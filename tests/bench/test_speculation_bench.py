@@ -167,8 +167,8 @@ def test_what_is_not_the_same_is_found(
     assert code == 0
     assert len(rows) == 3 * 2 * 3
     assert all(row[-1] == "0" for row in rows)
-    forced = [row for row in rows if row[3] != "auto"]
-    assert all(int(row[5].split("/")[1]) > 0 for row in forced)
+    for source in ("ngram", "little"):
+        assert sum(int(row[5].split("/")[1]) for row in rows if row[3] == source) > 0
 
     def believing(draft: Any, draw: Any, accept: Any) -> Any:
         for drafted in [*draft, None]:
@@ -178,7 +178,8 @@ def test_what_is_not_the_same_is_found(
                 return
 
     monkeypatch.setattr(drafting, "verified", believing)
-    code, rows = measured([*command[:2], *command[4:]], speculation_equal, monkeypatch, capsys)
+    fewer = [*command[:2], *command[4:], "--sources", "little"]
+    code, rows = measured(fewer, speculation_equal, monkeypatch, capsys)
     assert code == 1
     assert any(row[-1] != "0" for row in rows)
 

@@ -25,9 +25,11 @@ from mobile_gguf.engine import mtp as calls
 from mobile_gguf.engine.binding import find_engine
 from mobile_gguf.engine.trial import check_block
 from mobile_gguf.errors import EngineError, UsageError
+from mobile_gguf.generate.decoder import Batch, Slice
 from mobile_gguf.generate.sampler import Sampler
 from mobile_gguf.generate.speculation.tuner import MOST
 from mobile_gguf.gguf.header import read_header
+from mobile_gguf.gguf.info import read_gguf_info
 
 pytestmark = pytest.mark.engine
 # an attention with biases, a latent one, a hybrid
@@ -67,21 +69,24 @@ def counted(reply: Reply) -> tuple[int, int]:
     return speculation.drafted, speculation.accepted
 
 
-def of_llama_cpp(path: Path, out: Path) -> np.ndarray:
-    """The logits after the prompt, and of its drafts, by the stock library."""
+def of_llama_cpp(path: Path, out: Path) -> tuple[np.ndarray, float]:
+    """Logits after the prompt and of its drafts, by the stock library; MiB of the block's keys and values."""
     command = [
         sys.executable, str(Path(__file__).parents[1] / "support" / "mtp_child.py"), str(path), str(out),
         ",".join(map(str, PROMPT)), str(N_DRAFTED),
     ]  # fmt: skip
     environment = engine_libs.child_environment(engine_libs.stock_lib())
     subprocess.run(command, env=environment, check=True, capture_output=True)
-    return np.load(out)["logits"]
+    found = np.load(out)
+    return found["logits"], float(found["kept"])
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_drafted_logits_are_llama_cpps(name: str, tmp_path: Path) -> None:
     path = families.folder(name) / "model.gguf"
-    expected = of_llama_cpp(path, tmp_path / "logits.npz")
+    expected, kept = of_llama_cpp(path, tmp_path / "logits.npz")
+    without, with_block = (read_gguf_info(path, runs).caches.n_bytes(512, False) for runs in (False, True))
+    assert abs((with_block - without) / 2**20 - kept) < 0.006  # it logs two digits
     with load(path) as model:
         backend = backend_of(model)
         assert backend.mtp is not None
@@ -284,3 +289,27 @@ def test_a_block_that_llama_cpp_cannot_run_ends_no_load(tmp_path: Path) -> None:
         assert engine is not None
         assert check_block(engine, source) == ""
         assert check_block(engine, path)
+
+
+def test_calls_that_cannot_be_meant_are_errors(random_one: Model) -> None:
+    backend = backend_of(random_one)
+    engine, native, block = backend.engine, backend.native, backend.mtp
+    assert engine is not None
+    assert block is not None
+    said(random_one, "off", max_tokens=2)
+    width = int(llama_cpp.llama_model_n_embd_out(native.model))
+    with pytest.raises(EngineError, match="the last decode left no state of its token 0"):
+        calls.read_states(engine, native.ctx, 0, 1, width)
+    batch = Batch(4)
+    batch.fill([Slice(0, 0, [5])])
+    states = np.zeros((1, width), np.float32)
+    with pytest.raises(UsageError, match="no context of a block for multi-token prediction"):
+        calls.decode(engine, native.ctx, batch.batch, states, 0)
+    with pytest.raises(UsageError, match="the model has no block 1 for"):
+        calls.decode(engine, native.block, batch.batch, states, 1)
+    batch.fill([Slice(0, 0, [random_one.info.n_vocab])])
+    with pytest.raises(UsageError, match="is not in the vocabulary"):
+        calls.decode(engine, native.block, batch.batch, states, 0)
+    batch.fill([Slice(0, native.n_ctx, [5])])
+    with pytest.raises(UsageError, match="beyond the context"):
+        calls.decode(engine, native.block, batch.batch, states, 0)

@@ -52,7 +52,7 @@ def play(tuner: Tuner, machine: Machine, n_tokens: int, kind: str = "k", *, is_f
     """Make so many tokens; returns the seconds."""
     seconds, made = 0.0, 0
     while made < n_tokens:
-        n = tuner.length(kind, MOST, kind)
+        n = tuner.length(kind, MOST, kind, is_free=is_free)
         drafting = n * machine.drafting * machine.single
         tuner.drafted(kind, n, drafting)
         compared = n or (MOST if is_free else 0)
@@ -183,7 +183,7 @@ def test_what_does_not_pay_is_tried_more_and_more_rarely() -> None:
 def test_it_comes_back_when_it_pays_again() -> None:
     tuner, machine = Tuner(), Machine(right=0.0, slope=0.2)
     play(tuner, machine, 300, is_free=True)
-    assert tuner.length("k", MOST) == 0
+    assert tuner.length("k", MOST, is_free=True) == 0
     machine.right = 0.95
     play(tuner, machine, 100, is_free=True)
     assert tuner.best("k", MOST)[1] > 1.5
@@ -364,3 +364,12 @@ def test_answers_and_drafts_are_weighed_together() -> None:
     assert more < 1.05 * one
     assert Tuner().foreseen(2) is None
     assert Tuner(share=1.0).foreseen(2) is None
+
+
+def test_what_is_seen_to_be_wrong_is_never_run() -> None:
+    """Of drafts that cost nothing to compare: the first answer of a model, and a short one."""
+    tuner, machine = Tuner(), Machine(right=0.0, slope=0.6)
+    assert play(tuner, machine, 32, is_free=True) <= machine.plain / 0.97
+    for right, slope in ((0.3, 0.6), (0.8, 0.9)):
+        tuner, machine = Tuner(), Machine(right=right, slope=slope)
+        assert play(tuner, machine, 100, is_free=True) <= machine.plain / 0.95

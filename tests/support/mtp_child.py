@@ -7,6 +7,7 @@ with commas between, and how many tokens to draft. Calls of llama-ext.h are C++,
 from __future__ import annotations
 
 import ctypes
+import re
 import sys
 from typing import Any
 
@@ -74,9 +75,14 @@ class Run:
 
 def main(path: str, out: str, words: str, n: str) -> int:
     llama_cpp.llama_backend_init()
+    logged: list[str] = []
+    log = llama_cpp.llama_log_callback(lambda _level, text, _data: logged.append(text.decode()))
+    llama_cpp.llama_log_set(log, ctypes.c_void_p())
     run, prompt = Run(path), [int(word) for word in words.split(",")]
     own = run.context(llama_cpp.LLAMA_CONTEXT_TYPE_DEFAULT)
+    logged.clear()
     block = run.context(llama_cpp.LLAMA_CONTEXT_TYPE_MTP, own)
+    kept = sum(map(float, re.findall(r"KV buffer size = +([\d.]+) MiB", "".join(logged))))
     run.keep(own, True, False)
     run.keep(block, True, True)
     logits = [run.decode(own, prompt, 0)]
@@ -88,7 +94,7 @@ def main(path: str, out: str, words: str, n: str) -> int:
         token = int(logits[-1].argmax())
         logits.append(run.decode(block, [token], len(prompt) + i, state[None].copy()))
         state = run.state(block, 0)
-    np.savez(out, logits=np.stack(logits))
+    np.savez(out, logits=np.stack(logits), kept=kept)
     return 0
 
 

@@ -158,7 +158,7 @@ class Drafting:
         for source in self._sources:
             offered = source.offer(most)
             self._compare(source, offered)
-            n = tuner.length(offered.kind, offered.n, source.name, n_answers)
+            n = tuner.length(offered.kind, offered.n, source.name, n_answers, is_free=source.is_free)
             if n and (value := tuner.utility(offered.kind, n, source.name, n_answers)) > utility:
                 best, kind, length, utility = source, offered.kind, n, value
         if best is None or not self._held():

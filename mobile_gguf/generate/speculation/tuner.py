@@ -22,10 +22,13 @@ LOSS = 0.03
 # Passes of a trial, tokens of its drafts at most, and drafts on offer until what did not pay is tried again.
 TRIAL, TRIAL_LENGTH = 3, 3
 FIRST_PAUSE, LAST_PAUSE = 16, 1024
+# Of drafts that are seen to be right or wrong where they are not run so many are looked at before one is, and
+# none is where not even a pass that costs so little for each token more would pay.
+LOOKS, CHEAP = 4, 0.2
 # Drafted passes in a row before a single one shows again what single ones take.
 IN_A_ROW = 12
-# What was won counts against later losses up to so many single tokens' time.
-_SAVED = 8.0
+# What was won counts against later losses up to so many single tokens' time; so much may be lost at first.
+_SAVED, _AT_FIRST = 8.0, 2.0
 
 
 @dataclass
@@ -35,6 +38,7 @@ class _Kind:
     pause: int = FIRST_PAUSE
     waits: int = 0  # offers until it is tried again
     trial: int = TRIAL  # passes that are left of a trial
+    n_offers: int = 0  # while one could be made
 
 
 class Tuner:
@@ -148,8 +152,14 @@ class Tuner:
         utility = max(1.0, self.best(kind, most, source, n_answers)[1]) if most else 1.0
         return n_answers * utility / max(costs.seconds_of(n_answers) + n_answers * self.drawing.value, 1e-12)
 
-    def length(self, kind: str, most: int, source: str = "", n_answers: int = 1) -> int:
-        """How many of ``most`` tokens on offer are to be drafted now."""
+    def length(
+        self, kind: str, most: int, source: str = "", n_answers: int = 1, *, is_free: bool = False
+    ) -> int:
+        """How many of ``most`` tokens on offer are to be drafted now.
+
+        ``is_free``: how often they are right is seen where they are not run, too, so that only what passes
+        take has to be tried.
+        """
         if most <= 0:
             return 0
         self._last = kind, most, source
@@ -164,12 +174,17 @@ class Tuner:
             return 0
         n, utility = self.best(kind, most, source, n_answers)
         known = self._kinds.setdefault(kind, _Kind())
-        if n_answers == 1 and not self._may_lose(n):
+        while n and n_answers == 1 and not self._may_lose(n):
+            n -= 1
+        if not n:
             return 0
         if utility > GAIN:
             known.pause, known.trial, known.waits = FIRST_PAUSE, TRIAL, 0
             return n
         if known.trial > 0:
+            known.n_offers += 1
+            if is_free and (known.n_offers <= LOOKS or not self._could_pay(kind)):
+                return 0
             return min(n, TRIAL_LENGTH)
         if known.waits <= 0:
             known.waits, known.pause = known.pause, min(LAST_PAUSE, 2 * known.pause)
@@ -177,6 +192,11 @@ class Tuner:
         if known.waits == 0:
             known.trial = TRIAL
         return 0
+
+    def _could_pay(self, kind: str) -> bool:
+        """Whether drafts of a kind are right so often that on some machine they would pay."""
+        lengths = range(1, TRIAL_LENGTH + 1)
+        return any(self.acceptance.expected(kind, n) > GAIN * (1 + CHEAP * n) for n in lengths)
 
     def _within_memory(self, most: int, n_answers: int) -> int:
         costs = self._costs_of(n_answers)
@@ -188,4 +208,4 @@ class Tuner:
         """Whether a draft of ``n`` of which nothing is taken would leave the losses within their share."""
         single = self.costs.seconds_of(1)
         at_most = self.costs.seconds_of(n + 1) - single
-        return self._balance - at_most >= -LOSS * self._seconds - _SAVED * single / 2
+        return self._balance - at_most >= -LOSS * self._seconds - _AT_FIRST * single
