@@ -214,7 +214,7 @@ def _dense_values(name: str, dims: tuple[int, ...], trace: Trace, right: float) 
         values[steps, steps] = EMBEDDING
         return values
     if name == "output.weight":
-        return output_matrix(trace.n_steps, *dims, right)
+        return output_matrix(trace.n_steps, *dims, right=right)
     if name.endswith("ffn_gate_inp.weight"):
         return router_matrix(trace, int(name.split(".")[1]), dims[1])
     return np.ones(dims, dtype=np.float32)

@@ -48,7 +48,7 @@ def _said(value: float | None) -> str:
 
 def table(runs: Sequence[Run]) -> list[list[str]]:
     """Rows of medians of each setting; the gain is over what the same round had without drafts."""
-    rows = [list(HEAD)]
+    rows: list[list[str]] = [[*HEAD]]
     for setting in dict.fromkeys(map(_setting, runs)):
         budget, text, source, fixed = setting
         found = _of(runs, setting)

@@ -202,7 +202,7 @@ class LoadOptions(Checked):
     speculate: Annotated[
         str,
         Opt("--speculate", read=parse_source, metavar="SOURCE", help=_SPECULATE_HELP % "=MODEL"),
-    ] = OFF
+    ] = AUTO_SWITCH
     n_ctx: Annotated[
         int | None,
         Opt(

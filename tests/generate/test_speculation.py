@@ -356,8 +356,9 @@ def test_a_prediction_is_drafted_from(name: str) -> None:
         assert found.receipt.speculation is not None
         assert plain.receipt.speculation is not None
         assert found.receipt.speculation.accepted >= plain.receipt.speculation.accepted
+        wrong: Any = 5
         with pytest.raises(UsageError, match="text"):
-            model.generate(text(2), prediction=5)
+            model.generate(text(2), prediction=wrong)
 
 
 def test_auto_drafts_where_no_bit_changes_and_says_nothing_elsewhere() -> None:
