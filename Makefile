@@ -70,9 +70,10 @@ lint: $(VENV)/.dev ## ruff, pyright and the import contracts
 	$(BIN)/ruff format --check .
 	$(BIN)/python tests/support/lint_tree.py build/types
 
-docs: $(VENV)/.dev ## write docs/api.md from the docstrings, and the table of docs/families.md
+docs: $(VENV)/.dev ## write docs/api.md from the docstrings, the table of docs/families.md, and the manual page
 	$(BIN)/python docs/make_api.py
 	$(BIN)/python docs/make_families.py
+	$(BIN)/python docs/make_man.py
 
 torture-schemas: $(VENV)/.dev ## 5,000 answers under schemas, judged by jsonschema
 	MOBILE_GGUF_SCHEMA_WALKS=5000 $(BIN)/python -m pytest tests/generate/test_schema_answers.py -q $(PYTEST)

@@ -15,6 +15,8 @@ from textual.app import App, SuspendNotSupported, SystemCommand
 from textual.binding import Binding, BindingType
 from textual.screen import Screen
 
+from mobile_gguf.api.attached_files import folded
+from mobile_gguf.api.last_conversation import LAST
 from mobile_gguf.api.model import Model, check_model, load
 from mobile_gguf.errors import MobileError
 
@@ -79,7 +81,7 @@ class ChatApp(App[int]):
         settings: Settings | None = None,
         store_path: Path | None = None,
         system: str = "",
-        goes_on: bool = False,
+        goes_on: str = "",
         loader: Callable[..., Model] = load,
         finder: Callable[..., object] = check_model,
         job_program: list[str] | None = None,
@@ -153,14 +155,17 @@ class ChatApp(App[int]):
 
     async def _open_last(self) -> None:
         try:
-            last = self.store.search(limit=1)
+            last = self.store.search(limit=1) if self.goes_on == LAST else self.store.named(self.goes_on)
         except StoreError as error:
             self.notify(str(error), severity="error")
             return
         if last:
             await self.chat.open_conversation(last[0].id)
-        else:
-            self.notify("there is no earlier conversation: this one begins")
+            return
+        which = "no earlier conversation" if self.goes_on == LAST else f"no conversation {self.goes_on}"
+        self.notify(f"there is {which}: this one begins")
+        if self.goes_on != LAST:
+            self.chat.session.rename(self.goes_on)
 
     def _remember_theme(self, theme: Any) -> None:
         self.settings.extra["theme"] = theme.name
@@ -185,7 +190,7 @@ class ChatApp(App[int]):
     def prompts(self) -> list[str]:
         """The history of the prompt."""
         try:
-            return self.store.prompts()
+            return list(map(folded, self.store.prompts()))
         except StoreError:
             return []
 

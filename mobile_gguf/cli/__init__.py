@@ -18,17 +18,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TextIO
 
+from mobile_gguf.config import VERBS
 from mobile_gguf.errors import EngineError, MobileError, missing_package
 
 from .parser import EXIT_USAGE, PROGRAM, Parser, finish, usage_line
 from .progress import erase
 
-VERBS = (
-    *("run", "chat", "serve", "plan"),
-    *("pull", "list", "show", "rm", "sessions"),
-    *("convert", "verify", "calibrate"),
-    *("bench", "engine", "config", "help"),
-)
 EXIT_FAILURE, EXIT_INTERRUPTED = 1, 130
 
 _EXAMPLES = """examples:

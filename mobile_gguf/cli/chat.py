@@ -7,20 +7,24 @@ import contextlib
 import importlib
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from mobile_gguf.api.attached_files import with_files
 from mobile_gguf.api.context import way_out
 from mobile_gguf.api.conversation import Conversation
 from mobile_gguf.api.last_conversation import remember
 from mobile_gguf.api.model import Model
-from mobile_gguf.api.stats import stats_lines
+from mobile_gguf.api.stats import running_facts, stats_lines
 from mobile_gguf.errors import MobileError, PromptTooLongError, UsageError, require_unicode
 from mobile_gguf.files.paths import data_dir
+from mobile_gguf.files.running import CHAT, announced
 from mobile_gguf.flags import given, parse_setting
 from mobile_gguf.generate.answer import Chunk
 from mobile_gguf.options import GenerateOptions, LoadOptions, declared
 
+from .chosen import settle
 from .common import (
     MORE_CONTEXT,
     add_continue_argument,
@@ -47,6 +51,7 @@ HELP = """/help               this text
 /system [TEXT]      set the system message; without TEXT show it, `/system none` removes it
 /set [NAME VALUE]   set an option of the answers, as in /set temp 0.2; without a name show them
 /stats              what the model and its expert store did so far
+@FILE               in a question: the file's text in its place; \\@ is the character
 /exit               leave, as does Ctrl-D; Ctrl-C ends an answer"""
 
 
@@ -72,6 +77,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(args: argparse.Namespace) -> int:
     """Run the verb."""
+    settle(args, optional=True)
     if not getattr(args, "plain", False) and _is_terminal():
         return _run_screen(args)
     if args.model is None:
@@ -88,14 +94,14 @@ def _run_screen(args: argparse.Namespace) -> int:
     from mobile_gguf.tui import Launch, run_tui
 
     flags = given(args, LoadOptions) | given(args, GenerateOptions)
-    return run_tui(Launch(args.model or "", flags, args.system or "", configured(args), args.goes_on))
+    return run_tui(Launch(args.model or "", flags, args.system or "", configured(args), args.goes_on or ""))
 
 
 def _run_plain(args: argparse.Namespace) -> int:
     interactive = sys.stdin.isatty()
     options = generate_options(args)
     conversation = conversation_of(args)
-    with load_model(args) as model, _history(interactive) as save_line:
+    with load_model(args) as model, _history(interactive) as save_line, announced(CHAT, _facts_of(model)):
 
         def read_line() -> str:
             line = input(PROMPT if interactive else "")
@@ -107,15 +113,23 @@ def _run_plain(args: argparse.Namespace) -> int:
             if conversation.turns:
                 narrate(f"going on with {len(conversation.turns)} messages; /clear begins again")
         go_on(model, args.goes_on)
-        repl = Repl(model, conversation, options)
+        repl = Repl(model, conversation, options, args.goes_on or "")
         return repl.run(read_line)
+
+
+def _facts_of(model: Model) -> Callable[[], dict[str, Any]]:
+    said = {"model": model.info.name or model.path.stem, "since": time.time()}
+    return lambda: said | running_facts(model)
 
 
 class Repl:
     """Reads lines, answers them, obeys commands; one conversation with one model."""
 
-    def __init__(self, model: Model, conversation: Conversation, options: dict[str, Any]) -> None:
+    def __init__(
+        self, model: Model, conversation: Conversation, options: dict[str, Any], name: str = ""
+    ) -> None:
         self.model = model
+        self.name = name
         self.conversation = conversation
         self.options = options
         self._usual, self._loaded = dict(options), model.options  # what `/set NAME default` goes back to
@@ -159,12 +173,13 @@ class Repl:
         if not line:
             return
         if not line.startswith("/"):
+            line = with_files(line)
             self.last = show_answer(
                 lambda told: self.conversation.ask(self.model, line, on_prompt=told, **self.options),
                 sys.stdout,
             )
-            if self.model.sessions is not None:
-                remember(self.conversation)
+            if self.model.sessions is not None or self.name:
+                remember(self.conversation, self.name)
             show_receipt(self.last, way_out=f"/clear begins again, {MORE_CONTEXT}")
             return
         name, _, rest = line.partition(" ")

@@ -75,10 +75,10 @@ def test_what_cannot_be_removed(
 
 
 def test_the_last_conversation_is_kept_whole_and_private() -> None:
-    assert recall() is None
+    assert recall() == (None, "last")
     said = Conversation("S", [{"role": "user", "content": "Grüße"}, {"role": "assistant", "content": "ß"}])
     remember(said)
-    assert recall() == said
+    assert recall() == (said, "last")
     assert last_conversation_path().stat().st_mode & 0o77 == 0
     for broken in ("{", "[]", '{"system": 1, "turns": []}', '{"system": "", "turns": [1]}'):
         last_conversation_path().write_text(broken)
@@ -109,7 +109,7 @@ def test_run_goes_on_with_what_was_said(capsys: pytest.CaptureFixture[str]) -> N
     assert again["usage"]["prompt_tokens"] > n_first
     assert again["timings"]["prompt_n"] <= 64
     assert run("five", "--continue")["timings"]["prompt_n"] <= 64
-    conversation = recall()
+    conversation, _ = recall()
     assert conversation is not None
     assert [turn["role"] for turn in conversation.turns] == ["user", "assistant"] * 3
     afresh = run("one two three " * 60)

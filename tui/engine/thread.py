@@ -19,6 +19,7 @@ from textual.message import Message
 from mobile_gguf.api.context import of_a_chat, way_out
 from mobile_gguf.api.model import Model, check_model, load
 from mobile_gguf.api.session_cache import with_sessions
+from mobile_gguf.api.stats import running_facts
 from mobile_gguf.api.words import python_words, with_flags
 from mobile_gguf.engine.experts import Asked, Experts, Places, Watch
 from mobile_gguf.errors import EngineMemoryError, MobileError, PromptTooLongError, UsageError
@@ -60,6 +61,7 @@ class EngineThread(threading.Thread):
         self._last = Stop()
         self._closes = threading.Event()
         self._model: Model | None = None
+        self._reference = ""
         self._experts: Experts | None = None
         # Set by the screen: whether to record what each token is routed to.
         self.watching = False
@@ -88,6 +90,13 @@ class EngineThread(threading.Thread):
         """Where the experts are now; None without a model, or while one is being opened or closed."""
         experts = self._experts
         return experts.places() if experts is not None else None
+
+    def facts(self) -> dict[str, Any]:
+        """What others may see of the model that is loaded, from any thread; none without one."""
+        model = self._model
+        if model is None:
+            return {}
+        return {"model": model.info.name or self._reference} | running_facts(model)
 
     def shut_down(self, timeout: float) -> bool:
         """End the thread and close the model; False if it does not come to that within ``timeout`` seconds.
@@ -147,6 +156,7 @@ class EngineThread(threading.Thread):
         except Exception as error:  # whatever it is, the screen must live to show it
             fail(unexpected(error))
         else:
+            self._reference = reference
             self._model, self._experts = model, (experts := model.experts())
             asked = recommended(model.info)[0]
             notices = list(map(with_flags, model.notices))
