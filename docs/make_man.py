@@ -16,6 +16,7 @@ from mobile_gguf.cli import make_parser
 from mobile_gguf.config import VERBS
 
 PAGE = Path(__file__).with_name("mobile-gguf.1")
+DATE = "2026-11-29"  # of the last change to the command line
 # groups that several verbs share are told once, in this order; by the titles of argparse's groups
 SHARED = {
     "load options": "OPTIONS OF LOADING",
@@ -56,7 +57,7 @@ def page() -> str:
     shared: dict[str, list[argparse.Action]] = {title: [] for title in SHARED}
     lines = [
         '.\\" made by docs/make_man.py of the parser; do not edit',
-        f'.TH MOBILE-GGUF 1 "" "mobile-gguf {__version__}" "User commands"',
+        f'.TH MOBILE-GGUF 1 {DATE} "mobile-gguf {__version__}" "User commands"',
         ".SH NAME",
         f"mobile-gguf \\- {_text('run Mixture-of-Experts models that do not fit into memory')}",
         ".SH SYNOPSIS",

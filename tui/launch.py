@@ -12,6 +12,7 @@ from mobile_gguf.config import Default
 from mobile_gguf.errors import EngineError
 from mobile_gguf.files.paths import cache_dir, config_dir, data_dir
 from mobile_gguf.files.running import CHAT, announced
+from mobile_gguf.remote.connection import Server
 
 from .errors import require_textual
 
@@ -22,6 +23,7 @@ class Launch:
 
     ``configured`` is what the environment and the configuration file say, ``goes_on``: with the conversation
     that was saved last (``last``), or with that of a title or number; empty: with none.
+    ``server``: the models are those of a server.
     """
 
     reference: str = ""
@@ -29,6 +31,7 @@ class Launch:
     system: str = ""
     configured: dict[str, Default] = field(default_factory=dict)
     goes_on: str = ""
+    server: Server | None = None
 
 
 def run_tui(launch: Launch) -> int:
@@ -49,6 +52,7 @@ def run_tui(launch: Launch) -> int:
             store_path=data_dir() / "conversations.db",
             system=launch.system,
             goes_on=launch.goes_on,
+            server=launch.server,
         )
         since = {"since": time.time()}
         with announced(CHAT, lambda: since | app.engine.facts()):

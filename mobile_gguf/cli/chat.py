@@ -22,8 +22,11 @@ from mobile_gguf.files.paths import data_dir
 from mobile_gguf.files.running import CHAT, announced
 from mobile_gguf.flags import given, parse_setting
 from mobile_gguf.generate.answer import Chunk
-from mobile_gguf.options import GenerateOptions, LoadOptions, declared
+from mobile_gguf.options import POLICY_OPTIONS, GenerateOptions, LoadOptions, declared
+from mobile_gguf.remote.connection import Server
+from mobile_gguf.remote.model import RemoteModel, attach
 
+from .attached import add_attach_arguments, server_of
 from .chosen import settle
 from .common import (
     MORE_CONTEXT,
@@ -35,6 +38,7 @@ from .common import (
     generate_options,
     go_on,
     load_model,
+    load_options,
     narrate,
     show_answer,
     show_receipt,
@@ -57,7 +61,7 @@ HELP = """/help               this text
 
 _DESCRIPTION = """Chat with a model: on a screen with its experts (F1 shows the keys), or line by line with
 --plain, which is also what runs when standard input or output is no terminal. Without MODEL the screen
-lets you pick one. /help lists the commands."""
+lets you pick one. With --attach the model is one that a server has. /help lists the commands."""
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -70,6 +74,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     add_model_arguments(parser, optional=True)
     parser.add_argument("--plain", action="store_true", help="chat line by line, without a screen")
+    add_attach_arguments(parser)
     add_system_argument(parser)
     add_continue_argument(parser)
     parser.set_defaults(func=run)
@@ -78,8 +83,11 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(args: argparse.Namespace) -> int:
     """Run the verb."""
     settle(args, optional=True)
+    server = server_of(args)
     if not getattr(args, "plain", False) and _is_terminal():
-        return _run_screen(args)
+        return _run_screen(args, server)
+    if server is not None:
+        return _run_attached(args, server)
     if args.model is None:
         raise UsageError("the plain chat needs a MODEL: give one, as in `mobile-gguf chat demo`")
     return _run_plain(args)
@@ -90,11 +98,36 @@ def _is_terminal() -> bool:
     return os.environ.get("TERM") != "dumb" and all(stream and stream.isatty() for stream in streams)
 
 
-def _run_screen(args: argparse.Namespace) -> int:
+def _run_screen(args: argparse.Namespace, server: Server | None) -> int:
     from mobile_gguf.tui import Launch, run_tui
 
     flags = given(args, LoadOptions) | given(args, GenerateOptions)
-    return run_tui(Launch(args.model or "", flags, args.system or "", configured(args), args.goes_on or ""))
+    reference = args.model or (server.url if server is not None else "")
+    found, goes_on = configured(args), args.goes_on or ""
+    return run_tui(Launch(reference, flags, args.system or "", found, goes_on, server))
+
+
+def _run_attached(args: argparse.Namespace, server: Server) -> int:
+    """The plain chat with a server's model."""
+    interactive = sys.stdin.isatty()
+    options = generate_options(args)
+    conversation = conversation_of(args)
+    with attach(server, args.model) as model, _history(interactive) as save_line:
+        if interactive:
+            narrate(f"{model.name} at {server.url}; /help for commands, Ctrl-D to leave")
+        policy = {name: value for name, value in load_options(args).items() if name in POLICY_OPTIONS}
+        if policy:
+            model.configure(**policy)
+        return Repl(model, conversation, options, args.goes_on or "").run(_reader(interactive, save_line))
+
+
+def _reader(interactive: bool, save_line: Callable[[], None]) -> Callable[[], str]:
+    def read_line() -> str:
+        line = input(PROMPT if interactive else "")
+        save_line()
+        return line
+
+    return read_line
 
 
 def _run_plain(args: argparse.Namespace) -> int:
@@ -102,19 +135,13 @@ def _run_plain(args: argparse.Namespace) -> int:
     options = generate_options(args)
     conversation = conversation_of(args)
     with load_model(args) as model, _history(interactive) as save_line, announced(CHAT, _facts_of(model)):
-
-        def read_line() -> str:
-            line = input(PROMPT if interactive else "")
-            save_line()
-            return line
-
         if interactive:
             narrate(f"{model.info.name} ({model.mode}); /help for commands, Ctrl-D to leave")
             if conversation.turns:
                 narrate(f"going on with {len(conversation.turns)} messages; /clear begins again")
         go_on(model, args.goes_on)
         repl = Repl(model, conversation, options, args.goes_on or "")
-        return repl.run(read_line)
+        return repl.run(_reader(interactive, save_line))
 
 
 def _facts_of(model: Model) -> Callable[[], dict[str, Any]]:
@@ -126,7 +153,7 @@ class Repl:
     """Reads lines, answers them, obeys commands; one conversation with one model."""
 
     def __init__(
-        self, model: Model, conversation: Conversation, options: dict[str, Any], name: str = ""
+        self, model: Model | RemoteModel, conversation: Conversation, options: dict[str, Any], name: str = ""
     ) -> None:
         self.model = model
         self.name = name

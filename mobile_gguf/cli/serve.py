@@ -172,13 +172,14 @@ def read_key(flags: Mapping[str, Any], found: Mapping[str, Default]) -> str | No
         if key is not None and file is not None:
             raise UsageError(f"give {key.source} or {file.source}, not both")
         if file is not None:
-            return _checked_key(read_text_file(file.value).strip(), file.value)
+            return checked_key(read_text_file(file.value).strip(), file.value)
         if key is not None:
-            return _checked_key(key.value, key.source)
+            return checked_key(key.value, key.source)
     return None
 
 
-def _checked_key(key: str, where: str) -> str:
+def checked_key(key: str, where: str) -> str:
+    """A key that can be sent. Raises UsageError, with where it is from."""
     if not key or not key.isascii() or not key.isprintable() or " " in key:
         raise UsageError(f"the API key in {where} must be printable ASCII without spaces, and not empty")
     return key

@@ -27,6 +27,8 @@ from mobile_gguf.generate.answer import INTERRUPTED, Chunk
 from mobile_gguf.generate.decode import Pass
 from mobile_gguf.generate.receipt import Receipt
 from mobile_gguf.generate.recommended import recommended
+from mobile_gguf.remote.experts import RemoteExperts, RemoteWatch
+from mobile_gguf.remote.model import RemoteModel
 
 from .messages import AnswerEnded, AnswerProgressed, LoadFailed, LoadProgressed, ModelLoaded, PromptProgressed
 from .outbox import Outbox, Token
@@ -51,7 +53,7 @@ class EngineThread(threading.Thread):
         self,
         post: Callable[[Message], Any],
         *,
-        loader: Callable[..., Model] = load,
+        loader: Callable[..., Model | RemoteModel] = load,
         finder: Callable[..., object] = check_model,
     ) -> None:
         super().__init__(name="mobile-gguf-engine", daemon=True)
@@ -60,9 +62,9 @@ class EngineThread(threading.Thread):
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._last = Stop()
         self._closes = threading.Event()
-        self._model: Model | None = None
+        self._model: Model | RemoteModel | None = None
         self._reference = ""
-        self._experts: Experts | None = None
+        self._experts: Experts | RemoteExperts | None = None
         # Set by the screen: whether to record what each token is routed to.
         self.watching = False
 
@@ -96,6 +98,8 @@ class EngineThread(threading.Thread):
         model = self._model
         if model is None:
             return {}
+        if isinstance(model, RemoteModel):
+            return {"model": model.name, "address": model.server.url}
         return {"model": model.info.name or self._reference} | running_facts(model)
 
     def shut_down(self, timeout: float) -> bool:
@@ -158,9 +162,11 @@ class EngineThread(threading.Thread):
         else:
             self._reference = reference
             self._model, self._experts = model, (experts := model.experts())
-            asked = recommended(model.info)[0]
+            name, expert_bytes, asked = _about(model)
             notices = list(map(with_flags, model.notices))
-            loaded = ModelLoaded(reference, model.info, model.stats(), notices, experts, asked, number)
+            loaded = ModelLoaded(
+                reference, name or reference, expert_bytes, model.stats(), notices, experts, asked, number
+            )
             self._post(loaded)
 
     def _fail(
@@ -211,7 +217,7 @@ class EngineThread(threading.Thread):
 
     def _stream(
         self,
-        model: Model,
+        model: Model | RemoteModel,
         outbox: Outbox,
         messages: list[dict[str, Any]],
         options: dict[str, Any],
@@ -235,12 +241,20 @@ class EngineThread(threading.Thread):
         return last
 
 
+def _about(model: Model | RemoteModel) -> tuple[str, list[int], dict[str, Any]]:
+    """A model's name, the bytes of an expert by layer, and the sampling that its file asks for."""
+    if isinstance(model, RemoteModel):
+        return model.name, [0] * len(model.experts().layers), {}
+    each = [sum(layer.matrix_bytes) for layer in model.info.expert_layers]
+    return model.info.name or "", each, recommended(model.info)[0]
+
+
 class Follower:
     """Takes what tokens ask for while somebody looks: an answer must not fail because of its picture."""
 
-    def __init__(self, experts: Experts) -> None:
+    def __init__(self, experts: Experts | RemoteExperts) -> None:
         self._experts = experts
-        self._watch: Watch | None = None
+        self._watch: Watch | RemoteWatch | None = None
 
     def take(self, watching: bool) -> Asked | None:
         """What was asked for since the last call; None if nobody looked."""

@@ -164,18 +164,20 @@ class ChatScreen(ChatCommands):
             return  # another one is on its way in its place
         self.reference, self.facts = event.reference, event.facts
         self.app.settings.of_model = event.sampling
-        self.model_name = event.info.name or event.reference
+        self.model_name = event.name
         self.state, self._wanted = IDLE, ""
         self.context_used = 0
-        each = [sum(layer.matrix_bytes) for layer in event.info.expert_layers]
         experts = event.experts
-        state = ExpertState(experts.layers, experts.n_expert, each) if experts.has_store else None
+        state = (
+            ExpertState(experts.layers, experts.n_expert, event.expert_bytes) if experts.has_store else None
+        )
         self.query_one(SidePanel).set_state(state)
         self._read_places()
         self._update_title()
         for notice in event.notices:
             self.notify(notice, severity="warning", timeout=8)
-        self.app.remember_model(event.reference)
+        if self.app.server is None:
+            self.app.remember_model(event.reference)
         if self._pending:
             pending, self._pending = self._pending, ""
             self.call_later(self.ask, pending)
