@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from .context import of_a_chat
 from .messages import as_messages
@@ -12,11 +12,7 @@ from .messages import as_messages
 if TYPE_CHECKING:
     from mobile_gguf.generate.answer import Chunk
 
-
-class Chats(Protocol):
-    """What a conversation is had with: a Model, or one that a server has."""
-
-    def stream_chat(self, messages: Any, **options: Any) -> Generator[Chunk, None, None]: ...
+    from .model import Model
 
 
 @dataclass
@@ -31,7 +27,7 @@ class Conversation:
         """All messages, the system one first."""
         return [*([{"role": "system", "content": self.system}] if self.system else []), *self.turns]
 
-    def ask(self, model: Chats, text: str, **options: Any) -> Generator[Chunk, None, None]:
+    def ask(self, model: Model, text: str, **options: Any) -> Generator[Chunk, None, None]:
         """Stream the answer to ``text``; the turn is kept with what was answered, even if that was cut short.
 
         A turn that fails is taken back. The oldest turns are left out where the context has no room for all,

@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 from mobile_gguf.api.attached_files import with_files
 from mobile_gguf.api.context import way_out
@@ -202,7 +202,9 @@ class Repl:
         if not line.startswith("/"):
             line = with_files(line)
             self.last = show_answer(
-                lambda told: self.conversation.ask(self.model, line, on_prompt=told, **self.options),
+                lambda told: self.conversation.ask(
+                    cast("Model", self.model), line, on_prompt=told, **self.options
+                ),
                 sys.stdout,
             )
             if self.model.sessions is not None or self.name:

@@ -18,11 +18,9 @@ def add_chosen_arguments(parser: argparse.ArgumentParser, *, optional: bool = Fa
     """MODEL, which a flag or a preset may say instead, and ``--preset``."""
     model = parser.add_argument("model", metavar="MODEL", nargs="?", help=MODEL_HELP)
     vars(model)["is_needed"] = not optional
-    vars(model)["completes"] = "models"
-    named = parser.add_argument(
+    parser.add_argument(
         "-m", "--model", dest="named_model", metavar="MODEL", help="the same as a flag, before a preset's"
     )
-    vars(named)["completes"] = "models"
     preset = parser.add_argument(
         "--preset",
         metavar="NAME",

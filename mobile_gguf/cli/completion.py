@@ -20,6 +20,7 @@ from mobile_gguf.hub.reference import PREFIX
 from mobile_gguf.hub.resolve import DEMO, local_models, model_name
 
 from .parser import PROGRAM
+from .sessions_words import known_names
 
 SHELLS = ("bash", "zsh", "fish")
 _DESCRIPTION = """Print the script by which a shell completes this command: verbs, flags, their words, models,
@@ -79,7 +80,7 @@ def _parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParse
 
 def _completed(action: argparse.Action, shtab: Any) -> dict[str, Any] | None:
     """How the words of an argument are completed; None: by its choices, or not at all."""
-    kind = vars(action).get("completes")
+    kind = vars(action).get("completes") or ("models" if action.metavar == "MODEL" else None)
     if kind is not None:
         return _asked(kind, with_files=kind == "models")
     if action.choices or action.nargs == 0:
@@ -120,7 +121,7 @@ def _sessions() -> list[str]:
         states = sorted(path.stem[:_SHOWN] for path in sessions_dir().glob("*.session"))
     except OSError:
         states = []
-    return [*conversation_names(), *states]
+    return [*known_names(), *states]
 
 
 def _servers() -> list[str]:

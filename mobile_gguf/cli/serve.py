@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 class _Seen:
-    """What others see of this server (`mobile-gguf ps`), the model only once it is there."""
+    """What others see of this server (``mobile-gguf ps``), the model only once it is there."""
 
     def __init__(self, reference: str, asked: ServeOptions) -> None:
         self.names = [*asked.alias, reference]
