@@ -84,6 +84,8 @@ def run(args: argparse.Namespace) -> int:
     """Run the verb."""
     settle(args, optional=True)
     server = server_of(args)
+    if server is not None:
+        _refuse_loading(args)
     if not getattr(args, "plain", False) and _is_terminal():
         return _run_screen(args, server)
     if server is not None:
@@ -91,6 +93,15 @@ def run(args: argparse.Namespace) -> int:
     if args.model is None:
         raise UsageError("the plain chat needs a MODEL: give one, as in `mobile-gguf chat demo`")
     return _run_plain(args)
+
+
+def _refuse_loading(args: argparse.Namespace) -> None:
+    """Raise UsageError for flags that only a load follows: a server has loaded its model."""
+    of_answers = {*POLICY_OPTIONS, *declared(GenerateOptions)}
+    for name in given(args, LoadOptions):
+        if name not in of_answers:
+            flag = declared(LoadOptions)[name].flags[-1]
+            raise UsageError(f"{flag} is for loading a model, and the server of --attach has loaded its own")
 
 
 def _is_terminal() -> bool:

@@ -55,7 +55,8 @@ def run(args: argparse.Namespace) -> int:
         vectors, n_tokens = _vectors(model, texts, pooling)
         told = {"model": model.info.name or model.path.stem, "pooling": pooling or model.pooling}
     _write(args, _bytes_of(args.format, texts, vectors, n_tokens, told))
-    narrate(f"{len(texts)} texts, {sum(n_tokens)} tokens, {len(vectors[0])} numbers each")
+    n = len(texts)
+    narrate(f"{n} text{'' if n == 1 else 's'}, {sum(n_tokens)} tokens, {len(vectors[0])} numbers each")
     return 0
 
 

@@ -104,7 +104,8 @@ def test_the_plain_chat_with_a_server(
     def chat(lines: str, *words: str) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.stdin", io.StringIO(lines))
         code = main(["chat", "--plain", "--attach", stub.url, *words])
-        return (code, *capsys.readouterr())
+        out, err = capsys.readouterr()
+        return code, out, err
 
     monkeypatch.setenv("MOBILE_GGUF_API_KEY", "own")
     code, out, err = chat("why?\n/stats\n/set temp 0.5\n", "--temp", "0.25", "--system", "S")
@@ -122,6 +123,7 @@ def test_the_plain_chat_with_a_server(
     assert stub.keys[-1] == "Bearer other"
     code, _, err = chat("", "--mode", "little")
     assert (code, "is no mobile-gguf server: it has no mode" in err) == (2, True)
+    assert "is for loading a model" in chat("", "-c", "100")[2]
     assert chat("", "-m", "none")[0] == 3
     assert main(["chat", "--plain", "--api-key", "k", "demo"]) == 2
     assert "give its address by --attach URL" in capsys.readouterr().err
