@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from mobile_gguf.api.attached_files import with_files
 from mobile_gguf.api.context import way_out
@@ -23,8 +23,6 @@ from mobile_gguf.files.running import CHAT, announced
 from mobile_gguf.flags import given, parse_setting
 from mobile_gguf.generate.answer import Chunk
 from mobile_gguf.options import POLICY_OPTIONS, GenerateOptions, LoadOptions, declared
-from mobile_gguf.remote.connection import Server
-from mobile_gguf.remote.model import RemoteModel, attach
 
 from .attached import add_attach_arguments, server_of
 from .chosen import settle
@@ -43,6 +41,10 @@ from .common import (
     show_answer,
     show_receipt,
 )
+
+if TYPE_CHECKING:
+    from mobile_gguf.remote.connection import Server
+    from mobile_gguf.remote.model import RemoteModel
 
 PROMPT = ">>> "
 # These belong to the model, which refuses at once what it cannot do.
@@ -120,6 +122,8 @@ def _run_screen(args: argparse.Namespace, server: Server | None) -> int:
 
 def _run_attached(args: argparse.Namespace, server: Server) -> int:
     """The plain chat with a server's model."""
+    from mobile_gguf.remote.model import attach
+
     interactive = sys.stdin.isatty()
     options = generate_options(args)
     conversation = conversation_of(args)
