@@ -70,9 +70,10 @@ lint: $(VENV)/.dev ## ruff, pyright and the import contracts
 	$(BIN)/ruff format --check .
 	$(BIN)/python tests/support/lint_tree.py build/types
 
-docs: $(VENV)/.dev ## write docs/api.md from the docstrings, and the table of docs/families.md
+docs: $(VENV)/.dev ## write docs/api.md from the docstrings, the table of docs/families.md, and the manual page
 	$(BIN)/python docs/make_api.py
 	$(BIN)/python docs/make_families.py
+	$(BIN)/python docs/make_man.py
 
 page-libraries: $(VENV)/.dev ## fetch the page's libraries from npm again, and say version and sha256 of each file
 	$(BIN)/python tests/support/page_libraries.py --fetch

@@ -34,6 +34,7 @@ _DIRECTORIES = {
     "XDG_DATA_HOME": "data",
     "XDG_CONFIG_HOME": "config",
     "XDG_STATE_HOME": "state",
+    "XDG_RUNTIME_DIR": "run",
     "HF_HOME": "hf",
     "HF_HUB_CACHE": "hf/hub",
     "HUGGINGFACE_HUB_CACHE": "hf/hub",

@@ -201,6 +201,11 @@ class ConversationStore:
             values = {"words": _prefix_query(words), "title": f"%{words.strip()}%", "limit": limit}
             return [_summary(row) for row in self._db.query(_SEARCH, values)]
 
+    def named(self, name: str) -> list[Summary]:
+        """Conversations whose title, or number, is ``name``, the latest first."""
+        wanted = shorten(name).casefold()
+        return [one for one in self.search() if one.title.casefold() == wanted or str(one.id) == name]
+
     def prompts(self, limit: int = 500) -> list[str]:
         """What the user asked, oldest first, each text once."""
         query = (

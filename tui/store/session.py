@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from mobile_gguf.api.attached_files import folded
+
 from ..engine.outbox import Token
 from .conversations import ConversationStore, StoreError, Turn, export_markdown, shorten
 
@@ -47,7 +49,7 @@ class Session:
     def ask(self, text: str, model: str) -> None:
         """Add a question."""
         if self.id is None:
-            self.title = self.title or shorten(text)
+            self.title = self.title or shorten(folded(text))
         self._add(Turn("user", text, model=model))
 
     def draft(self, text: str, tokens: list[Token], model: str) -> None:
