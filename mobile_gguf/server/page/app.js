@@ -4,7 +4,7 @@ import { render } from "/markdown.js";
 import { bytes, line, words } from "/receipt.js";
 
 const $ = (id) => document.getElementById(id);
-const turns = []; // {role, content}; an answer that failed before its first word has failed: true
+const turns = []; // {role, content, reasoning_content}; an answer that failed before its first word has failed: true
 let running = null; // the AbortController of the answer being made
 let card = null;
 
@@ -110,6 +110,17 @@ function update(box, fragment) {
   box.append(...fresh.slice(same));
 }
 
+// what the model thought, folded
+function thoughtsBox() {
+  const node = document.createElement("details");
+  node.className = "thoughts";
+  const summary = document.createElement("summary");
+  summary.textContent = "Thoughts";
+  const text = document.createElement("div");
+  node.append(summary, text);
+  return { node, show: (said) => update(text, render(said)) };
+}
+
 // the receipt as a line, which opens to the same in words
 function costBox() {
   const node = document.createElement("details");
@@ -137,7 +148,7 @@ function costBox() {
 
 // what the model is to read: an answer that failed is left out together with its question
 function conversation() {
-  return turns.filter((turn, i) => !turn.failed && !turns[i + 1]?.failed).map(({ role, content }) => ({ role, content }));
+  return turns.filter((turn, i) => !turn.failed && !turns[i + 1]?.failed).map(({ role, content, reasoning_content: thought }) => (thought ? { role, content, reasoning_content: thought } : { role, content }));
 }
 
 async function answer() {
@@ -147,13 +158,19 @@ async function answer() {
   shown.foot.append(state);
   shown.text.classList.add("wait");
   const messages = conversation();
-  const made = { role: "assistant", content: "" };
+  const made = { role: "assistant", content: "", reasoning_content: "" };
+  const thoughts = thoughtsBox();
   turns.push(made);
   let cut = false;
   let trouble = null;
   let painted = true;
   const paint = () => {
     const follow = follows();
+    if (made.reasoning_content) {
+      if (!thoughts.node.isConnected) shown.node.prepend(thoughts.node);
+      thoughts.show(made.reasoning_content);
+      state.textContent = "Thinking …";
+    }
     update(shown.text, render(made.content));
     painted = true;
     if (follow) toEnd();
@@ -169,6 +186,7 @@ async function answer() {
     for await (const chunk of stream) {
       const choice = chunk.choices[0];
       made.content += choice?.delta?.content ?? "";
+      made.reasoning_content += choice?.delta?.reasoning_content ?? "";
       if (chunk.usage) {
         cost.show(chunk.usage);
         if (!cost.node.isConnected) state.replaceWith(cost.node);
