@@ -111,7 +111,8 @@ class Spoken:
             return Guide(constraint, thoughts, piece, cover, ANSWERING) if constraint or limited else None
         table = self.scheduler.aside(lambda: self._tables.with_text(shown, should_stop))
         calls = self.scheduler.aside(lambda: constraint_of(table, form.grammar, None, should_stop))
-        made = Guide(calls, thoughts, piece, cover, form.when, form.triggers)
+        lead = self.tokenize(form.lead.encode(), add_bos=False, special=True) if form.lead else ()
+        made = Guide(calls, thoughts, piece, cover, form.when, form.triggers, lead)
         if form.when == ALWAYS:
             made.take(form.opening.encode())
         return made

@@ -147,6 +147,32 @@ def test_bytes_are_covered_by_tokens_of_text() -> None:
     assert table.cover(b"\x04") is None
 
 
+def test_a_call_that_comes_at_once_begins_with_its_mark() -> None:
+    table = byte_table()
+    grammar = constraint_of(table, 'root ::= "<calls>"? "<call>" [0-9]', None)
+    lead = list(b"<calls>")
+    guide = Guide(grammar, None, lambda token: table.pieces[token], table.cover, ANSWERING, (), lead)
+    for token in lead:
+        assert guide.allowed() == [token]
+        guide.accept(token)
+    say(guide, "<call>1")
+
+
+def test_arguments_that_the_parser_left_open_are_closed() -> None:
+    calls = [{"name": "f", "arguments": '{"a": 1', "id": ""}, {"name": "g", "arguments": '{"a": "', "id": ""}]
+
+    def parse(_parser: str, _key: str, _text: str, is_partial: bool) -> dict[str, Any]:
+        if not is_partial:
+            raise UsageError("not in the form")
+        return {"content": "", "reasoning_content": "", "tool_calls": calls}
+
+    reader = AnswerReader(THINKS, parse)
+    reader.push("x")
+    deltas = reader.finish(True).calls
+    assert [(delta.index, delta.arguments) for delta in deltas] == [(0, "}")]
+    assert [call.arguments for call in reader.calls] == ['{"a": 1}', '{"a": "']
+
+
 def reader_of(messages: dict[str, Any], form: Form = THINKS) -> AnswerReader:
     def parse(_parser: str, _key: str, text: str, is_partial: bool) -> dict[str, Any]:
         made = messages.get(text)

@@ -54,6 +54,12 @@ class Form:
     notes: tuple[str, ...] = ()
 
     @property
+    def lead(self) -> str:
+        """What a call that comes at once begins with, where that is a word; a grammar may do without it."""
+        word = self.triggers[0] if self.when == ANSWERING and self.triggers else None
+        return word.value if word is not None and word.kind == "word" else ""
+
+    @property
     def has_calls(self) -> bool:
         """Whether tools may be called."""
         return bool(self.grammar)

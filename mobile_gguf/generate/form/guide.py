@@ -86,7 +86,7 @@ class Guide:
 
     ``constraint`` holds ``when``: ``ALWAYS``, of all but ``thoughts`` (``ANSWERING``), or of what one of
     ``triggers`` begins, which thoughts do not (``TRIGGERED``). ``piece`` says a token's bytes as the answer
-    has them, ``cover`` tokens of bytes.
+    has them, ``cover`` tokens of bytes. ``lead`` are the tokens that it begins with in any case.
     """
 
     def __init__(
@@ -97,6 +97,7 @@ class Guide:
         cover: Cover,
         when: str = ANSWERING,
         triggers: Collection[Trigger] = (),
+        lead: Sequence[int] = (),
     ) -> None:
         self._constraint = constraint
         self._thoughts = thoughts
@@ -106,6 +107,7 @@ class Guide:
         self._when = when
         self._text = ""  # bytes as characters, since the thoughts ended
         self._is_begun = False
+        self._lead = list(lead)
 
     def allowed(self) -> np.ndarray | None:
         """The ids of the tokens that may come next; None: any. Raises GrammarError as a Constraint."""
@@ -114,6 +116,8 @@ class Guide:
         if self._constraint is None or not self._holds:
             return None
         ids = self._constraint.allowed()
+        if self._lead and self._lead[0] in ids:
+            return np.array(self._lead[:1])
         if self._is_begun:
             return ids
         more = ids[~np.isin(ids, list(self._constraint.ends))]  # an answer of nothing calls nothing
@@ -136,6 +140,7 @@ class Guide:
             return
         if held:
             self._is_begun = True
+            self._lead = self._lead[1:] if self._lead[:1] == [token] else []
             self._constraint.accept(token)
         elif self._when == TRIGGERED:
             if self._is_thinking:

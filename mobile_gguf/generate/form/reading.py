@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mobile_gguf.errors import EngineError, UsageError
@@ -83,6 +84,8 @@ class AnswerReader:
         made = self._read(is_partial=not is_whole)
         if made is None and is_whole:  # not as it ought to be: as far as it goes
             made = self._read(is_partial=True)
+            if made is not None:
+                made = replace(made, calls=made.calls + self._closed())
         if made is not None and (self._said or self._thought or self._calls):
             return made
         return self._plain()
@@ -112,10 +115,27 @@ class AnswerReader:
                 made.append(CallDelta(index, arguments=arguments))
         return made
 
+    def _closed(self) -> tuple[CallDelta, ...]:
+        """The end of arguments that lack nothing else: blanks that a grammar allows may not be to be read."""
+        made = []
+        for index, call in enumerate(self._calls):
+            if not _is_json(call[2]) and _is_json(call[2] + "}"):
+                call[2] += "}"
+                made.append(CallDelta(index, arguments="}"))
+        return tuple(made)
+
     def _plain(self) -> Delta:
         """All text as it is, when nothing of it could be read."""
         self._is_plain = True
         return Delta(self._text)
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _grown(before: str, now: str) -> tuple[str, str]:
