@@ -346,7 +346,8 @@ class Model:
 
     def _chat(self, messages: Messages, options: GenerateOptions, special: bool) -> ChatPrompt:
         trim = options.context_full == TRIM
-        return self.chat_prompt(messages, special=special, trim=trim, max_tokens=options.max_tokens)
+        values = {"enable_thinking": False} if options.reasoning_budget == 0 else {}
+        return self.chat_prompt(messages, special=special, trim=trim, max_tokens=options.max_tokens, **values)
 
     def _answer(
         self,
@@ -371,6 +372,7 @@ class Model:
             on_logits=on_logits,
             prediction=self._predicted(prediction),
             turns_left_out=prompt.turns_left_out,
+            form=prompt.form,
         )
         return Answer(self._require_open(), request, self.info.n_expert_used)
 
@@ -464,7 +466,8 @@ class Model:
         """``chat_tokens``, with ``trim`` without the oldest turns that leave the answer no room.
 
         That room is ``max_tokens``, at most an eighth of the context. What is returned knows how many turns
-        it lacks, and so does the receipt of the answer that ``stream`` makes of it.
+        it lacks, and so does the receipt of the answer that ``stream`` makes of it. It knows the form of its
+        answer as well, where the engine knows the template's: with ``calls`` tools may be called.
         """
         backend = self._require_open()
         if self.info.chat_template is None:
@@ -484,6 +487,11 @@ class Model:
         if not trim:
             return ChatPrompt(render(checked))
         return fit_chat(checked, render, count, self.n_ctx - reserve_for(self.n_ctx, max_tokens))
+
+    @property
+    def has_form(self) -> bool:
+        """Whether prompts of chats know the form of their answers: thoughts apart, calls as the model's."""
+        return self._require_open().has_form
 
     def prepare_constraints(self) -> None:
         """Make now what the first answer under a grammar or a schema needs of the vocabulary, once.

@@ -133,17 +133,25 @@ def show_answer(
     """Write an answer as it comes; returns its last chunk, None if there was none.
 
     ``answer`` begins it, with what is to be told how far its prompt is. Ctrl-C, wherever it strikes, ends the
-    answer and keeps the text.
+    answer and keeps the text. What the model thinks goes to stderr, if somebody is looking there.
     """
     last: Chunk | None = None
-    text = ""
+    text = thought = ""
     with PromptProgress(sys.stderr) as progress:
         chunks = answer(progress)
         try:
             for chunk in chunks:
                 progress.wipe()
                 last = chunk
+                if chunk.reasoning and sys.stderr.isatty():
+                    thought = chunk.reasoning
+                    sys.stderr.write(thought)
+                    sys.stderr.flush()
                 if chunk.text:
+                    if thought:
+                        sys.stderr.write("\n" if thought.endswith("\n") else "\n\n")
+                        sys.stderr.flush()
+                        thought = ""
                     text = chunk.text
                     out.write(text)
                     out.flush()

@@ -37,6 +37,7 @@ from .constraint.table import TableReader
 from .costs import Meter
 from .counted import Counted
 from .decoder import Decoder
+from .form.guide import Guide
 from .head import Head
 from .native import Native
 from .pace import run_token
@@ -130,6 +131,7 @@ class MobileLlama(Counted, Spoken):
             self._token_text(int(llama_cpp.llama_vocab_bos(self.native.vocab))),
             self._token_text(int(llama_cpp.llama_vocab_eos(self.native.vocab))),
             self.native.n_ctx,
+            engine.path if engine is not None else "",
         )
 
     def _make_block(self, engine: Engine | None) -> MtpContext | None:
@@ -207,7 +209,7 @@ class MobileLlama(Counted, Spoken):
         tokens: Sequence[int],
         *,
         logit_bias: Mapping[int, float] | None = None,
-        grammar: Constraint | None = None,
+        grammar: Constraint | Guide | None = None,
         **sampling: Any,
     ) -> Generator[int, None, None]:
         """Continue ``tokens`` without an end; a token is run when the next one is asked for.
@@ -226,12 +228,15 @@ class MobileLlama(Counted, Spoken):
                 yield token
                 run_token(self, sequence, token)
 
-    def draw(self, sampler: Sampler, grammar: Constraint | None, row: int) -> int:
+    def draw(self, sampler: Sampler, grammar: Constraint | Guide | None, row: int) -> int:
         """A token of the logits in output ``row``, one that the grammar allows."""
-        if grammar is None:
-            return self.calls.sample(sampler.chain, row)
-        token = self.calls.sample_among(sampler.chain, grammar.allowed(), row)
-        grammar.accept(token)
+        allowed = grammar.allowed() if grammar is not None else None
+        if allowed is None:
+            token = self.calls.sample(sampler.chain, row)
+        else:
+            token = self.calls.sample_among(sampler.chain, allowed, row)
+        if grammar is not None:
+            grammar.accept(token)
         return token
 
     def set_seed(self, seed: int) -> None:
@@ -281,6 +286,11 @@ class MobileLlama(Counted, Spoken):
     def head(self) -> Head | None:
         """The model's importance head, which loading gives to the decoder."""
         return self.decoder.head
+
+    @property
+    def has_form(self) -> bool:
+        """Whether the form of an answer, its thoughts and calls, is known of the model's chat template."""
+        return self._prompts.has_form
 
     @property
     def buddies(self) -> Buddies | None:

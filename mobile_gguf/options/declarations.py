@@ -427,6 +427,16 @@ class GenerateOptions(Checked):
     speculate: Annotated[
         str | None, Opt("--speculate", choices=SPECULATE, help=_SPECULATE_HELP % ", loaded with it")
     ] = None
+    reasoning_budget: Annotated[
+        int | None,
+        Opt(
+            "--reasoning-budget",
+            read=int,
+            low=-1,
+            high=_MAX_INT32,
+            help="tokens that a model may think, 0: it does not, -1: as many as it likes (default)",
+        ),
+    ] = None
     context_full: Annotated[
         str,
         Opt(

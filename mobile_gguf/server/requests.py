@@ -37,7 +37,12 @@ _MAX_TEMPLATE_VALUES, _MAX_TEMPLATE_DEPTH = 10_000, 64
 # What templates know of an effort; gpt-oss has these three.
 _EFFORTS = {"minimal": "low", "xhigh": "high"}
 # What other servers call the same.
-_OTHER_NAMES = {"n_predict": "max_tokens", "repetition_penalty": "repeat_penalty"}
+_OTHER_NAMES = {
+    "n_predict": "max_tokens",
+    "repetition_penalty": "repeat_penalty",
+    "reasoning_budget_tokens": "reasoning_budget",
+    "thinking_budget_tokens": "reasoning_budget",
+}
 NOT_SAMPLING = {"stop", "json_schema"}
 
 
@@ -197,6 +202,9 @@ class Message(Loose):
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Text | list[TextPart] | None = None
+    reasoning_content: Text | None = Field(
+        default=None, description="what the assistant thought; the template says whether it is of use"
+    )
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
@@ -256,6 +264,7 @@ class Thinking(Loose):
     """Anthropic's switch of thinking, which other servers have taken over."""
 
     type: Literal["enabled", "disabled", "adaptive"]
+    budget_tokens: Whole | None = Field(default=None, ge=0, le=MAX_INT)
 
 
 class JsonSchema(Loose):

@@ -308,6 +308,13 @@ class FakeBackend:
         text = "".join(f"<{message['role']}>{message['content']}\n" for message in messages)
         return [BOS, *(text + "<assistant>").encode()]
 
+    has_form = False
+
+    def shown(self, form: Any) -> frozenset[int]:
+        raise AssertionError("a scripted engine knows no forms")
+
+    reader = guide = shown
+
     def make_grammar(self, grammar: str | None, json_schema: Any, should_stop: Any = None) -> Any:
         return (grammar, json_schema) if grammar or json_schema else None
 

@@ -278,7 +278,7 @@ def _token(chunk: Chunk, before: Receipt, seconds: float) -> Token:
     kinds = [kind for kind in Pass if _count(after, kind) > _count(before, kind)]
     moved = after.bytes_read - before.bytes_read
     moved += getattr(after, "bytes_uploaded", 0) - getattr(before, "bytes_uploaded", 0)
-    return Token(chunk.text, kinds[0].value if kinds else "", seconds, max(0, moved))
+    return Token(chunk.text, kinds[0].value if kinds else "", seconds, max(0, moved), chunk.reasoning)
 
 
 def _count(receipt: Receipt, kind: Pass) -> int:

@@ -135,7 +135,7 @@ class ConversationStore:
             "role": turn.role,
             "content": storable(turn.content),
             "receipt": turn.receipt,
-            "tokens": json.dumps([[t.text, t.kind, round(t.seconds, 4), t.n_bytes] for t in turn.tokens]),
+            "tokens": json.dumps([_as_list(token) for token in turn.tokens]),
             "model": storable(turn.model),
             "created": _now(),
         }
@@ -269,6 +269,12 @@ def _summary(row: dict[str, Any]) -> Summary:
     return Summary(
         row["id"], row["title"], row["model"] or "", row["updated"], row["n_turns"], row["snippet"] or ""
     )
+
+
+def _as_list(token: Token) -> list[Any]:
+    """A token's fields in their order; its thoughts only where it has some."""
+    thought = [token.reasoning] if token.reasoning else []
+    return [token.text, token.kind, round(token.seconds, 4), token.n_bytes, *thought]
 
 
 def _turn(row: dict[str, Any]) -> Turn:

@@ -13,6 +13,12 @@ from .conversations import ConversationStore, StoreError, Turn, export_markdown,
 _CUT = "cut: the chat ended here"
 
 
+def _message(turn: Turn) -> dict[str, Any]:
+    thought = "".join(token.reasoning for token in turn.tokens)
+    made = {"role": turn.role, "content": turn.content}
+    return {**made, "reasoning_content": thought} if thought else made
+
+
 class Session:
     """One conversation at a time over a store.
 
@@ -32,9 +38,12 @@ class Session:
 
     @property
     def messages(self) -> list[dict[str, Any]]:
-        """The turns as a chat template takes them, the system message first."""
+        """The turns as a chat template takes them, the system message first.
+
+        What the model thought is given to the template, which says whether it is of use.
+        """
         before = [{"role": "system", "content": self.system}] if self.system else []
-        return [*before, *({"role": turn.role, "content": turn.content} for turn in self.turns)]
+        return [*before, *map(_message, self.turns)]
 
     def new(self) -> None:
         """Begin another conversation; the system message stays."""

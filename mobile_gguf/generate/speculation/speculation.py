@@ -12,6 +12,7 @@ from llama_cpp import llama_cpp
 from mobile_gguf.options.words import AUTO, DRAFT, MTP, NGRAM, OFF
 
 from ..constraint.matching import Constraint
+from ..form.guide import Guide
 from ..pace import run_token
 from ..sampler import Sampler
 from .draft_model import ModelSource
@@ -65,7 +66,7 @@ class Speculation:
             block.wanted.pop(sequence.number, None)
 
     def of_answer(
-        self, sequence: TokenSequence, sampler: Sampler, grammar: Constraint | None
+        self, sequence: TokenSequence, sampler: Sampler, grammar: Constraint | Guide | None
     ) -> Drafting | None:
         """Drafts for the answer that is made in ``sequence``; None where its policy wants none."""
         llama, scheduler = self._llama, self._llama.scheduler
