@@ -6,7 +6,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := run
-.PHONY: run test quick test-portable lint docs fuzz sanitize torture torture-headers torture-schemas bench gpu-kit engine stock wheels windows clean help
+.PHONY: run test quick test-portable lint docs page-libraries fuzz sanitize torture torture-headers torture-schemas bench gpu-kit engine stock wheels windows clean help
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -70,9 +70,13 @@ lint: $(VENV)/.dev ## ruff, pyright and the import contracts
 	$(BIN)/ruff format --check .
 	$(BIN)/python tests/support/lint_tree.py build/types
 
-docs: $(VENV)/.dev ## write docs/api.md from the docstrings, and the table of docs/families.md
+docs: $(VENV)/.dev ## write docs/api.md from the docstrings, the table of docs/families.md, and the manual page
 	$(BIN)/python docs/make_api.py
 	$(BIN)/python docs/make_families.py
+	$(BIN)/python docs/make_man.py
+
+page-libraries: $(VENV)/.dev ## fetch the page's libraries from npm again, and say version and sha256 of each file
+	$(BIN)/python tests/support/page_libraries.py --fetch
 
 torture-schemas: $(VENV)/.dev ## 5,000 answers under schemas, judged by jsonschema
 	MOBILE_GGUF_SCHEMA_WALKS=5000 $(BIN)/python -m pytest tests/generate/test_schema_answers.py -q $(PYTEST)

@@ -1,4 +1,4 @@
-"""The engine's C API (``patches/src/mobile.h``) as Python calls on llama-cpp-python's library.
+"""The engine's C API (``patches/src/mobile.h``, ``mobile-mtp.h``) as calls on llama-cpp-python's library.
 
 llama-cpp-python loads the library; here the ``mobile_*`` symbols that our build adds are bound to
 it. A stock build has none: ``find_engine`` then returns None, and what needs the engine says how to
@@ -100,6 +100,9 @@ class Engine:
             "set_row_exact": (status, [address, ctypes.c_bool]),
             "set_guessed": (status, [address, ctypes.c_bool]),
             "refuse": (status, [address, address, n]),
+            "mtp_set_states": (status, [address, ctypes.c_bool, ctypes.c_bool]),
+            "mtp_get_states": (status, [address, n, n, address]),
+            "mtp_decode": (status, [address, llama_cpp.llama_batch, n, address]),
             "tokenize": (status, [address, text, n, address, n, ctypes.c_bool, ctypes.c_bool, address]),
             "token_to_piece": (status, [address, n, address, n, ctypes.c_bool, address]),
             "decode": (status, [address, llama_cpp.llama_batch, address]),

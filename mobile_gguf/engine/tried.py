@@ -58,6 +58,14 @@ class TriedFiles:
         newest = [*newest, *measured.items()][-_MAX_CONTEXTS:]
         self._update(path, files, buffers={str(one): [sizes.reserved, sizes.used] for one, sizes in newest})
 
+    def runs_block(self, path: Path, files: Sequence[Path]) -> bool:
+        """Whether a file's block for multi-token prediction is known to run."""
+        return self._of(path, files).get("block") is True
+
+    def add_block(self, path: Path, files: Sequence[Path]) -> None:
+        """Remember that a file's block runs."""
+        self._update(path, files, block=True)
+
     def _of(self, path: Path, files: Sequence[Path]) -> dict[str, Any]:
         known = self._load().get(_key(path))
         with contextlib.suppress(OSError):

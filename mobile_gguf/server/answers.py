@@ -51,12 +51,14 @@ class Completion(_Answer):
 class _ChoiceSoFar:
     def __init__(self) -> None:
         self.text: list[str] = []
+        self.reasoning: list[str] = []
         self.calls: list[dict[str, Any]] = []
         self.logprobs: list[TokenLogprob] = []
         self.finish_reason: str | None = None
 
     def add(self, event: Event) -> None:
         self.text.append(event.text)
+        self.reasoning.append(event.reasoning)
         self.logprobs += event.logprobs
         self.finish_reason = event.finish_reason or self.finish_reason
         call = event.call
@@ -101,6 +103,8 @@ class Renderer:
                 made["logprobs"] = completion_logprobs(choice.logprobs, TextOffsets())
             return made
         made["message"] = {"role": "assistant", "content": text, "refusal": None}
+        if reasoning := "".join(choice.reasoning):
+            made["message"]["reasoning_content"] = reasoning
         if choice.calls:
             made["message"] |= {"content": text.strip() or None, "tool_calls": choice.calls}
         if self._with_logprobs:
@@ -123,6 +127,8 @@ class Renderer:
         self._begun.add(index)
         if first:
             yield self._chat_chunk(index, {"role": "assistant", "content": ""})
+        if event.reasoning:
+            yield self._chat_chunk(index, {"reasoning_content": event.reasoning})
         if event.text or event.logprobs:
             logprobs = chat_logprobs(event.logprobs) if event.logprobs else None
             yield self._chat_chunk(index, {"content": event.text}, logprobs)

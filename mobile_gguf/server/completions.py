@@ -26,6 +26,8 @@ from .serving import CUT_SECONDS, ClientLeftError, Events, Serving, unless_clien
 PING_SECONDS = 10
 # Who waits in line for longer gets the headers of its stream before its turn.
 HEADERS_SECONDS = 2.0
+# How often it is looked at who has got how far in the line.
+PLACE_SECONDS = 0.5
 NOTES_HEADER = "X-Mobile-Gguf-Note"
 _NOTES_LENGTH = 1000
 
@@ -184,6 +186,8 @@ async def _stream(
 ) -> AsyncIterator[ServerSentEvent]:
     ended = False
     try:
+        async for place in _places(job, first):
+            yield ServerSentEvent(comment=f"place {place}", sep="\n")
         await first  # says only that the prompts are known
         async for event in events:
             for chunk in renderer.chunks(event):
@@ -201,6 +205,19 @@ async def _stream(
         if not ended:
             serving.metrics.cancelled.inc()
     yield ServerSentEvent("[DONE]", sep="\n")
+
+
+async def _places(job: Job[Event], first: asyncio.Future[Any]) -> AsyncIterator[int]:
+    """A job's place in line each time it is another, until its turn, which is 0, or the ``first`` event."""
+    told = 0
+    while not first.done():
+        place = job.place
+        if place != told:
+            yield place
+            told = place
+        if not place:
+            return
+        await asyncio.wait({first}, timeout=PLACE_SECONDS)
 
 
 def _sse(data: dict[str, Any]) -> ServerSentEvent:
