@@ -115,7 +115,7 @@ def read_workload(info: GgufInfo) -> Workload:
                 dense[_key(tensor, 1)] += 1
         else:
             stacked = name.number is None and len(tensor.shape) > 2
-            key = _key(tensor, tensor.shape[2] if stacked else 1)
+            key = _key(tensor, tensor.shape[-1] if stacked else 1)
             experts[key] += not name.number
             if place % SECTOR or (stacked and key[3] % SECTOR):
                 unaligned.add(key)

@@ -116,7 +116,7 @@ def rendered(model: Model, template: str, messages: list[dict[str, Any]]) -> str
         return answer["text"]
 
     prompts._renderer.render = render  # type: ignore[method-assign]
-    return prompts._render(messages, NAMES | {"tools": TOOLS}, 1 << 20)
+    return prompts._render(messages, NAMES | {"tools": TOOLS}, 1 << 20, None)[0]
 
 
 STRICT = (

@@ -27,7 +27,7 @@ PARAMETERS = {
     "required": ["count", "sure"],
 }
 TOOL: dict[str, Any] = {"type": "function", "function": {"name": "note", "parameters": PARAMETERS}}
-SMALL = {"seed": 1, "max_tokens": 200, "temperature": 0.0}
+SMALL: dict[str, Any] = {"seed": 1, "max_tokens": 200, "temperature": 0.0}
 
 
 @pytest.fixture(scope="module")
