@@ -30,6 +30,10 @@ TOOL: dict[str, Any] = {"type": "function", "function": {"name": "note", "parame
 SMALL: dict[str, Any] = {"seed": 1, "max_tokens": 200, "temperature": 0.0}
 
 
+def few(max_tokens: int) -> dict[str, Any]:
+    return {**SMALL, "max_tokens": max_tokens}
+
+
 @pytest.fixture(scope="module")
 def model(demo_gguf: Path) -> Iterator[Model]:
     with mobile_gguf.load(demo_gguf, ram_budget="60%", n_ctx=2048, threads=1) as loaded:
@@ -112,7 +116,7 @@ def test_a_call_in_a_models_own_form(model: Model, server: Running, template: st
 def test_thoughts_are_apart_and_end_after_so_many_tokens(model: Model, server: Running) -> None:
     use(model, "Qwen3.5-4B")
     for tokens in (6, 0):
-        made = server.chat(**SMALL | {"max_tokens": 40}, thinking_budget_tokens=tokens).json()
+        made = server.chat(**few(40), thinking_budget_tokens=tokens).json()
         message = made["choices"][0]["message"]
         thought = message.get("reasoning_content", "")
         assert len(model.tokenize(thought, special=False)) <= tokens + 1
@@ -165,7 +169,7 @@ def test_a_tool_that_is_not_followed_costs_no_other(model: Model, server: Runnin
     choice = {"type": "function", "function": {"name": "note"}}
     made = server.chat(**SMALL, tools=tools, tool_choice=choice, reasoning_budget=0).json()
     noted(made["choices"][0]["message"]["tool_calls"][0]["function"]["arguments"])
-    notes = server.chat(**SMALL | {"max_tokens": 1}, tools=tools).json()["usage"]["notes"]
+    notes = server.chat(**few(1), tools=tools).json()["usage"]["notes"]
     assert any(note.startswith("tool odd: its parameters are left free: ") for note in notes)
     assert "tool loose: not followed: minProperties" in notes
 
@@ -181,7 +185,7 @@ def test_a_template_that_is_hostile_to_the_parser_is_left_to_jinja(
     assert not model.has_form
     monkeypatch.undo()
     use(model, "Qwen3.5-4B")
-    assert server.chat(**SMALL | {"max_tokens": 2}).status_code == 200
+    assert server.chat(**few(2)).status_code == 200
 
 
 def test_without_the_parser_tools_are_told_in_words(model: Model, server: Running) -> None:
