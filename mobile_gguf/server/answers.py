@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
+from sse_starlette import ServerSentEvent
 
 from mobile_gguf.generate.logprobs import TokenLogprob
 
+from .answering import EVENT_STREAM, Frame, sse
+from .failures import ApiError
 from .logprobs import TextOffsets, chat_logprobs, completion_logprobs
 from .produce import Event
+
+_DONE = ServerSentEvent("[DONE]", sep="\n")
 
 
 class _Answer(BaseModel):
@@ -51,12 +56,14 @@ class Completion(_Answer):
 class _ChoiceSoFar:
     def __init__(self) -> None:
         self.text: list[str] = []
+        self.reasoning: list[str] = []
         self.calls: list[dict[str, Any]] = []
         self.logprobs: list[TokenLogprob] = []
         self.finish_reason: str | None = None
 
     def add(self, event: Event) -> None:
         self.text.append(event.text)
+        self.reasoning.append(event.reasoning)
         self.logprobs += event.logprobs
         self.finish_reason = event.finish_reason or self.finish_reason
         call = event.call
@@ -69,9 +76,12 @@ class _ChoiceSoFar:
 
 
 class Renderer:
-    """Makes one request's objects; ``chat`` or text, ``with_logprobs`` if they were asked for."""
+    """The Form of one request; ``chat`` or text, ``with_logprobs`` if they were asked for."""
 
-    def __init__(self, model: str, *, chat: bool, with_logprobs: bool) -> None:
+    media_type = EVENT_STREAM
+
+    def __init__(self, model: str, *, chat: bool, with_logprobs: bool, include_usage: bool = False) -> None:
+        self._include_usage = include_usage
         self._chat = chat
         self._with_logprobs = with_logprobs
         self.id = ("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12)
@@ -84,6 +94,28 @@ class Renderer:
         """The completion of all events."""
         kind = "chat.completion" if self._chat else "text_completion"
         return self._object(kind, self.choices(events)) | {"usage": usage}
+
+    def so_far(self, events: list[Event]) -> dict[str, Any]:
+        """What there is of the choices when an answer fails."""
+        return {"choices": self.choices(events)}
+
+    def begun(self, _usage: dict[str, Any]) -> Iterable[Frame]:
+        return ()
+
+    def frames(self, event: Event) -> Iterator[Frame]:
+        return map(sse, self.chunks(event))
+
+    def ended(self, usage: dict[str, Any]) -> Iterator[Frame]:
+        if self._include_usage:
+            yield sse(self.usage_chunk(usage))
+        yield _DONE
+
+    def failed(self, error: ApiError, _usage: dict[str, Any]) -> Iterator[Frame]:
+        yield sse(error.body())
+        yield _DONE
+
+    def ping(self) -> None:
+        return None
 
     def choices(self, events: list[Event]) -> list[dict[str, Any]]:
         """What events say of each choice."""
@@ -101,6 +133,8 @@ class Renderer:
                 made["logprobs"] = completion_logprobs(choice.logprobs, TextOffsets())
             return made
         made["message"] = {"role": "assistant", "content": text, "refusal": None}
+        if reasoning := "".join(choice.reasoning):
+            made["message"]["reasoning_content"] = reasoning
         if choice.calls:
             made["message"] |= {"content": text.strip() or None, "tool_calls": choice.calls}
         if self._with_logprobs:
@@ -123,6 +157,8 @@ class Renderer:
         self._begun.add(index)
         if first:
             yield self._chat_chunk(index, {"role": "assistant", "content": ""})
+        if event.reasoning:
+            yield self._chat_chunk(index, {"reasoning_content": event.reasoning})
         if event.text or event.logprobs:
             logprobs = chat_logprobs(event.logprobs) if event.logprobs else None
             yield self._chat_chunk(index, {"content": event.text}, logprobs)

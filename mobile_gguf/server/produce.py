@@ -20,7 +20,7 @@ from mobile_gguf.options.words import TRIM
 from .experts import ExpertMap
 from .failures import TOO_LONG, ApiError, too_long
 from .metrics import Metrics
-from .requests import NOT_SAMPLING, OPTION_NAMES, ChatRequest, CompletionRequest, Generation
+from .requests import NOT_SAMPLING, ChatRequest, CompletionRequest, Generation
 from .schemas import check_schema
 from .tools import (
     END_MARK,
@@ -46,6 +46,7 @@ class Event:
 
     choice: int = 0
     text: str = ""
+    reasoning: str = ""
     call: CallDelta | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: str | None = None
@@ -65,6 +66,14 @@ class Producer:
         self._defaults = defaults
         self.spent = Spent()
 
+    def events(
+        self, job: Job[Event], request: ChatRequest | CompletionRequest
+    ) -> Generator[Event, None, None]:
+        """The events of a request. Raises ApiError and what the Model raises."""
+        if isinstance(request, ChatRequest):
+            return self.chat(job, request)
+        return self.completion(job, request)
+
     def chat(self, job: Job[Event], request: ChatRequest) -> Generator[Event, None, None]:
         """The events of a chat completion. Raises ApiError and what the Model raises."""
         plan = plan_tools(request)
@@ -81,26 +90,8 @@ class Producer:
             if "grammar" in options or "json_schema" in options:
                 raise ApiError(400, "give response_format, grammar or json_schema, not several of them")
             options["json_schema"] = schema
-        native = speaks_tools(self._model.info.chat_template)
-        values = request.template_values()
-        if reserved := sorted(_TEMPLATE_NAMES & values.keys()):
-            raise ApiError(
-                400, f"chat_template_kwargs may not set {reserved[0]}", param="chat_template_kwargs"
-            )
-        if plan is not None and native:
-            values["tools"] = [tool.model_dump(exclude_none=True) for tool in plan.tools]
-        if plan is not None and plan.forced:
-            values.setdefault("enable_thinking", False)
-        try:
-            prompt = self._model.chat_prompt(
-                template_messages(request.messages, plan, native),
-                trim=of_a_chat(options)["context_full"] == TRIM,
-                max_tokens=options.get("max_tokens"),
-                special=bool(request.special),
-                **values,
-            )
-        except PromptTooLongError as error:
-            raise too_long(error, "messages") from None
+        trim = of_a_chat(options)["context_full"] == TRIM
+        prompt = self.chat_prompt(request, trim=trim, max_tokens=options.get("max_tokens"))
         n_top = (request.top_logprobs or 0) if request.logprobs else None
         if plan is None:
             yield from self._plain(job, [prompt], request, options, n_top)
@@ -114,6 +105,32 @@ class Producer:
         for choice in range(request.n or 1):
             yield from self._with_tools(job, prompt, _seeded(options, choice), plan, schema, choice, n_top)
 
+    def chat_prompt(
+        self, request: ChatRequest, *, trim: bool = False, max_tokens: int | None = None
+    ) -> ChatPrompt:
+        """The prompt of a chat. Raises ApiError and what the Model raises."""
+        plan = plan_tools(request)
+        native = speaks_tools(self._model.info.chat_template)
+        values = request.template_values()
+        if reserved := sorted(_TEMPLATE_NAMES & values.keys()):
+            raise ApiError(
+                400, f"chat_template_kwargs may not set {reserved[0]}", param="chat_template_kwargs"
+            )
+        if plan is not None and native:
+            values["tools"] = [tool.model_dump(exclude_none=True) for tool in plan.tools]
+        if plan is not None and plan.forced:
+            values.setdefault("enable_thinking", False)
+        try:
+            return self._model.chat_prompt(
+                template_messages(request.messages, plan, native),
+                trim=trim,
+                max_tokens=max_tokens,
+                special=bool(request.special),
+                **values,
+            )
+        except PromptTooLongError as error:
+            raise too_long(error, "messages") from None
+
     def completion(self, job: Job[Event], request: CompletionRequest) -> Generator[Event, None, None]:
         """The events of a text completion. Raises ApiError and what the Model raises."""
         given: Any = request.prompt
@@ -122,6 +139,16 @@ class Producer:
         prompts = [self._tokens(prompt) for prompt in given]
         options = self._options(request)
         yield from self._plain(job, prompts, request, options, request.logprobs, bool(request.echo))
+
+    def filling(
+        self, job: Job[Event], request: Generation, before: str, after: str, begun: str = ""
+    ) -> Generator[Event, None, None]:
+        """The events of what stands between two texts. Raises ApiError and what the Model raises."""
+        try:
+            prompt = self._model.gap_tokens(before, after, begun)
+        except PromptTooLongError as error:
+            raise too_long(error, "prompt") from None
+        yield from self._plain(job, [prompt], request, self._options(request), None)
 
     def _tokens(self, prompt: str | list[int]) -> list[int]:
         if not isinstance(prompt, str):
@@ -134,8 +161,8 @@ class Producer:
             raise too_long(error, "prompt") from None
 
     def _options(self, request: Generation) -> dict[str, Any]:
-        given = request.model_dump(exclude_none=True, include=OPTION_NAMES - NOT_SAMPLING)
-        options = {**self._defaults, **given}
+        given = request.options()
+        options = {**self._defaults, **{name: given[name] for name in given.keys() - NOT_SAMPLING}}
         if not options.get("grammar"):  # llama.cpp's clients send an empty one for none
             options.pop("grammar", None)
         if request.stop is not None:

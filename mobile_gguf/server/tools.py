@@ -124,6 +124,8 @@ def _arguments(text: str) -> Any:
 
 def _native(message: Message) -> dict[str, Any]:
     made: dict[str, Any] = {"role": _role(message), "content": _text(message)}
+    if message.reasoning_content:
+        made["reasoning_content"] = message.reasoning_content
     if message.name is not None:
         made["name"] = message.name
     if message.tool_call_id is not None:

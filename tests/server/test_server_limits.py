@@ -21,7 +21,7 @@ from server_harness import SECONDS, Gate, get, post, running, until
 
 from mobile_gguf.api import aio
 from mobile_gguf.errors import MobileError
-from mobile_gguf.server import completions, guard
+from mobile_gguf.server import answering, guard
 from mobile_gguf.server.run import bind, start_listening
 
 USER = [{"role": "user", "content": "hi"}]
@@ -105,8 +105,8 @@ def test_a_client_that_never_reads_is_dropped(fake_model: Any) -> None:
 def test_who_waits_in_line_for_a_stream_gets_its_headers(
     fake_model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(completions, "HEADERS_SECONDS", 0.05)
-    monkeypatch.setattr(completions, "PING_SECONDS", 0.05)
+    monkeypatch.setattr(answering, "HEADERS_SECONDS", 0.05)
+    monkeypatch.setattr(answering, "PING_SECONDS", 0.05)
     gate = Gate()
     backend = FakeBackend(scripted("ok"))
     backend.on_evaluate = gate
