@@ -24,9 +24,11 @@ def disk_name(path: Path) -> str:
     return f"disk.{os.stat(path).st_dev}"
 
 
-def read_size(piece_bytes: int) -> int:
-    """Bytes of one read for a piece of this size: whole sectors, at most a chunk."""
-    return min(CHUNK_BYTES, -(-(piece_bytes + SECTOR - 1) // SECTOR) * SECTOR)
+def read_size(piece_bytes: int, *, aligned: bool) -> int:
+    """Bytes of one read for a piece of this size: whole sectors, at most a chunk. A piece that does not begin
+    at a sector, not ``aligned``, is taken to reach over one more."""
+    reach = piece_bytes if aligned else piece_bytes + SECTOR - 1
+    return min(CHUNK_BYTES, -(-reach // SECTOR) * SECTOR)
 
 
 def measure_reads(

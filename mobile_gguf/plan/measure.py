@@ -102,7 +102,7 @@ def steps_for(
         found.append(Step(f"{name}.layer", _OVERHEAD_S + 0.3, "measuring the engine", overheads))
     disk = disk_name(info.path)
     for product in workload.experts if stored else ():
-        n_bytes = read_size(product.n_bytes)
+        n_bytes = read_size(product.n_bytes, aligned=product.aligned)
         for n_threads in sorted({1, io_threads}):
             name = read_name(disk, n_bytes, n_threads)
 

@@ -169,7 +169,7 @@ class Case:
         n_reads = alone = together = 0.0
         for product in self.workload.experts:
             n = product.count * self.info.segments * max(1.0, product.n_bytes / CHUNK_BYTES)
-            size = read_size(product.n_bytes)
+            size = read_size(product.n_bytes, aligned=product.aligned)
             n_reads += n
             alone += n * self.read_s(size, 1)
             together += n * self.read_s(size, n_threads)

@@ -24,6 +24,8 @@ from mobile_gguf.memory.threads import default_threads
 from mobile_gguf.options import DEFAULT_MAX_KLD, LoadOptions
 from mobile_gguf.options.words import AUTO_MODE, BIG_LITTLE, DEFAULT_EVICTION, DEFAULT_IO_THREADS, EXACT
 
+from .disk import SECTOR
+
 _MAX_HOTNESS_BYTES = 1 << 24
 _F32 = 0
 
@@ -34,13 +36,15 @@ DEFAULT_BIG_SHARE = (0.2, 0.5, 0.9)  # low, expected, high: without calibration 
 
 @dataclass(frozen=True)
 class Product:
-    """Matrices of one type and shape that a token is multiplied with: ``count`` of them, bytes of each."""
+    """Matrices of one type and shape that a token is multiplied with: ``count`` of them, bytes of each, and
+    whether they begin at a sector of the file."""
 
     type_id: int
     n_in: int
     n_out: int
     count: float
     n_bytes: int
+    aligned: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,31 +96,36 @@ def read_heads(info: GgufInfo) -> Heads | None:
 
 def read_workload(info: GgufInfo) -> Workload:
     """The workload of a model whose header is good (GgufInfo was read from it)."""
-    tensors = [
-        tensor
-        for path in info.files
-        for tensor in read_header(path).tensors
+    places = [
+        (tensor, header.data_start + tensor.offset)
+        for header in map(read_header, info.files)
+        for tensor in header.tensors
         if block_number(tensor.name) < info.n_layer
     ]
-    names = {tensor.name for tensor in tensors}
+    names = {tensor.name for tensor, _ in places}
     dense: Counter[tuple[int, int, int, int]] = Counter()
     experts: Counter[tuple[int, int, int, int]] = Counter()
-    for tensor in tensors:
+    unaligned = set()
+    for tensor, place in places:
         if len(tensor.shape) < 2 or keys.is_ours(tensor.name):
             continue
         name = expert_name(tensor.name)
         if name is None:
             if not _is_table(tensor.name, names):
                 dense[_key(tensor, 1)] += 1
-        elif name.number is None:
-            experts[_key(tensor, tensor.shape[2] if len(tensor.shape) > 2 else 1)] += 1
         else:
-            experts[_key(tensor, 1)] += name.number == 0
+            stacked = name.number is None and len(tensor.shape) > 2
+            key = _key(tensor, tensor.shape[2] if stacked else 1)
+            experts[key] += not name.number
+            if place % SECTOR or (stacked and key[3] % SECTOR):
+                unaligned.add(key)
     n_layer = max(1, info.n_layer_moe)
     return Workload(
         tuple(Product(*key[:3], count=n, n_bytes=key[3]) for key, n in sorted(dense.items())),
         tuple(
-            Product(*key[:3], count=n / n_layer, n_bytes=key[3]) for key, n in sorted(experts.items()) if n
+            Product(*key[:3], count=n / n_layer, n_bytes=key[3], aligned=key not in unaligned)
+            for key, n in sorted(experts.items())
+            if n
         ),
     )
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 from fake_backend import FakeBackend, fake_info, scripted
 from gguf_samples import write_sample
+from layout_files import write_per_expert
 
 from mobile_gguf.cli import main
 from mobile_gguf.errors import MobileError
@@ -15,6 +16,7 @@ from mobile_gguf.generate.receipt import Receipt
 from mobile_gguf.gguf.info import read_gguf_info
 from mobile_gguf.options import LoadOptions
 from mobile_gguf.plan import compare_run, machine, measure, measure_prompts, predict_cached, steps
+from mobile_gguf.plan.disk import read_size
 from mobile_gguf.plan.machine import Measurements, Rate, read_measurements
 from mobile_gguf.plan.measure import LIMIT_S, Step, expected_seconds, steps_for
 from mobile_gguf.plan.workload import count_weights, read_workload
@@ -202,6 +204,17 @@ def test_the_workload_counts_every_weight_that_a_token_meets(tmp_path, merged):
     # routers, and the embedding, which is the output matrix as well
     assert work.dense_bytes == 4 * (2 * 4 * 32 + info.n_vocab * 32)
     assert 4 * count_weights(info) == info.tensor_bytes
+
+
+@pytest.mark.parametrize("alignment", [32, 4096])
+def test_pieces_that_begin_at_a_sector_are_read_without_one_more(tmp_path, alignment):
+    path = write_sample(tmp_path / "m.gguf")
+    if alignment == 4096:
+        path = write_per_expert(path, tmp_path / "per-expert.gguf")
+    experts = read_workload(read_gguf_info(path)).experts
+    assert {product.aligned for product in experts} == {alignment == 4096}
+    assert read_size(18432, aligned=False) == 6 * 4096
+    assert read_size(18432, aligned=True) == 5 * 4096
 
 
 # beside a run
