@@ -80,7 +80,7 @@ def _without_version(router: APIRouter) -> APIRouter:
     made = APIRouter(include_in_schema=False)
     for route in router.routes:
         if isinstance(route, APIRoute):
-            methods = sorted(route.methods)
+            methods = sorted(route.methods or ())
             made.add_api_route(route.path.removeprefix("/v1"), route.endpoint, methods=methods)
     return made
 

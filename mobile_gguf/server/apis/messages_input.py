@@ -80,7 +80,7 @@ def to_chat(body: CountRequest) -> tuple[ChatRequest, list[str]]:
         "tool_choice": _choice(choice, tools),
         "response_format": _format(body),
         "chat_template_kwargs": body.chat_template_kwargs,
-        "thinking": None if body.thinking is None else {"type": body.thinking.type},
+        "thinking": None if body.thinking is None else body.thinking.model_dump(exclude_none=True),
         "max_tokens": getattr(body, "max_tokens", None),
         "stop": getattr(body, "stop_sequences", None) or None,
         "stream": body.stream,

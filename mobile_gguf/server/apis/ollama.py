@@ -88,7 +88,7 @@ class OllamaVectors(BaseModel):
 
 
 FAILURES = {status: {**one, "model": OllamaError} for status, one in ERRORS.items()}
-_GUARDED = {status: FAILURES[status] for status in (401, 403, 413)}
+_GUARDED: dict[int | str, dict[str, Any]] = {status: FAILURES[status] for status in (401, 403, 413)}
 _LINES: dict[int | str, dict[str, Any]] = {
     200: {"description": "the answer; lines of JSON unless stream is false", "content": {NDJSON: {}}}
 }
