@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import random
+from collections import Counter
 from typing import Any
 
+import hostile
 import httpx
 import pytest
 from fake_backend import FakeBackend, fake_info, scripted
@@ -351,3 +354,25 @@ def test_documents_are_ranked() -> None:
         for wrong in ({"documents": []}, {}, {"documents": [5]}, {"documents": ["x" * 600]}):
             assert server.post("/v1/rerank", {"query": "q", **wrong}).status_code == 400
     model.close()
+
+
+def test_hostile_bodies_are_answered_in_every_api(hello: Any) -> None:
+    """Tries of the torture run, which has them all against the real engine; each path is tried."""
+    rng = random.Random(7)
+    outcomes = {path: Counter[str]() for path in hostile.OTHERS}
+    asked = hostile.sent
+
+    def counted(url: str, body: Any, path: str = hostile.CHAT, **options: Any) -> str:
+        outcome = asked(url, body, path, **options)
+        outcomes[path][outcome] += 1
+        return outcome
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hostile, "sent", counted)
+        for _ in range(200):
+            hostile.ask_other_apis(rng, hello.url)
+    assert all(outcomes.values())
+    answered = {path for path, found in outcomes.items() if found["200"]}
+    never = {path for path in outcomes if path.startswith(("/slots", "/infill", "/v1/rerank"))}
+    assert answered == outcomes.keys() - never
+    assert hello.chat().status_code == 200
