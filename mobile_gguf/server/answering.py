@@ -260,7 +260,8 @@ def check_names(serving: Serving, body: BaseModel, also: frozenset[str] = frozen
 def note_headers(notes: Sequence[str]) -> dict[str, str]:
     """The header that says what of a request was not followed; a stream need not have a usage."""
     text = printable("; ".join(notes)).encode("ascii", "backslashreplace").decode()
-    return {NOTES_HEADER: text[:_NOTES_LENGTH]} if text else {}
+    text = text[:_NOTES_LENGTH].strip()  # a header may not begin or end by a space
+    return {NOTES_HEADER: text} if text else {}
 
 
 def _notes(producer: Producer) -> dict[str, str]:

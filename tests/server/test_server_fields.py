@@ -90,6 +90,8 @@ def test_what_nobody_knows_is_left_out_with_a_note(server: Any) -> None:
         answer = server.chat(top_kk=1, nonsense=None, chat_id="x", **{"a\nb": 2}, stream=stream)
         assert answer.status_code == 200
         assert answer.headers["x-mobile-gguf-note"] == "not known here and left out: top_kk, a\\nb"
+    assert server.chat(**{"": 1}).headers["x-mobile-gguf-note"] == "not known here and left out:"
+    assert len(server.chat(**{"x" * 70 + str(i): 1 for i in range(99)}).headers["x-mobile-gguf-note"]) <= 1000
     assert "x-mobile-gguf-note" not in server.chat(nonsense=None, session_id="y").headers
     assert server.chat(top_kk=1).json()["usage"]["notes"] == ["not known here and left out: top_kk"]
 

@@ -111,7 +111,7 @@ async def chat(request: Request, body: Annotated[OllamaChatRequest, JsonBody]) -
 
 @router.post("/generate", response_model=OllamaAnswer, responses=FAILURES | _LINES, summary="Answer a prompt")
 async def generate(request: Request, body: Annotated[OllamaGenerateRequest, JsonBody]) -> Response:
-    """Answer a prompt as a chat of one message, continue it (`raw`), or fill the gap before `suffix`."""
+    """Answer a prompt as a chat of one message, continue it (raw), or fill the gap before a suffix."""
     serving: Serving = request.app.state.serving
     serving.check_model(body.model)
     if not body.prompt:
