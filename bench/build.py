@@ -86,7 +86,8 @@ def random_blocks(rng: np.random.Generator, n_weights: int) -> npt.NDArray[np.ui
 def model_path(trace: Trace, shape: ModelShape, directory: Path | None = None) -> Path:
     """Where the model of this trace and shape is kept: the cache directory unless told otherwise."""
     directory = directory or cache_dir() / "bench"
-    return directory / f"{trace.name}-{shape.n_embd}x{shape.n_ff}-{trace.digest()}-v{FORMAT}.gguf"
+    right = "" if shape.right == 1.0 else f"-right{shape.right:g}"
+    return directory / f"{trace.name}-{shape.n_embd}x{shape.n_ff}-{trace.digest()}{right}-v{FORMAT}.gguf"
 
 
 def ensure_model(
@@ -143,7 +144,11 @@ def _write(path: Path, trace: Trace, shape: ModelShape, progress: Progress | Non
         n_written = 0
         rng = np.random.Generator(np.random.SFC64(int(trace.digest(), 16)))
         for name, dims, quantised in _tensors(shape):
-            data = random_blocks(rng, int(np.prod(dims))) if quantised else _dense_values(name, dims, trace)
+            data = (
+                random_blocks(rng, int(np.prod(dims)))
+                if quantised
+                else _dense_values(name, dims, trace, shape.right)
+            )
             writer.write_tensor_data(data)
             n_written += data.nbytes
             if progress is not None:
@@ -202,14 +207,14 @@ def _tensor_bytes(dims: tuple[int, ...], quantised: bool) -> int:
     return n_weights // Q4_0_BLOCK * Q4_0_BLOCK_BYTES if quantised else 4 * n_weights
 
 
-def _dense_values(name: str, dims: tuple[int, ...], trace: Trace) -> npt.NDArray[np.float32]:
+def _dense_values(name: str, dims: tuple[int, ...], trace: Trace, right: float) -> npt.NDArray[np.float32]:
     if name == "token_embd.weight":
         values = np.zeros(dims, dtype=np.float32)
         steps = np.arange(min(dims))
         values[steps, steps] = EMBEDDING
         return values
     if name == "output.weight":
-        return output_matrix(trace.n_steps, *dims)
+        return output_matrix(trace.n_steps, *dims, right=right)
     if name.endswith("ffn_gate_inp.weight"):
         return router_matrix(trace, int(name.split(".")[1]), dims[1])
     return np.ones(dims, dtype=np.float32)

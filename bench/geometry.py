@@ -30,6 +30,7 @@ class ModelShape:
     n_embd: int
     n_ff: int
     n_vocab: int
+    right: float = 1.0  # how often the head says the trace's next step
 
     @property
     def n_head(self) -> int:
@@ -66,7 +67,7 @@ class ModelShape:
         return self.all_expert_bytes + self.dense_bytes
 
 
-def scale_model(trace: Trace, size_bytes: int) -> ModelShape:
+def scale_model(trace: Trace, size_bytes: int, right: float = 1.0) -> ModelShape:
     """The shape whose experts take about ``size_bytes``; they come within a few percent of it.
 
     The hidden size is at least the number of steps, because each step's token has a dimension of its own.
@@ -85,5 +86,5 @@ def scale_model(trace: Trace, size_bytes: int) -> ModelShape:
             f"cannot be as small as {format_bytes(size_bytes)}: ask for at least {format_bytes(least)}"
         )
     return ModelShape(
-        trace.n_layer, trace.n_expert, trace.k, n_embd, n_ff, trace.n_steps + SPARE_TOKENS
+        trace.n_layer, trace.n_expert, trace.k, n_embd, n_ff, trace.n_steps + SPARE_TOKENS, right
     )  # fmt: skip

@@ -47,7 +47,8 @@ def measure(path: str, budget: str, n_at_once: int, n_tokens: int, options: dict
     from mobile_gguf.api.model import backend_of
 
     chance = random.Random(1)
-    with mobile_gguf.load(path, ram_budget=budget, parallel=n_at_once + 1, warm="off", **options) as model:
+    options |= {"warm": "off", "speculate": "off"}
+    with mobile_gguf.load(path, ram_budget=budget, parallel=n_at_once + 1, **options) as model:
 
         def prompt(n: int) -> list[int]:
             return [chance.randrange(3, min(model.info.n_vocab, 20_000)) for _ in range(n)]

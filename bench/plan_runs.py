@@ -163,7 +163,7 @@ def run(case: Case, info: GgufInfo, trace: Trace | None, rpc: str = "") -> tuple
 
     drop_page_cache(info.path)
     with load("demo", **_given(case.options(rpc))) as model:
-        reply = model.generate(PROMPT, max_tokens=N_TOKENS, seed=1)
+        reply = model.generate(PROMPT, max_tokens=N_TOKENS, seed=1, speculate="off")
     receipt, n_tokens = reply.receipt, reply.usage["completion_tokens"]
     big = receipt.tokens_big - 1 + receipt.tokens_fallback
     share = big / max(1, n_tokens - 1) if case.mode == BIG_LITTLE else None

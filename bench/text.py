@@ -57,10 +57,16 @@ def add_tokenizer(writer: Any, n_steps: int) -> None:
     writer.add_add_space_prefix(False)
 
 
-def output_matrix(n_steps: int, n_vocab: int, n_embd: int) -> npt.NDArray[np.float32]:
-    """The head [n_vocab, n_embd]: of a normalised one-hot state it gives sqrt(n_embd) to the next step."""
+def output_matrix(n_steps: int, n_vocab: int, n_embd: int, right: float = 1.0) -> npt.NDArray[np.float32]:
+    """The head [n_vocab, n_embd]: of a normalised one-hot state it gives sqrt(n_embd) to the next step.
+
+    Of a share ``right`` of the steps; behind the others it leaves one out, so that who guesses the next step
+    is right so often.
+    """
     matrix = np.zeros((n_vocab, n_embd), dtype=np.float32)
     following = np.arange(1, n_steps + 1)
+    leaves_out = np.random.default_rng(n_steps).random(n_steps) >= right
+    following[:-2] += leaves_out[:-2]
     following[-1] = n_steps + SPECIAL.index("</s>")
     matrix[following, np.arange(n_steps)] = 1.0
     return matrix

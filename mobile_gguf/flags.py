@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser, options: type[Any], skip: Ite
             shared |= {"nargs": "?", "const": opt.take(name, opt.read(opt.bare))}
         action = group.add_argument(*opt.flags, type=_reader(name, opt), **shared)
         vars(action)["bare"] = opt.bare  # for cli/parser.py: a prompt that follows is no value
+        vars(action)["words"] = opt.choices or opt.switch  # for completion: the reader checks them
         if opt.file_flags:
             shared |= {"metavar": "FILE", "help": "the same, read from a file"}
             group.add_argument(*opt.file_flags, type=_read_file, **shared)

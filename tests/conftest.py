@@ -34,6 +34,7 @@ _DIRECTORIES = {
     "XDG_DATA_HOME": "data",
     "XDG_CONFIG_HOME": "config",
     "XDG_STATE_HOME": "state",
+    "XDG_RUNTIME_DIR": "run",
     "HF_HOME": "hf",
     "HF_HUB_CACHE": "hf/hub",
     "HUGGINGFACE_HUB_CACHE": "hf/hub",
@@ -130,6 +131,15 @@ def fake_model() -> Iterator[Callable[..., Model]]:
     yield make
     for model in made:
         model.close()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A Chromium for the pages of a module: while it runs, its thread can have no other event loop."""
+    from page_harness import chromium
+
+    with chromium() as opened:
+        yield opened
 
 
 @pytest.fixture

@@ -15,8 +15,12 @@ from textual.app import App, SuspendNotSupported, SystemCommand
 from textual.binding import Binding, BindingType
 from textual.screen import Screen
 
+from mobile_gguf.api.attached_files import folded
+from mobile_gguf.api.last_conversation import LAST
 from mobile_gguf.api.model import Model, check_model, load
 from mobile_gguf.errors import MobileError
+from mobile_gguf.remote.connection import Server
+from mobile_gguf.remote.model import RemoteModel, attach, listed
 
 from .commands.jobs import FAILED, Job, JobEnded, JobHeard, Jobs
 from .commands.slash import COMMANDS
@@ -24,7 +28,7 @@ from .engine.thread import EngineThread
 from .screens.chat import ChatScreen
 from .screens.map import MapScreen
 from .store.conversations import ConversationStore, StoreError, move_aside, storable
-from .store.models import names
+from .store.models import Candidate, candidates, names
 from .store.settings import Settings
 from .terminal import stop_as_a_shell_does
 
@@ -32,6 +36,24 @@ DEFAULT_THEME = "textual-dark"
 # How long the engine may take to come back when the program ends.
 _PATIENCE_SECONDS = 5.0
 _HUNG_UP_SECONDS = 2.0  # a system that shuts down kills what takes longer
+
+
+def _attaching(server: Server) -> Callable[..., RemoteModel]:
+    """What loads, of a server: the address stands for the model that it has."""
+
+    def load_from(reference: str, **_options: Any) -> RemoteModel:
+        return attach(server, None if reference == server.url else reference)
+
+    return load_from
+
+
+def _finding(server: Server) -> Callable[..., object]:
+    """What looks whether a model is there, of a server."""
+
+    def find(reference: str, _progress: Any = None) -> None:
+        attach(server, None if reference == server.url else reference)
+
+    return find
 
 
 class ChatApp(App[int]):
@@ -79,8 +101,9 @@ class ChatApp(App[int]):
         settings: Settings | None = None,
         store_path: Path | None = None,
         system: str = "",
-        goes_on: bool = False,
-        loader: Callable[..., Model] = load,
+        goes_on: str = "",
+        server: Server | None = None,
+        loader: Callable[..., Model | RemoteModel] = load,
         finder: Callable[..., object] = check_model,
         job_program: list[str] | None = None,
     ) -> None:
@@ -93,6 +116,9 @@ class ChatApp(App[int]):
         self.store_path = store_path
         self.store_error: StoreError | None = None
         self.store = self._open_store()
+        self.server = server
+        if server is not None:
+            loader, finder = _attaching(server), _finding(server)
         self.find_model = finder
         self.chat = ChatScreen()
         self.engine = EngineThread(self.chat.post_message, loader=loader, finder=finder)
@@ -153,14 +179,17 @@ class ChatApp(App[int]):
 
     async def _open_last(self) -> None:
         try:
-            last = self.store.search(limit=1)
+            last = self.store.search(limit=1) if self.goes_on == LAST else self.store.named(self.goes_on)
         except StoreError as error:
             self.notify(str(error), severity="error")
             return
         if last:
             await self.chat.open_conversation(last[0].id)
-        else:
-            self.notify("there is no earlier conversation: this one begins")
+            return
+        which = "no earlier conversation" if self.goes_on == LAST else f"no conversation {self.goes_on}"
+        self.notify(f"there is {which}: this one begins")
+        if self.goes_on != LAST:
+            self.chat.session.rename(self.goes_on)
 
     def _remember_theme(self, theme: Any) -> None:
         self.settings.extra["theme"] = theme.name
@@ -185,16 +214,26 @@ class ChatApp(App[int]):
     def prompts(self) -> list[str]:
         """The history of the prompt."""
         try:
-            return self.store.prompts()
+            return list(map(folded, self.store.prompts()))
         except StoreError:
             return []
 
     def model_names(self) -> list[str]:
         """References that a model can be loaded by."""
+        if self.server is not None:
+            return []  # the server would have to be asked while somebody types
         try:
             return names()
         except OSError:
             return []
+
+    def candidates(self) -> list[Candidate]:
+        """The models that can be picked; looks into files, or asks the server."""
+        if self.server is None:
+            return candidates()
+        with contextlib.suppress(MobileError):
+            return [Candidate(one["id"], None, None, f"at {self.server.url}") for one in listed(self.server)]
+        return []
 
     # jobs
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
 from mobile_gguf.config import Default
 from mobile_gguf.errors import EngineError
 from mobile_gguf.files.paths import cache_dir, config_dir, data_dir
+from mobile_gguf.files.running import CHAT, announced
+from mobile_gguf.remote.connection import Server
 
 from .errors import require_textual
 
@@ -19,14 +22,16 @@ class Launch:
     """What the command line asked for: a model or none, options by name, a system message.
 
     ``configured`` is what the environment and the configuration file say, ``goes_on``: with the conversation
-    that was saved last.
+    that was saved last (``last``), or with that of a title or number; empty: with none.
+    ``server``: the models are those of a server.
     """
 
     reference: str = ""
     options: dict[str, Any] = field(default_factory=dict)
     system: str = ""
     configured: dict[str, Default] = field(default_factory=dict)
-    goes_on: bool = False
+    goes_on: str = ""
+    server: Server | None = None
 
 
 def run_tui(launch: Launch) -> int:
@@ -47,9 +52,12 @@ def run_tui(launch: Launch) -> int:
             store_path=data_dir() / "conversations.db",
             system=launch.system,
             goes_on=launch.goes_on,
+            server=launch.server,
         )
-        code = app.run()
-        came_back = app.close()
+        since = {"since": time.time()}
+        with announced(CHAT, lambda: since | app.engine.facts()):
+            code = app.run()
+            came_back = app.close()
     if not came_back:
         # A thread that is inside the library cannot be ended; the process can.
         error = EngineError("the engine did not answer and was left behind")

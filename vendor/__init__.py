@@ -4,19 +4,22 @@ Imported as mobile_gguf.vendor. Needs the standard library and pip only: it work
 installed.
 """
 
-from .engine import engine_info, ensure_engine, source_dir, stock_lib_dir
+from .engine import build_problem, engine_info, ensure_engine, source_dir, stock_lib_dir
 from .install import Installed, installed_engine
 from .progress import Progress
 from .recipe import BACKENDS, EngineOptions
+from .toolchain import machine_id
 
 __all__ = [
     "BACKENDS",
     "EngineOptions",
     "Installed",
     "Progress",
+    "build_problem",
     "engine_info",
     "ensure_engine",
     "installed_engine",
+    "machine_id",
     "source_dir",
     "stock_lib_dir",
 ]

@@ -1,14 +1,16 @@
 """``python -m mobile_gguf.vendor``: for who changes the patches or the pin."""
 
 import argparse
+import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from mobile_gguf.errors import MobileError
 
-from . import engine, patchset, source, worktree
+from . import engine, patchset, portable, source, worktree
 from .pin import load_pin
+from .progress import Progress
 from .recipe import EngineOptions
 
 
@@ -17,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m mobile_gguf.vendor", description="Edit the patches, or move them to another pin."
     )
-    commands = parser.add_subparsers(metavar="{tree,export,source,libraries}", required=True)
+    commands = parser.add_subparsers(metavar="{tree,export,source,libraries,wheel}", required=True)
     tree = commands.add_parser("tree", help="unpack the pin into DIR as a git tree, one commit per patch")
     tree.add_argument("directory", metavar="DIR", type=Path)
     tree.add_argument(
@@ -35,6 +37,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     libraries.add_argument("directory", metavar="DIR", type=Path)
     libraries.set_defaults(func=_libraries)
+    wheel = commands.add_parser("wheel", help="build an engine for any processor into DIR; install nothing")
+    wheel.add_argument("directory", metavar="DIR", type=Path)
+    wheel.add_argument(
+        "--target",
+        choices=portable.TARGETS,
+        default=f"manylinux_2_28_{platform.machine()}",
+        help="platform of the wheel (default: this machine's, %(default)s)",
+    )
+    wheel.add_argument("--backend", action="append", choices=("vulkan",), help="beside cpu and rpc")
+    wheel.add_argument("--jobs", type=int, metavar="N", help="parallel compilations (default: processors)")
+    wheel.set_defaults(func=_wheel)
     args = parser.parse_args(arguments)
     try:
         return args.func(args)
@@ -81,6 +94,24 @@ def _libraries(args: argparse.Namespace) -> int:
     for folder in engine.copy_libraries(EngineOptions.create(), args.directory, narrate=_narrate):
         print(folder)
     return 0
+
+
+def _wheel(args: argparse.Namespace) -> int:
+    # a build takes many minutes: each step is a line, as in a log
+    made = engine.make_wheel(
+        args.target,
+        args.directory,
+        backends=args.backend or (),
+        jobs=args.jobs,
+        progress=_narrate_progress,
+    )
+    print(made)
+    return 0
+
+
+def _narrate_progress(progress: Progress) -> None:
+    at = f" {progress.done}/{progress.total} {progress.detail}" if progress.total else ""
+    _narrate(progress.stage + at)
 
 
 def _narrate(text: str) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from mobile_gguf.errors import EngineBuildError
 from mobile_gguf.files import paths
 
-from . import failures, patchset, process, source, toolchain
+from . import failures, patchset, portable, process, source, toolchain
 from .progress import Progress, ReportProgress, ignore, parse_line
 from .recipe import Recipe
 from .toolchain import Toolchain
@@ -174,7 +174,10 @@ def _check_unchanged(recipe: Recipe, patches: Path) -> None:
 
 
 def _check_tools(recipe: Recipe) -> Toolchain:
-    tools = toolchain.find_toolchain()
+    if target := recipe.options.target:
+        tools = toolchain.find_toolchain(os.environ | portable.environment(target))
+    else:
+        tools = toolchain.find_toolchain()
     for backend in recipe.options.backends:
         toolchain.check_backend(backend)
     return tools
@@ -190,6 +193,13 @@ def _pip_wheel(
         "SKBUILD_BUILD_DIR": str(tree.parent / "cmake"),
         "SKBUILD_WHEEL_EXCLUDE": ";".join(_WHEEL_EXCLUDE),
     }
+    if recipe.options.target:
+        environ["SKBUILD_INSTALL_STRIP"] = (
+            "false"  # the linker did; this machine's strip may know no such files
+        )
+        if recipe.options.backends:
+            # two wheels of one version in a folder: the one that can do more is preferred
+            environ["SKBUILD_WHEEL_BUILD_TAG"] = "1" + "".join(recipe.options.backends)
     command = [
         sys.executable, "-m", "pip", "wheel", "--verbose", "--no-deps", "--no-input", "--no-cache-dir",
         "--disable-pip-version-check", "--wheel-dir", str(out), str(tree),
@@ -206,6 +216,8 @@ def _build_environment(recipe: Recipe, tools: Toolchain, tree: Path) -> dict[str
     # library is compared bit for bit
     compilers = {"CC": tools.c_compiler, "CXX": tools.cxx_compiler} if tools.cxx_compiler else {}
     environ = compilers | source.git_environment(tree) | {"PATH": toolchain.search_path()}
+    if target := recipe.options.target:
+        environ |= portable.environment(target)
     if "cuda" in recipe.options.backends:
         environ["CUDACXX"] = toolchain.cuda_compiler()
     return environ

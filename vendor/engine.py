@@ -5,7 +5,7 @@ import json
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from mobile_gguf.errors import EngineBuildError
 from mobile_gguf.files import paths
 from mobile_gguf.files.lock import exclusive
 
-from . import build, patchset, source
+from . import build, patchset, portable, source, toolchain
 from .install import Installed, install_wheel, installed_engine, missing_dependencies
 from .pin import load_pin
 from .progress import Progress, ReportProgress, ignore
@@ -40,9 +40,11 @@ def ensure_engine(
         EngineBuildError: one line that says what is wrong and what to do.
     """
     found = installed_engine()
-    if options is None:
-        options = (found.options if found else None) or EngineOptions()
-    recipe = Recipe.create(load_pin(), options)
+    kept = found.options if found else None
+    recipe = Recipe.create(load_pin(), options or kept or EngineOptions())
+    if options is None and kept and kept.target and (force or not _is_ready(recipe, found, stock)):
+        # an engine that was compiled elsewhere is not compiled again: this machine makes its own
+        recipe = Recipe.create(load_pin(), EngineOptions(kept.backends))
     if force or not _is_ready(recipe, found, stock):
         root = paths.engine_cache_dir()
         waiting = Progress("waiting for another build to finish")
@@ -83,10 +85,37 @@ def copy_libraries(
     return ours, stock
 
 
+def make_wheel(
+    target: str,
+    directory: Path,
+    *,
+    backends: Sequence[str] = (),
+    jobs: int | None = None,
+    progress: ReportProgress = ignore,
+) -> Path:
+    """Build the engine for every processor of ``target`` and put its wheel into ``directory``; nothing is
+    installed.
+
+    Raises EngineBuildError.
+    """
+    recipe = Recipe.create(load_pin(), EngineOptions(tuple(sorted(set(backends) - {"cpu"})), target=target))
+    with exclusive(paths.engine_cache_dir() / "engine" / "lock"):
+        build.check_space(recipe)
+        wheel = build.cached_wheel(recipe.key)
+        if wheel is None:
+            wheel = build.build_wheel(recipe, jobs=jobs, progress=progress)
+        directory.mkdir(parents=True, exist_ok=True)
+        return portable.check_wheel(wheel, target, directory)
+
+
 def _is_ready(recipe: Recipe, found: Installed | None, stock: bool) -> bool:
-    if found is None or found.key != recipe.key or found.library is None or missing_dependencies():
+    if found is None or found.library is None or not _fits(found, recipe) or missing_dependencies():
         return False
     return not stock or build.cached_stock(recipe.stock_key) is not None
+
+
+def _fits(found: Installed, recipe: Recipe) -> bool:
+    return found.options == recipe.options and found.is_made_from(recipe)
 
 
 def _make(
@@ -145,7 +174,7 @@ def engine_info() -> dict[str, Any]:
         "abi_version_expected": patchset.source_abi_version(directory),
         "installed": _describe(found),
         "problem": problem,
-        "current": bool(found and found.key == Recipe.create(pin, (found.options or EngineOptions())).key),
+        "current": bool(found and found.is_made_from(Recipe.create(pin, found.options or EngineOptions()))),
         "library": str(found.library) if found and found.library else None,
         "stock": str(stock) if stock else None,
         "cache": str(paths.engine_cache_dir()),
@@ -162,7 +191,26 @@ def _describe(found: Installed | None) -> dict[str, Any] | None:
         "patched": found.manifest is not None,
         "key": found.key,
         "backends": manifest.get("backends"),
+        "target": found.options.target if found.options else None,
+        "instruction_sets": _compiled_for(found),
     }
+
+
+def _compiled_for(found: Installed) -> str:
+    """The instruction sets of the one processor that an engine was compiled for; "" if it was for many."""
+    options = found.options
+    if found.manifest is None or options is None or "-DGGML_NATIVE=OFF" in options.wheel_arguments():
+        return ""
+    return found.manifest["machine"].get("isa", "")
+
+
+def build_problem() -> str:
+    """Why an engine cannot be compiled on this machine; "" if it has the tools."""
+    try:
+        toolchain.find_toolchain()
+    except EngineBuildError as error:
+        return str(error)
+    return ""
 
 
 def _abi_version(found: Installed | None) -> tuple[int | None, str | None]:

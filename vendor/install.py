@@ -17,9 +17,10 @@ from mobile_gguf.files import paths
 from . import failures, process
 from .build import MARKER
 from .progress import Progress, ReportProgress, ignore
-from .recipe import EngineOptions
+from .recipe import EngineOptions, Recipe
 
 DISTRIBUTION = "llama-cpp-python"
+LIBRARIES = ("libllama.so", "libllama.dylib", "llama.dll", "libllama.dll")  # the last one is mingw's
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,25 @@ class Installed:
         if self.manifest is None:
             return None
         options = self.manifest["options"]
-        return EngineOptions(tuple(options["backends"]), tuple(options["cmake_args"]))
+        target = options.get("target", "")
+        return EngineOptions(tuple(options["backends"]), tuple(options["cmake_args"]), target)
+
+    def is_made_from(self, recipe: Recipe) -> bool:
+        """Whether it is what ``recipe`` builds.
+
+        An engine for any processor was compiled elsewhere: its source decides, not this machine's compiler.
+        """
+        if self.manifest is None:
+            return False
+        if not (self.options and self.options.target):
+            return self.key == recipe.key
+        wanted = recipe.manifest()
+        return all(self.manifest.get(name) == wanted[name] for name in ("pin", "patches", "sources"))
 
     @property
     def library(self) -> Path | None:
         """Path of libllama."""
-        names = ("libllama.so", "libllama.dylib", "llama.dll", "libllama.dll")
-        return next((path for name in names if (path := self.directory / "lib" / name).exists()), None)
+        return next((path for name in LIBRARIES if (path := self.directory / "lib" / name).exists()), None)
 
 
 def installed_engine() -> Installed | None:

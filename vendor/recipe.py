@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from . import patchset, toolchain
+from . import patchset, portable, toolchain
 from .pin import Pin
 
 BACKENDS = {"cpu": "", "cuda": "GGML_CUDA", "vulkan": "GGML_VULKAN", "hip": "GGML_HIP", "metal": "GGML_METAL"}
@@ -45,6 +45,7 @@ class EngineOptions:
 
     backends: tuple[str, ...] = ()
     cmake_args: tuple[str, ...] = ()
+    target: str = ""  # one of portable.TARGETS: for any processor of it; "": for this machine's
 
     @classmethod
     def create(
@@ -70,7 +71,8 @@ class EngineOptions:
 
     def wheel_arguments(self) -> list[str]:
         """CMake arguments of the patched wheel; the user's come last, where they win."""
-        return [*_COMMON, *_WHEEL_ONLY, *self._backend_arguments(), *self.cmake_args]
+        portably = portable.cmake_arguments(self.target) if self.target else []
+        return [*_COMMON, *_WHEEL_ONLY, *portably, *self._backend_arguments(), *self.cmake_args]
 
     def stock_arguments(self) -> list[str]:
         """CMake arguments of the unpatched library: the same compile options."""
@@ -114,6 +116,7 @@ class Recipe:
         """The recipe for this machine, from the patch set in ``patches`` (default: the package's own)."""
         directory = patches or patchset.patches_dir()
         series = patchset.read_series(directory)
+        target = options.target
         return cls(
             pin=pin,
             options=options,
@@ -121,9 +124,13 @@ class Recipe:
             sources=tuple(
                 (name, _file_digest(path)) for name, path in patchset.read_sources(directory).items()
             ),
-            compiler=toolchain.compiler_version(environ),
-            machine=tuple(sorted(toolchain.machine_id().items())),
-            environment=tuple((name, environ[name]) for name in _COMPILER_VARIABLES if environ.get(name)),
+            compiler=portable.compiler_version() if target else toolchain.compiler_version(environ),
+            machine=(("target", target),) if target else tuple(sorted(toolchain.machine_id().items())),
+            environment=tuple(
+                (name, environ[name])
+                for name in _COMPILER_VARIABLES
+                if environ.get(name) and not (target and name in portable.SET_VARIABLES)
+            ),
             fixes=tuple((patch.name, patch.sha256) for patch in series if patch.is_fix),
         )
 
@@ -167,7 +174,11 @@ class Recipe:
             "version": self.pin.engine_version,
             "pin": asdict(self.pin),
             "backends": self.options.all_backends,
-            "options": {"backends": list(self.options.backends), "cmake_args": list(self.options.cmake_args)},
+            "options": {
+                "backends": list(self.options.backends),
+                "cmake_args": list(self.options.cmake_args),
+                "target": self.options.target,
+            },
             "patches": [{"name": name, "sha256": digest} for name, digest in self.patches],
             "sources": [{"name": name, "sha256": digest} for name, digest in self.sources],
             "compiler": self.compiler,

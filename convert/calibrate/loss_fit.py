@@ -13,60 +13,100 @@ from mobile_gguf.generate.loss_model import MOST, LossModel
 from mobile_gguf.generate.pricing import COLUMNS, Priced
 
 Floats = npt.NDArray[np.float64]
-KL, MOVED, SPREAD, STEP_KL, BEFORE = (
-    COLUMNS.index(name) for name in ("kl", "moved", "spread", "step_kl", "before")
+KL, MOVED, SPREAD, STEP_KL, HISTORY_KL = (
+    COLUMNS.index(name) for name in ("kl", "moved", "spread", "step_kl", "history_kl")
 )
-_HISTORIES = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
 _POWERS = (0.25, 2.5)  # what is believed of a power
+# ... and of what history adds to a token that loses something itself. It was measured from .4 to .8 in single
+# blocks; that the two take something back of each other is not counted on, since the budget is to be kept.
+_BESIDE = (1.0, 1.5)
 _LEAST_DEVIATION = 0.05  # between texts; fewer blocks than it takes show nothing smaller
 _MIN_POSITIONS = 32
+_HALVINGS = 30
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """The model, and of each budget and rung the factors of the whole and of a token's own part."""
+    """The model, and of each budget and rung the factor of what its tokens lose."""
 
     model: LossModel
-    factors: dict[tuple[float, str], tuple[float, float]]
+    factors: dict[tuple[float, str], float]
 
 
 def fit_loss_model(
-    priced: Mapping[tuple[float, str], Priced], audited: Mapping[str, Priced], middle: float
+    priced: Mapping[tuple[float, str], Priced], audited: Mapping[str, Priced], middle: float, n_prompt: int
 ) -> Fitted | None:
     """Fit to the positions of rungs at all budgets, and of those that were audited at one; None: too few.
 
-    Powers by Poisson regression, which gets means right however heavy the tails are; each rung at each budget
-    has a factor of its own. What an audit sees is taken to be the same part of the whole at all budgets.
+    Every block begins with ``n_prompt`` tokens that lost nothing. Powers by Poisson regression, which gets
+    means right however heavy the tails are, of both parts of what audits measured. Each rung at each budget
+    has a factor of its own, under which all its tokens' KL is what it was.
     """
-    rows = {key: _lost(one) for key, one in priced.items()}
-    steps = {name: _audited(one) for name, one in audited.items()}
-    n_lost, n_steps = (sum(map(len, of.values())) for of in (rows, steps))
-    if min(n_lost, n_steps) < _MIN_POSITIONS or sum(of[:, KL].sum() for of in rows.values()) <= 0:
+    steps = {name: _audited(_every(one)) for name, one in audited.items()}
+    all_steps = np.concatenate([_NOTHING, *steps.values()])
+    if len(all_steps) < _MIN_POSITIONS or not min(all_steps[:, [STEP_KL, HISTORY_KL]].sum(0)) > 0:
         return None
-    history, (spread_power, moved_power) = _history(list(rows.values()))
-    step_powers = _powers([(of[:, STEP_KL], of[:, SPREAD], of[:, MOVED]) for of in steps.values()])[0]
-    model = LossModel(
-        spread_power=spread_power, moved_power=moved_power, history=history,
-        step_spread_power=step_powers[0], step_moved_power=step_powers[1],
-    )  # fmt: skip
-    whole = {key: _ratio(_every(one)[:, KL], foreseen(model, _every(one))) for key, one in priced.items()}
-    own = {name: _own_ratio(model, one) for name, one in audited.items()}
-    scale, step_scale = _mean(whole.values()), _mean(own.values())
-    factors = {}
-    for (share, name), ratio in whole.items():
-        there, here = whole.get((middle, name), 0.0), own.get(name, 0.0)
-        if min(ratio, there, here) > 0:
-            factors[share, name] = ratio / scale, here / step_scale * ratio / there
-    model = replace(model, scale=scale, step_scale=step_scale)
-    token = _token_deviation(model, priced, factors)
+    powers = _powers([(of[:, STEP_KL], of[:, SPREAD], of[:, MOVED]) for of in steps.values()])
+    model = LossModel(own_spread_power=powers[0], own_moved_power=powers[1])
+    model = _with_history(model, audited, steps, n_prompt)
+    found = {key: _factor(model, one, n_prompt) for key, one in priced.items()}
+    factors = {key: factor for key, factor in found.items() if factor > 0}
+    if not factors:
+        return None
+    model = replace(model, own_scale=_mean(factors.values()))
+    factors = {key: factor / model.own_scale for key, factor in factors.items()}
+    rungs = [(priced[key], _of_rung(model, factor)) for key, factor in factors.items()]
+    blocks = [
+        (one.positions, np.split(foreseen(of, one, n_prompt), _ends(one))) for one, of in rungs
+    ]  # fmt: skip
+    token = _token_deviation(blocks)
+    mean, deviation = _audits(model, steps)
     return Fitted(
         replace(
             model,
             token_deviation=token,
-            text_deviation=_text_deviation(model, priced, token),
-            audit_deviation=_audit_deviation(model, audited, factors, middle),
+            text_deviation=_text_deviation(blocks, token),
+            audit_mean=mean,
+            audit_deviation=deviation,
         ),
         factors,
+    )
+
+
+_NOTHING = np.empty((0, len(COLUMNS)))
+
+
+def _with_history(
+    model: LossModel, audited: Mapping[str, Priced], steps: Mapping[str, Floats], n_prompt: int
+) -> LossModel:
+    """The model with what it foresees of tokens because of those before them, of all rungs alike.
+
+    Under one rung tokens have much the same before them: what that does shows between rungs.
+    """
+    found, added, alone = [np.empty((0, 3))], 0.0, 0.0
+    for name, one in audited.items():
+        rows = steps[name]
+        forecast = foreseen_own(model, rows).sum()
+        own = rows[:, STEP_KL].sum()
+        if min(own, forecast) <= 0:
+            continue
+        # each rung says as much, however much it costs
+        added += float((rows[:, KL] - rows[:, STEP_KL]).sum() / own)
+        alone += float(rows[:, HISTORY_KL].sum() / own)
+        before = lost_before(_of_rung(model, own / forecast), one, n_prompt)
+        every = _every(one)
+        good = (before > 0) & (every[:, SPREAD] > 0) & ~np.isnan(every[:, HISTORY_KL])
+        found.append(np.stack([every[good, HISTORY_KL], every[good, SPREAD], before[good]], axis=1))
+    kl, spread, before = np.concatenate(found).T
+    if len(kl) < _MIN_POSITIONS or kl.sum() <= 0 or alone <= 0:
+        return replace(model, history_scale=0.0)
+    of_spread, of_before = _powers([(kl, spread, before)])
+    return replace(
+        model,
+        history_scale=float(kl.sum() / (spread**of_spread * before**of_before).sum()),
+        history_spread_power=of_spread,
+        history_power=of_before,
+        history_beside=float(np.clip(added / alone, *_BESIDE)),
     )
 
 
@@ -74,38 +114,58 @@ def _every(priced: Priced) -> Floats:
     return np.concatenate(priced.positions)
 
 
-def _lost(priced: Priced) -> Floats:
-    rows = _every(priced)
-    return rows[(rows[:, MOVED] > 0) & (rows[:, SPREAD] > 0)]
+def _ends(priced: Priced) -> npt.NDArray[np.int_]:
+    """Where in all positions blocks end, but for the last."""
+    return np.cumsum([len(rows) for rows in priced.positions])[:-1]
 
 
-def _audited(priced: Priced) -> Floats:
-    rows = _lost(priced)
-    return rows[~np.isnan(rows[:, STEP_KL])]
+def _audited(rows: Floats) -> Floats:
+    """The positions that moved something and were run exactly as well."""
+    return rows[(rows[:, MOVED] > 0) & (rows[:, SPREAD] > 0) & ~np.isnan(rows[:, STEP_KL])]
 
 
-def foreseen(model: LossModel, rows: Floats) -> Floats:
-    """``LossModel.whole`` of every position, of a rung whose factor is 1."""
-    return np.array([model.whole("", row[SPREAD], row[MOVED], row[BEFORE]) for row in rows])
+def _of_rung(model: LossModel, factor: float) -> LossModel:
+    """The model of a rung with that factor."""
+    return replace(model, own_scale=model.own_scale * factor)
 
 
 def foreseen_own(model: LossModel, rows: Floats) -> Floats:
-    """``LossModel.own`` of every position, likewise."""
+    """``LossModel.own`` of every position."""
     return np.array([model.own("", row[SPREAD], row[MOVED]) for row in rows])
 
 
-def _history(groups: Sequence[Floats]) -> tuple[float, tuple[float, float]]:
+def lost_before(model: LossModel, priced: Priced, n_prompt: int) -> Floats:
+    """What the tokens before every position have lost on average; one that was run exactly has not."""
     found = []
-    for history in _HISTORIES:
-        rows = [(of[:, KL], of[:, SPREAD], of[:, MOVED] + history * of[:, BEFORE]) for of in groups]
-        powers, deviance = _powers(rows)
-        found.append((deviance, history, powers))
-    _least, history, powers = min(found)
-    return history, powers
+    for rows in priced.positions:
+        lost = np.array([model.lost("", row[MOVED]) for row in rows]) * np.isnan(rows[:, STEP_KL])
+        found.append((np.cumsum(lost) - lost) / (n_prompt + np.arange(len(rows))))
+    return np.concatenate(found)
 
 
-def _powers(groups: Sequence[tuple[Floats, Floats, Floats]]) -> tuple[tuple[float, float], float]:
-    """The powers of spread and of what was lost, and the deviance, of (KL, spread, lost) of each group."""
+def foreseen(model: LossModel, priced: Priced, n_prompt: int) -> Floats:
+    """``LossModel.whole`` of every position."""
+    before = lost_before(model, priced, n_prompt)
+    rows = zip(_every(priced), before, strict=True)
+    return np.array([model.whole("", row[SPREAD], row[MOVED], lost) for row, lost in rows])
+
+
+def _factor(model: LossModel, priced: Priced, n_prompt: int) -> float:
+    """Under which all of a rung's KL is what it was; 0: nothing was lost or moved."""
+    rows = _every(priced)
+    kl, own = float(rows[:, KL].sum()), float(foreseen_own(model, rows).sum())
+    if kl <= 0 or own <= 0:
+        return 0.0
+    low, high = 0.0, kl / own
+    for _ in range(_HALVINGS):
+        factor = (low + high) / 2
+        is_low = foreseen(_of_rung(model, factor), priced, n_prompt).sum() < kl
+        low, high = (factor, high) if is_low else (low, factor)
+    return high
+
+
+def _powers(groups: Sequence[tuple[Floats, Floats, Floats]]) -> tuple[float, float]:
+    """The powers of spread and of what was lost, of (KL, spread, lost) of each group."""
     from sklearn.linear_model import PoissonRegressor
 
     groups = [of for of in groups if len(of[0])]
@@ -113,25 +173,13 @@ def _powers(groups: Sequence[tuple[Floats, Floats, Floats]]) -> tuple[tuple[floa
     x = np.log(np.stack([np.concatenate([of[i] for of in groups]) for i in (1, 2)], axis=1))
     x -= x.mean(0)
     of_group = np.repeat(np.eye(len(groups)), [len(of[0]) for of in groups], axis=0)
-    y = kl / kl.mean()
-    fit = PoissonRegressor(alpha=1e-5, max_iter=3000).fit(np.hstack([x, of_group]), y)
-    mean = fit.predict(np.hstack([x, of_group]))
+    fit = PoissonRegressor(alpha=1e-5, max_iter=3000).fit(np.hstack([x, of_group]), kl / kl.mean())
     powers = np.clip(fit.coef_[:2], *_POWERS)
-    return (float(powers[0]), float(powers[1])), float((mean - y * np.log(mean)).mean())
+    return float(powers[0]), float(powers[1])
 
 
 def _ratio(kl: Floats, forecast: Floats) -> float:
     return float(kl.sum() / forecast.sum()) if forecast.sum() > 0 else 0.0
-
-
-def _own_ratio(model: LossModel, priced: Priced) -> float:
-    """The factor under which audits, drawn by forecast and cut at MOST times it, are 1 on average."""
-    rows = _audited(priced)
-    kl, forecast = rows[:, STEP_KL], foreseen_own(model, rows)
-    factor = _ratio(kl, forecast)
-    for _ in range(20):
-        factor = _ratio(np.minimum(kl, MOST * factor * forecast), forecast)
-    return factor
 
 
 def _mean(values: Iterable[float]) -> float:
@@ -140,45 +188,41 @@ def _mean(values: Iterable[float]) -> float:
     return math.exp(sum(good) / len(good)) if good else 1.0
 
 
-def _token_deviation(
-    model: LossModel,
-    priced: Mapping[tuple[float, str], Priced],
-    factors: Mapping[tuple[float, str], tuple[float, float]],
-) -> float:
+def _token_deviation(blocks: Sequence[tuple[Sequence[Floats], Sequence[Floats]]]) -> float:
+    """Of single tokens, of positions and forecasts by rung and block."""
     found = []
-    for key, (factor, _own) in factors.items():
-        rows = _every(priced[key])
-        errors = rows[:, KL] - factor * foreseen(model, rows)
-        found.append(float(np.sqrt((errors**2).mean()) / rows[:, KL].mean()))
-    return float(np.median(found)) if found else LossModel.token_deviation
+    for positions, forecasts in blocks:
+        kl, forecast = np.concatenate(positions)[:, KL], np.concatenate(forecasts)
+        found.append(float(np.sqrt(((kl - forecast) ** 2).mean()) / kl.mean()))
+    return float(np.median(found))
 
 
-def _text_deviation(model: LossModel, priced: Mapping[tuple[float, str], Priced], token: float) -> float:
+def _text_deviation(blocks: Sequence[tuple[Sequence[Floats], Sequence[Floats]]], token: float) -> float:
     """How far means of blocks are from what is foreseen of them, beyond the noise of so few tokens."""
     found = []
-    for one in priced.values():
-        ratios = np.array([_ratio(rows[:, KL], foreseen(model, rows)) for rows in one.positions])
+    for positions, forecasts in blocks:
+        ratios = np.array(
+            [_ratio(rows[:, KL], forecast) for rows, forecast in zip(positions, forecasts, strict=True)]
+        )
         if len(ratios) > 1 and (ratios > 0).all():
-            noise = token**2 / np.mean([len(rows) for rows in one.positions])
+            noise = token**2 / np.mean([len(rows) for rows in positions])
             found.append((ratios / ratios.mean()).var(ddof=1) - noise)
     least = _LEAST_DEVIATION
     return max(least, math.sqrt(max(0.0, float(np.mean(found))))) if found else LossModel.text_deviation
 
 
-def _audit_deviation(
-    model: LossModel,
-    audited: Mapping[str, Priced],
-    factors: Mapping[tuple[float, str], tuple[float, float]],
-    middle: float,
-) -> float:
-    """Of an audit's ratio to its forecast, drawn in proportion to the forecast."""
-    total = weight = 0.0
-    for name, one in audited.items():
-        if (middle, name) not in factors:
+def _audits(model: LossModel, steps: Mapping[str, Floats]) -> tuple[float, float]:
+    """Mean and deviation of audits' ratios to their forecasts, drawn in proportion to these and cut at MOST,
+    of rungs whose forecasts are right on average; the deviation relative to the mean."""
+    total = squares = weight = 0.0
+    for rows in steps.values():
+        forecast = foreseen_own(model, rows)
+        if (ratio := _ratio(rows[:, STEP_KL], forecast)) <= 0:
             continue
-        rows = _audited(one)
-        forecast = factors[middle, name][1] * foreseen_own(model, rows)
+        forecast *= ratio
         ratios = np.minimum(rows[:, STEP_KL] / forecast, MOST)
-        total += float((forecast * (ratios - 1) ** 2).sum())
+        total += float((forecast * ratios).sum())
+        squares += float((forecast * ratios**2).sum())
         weight += float(forecast.sum())
-    return max(0.1, math.sqrt(total / weight)) if weight > 0 else LossModel.audit_deviation
+    mean = total / weight
+    return mean, max(0.1, math.sqrt(max(0.0, squares / weight - mean**2)) / mean)

@@ -17,7 +17,7 @@ from mobile_gguf.errors import EngineError, UsageError
 from mobile_gguf.generate.decode import default_little_k
 from mobile_gguf.generate.head import Head
 from mobile_gguf.generate.price_list import Offer, PriceList, hull_of, is_switchable
-from mobile_gguf.generate.pricing import Price, Priced, exact_rows, n_positions, opened, price
+from mobile_gguf.generate.pricing import COLUMNS, Price, Priced, exact_rows, n_positions, opened, price
 from mobile_gguf.generate.rungs import Rung, parse_rung
 from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.progress import Progress
@@ -94,7 +94,7 @@ def price_ladder(
     names = rung_names(info, list(thresholds))
     rungs = [parse_rung(name, info, head, by_share) for name in names]
     shares = [share for share in SHARES if share * all_bytes <= most_bytes] or [most_bytes / all_bytes]
-    series = hashlib.sha256(repr((names, shares, len(blocks), head.bias)).encode()).hexdigest()[:8]
+    series = hashlib.sha256(repr((names, shares, len(blocks), head.bias, COLUMNS)).encode()).hexdigest()[:8]
     work = _Work(info, blocks, head, buddies, threads, checkpoint, series)
     jobs = [(share, rung, 0) for share in shares for rung in rungs]
     middle = shares[len(shares) // 2]
@@ -124,13 +124,14 @@ def price_ladder(
         {(share, name): found[share, name, 0] for share in shares for name in mixed},
         {name: found[middle, name, _AUDIT_EVERY] for name in mixed},
         middle,
+        N_PROMPT,
     )
     if fitted is None:
         return Prices(rows, None, left_out)
-    factors = fitted.factors | {(share, EXACT): (1.0, 1.0) for share in shares}
+    factors = fitted.factors | {(share, EXACT): 1.0 for share in shares}
     offers = {
         share: [
-            Offer(row.rung, row.kl, row.demand_bytes, *factors[share, row.rung])
+            Offer(row.rung, row.kl, row.demand_bytes, factors[share, row.rung])
             for row in of_share
             if (share, row.rung) in factors
         ]

@@ -70,6 +70,11 @@ class Job(Generic[Item]):
         """Whether the job should end: the ``should_stop`` of the answers that it makes."""
         return self._cancelled.is_set()
 
+    @property
+    def place(self) -> int:
+        """The place in the queue, 1 for the next whose turn it is; 0 once it has had its turn, or left."""
+        return self._worker.place_of(self)
+
     def __aiter__(self) -> Job[Item]:
         return self
 
@@ -178,6 +183,11 @@ class Worker:
                 return
             self._jobs.remove(job)
         job.fail(ModelBusyError("the request was cancelled while it waited"))
+
+    def place_of(self, job: Job[Any]) -> int:
+        """``Job.place``."""
+        with self._changed:
+            return self._jobs.index(job) + 1 if job in self._jobs else 0
 
     def why_cut(self) -> str:
         """What is to be said of a running job that was cancelled."""

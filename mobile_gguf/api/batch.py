@@ -49,13 +49,18 @@ class BatchItem:
 
 @dataclass(frozen=True)
 class BatchStatus:
-    """How far a run is; ``n_before`` of the lines done were there already, ``n_tokens`` are this run's."""
+    """How far a run is; ``n_before`` of the lines done were there already, ``n_tokens`` are this run's.
+
+    With drafts a decode of several tokens was to take ``predicted_ms`` on average, and took ``measured_ms``.
+    """
 
     n_lines: int
     n_before: int
     n_done: int
     n_failed: int
     n_tokens: int
+    predicted_ms: float | None = None
+    measured_ms: float | None = None
 
 
 def read_items(lines: Iterable[bytes], options: Mapping[str, Any], system: str | None) -> list[BatchItem]:
@@ -204,8 +209,15 @@ class _Run:
         self._error: BaseException | None = None
 
     def _status(self) -> BatchStatus:
+        predicted, measured = self._model.crew.iteration_ms or (None, None)
         return BatchStatus(
-            len(self._items), self._output.n_before, self._n_done, self._n_failed, self._n_tokens
+            len(self._items),
+            self._output.n_before,
+            self._n_done,
+            self._n_failed,
+            self._n_tokens,
+            predicted,
+            measured,
         )
 
     def all(self) -> BatchStatus:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mobile_gguf.errors import PromptTooLongError
+from mobile_gguf.generate.form.form import Form
 from mobile_gguf.options.words import TRIM
 
 Message = dict[str, Any]
@@ -27,11 +28,13 @@ _FIXED_ROLES = ("system", "developer")
 
 
 class ChatPrompt(list[int]):
-    """The tokens of a chat, and how many of its oldest turns were left out for want of context."""
+    """The tokens of a chat, how many of its oldest turns were left out for want of context, and in what form
+    its answer is, where that is known."""
 
     def __init__(self, tokens: Sequence[int], turns_left_out: int = 0) -> None:
         super().__init__(tokens)
         self.turns_left_out = turns_left_out
+        self.form: Form | None = getattr(tokens, "form", None)  # of a Prompt
 
 
 def of_a_chat(options: Mapping[str, Any]) -> dict[str, Any]:

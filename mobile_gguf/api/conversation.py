@@ -35,18 +35,20 @@ class Conversation:
         """
         as_messages(text)
         self.turns.append({"role": "user", "content": text})
-        answer = ""
+        said = {"role": "assistant", "content": ""}
         try:
             for chunk in model.stream_chat(self.messages, **of_a_chat(options)):
-                answer += chunk.text
+                said["content"] += chunk.text
+                if chunk.reasoning:  # the template says whether it is of use later
+                    said["reasoning_content"] = said.get("reasoning_content", "") + chunk.reasoning
                 yield chunk
         except Exception:
             self.turns.pop()
             raise
         except BaseException:  # Ctrl-C, or the consumer had enough
-            self.turns.append({"role": "assistant", "content": answer})
+            self.turns.append(said)
             raise
-        self.turns.append({"role": "assistant", "content": answer})
+        self.turns.append(said)
 
     def clear(self) -> None:
         """Forget the turns; the system message stays."""

@@ -32,6 +32,7 @@ from mobile_gguf.options.words import AUTO_PARALLEL, AUTO_UBATCH, OFF, ON, RAM
 from mobile_gguf.plan.split_file import split_plan_for
 from mobile_gguf.progress import Progress
 
+from .block import block_to_load
 from .session_cache import sessions_of
 
 if TYPE_CHECKING:
@@ -88,7 +89,12 @@ def open_backend(
         asked = with_settled_context(
             info, asked, memory, devices, lambda one: with_buffers(engine, info, one, keep_on)
         )
-    fit = fit_model(info, asked, memory, devices) if engine is not None else None
+    settled = asked
+    planned, why_no_mtp = block_to_load(
+        info, options, engine, devices, lambda one: fit_model(one, settled, memory), keep_on
+    )
+    more["mtp"] = planned.runs_mtp
+    fit = fit_model(planned, asked, memory, devices) if engine is not None else None
     if fit is not None and fit.devices and not asked.insists:
         try:
             llama, remarks = _open(info, options, fit.asked, engine, fit, more)
@@ -97,10 +103,10 @@ def open_backend(
             notices.append(f"the model stays on the host: {error}")
             fit = fit_model(info, asked, memory)
         else:
-            llama.fit = fit
+            llama.fit, llama.why_no_mtp = fit, why_no_mtp
             return llama, notices + remarks
     llama, remarks = _open(info, options, asked if fit is None else fit.asked, engine, fit, more)
-    llama.fit = fit
+    llama.fit, llama.why_no_mtp = fit, why_no_mtp
     return llama, notices + remarks
 
 
@@ -222,6 +228,7 @@ def _construct(
                 use_mmap=use_mmap,
                 n_sequences=asked.sequences.n,
                 in_turn=asked.sequences.is_apart,
+                is_deterministic=options.deterministic,
                 grows=options.parallel == AUTO_PARALLEL,
                 sessions=sessions_of(info, options, asked, [one.name for one in more.get("devices", ())]),
                 keep_loading=watch,

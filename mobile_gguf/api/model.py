@@ -238,6 +238,7 @@ class Model:
         should_stop: ShouldStop = None,
         on_prompt: OnPrompt = None,
         on_logits: OnLogits = None,
+        prediction: str | None = None,
         **options: Any,
     ) -> Generator[Chunk, None, None]:
         """Continue ``prompt``, text or token ids, yielding a Chunk per token.
@@ -246,11 +247,14 @@ class Model:
         before every token and, while a prompt is computed, after every operation. ``on_prompt`` is called
         with the prompt's tokens done and to do, as they are computed. ``on_logits`` is called with the place
         of every prompt token and the logits [n_vocab] after it, which are good until it returns: no part of
-        the prompt is taken from the context then. Raises UsageError, ModelBusyError,
-        GrammarError, ExpertReadError, EngineError; a failed answer leaves the Model usable.
+        the prompt is taken from the context then. ``prediction`` is text that much of the answer may be, such
+        as a file that is to be edited: with ``speculate`` it is drafted from. Raises UsageError,
+        ModelBusyError, GrammarError, ExpertReadError, EngineError; a failed answer leaves the Model usable.
         """
         settings = make_options(GenerateOptions, options, self.defaults)
-        return self._stream(self._answer(self._prompt(prompt), settings, should_stop, on_prompt, on_logits))
+        return self._stream(
+            self._answer(self._prompt(prompt), settings, should_stop, on_prompt, on_logits, prediction)
+        )
 
     @takes(GenerateOptions)
     @speaks_python
@@ -262,6 +266,7 @@ class Model:
         should_stop: ShouldStop = None,
         on_prompt: OnPrompt = None,
         on_logits: OnLogits = None,
+        prediction: str | None = None,
         **options: Any,
     ) -> Reply:
         """Continue ``prompt`` and return the whole Reply; raises as ``stream`` does, the error with the Reply
@@ -271,7 +276,7 @@ class Model:
         ``finish_reason`` ``interrupted``.
         """
         settings = make_options(GenerateOptions, options, self.defaults)
-        answer = self._answer(self._prompt(prompt), settings, should_stop, on_prompt, on_logits)
+        answer = self._answer(self._prompt(prompt), settings, should_stop, on_prompt, on_logits, prediction)
         return self._join(answer, on_chunk)
 
     @speaks_python
@@ -333,12 +338,17 @@ class Model:
         prompt = self._chat(messages, settings, special)
         return self._join(self._answer(prompt, settings, should_stop, on_prompt), on_chunk)
 
+    def _predicted(self, text: str | None) -> list[int]:
+        """The tokens of what an answer may be, as many as the context could have."""
+        return self.tokenize(text, special=False)[: self.n_ctx] if text else []
+
     def _prompt(self, prompt: str | Sequence[int]) -> ChatPrompt:
         return prompt if isinstance(prompt, ChatPrompt) else ChatPrompt(self.prompt_tokens(prompt))
 
     def _chat(self, messages: Messages, options: GenerateOptions, special: bool) -> ChatPrompt:
         trim = options.context_full == TRIM
-        return self.chat_prompt(messages, special=special, trim=trim, max_tokens=options.max_tokens)
+        values = {"enable_thinking": False} if options.reasoning_budget == 0 else {}
+        return self.chat_prompt(messages, special=special, trim=trim, max_tokens=options.max_tokens, **values)
 
     def _answer(
         self,
@@ -347,6 +357,7 @@ class Model:
         should_stop: ShouldStop,
         on_prompt: OnPrompt,
         on_logits: OnLogits = None,
+        prediction: str | None = None,
     ) -> Answer:
         check_callables(should_stop=should_stop, on_prompt=on_prompt, on_logits=on_logits)
         request = make_request(
@@ -360,7 +371,9 @@ class Model:
             should_stop=should_stop,
             on_prompt=on_prompt,
             on_logits=on_logits,
+            prediction=self._predicted(prediction),
             turns_left_out=prompt.turns_left_out,
+            form=prompt.form,
         )
         return Answer(self._require_open(), request, self.info.n_expert_used)
 
@@ -454,7 +467,8 @@ class Model:
         """``chat_tokens``, with ``trim`` without the oldest turns that leave the answer no room.
 
         That room is ``max_tokens``, at most an eighth of the context. What is returned knows how many turns
-        it lacks, and so does the receipt of the answer that ``stream`` makes of it.
+        it lacks, and so does the receipt of the answer that ``stream`` makes of it. It knows the form of its
+        answer as well, where the engine knows the template's: with ``calls`` tools may be called.
         """
         backend = self._require_open()
         if self.info.chat_template is None:
@@ -474,6 +488,11 @@ class Model:
         if not trim:
             return ChatPrompt(render(checked))
         return fit_chat(checked, render, count, self.n_ctx - reserve_for(self.n_ctx, max_tokens))
+
+    @property
+    def has_form(self) -> bool:
+        """Whether prompts of chats know the form of their answers: thoughts apart, calls as the model's."""
+        return self._require_open().has_form
 
     def prepare_constraints(self) -> None:
         """Make now what the first answer under a grammar or a schema needs of the vocabulary, once.

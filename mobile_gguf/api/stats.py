@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mobile_gguf.engine.structs import Counters, DeviceCounters
+from mobile_gguf.engine.structs import RESIDENT, Counters, DeviceCounters
+from mobile_gguf.errors import MobileError
 from mobile_gguf.generate.backend import Backend
 from mobile_gguf.generate.decode import Policy
 from mobile_gguf.memory.split import split_of
 from mobile_gguf.sizes import format_bytes
+
+if TYPE_CHECKING:
+    from .model import Model
 
 _WIDTH = 32  # the longest name, and a gap
 
@@ -38,6 +43,20 @@ def _shown(name: str, value: Any) -> str:
     if isinstance(value, (int, float)) and name.endswith("_us"):
         return f"{value / 1e3:.1f} ms"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def running_facts(model: Model) -> dict[str, Any]:
+    """What may be asked of an open model from any thread: experts in memory, answers in the making."""
+    facts: dict[str, Any] = {}
+    places = model.experts().places()
+    if places is not None:
+        facts = {"resident_experts": int((places.host == RESIDENT).sum()), "experts": int(places.host.size)}
+        if places.device is not None:
+            facts["device_experts"] = int((places.device == RESIDENT).sum())
+    with contextlib.suppress(MobileError):  # it may be closed meanwhile
+        crew = model.crew
+        facts |= {"answers": crew.n_running, "most_answers": crew.most}
+    return facts
 
 
 def model_stats(

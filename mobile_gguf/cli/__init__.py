@@ -18,17 +18,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TextIO
 
+from mobile_gguf.config import VERBS
 from mobile_gguf.errors import EngineError, MobileError, missing_package
 
 from .parser import EXIT_USAGE, PROGRAM, Parser, finish, usage_line
 from .progress import erase
 
-VERBS = (
-    *("run", "chat", "serve", "plan"),
-    *("pull", "list", "show", "rm", "sessions"),
-    *("convert", "verify", "calibrate"),
-    *("bench", "engine", "config", "help"),
-)
 EXIT_FAILURE, EXIT_INTERRUPTED = 1, 130
 
 _EXAMPLES = """examples:
@@ -40,8 +35,8 @@ _EXAMPLES = """examples:
 """
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The whole command line."""
+def make_parser(verbs: Sequence[str] = VERBS) -> argparse.ArgumentParser:
+    """The whole command line, or that of some verbs alone: only their modules are imported."""
     parser = Parser(
         prog=PROGRAM,
         description="Run Mixture-of-Experts models that do not fit, under a memory budget.",
@@ -51,7 +46,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("-V", "--version", action="version", version=f"{PROGRAM} {_version()}")
     subparsers = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs")
-    for verb in VERBS:
+    for verb in verbs:
         importlib.import_module(f"{__name__}.{verb}").register(subparsers)
     finish(subparsers)
     return parser
@@ -81,8 +76,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     errors, args = sys.stderr, argparse.Namespace()
     with _Notes(errors):
         try:
-            parser = make_parser()
-            args = parse(parser, argv)
+            words = [*(sys.argv[1:] if argv is None else argv)]  # `list` is a verb here
+            parser = make_parser((words[0],) if words and words[0] in VERBS else VERBS)
+            args = parse(parser, words)
             if args.verb is None:
                 if not (sys.stdin and sys.stdin.isatty() and sys.stdout and sys.stdout.isatty()):
                     parser.print_help(sys.stderr)

@@ -125,7 +125,11 @@ class _Shown:
         seconds = time.monotonic() - self._started
         failed = f", {last.n_failed} failed" if last.n_failed else ""
         speed = f"{last.n_tokens} tokens in {format_duration(seconds)}"
-        return f"{last.n_done} lines{failed} | {speed} | {last.n_tokens / max(seconds, 1e-9):.1f} tokens/s"
+        passes = ""
+        if last.predicted_ms is not None:
+            passes = f" | {last.measured_ms:.0f} ms an iteration, {last.predicted_ms:.0f} foreseen"
+        rate = f"{last.n_tokens / max(seconds, 1e-9):.1f} tokens/s"
+        return f"{last.n_done} lines{failed} | {speed} | {rate}{passes}"
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -71,6 +71,13 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         type=Path,
         help="only write the model that follows the trace to FILE, and print its prompt: any engine runs it",
     )
+    add(
+        "--right",
+        metavar="SHARE",
+        type=float,
+        default=1.0,
+        help="of a model that is written: how often the likeliest token is the trace's next (default: 1)",
+    )
     add("--eviction", metavar="LIST", default=DEFAULT_EVICTION, help="eviction policies of the engine")
     add("--size", metavar="SIZE", default="4GiB", help="expert bytes of the model")
     add(
@@ -162,8 +169,10 @@ def _write_model(args: argparse.Namespace) -> int:
     from mobile_gguf.bench.synthetic import trace_at
     from mobile_gguf.bench.text import prompt_text
 
+    if not 0 <= args.right <= 1:
+        raise UsageError(f"--right {args.right:g} is no share: give a number from 0 to 1")
     trace = trace_at(_only_trace(args))
-    shape = scale_model(trace, absolute_bytes(args.size, "--size"))
+    shape = scale_model(trace, absolute_bytes(args.size, "--size"), args.right)
     _narrate(f"writing {args.write_model}: {describe_model(shape)}")
     write_model(args.write_model, trace, shape, replace=True)
     _narrate(

@@ -16,7 +16,8 @@ from mobile_gguf.options import LoadOptions
 from mobile_gguf.options.words import RAM
 from mobile_gguf.sizes import AUTO, Size, parse_text
 
-from .common import MODEL_HELP, narrate
+from .chosen import MODEL_HELP
+from .common import narrate
 from .progress import TimedProgress
 
 _DESCRIPTION = """Run a model over text with all and with fewer experts, fit the importance head that mode

@@ -7,20 +7,25 @@ import contextlib
 import importlib
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
+from mobile_gguf.api.attached_files import with_files
 from mobile_gguf.api.context import way_out
 from mobile_gguf.api.conversation import Conversation
 from mobile_gguf.api.last_conversation import remember
 from mobile_gguf.api.model import Model
-from mobile_gguf.api.stats import stats_lines
+from mobile_gguf.api.stats import running_facts, stats_lines
 from mobile_gguf.errors import MobileError, PromptTooLongError, UsageError, require_unicode
 from mobile_gguf.files.paths import data_dir
+from mobile_gguf.files.running import CHAT, announced
 from mobile_gguf.flags import given, parse_setting
 from mobile_gguf.generate.answer import Chunk
-from mobile_gguf.options import GenerateOptions, LoadOptions, declared
+from mobile_gguf.options import POLICY_OPTIONS, GenerateOptions, LoadOptions, declared
 
+from .attached import add_attach_arguments, server_of
+from .chosen import settle
 from .common import (
     MORE_CONTEXT,
     add_continue_argument,
@@ -31,10 +36,15 @@ from .common import (
     generate_options,
     go_on,
     load_model,
+    load_options,
     narrate,
     show_answer,
     show_receipt,
 )
+
+if TYPE_CHECKING:
+    from mobile_gguf.remote.connection import Server
+    from mobile_gguf.remote.model import RemoteModel
 
 PROMPT = ">>> "
 # These belong to the model, which refuses at once what it cannot do.
@@ -47,12 +57,13 @@ HELP = """/help               this text
 /system [TEXT]      set the system message; without TEXT show it, `/system none` removes it
 /set [NAME VALUE]   set an option of the answers, as in /set temp 0.2; without a name show them
 /stats              what the model and its expert store did so far
+@FILE               in a question: the file's text in its place; \\@ is the character
 /exit               leave, as does Ctrl-D; Ctrl-C ends an answer"""
 
 
 _DESCRIPTION = """Chat with a model: on a screen with its experts (F1 shows the keys), or line by line with
 --plain, which is also what runs when standard input or output is no terminal. Without MODEL the screen
-lets you pick one. /help lists the commands."""
+lets you pick one. With --attach the model is one that a server has. /help lists the commands."""
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -65,6 +76,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     add_model_arguments(parser, optional=True)
     parser.add_argument("--plain", action="store_true", help="chat line by line, without a screen")
+    add_attach_arguments(parser)
     add_system_argument(parser)
     add_continue_argument(parser)
     parser.set_defaults(func=run)
@@ -72,11 +84,26 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(args: argparse.Namespace) -> int:
     """Run the verb."""
+    settle(args, optional=True)
+    server = server_of(args)
+    if server is not None:
+        _refuse_loading(args)
     if not getattr(args, "plain", False) and _is_terminal():
-        return _run_screen(args)
+        return _run_screen(args, server)
+    if server is not None:
+        return _run_attached(args, server)
     if args.model is None:
         raise UsageError("the plain chat needs a MODEL: give one, as in `mobile-gguf chat demo`")
     return _run_plain(args)
+
+
+def _refuse_loading(args: argparse.Namespace) -> None:
+    """Raise UsageError for flags that only a load follows: a server has loaded its model."""
+    of_answers = {*POLICY_OPTIONS, *declared(GenerateOptions)}
+    for name in given(args, LoadOptions):
+        if name not in of_answers:
+            flag = declared(LoadOptions)[name].flags[-1]
+            raise UsageError(f"{flag} is for loading a model, and the server of --attach has loaded its own")
 
 
 def _is_terminal() -> bool:
@@ -84,38 +111,67 @@ def _is_terminal() -> bool:
     return os.environ.get("TERM") != "dumb" and all(stream and stream.isatty() for stream in streams)
 
 
-def _run_screen(args: argparse.Namespace) -> int:
+def _run_screen(args: argparse.Namespace, server: Server | None) -> int:
     from mobile_gguf.tui import Launch, run_tui
 
     flags = given(args, LoadOptions) | given(args, GenerateOptions)
-    return run_tui(Launch(args.model or "", flags, args.system or "", configured(args), args.goes_on))
+    reference = args.model or (server.url if server is not None else "")
+    found, goes_on = configured(args), args.goes_on or ""
+    return run_tui(Launch(reference, flags, args.system or "", found, goes_on, server))
+
+
+def _run_attached(args: argparse.Namespace, server: Server) -> int:
+    """The plain chat with a server's model."""
+    from mobile_gguf.remote.model import attach
+
+    interactive = sys.stdin.isatty()
+    options = generate_options(args)
+    conversation = conversation_of(args)
+    with attach(server, args.model) as model, _history(interactive) as save_line:
+        if interactive:
+            narrate(f"{model.name} at {server.url}; /help for commands, Ctrl-D to leave")
+        policy = {name: value for name, value in load_options(args).items() if name in POLICY_OPTIONS}
+        if policy:
+            model.configure(**policy)
+        return Repl(model, conversation, options, args.goes_on or "").run(_reader(interactive, save_line))
+
+
+def _reader(interactive: bool, save_line: Callable[[], None]) -> Callable[[], str]:
+    def read_line() -> str:
+        line = input(PROMPT if interactive else "")
+        save_line()
+        return line
+
+    return read_line
 
 
 def _run_plain(args: argparse.Namespace) -> int:
     interactive = sys.stdin.isatty()
     options = generate_options(args)
     conversation = conversation_of(args)
-    with load_model(args) as model, _history(interactive) as save_line:
-
-        def read_line() -> str:
-            line = input(PROMPT if interactive else "")
-            save_line()
-            return line
-
+    with load_model(args) as model, _history(interactive) as save_line, announced(CHAT, _facts_of(model)):
         if interactive:
             narrate(f"{model.info.name} ({model.mode}); /help for commands, Ctrl-D to leave")
             if conversation.turns:
                 narrate(f"going on with {len(conversation.turns)} messages; /clear begins again")
         go_on(model, args.goes_on)
-        repl = Repl(model, conversation, options)
-        return repl.run(read_line)
+        repl = Repl(model, conversation, options, args.goes_on or "")
+        return repl.run(_reader(interactive, save_line))
+
+
+def _facts_of(model: Model) -> Callable[[], dict[str, Any]]:
+    said = {"model": model.info.name or model.path.stem, "since": time.time()}
+    return lambda: said | running_facts(model)
 
 
 class Repl:
     """Reads lines, answers them, obeys commands; one conversation with one model."""
 
-    def __init__(self, model: Model, conversation: Conversation, options: dict[str, Any]) -> None:
+    def __init__(
+        self, model: Model | RemoteModel, conversation: Conversation, options: dict[str, Any], name: str = ""
+    ) -> None:
         self.model = model
+        self.name = name
         self.conversation = conversation
         self.options = options
         self._usual, self._loaded = dict(options), model.options  # what `/set NAME default` goes back to
@@ -159,12 +215,15 @@ class Repl:
         if not line:
             return
         if not line.startswith("/"):
+            line = with_files(line)
             self.last = show_answer(
-                lambda told: self.conversation.ask(self.model, line, on_prompt=told, **self.options),
+                lambda told: self.conversation.ask(
+                    cast("Model", self.model), line, on_prompt=told, **self.options
+                ),
                 sys.stdout,
             )
-            if self.model.sessions is not None:
-                remember(self.conversation)
+            if self.model.sessions is not None or self.name:
+                remember(self.conversation, self.name)
             show_receipt(self.last, way_out=f"/clear begins again, {MORE_CONTEXT}")
             return
         name, _, rest = line.partition(" ")

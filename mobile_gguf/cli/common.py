@@ -10,26 +10,26 @@ from dataclasses import replace
 from typing import Any, TextIO
 
 from mobile_gguf.api.conversation import Conversation
-from mobile_gguf.api.last_conversation import recall
+from mobile_gguf.api.last_conversation import LAST, checked_name, recall
 from mobile_gguf.api.model import Model, load
 from mobile_gguf.api.session_cache import with_sessions
-from mobile_gguf.config import Default, read_defaults, values_of
+from mobile_gguf.config import Default, Preset, read_defaults, values_of
 from mobile_gguf.errors import UsageError
 from mobile_gguf.flags import add_arguments, given, text_argument
 from mobile_gguf.generate.answer import INTERRUPTED, Chunk
 from mobile_gguf.memory.split import split_line
 from mobile_gguf.options import GenerateOptions, LoadOptions, declared
 
+from .chosen import add_chosen_arguments
 from .progress import Progress, PromptProgress
 
 # What to do when the context is full.
 MORE_CONTEXT = "-c makes it larger"
-MODEL_HELP = "a GGUF file, a name from `mobile-gguf list`, hf:org/repo[:quant], or demo"
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
-    """MODEL and the flags of loading and generating; a flag of both belongs to loading."""
-    parser.add_argument("model", metavar="MODEL", nargs="?" if optional else None, help=MODEL_HELP)
+    """MODEL, a preset, and the flags of loading and generating; a flag of both belongs to loading."""
+    add_chosen_arguments(parser, optional=optional)
     add_arguments(parser, LoadOptions)
     add_arguments(parser, GenerateOptions, skip=declared(LoadOptions))
 
@@ -41,27 +41,47 @@ def add_system_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def add_continue_argument(parser: argparse.ArgumentParser) -> None:
-    """The flag of going on with what was said last."""
-    parser.add_argument(
-        "--continue", dest="goes_on", action="store_true", help="go on with the last conversation"
+    """The flag of going on with what was said last, or under a name."""
+    action = parser.add_argument(
+        "--continue",
+        dest="goes_on",
+        nargs="?",
+        const=LAST,
+        metavar="NAME",
+        type=_conversation_name,
+        help="go on with the last conversation; --continue=NAME with that of a name, or begin it",
     )
+    # a model or a prompt that follows is none
+    vars(action)["stands_alone"] = True
+    vars(action)["completes"] = "conversations"
+
+
+def _conversation_name(text: str) -> str:
+    try:
+        return checked_name(text)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def conversation_of(args: argparse.Namespace) -> Conversation:
-    """The last conversation with ``--continue``, else a new one; ``--system`` counts for both.
+    """What ``--continue`` goes on with, else a new one; ``--system`` counts for both.
 
-    Raises UsageError if the last one cannot be read.
+    ``args.goes_on`` is its name afterwards. Raises UsageError if it cannot be read.
     """
-    last = recall() if args.goes_on else None
-    if args.goes_on and last is None:
-        narrate("there is no earlier conversation: this one begins")
-    conversation = last or Conversation()
+    known = None
+    if args.goes_on:
+        asked = args.goes_on
+        known, args.goes_on = recall(asked)
+        if known is None:
+            which = "no earlier conversation" if asked == LAST else f"no conversation {asked}"
+            narrate(f"there is {which}: this one begins")
+    conversation = known or Conversation()
     if args.system is not None:
         conversation.system = args.system
     return conversation
 
 
-def go_on(model: Model, goes_on: bool, least_tokens: int = 0) -> None:
+def go_on(model: Model, goes_on: str | None, least_tokens: int = 0) -> None:
     """Have prompts continue what is on disk only where that was asked for: else each start computes alike.
 
     What is shorter than ``least_tokens`` is not written then.
@@ -72,7 +92,7 @@ def go_on(model: Model, goes_on: bool, least_tokens: int = 0) -> None:
 
 
 def load_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The options of loading that were given by flags, else by the environment or the configuration file."""
+    """The options of loading that were given by flags, else by a preset, the environment or the file."""
     return values_of(configured(args), LoadOptions) | given(args, LoadOptions)
 
 
@@ -84,10 +104,11 @@ def generate_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def configured(args: argparse.Namespace) -> dict[str, Default]:
-    """What the environment and the configuration file say for this verb. Raises UsageError."""
+    """What the preset, the environment and the configuration file say for this verb. Raises UsageError."""
     from . import VERBS
 
-    return read_defaults(args.verb, VERBS)
+    preset: Preset | None = getattr(args, "found_preset", None)
+    return read_defaults(args.verb, VERBS) | (preset.options if preset is not None else {})
 
 
 def load_model(args: argparse.Namespace, *, keeps_sessions: bool = True, **usual: Any) -> Model:
@@ -112,17 +133,25 @@ def show_answer(
     """Write an answer as it comes; returns its last chunk, None if there was none.
 
     ``answer`` begins it, with what is to be told how far its prompt is. Ctrl-C, wherever it strikes, ends the
-    answer and keeps the text.
+    answer and keeps the text. What the model thinks goes to stderr, if somebody is looking there.
     """
     last: Chunk | None = None
-    text = ""
+    text = thought = ""
     with PromptProgress(sys.stderr) as progress:
         chunks = answer(progress)
         try:
             for chunk in chunks:
                 progress.wipe()
                 last = chunk
+                if chunk.reasoning and sys.stderr.isatty():
+                    thought = chunk.reasoning
+                    sys.stderr.write(thought)
+                    sys.stderr.flush()
                 if chunk.text:
+                    if thought:
+                        sys.stderr.write("\n" if thought.endswith("\n") else "\n\n")
+                        sys.stderr.flush()
+                        thought = ""
                     text = chunk.text
                     out.write(text)
                     out.flush()

@@ -7,24 +7,19 @@ import json
 import sys
 from typing import Any
 
-from mobile_gguf.config import PREFIX, config_path, known_options, options_of, read_defaults
+from mobile_gguf.config import PREFIX, config_path, known_options, options_of, read_defaults, read_preset
 from mobile_gguf.options import declared, defaults
 from mobile_gguf.options.opt import as_written
 from mobile_gguf.wording import columns, plain
 
-from .common import MODEL_HELP
+from .chosen import MODEL_HELP
 from .progress import Progress
 
-_DESCRIPTION = f"""Show every option's default and where it comes from. Flags come first, then the
+_DESCRIPTION = f"""Show every option's default and where it comes from. Flags come first, then a preset, the
 environment ({PREFIX}RAM_BUDGET=40%, {PREFIX}TEMPERATURE=0.2), then the file, then what the model's file asks
 for, then what is built in. The file is TOML: `ram_budget = "40%"`, a line for each option; what stands under
 `[serve]` counts for that verb alone."""
 _HIDDEN = "(hidden)"
-_EXAMPLES = f"""examples:
-  mobile-gguf config
-  mobile-gguf config demo --for serve
-  {PREFIX}MODE=little mobile-gguf config --json
-"""
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -35,11 +30,12 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "config",
         help="show the defaults of all options and where they come from",
         description=_DESCRIPTION,
-        epilog=_EXAMPLES,
         allow_abbrev=False,
     )
     parser.add_argument("model", metavar="MODEL", nargs="?", help=f"with what it asks for: {MODEL_HELP}")
     parser.add_argument("--for", dest="verb_for", metavar="VERB", choices=VERBS, default="", help="of a verb")
+    preset = parser.add_argument("--preset", metavar="NAME", help="with what a preset says")
+    vars(preset)["completes"] = "presets"
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(func=run)
 
@@ -49,13 +45,16 @@ def run(args: argparse.Namespace) -> int:
     from . import VERBS
 
     found = read_defaults(args.verb_for, VERBS)
-    asked = {} if args.model is None else _of_model(args.model)
+    preset = read_preset(args.preset, args.verb_for, VERBS) if args.preset is not None else None
+    found |= preset.options if preset is not None else {}
+    model = args.model or (preset.model if preset is not None else None)
+    asked = {} if model is None else _of_model(model)
     rows: list[tuple[str, Any, str]] = []
     for name in known_options(args.verb_for):
         if name in found:
             rows.append((name, _disclosed(name, found[name].value), found[name].source))
         elif name in asked:
-            rows.append((name, asked[name], f"{args.model} asks for it"))
+            rows.append((name, asked[name], f"{model} asks for it"))
         else:
             rows.append((name, defaults(options_of(name))[name], "built in"))
     path = config_path()

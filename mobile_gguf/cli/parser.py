@@ -21,6 +21,8 @@ EXAMPLES = {
     "run": (
         'mobile-gguf run demo "Why is the sky blue?"',
         'mobile-gguf run --continue demo "And at night?"',
+        'mobile-gguf run demo "What is wrong in @notes.txt?"',
+        'mobile-gguf run --preset coder "Write a sort in C"',
         "mobile-gguf run model.gguf -f question.txt --ram-budget 40%",
         "git diff | mobile-gguf run model.gguf -q --system 'Write a commit message'",
         "mobile-gguf run model.gguf --batch in.jsonl --out out.jsonl",
@@ -28,6 +30,7 @@ EXAMPLES = {
     "chat": (
         "mobile-gguf chat",
         "mobile-gguf chat model.gguf --ram-budget 6G",
+        "mobile-gguf chat --attach http://127.0.0.1:8080",
         "mobile-gguf chat --plain demo",
     ),
     "serve": (
@@ -38,7 +41,11 @@ EXAMPLES = {
     "list": ("mobile-gguf list --paths",),
     "show": ("mobile-gguf show demo", "mobile-gguf show hf:ORG/REPO:Q4_K_M --json"),
     "rm": ("mobile-gguf rm hf:ORG/REPO:Q4_K_M", "mobile-gguf rm --yes old-model"),
-    "sessions": ("mobile-gguf sessions", "mobile-gguf sessions rm --yes"),
+    "sessions": (
+        "mobile-gguf sessions",
+        "mobile-gguf sessions export last --out chat.md",
+        "mobile-gguf sessions rm --yes",
+    ),
     "calibrate": (
         "mobile-gguf calibrate model.mobile.gguf",
         "mobile-gguf calibrate model.gguf --text mine.txt --out calibrated.gguf",
@@ -49,9 +56,22 @@ EXAMPLES = {
         "mobile-gguf engine build --backend cuda",
         "mobile-gguf engine info",
     ),
+    "doctor": ("mobile-gguf doctor", "mobile-gguf doctor --json"),
     "config": (
         "mobile-gguf config demo --for serve",
+        "mobile-gguf config --preset coder",
         "MOBILE_GGUF_MODE=little mobile-gguf config --json",
+    ),
+    "ps": ("mobile-gguf ps", "mobile-gguf ps --json"),
+    "stop": ("mobile-gguf stop", "mobile-gguf stop demo"),
+    "embed": (
+        'mobile-gguf embed demo "a text" "another text"',
+        "mobile-gguf embed model.gguf -f lines.txt --format npy --out vectors.npy",
+    ),
+    "completion": (
+        'eval "$(mobile-gguf completion bash)"',
+        "mobile-gguf completion zsh > ~/.zfunc/_mobile-gguf",
+        "mobile-gguf completion fish > ~/.config/fish/completions/mobile-gguf.fish",
     ),
     "help": ("mobile-gguf help run",),
 }
@@ -78,8 +98,9 @@ class Parser(argparse.ArgumentParser):
         end = words.index("--") if "--" in words else len(words)
         made = []
         for at, word in enumerate(words[:end]):
-            bare = vars(self._option_string_actions.get(word, self)).get("bare")
-            follows = words[at + 1].lower() if at + 1 < end else ""
+            known = vars(self._option_string_actions.get(word, self))
+            bare = known["const"] if known.get("stands_alone") else known.get("bare")
+            follows = words[at + 1].lower() if at + 1 < end and not known.get("stands_alone") else ""
             made += [word, bare] if bare and follows not in (ON, OFF, AUTO) else [word]
         return made + words[end:]
 
@@ -125,6 +146,6 @@ def finish(subparsers: argparse._SubParsersAction[Any]) -> None:
 
 def _words(action: argparse.Action) -> list[str]:
     name = str(action.metavar or action.dest)
-    if isinstance(action, argparse._SubParsersAction):
+    if isinstance(action, argparse._SubParsersAction) or vars(action).get("is_needed"):
         return [name]
     return {"?": [f"[{name}]"], "*": [f"[{name} ...]"], "+": [f"{name} [...]"]}.get(str(action.nargs), [name])

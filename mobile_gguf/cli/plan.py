@@ -16,6 +16,7 @@ from mobile_gguf.memory.machine import read_memory
 from mobile_gguf.memory.promise import promised
 from mobile_gguf.options import LoadOptions, make_options
 
+from .chosen import add_chosen_arguments, settle
 from .common import load_options, narrate
 from .progress import Progress
 
@@ -40,7 +41,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         description=_DESCRIPTION,
         allow_abbrev=False,
     )
-    parser.add_argument("model", metavar="MODEL", help="a GGUF file, a name from `mobile-gguf list`, or demo")
+    add_chosen_arguments(parser)
     add_arguments(parser, LoadOptions)
     parser.add_argument("--no-measure", action="store_true", help="use only what was measured before")
     parser.add_argument("--measure", action="store_true", help="measure again what is known")
@@ -57,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
     from mobile_gguf.plan.refusal import plan_fit
     from mobile_gguf.plan.workload import count_weights, read_workload
 
+    settle(args)
     if args.measure and args.no_measure:
         raise UsageError("give --measure or --no-measure, not both")
     options = make_options(LoadOptions, load_options(args))

@@ -10,9 +10,9 @@ from contextlib import closing
 from functools import partial
 from typing import TYPE_CHECKING
 
+from mobile_gguf.api.attached_files import with_files
 from mobile_gguf.api.context import of_a_chat
-from mobile_gguf.api.conversation import Conversation
-from mobile_gguf.api.last_conversation import remember
+from mobile_gguf.api.last_conversation import LAST, remember
 from mobile_gguf.api.model import Model
 from mobile_gguf.errors import UsageError, require_unicode
 from mobile_gguf.flags import read_text_file
@@ -21,6 +21,7 @@ from mobile_gguf.generate.receipt import Receipt
 
 from .batch import add_batch_arguments
 from .batch import run as run_batch
+from .chosen import settle
 from .common import (
     add_continue_argument,
     add_model_arguments,
@@ -41,7 +42,7 @@ _LEAST_TOKENS = 256
 _DESCRIPTION = """Answer a prompt by the model's chat template, or continue it with --raw. The prompt comes
 from the command line, a file (-f) or standard input (also as the word -). Without one, on a terminal, this
 is `mobile-gguf chat`. With --continue it goes on with the last conversation. The answer goes to stdout, its
-receipt to stderr."""
+receipt to stderr. In words of the command line @FILE stands for a file's text, \\@ for the character."""
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -64,8 +65,9 @@ def run(args: argparse.Namespace) -> int:
     """Run the verb."""
     from . import EXIT_INTERRUPTED
 
+    settle(args)
     if args.raw and args.system is not None:
-        raise UsageError("--system has no effect with --raw: put it into the prompt")
+        raise UsageError("--system, or a preset's, has no effect with --raw: put it into the prompt")
     if args.goes_on and (args.raw or args.batch is not None):
         raise UsageError(f"--continue goes on with a chat: leave out {'--raw' if args.raw else '--batch'}")
     if args.batch is not None:
@@ -105,7 +107,8 @@ def run(args: argparse.Namespace) -> int:
             reason = last.finish_reason if last is not None else INTERRUPTED
         if not raw and (model.sessions is not None or args.goes_on):
             said = {"role": "assistant", "content": "".join(answer)}
-            remember(Conversation(conversation.system, [*conversation.turns, messages[-1], said]))
+            conversation.turns += [messages[-1], said]
+            remember(conversation, args.goes_on or LAST)
     return EXIT_INTERRUPTED if reason == INTERRUPTED else 0
 
 
@@ -132,7 +135,7 @@ def read_prompt(args: argparse.Namespace) -> str | None:
             raise UsageError("give a prompt or --file, not both")
         text = read_text_file(args.file)
     elif args.prompt and args.prompt != ["-"]:
-        text = require_unicode("the prompt", " ".join(args.prompt))
+        text = with_files(require_unicode("the prompt", " ".join(args.prompt)))
     elif not args.prompt and not args.json and sys.stdin is not None and sys.stdin.isatty():
         return None
     else:

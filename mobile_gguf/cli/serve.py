@@ -7,18 +7,22 @@ import contextlib
 import ipaddress
 import signal
 import socket
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mobile_gguf.api.embedding import choose_pooling
 from mobile_gguf.api.model import Model
+from mobile_gguf.api.stats import running_facts
 from mobile_gguf.config import PREFIX, Default, values_of
 from mobile_gguf.errors import EngineError, UsageError, install_hint
+from mobile_gguf.files.running import SERVE, announced
 from mobile_gguf.flags import add_arguments, given, read_text_file
 from mobile_gguf.options import ServeOptions, make_options
 from mobile_gguf.options.words import MEAN, RANK
 
+from .chosen import settle
 from .common import add_model_arguments, configured, generate_options, load_model, narrate
 
 # Requests that are answered at once, where nobody says.
@@ -44,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the verb."""
     from . import EXIT_INTERRUPTED
 
+    settle(args)
     found = configured(args)
     flags = given(args, ServeOptions)
     asked = make_options(ServeOptions, values_of(found, ServeOptions) | flags)
@@ -57,14 +62,17 @@ def run(args: argparse.Namespace) -> int:
         ) from None
     local = is_loopback(asked.host)
     options = generate_options(args)
+    seen = _Seen(args.model, asked)
     # before the model is loaded, which may take minutes
     with (
         contextlib.closing(bind(asked.host, asked.port)) as bound,
+        announced(SERVE, seen.facts),
         load_model(args, parallel=_PARALLEL) as model,
     ):
         pooling = embedding_pooling(asked, model)
         stem = Path(args.model).stem
         names = tuple(dict.fromkeys([*asked.alias, stem, args.model, model.path.stem]))
+        seen.names, seen.model = list(names), model
         settings = ServerSettings(
             names=names,
             defaults=options,
@@ -81,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
         )
 
         def announce(url: str) -> None:
+            seen.address = url
             print(url, flush=True)
             narrate(
                 f"{model.info.name} ({model.mode}) as {names[0]}; chat at {url}, API at {url}/v1; "
@@ -101,6 +110,23 @@ def run(args: argparse.Namespace) -> int:
             log_requests=asked.log_requests,
         )
     return EXIT_INTERRUPTED if number == signal.SIGINT else 0
+
+
+class _Seen:
+    """What others see of this server (``mobile-gguf ps``), the model only once it is there."""
+
+    def __init__(self, reference: str, asked: ServeOptions) -> None:
+        self.names = [*asked.alias, reference]
+        self.address = ""
+        self.model: Model | None = None
+        self._grace = asked.grace
+        self._since = time.time()
+
+    def facts(self) -> dict[str, Any]:
+        """As they are now; for any thread."""
+        told = {"model": self.names[0], "names": self.names, "address": self.address or "loading"}
+        told |= {"grace": self._grace, "since": self._since}
+        return told | (running_facts(self.model) if self.model is not None else {})
 
 
 def is_loopback(host: str) -> bool:
@@ -135,24 +161,26 @@ def embedding_pooling(asked: ServeOptions, model: Model) -> str | None:
 
 
 def read_key(flags: Mapping[str, Any], found: Mapping[str, Default]) -> str | None:
-    """The API key, None for none: of the flags, else the environment, else the file.
+    """The API key, None for none: of the flags, else the preset, else the environment, else the file.
 
     Raises UsageError if it is no key.
     """
     given = {name: Default(value, f"--{name.replace('_', '-')}") for name, value in flags.items()}
+    preset = {name: default for name, default in found.items() if default.is_preset}
     environment = {name: default for name, default in found.items() if default.is_environment}
-    for defaults in (given, environment, found):
+    for defaults in (given, preset, environment, found):
         key, file = defaults.get("api_key"), defaults.get("api_key_file")
         if key is not None and file is not None:
             raise UsageError(f"give {key.source} or {file.source}, not both")
         if file is not None:
-            return _checked_key(read_text_file(file.value).strip(), file.value)
+            return checked_key(read_text_file(file.value).strip(), file.value)
         if key is not None:
-            return _checked_key(key.value, key.source)
+            return checked_key(key.value, key.source)
     return None
 
 
-def _checked_key(key: str, where: str) -> str:
+def checked_key(key: str, where: str) -> str:
+    """A key that can be sent. Raises UsageError, with where it is from."""
     if not key or not key.isascii() or not key.isprintable() or " " in key:
         raise UsageError(f"the API key in {where} must be printable ASCII without spaces, and not empty")
     return key

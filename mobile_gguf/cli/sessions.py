@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from mobile_gguf.api.last_conversation import last_conversation_path
+from mobile_gguf.api.last_conversation import conversation_path
 from mobile_gguf.errors import MobileError, UsageError
 from mobile_gguf.files.paths import sessions_dir
 from mobile_gguf.generate.session_files import Saved
@@ -17,10 +18,22 @@ from mobile_gguf.sizes import format_bytes
 from mobile_gguf.wording import columns, format_duration, plain
 
 from .common import confirmed, narrate, require_terminal
+from .sessions_words import (
+    add_export_arguments,
+    add_name_argument,
+    export,
+    known_names,
+    markdown_of,
+    words_of,
+)
 
 _DESCRIPTION = """List what models have computed of conversations and keep on disk, so that a later start goes
-on where they were, or remove it with `sessions rm`: some by their names, or all, and then with them the words
-that --continue goes on with. Saved chats of the screen stay."""
+on where they were, and the conversations whose words `--continue` goes on with. `sessions show` and
+`sessions export` give words, `sessions rm` removes some by their names, or all. Saved chats of the screen
+stay."""
+_SHOW = "Show a conversation's words, or what is known of what a model computed of one."
+_EXPORT = "Write a conversation as Markdown, or with --json as OpenAI's messages."
+_WORD_HEADS = ("CONVERSATION", "MESSAGES", "USED")
 _HEADS = ("NAME", "TOKENS", "SIZE", "USED", "MODEL")
 _SHOWN = 12  # characters of a name
 _DAMAGED = "damaged, or of another version"
@@ -30,15 +43,23 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     """Add the verb."""
     parser = subparsers.add_parser(
         "sessions",
-        help="list or remove conversations kept for a later start",
+        help="list, show, export or remove conversations kept for a later start",
         description=_DESCRIPTION,
         allow_abbrev=False,
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(func=run)
-    verbs = parser.add_subparsers(dest="sessions_verb", metavar="[rm]")
+    verbs = parser.add_subparsers(dest="sessions_verb", metavar="[show|export|rm]")
+    shows = verbs.add_parser("show", help="show one", description=_SHOW, allow_abbrev=False)
+    add_name_argument(shows)
+    shows.add_argument("--json", action="store_true", help="print one JSON object")
+    shows.set_defaults(func=show)
+    exports = verbs.add_parser("export", help="write what was said", description=_EXPORT, allow_abbrev=False)
+    add_export_arguments(exports)
+    exports.set_defaults(func=export)
     rm = verbs.add_parser("rm", help="remove them", description=_DESCRIPTION, allow_abbrev=False)
-    rm.add_argument("names", metavar="NAME", nargs="*", help="those of the list; none: all")
+    names = rm.add_argument("names", metavar="NAME", nargs="*", help="those of the list; none: all")
+    vars(names)["completes"] = "sessions"
     rm.add_argument("-y", "--yes", action="store_true", help="do not ask")
     rm.add_argument("--json", action="store_true", help="print one JSON object")
     rm.set_defaults(func=remove)
@@ -50,11 +71,41 @@ def run(args: argparse.Namespace) -> int:
     total = sum(size for size, _ in entries.values())
     if args.json:
         told = [_facts(path, size, saved) for path, (size, saved) in entries.items()]
-        print(json.dumps({"folder": str(sessions_dir()), "bytes": total, "sessions": told}))
+        words = [{"name": name, **_word_facts(name)} for name in known_names()]
+        folder = str(sessions_dir())
+        print(json.dumps({"folder": folder, "bytes": total, "sessions": told, "conversations": words}))
         return 0
     for line in columns([_HEADS, *_rows(entries)], right=(1, 2)):
         print(line)
+    if names := known_names():
+        print()
+        for line in columns([_WORD_HEADS, *map(_word_row, names)], right=(1,)):
+            print(line)
     narrate(f"{len(entries)} in {sessions_dir()}, {format_bytes(total)}")
+    return 0
+
+
+def show(args: argparse.Namespace) -> int:
+    """Show one: words, or the facts of a state."""
+    if args.name in known_names():
+        conversation = words_of(args.name)
+        if args.json:
+            said = {"name": args.name, **_word_facts(args.name), "messages": conversation.messages}
+            print(json.dumps(said, ensure_ascii=False))
+        else:
+            sys.stdout.write(markdown_of(conversation))
+        return 0
+    entries = _entries(SessionFolder(sessions_dir()))
+    path = _named([args.name], list(entries))[0]
+    facts = _facts(path, *entries[path])
+    if args.json:
+        print(json.dumps(facts))
+        return 0
+    rows = [(name, value) for name, value in facts.items() if name not in ("fits", "bytes", "used_at")]
+    rows[1:1] = [("size", format_bytes(facts["bytes"]))]
+    rows += [(name, value) for name, value in facts.get("fits", {}).items() if name != "model"]
+    for line in columns([(f"{name}:", plain(str(value))) for name, value in rows]):
+        print(line)
     return 0
 
 
@@ -62,25 +113,29 @@ def remove(args: argparse.Namespace) -> int:
     """Remove some or all."""
     folder = SessionFolder(sessions_dir())
     entries = _entries(folder)
-    chosen = _named(args.names, list(entries)) if args.names else list(entries)
-    last = [] if args.names else [path for path in (last_conversation_path(),) if path.exists()]
+    words = [name for name in known_names() if not args.names or name in args.names]
+    states = [name for name in args.names if name not in words]
+    chosen = _named(states, list(entries)) if args.names else list(entries)
+    said = [conversation_path(name) for name in words]
     if not args.yes:
         require_terminal()
         total = format_bytes(sum(entries[path][0] for path in chosen))
-        words = " and the words of the last conversation" if last else ""
-        if not confirmed(f"remove {_count(len(chosen))}, {total}{words}?"):
+        also = f" and the words of {', '.join(words)}" if words else ""
+        if not confirmed(f"remove {_count(len(chosen))}, {total}{also}?"):
             narrate("nothing is removed")
             return 1
     try:
         freed = folder.remove(chosen)
-        for path in last:
+        for path in said:
             path.unlink(missing_ok=True)
     except OSError as error:
         raise MobileError(f"{error.filename or sessions_dir()}: {error.strerror or error}") from None
     if args.json:
-        print(json.dumps({"removed": [path.stem for path in chosen], "freed_bytes": freed}))
+        removed = {"removed": [path.stem for path in chosen], "conversations": words, "freed_bytes": freed}
+        print(json.dumps(removed))
     else:
-        print(f"removed {_count(len(chosen))}: {freed} bytes freed ({format_bytes(freed)})")
+        also = f" and the words of {', '.join(words)}" if words else ""
+        print(f"removed {_count(len(chosen))}{also}: {freed} bytes freed ({format_bytes(freed)})")
     return 0
 
 
@@ -107,6 +162,23 @@ def _named(names: list[str], paths: list[Path]) -> list[Path]:
             raise UsageError(f"{plain(name)}: {problem}; `mobile-gguf sessions` lists them")
         found += meant
     return list(dict.fromkeys(found))
+
+
+def _word_facts(name: str) -> dict[str, Any]:
+    path = conversation_path(name)
+    try:
+        used_at = path.stat().st_mtime
+        return {"message_count": len(words_of(name).turns), "used_at": used_at}
+    except (OSError, UsageError) as error:
+        return {"problem": str(error)}
+
+
+def _word_row(name: str) -> tuple[str, ...]:
+    facts = _word_facts(name)
+    if "problem" in facts:
+        return name, "-", plain(facts["problem"])
+    used = f"{format_duration(max(0.0, time.time() - facts['used_at']))} ago"
+    return name, str(facts["message_count"]), used
 
 
 def _rows(entries: dict[Path, tuple[int, Saved | None]]) -> list[tuple[str, ...]]:

@@ -12,7 +12,8 @@ from mobile_gguf.hub.cache import is_in_cache
 from mobile_gguf.hub.resolve import resolve_model
 from mobile_gguf.options import LoadOptions
 
-from .common import MODEL_HELP, narrate
+from .chosen import MODEL_HELP
+from .common import narrate
 from .progress import Progress
 
 _DESCRIPTION = """\

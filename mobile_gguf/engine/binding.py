@@ -1,4 +1,4 @@
-"""The engine's C API (``patches/src/mobile.h``) as Python calls on llama-cpp-python's library.
+"""The engine's C API (``patches/src/mobile.h``, ``mobile-mtp.h``) as calls on llama-cpp-python's library.
 
 llama-cpp-python loads the library; here the ``mobile_*`` symbols that our build adds are bound to
 it. A stock build has none: ``find_engine`` then returns None, and what needs the engine says how to
@@ -100,6 +100,9 @@ class Engine:
             "set_row_exact": (status, [address, ctypes.c_bool]),
             "set_guessed": (status, [address, ctypes.c_bool]),
             "refuse": (status, [address, address, n]),
+            "mtp_set_states": (status, [address, ctypes.c_bool, ctypes.c_bool]),
+            "mtp_get_states": (status, [address, n, n, address]),
+            "mtp_decode": (status, [address, llama_cpp.llama_batch, n, address]),
             "tokenize": (status, [address, text, n, address, n, ctypes.c_bool, ctypes.c_bool, address]),
             "token_to_piece": (status, [address, n, address, n, ctypes.c_bool, address]),
             "decode": (status, [address, llama_cpp.llama_batch, address]),
@@ -268,7 +271,7 @@ def find_engine() -> Engine | None:
     if version() != ABI_VERSION:
         raise EngineError(
             f"the engine at {path} has ABI version {version()}, this package needs {ABI_VERSION}: "
-            "run `mobile-gguf engine build --force`"
+            "run `mobile-gguf engine build --force`, or install the engine's wheel of this package's release"
         )
     try:
         return Engine(library, path)
@@ -291,7 +294,18 @@ def load_library() -> tuple[Any, str]:
         raise EngineError(f"llama-cpp-python's library does not load ({error}): {BUILD_HINT}") from None
     library = llama_cpp._lib
     let_children_load(library)
+    load_backends(library)
     return library, str(getattr(library, "_name", "the engine library"))
+
+
+def load_backends(library: Any) -> None:
+    """Have ggml choose its backends, once, where they are libraries of their own.
+
+    llama.cpp does it when it is first asked for one; ggml's registry alone would have none.
+    """
+    asks = getattr(library, "llama_supports_rpc", None)
+    if asks is not None and getattr(library, "ggml_backend_cpu_init", None) is None:
+        asks()
 
 
 def bind_function(library: Any, name: str, result: Any, arguments: list[Any]) -> Callable[..., Any]:
@@ -301,6 +315,20 @@ def bind_function(library: Any, name: str, result: Any, arguments: list[Any]) ->
         raise EngineError(f"this engine has no {name}: run `mobile-gguf engine build --force`")
     function.restype, function.argtypes = result, arguments
     return function
+
+
+def bind_backend_function(library: Any, backend: str, name: str, result: Any, arguments: list[Any]) -> Any:
+    """A function of a backend, which may be a library of its own; raises EngineError as ``bind_function``."""
+    if getattr(library, name, None) is not None:
+        return bind_function(library, name, result, arguments)
+    address, text = ctypes.c_void_p, ctypes.c_char_p
+    find = bind_function(library, "ggml_backend_reg_by_name", address, [text])
+    ask = bind_function(library, "ggml_backend_reg_get_proc_address", address, [address, text])
+    registry = find(backend.encode())
+    found = ask(registry, name.encode()) if registry else None
+    if not found:
+        raise EngineError(f"this engine has no {name}: run `mobile-gguf engine build --force`")
+    return ctypes.CFUNCTYPE(result, *arguments)(found)
 
 
 def needs_engine(feature: str) -> EngineError:

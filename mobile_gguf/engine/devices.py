@@ -1,7 +1,7 @@
 """The devices that ggml offers, and how much memory their drivers say is free.
 
-ggml's own registry through llama-cpp-python's library: backends are compiled in, RPC servers are devices once
-they have been added (``rpc.py``).
+ggml's own registry through llama-cpp-python's library: backends are compiled in or were loaded with it, RPC
+servers are devices once they have been added (``rpc.py``).
 """
 
 from __future__ import annotations

@@ -8,6 +8,8 @@ import sys
 from collections import deque
 from typing import Any
 
+from .binding import load_library
+
 # enum ggml_log_level; llama-cpp-python's own names for these numbers are off by one.
 _DEBUG, _ERROR, _CONTINUED = 1, 4, 5
 
@@ -16,7 +18,11 @@ _state: dict[str, Any] = {"verbose": False, "level": 0, "callback": None}
 
 
 def capture_log(verbose: bool = False) -> None:
-    """Take over llama.cpp's log; with ``verbose`` it is also written to stderr, and our own is told more."""
+    """Take over llama.cpp's log; with ``verbose`` it is also written to stderr, and our own is told more.
+
+    Raises EngineError if llama-cpp-python is missing or does not load.
+    """
+    load_library()
     from llama_cpp import llama_cpp
 
     _state["verbose"] = verbose

@@ -17,7 +17,7 @@ from typing import Any
 
 from mobile_gguf.errors import EngineError, UsageError
 
-from .binding import bind_function, load_library, needs_engine
+from .binding import bind_backend_function, bind_function, load_library, needs_engine
 
 DEFAULT_PORT = 50052
 PROTOCOL = (7, 0)  # RPC_PROTO_MAJOR_VERSION, RPC_PROTO_MINOR_VERSION of the pinned ggml-rpc.h
@@ -175,7 +175,7 @@ def _check_timeout() -> None:
 
 def _add_server(library: Any, endpoint: Endpoint) -> Sequence[int]:
     address, size = ctypes.c_void_p, ctypes.c_size_t
-    add = bind_function(library, "ggml_backend_rpc_add_server", address, [ctypes.c_char_p])
+    add = bind_backend_function(library, "RPC", "ggml_backend_rpc_add_server", address, [ctypes.c_char_p])
     count = bind_function(library, "ggml_backend_reg_dev_count", size, [address])
     get = bind_function(library, "ggml_backend_reg_dev_get", address, [address, size])
     registry = add(str(endpoint).encode())

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mobile_gguf.errors import EngineError, UsageError
 
-from .binding import BUILD_HINT, bind_function, load_library
+from .binding import BUILD_HINT, bind_backend_function, load_library
 from .devices import ACCEL, CPU, Device, all_devices
 from .rpc import Endpoint, probe_server
 
@@ -80,7 +80,8 @@ class RpcServer:
         library, _path = load_library()
         arguments = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_void_p]
         try:
-            self._serve = bind_function(library, "ggml_backend_rpc_start_server", None, arguments)
+            name = "ggml_backend_rpc_start_server"
+            self._serve = bind_backend_function(library, "RPC", name, None, arguments)
         except EngineError:
             raise EngineError(f"this engine is built without RPC: {BUILD_HINT}") from None
         self._handles = (ctypes.c_void_p * len(devices))(*(device.handle for device in devices))

@@ -12,7 +12,7 @@ from typing import Any
 
 from mobile_gguf.options.words import BUDDY, CACHE, HOST, LAYERS, LIVE, OFF, ON, PRIOR
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 
 # the engine's numbers for the words of the options
 EVICTION = {"lru": 0, "moepic": 1, "decay": 2}

@@ -6,8 +6,9 @@ weights, tokenises, and runs a prompt and a token (``mobile_try_file`` of ``patc
 reads the header alone, so it does not grow with the file: a tenth of a second and what computing ten tokens
 takes. What was tried is remembered until the file or the engine changes (``tried.py``).
 
-Another child says what compute buffers a context takes, from the header as well (``mobile_measure_file``):
-the graphs are made, and nothing is allocated for weights, caches or buffers.
+Its blocks for multi-token prediction, if it has some, are tried only where they are to draft
+(``mobile_mtp_try_file``). Another child says what compute buffers a context takes, from the header as well
+(``mobile_measure_file``): the graphs are made, and nothing is allocated for weights, caches or buffers.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import IO
 
 from mobile_gguf.errors import ModelFormatError
+from mobile_gguf.processes import crashed, how_it_ended
 
 from .binding import Engine
 from .buffers import Buffers, Context
@@ -49,7 +51,8 @@ except OSError:
     pass
 library = ctypes.CDLL(sys.argv[1])
 library.mobile_last_error.restype = ctypes.c_char_p
-path, contexts = os.fsencode(sys.argv[2]), [int(word) for word in sys.argv[3:]]
+path, words = os.fsencode(sys.argv[2]), sys.argv[3:]
+contexts = [int(word) for word in words if word.isdigit()]
 if contexts:
     n = len(contexts) // 3
     asked, found = (ctypes.c_uint32 * len(contexts))(*contexts), (ctypes.c_uint64 * (2 * n))()
@@ -57,8 +60,9 @@ if contexts:
     status = library.mobile_measure_file(path, asked, n, found)
     print(*found)
 else:
-    library.mobile_try_file.argtypes = [ctypes.c_char_p]
-    status = library.mobile_try_file(path)
+    trial = library.mobile_mtp_try_file if words else library.mobile_try_file
+    trial.argtypes = [ctypes.c_char_p]
+    status = trial(path)
 if status != 0:
     sys.stderr.buffer.write(library.mobile_last_error())
     sys.exit(1)
@@ -84,8 +88,30 @@ def check_file(engine: Engine, path: Path, keep_on: Callable[[], object] = lambd
     Raises ModelFormatError if loading it ended the child.
     """
     end, text, _ = _end_of_child(engine.path, path, keep_on)
-    if end < 0 or end == _TOO_LONG:
+    if crashed(end) or end == _TOO_LONG:
         raise ModelFormatError(f"{path} cannot be used: {_reason(end, text)}")
+    return as_one_line(text) or f"exit code {end}" if end else ""
+
+
+def try_block(
+    engine: Engine, path: Path, files: Sequence[Path], keep_on: Callable[[], object] = lambda: None
+) -> str:
+    """Why the block for multi-token prediction of a file cannot be run, asked of a child if it is not known
+    to run; empty if it can."""
+    tried = TriedFiles(engine.path)
+    if tried.runs_block(path, files):
+        return ""
+    problem = check_block(engine, path, keep_on)
+    if not problem:
+        tried.add_block(path, files)
+    return problem
+
+
+def check_block(engine: Engine, path: Path, keep_on: Callable[[], object] = lambda: None) -> str:
+    """Why the block for multi-token prediction of a file that loads cannot be run; empty if it can."""
+    end, text, _ = _end_of_child(engine.path, path, keep_on, ["mtp"])
+    if end < 0 or end == _TOO_LONG:
+        return _end(end, text)
     return as_one_line(text) or f"exit code {end}" if end else ""
 
 
@@ -118,7 +144,7 @@ def measure_buffers(
 def _end_of_child(
     library: str, path: Path, keep_on: Callable[[], object], words: Sequence[str] = ()
 ) -> tuple[int, str, str]:
-    """The child's exit code, below 0 for a signal, and what it wrote to stderr and to stdout."""
+    """The child's exit status (see ``crashed``), and what it wrote to stderr and to stdout."""
     command = [
         sys.executable or "python",
         "-I",
@@ -165,11 +191,24 @@ def _tail(file: IO[bytes]) -> str:
 
 def _reason(end: int, text: str) -> str:
     if end == _TOO_LONG:
+        return _end(end, text)
+    is_killed = -end == getattr(signal, "SIGKILL", 0) and not _asserted(text)
+    what = "too little memory, or its header is damaged" if is_killed else "its header is damaged"
+    return f"{_end(end, text)}: {what}"
+
+
+def _end(end: int, text: str) -> str:
+    """How the child came to its end, which it did not mean to."""
+    if end == _TOO_LONG:
         return f"llama.cpp does not come to an end with it in {_SECONDS:.0f} seconds"
-    asserted = [line for line in text.splitlines() if "GGML_ASSERT" in line or "fatal error" in line]
-    if asserted:
-        # "/where/it/was/built/src/llama-vocab.cpp:3422: GGML_ASSERT(...) failed"
-        return f"llama.cpp ends on it ({asserted[0].rpartition('/')[2].strip()}): its header is damaged"
-    name = signal.Signals(-end).name if -end in set(signal.Signals) else f"signal {-end}"
-    what = "too little memory, or its header is damaged" if name == "SIGKILL" else "its header is damaged"
-    return f"llama.cpp ends on it ({name}): {what}"
+    if asserted := _asserted(text):
+        return f"llama.cpp ends on it ({asserted})"
+    name = signal.Signals(-end).name if -end in set(signal.Signals) else how_it_ended(end)
+    return f"llama.cpp ends on it ({name})"
+
+
+def _asserted(text: str) -> str:
+    """``llama-vocab.cpp:3422: GGML_ASSERT(...) failed`` of what a child wrote, if it is there."""
+    lines = [line for line in text.splitlines() if "GGML_ASSERT" in line or "fatal error" in line]
+    # "/where/it/was/built/src/llama-vocab.cpp:3422: GGML_ASSERT(...) failed"
+    return lines[0].rpartition("/")[2].strip() if lines else ""

@@ -24,7 +24,6 @@ from .buffers import Buffers, Context
 
 _MAX_FILES = 1000
 _MAX_CONTEXTS = 100  # of one file
-_LIBRARIES = ("libllama.so", "libllama.dylib", "llama.dll")
 
 
 class TriedFiles:
@@ -58,6 +57,14 @@ class TriedFiles:
         newest = [(context, sizes) for context, sizes in known.items() if context not in measured]
         newest = [*newest, *measured.items()][-_MAX_CONTEXTS:]
         self._update(path, files, buffers={str(one): [sizes.reserved, sizes.used] for one, sizes in newest})
+
+    def runs_block(self, path: Path, files: Sequence[Path]) -> bool:
+        """Whether a file's block for multi-token prediction is known to run."""
+        return self._of(path, files).get("block") is True
+
+    def add_block(self, path: Path, files: Sequence[Path]) -> None:
+        """Remember that a file's block runs."""
+        self._update(path, files, block=True)
 
     def _of(self, path: Path, files: Sequence[Path]) -> dict[str, Any]:
         known = self._load().get(_key(path))
@@ -98,6 +105,8 @@ def installed_engine() -> str:
 
 def _installed() -> str | None:
     """The library that llama-cpp-python would load."""
+    from mobile_gguf.vendor.install import LIBRARIES
+
     folder = os.environ.get("LLAMA_CPP_LIB_PATH")
     if not folder:
         # find_spec of a top-level package imports nothing
@@ -105,7 +114,7 @@ def _installed() -> str | None:
         if spec is None or spec.origin is None:
             return None
         folder = os.path.join(os.path.dirname(spec.origin), "lib")
-    found = (os.path.join(folder, name) for name in _LIBRARIES)
+    found = (os.path.join(folder, name) for name in LIBRARIES)
     return next((path for path in found if os.path.exists(path)), None)
 
 

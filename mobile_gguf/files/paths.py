@@ -33,6 +33,12 @@ def sessions_dir() -> Path:
     return cache_dir() / "sessions"
 
 
+def runtime_dir() -> Path:
+    """What running processes say of themselves: ``$XDG_RUNTIME_DIR/mobile-gguf``, else in ``cache_dir()``."""
+    value = os.environ.get("XDG_RUNTIME_DIR", "")
+    return Path(value) / APP if os.path.isabs(value) and os.path.isdir(value) else cache_dir() / "running"
+
+
 def models_dir() -> Path:
     """GGUF files made or fetched by this package."""
     return data_dir() / "models"

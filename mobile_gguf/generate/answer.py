@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from mobile_gguf.engine.structs import Counters, DeviceCounters, PrefetchCounters
@@ -14,6 +14,8 @@ from mobile_gguf.errors import AnswerStopped
 from .backend import Backend, Text
 from .costs import Traffic
 from .decode import Pass, Policy
+from .form.form import Form
+from .form.reading import AnswerReader, Call, CallDelta, Delta
 from .notebook import reply_html
 from .receipt import Receipt, Timings, loss_of, speculation_of
 from .speculation.drafting import Record
@@ -29,6 +31,7 @@ class Chunk:
     ``token`` is None where no token came, as when an answer is interrupted. ``finish_reason`` is set on
     the last chunk: ``stop`` (the model ended it, or a stop string), ``length`` or ``interrupted``.
     ``prompt_evaluated`` are the prompt's tokens that had to be computed; the others were in the context.
+    ``reasoning`` is what was thought, and ``calls`` pieces of tool calls, which ``text`` has none of.
     """
 
     text: str
@@ -39,11 +42,16 @@ class Chunk:
     finish_reason: str | None
     receipt: Receipt
     prompt_evaluated: int = 0
+    reasoning: str = ""
+    calls: tuple[CallDelta, ...] = ()
 
 
 @dataclass(frozen=True)
 class Reply:
-    """A whole answer; ``timings`` has llama-server's names, ``usage`` OpenAI's."""
+    """A whole answer; ``timings`` has llama-server's names, ``usage`` OpenAI's.
+
+    ``reasoning`` is what the model thought, ``calls`` the tools it calls, in a chat whose form is known.
+    """
 
     text: str
     finish_reason: str
@@ -51,16 +59,23 @@ class Reply:
     timings: dict[str, float]
     receipt: Receipt
     tokens: tuple[int, ...] = ()
+    reasoning: str = ""
+    calls: tuple[Call, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The object that ``run --json`` prints."""
-        return {
+        made = {
             "text": self.text,
             "finish_reason": self.finish_reason,
             "usage": self.usage,
             "timings": self.timings,
             "receipt": self.receipt.to_dict(),
         }
+        if self.reasoning:
+            made["reasoning_content"] = self.reasoning
+        if self.calls:
+            made["tool_calls"] = [asdict(call) for call in self.calls]
+        return made
 
     def _repr_html_(self) -> str:
         return reply_html(self.to_dict())
@@ -81,6 +96,8 @@ class Request:
     on_prompt: Callable[[int, int], object] | None = None
     on_logits: Callable[[int, Any], object] | None = None
     turns_left_out: int = 0
+    prediction: tuple[int, ...] = ()  # tokens that much of the answer may be
+    form: Form | None = None  # how the answer is written, where it is known
     fills_context: bool = False  # max_tokens is what the context has room for, and not what was asked for
 
 
@@ -91,6 +108,7 @@ def generate_steps(backend: Backend, text: Text, request: Request) -> Generator[
     text.on_prompt = request.on_prompt
     text.on_logits = request.on_logits
     text.n_wanted = request.max_tokens
+    text.prediction = request.prediction
     backend.set_seed(request.seed)
     if not request.cache_prompt:
         backend.forget()
@@ -132,6 +150,10 @@ class Answer:
         self._request = request
         self._n_expert_used = n_expert_used
         self._text = TextStream(request.stop)
+        form = request.form
+        self._reader: AnswerReader | None = backend.reader(form) if form is not None else None
+        self._shown = backend.shown(form) if form is not None else frozenset()
+        self._reasoning: list[str] = []
         self._passes = dict.fromkeys(Pass, 0)
         self._pieces: list[str] = []
         self._tokens: list[int] = []
@@ -169,10 +191,10 @@ class Answer:
         self._passes[kind] += 1
         if self._backend.is_end(token):
             return self._end(STOP, token)
-        new = self._text.push(self._backend.piece(token))
+        new = self._text.push(self._backend.piece(token, token in self._shown))
         if self._text.stopped:
-            self.finish_reason = STOP
-        elif len(self._tokens) >= self._request.max_tokens:
+            return self._end(STOP, token, new)
+        if len(self._tokens) >= self._request.max_tokens:
             return self._end(LENGTH, token, new)
         return self._chunk(new, token)
 
@@ -196,10 +218,22 @@ class Answer:
         self.finish_reason = reason
         return self._chunk(text + self._text.finish(), token)
 
+    def _read(self, text: str) -> Delta:
+        """What of new text is for the reader, and what was thought or is called."""
+        if self._reader is None:
+            return Delta(text)
+        new = self._reader.push(text) if text else Delta()
+        if self.finish_reason is None:
+            return new
+        rest = self._reader.finish(self.finish_reason == STOP)
+        return Delta(new.text + rest.text, new.reasoning + rest.reasoning, new.calls + rest.calls)
+
     def _chunk(self, text: str, token: int | None) -> Chunk:
-        self._pieces.append(text)
+        new = self._read(text)
+        self._pieces.append(new.text)
+        self._reasoning.append(new.reasoning)
         return Chunk(
-            text=text,
+            text=new.text,
             token=token,
             prompt_tokens=len(self._request.prompt),
             completion_tokens=len(self._tokens),
@@ -207,6 +241,8 @@ class Answer:
             finish_reason=self.finish_reason,
             receipt=self.receipt(),
             prompt_evaluated=self._prompt_evaluated,
+            reasoning=new.reasoning,
+            calls=new.calls,
         )
 
     def timings(self) -> Timings:
@@ -257,4 +293,6 @@ class Answer:
             timings=self.timings().to_dict(),
             receipt=self.receipt(),
             tokens=tuple(self._tokens),
+            reasoning="".join(self._reasoning),
+            calls=self._reader.calls if self._reader is not None else (),
         )

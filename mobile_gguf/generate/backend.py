@@ -28,10 +28,13 @@ if TYPE_CHECKING:
     from mobile_gguf.gguf.info import GgufInfo
 
     from .auto import Auto
+    from .form.form import Form
+    from .form.reading import AnswerReader
     from .gap import FillTokens
     from .head import Head
     from .speculation.draft_model import DraftModel
     from .speculation.drafting import Drafting
+    from .speculation.mtp_context import MtpContext
     from .threads import FollowingThreads
 
 
@@ -45,6 +48,7 @@ class Text(Protocol):
     should_stop: Callable[[], bool] | None  # asked while a prompt is computed
     on_prompt: Callable[[int, int], object] | None  # told how many of its tokens are done, of how many
     n_wanted: int  # tokens that the answer may have
+    prediction: Sequence[int]  # what much of the answer may be
     drafting: Drafting | None  # None where none are guessed
     on_logits: Callable[[int, Any], object] | None  # given a prompt token's place, and the logits after it
 
@@ -62,6 +66,8 @@ class Backend(Protocol):
     devices: tuple[Device, ...]  # that the model is on; none: the host alone
     auto: Auto | None  # what mode auto knows of the model; None before it was asked for
     draft: DraftModel | None  # a smaller model that drafts
+    mtp: MtpContext | None  # the model's own block that does
+    why_no_mtp: str  # where it was asked for and is not there
 
     @property
     def scheduler(self) -> Crew: ...  # of those who make answers
@@ -92,9 +98,16 @@ class Backend(Protocol):
     def is_end(self, token: int) -> bool: ...
     def last_logits(self) -> Any: ...
     def check_fits(self, text: bytes, n_tokens: int) -> None: ...
+    @property
+    def has_form(self) -> bool: ...  # whether prompts of chats know the form of their answers
     def render_chat(
         self, messages: list[dict[str, Any]], *, special: bool = ..., **values: Any
-    ) -> list[int]: ...
+    ) -> list[int]: ...  # a Prompt where it knows the answer's form; ``calls`` among the values are for that
+    def shown(self, form: Form) -> frozenset[int]: ...
+    def reader(self, form: Form) -> AnswerReader: ...
+    def guide(
+        self, form: Form, constraint: Any, budget: int | None, should_stop: Callable[[], bool] | None = ...
+    ) -> Any: ...
     def make_grammar(
         self, grammar: str | None, json_schema: Any, should_stop: Callable[[], bool] | None = ...
     ) -> Any: ...

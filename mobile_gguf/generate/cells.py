@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from mobile_gguf.errors import EngineError
+
 from .decode import ALL_EXPERTS
 from .decoder import Decoder, Slice
 from .prefix_cache import LEAST_TOKENS, Checkpoint, Kept, PrefixCache, common_length, usable
@@ -42,6 +44,9 @@ class Cells:
         self._is_wanted = True  # whether what is here may be put away
         self._ahead: list[int] = []  # drafted tokens that have rows behind those of the tokens
         self._n_big_ahead = 0  # rows at the start that big passes wrote, with theirs
+        self._n_run = 0  # tokens of the last decode
+        self._before: Checkpoint | None = None  # of a memory that cannot be rolled back, before a draft
+        self.owed: list[int] = []  # tokens of the text that must be run once more
 
     @property
     def has_logits(self) -> bool:
@@ -54,6 +59,7 @@ class Cells:
         if taken.experts == ALL_EXPERTS and not self._is_lossy and self._n_big == len(self.tokens):
             self._n_big += len(taken.tokens)
         self.tokens += taken.tokens
+        self._n_run = len(taken.tokens)
         self._row, self._row_of = row, self.decoder.n_passes
 
     def take_back(self, n: int) -> None:
@@ -78,10 +84,47 @@ class Cells:
         return True
 
     def drop_draft(self) -> None:
-        """Have the drafted tokens that were not accepted leave, and count as never run."""
-        if self._ahead and self.has_logits:
-            self.decoder.refuse(range(self._row + 1, self._row + 1 + len(self._ahead)))
-        self.cut()
+        """Have the drafted tokens that were not accepted leave, and count as never run.
+
+        A memory that cannot be rolled back is then what it was before: what was accepted is ``owed``.
+        """
+        before, self._before = self._before, None
+        if self._ahead:
+            end = self._row + 1 + len(self._ahead)
+            if self.has_logits:
+                self.decoder.refuse(range(self._row + 1 if before is None else end - self._n_run, end))
+            if before is None:
+                self.cut()
+            else:
+                owed = self.tokens[before.n_tokens :]
+                self._return_to(before)
+                self.owed = owed
+        if self._checkpoints is not None:
+            self.mark_now_and_then()
+
+    def hold(self) -> bool:
+        """Keep what a memory that cannot be rolled back holds, until a draft is dropped; False: no room."""
+        n = len(self.tokens)
+        if self._checkpoints is None or (self._before is not None and self._before.n_tokens == n):
+            return True
+        n_bytes = self.decoder.state_bytes(True, self.number)
+        has_room = self.cache.has_room(n_bytes, sum(one.n_bytes for one in self._checkpoints))
+        state = self.decoder.save(True, self.number) if has_room else None
+        self._before = Checkpoint(n, state) if state is not None else None
+        return state is not None
+
+    def drop_guesses(self, n: int) -> None:
+        """Keep the first ``n`` tokens, behind which others were run only for a draft."""
+        if self._before is None:
+            self.keep(n)
+        else:
+            self._return_to(self._before)
+
+    def _return_to(self, point: Checkpoint) -> None:
+        if not (self.decoder.load(point.state, True, self.number) and self.cut(point.n_tokens)):
+            self.forget()
+            raise EngineError("what the model's memory held before a draft could not be restored")
+        self.keep(point.n_tokens)
 
     @property
     def can_be_copied(self) -> bool:
@@ -106,7 +149,7 @@ class Cells:
         self._n_big = min(self._n_big, n)
         if self._checkpoints is not None:
             self._checkpoints = [one for one in self._checkpoints if one.n_tokens <= n]
-        self._row_of, self._ahead = -1, []
+        self._row_of, self._ahead, self.owed = -1, [], []
 
     def turn_to(self, prompt: list[int], only_big: bool) -> None:
         """Put the tokens here away if ``prompt`` goes on with others, or drops many of them."""

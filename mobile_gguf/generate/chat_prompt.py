@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from mobile_gguf.errors import PromptTooLongError, UsageError
 
 from .control_text import Hidden, Piece, text_length
-from .templates import Renderer
+from .form.asking import ask
+from .form.form import Calls, Form, Prompt, may_have_form
+from .templates import FAILS, Renderer
 from .vocabulary import Vocabulary
+
+logger = logging.getLogger("mobile_gguf")
 
 # What is shorter needs no measuring before it is rendered, and a template may always write so much.
 _SHORT, _LEAST_LIMIT = 1 << 14, 1 << 20
@@ -60,11 +65,20 @@ class Tokenizer(Protocol):
 class ChatPrompts:
     """Makes prompts of messages by ``template``; ``bos`` and ``eos`` are those tokens' texts.
 
-    ``n_ctx`` is how many tokens may be of use: what cannot fit is not made into tokens at all.
+    ``n_ctx`` is how many tokens may be of use: what cannot fit is not made into tokens at all. ``library`` is
+    the path of an engine's with llama.cpp's chat parser, which says in what form the model answers; without
+    one, and where it does not know the template, Jinja makes the prompt, and no form is known.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, vocabulary: Vocabulary, template: str, bos: str, eos: str, n_ctx: int
+        self,
+        tokenizer: Tokenizer,
+        vocabulary: Vocabulary,
+        template: str,
+        bos: str,
+        eos: str,
+        n_ctx: int,
+        library: str = "",
     ) -> None:
         self._tokenizer = tokenizer
         self._vocabulary = vocabulary
@@ -72,34 +86,44 @@ class ChatPrompts:
         self._bos = bos
         self._eos = eos
         self._n_ctx = n_ctx
-        self._renderer = Renderer()
+        self._renderer = Renderer(library)
+        self._reader = Renderer(library)
+        self._is_known = bool(library) and may_have_form(template)
+
+    @property
+    def has_form(self) -> bool:
+        """Whether the chat parser is there and, as far as was tried, knows the template."""
+        return self._is_known
+
+    def parse(self, parser: str, key: str, text: str, is_partial: bool) -> dict[str, Any]:
+        """An answer's text by the parser of its form, as Renderer has it, but waiting for no prompt."""
+        return self._reader.parse(parser, key, text, is_partial)
 
     def close(self) -> None:
-        """End the process that renders."""
+        """End the processes that render and read."""
         self._renderer.close()
+        self._reader.close()
 
     def tokens(
-        self, messages: Sequence[Mapping[str, Any]], values: Mapping[str, Any], *, special: bool
-    ) -> list[int]:
-        """The prompt; ``special`` reads control tokens in the messages as such.
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        values: Mapping[str, Any],
+        *,
+        special: bool,
+        calls: Calls | None = None,
+    ) -> Prompt:
+        """The prompt; ``special`` reads control tokens in the messages as such. ``calls``: it may call tools.
 
         Raises UsageError if the template refuses the messages, PromptTooLongError if they cannot fit.
         """
         hidden: Hidden | None = None
         if not special:
             messages, values, hidden = self._vocabulary.control_texts.hide(messages, values, self._template)
-        names = {
-            "messages": messages,
-            "tools": None,
-            "functions": None,
-            "function_call": None,
-            "tool_choice": None,
-            "add_generation_prompt": True,
-            "bos_token": self._bos,
-            "eos_token": self._eos,
-        }
         most = self._most_characters(text_length([messages, values]))
-        prompt = self._render(messages, names | dict(values), most)
+        prompt, form = self._render(messages, dict(values), most, calls)
+        return Prompt(self._tokens_of(prompt, hidden), form if form is not None and form.says_more else None)
+
+    def _tokens_of(self, prompt: str, hidden: Hidden | None) -> list[int]:
         # Most templates write the beginning-of-sequence token themselves; it must not come twice.
         twice = bool(self._bos) and prompt.startswith(self._bos)
         encoded = prompt.encode(errors="replace")
@@ -113,19 +137,63 @@ class ChatPrompts:
         n_before = min(len(around), 1) if self._bos else 0
         return [*around[:n_before], *tokens, *around[n_before:]]
 
-    def _render(self, messages: Sequence[Mapping[str, Any]], names: dict[str, Any], most: int) -> str:
-        """The prompt's text; what the system says is in it wherever the template has a place for it."""
+    def _render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        values: dict[str, Any],
+        most: int,
+        calls: Calls | None,
+    ) -> tuple[str, Form | None]:
+        """The prompt's text and the form of its answer; what the system says is in it if there is a place."""
+        if self._is_known:
+            try:
+                return self._first_form(
+                    messages, lambda tried: ask(lambda asked: self._apply(asked, most), tried, values, calls)
+                )
+            except PromptTooLongError:
+                raise
+            except UsageError as error:
+                logger.debug("the chat parser: %s", error)
+                if FAILS in str(error):  # it would take as long, or as much, the next time
+                    self._is_known = False
+                    logger.warning("the chat parser is left out for this model: %s", error)
+        names = {
+            "messages": messages,
+            "tools": None,
+            "functions": None,
+            "function_call": None,
+            "tool_choice": None,
+            "add_generation_prompt": True,
+            "bos_token": self._bos,
+            "eos_token": self._eos,
+        }
+
+        def render(tried: Sequence[Mapping[str, Any]]) -> tuple[str, Form | None]:
+            text = self._renderer.render(self._template, names | values | {"messages": tried}, most)
+            return text, None
+
+        return self._first_form(messages, render)
+
+    def _apply(self, request: dict[str, Any], most: int) -> dict[str, Any]:
+        return self._renderer.apply(self._template, self._bos, self._eos, request, most)
+
+    def _first_form(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        render: Callable[[Sequence[Mapping[str, Any]]], tuple[str, Form | None]],
+    ) -> tuple[str, Form | None]:
+        """What is made of the first form of the messages that is taken, and in which the system says all."""
         refused: UsageError | None = None
         for tried in system_forms(messages):
             try:
-                text = self._renderer.render(self._template, names | {"messages": tried}, most)
+                text, form = render(tried)
             except PromptTooLongError:
                 raise
             except UsageError as error:
                 refused = refused or error
                 continue
             if tried is not messages or _says_all(text, messages):
-                return text
+                return text, form
         assert refused is not None
         raise refused
 

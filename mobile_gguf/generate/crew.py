@@ -18,6 +18,10 @@ class Crew(Protocol):
     def most(self) -> int: ...
     @property
     def joins(self) -> bool: ...  # whether who asks is one of several, and not the first
+    @property
+    def iteration_ms(
+        self,
+    ) -> tuple[float, float] | None: ...  # what decodes were to take with drafts, and took
     def spawn(self, work: Callable[[], object]) -> None: ...
     def advance(self) -> None: ...
     def stop(self) -> None: ...  # ends all
@@ -29,6 +33,7 @@ class Alone:
     n_running = 0
     most = 1
     joins = False
+    iteration_ms = None
 
     def spawn(self, work: Callable[[], object]) -> None:
         work()

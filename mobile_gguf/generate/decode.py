@@ -111,8 +111,11 @@ class Steps(Protocol):
         """Run tokens at the next positions, overwriting whatever was there."""
         ...
 
-    def forward_drafted(self, tokens: list[int]) -> None:
-        """Run tokens at the next positions in one pass that gives the logits after each of them."""
+    def forward_drafted(self, tokens: list[int], n_said: int) -> None:
+        """Run tokens at the next positions, of which the first ``n_said`` are the text's.
+
+        The pass over the last of those gives the logits after it and after each token behind it.
+        """
         ...
 
     def step_back(self) -> None:
@@ -207,11 +210,11 @@ def decode_token(steps: Steps, token: int, policy: Policy) -> Pass:
     return Pass.FALLBACK
 
 
-def decode_drafted(steps: Steps, tokens: list[int], policy: Policy) -> Pass:
-    """Run a generated token and those that were drafted behind it, each as ``policy`` has a token."""
+def decode_drafted(steps: Steps, said: list[int], draft: list[int], policy: Policy) -> Pass:
+    """Run generated tokens and those that were drafted behind them, each as ``policy`` has a token."""
     steps.use_mass(policy.mass)
     steps.use_loss(None)
     is_little = policy.mode == LITTLE
     steps.use_experts(policy.little_k if is_little else ALL_EXPERTS)
-    steps.forward_drafted(tokens)
+    steps.forward_drafted([*said, *draft], len(said))
     return Pass.LITTLE if is_little else Pass.BIG

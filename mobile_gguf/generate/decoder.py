@@ -36,6 +36,7 @@ from .native import Native
 
 if TYPE_CHECKING:
     from .head import Head
+    from .speculation.mtp_context import MtpContext
 
 _states: Any = llama_cpp  # its types of these calls are narrower than what they take
 
@@ -113,6 +114,7 @@ class Decoder:
         self.buddies: Buddies | None = None  # that the rules for missing experts may need
         self.as_with_ubatch = 0  # the micro-batch whose results are wanted where a larger one was chosen
         self.row_exact: Engine | None = None  # that can have tokens computed as each would be alone
+        self.mtp: MtpContext | None = None  # that takes the states of some texts
         self.n_passes = 0
         self._experts = ALL_EXPERTS  # of tokens that no mask names
         self._is_lossy = False  # whether these may lose
@@ -200,8 +202,12 @@ class Decoder:
         self.keep_states(any(one.keeps_state for one in slices))
         self.n_passes += 1
         self._is_unsure = True
+        if self.mtp is not None:
+            self.mtp.before(slices)
         self._calls.decode(self._batch)
         self._is_unsure = False
+        if self.mtp is not None:
+            self.mtp.after(slices)
         return last
 
     def cut(self, start: int, number: int = 0) -> bool:

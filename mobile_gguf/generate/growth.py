@@ -1,10 +1,13 @@
 """How many answers are made at once: more while all of them together come faster.
 
-The rule knows no machine, so that it can be tested.
+What their drafts give counts, so that more answers and longer drafts are held against each other. Where it
+is foreseen that more would not be faster, or have no room, they are tried as rarely as what did not win. The
+rule knows no machine, so that it can be tested.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 # What is compared: decodes of as many answers as may be made at once, and seconds that they take at least.
@@ -20,10 +23,14 @@ FIRST = 2
 
 @dataclass
 class Growth:
-    """``now`` answers may be made at once, at most ``most``; ``observe`` says what a decode took."""
+    """``now`` answers may be made at once, at most ``most``; ``observe`` says what a decode took.
+
+    ``foresee`` says how many tokens per second so many answers would have together, None: it is not known.
+    """
 
     most: int
     now: int = 0
+    foresee: Callable[[int], float | None] = lambda _n: None
     _steps: int = 0
     _tokens: int = 0
     _seconds: float = 0.0
@@ -61,8 +68,18 @@ class Growth:
             self._pause = FIRST_PAUSE
         self._windows_left -= 1
         if self.now < self.most and self._windows_left <= 0:
+            more = min(self.most, 2 * self.now)
+            if self._is_lost(more):
+                self._windows_left, self._pause = self._pause, min(LAST_PAUSE, 2 * self._pause)
+                if self._pause < LAST_PAUSE:
+                    return
             self._before = self.now, speed
-            self.now = min(self.most, 2 * self.now)
+            self.now = more
+
+    def _is_lost(self, more: int) -> bool:
+        """Whether it is foreseen that so many would not be worth it."""
+        now, then = self.foresee(self.now), self.foresee(more)
+        return now is not None and then is not None and then < now * (1 + GAIN)
 
     def _forget(self) -> None:
         self._steps, self._tokens, self._seconds = 0, 0, 0.0

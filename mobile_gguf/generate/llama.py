@@ -37,6 +37,7 @@ from .constraint.table import TableReader
 from .costs import Meter
 from .counted import Counted
 from .decoder import Decoder
+from .form.guide import Guide
 from .gap import FillTokens
 from .head import Head
 from .native import Native
@@ -49,6 +50,7 @@ from .scheduler import Scheduler
 from .sequence import TokenSequence
 from .sessions import Sessions
 from .speculation.draft_model import DraftModel
+from .speculation.mtp_context import MtpContext
 from .speculation.speculation import Speculation
 from .spoken import Spoken
 from .threads import FollowingThreads
@@ -59,8 +61,9 @@ class MobileLlama(Counted, Spoken):
     """A model and a context whose single-token steps run little, big, or little with fallback.
 
     What decides that is the policy of the answer's sequence. As many answers as the context has sequences may
-    be made at once, by tasks of ``scheduler``; ``in_turn``: with the results that each has alone. Without an
-    engine (a stock library), or for a model that it holds no experts of (``store`` is None), all is big.
+    be made at once, by tasks of ``scheduler``; ``in_turn``: with the results that each has alone. No clock
+    says which passes are made where it ``is_deterministic``. Without an engine (a stock library), or for a
+    model that it holds no experts of (``store`` is None), all is big.
     Decoding raises ExpertReadError or EngineError and leaves the object usable. In ``cache_bytes`` texts are
     kept that others have put out of the context, where memory is free beside ``planned_bytes`` for all else,
     within ``total_bytes`` if so many are promised; ``sessions`` keeps them when this is closed.
@@ -81,6 +84,7 @@ class MobileLlama(Counted, Spoken):
         n_sequences: int = 1,
         grows: bool = False,
         in_turn: bool = False,
+        is_deterministic: bool = False,
         **options: Any,
     ) -> None:
         self.devices = tuple(devices)
@@ -90,6 +94,7 @@ class MobileLlama(Counted, Spoken):
         self.warm: WarmSet | None = None  # set by loading, where it is on
         self.split: Split | None = None  # set by loading, where experts are not kept whole
         self.draft: DraftModel | None = None  # set by loading, where there is one
+        self.why_no_mtp = ""  # set by loading, where the block for it was asked for
         self.fit: Fit | None = None  # set by loading, where it was planned
         self.store: ModelInfo | None = None
         self.engine: Engine | None = None  # while there is a store to ask it about
@@ -102,8 +107,9 @@ class MobileLlama(Counted, Spoken):
         )
         try:
             self._set_up(path, engine)
+            self.mtp = self._make_block(engine)
             self.scheduler = self._make_scheduler(n_ctx, cache, grows, in_turn)
-            self.speculation = Speculation(self)
+            self.speculation = Speculation(self, is_deterministic)
         except BaseException:
             self.native.close()
             raise
@@ -127,7 +133,14 @@ class MobileLlama(Counted, Spoken):
             self._token_text(int(llama_cpp.llama_vocab_bos(self.native.vocab))),
             self._token_text(int(llama_cpp.llama_vocab_eos(self.native.vocab))),
             self.native.n_ctx,
+            engine.path if engine is not None else "",
         )
+
+    def _make_block(self, engine: Engine | None) -> MtpContext | None:
+        if engine is None or self.native.block is None:
+            return None
+        self.decoder.mtp = MtpContext(self.native, engine)
+        return self.decoder.mtp
 
     def _make_scheduler(self, n_ctx: int, cache: PrefixCache, grows: bool, in_turn: bool) -> Scheduler:
         numbers = range(self.native.n_sequences)
@@ -198,7 +211,7 @@ class MobileLlama(Counted, Spoken):
         tokens: Sequence[int],
         *,
         logit_bias: Mapping[int, float] | None = None,
-        grammar: Constraint | None = None,
+        grammar: Constraint | Guide | None = None,
         **sampling: Any,
     ) -> Generator[int, None, None]:
         """Continue ``tokens`` without an end; a token is run when the next one is asked for.
@@ -207,6 +220,7 @@ class MobileLlama(Counted, Spoken):
         """
         sequence = self.sequence
         with Sampler(self.calls.n_vocab, self._seed, logit_bias, **sampling) as sampler:
+            self.speculation.expect(sequence)
             sequence.run_prompt(sequence.begin(tokens))
             sequence.drafting = self.speculation.of_answer(sequence, sampler, grammar)
             if sequence.drafting is not None:
@@ -216,12 +230,15 @@ class MobileLlama(Counted, Spoken):
                 yield token
                 run_token(self, sequence, token)
 
-    def draw(self, sampler: Sampler, grammar: Constraint | None, row: int) -> int:
+    def draw(self, sampler: Sampler, grammar: Constraint | Guide | None, row: int) -> int:
         """A token of the logits in output ``row``, one that the grammar allows."""
-        if grammar is None:
-            return self.calls.sample(sampler.chain, row)
-        token = self.calls.sample_among(sampler.chain, grammar.allowed(), row)
-        grammar.accept(token)
+        allowed = grammar.allowed() if grammar is not None else None
+        if allowed is None:
+            token = self.calls.sample(sampler.chain, row)
+        else:
+            token = self.calls.sample_among(sampler.chain, allowed, row)
+        if grammar is not None:
+            grammar.accept(token)
         return token
 
     def set_seed(self, seed: int) -> None:
@@ -280,6 +297,11 @@ class MobileLlama(Counted, Spoken):
     def head(self) -> Head | None:
         """The model's importance head, which loading gives to the decoder."""
         return self.decoder.head
+
+    @property
+    def has_form(self) -> bool:
+        """Whether the form of an answer, its thoughts and calls, is known of the model's chat template."""
+        return self._prompts.has_form
 
     @property
     def buddies(self) -> Buddies | None:

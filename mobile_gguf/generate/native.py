@@ -17,6 +17,7 @@ from mobile_gguf.engine.devices import Device, device_array
 from mobile_gguf.engine.forks import abandon_in_children
 from mobile_gguf.engine.guarded import NoContextError
 from mobile_gguf.gguf.caches import padded_context
+from mobile_gguf.memory.demand import BLOCK_UBATCH
 from mobile_gguf.options.words import F16, Q4_0, Q8_0
 
 # of what keys and values may be kept as
@@ -35,7 +36,8 @@ class Native:
     ``devices``: those that all layers go to; none: the host alone. ``keep_loading`` is told the share that is
     loaded and ends the loading by False. ``type_k`` and ``type_v`` are ggml's types of keys and values.
     ``n_sequences`` may be in the context at once: they share its ``n_ctx`` cells, or ``is_apart`` each has so
-    many of its own.
+    many of its own. ``mtp``: the model's block for multi-token prediction is loaded, too, with a context of
+    its own, ``block``.
     Raises RuntimeError where the file is not loaded, NoContextError.
     """
 
@@ -56,6 +58,7 @@ class Native:
         type_v: int | None = None,
         n_sequences: int = 1,
         is_apart: bool = False,
+        mtp: bool = False,
     ) -> None:
         # A batch is no longer than the context.
         self.n_batch = min(n_ctx, n_batch)
@@ -69,22 +72,27 @@ class Native:
         llama_cpp.llama_backend_init()
         with contextlib.ExitStack() as made:
             params = self._model_params(bool(devices), use_mmap)
+            params.load_mtp = mtp
             model: Any = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
             if not model:
                 raise RuntimeError("llama.cpp did not load the file")
             made.callback(llama_cpp.llama_model_free, model)
-            ctx: Any = llama_cpp.llama_init_from_model(
-                model, self._context_params(n_ctx, n_ubatch, type_k, type_v)
-            )
-            if not ctx:
-                raise NoContextError("llama.cpp made no context")
-            made.callback(llama_cpp.llama_free, ctx)
-            self.model, self.ctx = model, ctx
+
+            def context(params: llama_cpp.llama_context_params) -> Any:
+                ctx: Any = llama_cpp.llama_init_from_model(model, params)
+                if not ctx:
+                    raise NoContextError("llama.cpp made no context")
+                made.callback(llama_cpp.llama_free, ctx)
+                return ctx
+
+            own = self._context_params(n_ctx, n_ubatch, type_k, type_v)
+            self.model, self.ctx = model, context(own)
+            self.block: Any = context(self._block_params(own)) if mtp else None
             self._made = made.pop_all()
         abandon_in_children(self)
         self.vocab: Any = llama_cpp.llama_model_get_vocab(model)
-        self.memory: Any = llama_cpp.llama_get_memory(ctx)  # None of encoders
-        self.n_ctx = int(llama_cpp.llama_n_ctx_seq(ctx))  # of a sequence
+        self.memory: Any = llama_cpp.llama_get_memory(self.ctx)  # None of encoders
+        self.n_ctx = int(llama_cpp.llama_n_ctx_seq(self.ctx))  # of a sequence
         # A recurrent memory keeps one state of each sequence and not one of each position.
         is_recurrent = llama_cpp.llama_model_is_recurrent(model) or llama_cpp.llama_model_is_hybrid(model)
         self.can_step_back = not is_recurrent
@@ -119,6 +127,13 @@ class Native:
             params.type_v = type_v
         return params
 
+    def _block_params(self, params: llama_cpp.llama_context_params) -> llama_cpp.llama_context_params:
+        """Those of the model's own context, for its block, of which the last token's logits are wanted."""
+        params.ctx_type, params.ctx_other = llama_cpp.LLAMA_CONTEXT_TYPE_MTP, self.ctx
+        params.n_ubatch = min(params.n_ubatch, BLOCK_UBATCH)
+        params.n_outputs_max = self.n_sequences
+        return params
+
     @property
     def n_ubatch(self) -> int:
         return int(llama_cpp.llama_n_ubatch(self.ctx))
@@ -141,7 +156,8 @@ class Native:
 
     def set_threads(self, n: int) -> None:
         """Use so many for the tokens to come; prompts keep theirs."""
-        llama_cpp.llama_set_n_threads(self.ctx, n, self.n_threads_batch)
+        for ctx in filter(None, (self.ctx, self.block)):
+            llama_cpp.llama_set_n_threads(ctx, n, self.n_threads_batch)
 
     def close(self) -> None:
         """Free both; nothing if they were."""

@@ -27,18 +27,17 @@ _LEAST = 1e-9
 class Offer:
     """A rung at a budget: what it costs in nats, and the bytes that are missed, both a token.
 
-    ``factor`` and ``own_factor`` are those of what is foreseen of its tokens (``loss_model``).
+    ``factor`` is that of what is foreseen of its tokens' own part (``loss_model``).
     """
 
     rung: str
     kl: float
     n_bytes: float
     factor: float = 1.0
-    own_factor: float = 1.0
 
     @property
-    def numbers(self) -> tuple[float, float, float, float]:
-        return self.kl, self.n_bytes, self.factor, self.own_factor
+    def numbers(self) -> tuple[float, float, float]:
+        return self.kl, self.n_bytes, self.factor
 
 
 def lower_hull(offers: Sequence[Offer]) -> list[Offer]:
@@ -97,7 +96,7 @@ class PriceList:
 
     def model_at(self, share: float) -> LossModel:
         """What is foreseen of tokens at a budget."""
-        factors = {offer.rung: (offer.factor, offer.own_factor) for offer in self.at(share)}
+        factors = {offer.rung: offer.factor for offer in self.at(share)}
         return replace(self.model, of_rungs=factors)
 
     def missed_at(self, share: float, kl: float) -> float:
@@ -146,6 +145,7 @@ def _prices(info: GgufInfo, facts: Any) -> PriceList:
     budgets = facts.get("budgets") if isinstance(facts, dict) else None
     if not isinstance(budgets, list) or not budgets:
         raise ModelFormatError("there are none")
+    model = loss_model_of(facts.get("model"))
     offers: dict[float, list[Offer]] = {}
     for budget in budgets:
         if not isinstance(budget, dict) or not isinstance(budget.get("rungs"), list):
@@ -155,7 +155,7 @@ def _prices(info: GgufInfo, facts: Any) -> PriceList:
         ]
     if any(EXACT not in (offer.rung for offer in row) for row in offers.values()):
         raise ModelFormatError("a budget has no price of exact")
-    return PriceList(dict(sorted(offers.items())), loss_model_of(facts.get("model")))
+    return PriceList(dict(sorted(offers.items())), model)
 
 
 def _offer(info: GgufInfo, facts: Any) -> Offer:
@@ -164,5 +164,5 @@ def _offer(info: GgufInfo, facts: Any) -> Offer:
     rung = parse_rung(facts["rung"], info, None)
     if not is_switchable(rung.policy):
         raise ModelFormatError(f"{rung.name!r:.60} is no rung of the ladder")
-    names = ("kl", "n_bytes", "factor", "own_factor")
+    names = ("kl", "n_bytes", "factor")
     return Offer(rung.name, *(number_of(facts.get(name), f"{name} of {rung.name}") for name in names))

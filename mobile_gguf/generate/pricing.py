@@ -40,7 +40,7 @@ Rows = npt.NDArray[np.float32]
 # A budget that all experts fit into, in slots as well.
 EVERYTHING = 1 << 60
 # The columns of what is kept of each position.
-COLUMNS = ("kl", "agree", "nll", "nll_exact", "big", "moved", "spread", "step_kl", "before")
+COLUMNS = ("kl", "agree", "nll", "nll_exact", "big", "moved", "spread", "step_kl", "history_kl")
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,10 @@ class Price:
 class Priced:
     """A Price, and the positions it is a mean of: ``positions`` [n_block][n, len(COLUMNS)].
 
-    ``moved`` is the share of the token's weight in a layer that the rung touched, ``before`` the mean of it
-    over all tokens before, ``spread`` is ``spread_of`` the rung's distribution, ``step_kl`` the divergence of
-    an exact pass over the same memory, NaN where none was run.
+    ``moved`` is the share of the token's weight in a layer that the rung touched, ``spread`` is ``spread_of``
+    the rung's distribution. Where an exact pass over the same memory was run, which stays there, ``step_kl``
+    is the rung's divergence from it, the token's own, ``history_kl`` that of the pass itself, by what the
+    memory lost before; else both are NaN.
     """
 
     price: Price
@@ -147,7 +148,7 @@ class _Step:
     logits: Rows
     kind: Pass
     moved: float  # mean share of the token's weight in a layer
-    step_kl: float
+    again: npt.NDArray[np.float64] | None  # log probabilities of an exact pass over the same memory
     seconds: float
 
 
@@ -183,10 +184,9 @@ def _run_block(
         after = llama.loss_counters() if timed else _settled(llama)
         moved = moved_share(before, after)
         logits, before = llama.last_logits().astype(np.float32), after
-        step_kl = np.nan
-        if audit_every and i % audit_every == audit_every - 1:
-            step_kl = _audit(llama, token, logits)
-        yield _Step(logits, kind, moved, step_kl, seconds)
+        is_due = audit_every > 0 and i % audit_every == audit_every - 1
+        again = _run_again(llama, token) if is_due else None
+        yield _Step(logits, kind, moved, again, seconds)
 
 
 def _settled(llama: MobileLlama) -> LossCounters:
@@ -195,14 +195,13 @@ def _settled(llama: MobileLlama) -> LossCounters:
     return counters
 
 
-def _audit(llama: MobileLlama, token: int, logits: Rows) -> float:
+def _run_again(llama: MobileLlama, token: int) -> npt.NDArray[np.float64]:
     sequence = llama.sequence
     sequence.step_back()
     sequence.use_loss(None)
     sequence.use_experts(ALL_EXPERTS)
     sequence.forward([token])
-    exact = log_softmax(llama.last_logits().astype(np.float64))
-    return row_divergence(exact, log_softmax(logits.astype(np.float64)))
+    return log_softmax(llama.last_logits().astype(np.float64))
 
 
 def price(
@@ -226,7 +225,7 @@ def price(
     totals = np.zeros(5)
     at, seconds = 0, 0.0
     for block in blocks:
-        rows, moved_before = [], 0.0
+        rows = []
         steps = _run_block(llama, rung, block, n_prompt, of_prompt, audit_every, timed=timed)
         for i, step in enumerate(steps):
             seconds += step.seconds
@@ -234,14 +233,15 @@ def price(
             # as the reference was kept, so that the same logits are no divergence
             q = log_softmax(step.logits.astype(np.float64)).astype(np.float32).astype(np.float64)
             p = exact[at].astype(np.float64)
-            kl = row_divergence(p, q)
+            kl, step_kl, history_kl = row_divergence(p, q), np.nan, np.nan
+            if step.again is not None:
+                step_kl, history_kl = row_divergence(step.again, q), row_divergence(p, step.again)
             rows.append(
                 (
                     kl, p.argmax() == q.argmax(), -q[following], -p[following], step.kind is not Pass.LITTLE,
-                    step.moved, spread_of(q), step.step_kl, moved_before / (n_prompt + i),
+                    step.moved, spread_of(q), step_kl, history_kl,
                 )
             )  # fmt: skip
-            moved_before += step.moved if np.isnan(step.step_kl) else 0.0
             at += 1
         kept.append(np.array(rows, np.float64))
         store, loss = llama.counters(), llama.loss_counters()

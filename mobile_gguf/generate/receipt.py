@@ -75,7 +75,9 @@ class Speculation:
 
     ``mean_length`` is what a draft had, of those that were made. A utility is the tokens per second of passes
     over drafts, in units of those of single tokens: as it was foreseen when they were made, and as it was,
-    None where the answer had none of either, or was made beside others.
+    None where the answer had none of either, or was made beside others. A pass over a draft, with the tokens
+    of other answers in it, was to take ``pass_predicted_ms`` and took ``pass_measured_ms``; None where no
+    clock may say what is drafted.
     """
 
     source: str
@@ -84,6 +86,8 @@ class Speculation:
     mean_length: float = 0.0
     utility_predicted: float | None = None
     utility_measured: float | None = None
+    pass_predicted_ms: float | None = None
+    pass_measured_ms: float | None = None
 
 
 def speculation_of(record: Record) -> Speculation:
@@ -95,6 +99,8 @@ def speculation_of(record: Record) -> Speculation:
         record.mean_length,
         record.utility_predicted,
         record.utility_measured,
+        record.pass_predicted_ms,
+        record.pass_measured_ms,
     )
 
 

@@ -14,6 +14,7 @@ from mobile_gguf.options.bias import check_tokens
 from .answer import Request
 from .backend import Backend
 from .decode import Policy
+from .form.form import Form
 
 
 def make_request(
@@ -29,8 +30,13 @@ def make_request(
     on_prompt: Callable[[int, int], object] | None = None,
     on_logits: Callable[[int, Any], object] | None = None,
     turns_left_out: int = 0,
+    prediction: Sequence[int] = (),
+    form: Form | None = None,
 ) -> Request:
-    """The Request of ``options``; ``seed`` is used where they have none. Raises UsageError."""
+    """The Request of ``options``; ``seed`` is used where they have none. Raises UsageError.
+
+    ``form`` is what the prompt says of its answer.
+    """
     if not backend.can_generate:
         raise UsageError(f"{info.path.name} makes embeddings and no text: use /v1/embeddings or Model.embed")
     if not prompt:
@@ -54,18 +60,34 @@ def make_request(
         max_tokens=room if asked is None or asked < 0 else min(asked, room),
         fills_context=asked is None or asked < 0 or asked > room,
         turns_left_out=turns_left_out,
-        stop=options.stop or (),
+        stop=(*(options.stop or ()), *(form.stops if form is not None else ())),
         seed=random.getrandbits(31) if seed is None or seed < 0 else fold_seed(seed),
         sampling={
             **options.sampling(),
             "logit_bias": options.logit_bias or {},
-            "grammar": backend.make_grammar(options.grammar, options.json_schema, should_stop),
+            "grammar": _guide(backend, options, form, should_stop),
         },
+        form=form,
         cache_prompt=options.cache_prompt,
         should_stop=should_stop,
         on_prompt=on_prompt,
         on_logits=on_logits,
+        prediction=tuple(prediction),
     )
+
+
+def _guide(
+    backend: Backend, options: GenerateOptions, form: Form | None, should_stop: Callable[[], bool] | None
+) -> Any:
+    """What the answer is to follow; None where it is free."""
+    asked = options.grammar is not None or options.json_schema is not None
+    if asked and form is not None and form.has_calls:
+        raise UsageError("a grammar or a JSON schema cannot go with tools")
+    made = backend.make_grammar(options.grammar, options.json_schema, should_stop)
+    if form is None:
+        return made
+    budget = options.reasoning_budget
+    return backend.guide(form, made, None if budget is None or budget < 0 else budget, should_stop)
 
 
 def fold_seed(seed: int) -> int:

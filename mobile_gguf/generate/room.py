@@ -75,6 +75,10 @@ class Room:
             self._claimed[sequence.number] = max(n_all, self._claimed.get(sequence.number, 0))
         return True
 
+    def has_cells(self, n: float) -> bool:
+        """Whether so many tokens of several texts are in the context at once."""
+        return not self._is_shared or n <= self._n_cells
+
     def _n_others(self, sequence: Cells) -> int:
         others = [one for one in self._sequences if one is not sequence]
         return sum(max(len(one.tokens), self._claimed.get(one.number, 0)) for one in others)

@@ -25,7 +25,9 @@ from .costs import Costs, Meter, Share
 from .decoder import Decoder, Slice
 from .growth import Growth
 from .room import Room
+from .speculation.costs import usual_cost
 from .speculation.watch import StepWatch, watching
+from .turns import Turns
 from .wish import Task, Wish
 
 if TYPE_CHECKING:
@@ -60,8 +62,8 @@ class Scheduler:
         self._room = Room(sequences, decoder.native.n_ctx, is_shared=not decoder.native.is_apart)
         self._meter = meter
         self._top_k = max(1, n_expert_used)
-        self._in_turn = in_turn
-        self._growth = Growth(len(sequences)) if grows else None
+        self._turns = Turns(self._room, decoder.native, in_turn=in_turn)
+        self._growth = Growth(len(sequences), foresee=self._foresee) if grows else None
         self._waiting: list[Wish] = []
         self._alone: list[Task] = []
         self._aside = Aside()
@@ -77,6 +79,20 @@ class Scheduler:
     @property
     def most(self) -> int:
         return self._growth.now if self._growth is not None else len(self.sequences)
+
+    def _foresee(self, n: int) -> float | None:
+        """Tokens per second of so many answers together; 0 where the context has no room for their texts."""
+        if self.watch is None:
+            return None
+        lengths = [len(one.tokens) for one in self.sequences if one.is_taken]
+        if not self._room.has_cells(n * sum(lengths) / max(1, len(lengths))):
+            return 0.0
+        return self.watch.tuner.foreseen(n)
+
+    @property
+    def iteration_ms(self) -> tuple[float, float] | None:
+        """Milliseconds that decodes of several tokens were to take, and took; None without drafts."""
+        return self.watch.iterations.mean_ms if self.watch is not None else None
 
     def spawn(self, work: Callable[[], object]) -> None:
         """Begin an answer: ``work`` runs until it waits. There may be ``most`` of them."""
@@ -176,7 +192,7 @@ class Scheduler:
         chosen, error = [(wish, 0) for wish in self._waiting], None
         try:
             with self._room.claims([wish.sequence for wish in self._waiting]):
-                chosen = self._choose()
+                chosen = self._turns.choose(self._waiting)
             if chosen:
                 self._decode(chosen)
         except BaseException as raised:  # it belongs to those whose decode it was
@@ -226,44 +242,6 @@ class Scheduler:
         assert wish.task is not None
         self._go_on(wish.task, *value, error=error)
 
-    def _choose(self) -> list[tuple[Wish, int]]:
-        """What the next decode is of: wishes, and how many tokens of each, prompts first."""
-        native = self.decoder.native
-        n_single = sum(len(wish.tokens) for wish in self._waiting if not wish.is_long)
-        left = max(1, min(native.n_batch, native.n_ubatch) - n_single)
-        room = native.n_batch
-        chosen: list[tuple[Wish, int]] = []
-        for wish in sorted(self._waiting, key=lambda one: (one.sequence.served_at, one.sequence.number)):
-            if not room or (self._in_turn and chosen):
-                break
-            if not all(wish.goes_with(other) for other, _ in chosen):
-                continue
-            if (wish.is_long and not left) or not self._claim(wish):
-                continue
-            n = wish.n_before or len(wish.tokens)
-            if wish.is_long and not (self._in_turn or len(self._waiting) == 1):
-                n = min(n, left)
-                left -= n
-            n = min(n, room)
-            room -= n
-            chosen.append((wish, n))
-        if self._waiting and not chosen:
-            raise EngineError("the context has no room for any of the answers")
-        # what comes last counts as used last, and a prompt uses nearly all experts
-        return sorted(chosen, key=lambda one: (not one[0].is_long, one[0].sequence.number))
-
-    def _claim(self, wish: Wish) -> bool:
-        """Have cells for a wish, and all of its text here; False: it has to wait."""
-        # who begins, or gave way, waits until all of it has room, or it would only take from others
-        sequence = wish.sequence
-        if not self._room.claim(sequence, len(sequence.away) + wish.n_before + wish.n_left):
-            return False
-        if sequence.away:
-            before = sequence.come_back(sequence.policy.always_big)
-            wish.tokens[:0] = before
-            wish.n_before += len(before)
-        return True
-
     def _decode(self, chosen: Sequence[tuple[Wish, int]]) -> None:
         sequences = [wish.sequence for wish, _ in chosen]
         slices = [wish.first(n) for wish, n in chosen]
@@ -274,11 +252,12 @@ class Scheduler:
         def all_stop() -> bool:
             return all(stop is not None and stop() for stop in stops)
 
-        is_alike = all(len(one.tokens) == 1 for one in slices)  # with what is compared: one token of each
-        shared = self.n_running > 1 and is_alike
-        if shared and self.threads is not None:
-            self.threads.before()
         n_guesses = sum(wish.is_guess for wish, _ in chosen)
+        has_drafts = any(one.is_drafted for one in slices)
+        # a token of one answer alone is timed by who asks for it
+        threads = self.threads if not (is_long or n_guesses) and (self.n_running > 1 or has_drafts) else None
+        if threads is not None:
+            threads.before()
         watch = self.watch if not (is_long or n_guesses) else None
         started = time.perf_counter()
         with (
@@ -288,8 +267,8 @@ class Scheduler:
             for sequence in sequences:
                 sequence.cut()
             rows = self.decoder.run(slices)
-        if shared and self.threads is not None:
-            self.threads.after()
+        if threads is not None:
+            threads.after(sum(map(usual_cost, (len(one.tokens) for one in slices))) / len(slices))
         if self._growth is not None and not is_long:
             n_given = len(slices) - n_guesses + self.n_accepted
             self._growth.observe(self.n_running, n_given, time.perf_counter() - started)

@@ -36,7 +36,8 @@ class TokenSequence(Cells):
 
     ``policy`` says which passes its tokens get; ``last_pass`` is the one that the logits at hand come from.
     ``prompt_evaluated`` counts the tokens of prompts that were computed, ``prompt_done`` is when the last
-    prompt was (``time.perf_counter``). An answer may have ``n_wanted`` tokens, which ``drafting`` guesses.
+    prompt was (``time.perf_counter``). An answer may have ``n_wanted`` tokens, which ``drafting`` guesses,
+    many of which may be those of its ``prediction``.
     While a prompt is computed ``should_stop`` is asked, ``on_prompt`` is told how many tokens are done, of
     how many, and ``on_logits`` a token's place and the logits after it.
     """
@@ -50,6 +51,7 @@ class TokenSequence(Cells):
         self.prompt_evaluated = 0
         self.prompt_done = 0.0
         self.n_wanted = n_max
+        self.prediction: Sequence[int] = ()
         self.drafting: Drafting | None = None
         self.should_stop: Callable[[], bool] | None = None
         self.on_prompt: Callable[[int, int], object] | None = None
@@ -66,7 +68,7 @@ class TokenSequence(Cells):
 
     def begin(self, prompt: Sequence[int]) -> list[int]:
         """Keep what ``prompt`` has in common with the tokens here; returns those of it that are to be run."""
-        prompt = list(prompt)
+        prompt, self.owed, self._before = list(prompt), [], None
         if self.on_logits is not None:
             self.leave()  # it is shown those of all the prompt
         only_big = self.policy.always_big
@@ -111,6 +113,9 @@ class TokenSequence(Cells):
 
     def run_token(self, token: int) -> None:
         """Run a generated token at the next place, as the policy says."""
+        if self.owed:
+            self.run_drafted(token, ())
+            return
         with self._whole():
             self.last_pass = decode_token(self, token, self.policy)
             self.mark_now_and_then()
@@ -133,7 +138,13 @@ class TokenSequence(Cells):
         The logits at hand are those after ``token``; each ``accept`` goes on by a token of the draft.
         """
         with self._whole():
-            self.last_pass = decode_drafted(self, [token, *draft], self.policy)
+            said, self.owed = [*self.owed, token], []
+            self.last_pass = decode_drafted(self, said, list(draft), self.policy)
+
+    @property
+    def n_left(self) -> int:
+        """Tokens that the text may grow by."""
+        return self.n_max - len(self.tokens) - len(self.owed)
 
     @contextlib.contextmanager
     def _whole(self) -> Iterator[None]:
@@ -195,12 +206,16 @@ class TokenSequence(Cells):
                 if tell is not None:
                     tell(done, len(tokens))
 
-    def forward_drafted(self, tokens: list[int]) -> None:
+    def forward_drafted(self, tokens: list[int], n_said: int) -> None:
         if len(self.tokens) + len(tokens) > self.n_max:
             raise UsageError(f"the context of {self.n_max} tokens is full")
         self._state_at = -1
-        wish = Wish(self, tokens, len(tokens), self._experts, mass=self._mass, is_drafted=True)
-        self.take_back(self.scheduler.run(wish) - 1)
+        done = 0
+        while done < n_said:
+            left = tokens[done:]
+            wish = Wish(self, left, len(left), self._experts, mass=self._mass, is_drafted=True)
+            done += self.scheduler.run(wish)
+        self.take_back(done - n_said)
 
     def step_back(self) -> None:
         self.keep(len(self.tokens) - 1)

@@ -25,6 +25,7 @@ from mobile_gguf.processes import end, how_it_ended
 from . import template_child
 
 CPU_SECONDS = 5
+FAILS = "the model's chat template fails: "
 MEMORY_BYTES = 48 << 20
 # Beside that, for each byte of what is rendered: templates copy their texts a few times.
 _MEMORY_FACTOR = 16
@@ -39,9 +40,14 @@ module.main()"""
 
 
 class Renderer:
-    """Renders templates one after another, for any thread; ``close`` ends its process."""
+    """Renders templates one after another, for any thread; ``close`` ends its process.
 
-    def __init__(self) -> None:
+    ``library`` is the path of an engine's that has llama.cpp's chat parser; without one there is no ``apply``
+    and no ``parse``.
+    """
+
+    def __init__(self, library: str = "") -> None:
+        self.library = library
         self._lock = threading.Lock()
         self._child: subprocess.Popen[bytes] | None = None
         self._finalizer: weakref.finalize[..., Any] | None = None
@@ -53,15 +59,41 @@ class Renderer:
         Raises UsageError if the template refuses what it is given, fails or takes too much,
         PromptTooLongError if the text would be longer, EngineError if there can be no process.
         """
+        return self._order("render", template, dict(names), max_characters)["text"]
+
+    def apply(
+        self, template: str, bos: str, eos: str, request: Mapping[str, Any], max_characters: int
+    ) -> dict[str, Any]:
+        """What mobile_chat_apply makes of a request by ``template``; raises as ``render``."""
+        given = {"bos": bos, "eos": eos, "request": dict(request)}
+        return self._order("apply", template, given, max_characters)
+
+    def parse(self, parser: str, key: str, text: str, is_partial: bool) -> dict[str, Any]:
+        """The message that ``text`` is by a parser that ``apply`` has made; raises UsageError, EngineError.
+
+        ``key`` is the parser's own: as long as it is remembered by it, it is not sent again.
+        """
+        given = {"text": text, "is_partial": is_partial}
+        made = self._order("parse", "", given, sys.maxsize, key)
+        if template_child.UNKNOWN in made:
+            made = self._order("parse", parser, given, sys.maxsize, key)
+        return made
+
+    def _order(
+        self, kind: str, source: str, given: Any, max_characters: int, key: str = ""
+    ) -> dict[str, Any]:
         try:
-            encoded = json.dumps(dict(names), default=_plain)
+            encoded = json.dumps(given, default=_plain)
         except (TypeError, ValueError, RecursionError) as error:
             raise UsageError(f"the messages cannot be given to a chat template: {error}") from None
         order = template_child.Order(
-            template=template,
+            kind=kind,
+            source=source,
+            key=key,
+            library="" if kind == "render" else self.library,
             max_characters=max_characters,
             cpu_seconds=CPU_SECONDS,
-            memory_bytes=MEMORY_BYTES + _MEMORY_FACTOR * (len(encoded) + len(template)),
+            memory_bytes=MEMORY_BYTES + _MEMORY_FACTOR * (len(encoded) + len(source)),
         )
         with self._lock:
             answer = self._ask(json.dumps(order).encode(), encoded.encode())
@@ -74,8 +106,8 @@ class Renderer:
             reason = answer[template_child.REFUSED]
             raise UsageError(f"the model's chat template refuses these messages: {reason}")
         if template_child.FAILED in answer:
-            raise UsageError(f"the model's chat template fails: {answer[template_child.FAILED]}")
-        return answer["text"]
+            raise UsageError(FAILS + answer[template_child.FAILED])
+        return answer
 
     def close(self) -> None:
         """End the process; the next rendering starts another."""

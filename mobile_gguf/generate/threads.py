@@ -171,17 +171,16 @@ class FollowingThreads:
         """A token begins."""
         self._before = self._competition.read()
 
-    def after(self) -> None:
-        """The token is there; the next one may get other threads."""
+    def after(self, n_tokens: float = 1.0) -> None:
+        """A token is there, or a pass that takes what ``n_tokens`` do; the next may get other threads."""
         after = self._competition.read()
         if self._before is None or after is None:
             return
-        seconds = after.at - self._before.at
         wanted = self._rule.observe(
-            seconds,
-            after.waited_s - self._before.waited_s,
-            after.idle_s - self._before.idle_s,
-            after.others_s - self._before.others_s,
+            (after.at - self._before.at) / n_tokens,
+            (after.waited_s - self._before.waited_s) / n_tokens,
+            (after.idle_s - self._before.idle_s) / n_tokens,
+            (after.others_s - self._before.others_s) / n_tokens,
         )
         if wanted != self._in_use:
             self._set_threads(wanted)

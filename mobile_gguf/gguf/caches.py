@@ -10,7 +10,7 @@ A test holds all of it against what llama.cpp allocates.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from mobile_gguf.options.words import F16, Q4_0, Q8_0
@@ -174,6 +174,15 @@ def read_caches(facts: Facts, n_layer: int) -> Caches:
     if facts.architecture in _NOTHING:
         return NO_CACHES
     return _Reading(facts, n_layer).read()
+
+
+def with_blocks(facts: Facts, n_layer: int) -> Caches:
+    """The same with the cache of the blocks behind the layers (MTP), which attend to all, or to a window."""
+    reading = _Reading(facts, n_layer)
+    own, rows = reading.read(), reading.rows(range(n_layer, reading.n_block))
+    kept = own.attention
+    attention = CacheRows(kept.keys + rows.keys, kept.values + rows.values, kept.padded + rows.padded)
+    return replace(own, attention=attention)
 
 
 class _Reading:

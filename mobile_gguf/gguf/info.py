@@ -16,7 +16,7 @@ from typing import Any
 from mobile_gguf.errors import ModelFormatError, ModelNotFoundError
 
 from . import keys
-from .caches import NO_CACHES, Caches, layers_that_run, read_caches
+from .caches import NO_CACHES, Caches, layers_that_run, read_caches, with_blocks
 from .checks import check_model
 from .experts import STACKED, ExpertLayer, read_experts
 from .facts import Facts
@@ -36,8 +36,9 @@ _SPLIT = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 class GgufInfo:
     """A model's facts; bytes as they stand in the file, heads per layer, expert layers in order.
 
-    Layers are those that run. Blocks behind them predict several tokens at once (MTP): nothing runs them,
-    they take no memory, and what they hold is counted apart.
+    Layers are those that run. Blocks behind them predict several tokens at once (MTP): where they are not to
+    draft nothing runs them, they take no memory, and what they hold is counted apart. Of a model that
+    ``runs_mtp`` they count as what they are made of: experts, dense weights, keys and values.
     """
 
     path: Path
@@ -67,6 +68,7 @@ class GgufInfo:
     mtp_bytes: int = 0  # of the blocks that nothing runs,
     mtp_expert_bytes: int = 0  # and of the routed experts among it
     lazy_bytes: int = 0  # of tables whose rows are read from the file when they are needed
+    runs_mtp: bool = False
     caches: Caches = NO_CACHES  # what a context keeps
     metadata: dict[str, Any] = field(repr=False, compare=False, default_factory=dict)
 
@@ -99,17 +101,18 @@ class GgufInfo:
         return sum(layer.store_bytes() for layer in self.expert_layers)
 
 
-def read_gguf_info(path: Path) -> GgufInfo:
-    """Read a model's facts from its GGUF, or from all files of a split one.
+def read_gguf_info(path: Path, runs_mtp: bool = False) -> GgufInfo:
+    """Read a model's facts from its GGUF, or from all files of a split one; ``runs_mtp``: it drafts by its
+    blocks.
 
     Raises ModelNotFoundError (no file, a missing part of a split), ModelFormatError (not a GGUF,
     truncated, damaged, not a model).
     """
     first = read_header(path)
-    return make_gguf_info([first, *(read_header(part) for part in other_parts(first))])
+    return make_gguf_info([first, *(read_header(part) for part in other_parts(first))], runs_mtp)
 
 
-def make_gguf_info(headers: Sequence[GgufHeader]) -> GgufInfo:
+def make_gguf_info(headers: Sequence[GgufHeader], runs_mtp: bool = False) -> GgufInfo:
     """The same of headers that were read already, of all files in order. Raises ModelFormatError."""
     first = headers[0]
     path, metadata = first.path, first.metadata
@@ -128,9 +131,9 @@ def make_gguf_info(headers: Sequence[GgufHeader]) -> GgufInfo:
     n_expert = facts.integer("expert_count")
     template = metadata.get("tokenizer.chat_template")
     experts = read_experts(path, metadata, tensors, n_block, n_expert)
-    n_running = sum(number < n_layer for number in experts.numbers)
+    n_running = len(experts.numbers) if runs_mtp else sum(number < n_layer for number in experts.numbers)
     of_model = [tensor for tensor in tensors if not keys.is_ours(tensor.name)]
-    idle = [tensor for tensor in of_model if block_number(tensor.name) >= n_layer]
+    idle = [tensor for tensor in of_model if block_number(tensor.name) >= n_layer and not runs_mtp]
     lazy = [tensor for tensor in of_model if _is_lazy(architecture, tensor)]
     return GgufInfo(
         path=path,
@@ -162,7 +165,8 @@ def make_gguf_info(headers: Sequence[GgufHeader]) -> GgufInfo:
         mtp_bytes=sum(tensor.n_bytes for tensor in idle),
         mtp_expert_bytes=sum(layer.file_bytes for layer in experts.layers[n_running:]),
         lazy_bytes=sum(tensor.n_bytes for tensor in lazy),
-        caches=read_caches(facts, n_layer),
+        runs_mtp=runs_mtp,
+        caches=with_blocks(facts, n_layer) if runs_mtp else read_caches(facts, n_layer),
         metadata=metadata,
     )
 

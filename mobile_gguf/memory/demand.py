@@ -17,6 +17,8 @@ from mobile_gguf.sizes import format_bytes
 from .sequences import ONE, Sequences
 
 DEFAULT_CONTEXT = 4096
+# Tokens that a model's MTP block computes at once.
+BLOCK_UBATCH = 128
 _F16, _F32 = 2, 4
 # The engine's vocabulary: token texts, two hash maps and the merges, measured at 300-400 bytes a token.
 _VOCABULARY_BYTES = 400
@@ -82,7 +84,7 @@ def estimate_demand(
     """The demand with all layers on the host, for a context of ``n_ctx`` tokens."""
     context = context_of(n_ctx, n_ubatch, flash_attn)
     buffers = compute_buffers(info, context, measured)
-    logits = sequences.logits_bytes(info)
+    logits = sequences.logits_bytes(info) + (_block_bytes(info, context) if info.runs_mtp else 0)
     return Demand(
         _dense_bytes(info),
         sequences.kept_bytes(info, context.n_ctx, flash_attn, kv),
@@ -139,6 +141,14 @@ def compute_buffers(info: GgufInfo, context: Context, measured: Measured = NOT_M
         return _estimated(info, context)
     outputs = (info.segments - 1) * info.n_embd * max(1, info.n_expert_used) * context.n_ubatch * _F32
     return Buffers(found.reserved + outputs, found.used + outputs)
+
+
+def _block_bytes(info: GgufInfo, context: Context) -> int:
+    """What the context of a model's MTP block computes in, and the states of a batch that go into it."""
+    n_ctx, n_ubatch, flash_attn = context
+    shape = n_ctx, min(n_ubatch, BLOCK_UBATCH), flash_attn
+    used = _activation_bytes(info, *shape) - _sparse_bytes(info, *shape)  # it attends to all positions
+    return used + (info.n_vocab + n_ubatch * info.n_embd) * _F32
 
 
 def _estimated(info: GgufInfo, context: Context) -> Buffers:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .cgroup import cgroup_directories, read_number, read_stat, read_text
+from .windows import physical_memory
 
 if TYPE_CHECKING:
     from .promise import Promise
@@ -53,7 +54,7 @@ class Memory:
 
 def read_memory(root: Path = Path("/")) -> Memory:
     """The smallest of the machine's available memory and every enclosing cgroup's free memory."""
-    total, available = _meminfo(root)
+    total, available = machine_memory(root)
     source = "the machine"
     for limit in cgroup_limits(root):
         total = min(total, limit.limit_bytes)
@@ -72,7 +73,8 @@ def cgroup_limits(root: Path = Path("/")) -> list[MemoryLimit]:
     return limits
 
 
-def _meminfo(root: Path) -> tuple[int, int]:
+def machine_memory(root: Path = Path("/")) -> tuple[int, int]:
+    """(total, available) bytes of the whole machine, whatever limits this process."""
     fields = {}
     for line in read_text(root / "proc/meminfo").splitlines():
         name, _, rest = line.partition(":")
@@ -83,11 +85,11 @@ def _meminfo(root: Path) -> tuple[int, int]:
         # Kernels before 3.14 have no MemAvailable.
         fallback = fields.get("MemFree", 0) + fields.get("Cached", 0)
         return fields["MemTotal"], fields.get("MemAvailable", fallback)
-    return _sysconf_memory()
+    return physical_memory() or _sysconf_memory()
 
 
 def _sysconf_memory() -> tuple[int, int]:
-    """Systems without /proc: all physical memory, half of it taken to be available."""
+    """Systems with neither /proc nor Windows: all physical memory, half of it taken to be available."""
     try:
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):

@@ -133,8 +133,8 @@ _PROMPT_DROP = Opt(
     help="prompts: leave out a missing expert with less than so much of its layer's weight, 0: none",
 )
 _SPECULATE_HELP = (
-    "guess tokens and check several in one pass: by the text itself (ngram), few experts (little), or a "
-    "smaller model (draft%s); auto: where it pays"
+    "guess tokens and check several in one pass: by the text itself (ngram), few experts (little), the "
+    "model's block for it (mtp), or a smaller model (draft%s); auto: where it pays"
 )
 _threads = partial(Opt, read=int, low=1, high=MAX_THREADS)
 # The engine's seeds have 32 bits, of which all ones ask it to make one up: fold_seed of generate/request.py.
@@ -202,7 +202,7 @@ class LoadOptions(Checked):
     speculate: Annotated[
         str,
         Opt("--speculate", read=parse_source, metavar="SOURCE", help=_SPECULATE_HELP % "=MODEL"),
-    ] = OFF
+    ] = AUTO_SWITCH
     n_ctx: Annotated[
         int | None,
         Opt(
@@ -426,6 +426,16 @@ class GenerateOptions(Checked):
     partial: Annotated[float | None, _PARTIAL] = None
     speculate: Annotated[
         str | None, Opt("--speculate", choices=SPECULATE, help=_SPECULATE_HELP % ", loaded with it")
+    ] = None
+    reasoning_budget: Annotated[
+        int | None,
+        Opt(
+            "--reasoning-budget",
+            read=int,
+            low=-1,
+            high=_MAX_INT32,
+            help="tokens that a model may think, 0: it does not, -1: as many as it likes (default)",
+        ),
     ] = None
     context_full: Annotated[
         str,

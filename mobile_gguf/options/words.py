@@ -48,9 +48,9 @@ OFF, ON = "off", "on"
 PREFETCH = ("auto", OFF, ON)
 
 # where guesses of the next tokens come from that are then checked together: the text itself, the model's own
-# little passes, a smaller model; auto: where it is measured to pay
-NGRAM, DRAFT = "ngram", "draft"
-SPECULATE = (OFF, "auto", NGRAM, LITTLE, DRAFT)
+# little passes, its own block for multi-token prediction, a smaller model; auto: where it is measured to pay
+NGRAM, MTP, DRAFT = "ngram", "mtp", "draft"
+SPECULATE = (OFF, "auto", NGRAM, LITTLE, MTP, DRAFT)
 
 # keeping leading segments of experts before others; auto: as the file's plan for the budget says
 SPLIT = ("auto", OFF)

@@ -37,8 +37,10 @@ def measure_reads(
     """Seconds per read of ``n_bytes`` at random offsets of ``path``, ``n_threads`` threads reading at once.
 
     Quartiles are over rounds, in which every thread reads for a while. Raises MobileError if the file cannot
-    be read or is too small.
+    be read or is too small, or this Python cannot read at an offset (Windows).
     """
+    if not hasattr(os, "preadv"):
+        raise MobileError(f"the disk of {path} cannot be measured: this Python has no os.preadv")
     n_places = os.stat(path).st_size // SECTOR - -(-n_bytes // SECTOR)
     if n_places <= 0:
         raise MobileError(f"{path} is too small to measure its disk with reads of {n_bytes} bytes")

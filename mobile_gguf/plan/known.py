@@ -171,7 +171,9 @@ def _compare(
     where = fit.devices[0].name if fit.devices else ""
     name = lesson_name(info, receipt.mode, where, fit.ram_share)
     shown = correct(prediction, lesson_for(measurements, info, receipt.mode, where, fit.ram_share)[0])
-    if teach and n_tokens >= MIN_TOKENS:
+    # how often drafts are right is the text's, and no speed of the model on this machine
+    has_drafts = receipt.speculation is not None and receipt.speculation.drafted > 0
+    if teach and n_tokens >= MIN_TOKENS and not has_drafts:
         share = None
         if receipt.mode == BIG_LITTLE:
             # the first token comes from the prompt's pass

@@ -26,6 +26,7 @@ from mobile_gguf.errors import MobileError
 from mobile_gguf.files.atomic import disk_errors
 from mobile_gguf.files.paths import cache_dir
 from mobile_gguf.gguf.info import GgufInfo
+from mobile_gguf.memory.machine import machine_memory
 from mobile_gguf.options.words import MODES
 
 from .speed import Prediction
@@ -88,7 +89,7 @@ def identify_machine() -> dict[str, str]:
     return {
         "processor": _processor(),
         "processors": str(_n_processors()),
-        "memory_gib": str(round(_total_memory() / (1 << 30))),
+        "memory_gib": str(round(machine_memory()[0] / (1 << 30))),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "driver": _first_line(Path("/proc/driver/nvidia/version")),
         "engine": _engine(),
@@ -158,13 +159,6 @@ def _processor() -> str:
 
 def _n_processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _total_memory() -> int:
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):
-        return 0
 
 
 def _engine() -> str:

@@ -29,6 +29,8 @@ from .serving import CUT_SECONDS, Events, HasChoice, Serving, unless_client_leav
 PING_SECONDS = 10
 # Who waits in line for longer gets the headers of its stream before its turn.
 HEADERS_SECONDS = 2.0
+# How often it is looked at who has got how far in the line.
+PLACE_SECONDS = 0.5
 NOTES_HEADER = "X-Mobile-Gguf-Note"
 _NOTES_LENGTH, _NAME_LENGTH = 1000, 80
 EVENT_STREAM, NDJSON = "text/event-stream", "application/x-ndjson"
@@ -179,6 +181,9 @@ async def _stream(
     ended = False
     form = ask.form
     try:
+        if form.media_type == EVENT_STREAM:
+            async for place in _places(job, first):
+                yield ServerSentEvent(comment=f"place {place}", sep="\n")
         await first  # says only that the prompts are known
         for frame in form.begun(_usage(ask, job)):
             yield frame
@@ -198,6 +203,19 @@ async def _stream(
         serving.note_end(endpoint, job)
         if not ended:
             serving.metrics.cancelled.inc()
+
+
+async def _places(job: Job[Event], first: asyncio.Future[Any]) -> AsyncIterator[int]:
+    """A job's place in line each time it is another, until its turn, which is 0, or the ``first`` event."""
+    told = 0
+    while not first.done():
+        place = job.place
+        if place != told:
+            yield place
+            told = place
+        if not place:
+            return
+        await asyncio.wait({first}, timeout=PLACE_SECONDS)
 
 
 @dataclass(frozen=True)

@@ -21,15 +21,18 @@ from .failures import ApiError
 from .serving import STUCK, Serving
 
 _MAP_SECONDS = 0.2
+_KINDS = {
+    "js": "text/javascript; charset=utf-8",
+    "css": "text/css; charset=utf-8",
+    "svg": "image/svg+xml",
+    "html": "text/html; charset=utf-8",
+}
+_SCRIPTS = ("answer", "api", "app", "chat", "conversations", "dom", "list", "map", "markdown", "math")
+_SCRIPTS += ("receipt", "scroll", "settings", "thinking", "transfer", "turns")
+_SCRIPTS += ("vendor/markdown-it", "vendor/temml")
 PAGE = {  # the page's files by path; they need no key
-    "/": ("index.html", "text/html; charset=utf-8"),
-    "/app.js": ("app.js", "text/javascript; charset=utf-8"),
-    "/api.js": ("api.js", "text/javascript; charset=utf-8"),
-    "/map.js": ("map.js", "text/javascript; charset=utf-8"),
-    "/receipt.js": ("receipt.js", "text/javascript; charset=utf-8"),
-    "/markdown.js": ("markdown.js", "text/javascript; charset=utf-8"),
-    "/app.css": ("app.css", "text/css; charset=utf-8"),
-    "/icon.svg": ("icon.svg", "image/svg+xml"),
+    "/": "index.html",
+    **{f"/{file}": file for file in (*(f"{name}.js" for name in _SCRIPTS), "app.css", "icon.svg")},
 }
 _PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
@@ -138,13 +141,13 @@ async def _changes(serving: Serving) -> AsyncIterator[ServerSentEvent]:
             await asyncio.sleep(_MAP_SECONDS)
 
 
-def _add_page_file(path: str, file: str, media_type: str) -> None:
+def _add_page_file(path: str, file: str) -> None:
     async def page_file() -> Response:
-        content = resources.files("mobile_gguf.server").joinpath("page", file).read_bytes()
-        return Response(content, media_type=media_type, headers=_PAGE_HEADERS)
+        content = resources.files("mobile_gguf.server").joinpath("page", *file.split("/")).read_bytes()
+        return Response(content, media_type=_KINDS[file.rpartition(".")[2]], headers=_PAGE_HEADERS)
 
     router.add_api_route(path, page_file, methods=["GET", "HEAD"], include_in_schema=False)
 
 
-for _path, (_file, _media_type) in PAGE.items():
-    _add_page_file(_path, _file, _media_type)
+for _path, _file in PAGE.items():
+    _add_page_file(_path, _file)

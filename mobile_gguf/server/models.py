@@ -8,6 +8,7 @@ from typing import Any, Literal
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict
 
+from mobile_gguf.options import GenerateOptions, make_options
 from mobile_gguf.options.words import EXACT, MODES
 
 from .answering import ERRORS
@@ -15,6 +16,7 @@ from .facts import GUARDED
 from .serving import Serving
 
 router = APIRouter(prefix="/v1")
+_SHOWN_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "max_tokens", "seed", "max_kld")
 
 
 class ModelCard(BaseModel):
@@ -63,6 +65,7 @@ def _card(serving: Serving, name: str) -> dict[str, Any]:
         "gamma": model.gamma,
         "chats": model.can_generate,
         "embeddings": model.pooling or serving.settings.pooling,
+        "defaults": _defaults(serving),
         "modes": list(MODES) if info.is_moe and info.n_expert_used > 1 else [EXACT],
     }
     return {
@@ -77,6 +80,12 @@ def _card(serving: Serving, name: str) -> dict[str, Any]:
         "max_model_len": model.n_ctx,
         "meta": meta,
     }
+
+
+def _defaults(serving: Serving) -> dict[str, Any]:
+    """What holds where a request says nothing: the command line's options, the model's own, or ours."""
+    options = make_options(GenerateOptions, {**serving.settings.defaults}, serving.model.defaults)
+    return {name: getattr(options, name) for name in _SHOWN_DEFAULTS}
 
 
 @router.get("/models", response_model=ModelList, responses=GUARDED, summary="The model served")

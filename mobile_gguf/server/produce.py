@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mobile_gguf.api.aio import Job
 from mobile_gguf.api.context import ChatPrompt, of_a_chat
 from mobile_gguf.api.model import Model
-from mobile_gguf.errors import AnswerStopped, PromptTooLongError
+from mobile_gguf.errors import AnswerStopped, PromptTooLongError, UsageError
 from mobile_gguf.generate.answer import INTERRUPTED, LENGTH, STOP, Chunk
 from mobile_gguf.generate.chat_prompt import OWN_NAMES
+from mobile_gguf.generate.form.reading import CallDelta
 from mobile_gguf.generate.logprobs import PromptLogprobs, TokenLogprob, token_logprob
 from mobile_gguf.generate.text import TextStream
 from mobile_gguf.options.words import TRIM
@@ -26,7 +28,6 @@ from .tools import (
     END_MARK,
     MARK,
     MAX_CALLS,
-    CallDelta,
     CallParser,
     ToolPlan,
     plan_tools,
@@ -36,8 +37,9 @@ from .tools import (
 from .usage import Spent
 
 TOOL_CALLS = "tool_calls"
+_IN_WORDS = "the tools are told in words: no form of this model's own calls is known"
 # what a template, or chat_prompt, is given besides
-_TEMPLATE_NAMES = OWN_NAMES | {"trim", "max_tokens", "self"}
+_TEMPLATE_NAMES = OWN_NAMES | {"trim", "max_tokens", "self", "calls"}
 
 
 @dataclass(frozen=True)
@@ -92,12 +94,20 @@ class Producer:
             options["json_schema"] = schema
         trim = of_a_chat(options)["context_full"] == TRIM
         prompt = self.chat_prompt(request, trim=trim, max_tokens=options.get("max_tokens"))
+        if request.prediction is not None:
+            options["prediction"] = request.prediction.text
         n_top = (request.top_logprobs or 0) if request.logprobs else None
         if plan is None:
             yield from self._plain(job, [prompt], request, options, n_top)
             return
         if "grammar" in options or "json_schema" in options:
             raise ApiError(400, "a grammar cannot go with tools: set tool_choice to none", param="tools")
+        if prompt.form is not None and prompt.form.has_calls:
+            self.spent.notes += prompt.form.notes
+            yield from self._plain(job, [prompt], request, options, n_top)
+            return
+        if not speaks_tools(self._model.info.chat_template):
+            self.spent.notes.append(_IN_WORDS)
         schema, notes = plan.schema()
         self.spent.notes += notes
         self._admit(prompt, "messages")
@@ -110,24 +120,37 @@ class Producer:
     ) -> ChatPrompt:
         """The prompt of a chat. Raises ApiError and what the Model raises."""
         plan = plan_tools(request)
-        native = speaks_tools(self._model.info.chat_template)
         values = request.template_values()
         if reserved := sorted(_TEMPLATE_NAMES & values.keys()):
             raise ApiError(
                 400, f"chat_template_kwargs may not set {reserved[0]}", param="chat_template_kwargs"
             )
-        if plan is not None and native:
-            values["tools"] = [tool.model_dump(exclude_none=True) for tool in plan.tools]
-        if plan is not None and plan.forced:
+        if self._options(request).get("reasoning_budget") == 0:
             values.setdefault("enable_thinking", False)
-        try:
+
+        def make(native: bool, **more: Any) -> ChatPrompt:
             return self._model.chat_prompt(
                 template_messages(request.messages, plan, native),
                 trim=trim,
                 max_tokens=max_tokens,
                 special=bool(request.special),
-                **values,
+                **values | more,
             )
+
+        tools = [tool.model_dump(exclude_none=True) for tool in plan.tools] if plan is not None else None
+        native = speaks_tools(self._model.info.chat_template)
+        try:
+            if plan is not None and self._model.has_form:
+                with contextlib.suppress(UsageError):  # of a template that wants no tools
+                    prompt = make(True, tools=tools, calls=plan.of_form())
+                    if prompt.form is not None and prompt.form.has_calls:
+                        return prompt
+            if plan is not None and plan.forced:
+                values.setdefault("enable_thinking", False)
+            if plan is None and self._model.has_form and _has_calls(request):
+                with contextlib.suppress(UsageError):
+                    return make(True)
+            return make(native, tools=tools) if plan is not None and native else make(native)
         except PromptTooLongError as error:
             raise too_long(error, "messages") from None
 
@@ -212,17 +235,27 @@ class Producer:
         for choice in range(len(prompts) * n):
             is_told = not echo
             with closing(first if choice == 0 else ask(choice)) as chunks:
+                n_calls = 0
                 for chunk in chunks:
                     if not is_told:
                         is_told = True
                         text = self._model.detokenize(prompts[choice // n])
                         yield Event(choice, text, logprobs=tuple(scored.tokens) if scored else ())
-                    yield self._event(choice, chunk, n_top)
+                    n_calls += len(chunk.calls)
+                    yield from self._events(choice, chunk, n_top, n_calls > 0)
 
-    def _event(self, choice: int, chunk: Chunk, n_top: int | None) -> Event:
-        return Event(
-            choice, chunk.text, logprobs=self._logprobs(chunk, n_top), finish_reason=chunk.finish_reason
-        )
+    def _events(self, choice: int, chunk: Chunk, n_top: int | None, has_calls: bool) -> Iterator[Event]:
+        reason = TOOL_CALLS if has_calls and chunk.finish_reason == STOP else chunk.finish_reason
+        first = Event(choice, chunk.text, chunk.reasoning, logprobs=self._logprobs(chunk, n_top))
+        if not chunk.calls:
+            yield replace(first, finish_reason=reason)
+            return
+        if chunk.text or chunk.reasoning or first.logprobs:
+            yield first
+        for call in chunk.calls:
+            yield Event(choice, call=call)
+        if reason is not None:
+            yield Event(choice, finish_reason=reason)
 
     def _logprobs(self, chunk: Chunk, n_top: int | None) -> tuple[TokenLogprob, ...]:
         if n_top is None or chunk.token is None or self._model.is_end(chunk.token):
@@ -365,6 +398,11 @@ class _Turn:
                     if not model.is_end(chunk.token):
                         self.tokens.append(chunk.token)
                 yield chunk
+
+
+def _has_calls(request: ChatRequest) -> bool:
+    """Whether tools were called earlier."""
+    return any(message.tool_calls or message.role in ("tool", "function") for message in request.messages)
 
 
 def _cut() -> ApiError:

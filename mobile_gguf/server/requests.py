@@ -36,7 +36,12 @@ _MAX_TEMPLATE_VALUES, _MAX_TEMPLATE_DEPTH = 10_000, 64
 # What templates know of an effort; gpt-oss has these three.
 _EFFORTS = {"minimal": "low", "xhigh": "high"}
 # What other servers call the same.
-_OTHER_NAMES = {"n_predict": "max_tokens", "repetition_penalty": "repeat_penalty"}
+_OTHER_NAMES = {
+    "n_predict": "max_tokens",
+    "repetition_penalty": "repeat_penalty",
+    "reasoning_budget_tokens": "reasoning_budget",
+    "thinking_budget_tokens": "reasoning_budget",
+}
 NOT_SAMPLING = {"stop", "json_schema"}
 
 
@@ -285,6 +290,7 @@ class Thinking(Loose):
     """Anthropic's switch of thinking, which other servers have taken over."""
 
     type: Literal["enabled", "disabled", "adaptive"]
+    budget_tokens: Whole | None = Field(default=None, ge=0, le=MAX_INT)
 
 
 class JsonSchema(Loose):
@@ -294,6 +300,18 @@ class JsonSchema(Loose):
     description: str | None = None
     schema_: dict[str, Any] | None = Field(default=None, alias="schema")
     strict: bool | None = None
+
+
+class Prediction(Loose):
+    """OpenAI's ``prediction``: text that the answer repeats much of."""
+
+    type: Literal["content"]
+    content: Text | list[TextPart]
+
+    @property
+    def text(self) -> str:
+        parts = self.content if isinstance(self.content, list) else []
+        return "".join(part.text or "" for part in parts) if parts else str(self.content or "")
 
 
 class ResponseFormat(Loose):
@@ -325,10 +343,12 @@ class ChatRequest(Generation):
         default=None, description="given to the chat template; none and minimal ask it not to think"
     )
     thinking: Thinking | None = Field(default=None, description="disabled asks the template not to think")
+    prediction: Prediction | None = Field(
+        default=None, description="what much of the answer will be: with speculate it is drafted from"
+    )
     # taken and without effect here: they change no answer, or ask for what is so anyway
     verbosity: Literal["low", "medium", "high"] | None = None
     modalities: list[Literal["text"]] | None = None
-    prediction: dict[str, Any] | None = None
     web_search_options: dict[str, Any] | None = None
     audio: None = None
     functions: Annotated[list[Any], Field(max_length=0)] | None = None

@@ -1,5 +1,8 @@
 """Tool calls: what the model is told of tools, and the grammar and parser of the calls it makes.
 
+Where the form of the model's own calls is known (``mobile_gguf.generate.form``), they are made in it. This is
+what is done elsewhere: with a stock library, and for templates that know no tools.
+
 A call is written as ``<tool_call>`` and ``{"name": ..., "arguments": {...}}``, which Qwen and many others
 were trained on. A chat template that speaks of tools that way is given them; to the others they are told in
 the system message. Once the marker has appeared, the rest of a call is generated under a grammar made
@@ -13,6 +16,9 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from mobile_gguf.generate.form.form import Calls
+from mobile_gguf.generate.form.reading import CallDelta
 
 from .failures import ApiError
 from .requests import AllowedToolsChoice, ChatRequest, Message, NamedTool, Tool
@@ -38,6 +44,11 @@ class ToolPlan:
     callable: tuple[Tool, ...]
     forced: bool
     parallel: bool
+
+    def of_form(self) -> Calls:
+        """The same for a prompt that knows how its model writes calls."""
+        tools = tuple(tool.model_dump(exclude_none=True) for tool in self.callable)
+        return Calls(tools, self.forced, self.parallel)
 
     def schema(self) -> tuple[dict[str, Any], list[str]]:
         """JSON schema of one call, and what of the tools' parameters it leaves free, a line each."""
@@ -168,17 +179,8 @@ def _in_words(message: Message) -> dict[str, Any]:
     for call in message.tool_calls or ():
         body = {"name": call.function.name, "arguments": _arguments(call.function.arguments)}
         text += f"{text and chr(10)}{MARK}\n{json.dumps(body, ensure_ascii=False)}\n{END_MARK}"
-    return {"role": role, "content": text}
-
-
-@dataclass(frozen=True)
-class CallDelta:
-    """A piece of a tool call: the first has ``id`` and ``name``, the others more of the arguments."""
-
-    index: int
-    id: str | None = None
-    name: str | None = None
-    arguments: str = ""
+    thought = {"reasoning_content": message.reasoning_content} if message.reasoning_content else {}
+    return {"role": role, "content": text, **thought}
 
 
 class CallParser:

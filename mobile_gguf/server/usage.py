@@ -18,6 +18,11 @@ _LARGEST = {
     "turns_left_out",
     "budget",
     "estimate",
+    "mean_length",
+    "utility_predicted",
+    "utility_measured",
+    "pass_predicted_ms",
+    "pass_measured_ms",
 }
 
 
@@ -46,6 +51,7 @@ class Spent:
         self.cached_tokens = 0
         self.completion_tokens = 0
         self.turns_left_out = 0
+        self.drafted = self.accepted = 0  # tokens that were guessed, and those that were right
         self.notes: list[str] = []  # what of the request was not followed, a line each
         self._seconds = 0.0
         self._receipts: list[dict[str, Any]] = []
@@ -77,6 +83,9 @@ class Spent:
         self.completion_tokens += last.completion_tokens
         if last.tokens_per_second > 0:
             self._seconds += last.completion_tokens / last.tokens_per_second
+        if (speculation := last.receipt.speculation) is not None:
+            self.drafted += speculation.drafted
+            self.accepted += speculation.accepted
         self._receipts.append(last.receipt.to_dict())
 
     def usage(self) -> dict[str, Any]:
@@ -87,6 +96,10 @@ class Spent:
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+            "completion_tokens_details": {
+                "accepted_prediction_tokens": self.accepted,
+                "rejected_prediction_tokens": self.drafted - self.accepted,
+            },
             "tokens_per_second": self.completion_tokens / self._seconds if self._seconds > 0 else 0.0,
             "turns_left_out": self.turns_left_out,
             "receipt": sum_receipts(self._receipts),

@@ -51,3 +51,10 @@ template <typename result, typename body> result mobile_guard_or(result fallback
         return fallback;
     }
 }
+
+// throws MOBILE_ERR_ARGUMENT unless it holds
+template <typename condition, typename text> void mobile_require(const condition & holds, const text & otherwise) {
+    if (!holds) {
+        mobile_throw(MOBILE_ERR_ARGUMENT, otherwise);
+    }
+}

@@ -25,7 +25,7 @@
 extern "C" {
 #endif
 
-#define MOBILE_ABI_VERSION 5
+#define MOBILE_ABI_VERSION 6
 
 enum mobile_status {
     MOBILE_OK           =  0,

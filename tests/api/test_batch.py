@@ -63,6 +63,13 @@ def test_one_line_for_each_in_order(batch, answers, fake_load):
     assert bytes(row[0] for row in backend.rows[1:]).startswith(b"<user>3\n<assistant>")
 
 
+def test_what_an_iteration_took_is_said(batch, answers, fake_load):
+    backend = fake_load(FakeBackend(scripted("yes")))
+    backend.scheduler.iteration_ms = (38.2, 41.4)
+    _, _, err = batch(LINES)
+    assert "tokens/s | 41 ms an iteration, 38 foreseen" in err
+
+
 def test_options_of_a_line_come_before_those_of_the_command(batch, answers, fake_load):
     backend = fake_load(FakeBackend(scripted("abcdef")))
     batch(

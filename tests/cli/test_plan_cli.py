@@ -12,7 +12,7 @@ from layout_files import write_per_expert
 
 from mobile_gguf.cli import main
 from mobile_gguf.errors import MobileError
-from mobile_gguf.generate.receipt import Receipt
+from mobile_gguf.generate.receipt import Receipt, Speculation
 from mobile_gguf.gguf.info import read_gguf_info
 from mobile_gguf.options import LoadOptions
 from mobile_gguf.plan import compare_run, machine, measure, measure_prompts, predict_cached, steps
@@ -295,6 +295,22 @@ def test_too_short_an_answer_teaches_nothing(monkeypatch):
     assert found[0] is not None
     assert found[0] == found[2]
     assert compare_run(info, options, receipt, 1, 1.0) is None
+
+
+def test_an_answer_that_was_drafted_teaches_nothing(monkeypatch):
+    """How often drafts are right is the text's."""
+    known_machine(monkeypatch)
+    info, options = fake_info(), LoadOptions(threads=1)
+    receipt = Receipt(mode="exact", n_expert_used=8, little_k=4, tokens_big=64)
+    first = compare_run(info, options, receipt, 64, 1.0, teach=False)
+    drafted = dataclasses.replace(receipt, speculation=Speculation("ngram", drafted=9, accepted=8))
+    for _ in range(3):
+        compare_run(info, options, drafted, 64, 1.0)
+    assert compare_run(info, options, receipt, 64, 1.0, teach=False) == first
+    idle = dataclasses.replace(receipt, speculation=Speculation("ngram"))
+    for _ in range(3):
+        compare_run(info, options, idle, 64, 1.0)
+    assert compare_run(info, options, receipt, 64, 1.0, teach=False) != first
 
 
 def test_a_list_of_models_never_measures_and_never_fails(sample, monkeypatch):

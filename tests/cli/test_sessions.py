@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_models
+from fake_backend import FakeBackend, scripted
 
 from mobile_gguf.api.conversation import Conversation
 from mobile_gguf.api.last_conversation import last_conversation_path, recall, remember
@@ -75,10 +76,10 @@ def test_what_cannot_be_removed(
 
 
 def test_the_last_conversation_is_kept_whole_and_private() -> None:
-    assert recall() is None
+    assert recall() == (None, "last")
     said = Conversation("S", [{"role": "user", "content": "Grüße"}, {"role": "assistant", "content": "ß"}])
     remember(said)
-    assert recall() == said
+    assert recall() == (said, "last")
     assert last_conversation_path().stat().st_mode & 0o77 == 0
     for broken in ("{", "[]", '{"system": 1, "turns": []}', '{"system": "", "turns": [1]}'):
         last_conversation_path().write_text(broken)
@@ -109,7 +110,7 @@ def test_run_goes_on_with_what_was_said(capsys: pytest.CaptureFixture[str]) -> N
     assert again["usage"]["prompt_tokens"] > n_first
     assert again["timings"]["prompt_n"] <= 64
     assert run("five", "--continue")["timings"]["prompt_n"] <= 64
-    conversation = recall()
+    conversation, _ = recall()
     assert conversation is not None
     assert [turn["role"] for turn in conversation.turns] == ["user", "assistant"] * 3
     afresh = run("one two three " * 60)
@@ -118,3 +119,53 @@ def test_run_goes_on_with_what_was_said(capsys: pytest.CaptureFixture[str]) -> N
     last_conversation_path().unlink()
     run("four", "--session-cache", "off")
     assert not last_conversation_path().exists()
+
+
+def test_a_conversation_of_a_name_goes_on_and_is_the_last_one(
+    fake_load: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_load(FakeBackend(scripted("ok")))
+    assert main(["run", "--continue=trip", "m.gguf", "one"]) == 0
+    assert "there is no conversation trip: this one begins" in capsys.readouterr().err
+    assert main(["run", "m.gguf", "--continue", "two"]) == 0
+    conversation, name = recall("trip")
+    assert conversation is not None
+    assert (name, [turn["content"] for turn in conversation.turns]) == ("trip", ["one", "ok", "two", "ok"])
+    assert recall() == (conversation, "trip")
+    with pytest.raises(SystemExit):
+        main(["run", "--continue=a/b", "m.gguf", "hi"])
+    assert "'a/b' is no name of a conversation" in capsys.readouterr().err
+
+
+def test_words_are_listed_shown_exported_and_removed(
+    saved: list[Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    turns = [{"role": "user", "content": "Grüße"}, {"role": "assistant", "content": "ß"}]
+    remember(Conversation("S", turns), "trip")
+    assert main(["sessions"]) == 0
+    out = capsys.readouterr().out
+    assert [line.split()[:2] for line in out.splitlines()[-2:]] == [["last", "2"], ["trip", "2"]]
+    assert main(["sessions", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["conversations"]
+    assert [(one["name"], one["message_count"]) for one in told] == [("last", 2), ("trip", 2)]
+    text = "**system**\n\nS\n\n**user**\n\nGrüße\n\n**assistant**\n\nß\n"
+    assert main(["sessions", "show", "trip"]) == 0
+    assert capsys.readouterr().out == text
+    assert main(["sessions", "export", "trip", "--out", str(tmp_path / "chat.md")]) == 0
+    assert (tmp_path / "chat.md").read_text(encoding="utf-8") == text
+    capsys.readouterr()
+    assert main(["sessions", "export", "last", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["messages"] == [{"role": "system", "content": "S"}, *turns]
+    assert main(["sessions", "show", saved[0].stem[:12]]) == 0
+    out = capsys.readouterr().out
+    assert "tokens: " in out
+    assert "engine: " in out
+    assert main(["sessions", "show", saved[0].stem[:12], "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens"] == 100
+    assert main(["sessions", "export", saved[0].stem]) == 2
+    assert "no words are kept under the name" in capsys.readouterr().err
+    assert main(["sessions", "rm", "--yes", "trip"]) == 0
+    assert "removed 0 sessions and the words of trip" in capsys.readouterr().out
+    assert recall("trip")[0] is None
+    assert recall()[0] is not None
+    assert all(file.exists() for file in saved)

@@ -35,6 +35,7 @@ def test_every_function_of_the_header_is_bound():
     names = set(re.findall(r"\b(mobile_\w+)\s*\(", HEADER)) - {
         "mobile_abi_version",
         "mobile_try_file",
+        "mobile_mtp_try_file",
         "mobile_measure_file",
     }
     assert {f"mobile_{name}" for name in Engine(fake_library())._functions} == names
@@ -58,6 +59,17 @@ def test_another_abi_is_refused(installed):
         EngineError, match=rf"libfake.so has ABI version {structs.ABI_VERSION + 1}.*engine build --force"
     ):
         find_engine()
+
+
+@pytest.mark.parametrize("compiled_in", [False, True])
+def test_backends_that_are_libraries_are_loaded_with_ours(installed, compiled_in):
+    library, asked = fake_library(), []
+    library.llama_supports_rpc = lambda: asked.append(1)
+    if compiled_in:
+        library.ggml_backend_cpu_init = lambda: None
+    installed(library)
+    find_engine()
+    assert asked == ([] if compiled_in else [1])
 
 
 def test_a_library_that_lacks_a_function_is_refused(installed):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from mobile_gguf.options.words import LIVE, PRIOR
 
 N_VOCAB, COST = 40, 0.5
 MODEL = LossModel(
-    scale=COST, history=0.0, step_scale=COST, text_deviation=0.1, token_deviation=1.5, audit_deviation=1.0
+    own_scale=COST, history_scale=0.0, text_deviation=0.1, token_deviation=1.5, audit_deviation=1.0
 )
 # a token under drop:F moves about F/10 of its weight
 RULES: dict[str, LossRules | None] = {"exact": None} | {
@@ -42,7 +43,8 @@ PRICES = PriceList(
 
 
 class Text:
-    """decode.Steps that know what each token lost; ``cost`` is what moving all weight does to a token.
+    """decode.Steps that know what each token lost; ``cost`` is what moving all weight does to a token,
+    ``history`` what it does to one if the memory has lost as much.
 
     A pass takes a second, or as ``took`` says of its number; an exact one misses 4 experts.
     """
@@ -55,11 +57,12 @@ class Text:
     ) -> None:
         self.took = took
         self.rng = np.random.default_rng(seed)
-        self.cost = COST
+        self.cost, self.history = COST, 0.0
         self.missing = 1.0
         self.rules: LossRules | None = None
         self.used: list[LossRules | None] = []  # of the passes that stayed
         self.kls: list[float] = []  # of their logits
+        self.lost: list[float] = []  # by their rows
         self.counters = LossCounters()
         self.n_misses = 0
         self.clock = 0.0
@@ -79,25 +82,27 @@ class Text:
         self.n_misses += 4 if self.rules is None else 3
         if not self._is_again:
             self.exact = self.rng.normal(size=N_VOCAB) * 2
-            self.change = self.rng.normal(size=N_VOCAB)
+            self.change, self.wander = self.rng.normal(size=(2, N_VOCAB))
             self.moved = self.missing * self.rng.gamma(2.0, 0.5)
         self._is_again = False
-        kl, self.logits = 0.0, self.exact
+        moved, before = 0.0, sum(self.lost) / (10 + len(self.lost))
+        self.logits = self.exact + self.wander * np.sqrt(2 * self.history * before)
         if self.rules is not None:
             moved = min(0.9, self.moved * self.rules.drop / 10)
-            self.logits = self.exact + self.change * np.sqrt(2 * self.cost * moved)
-            kl = float(divergence(log_softmax(self.exact), log_softmax(self.logits)))
+            self.logits = self.logits + self.change * np.sqrt(2 * self.cost * moved)
             self.counters = LossCounters(
                 n_layers=self.counters.n_layers + 4,
                 moved_weight=self.counters.moved_weight + 4 * moved,
             )
         self.used.append(self.rules)
-        self.kls.append(kl)
+        self.kls.append(float(divergence(log_softmax(self.exact), log_softmax(self.logits))))
+        self.lost.append(moved)
 
     def step_back(self) -> None:
         self._is_again = True
         self.used.pop()
         self.kls.pop()
+        self.lost.pop()
 
     def traffic(self) -> Traffic:
         return Traffic(host=Counters(n_misses=self.n_misses), loss=self.counters)
@@ -133,6 +138,24 @@ def test_the_budget_is_kept_used_and_estimated(monkeypatch, budget, seed):
     assert spending.audit_seconds == spending.n_audited == auto.cost.n_audits
     assert spending.audit_seconds <= AUDIT_SHARE * spending.seconds == AUDIT_SHARE * text.n_passes
     assert auto.cost.share <= AUDIT_SHARE
+
+
+@pytest.mark.parametrize("budget", [0.005, 0.02])
+def test_what_the_memory_lost_is_in_the_estimate(monkeypatch, budget):
+    """No audit sees it; tokens that are run exactly cost it, too."""
+    errors: dict[float, list[float]] = {0.5: [], 0.0: []}
+    for history, of_seeds in errors.items():
+        model = replace(MODEL, history_scale=history / MODEL.own_scale)
+        for seed in (1, 2, 3):
+            text = Text(monkeypatch, seed)
+            text.history = 0.5
+            spending = Auto(replace(PRICES, model=model), RULES, 0.25, can_audit=True).spend(budget, 10)
+            measured = run(text, spending, 800)
+            assert spending.n_audited > 5
+            of_seeds.append(spending.estimate / measured.mean() - 1)
+    assert np.abs(errors[0.5]).max() < 0.25
+    assert abs(np.mean(errors[0.5])) < 0.12
+    assert np.mean(errors[0.0]) < -0.25  # as without a history
 
 
 @pytest.mark.parametrize("is_known", [True, False], ids=["calibrated", "learning"])
@@ -267,6 +290,13 @@ def test_one_audit_does_not_decide_and_several_that_contradict_do():
         text.add(6.0, 1.0, 1.0)
     assert text.factor > 2
     assert text.alarmed > 4
+
+
+def test_what_is_cut_of_audits_is_made_up_for():
+    text = TextCorrection(Correction(replace(MODEL, audit_mean=0.8), is_calibrated=True))
+    for _ in range(200):
+        text.add(0.8, 1.0, 1.0)
+    assert text.factor == pytest.approx(1.0)
 
 
 def test_an_audit_stands_for_what_was_foreseen_since_the_last():

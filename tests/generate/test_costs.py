@@ -66,6 +66,23 @@ def test_more_are_made_while_all_together_are_faster() -> None:
     assert 4 in grown(8, {2: 10, 4: 9}, 5 + FIRST_PAUSE)[5:]  # after a while it is tried again
 
 
+def test_more_that_are_not_foreseen_to_be_faster_are_tried_rarely() -> None:
+    """But they are: what is foreseen may be wrong."""
+    speed = {2: 10.0, 4: 14.0, 8: 20.0}
+    rule, seen = Growth(8, foresee=lambda n: 1.0 / n), []
+    for _ in range(600):
+        for _ in range(WINDOW):
+            rule.observe(rule.now, rule.now, rule.now / speed[rule.now])
+        seen.append(rule.now)
+    assert set(seen[:FIRST_PAUSE]) == {2}
+    assert seen[-1] == 8
+    assert grown(8, speed, 5)[-1] == 8
+    known = Growth(8, foresee=speed.get)
+    for _ in range(3 * WINDOW):
+        known.observe(known.now, known.now, known.now / speed[known.now])
+    assert known.now == 8
+
+
 def test_what_is_no_full_load_says_nothing() -> None:
     rule = Growth(8)
     for _ in range(10 * WINDOW):

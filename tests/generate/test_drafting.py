@@ -272,3 +272,57 @@ def test_guesses_of_a_sequence_leave_no_rows() -> None:
     sequence.run_token(ord("b"))
     assert decoder.n_cells == n + 1
     assert sequence.n_usable([*PROMPT, ord("b"), 0], True) == n + 1
+
+
+@pytest.mark.parametrize("right", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize("length", [1, 3, MOST])
+def test_a_memory_that_cannot_be_rolled_back_goes_to_what_it_was(right: float, length: int) -> None:
+    """What was right of a draft is run again with the next token, in one pass."""
+    scheduler, decoder, (sequence,) = make(1, can_step_back=False)
+    tuner = fixed(length)
+    tuner.runs_again = True
+    made: list[Drafting] = []
+    said = list(drafted(scheduler, PROMPT, 60, Knowing(right), tuner, made=made))
+    assert said == plain(PROMPT, 60)
+    record = made[0].record
+    n_prompt = -(-len(PROMPT) // 16)
+    assert len(decoder.passes) == n_prompt + record.n_passes + record.n_single
+    longer = [*PROMPT, *said, ord("!")]
+    assert [token for token, _ in answer(scheduler, longer, 10, Policy())] == plain(longer, 10)
+    assert [*sequence.tokens] == [*longer, *plain(longer, 10)]
+
+
+@pytest.mark.parametrize("after", range(1, 9))
+def test_who_leaves_such_a_memory_in_the_middle_of_a_draft_leaves_a_right_text(after: int) -> None:
+    scheduler, _, _ = make(1, can_step_back=False)
+    tuner = fixed(4)
+    tuner.runs_again = True
+    with closing(drafted(scheduler, PROMPT, 40, Knowing(0.7), tuner)) as tokens:
+        said = [next(tokens) for _ in range(after)]
+    longer = [*PROMPT, *said, ord("!")]
+    assert list(drafted(scheduler, longer, 20, Knowing(0.7), tuner)) == plain(longer, 20)
+
+
+def test_without_room_for_what_it_was_nothing_is_drafted() -> None:
+    scheduler, decoder, _ = make(1, cache_bytes=0, can_step_back=False)
+    tuner = fixed(4)
+    tuner.runs_again = True
+    assert list(drafted(scheduler, PROMPT, 20, Knowing(1.0), tuner)) == plain(PROMPT, 20)
+    assert all(not one[0].is_drafted for one in decoder.passes)
+
+
+def test_drafts_stay_within_a_micro_batch() -> None:
+    """What was refused is taken back of one only."""
+    scheduler, decoder, _ = make(4, n_ctx=1024, n_batch=64, n_ubatch=8)
+    came: list[list[int]] = [[] for _ in range(4)]
+
+    def work(i: int) -> Callable[[], None]:
+        return lambda: came[i].extend(drafted(scheduler, [*PROMPT, i], 20, Knowing(0.8), fixed(6)))
+
+    for i in range(4):
+        scheduler.spawn(work(i))
+    while scheduler.n_running:
+        scheduler.advance()
+    assert came == [plain([*PROMPT, i], 20, n_ctx=1024, n_batch=64, n_ubatch=8) for i in range(4)]
+    for passed in decoder.passes:
+        assert not any(one.is_drafted for one in passed) or sum(len(one.tokens) for one in passed) <= 8

@@ -7,6 +7,7 @@ import random
 import pytest
 
 from mobile_gguf.generate.speculation.lookup import LEAST_MATCH, LONGEST_MATCH, Lookup, class_of
+from mobile_gguf.generate.speculation.source import LookupSource
 
 
 def searched(text: list[int], most: int) -> tuple[list[int], int]:
@@ -67,3 +68,15 @@ def test_nothing_is_drafted_where_nothing_came_before(tokens: list[int]) -> None
 
 def test_longer_matches_are_of_another_kind() -> None:
     assert [class_of(n) for n in (2, 3, 4, 7, 8, 16)] == ["2+", "2+", "4+", "4+", "8+", "8+"]
+
+
+def test_a_prediction_is_looked_up_from_the_answers_first_token_on() -> None:
+    source = LookupSource([7, 8, 9, 10])
+    source.add([1, 2, 3])
+    assert source.draft(4) == [7, 8, 9, 10]
+    source.add([7, 8])
+    assert source.draft(2) == [9, 10]
+    source.add([50, 9])
+    assert source.offer(2).n == 0
+    source.add([10])
+    assert source.draft(1) == [1]  # which the prompt begins with, that comes behind it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,15 +29,15 @@ def load(name: str, **options: Any) -> Model:
     return mobile_gguf.load(tiny_models.path(name), threads=1, threads_batch=1, **{**usual, **options})
 
 
-@pytest.fixture(scope="module", params=[ATTENTION, WINDOW, LATENT])
+@pytest.fixture(scope="module", params=[ATTENTION, WINDOW, LATENT, HYBRID])
 def model(request: pytest.FixtureRequest) -> Iterator[Model]:
     with load(request.param) as loaded:
         yield loaded
 
 
-@pytest.fixture(scope="module")
-def one() -> Iterator[Model]:
-    with load(ATTENTION) as loaded:
+@pytest.fixture(scope="module", params=[ATTENTION, HYBRID])
+def one(request: pytest.FixtureRequest) -> Iterator[Model]:
+    with load(request.param) as loaded:
         yield loaded
 
 
@@ -118,7 +119,7 @@ def test_an_answer_ends_in_the_middle_of_a_draft(one: Model, source: str) -> Non
         found = said(one, text(4), source, 6, max_tokens=n, logit_bias=never)
         assert found.tokens == whole.tokens[:n]
     longer = [*text(4), *found.tokens, 7, 8, 9]
-    kept = said(one, longer, source, 3, cache_prompt=True)
+    kept = said(one, longer, source, 3, cache_prompt=True, logit_bias=never)
     assert kept.timings["prompt_n"] < len(longer)
     assert len(kept.tokens) == 40
 
@@ -160,15 +161,17 @@ def test_logits_are_those_that_a_token_was_drawn_from(one: Model) -> None:
     np.testing.assert_array_equal(found[0], found[1])
 
 
-def test_several_answers_with_drafts_are_those_that_each_has_alone() -> None:
-    """In one context that all share: the same but for near ties."""
-    with load(ATTENTION, parallel=4) as four, load(ATTENTION) as one:
+@pytest.mark.parametrize("name", [ATTENTION, HYBRID])
+def test_several_answers_with_drafts_are_those_that_each_has_alone(name: str) -> None:
+    """In one context that all share: the same but for near ties. The last one alive drafts alone."""
+    with load(name, parallel=4) as four, load(name) as one:
         backend_of(four).speculation.tuner.fixed = 3
         came: list[list[int]] = [[] for _ in range(4)]
 
         def work(i: int) -> Any:
             def run() -> None:
-                for chunk in four.stream(text(i), max_tokens=24, temperature=0, speculate=SOURCES[i % 2]):
+                options = {"max_tokens": 12 + 8 * i, "temperature": 0, "speculate": SOURCES[i % 2]}
+                for chunk in four.stream(text(i), **options):
                     if chunk.token is not None:
                         came[i].append(chunk.token)
 
@@ -182,8 +185,9 @@ def test_several_answers_with_drafts_are_those_that_each_has_alone() -> None:
             check_nearly_the_same(one, text(i), tokens)
 
 
-def test_several_answers_with_drafts_are_exact_where_it_is_asked_for() -> None:
-    with load(ATTENTION, parallel=3, deterministic=True) as apart, load(ATTENTION) as one:
+@pytest.mark.parametrize("name", [ATTENTION, HYBRID])
+def test_several_answers_with_drafts_are_exact_where_it_is_asked_for(name: str) -> None:
+    with load(name, parallel=3, deterministic=True) as apart, load(name) as one:
         backend_of(apart).speculation.tuner.fixed = 3
         came: list[list[int | None]] = [[] for _ in range(3)]
 
@@ -232,24 +236,25 @@ def test_auto_learns_what_passes_take(one: Model) -> None:
     assert tuner.costs.needs_of(1) > 0
 
 
-def test_what_cannot_be_drafted_is_said(one: Model) -> None:
-    with load(HYBRID, speculate="ngram") as hybrid:
+def test_what_cannot_be_drafted_is_said() -> None:
+    with load(HYBRID, speculate="ngram", prefix_cache="off") as hybrid:
         assert any("cannot be rolled back" in notice for notice in hybrid.notices)
         reply = hybrid.generate(text(1), max_tokens=8, temperature=0)
         assert reply.receipt.speculation is None
     with load(ATTENTION, speculate="ngram", deterministic=True, flash_attn=True) as other:
         assert any("flash attention adds up" in notice for notice in other.notices)
         assert other.generate(text(1), max_tokens=4).receipt.speculation is None
-    for options, why in (
-        ({"mode": "big-little", "importance": "confidence"}, "mode big-little is decided token by token"),
-        ({"drop": 0.5}, "missing experts is decided token by token"),
-        ({"mode": "little", "speculate": "little"}, "few experts already"),
-    ):
-        reply = one.generate(text(1), max_tokens=4, **{"speculate": "ngram", **options})
-        assert reply.receipt.speculation is None
-        assert any(why in notice and "has no effect" in notice for notice in one.notices)
-    with pytest.raises(UsageError, match="speculate is 'both': choose"):
-        one.generate(text(1), speculate="both")
+    with load(ATTENTION) as one:
+        for options, why in (
+            ({"mode": "big-little", "importance": "confidence"}, "mode big-little is decided token by token"),
+            ({"drop": 0.5}, "missing experts is decided token by token"),
+            ({"mode": "little", "speculate": "little"}, "few experts already"),
+        ):
+            reply = one.generate(text(1), max_tokens=4, **{"speculate": "ngram", **options})
+            assert reply.receipt.speculation is None
+            assert any(why in notice and "has no effect" in notice for notice in one.notices)
+        with pytest.raises(UsageError, match="speculate is 'both': choose"):
+            one.generate(text(1), speculate="both")
 
 
 def test_a_smaller_model_drafts() -> None:
@@ -307,3 +312,64 @@ def test_refused_tokens_count_as_never_run() -> None:
                 refused = [reply.receipt.speculation for reply in replies]
                 assert any(one is not None and one.accepted < one.drafted for one in refused)
     assert found[0] == found[1]
+
+
+def test_the_same_run_makes_the_same_passes() -> None:
+    """With --deterministic no clock says how long drafts are, and so which experts stay in memory."""
+    found = []
+    for stretch in (1.0, 50.0):
+        with load(ATTENTION, deterministic=True, ram_budget="70%") as model:
+            backend = backend_of(model)
+            backend.speculation.tuner.most_needs = float("inf")  # of four experts two tokens want too many
+            drawn = backend.draw
+
+            def slowly(*args: Any, drawn: Any = drawn, stretch: float = stretch) -> int:
+                time.sleep(0.0001 * stretch)
+                return drawn(*args)
+
+            backend.draw = slowly
+            never = dict.fromkeys(ends(model), -100.0) | dict.fromkeys((10, 11, 12), 4.0)
+            replies = [
+                model.generate(text(seed), max_tokens=60, temperature=0, speculate="auto", logit_bias=never)
+                for seed in range(3)
+            ]
+            found.append(
+                [
+                    (reply.receipt.speculation.drafted, reply.receipt.expert_misses, reply.receipt.bytes_read)
+                    for reply in replies
+                    if reply.receipt.speculation is not None
+                ]
+            )
+    assert found[0] == found[1]
+    assert any(drafted for drafted, _, _ in found[0])
+
+
+@pytest.mark.parametrize("name", [ATTENTION, HYBRID])
+def test_a_prediction_is_drafted_from(name: str) -> None:
+    with load(name) as model:
+        never = dict.fromkeys(ends(model), -100.0)
+        expected = said(model, text(2), "off", logit_bias=never)
+        prediction = model.detokenize(expected.tokens)
+        found = said(model, text(2), "ngram", 6, logit_bias=never, prediction=prediction)
+        assert found.tokens == expected.tokens
+        plain = said(model, text(2), "ngram", 6, logit_bias=never)
+        assert found.receipt.speculation is not None
+        assert plain.receipt.speculation is not None
+        assert found.receipt.speculation.accepted >= plain.receipt.speculation.accepted
+        wrong: Any = 5
+        with pytest.raises(UsageError, match="text"):
+            model.generate(text(2), prediction=wrong)
+
+
+def test_auto_drafts_where_no_bit_changes_and_says_nothing_elsewhere() -> None:
+    for options, is_on in (
+        ({}, True),
+        ({"deterministic": True}, True),
+        ({"flash_attn": True}, False),
+        ({"mode": "big-little", "importance": "confidence"}, False),
+        ({"drop": 0.5}, False),
+    ):
+        with load(ATTENTION, speculate="auto", **options) as model:
+            reply = model.generate(text(1), max_tokens=4, temperature=0)
+            assert (reply.receipt.speculation is not None) is is_on
+            assert not any("--speculate" in notice for notice in model.notices)

@@ -121,15 +121,15 @@ def test_the_limit_is_never_passed() -> None:
 class Readings(Competition):
     """What a machine says, token after token."""
 
-    def __init__(self, machine: Machine, threads: list[int]) -> None:
-        self._machine, self._threads = machine, threads
+    def __init__(self, machine: Machine, threads: list[int], n_tokens: float = 1.0) -> None:
+        self._machine, self._threads, self._n_tokens = machine, threads, n_tokens
         self._at = Processors(0.0, 0.0, 0.0, 0.0)
         self._begun = False
 
     def read(self) -> Processors | None:
         self._begun = not self._begun
         if not self._begun:
-            seconds, *more = self._machine.token(self._threads[-1])
+            seconds, *more = (self._n_tokens * one for one in self._machine.token(self._threads[-1]))
             at = self._at
             waited, idle, others = more
             self._at = Processors(
@@ -138,12 +138,14 @@ class Readings(Competition):
         return self._at
 
 
-def test_the_context_gets_the_number() -> None:
+@pytest.mark.parametrize("n_tokens", [1.0, 3.4])
+def test_the_context_gets_the_number(n_tokens: float) -> None:
+    """A pass over a draft counts as the single tokens that it takes as long as."""
     given = [2]
-    following = FollowingThreads(2, given.append, Readings(Machine(2, loops=1), given))
+    following = FollowingThreads(2, given.append, Readings(Machine(2, loops=1), given, n_tokens))
     for _ in range(40):
         following.before()
-        following.after()
+        following.after(n_tokens)
     assert given == [2, 1]
     assert following.threads == 1
     assert following.n_changes == 1

@@ -27,6 +27,7 @@ class Machine:
 
     def __post_init__(self) -> None:
         self.chance = random.Random(self.seed)
+        self.plain = 0.0  # what the tokens that it made would have taken one by one
 
     def step(self, n: int) -> Step:
         noise = self.chance.uniform(1 - self.noise, 1 + self.noise)
@@ -51,7 +52,7 @@ def play(tuner: Tuner, machine: Machine, n_tokens: int, kind: str = "k", *, is_f
     """Make so many tokens; returns the seconds."""
     seconds, made = 0.0, 0
     while made < n_tokens:
-        n = tuner.length(kind, MOST, kind)
+        n = tuner.length(kind, MOST, kind, is_free=is_free)
         drafting = n * machine.drafting * machine.single
         tuner.drafted(kind, n, drafting)
         compared = n or (MOST if is_free else 0)
@@ -61,10 +62,12 @@ def play(tuner: Tuner, machine: Machine, n_tokens: int, kind: str = "k", *, is_f
         step = machine.step(n + 1)
         tuner.costs.observe(step)
         if n:
+            tuner.tried(kind)
             tuner.ran(kind, n, min(n, taken), step.seconds + drafting)
         else:
             tuner.ran_single(step.seconds)
         seconds += step.seconds + drafting
+        machine.plain += (min(n, taken) + 1) * machine.exactly(1)
         made += min(n, taken) + 1
     return seconds
 
@@ -100,15 +103,42 @@ def test_it_is_never_much_slower_than_without(machine: Machine, is_free: bool) -
         assert seconds <= plain(machine, n_tokens) / 0.95
 
 
+# what changes in mid-answer: the speed, what several tokens take beside one, how much is right
+CHANGES = {
+    "three times as slow": {"single": 0.06},
+    "three times as fast": {"single": 0.007},
+    "several tokens become dear": {"slope": 1.0},
+    "dear, and slow for all": {"slope": 1.0, "single": 0.05},
+    "dear, and quick for one": {"slope": 1.1, "single": 0.008},
+    "a disk becomes slow": {"waits": 4.0},
+    "nothing is right any more": {"right": 0.0},
+    "little is right any more": {"right": 0.3},
+}
+
+
+@pytest.mark.parametrize("is_free", [False, True])
+@pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
+def test_a_machine_that_changes_makes_no_answer_much_slower(changes: dict[str, float], is_free: bool) -> None:
+    """Drafts pay, and then all is another way: what comes is held against the same tokens without drafts."""
+    for seed in range(2):
+        machine, tuner = Machine(right=0.9, slope=0.3, seed=seed), Tuner()
+        play(tuner, machine, 200, is_free=is_free)
+        for name, value in changes.items():
+            setattr(machine, name, value)
+        machine.plain = 0.0
+        assert play(tuner, machine, 800, is_free=is_free) <= machine.plain / 0.95
+
+
 @pytest.mark.parametrize("machine", MACHINES, ids=str)
 def test_the_length_is_near_the_best(machine: Machine) -> None:
-    tuner = Tuner()
-    play(tuner, machine, 1500, is_free=True)
+    tuner, found = Tuner(), []
+    play(tuner, machine, 1000, is_free=True)
     best = max(machine.utility(n) for n in range(MOST + 1))
-    if best < 1.0 + 1e-9 or tuner.best("k", MOST, "k")[1] <= 1.03:
-        assert best < 1.1
-        return
-    assert machine.utility(tuner.best("k", MOST, "k")[0]) >= 0.95 * best
+    for _ in range(5):
+        play(tuner, machine, 100, is_free=True)
+        n, utility = tuner.best("k", MOST, "k")
+        found.append(machine.utility(n) if utility > 1.03 else 1.0)
+    assert sum(found) / 5 >= (0.95 if best > 1.1 else 0.9) * best
 
 
 @pytest.mark.parametrize("machine", MACHINES, ids=str)
@@ -139,6 +169,7 @@ def test_what_does_not_pay_is_tried_more_and_more_rarely() -> None:
             tried.append(i)
             tuner.saw("k", 0, False)
             tuner.costs.observe(machine.step(n + 1))
+            tuner.tried("k")
             tuner.ran("k", n, 0, machine.step(n + 1).seconds)
         else:
             tuner.costs.observe(machine.step(1))
@@ -152,7 +183,7 @@ def test_what_does_not_pay_is_tried_more_and_more_rarely() -> None:
 def test_it_comes_back_when_it_pays_again() -> None:
     tuner, machine = Tuner(), Machine(right=0.0, slope=0.2)
     play(tuner, machine, 300, is_free=True)
-    assert tuner.length("k", MOST) == 0
+    assert tuner.length("k", MOST, is_free=True) == 0
     machine.right = 0.95
     play(tuner, machine, 100, is_free=True)
     assert tuner.best("k", MOST)[1] > 1.5
@@ -178,6 +209,7 @@ def test_a_single_token_shows_now_and_then_what_it_takes() -> None:
         tuner.costs.observe(machine.step(n + 1))
         if n:
             tuner.saw("k", 0, True)
+            tuner.tried("k")
             tuner.ran("k", n, n, machine.step(n + 1).seconds)
         else:
             tuner.ran_single(machine.step(1).seconds)
@@ -190,7 +222,7 @@ def test_of_several_answers_the_passes_of_all_count() -> None:
     for tuner, slope in ((dear, 0.95), (cheap, 0.02)):
         machine = Machine(slope=slope, noise=0.0)
         for n in (1, 2, 4, 8, 16, 24) * 6:
-            tuner.costs.observe(machine.step(n))
+            tuner.together.observe(machine.step(n))
         for place in range(3):
             for _ in range(50):
                 tuner.saw("k", place, True)
@@ -225,8 +257,119 @@ def test_a_pass_that_something_else_held_up_is_not_believed() -> None:
 def test_a_draft_is_cut_where_its_experts_would_drop_each_other() -> None:
     tuner, machine = Tuner(), Machine(right=1.0, slope=0.02, noise=0.0)
     play(tuner, machine, 200, is_free=True)
+    tuner.ran_single(0.02)
     assert tuner.length("k", MOST) == MOST
     tuner.most_needs = 100 * 4.5**UNION
     assert tuner.length("k", MOST) == 3
     tuner.most_needs = 100 * 1.5**UNION
     assert tuner.length("k", MOST) == 0
+
+
+def test_without_a_clock_the_same_answer_has_the_same_passes() -> None:
+    """However long they take."""
+    lengths = []
+    for single, noise in ((0.02, 0.0), (1.0, 0.9)):
+        machine, tuner, found = Machine(single=single, noise=noise), Tuner(share=0.5), []
+        tuner.most_needs = 400
+        chance = random.Random(2)
+        for i in range(400):
+            n = tuner.length("k", MOST, "ngram")
+            found.append(n)
+            tuner.costs.observe(machine.step(n + 1))
+            tuner.drew(machine.step(1).seconds)
+            tuner.drafted("ngram", n, machine.step(1).seconds)
+            right = 0.9 if i < 200 else 0.1
+            taken = next((i for i in range(MOST) if chance.random() >= right), MOST)
+            for place in range(min(taken + 1, MOST)):
+                tuner.saw("k", place, place < taken)
+            if n:
+                tuner.tried("k")
+                tuner.ran("ngram", n, min(n, taken), machine.step(n + 1).seconds)
+            else:
+                tuner.ran_single(machine.step(1).seconds)
+        lengths.append(found)
+    assert lengths[0] == lengths[1]
+    assert max(lengths[0][:200]) > 1
+    assert sum(lengths[0][250:]) < sum(lengths[0][50:200]) / 4
+
+
+@pytest.mark.parametrize(
+    ("share", "right", "pays"), [(1.0, 0.8, True), (0.12, 0.8, False), (0.25, 0.6, False)]
+)
+def test_stated_costs_say_what_a_trace_did(share: float, right: float, pays: bool) -> None:
+    """Drafts that cost nothing pay where all is in memory, and not from a disk (docs/speculation.md)."""
+    tuner = Tuner(share=share)
+    for _ in range(100):
+        for place in range(MOST):
+            if tuner.acceptance.at("k", place) < right:
+                tuner.saw("k", place, True)
+            else:
+                tuner.saw("k", place, False)
+    assert (tuner.best("k", MOST, "ngram")[1] > 1.03) is pays
+
+
+def test_what_is_run_again_counts() -> None:
+    """Behind a wrong guess a memory that cannot be rolled back runs what was right once more."""
+    one, again = Tuner(), Tuner()
+    again.runs_again = True
+    for tuner in (one, again):
+        machine = Machine(slope=0.5, noise=0.0)
+        for n in (*range(1, 10), *range(1, 10)):
+            tuner.costs.observe(machine.step(n))
+        for _ in range(50):
+            tuner.saw("k", 0, True)
+            tuner.saw("k", 1, False)
+    assert again.utility("k", 1) > 0.95 * one.utility("k", 1)
+    assert again.utility("k", 2) < 0.8 * one.utility("k", 2)
+
+
+def test_a_batch_does_not_try_for_ever() -> None:
+    tuner, machine = Tuner(), Machine(slope=0.9, noise=0.0)
+    for n in (8, 16, 24) * 6:
+        tuner.together.observe(machine.step(n))
+    lengths = []
+    for _ in range(100):
+        n = tuner.length("k", MOST, n_answers=8)
+        lengths.append(n)
+        if n:
+            tuner.tried("k")
+            tuner.saw("k", 0, False)
+    assert sum(n > 0 for n in lengths) <= 3 * TRIAL
+
+
+def test_answers_and_drafts_are_weighed_together() -> None:
+    """Where more tokens of a pass are nearly free, as many answers as there are, with drafts; where they cost
+    what a single one does, neither; and drafts that want too many experts are none."""
+    cheap, dear = Tuner(), Tuner()
+    for tuner, slope in ((cheap, 0.05), (dear, 0.98)):
+        machine = Machine(slope=slope, noise=0.0)
+        for n in (*range(1, 10), 16, 24, 32, 64) * 4:
+            tuner.together.observe(machine.step(n))
+            tuner.costs.observe(machine.step(n))
+        for place in range(MOST):
+            for _ in range(60):
+                tuner.saw("k", place, True)
+        assert tuner.length("k", MOST, n_answers=4) >= 0
+    two, eight = cheap.foreseen(2), cheap.foreseen(8)
+    assert two is not None
+    assert eight is not None
+    assert eight > 1.4 * two
+    cheap.most_needs = 10
+    without = cheap.foreseen(8)
+    assert without is not None
+    assert without < eight / 2
+    one, more = dear.foreseen(2), dear.foreseen(8)
+    assert one is not None
+    assert more is not None
+    assert more < 1.05 * one
+    assert Tuner().foreseen(2) is None
+    assert Tuner(share=1.0).foreseen(2) is None
+
+
+def test_what_is_seen_to_be_wrong_is_never_run() -> None:
+    """Of drafts that cost nothing to compare: the first answer of a model, and a short one."""
+    tuner, machine = Tuner(), Machine(right=0.0, slope=0.6)
+    assert play(tuner, machine, 32, is_free=True) <= machine.plain / 0.97
+    for right, slope in ((0.3, 0.6), (0.8, 0.9)):
+        tuner, machine = Tuner(), Machine(right=right, slope=slope)
+        assert play(tuner, machine, 100, is_free=True) <= machine.plain / 0.95

@@ -18,9 +18,9 @@ SOURCES = {
 }
 
 # each may include those before it; "": mobile.h and what goes with it
-FLOORS = ("ggml", "", "store", "device", "route", "api")
+FLOORS = ("ggml", "", "chat", "store", "device", "route", "api")
 
-HEADERS_OF_EXPORTS = ("mobile.h", "device/mobile-rpc.h")
+HEADERS_OF_EXPORTS = ("mobile.h", "mobile-chat.h", "device/mobile-rpc.h")
 # nothing in them can throw, or they call a guarded one and nothing else
 UNGUARDED = {
     "mobile_abi_version",
@@ -29,6 +29,9 @@ UNGUARDED = {
     "mobile_loss_default_params",
     "mobile_device_default_params",
     "mobile_rpc_clear_loss",
+    "mobile_chat_template_free",
+    "mobile_chat_parser_free",
+    "mobile_chat_text_free",
 }
 
 

@@ -51,6 +51,7 @@ def test_wheel_has_every_module_and_patch(distributions: tuple[Path, Path]):
     names = set(zipfile.ZipFile(distributions[1]).namelist())
     wanted = _source_files(
         {".py", ".typed", ".patch", ".c", ".cpp", ".h", ".cmake", ".json", ".npz", ".txt", ".tcss", ".html"}
+        | {".js", ".css", ".svg", ".LICENSE"}
     )
     assert wanted - names == set()
     assert "mobile_gguf/py.typed" in names

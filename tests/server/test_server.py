@@ -5,6 +5,7 @@ import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -452,8 +453,10 @@ def test_a_body_that_is_not_utf_8(hello):
 
 
 def test_every_file_of_the_page_is_there_without_a_key(fake_model):
-    files = resources.files("mobile_gguf.server") / "page"
-    names = sorted(file.name for file in files.iterdir())
+    files = Path(str(resources.files("mobile_gguf.server") / "page"))
+    every = (file.relative_to(files).as_posix() for file in files.rglob("*") if file.is_file())
+    names = sorted(name for name in every if not name.endswith((".LICENSE", ".json")))
+    assert "vendor/markdown-it.js" in names
     with running(fake_model(), api_key="secret") as server:
         for name in names:
             found = get(f"{server.url}/{name}" if name != "index.html" else server.url)

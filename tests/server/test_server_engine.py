@@ -17,6 +17,7 @@ import pytest
 pytest.importorskip("fastapi", reason="pip install 'mobile-gguf[server]'")
 openai = pytest.importorskip("openai", reason="pip install 'mobile-gguf[dev]'")
 pytest.importorskip("llama_cpp", reason="run `mobile-gguf engine build`")
+from page_harness import chromium  # noqa: E402
 from server_harness import SECONDS, get, until  # noqa: E402
 
 from mobile_gguf.engine.binding import find_engine  # noqa: E402
@@ -101,7 +102,7 @@ def test_a_request_may_ask_for_drafts(command):
     words = {"prompt": "one two three four five six one two three four", "seed": 5, "temperature": 0.3}
     plain, drafted = (
         httpx.post(f"{command.url}/v1/completions", json=words | more, timeout=SECONDS).json()
-        for more in ({}, {"speculate": "ngram"})
+        for more in ({"speculate": "off"}, {"speculate": "ngram"})
     )
     assert drafted["choices"][0]["text"] == plain["choices"][0]["text"]
     assert plain["usage"]["receipt"]["speculation"] is None
@@ -396,17 +397,11 @@ def test_the_node_clients(command, tmp_path):
 
 
 @contextlib.contextmanager
-def browser_page(url):
-    sync = pytest.importorskip("playwright.sync_api", reason="pip install 'mobile-gguf[dev]'")
-    browser_path = shutil.which("chromium") or shutil.which("google-chrome")
-    if browser_path is None:
-        pytest.skip("no browser here: apt install chromium")
-    with sync.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
+def browser_page():
+    with chromium() as browser:
         page = browser.new_page(viewport={"width": 1280, "height": 800})
         page.set_default_timeout(1000 * SECONDS)
         yield page
-        browser.close()
 
 
 def without_end(route):
@@ -415,7 +410,7 @@ def without_end(route):
 
 def test_the_page_when_the_server_is_killed(demo_gguf, command, serve):
     served = serve(demo_gguf, "--ram-budget", "40%", "-c", "1024")
-    with browser_page(served.url) as page:
+    with browser_page() as page:
         page.goto(served.url)
         page.wait_for_selector("#mode option:nth-child(3)", state="attached")
         page.route("**/v1/chat/completions", without_end)
@@ -431,7 +426,7 @@ def test_the_page_when_the_server_is_killed(demo_gguf, command, serve):
 
 
 def test_the_page_in_a_browser(command):
-    with browser_page(command.url) as page:
+    with browser_page() as page:
         problems: list[str] = []
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)

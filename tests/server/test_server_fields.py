@@ -13,11 +13,14 @@ from pydantic import ValidationError
 from server_harness import get, phases, post, running
 
 from mobile_gguf.api.model import Model
+from mobile_gguf.generate.answer import Chunk
+from mobile_gguf.generate.receipt import Receipt, Speculation
 from mobile_gguf.generate.request import fold_seed
 from mobile_gguf.options import LoadOptions
 from mobile_gguf.server.failures import ApiError
 from mobile_gguf.server.requests import ChatRequest
 from mobile_gguf.server.tools import plan_tools, template_messages
+from mobile_gguf.server.usage import Spent
 
 ROOMY = fake_info(n_ctx_train=4096)
 USER = [{"role": "user", "content": "hi"}]
@@ -293,3 +296,35 @@ def test_some_of_the_tools_may_be_called() -> None:
     assert not free.forced
     with pytest.raises(ApiError, match="'d' is not among the tools"):
         plan_tools(asked(tools=tools, tool_choice=choice("auto", "a", "d")))
+
+
+def test_a_prediction_is_handed_on(server: Any, backend: Noting) -> None:
+    """As text or in parts; drafts may be looked up in it."""
+    for content in ("so it is", [{"type": "text", "text": "so it"}, {"type": "text", "text": " is"}]):
+        answer = server.chat(prediction={"type": "content", "content": content}).json()
+        assert bytes(backend.prediction) == b"so it is"
+        assert answer["choices"][0]["message"]["content"] == "ok"
+        nothing = {"accepted_prediction_tokens": 0, "rejected_prediction_tokens": 0}
+        assert answer["usage"]["completion_tokens_details"] == nothing
+    server.chat()
+    assert not backend.prediction
+
+
+@pytest.mark.parametrize(
+    "wrong", ["x", {"type": "content"}, {"type": "words", "content": "x"}, {"content": 1}]
+)
+def test_a_prediction_that_is_none_is_refused(wrong: Any) -> None:
+    with pytest.raises(ValidationError, match="prediction"):
+        ChatRequest.model_validate({"messages": USER, "prediction": wrong})
+
+
+def test_drafts_are_told_as_openai_tells_predictions() -> None:
+    spent = Spent()
+    for drafted, accepted in ((10, 7), (4, 4)):
+        receipt = Receipt(speculation=Speculation("ngram", drafted, accepted, mean_length=2.0))
+        spent.add(Chunk("", None, 3, 20, 5.0, "stop", receipt), is_first=True)
+    usage = spent.usage()
+    details = {"accepted_prediction_tokens": 11, "rejected_prediction_tokens": 3}
+    assert usage["completion_tokens_details"] == details
+    assert usage["receipt"]["speculation"]["drafted"] == 14
+    assert usage["receipt"]["speculation"]["mean_length"] == 2.0  # no sum means anything

@@ -1,56 +1,17 @@
 """The web page in a headless browser over the scripted engine, when an answer does not end well."""
 
-import shutil
-from contextlib import contextmanager
-
 import pytest
 from expert_source import ScriptedSource
 from fake_backend import FakeBackend, fake_info, scripted
 
 pytest.importorskip("fastapi", reason="pip install 'mobile-gguf[server]'")
-sync = pytest.importorskip("playwright.sync_api", reason="pip install 'mobile-gguf[dev]'")
-from server_harness import SECONDS, Gate, running, until  # noqa: E402
+from page_harness import DESKTOP, PHONE, ask, lines, opened
+from server_harness import SECONDS, Gate, running, until
 
-from mobile_gguf.errors import ExpertReadError  # noqa: E402
-from mobile_gguf.gguf.info import ExpertLayer  # noqa: E402
+from mobile_gguf.errors import ExpertReadError
+from mobile_gguf.gguf.info import ExpertLayer
 
-DESKTOP, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
 FIRST_WORDS = 4  # the prompt and three tokens
-
-
-@pytest.fixture(scope="module")
-def browser():
-    path = shutil.which("chromium") or shutil.which("google-chrome")
-    if path is None:
-        pytest.skip("no browser here: apt install chromium")
-    with sync.sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield opened
-        opened.close()
-
-
-@contextmanager
-def opened(browser, server, size=DESKTOP):
-    """The page, whose scripts must not have failed at the end."""
-    page = browser.new_page(viewport=size)
-    page.set_default_timeout(1000 * SECONDS)
-    problems: list[str] = []
-    page.on("pageerror", lambda error: problems.append(str(error)))
-    page.goto(server.url)
-    page.wait_for_selector("#mode option", state="attached")
-    yield page
-    assert not problems
-    page.close()
-
-
-def ask(page, text="hi"):
-    page.fill("#prompt", text)
-    page.keyboard.press("Enter")
-
-
-def lines(page):
-    """The one line that each answer ended with."""
-    return [line.strip() for line in page.locator(".end").all_inner_texts()]
 
 
 def gated(answer="hello there", **options):

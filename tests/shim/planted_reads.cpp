@@ -7,7 +7,9 @@
 #include <stdexcept>
 
 #define mobile_file_read real_file_read
+// one of them is empty
 #include "store/mobile-os-posix.cpp"
+#include "store/mobile-os-win32.cpp"
 #undef mobile_file_read
 
 static std::atomic<uint32_t> g_delayed  = 0;

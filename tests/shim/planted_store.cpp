@@ -4,6 +4,13 @@
 
 #include <fcntl.h>
 
+#if defined(_WIN32)
+#include <io.h>
+#define fsync _commit
+#else
+#define O_BINARY 0
+#endif
+
 static uint64_t bytes_of(const std::vector<planted_layer> & layers) {
     uint64_t bytes = PLANTED_START;
     for (const planted_layer & layer : layers) {
@@ -19,7 +26,7 @@ int planted_file(const std::string & path, const std::vector<planted_layer> & la
     for (uint64_t i = 0; i < bytes.size(); ++i) {
         bytes[i] = planted_byte(i);
     }
-    const int fd = open(path.c_str(), O_RDWR | O_CREAT | O_TRUNC, 0600);
+    const int fd = open(path.c_str(), O_RDWR | O_CREAT | O_TRUNC | O_BINARY, 0600);
     if (fd < 0 || write(fd, bytes.data(), bytes.size()) != (ssize_t) bytes.size() || fsync(fd) != 0) {
         stress_fail("%s cannot be written", path.c_str());
     }

@@ -9,7 +9,7 @@ from places import C_SOURCES
 
 from mobile_gguf.engine import structs
 
-HEADER = (C_SOURCES / "mobile.h").read_text()
+HEADER = "".join((C_SOURCES / name).read_text() for name in ("mobile.h", "mobile-mtp.h"))
 
 
 def constant(name: str) -> int:

@@ -136,6 +136,7 @@ class FakeBackend:
         self.should_stop: Callable[[], bool] | None = None
         self.on_prompt: Callable[[int, int], object] | None = None
         self.on_logits: Callable[[int, Any], object] | None = None
+        self.prediction: Sequence[int] = ()
         self.can_step_back = can_step_back
         self.pooling = pooling
         self.can_generate = can_generate
@@ -154,6 +155,8 @@ class FakeBackend:
         self.mass = 0
         self.auto: Any = None
         self.draft: Any = None
+        self.mtp: Any = None
+        self.why_no_mtp = ""
         self.buddies: Buddies | None = None
         self.loss: LossRules | None = None  # in force
         self.losses: list[LossRules | None] = []  # of each evaluation
@@ -203,7 +206,7 @@ class FakeBackend:
     def use_mass(self, n: int) -> None:
         self.mass = n
 
-    def forward_drafted(self, tokens: list[int]) -> None:
+    def forward_drafted(self, tokens: list[int], n_said: int) -> None:
         self.forward(tokens)
 
     def forward(self, tokens: list[int]) -> None:
@@ -308,6 +311,13 @@ class FakeBackend:
             raise UsageError("the model's chat template refuses these messages: unknown role")
         text = "".join(f"<{message['role']}>{message['content']}\n" for message in messages)
         return [BOS, *(text + "<assistant>").encode()]
+
+    has_form = False
+
+    def shown(self, form: Any) -> frozenset[int]:
+        raise AssertionError("a scripted engine knows no forms")
+
+    reader = guide = shown
 
     def make_grammar(self, grammar: str | None, json_schema: Any, should_stop: Any = None) -> Any:
         return (grammar, json_schema) if grammar or json_schema else None

@@ -71,6 +71,6 @@ def _row(family: Family) -> tuple[str, str, str, str]:
         modes = "exact, little, big-little by the head"
     else:
         modes = "all"
-    mtp = "left out" if family.mtp_left_out else "there, not run" if family.mtp else ""
+    mtp = "left out" if family.mtp_left_out else "drafts" if family.mtp else ""
     segments = f"no ({family.no_segments})" if family.no_segments else "yes"
     return mtp, modes, segments, f"no: {family.unverified}" if family.unverified else "yes"

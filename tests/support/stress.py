@@ -1,7 +1,8 @@
 """Builds and runs the stress programs of ``shim/``: the barrier and the expert store, without the engine.
 
 ``changes`` plants a fault: a part of a source's text is replaced in a copy, and has to be there once. With
-``sanitize`` the program is built for ThreadSanitizer, and a data race ends it.
+``sanitize`` the program is built for ThreadSanitizer, and a data race ends it; with ``windows`` by mingw-w64,
+and Wine runs it.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ _PARTS = {
     "store": [*sorted(_STORE.glob("mobile-store*.cpp")), C_SOURCES / "mobile-error.cpp"],
     "planted": [SHIM / "planted_reads.cpp", SHIM / "planted_store.cpp"],
 }
+_INCLUDED = {
+    "planted": [_STORE / "mobile-os-posix.cpp", _STORE / "mobile-os-win32.cpp"]
+}  # by planted_reads.cpp
 _PROGRAMS = {
     "barrier_stress": ("barrier",),
     "store_stress": ("barrier", "store", "planted"),
@@ -37,8 +41,10 @@ PATIENCE = 60  # seconds without a step, after which a program says that it hang
 _MANY_BITS = 28
 
 
-def _compilers() -> tuple[str, str]:
-    c, cpp = shutil.which("cc"), shutil.which("c++")
+def _compilers(windows: bool = False) -> tuple[str, str]:
+    # threads as POSIX has them: those of Windows came to the standard library with GCC 13
+    names = [f"x86_64-w64-mingw32-{name}-posix" for name in ("gcc", "g++")] if windows else ("cc", "c++")
+    c, cpp = map(shutil.which, names)
     if c is None or cpp is None:
         pytest.skip("no compilers for the stress programs")
     return c, cpp
@@ -76,6 +82,7 @@ def build(
     folder: Path,
     *,
     sanitize: bool = False,
+    windows: bool = False,
     changes: Changes | None = None,
     compiled: Path | None = None,
 ) -> Path:
@@ -83,7 +90,7 @@ def build(
 
     What was compiled there, or in ``compiled``, is used again where it has no ``changes``.
     """
-    c, cpp = _compilers()
+    c, cpp = _compilers(windows)
     changes = changes or {}
     options = [
         "-O1" if sanitize else "-O0",
@@ -92,33 +99,43 @@ def build(
         "-pthread",
         "-fPIC",
         *(["-fsanitize=thread"] if sanitize else []),
+        *(["-static", "-D_WIN32_WINNT=0x0A00"] if windows else []),
     ]
-    commands = {"c": [c, *options, *_includes()], "cpp": [cpp, "-std=c++17", *options, *_includes()]}
+    commands = {"c": [c, *options], "cpp": [cpp, "-std=c++17", *options]}
     objects = []
     parts = {part: _PARTS[part] for part in _PROGRAMS[name]} | {name: [SHIM / f"{name}.cpp"]}
-    known = {name for sources in parts.values() for name in _names(sources)}
+    included = [source for part in parts for source in _INCLUDED.get(part, ())]
+    known = {name for sources in (*parts.values(), included) for name in _names(sources)}
     assert set(changes) <= known, f"no such source: {set(changes) - known}"
+    for source in included:
+        if source.name in changes:  # the copy is found first
+            (folder / "store").mkdir(exist_ok=True)
+            _changed(source, changes, folder / "store")
+            commands = {language: [*words, f"-I{folder}"] for language, words in commands.items()}
     for part, sources in parts.items():
         language = sources[0].suffix[1:]
         whole, out = folder / f"{part}-whole.{language}", folder / f"{part}.o"
         objects.append(out)
-        before = None if compiled is None or changes.keys() & _names(sources) else compiled / out.name
+        touched = changes.keys() & _names([*sources, *_INCLUDED.get(part, ())])
+        before = None if compiled is None or touched else compiled / out.name
         if before is not None and before.exists():
             shutil.copyfile(before, out)
         if not out.exists():
             taken = [_changed(source, changes, folder) for source in sources]
             whole.write_text("".join(f'#include "{source}"\n' for source in taken), encoding="utf-8")
-            _compile([*commands[language], "-c", whole, "-o", out])
-    program = folder / (f"{name}.so" if name == LIBRARY else name)
+            _compile([*commands[language], *_includes(), "-c", whole, "-o", out])
+    program = folder / (f"{name}.so" if name == LIBRARY else f"{name}.exe" if windows else name)
     _compile([cpp, *options, *(["-shared"] if name == LIBRARY else []), *objects, "-o", program])
     return program
 
 
 def run(program: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
     """Run a stress program to its end."""
-    environment = os.environ | {"TSAN_OPTIONS": f"halt_on_error=1 exitcode={RACE}"}
+    environment = os.environ | {"TSAN_OPTIONS": f"halt_on_error=1 exitcode={RACE}", "WINEDEBUG": "-all"}
     bits = Path("/proc/sys/vm/mmap_rnd_bits")
-    if bits.is_file() and int(bits.read_text()) > _MANY_BITS and (setarch := shutil.which("setarch")):
+    if program.suffix == ".exe":
+        prefix = ["wine"]
+    elif bits.is_file() and int(bits.read_text()) > _MANY_BITS and (setarch := shutil.which("setarch")):
         prefix = [setarch, "-R"]
     else:
         prefix = []
@@ -129,6 +146,12 @@ def run(program: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
 
 # faults for the checks to catch
 
+ON_WINDOWS: dict[str, Changes] = {
+    "barrier_stress": {
+        "ggml-barrier.c": ("WakeAllConditionVariable(&g_come)", "WakeConditionVariable(&g_come)")
+    },
+    "store_stress": {"mobile-os-win32.cpp": ("(DWORD) (offset + n_read)", "(DWORD) n_read")},
+}
 LOST: dict[str, Changes] = {
     "one of the sleepers is woken": {
         "ggml-barrier.c": ("FUTEX_WAKE_PRIVATE, INT_MAX", "FUTEX_WAKE_PRIVATE, 1")

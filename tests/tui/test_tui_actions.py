@@ -9,6 +9,7 @@ from fake_backend import FakeBackend, scripted
 from textual.widgets import Input, OptionList, Select, Static
 from tui_app import ANSWER, Loader, chat, say, submit, toasts, until
 
+from mobile_gguf.tui import app as app_module
 from mobile_gguf.tui.screens import models as picker
 from mobile_gguf.tui.screens.confirm import Confirm
 from mobile_gguf.tui.screens.conversations import Conversations
@@ -32,7 +33,7 @@ def contents(app):
 
 def two_models(monkeypatch):
     found = [Candidate("demo", None, 164 << 20), Candidate("qwen3", None, 18 << 30)]
-    monkeypatch.setattr(picker, "candidates", lambda: found)
+    monkeypatch.setattr(app_module, "candidates", lambda: found)
     monkeypatch.setattr(picker, "fit_of", lambda *_: Fit("moe", "128 x 48", "fits"))
 
 

@@ -63,6 +63,7 @@ TESTED = {
     ),
     "/theme": (ACTIONS, "test_commands_without_a_screen_do_what_they_say"),
     "/quit": (ACTIONS, "test_commands_without_a_screen_do_what_they_say"),
+    "/preset": ("test_tui_attached", "test_a_preset_in_the_chat"),
     **dict.fromkeys(("/pull", "/convert", "/calibrate"), (JOBS, "test_a_job_runs_while_one_chats")),
     "/rename": (CONVERSATIONS, "test_conversations_are_found_opened_renamed_and_deleted"),
     "/delete": (CONVERSATIONS, "test_conversations_are_found_opened_renamed_and_deleted"),

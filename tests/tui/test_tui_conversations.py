@@ -52,7 +52,7 @@ def test_conversations_are_found_opened_renamed_and_deleted(tmp_path):
 
 def test_the_last_conversation_goes_on(tmp_path):
     async def go(*, system="", expected):
-        async with chat(tmp_path, goes_on=True, system=system) as (app, pilot):
+        async with chat(tmp_path, goes_on="last", system=system) as (app, pilot):
             assert contents(app) == expected
             assert app.chat.session.system == (system or "be brief" if expected else system)
             if expected:

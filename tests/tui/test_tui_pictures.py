@@ -23,6 +23,7 @@ from tui_app import Loader, chat, until
 from mobile_gguf.api.model import backend_of
 from mobile_gguf.engine.structs import RESIDENT
 from mobile_gguf.errors import ExpertReadError
+from mobile_gguf.tui import app as app_module
 from mobile_gguf.tui.screens import conversations
 from mobile_gguf.tui.screens import models as picker
 from mobile_gguf.tui.store.models import Candidate, Fit
@@ -138,7 +139,9 @@ SCENES = [
 )
 def test_picture(name, scene, size, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        picker, "candidates", lambda: [Candidate("demo", None, 164 << 20), Candidate("qwen3", None, 18 << 30)]
+        app_module,
+        "candidates",
+        lambda: [Candidate("demo", None, 164 << 20), Candidate("qwen3", None, 18 << 30)],
     )
     monkeypatch.setattr(picker, "fit_of", lambda *_: Fit("moe", "128 x 48, top-8", "25% of 17 GiB in RAM"))
     # what depends on the time of day or on how long something took

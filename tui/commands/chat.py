@@ -10,6 +10,7 @@ from pathlib import Path
 from textual.containers import VerticalScroll
 
 from mobile_gguf.api.stats import stats_lines
+from mobile_gguf.config import VERBS, preset_names, read_preset
 from mobile_gguf.errors import MobileError, UsageError
 from mobile_gguf.files.atomic import disk_errors, partial_path
 
@@ -246,6 +247,19 @@ class ChatCommands(ChatView):
         found = settings.set(name, value.strip())
         later = " after /reload" if found in load_settings() and (self.facts or self.busy) else ""
         self.notify(f"{found} = {settings.text(found) or 'default'}{later}")
+        self._update_title()
+
+    def command_preset(self, rest: str) -> None:
+        preset = read_preset(rest, "chat", VERBS) if rest else None
+        if preset is None:
+            raise UsageError(f"/preset needs a name: there are {', '.join(preset_names()) or 'none'}")
+        changes_load = self.app.settings.take({name: one.value for name, one in preset.options.items()})
+        if preset.system is not None:
+            self.session.set_system(preset.system)
+        if preset.model is not None and preset.model != (self.reference if self.facts else ""):
+            self.load_model(preset.model)
+        later = " · its budgets and the like after /reload" if changes_load and preset.model is None else ""
+        self.notify(f"preset {preset.name}{later}")
         self._update_title()
 
     def command_stats(self, _rest: str) -> None:

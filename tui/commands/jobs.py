@@ -189,8 +189,8 @@ def _end(child: subprocess.Popen[bytes], patience: float) -> None:
         with contextlib.suppress(OSError):
             if hasattr(os, "killpg"):
                 os.killpg(child.pid, number)
-            else:
-                child.send_signal(number)
+            else:  # Windows, which knows one way to end a process
+                child.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(patience)
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -31,6 +32,7 @@ COMMANDS = (
     Command("/save", "", "try again to save; a broken file of conversations is moved aside, after asking"),
     Command("/system", "[TEXT]", "show or set the system message; none removes it"),
     Command("/set", "[NAME VALUE]", "show or set an option of the answers or of loading"),
+    Command("/preset", "NAME", "take a preset's options and system message, and load its model"),
     Command("/settings", "", "all options on a screen"),
     Command("/reload", "", "load the model again, with the options as they are now"),
     Command("/stats", "", "what the model and its expert store did so far"),
@@ -47,6 +49,9 @@ COMMANDS = (
     Command("/theme", "[NAME]", "choose the colours"),
     Command("/quit", "", "leave", ("/exit", "/bye")),
 )
+
+# a file that is being mentioned, at the end of what is typed
+_MENTION = re.compile(r'(?:^|(?<=[\s(]))@(?P<path>"[^"\n]*|[^\s"@]*)$')
 
 _BY_NAME = {name: command for command in COMMANDS for name in (command.name, *command.aliases)}
 
@@ -69,7 +74,12 @@ class Completion:
 
 
 def complete(line: str, values: dict[str, Values]) -> list[Completion]:
-    """How ``line`` may go on; empty if it is no command. ``values`` has the arguments by command name."""
+    """How ``line`` may go on; empty if nothing can be added. ``values`` has the arguments by command name,
+    and those of ``@``, which may stand in any line."""
+    if found := _MENTION.search(line):
+        begin, last = line[: found.start("path")], found["path"]
+        names = list(values["@"]([], last)) if "@" in values else []
+        return [] if names == [last] else [Completion(f"{begin}{_quoted(name)}", name) for name in names]
     if not line.startswith("/") or "\n" in line:
         return []
     name, space, rest = line.partition(" ")
@@ -86,6 +96,13 @@ def complete(line: str, values: dict[str, Values]) -> list[Completion]:
         return []
     begin = " ".join([name, *done])
     return [Completion(f"{begin} {value}", value) for value in found]
+
+
+def _quoted(path: str) -> str:
+    """A path behind an @: one with blanks in quotes, the second once it is whole."""
+    if not re.search(r"\s", path):
+        return path
+    return f'"{path}' if path.endswith("/") else f'"{path}"'
 
 
 def _commands(typed: str) -> list[Completion]:

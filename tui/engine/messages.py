@@ -13,7 +13,7 @@ from .outbox import Outbox
 
 if TYPE_CHECKING:
     from mobile_gguf.engine.experts import Experts
-    from mobile_gguf.gguf.info import GgufInfo
+    from mobile_gguf.remote.experts import RemoteExperts
 
 
 @dataclass
@@ -37,10 +37,11 @@ class ModelLoaded(Message):
     """A model is ready."""
 
     reference: str
-    info: GgufInfo
+    name: str
+    expert_bytes: list[int]  # of one expert, by layer; empty where there is no map
     facts: dict[str, Any]
     notices: list[str]
-    experts: Experts
+    experts: Experts | RemoteExperts
     sampling: dict[str, Any] = field(default_factory=dict)  # what its file asks for
     number: int = 0  # of the load, as it was asked for
 

@@ -10,12 +10,16 @@ from mobile_gguf.engine.experts import Asked
 
 @dataclass(frozen=True)
 class Token:
-    """One token as the transcript keeps it: its text, the pass it came from, its time and its bytes."""
+    """One token as the transcript keeps it: its text, the pass it came from, its time and its bytes.
+
+    ``reasoning`` is what it adds to the model's thoughts.
+    """
 
     text: str
     kind: str  # big, little or fallback; empty where no token came
     seconds: float = 0.0
     n_bytes: int = 0
+    reasoning: str = ""
 
 
 @dataclass

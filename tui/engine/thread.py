@@ -19,6 +19,7 @@ from textual.message import Message
 from mobile_gguf.api.context import of_a_chat, way_out
 from mobile_gguf.api.model import Model, check_model, load
 from mobile_gguf.api.session_cache import with_sessions
+from mobile_gguf.api.stats import running_facts
 from mobile_gguf.api.words import python_words, with_flags
 from mobile_gguf.engine.experts import Asked, Experts, Places, Watch
 from mobile_gguf.errors import EngineMemoryError, MobileError, PromptTooLongError, UsageError
@@ -26,6 +27,8 @@ from mobile_gguf.generate.answer import INTERRUPTED, Chunk
 from mobile_gguf.generate.decode import Pass
 from mobile_gguf.generate.receipt import Receipt
 from mobile_gguf.generate.recommended import recommended
+from mobile_gguf.remote.experts import RemoteExperts, RemoteWatch
+from mobile_gguf.remote.model import RemoteModel
 
 from .messages import AnswerEnded, AnswerProgressed, LoadFailed, LoadProgressed, ModelLoaded, PromptProgressed
 from .outbox import Outbox, Token
@@ -50,7 +53,7 @@ class EngineThread(threading.Thread):
         self,
         post: Callable[[Message], Any],
         *,
-        loader: Callable[..., Model] = load,
+        loader: Callable[..., Model | RemoteModel] = load,
         finder: Callable[..., object] = check_model,
     ) -> None:
         super().__init__(name="mobile-gguf-engine", daemon=True)
@@ -59,8 +62,9 @@ class EngineThread(threading.Thread):
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._last = Stop()
         self._closes = threading.Event()
-        self._model: Model | None = None
-        self._experts: Experts | None = None
+        self._model: Model | RemoteModel | None = None
+        self._reference = ""
+        self._experts: Experts | RemoteExperts | None = None
         # Set by the screen: whether to record what each token is routed to.
         self.watching = False
 
@@ -88,6 +92,15 @@ class EngineThread(threading.Thread):
         """Where the experts are now; None without a model, or while one is being opened or closed."""
         experts = self._experts
         return experts.places() if experts is not None else None
+
+    def facts(self) -> dict[str, Any]:
+        """What others may see of the model that is loaded, from any thread; none without one."""
+        model = self._model
+        if model is None:
+            return {}
+        if isinstance(model, RemoteModel):
+            return {"model": model.name, "address": model.server.url}
+        return {"model": model.info.name or self._reference} | running_facts(model)
 
     def shut_down(self, timeout: float) -> bool:
         """End the thread and close the model; False if it does not come to that within ``timeout`` seconds.
@@ -147,10 +160,13 @@ class EngineThread(threading.Thread):
         except Exception as error:  # whatever it is, the screen must live to show it
             fail(unexpected(error))
         else:
+            self._reference = reference
             self._model, self._experts = model, (experts := model.experts())
-            asked = recommended(model.info)[0]
+            name, expert_bytes, asked = _about(model)
             notices = list(map(with_flags, model.notices))
-            loaded = ModelLoaded(reference, model.info, model.stats(), notices, experts, asked, number)
+            loaded = ModelLoaded(
+                reference, name or reference, expert_bytes, model.stats(), notices, experts, asked, number
+            )
             self._post(loaded)
 
     def _fail(
@@ -201,7 +217,7 @@ class EngineThread(threading.Thread):
 
     def _stream(
         self,
-        model: Model,
+        model: Model | RemoteModel,
         outbox: Outbox,
         messages: list[dict[str, Any]],
         options: dict[str, Any],
@@ -225,12 +241,20 @@ class EngineThread(threading.Thread):
         return last
 
 
+def _about(model: Model | RemoteModel) -> tuple[str, list[int], dict[str, Any]]:
+    """A model's name, the bytes of an expert by layer, and the sampling that its file asks for."""
+    if isinstance(model, RemoteModel):
+        return model.name, [0] * len(model.experts().layers), {}
+    each = [sum(layer.matrix_bytes) for layer in model.info.expert_layers]
+    return model.info.name or "", each, recommended(model.info)[0]
+
+
 class Follower:
     """Takes what tokens ask for while somebody looks: an answer must not fail because of its picture."""
 
-    def __init__(self, experts: Experts) -> None:
+    def __init__(self, experts: Experts | RemoteExperts) -> None:
         self._experts = experts
-        self._watch: Watch | None = None
+        self._watch: Watch | RemoteWatch | None = None
 
     def take(self, watching: bool) -> Asked | None:
         """What was asked for since the last call; None if nobody looked."""
@@ -254,7 +278,7 @@ def _token(chunk: Chunk, before: Receipt, seconds: float) -> Token:
     kinds = [kind for kind in Pass if _count(after, kind) > _count(before, kind)]
     moved = after.bytes_read - before.bytes_read
     moved += getattr(after, "bytes_uploaded", 0) - getattr(before, "bytes_uploaded", 0)
-    return Token(chunk.text, kinds[0].value if kinds else "", seconds, max(0, moved))
+    return Token(chunk.text, kinds[0].value if kinds else "", seconds, max(0, moved), chunk.reasoning)
 
 
 def _count(receipt: Receipt, kind: Pass) -> int:

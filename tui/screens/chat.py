@@ -13,7 +13,8 @@ from textual.content import Content
 from textual.widgets import Footer, Static
 from textual.worker import get_current_worker
 
-from mobile_gguf.errors import MobileError
+from mobile_gguf.api.attached_files import folded, with_files
+from mobile_gguf.errors import MobileError, UsageError
 from mobile_gguf.generate.answer import INTERRUPTED, LENGTH
 
 from ..commands.chat import ChatCommands
@@ -163,18 +164,20 @@ class ChatScreen(ChatCommands):
             return  # another one is on its way in its place
         self.reference, self.facts = event.reference, event.facts
         self.app.settings.of_model = event.sampling
-        self.model_name = event.info.name or event.reference
+        self.model_name = event.name
         self.state, self._wanted = IDLE, ""
         self.context_used = 0
-        each = [sum(layer.matrix_bytes) for layer in event.info.expert_layers]
         experts = event.experts
-        state = ExpertState(experts.layers, experts.n_expert, each) if experts.has_store else None
+        state = (
+            ExpertState(experts.layers, experts.n_expert, event.expert_bytes) if experts.has_store else None
+        )
         self.query_one(SidePanel).set_state(state)
         self._read_places()
         self._update_title()
         for notice in event.notices:
             self.notify(notice, severity="warning", timeout=8)
-        self.app.remember_model(event.reference)
+        if self.app.server is None:
+            self.app.remember_model(event.reference)
         if self._pending:
             pending, self._pending = self._pending, ""
             self.call_later(self.ask, pending)
@@ -184,7 +187,7 @@ class ChatScreen(ChatCommands):
         if event.number != self._load_number:
             return
         if self._pending:
-            self.prompt.put(self._pending)
+            self.prompt.put(folded(self._pending))
             self._pending = ""
         if self.state == LOADING:
             self.state, self._wanted = IDLE, ""
@@ -218,7 +221,13 @@ class ChatScreen(ChatCommands):
             self.notify("the model is still answering; Esc ends that", severity="warning")
         else:
             self.prompt.remember(event.text)
-            await self.ask(event.text)
+            try:
+                text = storable(with_files(event.text))
+            except UsageError as error:
+                self.prompt.give_back(event.text)
+                self.notify(str(error), severity="error", timeout=10)
+                return
+            await self.ask(text)
 
     async def ask(self, text: str) -> None:
         """Ask the model; while it is loading the question waits."""
@@ -227,7 +236,7 @@ class ChatScreen(ChatCommands):
             self.notify("asked as soon as the model is loaded")
             return
         if not self.facts:
-            self.prompt.give_back(text)
+            self.prompt.give_back(folded(text))
             self.notify("pick a model first", severity="warning")
             self.action_pick_model()
             return
@@ -235,7 +244,7 @@ class ChatScreen(ChatCommands):
             await self.cut(self._editing)
             self._end_editing()
         self.session.ask(text, self.reference)
-        await self._add_view(QuestionView(text, len(self.session.turns) - 1))
+        await self._add_view(QuestionView(folded(text), len(self.session.turns) - 1))
         await self._generate()
 
     async def _generate(self) -> None:
@@ -317,7 +326,7 @@ class ChatScreen(ChatCommands):
         await view.remove()
         await self.cut(len(self.session.turns) - 1)
         if not self.prompt.text:
-            self.prompt.put(question)
+            self.prompt.put(folded(question))
 
     async def cut(self, position: int) -> None:
         """Forget the turns from ``position`` on, on the screen as well."""
@@ -336,7 +345,7 @@ class ChatScreen(ChatCommands):
         await transcript.remove_children(".question, .answer")
         for position, turn in enumerate(self.session.turns):
             if turn.role == "user":
-                await self._add_view(QuestionView(turn.content, position))
+                await self._add_view(QuestionView(folded(turn.content), position))
             else:
                 view = AnswerView(position, coloured=self.coloured)
                 await self._add_view(view)
@@ -362,7 +371,7 @@ class ChatScreen(ChatCommands):
             self.notify("the model is at work; Esc ends that", severity="warning")
             return
         self._editing = position
-        self.prompt.put(self.session.turns[position].content)
+        self.prompt.put(folded(self.session.turns[position].content))
         self.prompt.border_title = "editing: sending replaces what followed · Esc keeps it"
         self.prompt.focus()
 

@@ -86,11 +86,14 @@ class ChatView(ChatState):
         if not self.facts:
             title.detail = "Ctrl-O picks a model"
             return
-        mode = self.app.settings.value("mode") or self.facts["mode"]
+        mode = self.facts["mode"] and (self.app.settings.value("mode") or self.facts["mode"])
         experts = _share_in_memory(self.facts.get("store"))
-        used = f" · {self.context_used}/{self.facts['n_ctx']} tokens" if self.context_used else ""
+        room = f"/{self.facts['n_ctx']}" if self.facts["n_ctx"] else ""
+        used = f" · {self.context_used}{room} tokens" if self.context_used else ""
+        where = f" · at {self.facts['server']}" if "server" in self.facts else ""
         spent = f" {self.facts['spent']}" if mode == AUTO_MODE and self.facts.get("spent") else ""
-        title.detail = f"{mode}{spent}{experts}{self.app.jobs_note()}{used}"
+        detail = f"{mode}{spent}{experts}{where}{self.app.jobs_note()}{used}"
+        title.detail = detail.removeprefix(" · ")
 
 
 def _share_in_memory(store: dict[str, Any] | None) -> str:

@@ -17,7 +17,7 @@ from textual.widgets.option_list import Option
 from mobile_gguf.plan.known import Here
 from mobile_gguf.sizes import format_bytes
 
-from ..store.models import Candidate, Fit, candidates, fit_of
+from ..store.models import Candidate, Fit, fit_of
 from .dialog import Dialog
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class ModelPicker(Dialog[str]):
 
     @work(thread=True, exclusive=True)
     def _look(self) -> None:
-        found = candidates()
+        found = self.app.candidates()
         self.post_message(self.Listed(found))
         options = self.app.settings.load_options()
         here = Here(options.get("rpc", ""))

@@ -135,7 +135,7 @@ class ConversationStore:
             "role": turn.role,
             "content": storable(turn.content),
             "receipt": turn.receipt,
-            "tokens": json.dumps([[t.text, t.kind, round(t.seconds, 4), t.n_bytes] for t in turn.tokens]),
+            "tokens": json.dumps([_as_list(token) for token in turn.tokens]),
             "model": storable(turn.model),
             "created": _now(),
         }
@@ -201,6 +201,11 @@ class ConversationStore:
             values = {"words": _prefix_query(words), "title": f"%{words.strip()}%", "limit": limit}
             return [_summary(row) for row in self._db.query(_SEARCH, values)]
 
+    def named(self, name: str) -> list[Summary]:
+        """Conversations whose title, or number, is ``name``, the latest first."""
+        wanted = shorten(name).casefold()
+        return [one for one in self.search() if one.title.casefold() == wanted or str(one.id) == name]
+
     def prompts(self, limit: int = 500) -> list[str]:
         """What the user asked, oldest first, each text once."""
         query = (
@@ -264,6 +269,12 @@ def _summary(row: dict[str, Any]) -> Summary:
     return Summary(
         row["id"], row["title"], row["model"] or "", row["updated"], row["n_turns"], row["snippet"] or ""
     )
+
+
+def _as_list(token: Token) -> list[Any]:
+    """A token's fields in their order; its thoughts only where it has some."""
+    thought = [token.reasoning] if token.reasoning else []
+    return [token.text, token.kind, round(token.seconds, 4), token.n_bytes, *thought]
 
 
 def _turn(row: dict[str, Any]) -> Turn:

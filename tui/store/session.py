@@ -5,10 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from mobile_gguf.api.attached_files import folded
+
 from ..engine.outbox import Token
 from .conversations import ConversationStore, StoreError, Turn, export_markdown, shorten
 
 _CUT = "cut: the chat ended here"
+
+
+def _message(turn: Turn) -> dict[str, Any]:
+    thought = "".join(token.reasoning for token in turn.tokens)
+    made = {"role": turn.role, "content": turn.content}
+    return {**made, "reasoning_content": thought} if thought else made
 
 
 class Session:
@@ -30,9 +38,12 @@ class Session:
 
     @property
     def messages(self) -> list[dict[str, Any]]:
-        """The turns as a chat template takes them, the system message first."""
+        """The turns as a chat template takes them, the system message first.
+
+        What the model thought is given to the template, which says whether it is of use.
+        """
         before = [{"role": "system", "content": self.system}] if self.system else []
-        return [*before, *({"role": turn.role, "content": turn.content} for turn in self.turns)]
+        return [*before, *map(_message, self.turns)]
 
     def new(self) -> None:
         """Begin another conversation; the system message stays."""
@@ -47,7 +58,7 @@ class Session:
     def ask(self, text: str, model: str) -> None:
         """Add a question."""
         if self.id is None:
-            self.title = self.title or shorten(text)
+            self.title = self.title or shorten(folded(text))
         self._add(Turn("user", text, model=model))
 
     def draft(self, text: str, tokens: list[Token], model: str) -> None:

@@ -51,11 +51,9 @@ class Settings:
     ) -> None:
         self.path = path
         found = configured or {}
-        self._given = {name: default.value for name, default in found.items() if default.is_environment}
-        self._given |= given or {}
-        self._configured = {
-            name: default.value for name, default in found.items() if not default.is_environment
-        }
+        before = {name for name, default in found.items() if default.is_environment or default.is_preset}
+        self._given = {name: found[name].value for name in before} | (given or {})
+        self._configured = {name: default.value for name, default in found.items() if name not in before}
         self.of_model: dict[str, Any] = {}  # what the model that is loaded asks for
         self._saved: dict[str, str] = {}
         self._unread: dict[str, Any] = {}  # options that could not be read, as the file has them
@@ -127,6 +125,13 @@ class Settings:
             self._saved[found] = text
         self.save()
         return found
+
+    def take(self, values: Mapping[str, Any]) -> bool:
+        """Have values count for this chat as flags do; True if some do only once a model is loaded again."""
+        loads = load_settings()
+        known = {name: value for name, value in values.items() if name in {**answer_settings(), **loads}}
+        self._given |= known
+        return any(name in loads for name in known)
 
     def save(self) -> None:
         """Write the file. Raises MobileError when the disk refuses."""

@@ -11,7 +11,7 @@ from textual.binding import Binding, BindingType
 from textual.containers import Vertical
 from textual.content import Content
 from textual.message import Message
-from textual.widgets import Static
+from textual.widgets import Collapsible, Static
 
 from ..clipboard import copy
 from ..engine.outbox import Token
@@ -53,6 +53,7 @@ class AnswerView(Vertical, can_focus=True):
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("c", "copy", "Copy", id="answer.copy", tooltip="Copy this answer"),
         Binding("b", "copy_code", "Copy block", id="answer.copy_code", tooltip="Copy its next code block"),
+        Binding("t", "thoughts", "Thoughts", id="answer.thoughts", tooltip="Show or fold what it thought"),
         Binding(
             "r", "regenerate", "Regenerate", id="answer.regenerate", tooltip="Answer this question again"
         ),
@@ -73,16 +74,21 @@ class AnswerView(Vertical, can_focus=True):
         self._next_block = 0
         self._shown = Content("")
         self._n_shown = 0
+        self.thought = ""
+        self.thought_text = Static("", classes="thought")
+        self.thoughts = Collapsible(self.thought_text, title="thoughts", classes="thoughts")
         self.markdown = AnswerMarkdown(open_links=False)
         self.token_text = Static("", classes="tokens")
         self.receipt = Static("", classes="receipt")
 
     def compose(self) -> ComposeResult:
+        yield self.thoughts
         yield self.markdown
         yield self.token_text
         yield self.receipt
 
     def on_mount(self) -> None:
+        self._show_thoughts()
         self.colour(self._coloured)
 
     def add(self, tokens: Sequence[Token]) -> None:
@@ -90,6 +96,8 @@ class AnswerView(Vertical, can_focus=True):
         self.tokens += tokens
         text = "".join(token.text for token in tokens)
         self.text += text
+        self.thought += "".join(token.reasoning for token in tokens)
+        self._show_thoughts()
         if self._coloured:
             self._show_tokens()
         if text:
@@ -98,6 +106,8 @@ class AnswerView(Vertical, can_focus=True):
     async def restore(self, text: str, tokens: Sequence[Token], receipt: str) -> None:
         """Show an answer that was saved."""
         self.text, self.tokens = text, list(tokens)
+        self.thought = "".join(token.reasoning for token in tokens)
+        self._show_thoughts()
         await self.markdown.update(text)
         self.finish(receipt)
         self.colour(self._coloured)
@@ -125,6 +135,14 @@ class AnswerView(Vertical, can_focus=True):
         self._shown = Content.assemble(self._shown, *new)
         self._n_shown = len(self.tokens)
         self.token_text.update(self._shown)
+
+    def _show_thoughts(self) -> None:
+        self.thoughts.display = bool(self.thought)
+        self.thought_text.update(Content(self.thought.strip()))
+
+    def action_thoughts(self) -> None:
+        if self.thought:
+            self.thoughts.collapsed = not self.thoughts.collapsed
 
     def action_copy(self) -> None:
         copy(self.app, self.text, "answer")

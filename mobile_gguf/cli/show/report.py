@@ -157,10 +157,8 @@ def layers(info: GgufInfo) -> str:
     """How many run, and what stands behind them."""
     if not info.n_layer_mtp:
         return str(info.n_layer)
-    return (
-        f"{info.n_layer}, and {info.n_layer_mtp} for multi-token prediction that nothing runs "
-        f"({format_bytes(info.mtp_bytes)})"
-    )
+    blocks = f"{info.n_layer_mtp} for multi-token prediction ({format_bytes(info.mtp_bytes)})"
+    return f"{info.n_layer}, and {blocks}, loaded to draft only"
 
 
 def mapped(info: GgufInfo) -> str:

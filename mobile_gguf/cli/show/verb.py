@@ -14,7 +14,8 @@ from mobile_gguf.hub.reference import is_reference, parse_reference
 from mobile_gguf.hub.remote import read_remote_info
 from mobile_gguf.hub.resolve import resolve_model
 
-from ..common import MODEL_HELP, narrate
+from ..chosen import MODEL_HELP
+from ..common import narrate
 from ..progress import Progress
 
 

@@ -69,6 +69,11 @@ class Constraint:
             self._matcher.consume_token(token)
 
     @property
+    def ends(self) -> frozenset[int]:
+        """The tokens that end an answer."""
+        return self._table.ends
+
+    @property
     def is_complete(self) -> bool:
         """Whether what came satisfies the grammar as it is."""
         return self._matcher.is_accepting()

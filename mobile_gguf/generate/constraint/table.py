@@ -23,6 +23,7 @@ class TableReader:
         self._calls = calls
         self._vocabulary = vocabulary
         self._table: TokenTable | None = None
+        self._with_text: dict[frozenset[int], TokenTable] = {}
         self._pieces: list[bytes] = []
         self._unused: set[int] = set()
         self._ends: set[int] = set()
@@ -41,6 +42,18 @@ class TableReader:
             controls = self._vocabulary.controls | self._unused
             self._table = TokenTable(self._pieces, controls, frozenset(self._ends))
         return self._table
+
+    def with_text(self, tokens: frozenset[int], should_stop: Callable[[], bool] | None = None) -> TokenTable:
+        """The table in which the control ``tokens`` stand for their text. Raises AnswerStopped."""
+        table = self.table(should_stop)
+        shown = tokens & table.special - table.ends
+        if not shown:
+            return table
+        if shown not in self._with_text:  # a template has one set of them; two with and without tools
+            if len(self._with_text) > 1:
+                self._with_text.clear()
+            self._with_text[shown] = TokenTable(table.pieces, table.special - shown, table.ends)
+        return self._with_text[shown]
 
     def prepare(self) -> None:
         """Make what the first answer under a grammar would wait for, and all threads with it."""

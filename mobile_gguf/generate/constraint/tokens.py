@@ -29,6 +29,29 @@ class TokenTable:
         """The token that is exactly ``text``, one that is no text before others."""
         return self._by_piece.get(text.encode())
 
+    def cover(self, text: bytes) -> list[int] | None:
+        """Tokens of text that are ``text`` one after the other, long ones first; None if there are none."""
+        tokens: list[int] = []
+        at = 0
+        while at < len(text):
+            most = min(self._longest_text, len(text) - at)
+            found = (self._of_text.get(text[at : at + n]) for n in range(most, 0, -1))
+            token = next((one for one in found if one is not None), None)
+            if token is None:
+                return None
+            tokens.append(token)
+            at += len(self.pieces[token])
+        return tokens
+
+    @cached_property
+    def _of_text(self) -> dict[bytes, int]:
+        no_text = self.special | self.ends
+        return {piece: token for token, piece in enumerate(self.pieces) if piece and token not in no_text}
+
+    @cached_property
+    def _longest_text(self) -> int:
+        return max(map(len, self._of_text), default=0)
+
     @cached_property
     def _by_piece(self) -> dict[bytes, int]:
         ids = sorted(range(len(self.pieces)), key=lambda token: token in self.special)

@@ -67,6 +67,15 @@ class Acceptance:
             every += reached
         return every
 
+    def again(self, kind: str, n: int) -> float:
+        """Tokens that are run again behind a draft of ``n``, where all are if one of it was refused."""
+        found, reached = 0.0, 1.0
+        for place in range(n):
+            right = self.at(kind, place)
+            found += (place + 1) * reached * (1.0 - right)
+            reached *= right
+        return found
+
 
 # What is left of an observation when the next one comes, and how many there seem to be before the first.
 _FADES = 0.97

@@ -8,7 +8,7 @@ from mobile_gguf.errors import UsageError
 from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.options import LoadOptions
 from mobile_gguf.options.source import draft_model
-from mobile_gguf.options.words import DRAFT, LITTLE, OFF
+from mobile_gguf.options.words import AUTO, DRAFT, LITTLE, MTP, OFF
 
 from ..backend import Backend
 from ..decode import Policy
@@ -19,7 +19,8 @@ def choose_speculation(
 ) -> str:
     """The ``speculate`` of a policy; off where it can have no effect, with a notice that says why.
 
-    Raises UsageError for a smaller model that was not loaded.
+    ``auto`` is where nothing is to be thought of: it drafts only where no bit changes, and says nothing else.
+    Raises UsageError for a smaller model, or a block, that was not loaded.
     """
     if options.speculate == OFF:
         return OFF
@@ -27,17 +28,32 @@ def choose_speculation(
     source = options.speculate if name is None else DRAFT
     if source == DRAFT and (backend.draft is None or name not in (None, backend.draft.name)):
         raise UsageError("a model that drafts is loaded with the other: give --speculate draft=MODEL then")
-    reason = _why_not(options, info, backend, policy)
+    reason = _why_no_block(info, backend) if source == MTP and backend.mtp is None else None
+    reason = reason or _why_not(options, info, backend, policy)
     if reason is None:
         return source
+    if source == AUTO:
+        return OFF
     notify(f"{reason}: --speculate {options.speculate} has no effect")
     return OFF
 
 
+def _why_no_block(info: GgufInfo, backend: Backend) -> str:
+    if not info.n_layer_mtp:
+        return f"{info.path.name} has no block for multi-token prediction (MTP)"
+    if not backend.why_no_mtp:
+        raise UsageError("a model's MTP block is loaded with it: give --speculate mtp or auto then")
+    return backend.why_no_mtp
+
+
 def _why_not(options: LoadOptions, info: GgufInfo, backend: Backend, policy: Policy) -> str | None:
-    if not backend.can_step_back:
-        return f"the memory of a {info.architecture} model cannot be rolled back behind a wrong guess"
-    if options.deterministic and (reason := _why_not_exactly(options, backend)) is not None:
+    if not backend.can_step_back and options.prefix_cache == OFF:
+        return (
+            f"the memory of a {info.architecture} model cannot be rolled back behind a wrong guess, and "
+            "without a prefix cache there is no room for what it was before"
+        )
+    is_exact = options.deterministic or options.speculate == AUTO
+    if is_exact and (reason := _why_not_exactly(options, backend)) is not None:
         return reason
     if not policy.is_the_same_for_all:
         what = f"mode {policy.mode}" if policy.loss is None else "what becomes of missing experts"

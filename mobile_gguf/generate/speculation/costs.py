@@ -3,7 +3,10 @@
 A pass over n tokens computes for c(n) = c(1) * (1 + jump + slope * (n - 1)), n > 1, and
 waits for the bytes of its missing experts. How many different experts n tokens want grows more slowly than n,
 about as n ** 0.7 (measured on real routing, docs/speculation.md), and so do bytes: b(n) = b(1) + extra *
-(n ** 0.7 - 1). What a byte takes is measured. All of it fades, for caches fill and machines get busy.
+(n ** 0.7 - 1). What a byte takes is measured. Kernels work on blocks of rows, so that a line is not all of
+it: what passes of one number of tokens took beside what the line says is kept by that number. All of it
+fades, for caches fill and machines get busy; where single tokens twice take quite another time than before,
+it is forgotten at once.
 """
 
 from __future__ import annotations
@@ -18,6 +21,11 @@ _FADES = 0.95
 _MOST = 2.0
 # What is taken to be so before anything was seen, and how many observations that is worth.
 _SLOPE, _SLOPE_WORTH, _JUMP_WORTH, _EXTRA_WORTH = 0.6, 2.0, 4.0, 1.0
+# What passes of one number of tokens took beside the line: so many seem to have been on it.
+# of those over a token more or less a share counts.
+_LINE_WORTH, _NEAR = 10.0, 0.6
+# A single token that takes so many times as long as those before, or as much less, may be of another machine.
+_JUMPED = 1.4
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,11 @@ class Step:
     waited: float = 0.0
     n_bytes: int = 0
     n_needs: int = 0
+
+
+def usual_cost(n_tokens: int) -> float:
+    """What a pass over so many tokens usually takes, in units of a single one's."""
+    return 1.0 + _SLOPE * (n_tokens - 1)
 
 
 @dataclass
@@ -60,30 +73,52 @@ class StepCosts:
     _sums: list[float] = field(default_factory=lambda: [0.0] * 5)
     _extra: list[float] = field(default_factory=lambda: [0.0, 0.0])
     _union: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    _beside: dict[int, Mean] = field(default_factory=dict)  # of passes over n tokens, in units of the line
+    _other: tuple[int, float] = (
+        0,
+        0.0,
+    )  # of single tokens in a row that took another time: where, and the last
 
     @property
     def is_known(self) -> bool:
         """Whether it is known what passes take."""
         return self.compute.n + self.n_observed >= 3
 
+    @property
+    def is_in_doubt(self) -> bool:
+        """Whether the last single token took quite another time than those before: the next one says more."""
+        return bool(self._other[0])
+
     def observe(self, step: Step) -> None:
         self._waited = self._waited * _FADES + step.waited
         self._read = self._read * _FADES + step.n_bytes
         computed = max(step.seconds - step.waited, 1e-9)
         if step.n_tokens == 1:
-            if self.compute.n >= 3:
-                computed = min(computed, _MOST * self.compute.value)
-            self.compute.add(computed)
+            self._observe_single(computed)
             self.n_bytes.add(step.n_bytes)
             self.n_needs.add(step.n_needs)
         else:
             if not self.compute.n:  # until single ones are seen
-                self.compute.value = computed / (1.0 + _SLOPE * (step.n_tokens - 1))
+                self.compute.value = computed / usual_cost(step.n_tokens)
             self._observe_several(step, computed)
+
+    def _observe_single(self, computed: float) -> None:
+        mean = self.compute
+        if mean.n < 3:
+            mean.add(computed)
+            return
+        side = (computed > _JUMPED * mean.value) - (computed * _JUMPED < mean.value)
+        was, before = self._other
+        self._other = side, computed
+        if side and side == was:
+            mean.value, mean.n, self._other = (before + computed) / 2, 2.0, (0, 0.0)
+            return
+        mean.add(min(computed, _MOST * mean.value))
 
     def _observe_several(self, step: Step, computed: float) -> None:
         self.n_observed += 1
         computed = min(computed, _MOST * self._computed(step.n_tokens))
+        self._beside.setdefault(step.n_tokens, Mean()).add(computed / self._line(step.n_tokens))
         x, y = float(step.n_tokens - 1), computed / self.compute.value - 1.0
         new = (1.0, x, x * x, y, x * y)
         self._sums = [old * _FADES + value for old, value in zip(self._sums, new, strict=True)]
@@ -104,12 +139,20 @@ class StepCosts:
         jump, slope = (xx * y - x * xy) / determinant, (n * xy - x * y) / determinant
         return jump, _SLOPE + slope
 
-    def _computed(self, n_tokens: int) -> float:
-        if n_tokens == 1:
-            return self.compute.value
+    def _line(self, n_tokens: int) -> float:
         jump, slope = self._fit()
         # more tokens take no less
         return self.compute.value * max(1.0, 1.0 + jump + slope * (n_tokens - 1))
+
+    def _computed(self, n_tokens: int) -> float:
+        if n_tokens == 1:
+            return self.compute.value
+        # what was seen nearby says something as well
+        n, total = _LINE_WORTH, _LINE_WORTH
+        for other, beside in self._beside.items():
+            counts = beside.n * _NEAR ** abs(other - n_tokens)
+            n, total = n + counts, total + counts * beside.value
+        return max(self.compute.value, self._line(n_tokens) * total / n)
 
     @property
     def extra_bytes(self) -> float:

@@ -54,5 +54,5 @@ class LittleSource:
                     token = self._sample(guessing, sequence.row)
                     found.append(token)
         finally:
-            sequence.keep(start)
+            sequence.drop_guesses(start)
         return found

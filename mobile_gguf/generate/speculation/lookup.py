@@ -6,6 +6,7 @@ latest; where a draft runs into the end of the text it goes on with itself, so t
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Sequence
 
 # A match has so many tokens at least, and is not looked at beyond so many.
@@ -15,14 +16,16 @@ LONGEST_MATCH = 16
 _PLACES = 16
 # Matches from so many tokens on are told apart: what follows a longer one is likelier right.
 _CLASSES = (2, 4, 8)
+_NONE = -1
 
 
 class Lookup:
     """A text that grows by ``add``, and what its end is followed by elsewhere in it."""
 
     def __init__(self, tokens: Iterable[int] = ()) -> None:
-        self._tokens: list[int] = []
-        self._places: dict[tuple[int, int], list[int]] = {}  # of two tokens: where what follows them begins
+        self._tokens = array("i")
+        self._latest: dict[int, int] = {}  # of two tokens: where what follows them begins
+        self._earlier = array("i")  # of a place: the one before it of the same two tokens, or none
         self.add(tokens)
 
     def __len__(self) -> int:
@@ -33,8 +36,12 @@ class Lookup:
         text = self._tokens
         for token in tokens:
             # what follows the end itself is not known yet: its place is added with the next token
+            earlier = _NONE
             if len(text) >= LEAST_MATCH:
-                self._places.setdefault((text[-2], text[-1]), []).append(len(text))
+                pair = _pair(text)
+                earlier = self._latest.get(pair, _NONE)
+                self._latest[pair] = len(text)
+            self._earlier.append(earlier)
             text.append(token)
 
     def draft(self, most: int) -> tuple[list[int], int]:
@@ -43,16 +50,25 @@ class Lookup:
         if most <= 0 or len(text) <= LEAST_MATCH:
             return [], 0
         best, length = 0, 0
-        for place in reversed(self._places.get((text[-2], text[-1]), ())[-_PLACES:]):
+        place = self._latest.get(_pair(text), _NONE)
+        for _ in range(_PLACES):
+            if place == _NONE:
+                break
             n = _match(text, place)
             if n > length:
                 best, length = place, n
+            place = self._earlier[place]
         if not length:
             return [], 0
         found: list[int] = []
         for i in range(best, best + most):
             found.append(text[i] if i < len(text) else found[i - len(text)])
         return found, length
+
+
+def _pair(text: Sequence[int]) -> int:
+    """The last two tokens as one number: of a long text the numbers are what takes memory."""
+    return text[-2] << 32 | text[-1]
 
 
 def _match(text: Sequence[int], place: int) -> int:

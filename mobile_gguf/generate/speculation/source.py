@@ -8,7 +8,7 @@ from typing import Protocol
 
 from mobile_gguf.options.words import NGRAM
 
-from .lookup import Lookup, class_of
+from .lookup import LONGEST_MATCH, Lookup, class_of
 
 
 @dataclass(frozen=True)
@@ -45,15 +45,20 @@ class Source(Protocol):
 
 
 class LookupSource:
-    """Drafts from the prompt and the answer themselves."""
+    """Drafts from the prompt and the answer themselves, and from a ``prediction`` of the answer."""
 
     name = NGRAM
     is_free = True
 
-    def __init__(self) -> None:
+    def __init__(self, prediction: Sequence[int] = ()) -> None:
         self._lookup = Lookup()
+        self._prediction = prediction
 
     def add(self, tokens: Sequence[int]) -> None:
+        if self._prediction:
+            # what the prompt ends with leads to it
+            self._lookup.add([*tokens[-LONGEST_MATCH:], *self._prediction])
+            self._prediction = ()
         self._lookup.add(tokens)
 
     def offer(self, most: int) -> Offer:

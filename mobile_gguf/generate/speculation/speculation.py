@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING
 
 from llama_cpp import llama_cpp
 
-from mobile_gguf.options.words import AUTO, DRAFT, NGRAM, OFF
+from mobile_gguf.options.words import AUTO, DRAFT, MTP, NGRAM, OFF
 
 from ..constraint.matching import Constraint
+from ..form.guide import Guide
 from ..pace import run_token
 from ..sampler import Sampler
 from .draft_model import ModelSource
 from .drafting import Drafting
 from .little import LittleSource
+from .mtp import MtpSource
 from .source import LookupSource, Source
 from .tuner import Tuner
 from .watch import StepWatch
@@ -27,19 +29,44 @@ if TYPE_CHECKING:
 
 
 class Speculation:
-    """Makes the Drafting of each answer of a model, by what the answers before it have taught ``tuner``."""
+    """Makes the Drafting of each answer of a model, by what the answers before it have taught ``tuner``.
 
-    def __init__(self, llama: MobileLlama) -> None:
+    ``is_stated``: what passes take is not measured, so that the same run makes the same passes.
+    """
+
+    def __init__(self, llama: MobileLlama, is_stated: bool) -> None:
         self._llama = llama
-        self.tuner = Tuner()
-        if (store := llama.store) is not None and store.budget_bytes < store.budget_all_bytes:
+        self._is_stated = is_stated
+        self._is_apart = llama.native.is_apart  # each answer's tokens in passes of their own
+        self.tuner = self.make_tuner()
+
+    def make_tuner(self) -> Tuner:
+        """One that knows the model and nothing of its answers."""
+        llama, store, share = self._llama, self._llama.store, 1.0
+        if store is not None:
+            share = min(1.0, store.budget_bytes / store.budget_all_bytes)
+        tuner = Tuner(share=share if self._is_stated else None)
+        tuner.runs_again = not llama.native.can_step_back
+        if store is not None and share < 1.0:
             assert llama.engine is not None
             n_all = store.n_layer_moe * store.n_expert * llama.engine.n_segments(llama.model)
             # half of what there is room for: the other half is of tokens before
-            self.tuner.most_needs = n_all * store.budget_bytes / store.budget_all_bytes / 2
+            tuner.most_needs = n_all * share / 2
+        return tuner
+
+    def expect(self, sequence: TokenSequence) -> None:
+        """The prompt of an answer comes: what its drafts need of it is kept."""
+        if (block := self._llama.mtp) is None:
+            return
+        source = sequence.policy.speculate
+        if source in (AUTO, MTP):
+            # states of prompts change digits
+            block.wanted[sequence.number] = source == MTP and not self._is_stated
+        else:
+            block.wanted.pop(sequence.number, None)
 
     def of_answer(
-        self, sequence: TokenSequence, sampler: Sampler, grammar: Constraint | None
+        self, sequence: TokenSequence, sampler: Sampler, grammar: Constraint | Guide | None
     ) -> Drafting | None:
         """Drafts for the answer that is made in ``sequence``; None where its policy wants none."""
         llama, scheduler = self._llama, self._llama.scheduler
@@ -50,7 +77,7 @@ class Speculation:
             return None
         if scheduler.watch is None:
             scheduler.watch = StepWatch(
-                self.tuner.costs, llama.counters, lambda: llama_cpp.llama_synchronize(llama.ctx)
+                self.tuner, llama.counters, lambda: llama_cpp.llama_synchronize(llama.ctx)
             )
         self.tuner.begin()
 
@@ -65,15 +92,22 @@ class Speculation:
             run_single=lambda token: run_token(llama, sequence, token),
             draw=lambda: llama.draw(sampler, grammar, sequence.row),
             cut=cut,
-            n_answers=lambda: max(1, scheduler.n_running),
+            n_answers=lambda: 1 if self._is_apart else max(1, scheduler.n_running),
+            is_alone=lambda: scheduler.n_running <= 1,
+            last_pass=lambda: scheduler.watch.last if scheduler.watch is not None else None,
         )
 
     def _sources(self, sequence: TokenSequence, sampler: Sampler) -> list[Source]:
         policy, llama = sequence.policy, self._llama
         if policy.speculate == OFF:
             return []
-        if policy.speculate in (AUTO, NGRAM):
-            return [LookupSource()]
+        if policy.speculate in (AUTO, NGRAM, MTP):
+            found: list[Source] = []
+            if policy.speculate != MTP:
+                found.append(LookupSource(sequence.prediction))
+            if policy.speculate != NGRAM and llama.mtp is not None:
+                found.append(MtpSource(llama.mtp, sequence.number, sampler, llama.is_end))
+            return found
         if policy.speculate == DRAFT:
             assert llama.draft is not None
             return [ModelSource(llama.draft, sequence.number, sampler)]

@@ -47,7 +47,9 @@ export async function ask(path, options = {}) {
   return response;
 }
 
-// the objects of a stream; it has to end with [DONE], or with the server's word why not
+const PLACE = /^: place (\d+)$/m;
+
+// the objects of a stream, and {place} of who waits in line; it has to end with [DONE], or with the server's word why not
 export async function* events(path, options) {
   const reader = (await ask(path, options)).body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
@@ -63,6 +65,8 @@ export async function* events(path, options) {
     const blocks = (rest + part.value).split(/\r?\n\r?\n/);
     rest = blocks.pop();
     for (const block of blocks) {
+      const place = PLACE.exec(block);
+      if (place) yield { place: Number(place[1]) };
       const data = block.split(/\r?\n/).filter((line) => line.startsWith("data:")).map((line) => line.slice(5).trimStart()).join("\n");
       if (data === "[DONE]") return;
       if (!data) continue;

@@ -1,12 +1,10 @@
-import { access, ask, events } from "/api.js";
+import { access, ask } from "/api.js";
+import { begin, chat, go, isBusy, regenerate, send, setSettings, stop } from "/chat.js";
+import { $, notice } from "/dom.js";
+import { openNew, paintList } from "/list.js";
 import { unwatch, watch } from "/map.js";
-import { render } from "/markdown.js";
-import { bytes, line, words } from "/receipt.js";
-
-const $ = (id) => document.getElementById(id);
-const turns = []; // {role, content}; an answer that failed before its first word has failed: true
-let running = null; // the AbortController of the answer being made
-let card = null;
+import { bytes } from "/receipt.js";
+import { fill, isSet, read, showDefaults } from "/settings.js";
 
 // the server
 
@@ -21,23 +19,24 @@ function askForKey() {
 async function connect() {
   clearTimeout(retry);
   try {
-    card = (await (await ask("/v1/models")).json()).data[0];
+    chat.card = (await (await ask("/v1/models")).json()).data[0];
   } catch (error) {
     notice(error.lost ? "No connection to the server: trying again." : error.message);
     if (error.status === 401) askForKey();
     else retry = setTimeout(connect, RETRY_MS);
     return;
   }
-  notice(card.meta.chats ? "" : "This model makes embeddings and does not chat: see /v1/embeddings.");
-  $("send").disabled = !card.meta.chats;
-  $("model").textContent = card.meta.name || card.id;
-  $("model").title = `${card.id}: ${card.meta.architecture}, ${card.meta.quantization}, context ${card.meta.n_ctx}`;
-  document.title = `${card.id} - mobile-gguf`;
-  const chosen = $("mode").value || card.meta.mode;
-  $("mode").replaceChildren(...card.meta.modes.map((mode) => new Option(mode, mode, false, mode === chosen)));
+  const { id, meta } = chat.card;
+  notice(meta.chats ? "" : "This model makes embeddings and does not chat: see /v1/embeddings.");
+  $("send").disabled = !meta.chats;
+  $("model").textContent = meta.name || id;
+  $("model").title = `${id}: ${meta.architecture}, ${meta.quantization}, context ${meta.n_ctx}`;
+  $("mode").replaceChildren(...meta.modes.map((mode) => new Option(mode, mode)));
   $("mode").parentElement.hidden = false;
-  $("mode").disabled = card.meta.modes.length < 2;
-  introduce(card.meta);
+  $("mode").disabled = meta.modes.length < 2;
+  showDefaults(meta);
+  showState();
+  introduce(meta);
   watchMap();
 }
 
@@ -49,204 +48,58 @@ function introduce(meta) {
   $("modes").textContent = meta.modes.length > 1 ? `Mode exact uses all ${k}, little ${meta.little_k}, big-little ${meta.little_k} and then all ${k} where the model is unsure, auto all but missing ones that it may do without.` : "";
 }
 
+// a browser has six connections to a server for all its tabs: only those that are looked at follow the map
 async function watchMap() {
-  if ($("side").hidden || !card) unwatch();
-  else if (await watch(card.meta)) {
+  if ($("side").hidden || document.hidden || !chat.card) unwatch();
+  else if (await watch(chat.card.meta)) {
     clearTimeout(retry);
     retry = setTimeout(connect, RETRY_MS);
   }
 }
 
+function setOpen(panel, opener, isOpen) {
+  $(panel).hidden = !isOpen;
+  $(opener).setAttribute("aria-expanded", isOpen);
+}
+
 function toggleMap() {
-  $("side").hidden = !$("side").hidden;
-  $("show-map").setAttribute("aria-expanded", !$("side").hidden);
+  setOpen("side", "show-map", $("side").hidden);
   watchMap();
 }
 
-function notice(text) {
-  $("notice").textContent = text;
-  $("notice").hidden = !text;
-}
+const toggleList = () => setOpen("list", "show-list", $("list").hidden);
+const isNarrow = () => window.innerWidth <= 760;
 
 // the conversation
 
-const follows = () => $("log").scrollHeight - $("log").scrollTop - $("log").clientHeight < 60;
-const toEnd = () => { $("log").scrollTop = $("log").scrollHeight; };
-let atEnd = true;
-$("log").addEventListener("scroll", () => { atEnd = follows(); });
-// a keyboard or the map takes room: the last words stay in sight
-new ResizeObserver(() => atEnd && toEnd()).observe($("log"));
-
-function addTurn(role, content) {
-  $("hello").hidden = true;
-  const node = document.createElement("article");
-  node.className = `turn ${role}`;
-  node.setAttribute("aria-label", role === "user" ? "You" : "Answer");
-  const text = document.createElement("div");
-  text.className = "text";
-  const foot = document.createElement("div");
-  foot.className = "foot";
-  node.append(text, ...(role === "user" ? [] : [foot]));
-  if (role === "user") text.textContent = content;
-  $("log").append(node);
-  toEnd();
-  return { text, foot, node };
-}
-
-function span(text, name = "") {
-  const node = document.createElement("span");
-  node.textContent = text;
-  node.className = name;
-  return node;
-}
-
-// what has not changed stays, with what is selected and scrolled in it
-function update(box, fragment) {
-  const old = [...box.childNodes];
-  const fresh = [...fragment.childNodes];
-  let same = 0;
-  while (same < old.length && same < fresh.length && old[same].isEqualNode(fresh[same])) same++;
-  old.slice(same).forEach((node) => node.remove());
-  box.append(...fresh.slice(same));
-}
-
-// the receipt as a line, which opens to the same in words
-function costBox() {
-  const node = document.createElement("details");
-  node.className = "cost";
-  node.addEventListener("toggle", () => atEnd && toEnd());
-  const summary = document.createElement("summary");
-  summary.title = "What this answer cost, in words";
-  const text = span("", "receipt");
-  summary.append(text);
-  const list = document.createElement("dl");
-  node.append(summary, list);
-  return {
-    node,
-    show(usage) {
-      text.textContent = line(usage);
-      list.replaceChildren(...words(usage, card.meta).flatMap(([name, said]) => {
-        const pair = [document.createElement("dt"), document.createElement("dd")];
-        pair[0].textContent = name;
-        pair[1].textContent = said;
-        return pair;
-      }));
-    },
-  };
-}
-
-// what the model is to read: an answer that failed is left out together with its question
-function conversation() {
-  return turns.filter((turn, i) => !turn.failed && !turns[i + 1]?.failed).map(({ role, content }) => ({ role, content }));
-}
-
-async function answer() {
-  const shown = addTurn("assistant", "");
-  const cost = costBox();
-  const state = span("Waiting for the first word …", "state");
-  shown.foot.append(state);
-  shown.text.classList.add("wait");
-  const messages = conversation();
-  const made = { role: "assistant", content: "" };
-  turns.push(made);
-  let cut = false;
-  let trouble = null;
-  let painted = true;
-  const paint = () => {
-    const follow = follows();
-    update(shown.text, render(made.content));
-    painted = true;
-    if (follow) toEnd();
-  };
-  const mine = new AbortController();
-  running = mine;
-  busy(true);
-  notice("");
-  try {
-    const body = { messages, stream: true, stream_options: { include_usage: true, continuous_usage_stats: true } };
-    if ($("mode").value) body.mode = $("mode").value;
-    const stream = events("/v1/chat/completions", { method: "POST", body: JSON.stringify(body), signal: mine.signal });
-    for await (const chunk of stream) {
-      const choice = chunk.choices[0];
-      made.content += choice?.delta?.content ?? "";
-      if (chunk.usage) {
-        cost.show(chunk.usage);
-        if (!cost.node.isConnected) state.replaceWith(cost.node);
-      }
-      cut = cut || choice?.finish_reason === "length";
-      if (painted) {
-        painted = false;
-        requestAnimationFrame(paint);
-      }
-    }
-  } catch (error) {
-    trouble = error;
+function showState() {
+  const { settings, title } = chat.here;
+  const meta = chat.card?.meta;
+  const busy = isBusy();
+  $("send").textContent = busy ? "Stop" : "Send";
+  $("send").classList.toggle("stop", busy);
+  $("send").title = busy ? "Stop the answer (Esc)" : "";
+  $("log").setAttribute("aria-busy", busy);
+  if (meta) {
+    const isLossy = settings.max_kld !== undefined && meta.modes.includes("auto");
+    $("mode").value = meta.modes.includes(settings.mode) ? settings.mode : isLossy ? "auto" : meta.mode;
+    document.title = `${title ? `${title} - ` : ""}${chat.card.id} - mobile-gguf`;
   }
-  if (running === mine) {
-    running = null;
-    busy(false);
-  }
-  if (!shown.node.isConnected) return; // the conversation was cleared meanwhile
-  const follow = follows();
-  paint();
-  state.remove();
-  shown.text.classList.remove("wait");
-  made.failed = Boolean(trouble) && !made.content;
-  if (trouble) shown.foot.prepend(ending(trouble, made));
-  if (cut) shown.foot.append(span("Cut at the token limit.", "bad"));
-  shown.foot.append(againButton(made.failed));
-  if (follow) toEnd();
-  if (trouble?.status === 401) askForKey();
-  if (trouble?.lost) connect();
+  $("show-settings").classList.toggle("set", isSet(settings));
+  paintList();
 }
 
-function ending(trouble, made) {
-  if (trouble.name === "AbortError") return span(made.content ? "Stopped." : "Stopped before the first word.", "end");
-  const node = span(trouble.message, "end bad");
-  node.setAttribute("role", "alert");
-  return node;
-}
-
-function againButton(failed) {
-  document.querySelectorAll(".again").forEach((old) => old.remove());
-  const again = document.createElement("button");
-  again.type = "button";
-  again.textContent = failed ? "Try again" : "Regenerate";
-  again.title = "Answer again (Alt+R)";
-  again.className = "again";
-  again.addEventListener("click", regenerate);
-  return again;
-}
-
-function busy(is) {
-  $("send").textContent = is ? "Stop" : "Send";
-  $("send").classList.toggle("stop", is);
-  $("send").title = is ? "Stop the answer (Esc)" : "";
-  $("log").setAttribute("aria-busy", is);
-}
-
-function send() {
+function sendWhatIsWritten() {
   const text = $("prompt").value.trim();
-  if (running || !text || $("send").disabled) return;
+  if (isBusy() || !text || $("send").disabled || !chat.card) return;
   $("prompt").value = "";
   grow();
-  turns.push({ role: "user", content: text });
-  addTurn("user", text);
-  answer();
+  send(text);
 }
 
-function regenerate() {
-  if (running || turns.at(-1)?.role !== "assistant") return;
-  turns.pop();
-  $("log").lastElementChild.remove();
-  answer();
-}
-
-function clearChat() {
-  running?.abort();
-  turns.length = 0;
-  document.querySelectorAll(".turn").forEach((node) => node.remove());
-  $("hello").hidden = false;
+async function newChat() {
+  await openNew();
+  if (isNarrow()) setOpen("list", "show-list", false);
   $("prompt").focus();
 }
 
@@ -255,19 +108,32 @@ function grow() {
   $("prompt").style.height = `${$("prompt").scrollHeight + 2}px`;
 }
 
+function openSettings() {
+  fill(chat.here.settings);
+  $("settings").showModal();
+}
+
+function closeSettings() {
+  const given = read();
+  if (!given) return;
+  const { mode } = chat.here.settings;
+  setSettings(mode ? { ...given, mode } : given);
+  $("settings").close();
+}
+
 // keys and buttons
 
 $("form").addEventListener("submit", (event) => {
   event.preventDefault();
-  if (running) running.abort();
-  else send();
+  if (isBusy()) stop();
+  else sendWhatIsWritten();
 });
 $("prompt").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
     event.preventDefault();
-    send();
+    sendWhatIsWritten();
   } else if (event.key === "ArrowUp" && !$("prompt").value) {
-    const last = turns.findLast((turn) => turn.role === "user");
+    const last = chat.here.turns.findLast((turn) => turn.role === "user");
     if (last) {
       event.preventDefault();
       $("prompt").value = last.content;
@@ -288,8 +154,17 @@ $("key").addEventListener("keydown", (event) => {
     $("prompt").focus();
   }
 });
-$("clear").addEventListener("click", clearChat);
+$("mode").addEventListener("change", () => setSettings({ ...chat.here.settings, mode: $("mode").value }));
+$("new").addEventListener("click", newChat);
 $("show-map").addEventListener("click", toggleMap);
+$("show-list").addEventListener("click", toggleList);
+$("show-settings").addEventListener("click", openSettings);
+$("settings-done").addEventListener("click", closeSettings);
+$("settings-clear").addEventListener("click", () => fill({}));
+$("chats").addEventListener("click", (event) => {
+  if (event.target.closest("a") && isNarrow()) setOpen("list", "show-list", false);
+});
+$("log").addEventListener("pointerdown", () => { if (isNarrow()) setOpen("list", "show-list", false); });
 $("log").addEventListener("click", async (event) => {
   if (!event.target.classList.contains("copy")) return;
   try {
@@ -301,19 +176,34 @@ $("log").addEventListener("click", async (event) => {
   setTimeout(() => { event.target.textContent = "Copy"; }, 1500);
 });
 document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape") running?.abort();
+  if ($("settings").open) return;
+  if (event.key === "Escape") {
+    if (isNarrow() && !$("list").hidden) toggleList();
+    else stop();
+  }
   if (!event.altKey || event.ctrlKey || event.metaKey) return;
-  const action = { KeyN: clearChat, KeyM: toggleMap, KeyR: regenerate }[event.code];
+  const action = { KeyN: newChat, KeyM: toggleMap, KeyR: regenerate, KeyL: toggleList, KeyS: openSettings }[event.code];
   if (action) {
     event.preventDefault();
     action();
   }
 });
+document.addEventListener("visibilitychange", watchMap);
+addEventListener("popstate", () => go(location.hash.slice(1)));
 
-if (window.innerWidth <= 760) {
-  $("side").hidden = true;
-  $("show-map").setAttribute("aria-expanded", false);
-}
+if (isNarrow()) setOpen("side", "show-map", false);
+setOpen("list", "show-list", window.innerWidth > 1000);
+chat.onChange = showState;
+chat.onTrouble = (trouble) => {
+  if (trouble.status === 401) askForKey();
+  if (trouble.lost) connect();
+};
+let listing = 0;
+await begin(() => {
+  clearTimeout(listing);
+  listing = setTimeout(paintList, 50);
+});
+await (location.hash ? go(location.hash.slice(1)) : paintList());
 access.key = $("key").value = sessionStorage.getItem("key") ?? "";
 const health = await ask("/health").then((response) => response.json()).catch(() => null);
 const needsKey = health?.needs_key ?? false;

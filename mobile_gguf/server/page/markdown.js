@@ -1,121 +1,134 @@
-// Markdown as models write it, built of DOM nodes: text never becomes HTML, so nothing in it can run.
+// Markdown as models write it: markdown-it reads it, and its tokens become DOM nodes here. Text never becomes HTML, so
+// nothing in it can run; an address is a link only if it leads to the web, and nothing is loaded from one.
 
-const INLINE = /(`+)([^`]|[^`][\s\S]*?[^`])\1(?!`)|\*\*(\S|\S[\s\S]*?\S)\*\*|(?<![\w*])\*(?=\S)([^*]*[^*\s])\*(?![\w*])|\[([^\]\n]+)\]\((https?:\/\/[^\s)]+)\)/g;
+import { make } from "/dom.js";
+import { addFormulas, formula } from "/math.js";
+import MarkdownIt from "/vendor/markdown-it.js";
 
-function make(tag, ...children) {
-  const node = document.createElement(tag);
-  node.append(...children);
-  return node;
+const parser = new MarkdownIt({ html: false, linkify: true, breaks: true, maxNesting: 60 });
+parser.linkify.set({ fuzzyLink: false, fuzzyEmail: false });
+parser.use(addFormulas);
+
+const TAGS = {
+  paragraph: "p", bullet_list: "ul", ordered_list: "ol", list_item: "li", blockquote: "blockquote",
+  thead: "thead", tbody: "tbody", tr: "tr", th: "th", td: "td", strong: "strong", em: "em", s: "s",
+};
+const TASK = /^\[([ xX])\] /;
+
+function linkTo(address) {
+  let url = null;
+  try {
+    url = new URL(address);
+  } catch { /* no address of the web */ }
+  if (!url || !["http:", "https:", "mailto:"].includes(url.protocol)) return make("span");
+  const link = make("a");
+  link.href = url.href;
+  link.target = "_blank";
+  link.rel = "noopener noreferrer";
+  return link;
 }
 
-function inline(text) {
-  const nodes = [];
-  let end = 0;
-  for (const found of text.matchAll(INLINE)) {
-    nodes.push(text.slice(end, found.index));
-    end = found.index + found[0].length;
-    const [, , code, bold, italic, label, address] = found;
-    if (code !== undefined) nodes.push(make("code", code));
-    else if (bold !== undefined) nodes.push(make("strong", ...inline(bold)));
-    else if (italic !== undefined) nodes.push(make("em", ...inline(italic)));
-    else {
-      const link = make("a", label);
-      link.href = address;
-      link.target = "_blank";
-      link.rel = "noopener noreferrer";
-      nodes.push(link);
-    }
-  }
-  nodes.push(text.slice(end));
-  return nodes.filter((node) => node !== "");
-}
-
-function codeBlock(lines, language) {
+function codeBlock(text, language) {
   const copy = make("button", "Copy");
   copy.type = "button";
   copy.className = "copy";
   const bar = make("div", make("span", language), copy);
   bar.className = "bar";
-  const box = make("div", bar, make("pre", make("code", lines.join("\n"))));
+  const box = make("div", bar, make("pre", make("code", text.replace(/\n$/, ""))));
   box.className = "code";
   return box;
 }
 
-function list(lines, pattern, tag) {
-  const node = make(tag);
-  for (const line of lines) {
-    const item = line.match(pattern);
-    if (item) node.append(make("li", ...inline(item[1])));
-    else if (node.lastChild) node.lastChild.append("\n", ...inline(line.trim()));
+// the node that an opening token makes: [what is put into the page, what its content goes into]
+function opened(token) {
+  const kind = token.type.replace(/_open$/, "");
+  if (kind === "link") return [linkTo(token.attrGet("href"))].flatMap((node) => [node, node]);
+  if (kind === "heading") {
+    const node = make(token.tag === "h1" || token.tag === "h2" ? "h3" : "h4");
+    return [node, node];
   }
-  return node;
+  if (kind === "table") {
+    const table = make("table");
+    const box = make("div", table);
+    box.className = "wide";
+    return [box, table];
+  }
+  const node = make(TAGS[kind] ?? "span");
+  if (kind === "ordered_list" && token.attrGet("start") !== null) node.start = Number(token.attrGet("start"));
+  if (kind === "th" || kind === "td") node.style.textAlign = /text-align:(\w+)/.exec(token.attrGet("style") ?? "")?.[1] ?? "";
+  return [node, node];
 }
 
-// cells of a table's line; a pipe in code or behind a backslash is none
-const cells = (line) => line.trim().replace(/^\||(?<!\\)\|$/g, "").split(/(?<!\\)\|(?=(?:[^`]*`[^`]*`)*[^`]*$)/).map((cell) => cell.trim().replace(/\\\|/g, "|"));
+function leaf(token, parent) {
+  switch (token.type) {
+    case "inline": {
+      build(token.children, parent);
+      return [];
+    }
+    case "code_inline": return [make("code", token.content)];
+    case "softbreak": case "hardbreak": return [make("br")];
+    case "hr": return [make("hr")];
+    case "fence": return [codeBlock(token.content, /^[\w+#.-]*/.exec(token.info.trim())[0])];
+    case "code_block": return [codeBlock(token.content, "")];
+    case "formula": return [formula(token.content, token.block || token.info === "display")];
+    case "image": {
+      const link = linkTo(token.attrGet("src"));
+      link.append(token.content || "image");
+      return [link];
+    }
+    default: return [token.content];
+  }
+}
+
+function build(tokens, root) {
+  const stack = [root];
+  for (const token of tokens) {
+    if (token.hidden) continue; // paragraphs of a list without empty lines
+    const parent = stack.at(-1);
+    if (token.nesting > 0) {
+      const [node, inner] = opened(token);
+      parent.append(node);
+      stack.push(inner);
+    } else if (token.nesting < 0) stack.pop();
+    else parent.append(...leaf(token, parent).filter((node) => node !== ""));
+  }
+}
+
+function showTasks(out) {
+  for (const item of out.querySelectorAll("li")) {
+    const first = item.firstChild?.nodeName === "P" ? item.firstChild.firstChild : item.firstChild;
+    const found = first?.nodeType === Node.TEXT_NODE && TASK.exec(first.data);
+    if (found) {
+      first.data = `${found[1] === " " ? "☐" : "☑"} ${first.data.slice(4)}`;
+      item.classList.add("task");
+    }
+  }
+}
+
 const RULE = /^\s*\|?\s*:?-+:?\s*(\|\s*:?-+:?\s*)*\|?\s*$/;
+const FENCE = /^\s{0,3}(```+|~~~+)/;
+const escaped = (line) => line.replace(/(`+)[^`]+\1(?!`)/g, (code) => code.replace(/(?<!\\)\|/g, "\\|"));
 
-function table(lines) {
-  const row = (line, tag) => make("tr", ...cells(line).map((cell) => make(tag, ...inline(cell))));
-  const node = make("table", make("thead", row(lines[0], "th")), make("tbody", ...lines.slice(2).map((line) => row(line, "td"))));
-  const box = make("div", node);
-  box.className = "wide";
-  return box;
+// a pipe in a table's code is the code's, as models mean it: Markdown's tables want it behind a backslash
+function withPipes(text) {
+  if (!text.includes("|") || !text.includes("`")) return text;
+  const lines = text.split("\n");
+  let fence = "";
+  let isTable = false;
+  for (const [i, line] of lines.entries()) {
+    const mark = FENCE.exec(line)?.[1];
+    if (fence ? mark?.startsWith(fence) : mark) fence = fence ? "" : mark;
+    isTable = !fence && line.includes("|") && (isTable || RULE.test(lines[i + 1] ?? ""));
+    if (isTable) lines[i] = escaped(line);
+  }
+  return lines.join("\n");
 }
-
-const KINDS = [
-  [/^\s{0,3}[-*+]\s+(.*)$/, "ul"],
-  [/^\s{0,3}\d{1,9}[.)]\s+(.*)$/, "ol"],
-];
 
 export function render(text) {
   const out = document.createDocumentFragment();
-  const lines = text.split("\n");
-  let i = 0;
-  const paragraph = [];
-  const flush = () => {
-    if (paragraph.length) {
-      const node = make("p");
-      paragraph.forEach((line, at) => node.append(...(at ? [make("br")] : []), ...inline(line)));
-      out.append(node);
-    }
-    paragraph.length = 0;
-  };
-  while (i < lines.length) {
-    const line = lines[i];
-    const fence = line.match(/^\s{0,3}(```+|~~~+)\s*([\w+#.-]*)/);
-    const heading = line.match(/^#{1,6}\s+(.*?)\s*#*$/);
-    const kind = KINDS.find(([pattern]) => pattern.test(line));
-    if (fence) {
-      flush();
-      const body = [];
-      for (i++; i < lines.length && !lines[i].trim().startsWith(fence[1]); i++) body.push(lines[i]);
-      out.append(codeBlock(body, fence[2]));
-    } else if (heading) {
-      flush();
-      out.append(make(line.startsWith("## ") || line.startsWith("# ") ? "h3" : "h4", ...inline(heading[1])));
-    } else if (kind) {
-      flush();
-      const items = [];
-      for (; i < lines.length && lines[i].trim() && (kind[0].test(lines[i]) || /^\s{2,}/.test(lines[i])); i++) items.push(lines[i]);
-      out.append(list(items, kind[0], kind[1]));
-      continue;
-    } else if (line.includes("|") && RULE.test(lines[i + 1] ?? "") && cells(line).length === cells(lines[i + 1]).length) {
-      flush();
-      const rows = [];
-      for (; i < lines.length && lines[i].includes("|"); i++) rows.push(lines[i]);
-      out.append(table(rows));
-      continue;
-    } else if (/^\s{0,3}>/.test(line)) {
-      flush();
-      const quoted = [];
-      for (; i < lines.length && /^\s{0,3}>/.test(lines[i]); i++) quoted.push(lines[i].replace(/^\s*>\s?/, ""));
-      out.append(make("blockquote", ...inline(quoted.join("\n"))));
-      continue;
-    } else if (line.trim()) paragraph.push(line);
-    else flush();
-    i++;
-  }
-  flush();
+  build(parser.parse(withPipes(text), {}), out);
+  // what is nested deeper than anybody means is left out by the parser
+  if (!out.textContent.trim() && text.trim() && !out.querySelector("hr")) out.replaceChildren(make("p", text));
+  showTasks(out);
   return out;
 }

@@ -17,10 +17,3 @@ inline mobile_context & mobile_context_of(const struct llama_context * ctx) {
     }
     return *m;
 }
-
-// throws MOBILE_ERR_ARGUMENT unless it holds
-template <typename condition, typename text> void mobile_require(const condition & holds, const text & otherwise) {
-    if (!holds) {
-        mobile_throw(MOBILE_ERR_ARGUMENT, otherwise);
-    }
-}

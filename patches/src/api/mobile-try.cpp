@@ -4,6 +4,7 @@
 #include "api/mobile-context-of.h"
 
 #include "mobile-error.h"
+#include "mobile-mtp.h"
 #include "store/mobile-load.h"
 
 #include "llama-context.h"
@@ -34,10 +35,11 @@ static void keep_error(enum ggml_log_level level, const char * text, void *) {
 using model_ptr   = std::unique_ptr<struct llama_model,   void (*)(struct llama_model *)>;
 using context_ptr = std::unique_ptr<struct llama_context, void (*)(struct llama_context *)>;
 
-static model_ptr load(const char * path, bool no_alloc) {
+static model_ptr load(const char * path, bool no_alloc, bool load_mtp = false) {
     ggml_backend_dev_t no_device[] = { nullptr };
     struct llama_model_params params = llama_model_default_params();
     params.no_alloc        = no_alloc;
+    params.load_mtp        = load_mtp;
     params.devices         = no_device;
     params.n_gpu_layers    = 0;
     params.load_mode       = LLAMA_LOAD_MODE_NONE;
@@ -79,7 +81,7 @@ static void decode(struct llama_context * ctx, int32_t n_vocab, int32_t first, i
     }
 }
 
-static context_ptr make_context(struct llama_model * model, uint32_t n_ctx, uint32_t n_ubatch, enum llama_flash_attn_type flash_attn) {
+static context_ptr make_context(struct llama_model * model, uint32_t n_ctx, uint32_t n_ubatch, enum llama_flash_attn_type flash_attn, struct llama_context * main = nullptr) {
     struct llama_context_params params = llama_context_default_params();
     params.n_ctx           = n_ctx;
     params.n_batch         = n_ubatch;
@@ -88,6 +90,8 @@ static context_ptr make_context(struct llama_model * model, uint32_t n_ctx, uint
     params.n_threads_batch = params.n_threads;
     params.flash_attn_type = flash_attn;
     params.no_perf         = true;
+    params.ctx_other       = main;
+    params.ctx_type        = main ? LLAMA_CONTEXT_TYPE_MTP : LLAMA_CONTEXT_TYPE_DEFAULT;
     context_ptr ctx(llama_init_from_model(model, params), llama_free);
     if (!ctx) {
         fail("no context can be made of it");
@@ -120,6 +124,60 @@ int32_t mobile_try_file(const char * path) {
         try_vocabulary(vocab);
         for (const auto flash_attn : { LLAMA_FLASH_ATTN_TYPE_DISABLED, LLAMA_FLASH_ATTN_TYPE_ENABLED }) {
             try_context(model.get(), flash_attn);
+        }
+        return MOBILE_OK;
+    });
+}
+
+// whose graph is that of the block, and not the model's own
+static bool has_block(struct llama_context & ctx) {
+    llama_memory_context_ptr full = ctx.get_memory()->init_full();
+    ggml_cgraph * graph = full ? ctx.graph_reserve(N_PROMPT, 1, N_PROMPT, full.get()) : nullptr;
+    return graph && ggml_graph_get_tensor(graph, "mtp_h_input");
+}
+
+// a prompt and what follows, by each block
+static void try_blocks(struct llama_model * model, enum llama_flash_attn_type flash_attn) {
+    const context_ptr ctx = make_context(model, N_CTX, N_PROMPT, flash_attn);
+    const context_ptr mtp = make_context(model, N_CTX, N_PROMPT, flash_attn, ctx.get());
+    if (!llama_get_memory(mtp.get()) || !has_block(*mtp)) {
+        fail("this llama.cpp does not run the blocks for multi-token prediction of such a model");
+    }
+    const size_t n_embd = llama_model_n_embd_out(model);
+    llama_set_embeddings_nextn(ctx.get(), true, false);
+    llama_set_embeddings_nextn(mtp.get(), true, true);
+    decode(ctx.get(), llama_vocab_n_tokens(llama_model_get_vocab(model)), 0, N_PROMPT);
+    llama_token tokens[N_PROMPT] = { 0, 0 };
+    llama_pos   pos   [N_PROMPT] = { 0, 1 };
+    int8_t      output[N_PROMPT] = { 0, 1 };
+    std::vector<float> states(N_PROMPT*n_embd);
+    const auto check = [](int32_t status, int32_t result) {
+        if (status != MOBILE_OK || result != 0) {
+            fail(status != MOBILE_OK ? mobile_last_error() : "a decode of a block returned " + std::to_string(result));
+        }
+    };
+    for (int32_t block = 0; block < llama_model_n_layer_nextn(model); ++block) {
+        int32_t result = 0;
+        check(mobile_mtp_get_states(ctx.get(), 0, N_PROMPT, states.data()), 0);
+        llama_memory_clear(llama_get_memory(mtp.get()), true);
+        const struct llama_batch batch = { N_PROMPT, tokens, states.data(), pos, nullptr, nullptr, output };
+        const int32_t status = mobile_mtp_decode(mtp.get(), batch, block, &result);
+        check(status, result);
+        check(mobile_mtp_get_states(mtp.get(), N_PROMPT - 1, 1, states.data()), 0);
+    }
+}
+
+int32_t mobile_mtp_try_file(const char * path) {
+    return mobile_guard([&] {
+        mobile_require(path, "a trial needs a file");
+        llama_log_set(keep_error, nullptr);
+        llama_backend_init();
+        const model_ptr model = load(path, false, true);
+        if (llama_model_n_layer_nextn(model.get()) < 1) {
+            fail("it has no blocks for multi-token prediction");
+        }
+        for (const auto flash_attn : { LLAMA_FLASH_ATTN_TYPE_DISABLED, LLAMA_FLASH_ATTN_TYPE_ENABLED }) {
+            try_blocks(model.get(), flash_attn);
         }
         return MOBILE_OK;
     });

@@ -76,7 +76,9 @@ static void begin(mobile_context & ctx, const llama_ubatch & ubatch) {
     ctx.trace.begin_pass(n_tokens);
     ctx.store->begin_pass(std::max(1, (int32_t) std::count(pass.single.begin(), pass.single.end(), 1)));
     ctx.guesses.begin_pass(ubatch, pass.time, ctx.worth);
-    ctx.store->keep_uses(ctx.guesses.is_kept());
+    if (!ctx.is_aside) {
+        ctx.store->keep_uses(ctx.guesses.is_kept());
+    }
     ctx.predictor.begin_pass((int64_t) n_tokens, pass.k[0], mobile_route_takes_hints(ctx));
 }
 

@@ -44,6 +44,7 @@ struct mobile_context {
     mobile_graph graph;
     mobile_pass  pass;   // the running ubatch
     std::string  error;  // what made the last one fail; "" if it did not
+    bool is_aside = false; // its passes come between another context's, whose guesses they leave alone (mobile-mtp.h)
 
     mobile_by<mobile_model_layer, mobile_route> routes; // with those behind the model's own; the op's user data
     mobile_routing routing; // of the running layer

