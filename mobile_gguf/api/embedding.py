@@ -1,5 +1,7 @@
 """Embeddings: a text as one vector of length 1, by the pooling that a model was made with or is asked for.
 
+And what a reranker makes of two texts, a score.
+
 A file that says how its states are pooled (``ARCH.pooling_type``) is pooled by llama.cpp. The states of any
 other model, the last layer's after its norm, are pooled here: their mean, the first, or the last.
 """
@@ -67,21 +69,56 @@ def embed(
         check_tokens(tokens, info.n_vocab, "the text")
     if not tokens:
         raise UsageError("there is nothing to embed: the text is empty")
+    vector, receipt = _computed(backend, info, tokens, pooling, "the text", should_stop)
+    length = float(np.linalg.norm(vector))
+    return Embedding(vector / np.float32(length) if length > 0 else vector, len(tokens), receipt)
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well a document answers a query, the more the better, how many tokens both had, and the cost."""
+
+    score: float
+    n_tokens: int
+    receipt: Receipt
+
+
+def rank(
+    backend: Backend, info: GgufInfo, query: str, document: str, should_stop: Callable[[], bool] | None
+) -> Score:
+    """A reranker's score of a pair. Raises UsageError, EngineError."""
+    name, limit = info.path.name, backend.embedding_limit
+    if backend.pooling != RANK:
+        raise UsageError(f"{name} is no reranker: it scores no pairs of texts")
+    for what, text in (("the query", query), ("the document", document)):
+        backend.check_fits(require_unicode(what, text).encode(), limit)
+    tokens = backend.pair_tokens(query, document)
+    scores, receipt = _computed(backend, info, tokens, RANK, "a query and its document", should_stop)
+    return Score(float(scores[0]), len(tokens), receipt)
+
+
+def _computed(
+    backend: Backend,
+    info: GgufInfo,
+    tokens: list[int],
+    pooling: str,
+    what: str,
+    should_stop: Callable[[], bool] | None,
+) -> tuple[Any, Receipt]:
+    """What the model makes of all tokens, float32, and what it cost."""
+    import numpy as np
+
+    limit = backend.embedding_limit
     if len(tokens) > limit:
         raise PromptTooLongError(
-            f"the text has {len(tokens)} tokens and {name} embeds at most {limit} at once: shorten it, or "
-            "load the model with larger --ctx-size, --batch-size and --ubatch-size, as it was trained for"
+            f"{what} has {len(tokens)} tokens and {info.path.name} embeds at most {limit} at once: shorten "
+            "it, or load the model with larger --ctx-size, --batch-size and --ubatch-size, as trained for"
         )
     with backend.seated(tokens, False) as sequence:
         sequence.should_stop = should_stop
-        vector = np.asarray(backend.embed_tokens(tokens, pooling), dtype=np.float32)
+        made = np.asarray(backend.embed_tokens(tokens, pooling), dtype=np.float32)
         spent = sequence.traffic()
-    length = float(np.linalg.norm(vector))
     traffic = read_traffic(backend, spent.host, spent.device, spent.ahead)
     store = backend.store
-    receipt = Receipt(
-        n_expert_used=info.n_expert_used,
-        budget_bytes=store.budget_bytes if store is not None else 0,
-        **traffic,
-    )
-    return Embedding(vector / np.float32(length) if length > 0 else vector, len(tokens), receipt)
+    budget = store.budget_bytes if store is not None else 0
+    return made, Receipt(n_expert_used=info.n_expert_used, budget_bytes=budget, **traffic)

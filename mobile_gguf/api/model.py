@@ -45,8 +45,9 @@ from mobile_gguf.options.words import TRIM
 
 from .context import ChatPrompt, fit_chat, reserve_for
 from .drafts import open_both
-from .embedding import Embedding, embed
+from .embedding import Embedding, Score, embed, rank
 from .messages import Messages, as_messages
+from .slots import Slots
 from .stats import model_stats
 from .words import Notice, speaks_python
 
@@ -528,6 +529,41 @@ class Model:
         check_callables(should_stop=should_stop)
         with self._taken() as backend:
             return embed(backend, self.info, text, pooling, should_stop)
+
+    @speaks_python
+    def rank(self, query: str, document: str, *, should_stop: ShouldStop = None) -> Score:
+        """How well ``document`` answers ``query``, by a reranker. Raises as ``embed`` does."""
+        check_callables(should_stop=should_stop)
+        with self._taken() as backend:
+            return rank(backend, self.info, query, document, should_stop)
+
+    def gap_tokens(self, before: str, after: str, begun: str = "") -> list[int]:
+        """The prompt by which the model fills what is missing between two texts, as token ids for ``stream``.
+
+        ``begun`` is what is known of it. Raises UsageError for a model that was not made for it.
+        """
+        backend = self._require_open()
+        fill = backend.fill_tokens
+        if fill is None:
+            raise UsageError(
+                f"{self.path.name} was not made to fill gaps: its vocabulary has no tokens for the text "
+                "before and after one"
+            )
+        for text in (before, after, begun):
+            backend.check_fits(take_text("text", text).encode(), self.n_ctx)
+        texts = (self.tokenize(text, special=False) for text in (before, after, begun))
+        return fill.prompt(self.tokenize("", add_bos=True), *texts)
+
+    @property
+    def fills_gaps(self) -> bool:
+        """Whether ``gap_tokens`` has a prompt for the model."""
+        return self._require_open().fill_tokens is not None
+
+    @property
+    def slots(self) -> Slots | None:
+        """The sequences of the context, by their numbers; None where there are none to be told of."""
+        sequences = getattr(self.crew, "sequences", None)
+        return Slots(sequences, self.sessions) if sequences else None
 
     # tokens, facts, end
 

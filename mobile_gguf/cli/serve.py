@@ -85,6 +85,7 @@ def run(args: argparse.Namespace) -> int:
             addresses=not local,
             origins=asked.cors,
             pooling=pooling,
+            strict=asked.strict,
         )
 
         def announce(url: str) -> None:

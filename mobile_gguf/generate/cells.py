@@ -164,15 +164,27 @@ class Cells:
                     self.put_away()
                 return
             kept = self.cache.take(found)
+        if not self.replace_by(kept) and self.cache.has_room(kept.n_bytes):
+            self.cache.put(kept)
+
+    def replace_by(self, kept: Kept) -> bool:
+        """Put the tokens here away, and have those of ``kept``; False if there is no room for them."""
         self.put_away()
         self.forget()
         has_room = self.scheduler.make_room(self, len(kept.tokens))
         if has_room and self.decoder.load(kept.state, number=self.number):
             self.tokens, self._n_big, self._checkpoints = kept.tokens, kept.n_big, kept.checkpoints
-            return
+            return True
         self.decoder.clear(self.number)
-        if not has_room and self.cache.has_room(kept.n_bytes):
-            self.cache.put(kept)
+        return has_room  # a state that the engine does not take is of no more use
+
+    def copied(self) -> Kept | None:
+        """A copy of what is here; None if there is none."""
+        if not self.tokens or not self.cut():
+            return None
+        points = None if self._checkpoints is None else list(self._checkpoints)
+        state = self.decoder.save(number=self.number)
+        return None if state is None else Kept(list(self.tokens), self._n_big, state, points)
 
     def _copies(self, prompt: list[int], only_big: bool, least: int) -> bool:
         """Share the cells of another sequence that has so many tokens of ``prompt``; False if none has."""

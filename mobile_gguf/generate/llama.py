@@ -38,11 +38,13 @@ from .costs import Meter
 from .counted import Counted
 from .decoder import Decoder
 from .form.guide import Guide
+from .gap import FillTokens
 from .head import Head
 from .native import Native
 from .pace import run_token
 from .pooling import embed_tokens, file_pooling, longest_text
 from .prefix_cache import PrefixCache
+from .prompts_of_pairs import fill_tokens, pair_tokens
 from .sampler import Sampler
 from .scheduler import Scheduler
 from .sequence import TokenSequence
@@ -271,6 +273,15 @@ class MobileLlama(Counted, Spoken):
     def embed_tokens(self, tokens: list[int], pooling: str) -> np.ndarray:
         """The pooled states of ``tokens``, float32 [n_embd]; the context is empty afterwards."""
         return embed_tokens(self.sequence, tokens, pooling)
+
+    def pair_tokens(self, query: str, document: str) -> list[int]:
+        """What a reranker is given of a pair."""
+        return pair_tokens(self.native, self.tokenize, query, document)
+
+    @property
+    def fill_tokens(self) -> FillTokens | None:
+        """The tokens by which the model fills gaps; None if it was not made for it."""
+        return fill_tokens(self.native)
 
     # what a Model asks besides
 

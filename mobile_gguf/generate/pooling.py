@@ -50,7 +50,7 @@ def longest_text(native: Native) -> int:
 def embed_tokens(sequence: TokenSequence, tokens: list[int], pooling: str) -> np.ndarray:
     """The pooled states of ``tokens``, float32 [n_embd]; the context is empty afterwards.
 
-    Raises what decoding raises.
+    A reranker's are its scores. Raises what decoding raises.
     """
     decoder = sequence.decoder
     sequence.put_away()
@@ -82,7 +82,9 @@ def _pooled_state(decoder: Decoder, number: int, tokens: list[int], pooling: str
         if not by_file:
             parts.add(_array(llama_cpp.llama_get_embeddings(native.ctx), (len(part), parts.n_embd)))
     if by_file:
-        return _array(llama_cpp.llama_get_embeddings_seq(native.ctx, number), (parts.n_embd,)).copy()
+        is_rank = file_pooling(native) == RANK
+        n = int(llama_cpp.llama_model_n_cls_out(native.model)) if is_rank else parts.n_embd
+        return _array(llama_cpp.llama_get_embeddings_seq(native.ctx, number), (n,)).copy()
     return parts.pooled(pooling)
 
 

@@ -36,6 +36,7 @@ from .session_files import (
 
 _LOCK = "lock"
 _ONLY_OURS = 0o600
+_GIVEN = "saved-"  # before a name that somebody gave
 _HOUR = 3600.0
 _UNREADABLE = """some saved conversations are damaged, or of another version, and are not used: \
 `mobile-gguf sessions` lists them, `mobile-gguf sessions rm` removes them"""
@@ -229,6 +230,30 @@ class SessionStore:
             return None
         return kept
 
+    def save_as(self, name: str, kept: Kept) -> int:
+        """Write a text under a name that somebody gave; returns its bytes. Raises MobileError, OSError."""
+        pieces = pieces_of(self._fits, self._model, kept)
+        if not self._folder.write(_GIVEN + name + SUFFIX, pieces, self._limit_bytes, float("inf")):
+            raise MobileError(
+                f"{name} is not saved: it takes {file_bytes(pieces)} bytes, and all saved conversations may "
+                f"take {self._limit_bytes}: a larger --session-cache has room for it"
+            )
+        return file_bytes(pieces)
+
+    def read_as(self, name: str) -> tuple[Kept, int]:
+        """A text by such a name, and its bytes. Raises MobileError if it is none that fits, OSError."""
+        try:
+            saved, kept = read(self._folder.folder / (_GIVEN + name + SUFFIX))
+        except FileNotFoundError:
+            raise MobileError(f"{name} is not there: save a slot under this name first") from None
+        except DamagedError:
+            raise MobileError(f"{name} is damaged, or of another version") from None
+        if saved.fits != self._fits:
+            raise MobileError(self._misfit(saved))
+        if len(kept.tokens) > self._n_max:
+            raise MobileError(f"{name} has {len(kept.tokens)} tokens, and the context {self._n_max}")
+        return kept, saved.n_bytes
+
     def save(self, kept: Kept) -> None:
         """Write a text, in place of those that it has all of; one that is there already is found longer."""
         try:
@@ -248,6 +273,8 @@ class SessionStore:
             if has_all and one.n_big >= kept.n_big:
                 os.utime(one.path)
                 return
+            if one.path.name.startswith(_GIVEN):
+                continue  # somebody wants it as it is
             if one.n_big <= kept.n_big and common_length(one.tokens, kept.tokens) == n:
                 replaced.append(one.path)
         pieces = pieces_of(self._fits, self._model, kept)

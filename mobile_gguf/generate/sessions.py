@@ -46,6 +46,14 @@ class Sessions:
         """Read it, to go on with it; None if that is not possible any more."""
         return self._store.take(saved)
 
+    def save_as(self, name: str, kept: Kept) -> int:
+        """Write a text now, under a name of somebody's. Raises MobileError, OSError."""
+        return self._store.save_as(name, kept)
+
+    def read_as(self, name: str) -> tuple[Kept, int]:
+        """Read such a text. Raises MobileError, OSError."""
+        return self._store.read_as(name)
+
     def left(self, kept: Kept) -> None:
         """Write a text later: it waits in memory."""
         if kept.is_saved or len(kept.tokens) < self.least_tokens:

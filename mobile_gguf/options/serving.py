@@ -118,6 +118,14 @@ class ServeOptions(Checked):
         str | None,
         Opt("--pooling", choices=POOLINGS, help="... and what makes one vector of a text (default: mean)"),
     ] = None
+    strict: Annotated[
+        bool,
+        Opt(
+            "--strict",
+            is_flag=True,
+            help="refuse fields of requests that nobody knows; a note tells otherwise",
+        ),
+    ] = False
     log_requests: Annotated[
         bool, Opt("--log-requests", is_flag=True, help="a line on stderr for every request")
     ] = False

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
+from sse_starlette import ServerSentEvent
 
 from mobile_gguf.generate.logprobs import TokenLogprob
 
+from .answering import EVENT_STREAM, Frame, sse
+from .failures import ApiError
 from .logprobs import TextOffsets, chat_logprobs, completion_logprobs
 from .produce import Event
+
+_DONE = ServerSentEvent("[DONE]", sep="\n")
 
 
 class _Answer(BaseModel):
@@ -71,9 +76,12 @@ class _ChoiceSoFar:
 
 
 class Renderer:
-    """Makes one request's objects; ``chat`` or text, ``with_logprobs`` if they were asked for."""
+    """The Form of one request; ``chat`` or text, ``with_logprobs`` if they were asked for."""
 
-    def __init__(self, model: str, *, chat: bool, with_logprobs: bool) -> None:
+    media_type = EVENT_STREAM
+
+    def __init__(self, model: str, *, chat: bool, with_logprobs: bool, include_usage: bool = False) -> None:
+        self._include_usage = include_usage
         self._chat = chat
         self._with_logprobs = with_logprobs
         self.id = ("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12)
@@ -86,6 +94,28 @@ class Renderer:
         """The completion of all events."""
         kind = "chat.completion" if self._chat else "text_completion"
         return self._object(kind, self.choices(events)) | {"usage": usage}
+
+    def so_far(self, events: list[Event]) -> dict[str, Any]:
+        """What there is of the choices when an answer fails."""
+        return {"choices": self.choices(events)}
+
+    def begun(self, _usage: dict[str, Any]) -> Iterable[Frame]:
+        return ()
+
+    def frames(self, event: Event) -> Iterator[Frame]:
+        return map(sse, self.chunks(event))
+
+    def ended(self, usage: dict[str, Any]) -> Iterator[Frame]:
+        if self._include_usage:
+            yield sse(self.usage_chunk(usage))
+        yield _DONE
+
+    def failed(self, error: ApiError, _usage: dict[str, Any]) -> Iterator[Frame]:
+        yield sse(error.body())
+        yield _DONE
+
+    def ping(self) -> None:
+        return None
 
     def choices(self, events: list[Event]) -> list[dict[str, Any]]:
         """What events say of each choice."""

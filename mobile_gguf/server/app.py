@@ -6,19 +6,29 @@ import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
+from fastapi.routing import APIRoute
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mobile_gguf import __version__
 from mobile_gguf.api.model import Model
 
-from . import completions, embeddings, facts
+from . import completions, embeddings, facts, models
+from .apis import llamacpp, messages, ollama, rerank, responses, slots
 from .failures import add_handlers
 from .guard import Guard
 from .serving import Serving
 from .settings import ServerSettings
 
+_OF_A_VERSION = (
+    completions.router,
+    responses.router,
+    messages.router,
+    embeddings.router,
+    rerank.router,
+    models.router,
+)
 _DESCRIPTION = """OpenAI's API for one model, served by mobile-gguf. Beyond OpenAI's fields a request may hold
 `mode`, `gamma`, `head_threshold`, `little_k` and llama.cpp's sampling options; every answer's `usage` holds
 a `receipt`."""
@@ -49,9 +59,11 @@ def create_app(model: Model, settings: ServerSettings | None = None) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,
     )
-    app.include_router(completions.router)
-    app.include_router(embeddings.router)
-    app.include_router(facts.router)
+    for router in _OF_A_VERSION:
+        app.include_router(router)
+        app.include_router(_without_version(router))
+    for router in (facts.router, llamacpp.router, slots.router, ollama.router):
+        app.include_router(router)
     add_handlers(app)
     app.add_middleware(Guard, settings=settings)
     if settings.origins:
@@ -61,6 +73,16 @@ def create_app(model: Model, settings: ServerSettings | None = None) -> FastAPI:
     app.add_middleware(_Counting, of=app)
     _describe(app, settings)
     return app
+
+
+def _without_version(router: APIRouter) -> APIRouter:
+    """The same at the paths that some clients are configured to ask."""
+    made = APIRouter(include_in_schema=False)
+    for route in router.routes:
+        if isinstance(route, APIRoute):
+            methods = sorted(route.methods or ())
+            made.add_api_route(route.path.removeprefix("/v1"), route.endpoint, methods=methods)
+    return made
 
 
 class _Counting:

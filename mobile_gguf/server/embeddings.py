@@ -16,10 +16,10 @@ from mobile_gguf.api.aio import Job
 from mobile_gguf.errors import AnswerStopped
 from mobile_gguf.options.words import RANK
 
-from .completions import ERRORS, JsonBody
+from .answering import ERRORS, JsonBody, check_names, in_line, note_headers
 from .failures import ApiError
 from .requests import EmbeddingRequest
-from .serving import ClientLeftError, Events, Serving, unless_client_leaves
+from .serving import Serving
 from .usage import sum_receipts
 
 router = APIRouter(prefix="/v1")
@@ -65,26 +65,15 @@ async def embeddings(request: Request, body: Annotated[EmbeddingRequest, JsonBod
     """Embed one or several texts; a 400 says so if the model or the server cannot."""
     serving: Serving = request.app.state.serving
     serving.check_model(body.model)
-    inputs, pooling = _inputs(body), _pooling(serving)
-    job = serving.submit(lambda job: _vectors(job, serving, inputs, pooling))
-    events = Events(job, serving.settings.timeout)
-    try:
-        vectors = await unless_client_leaves(request, _collect(events))
-        _check_dimensions(body, vectors)
-        pieces = _answer(serving.settings.names[0], body, vectors)
-        return StreamingResponse(pieces, media_type="application/json")
-    except ClientLeftError:
-        job.cancel()
-        serving.metrics.cancelled.inc()
-        return Response(status_code=499)
-    except BaseException:
-        job.cancel()
-        raise
-    finally:
-        serving.note_end(request.url.path, job)
+    notes = check_names(serving, body)
+    inputs, pooling = _inputs(body), pooling_of(serving)
+    vectors = await in_line(request, lambda job: embed_all(job, serving, inputs, pooling))
+    _check_dimensions(body, vectors)
+    pieces = _answer(serving.settings.names[0], body, vectors)
+    return StreamingResponse(pieces, media_type="application/json", headers=note_headers(notes))
 
 
-def _pooling(serving: Serving) -> str | None:
+def pooling_of(serving: Serving) -> str | None:
     """The pooling to ask the model for, None for the file's own; raises ApiError if it makes none."""
     name, own = serving.settings.names[0], serving.model.pooling
     if own == RANK:
@@ -106,9 +95,10 @@ def _inputs(body: EmbeddingRequest) -> list[str | list[int]]:
     return inputs
 
 
-def _vectors(
+def embed_all(
     job: Job[Vector], serving: Serving, inputs: list[str | list[int]], pooling: str | None
 ) -> Iterator[Vector]:
+    """The vectors of texts; runs in the worker's thread. Raises ApiError where it was cut."""
     for i, text in enumerate(inputs):
         try:
             made = serving.model.embed(text, pooling=pooling, should_stop=job.is_cancelled)
@@ -117,10 +107,6 @@ def _vectors(
         receipt = made.receipt.to_dict()
         serving.metrics.add_embedding(made.n_tokens, receipt)
         yield Vector(i, made.vector, made.n_tokens, receipt)
-
-
-async def _collect(events: Events[Vector]) -> list[Vector]:
-    return [event async for event in events]
 
 
 def _check_dimensions(body: EmbeddingRequest, vectors: list[Vector]) -> None:
@@ -146,11 +132,18 @@ async def _answer(model: str, body: EmbeddingRequest, vectors: list[Vector]) -> 
 def _written(values: Any, body: EmbeddingRequest) -> list[float] | str:
     import numpy as np
 
-    n = body.dimensions
-    if n is not None and n < len(values):
-        values = values[:n]
-        length = np.linalg.norm(values)
-        values = values / length if length > 0 else values
+    values = shortened(values, body.dimensions)
     if body.encoding_format == "base64":
         return base64.b64encode(np.asarray(values, dtype="<f4").tobytes()).decode()
     return [float(value) for value in values]
+
+
+def shortened(values: Any, n: int | None) -> Any:
+    """The first ``n`` numbers of a vector, of length 1 again."""
+    import numpy as np
+
+    if n is None or n >= len(values):
+        return values
+    values = values[:n]
+    length = np.linalg.norm(values)
+    return values / length if length > 0 else values

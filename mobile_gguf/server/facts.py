@@ -1,4 +1,4 @@
-"""What a server tells of itself: models, health, metrics, the expert map, and the page."""
+"""What a server tells of itself: health, metrics, the expert map, and the page."""
 
 from __future__ import annotations
 
@@ -15,15 +15,12 @@ from pydantic import BaseModel, ConfigDict
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
 from mobile_gguf import __version__
-from mobile_gguf.options import GenerateOptions, make_options
-from mobile_gguf.options.words import EXACT, MODES
 
-from .completions import ERRORS
+from .answering import ERRORS
 from .failures import ApiError
 from .serving import STUCK, Serving
 
 _MAP_SECONDS = 0.2
-_SHOWN_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "max_tokens", "seed", "max_kld")
 _KINDS = {
     "js": "text/javascript; charset=utf-8",
     "css": "text/css; charset=utf-8",
@@ -44,25 +41,8 @@ _PAGE_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
-_GUARDED: dict[int | str, dict[str, Any]] = {status: ERRORS[status] for status in (401, 403, 413)}
+GUARDED: dict[int | str, dict[str, Any]] = {status: ERRORS[status] for status in (401, 403, 413)}
 router = APIRouter()
-
-
-class ModelCard(BaseModel):
-    """A model as ``/v1/models`` lists it; ``meta`` is ours."""
-
-    model_config = ConfigDict(extra="allow")
-    id: str
-    object: Literal["model"]
-    created: int
-    owned_by: str
-
-
-class ModelList(BaseModel):
-    """The models of this server: one, by each of its names."""
-
-    object: Literal["list"]
-    data: list[ModelCard]
 
 
 class Health(BaseModel):
@@ -95,64 +75,8 @@ class Experts(BaseModel):
     n_tokens: int
 
 
-def _card(serving: Serving, name: str) -> dict[str, Any]:
-    model = serving.model
-    info = model.info
-    meta = {
-        "name": info.name,
-        "architecture": info.architecture,
-        "quantization": info.quantization,
-        "n_ctx": model.n_ctx,
-        "n_expert": info.n_expert,
-        "n_expert_used": info.n_expert_used,
-        "n_layer_moe": info.n_layer_moe if info.is_moe else 0,
-        "file_bytes": info.file_bytes,
-        "expert_bytes": info.expert_bytes if info.is_moe else 0,
-        "ram_budget_bytes": model.budget_bytes,
-        "mode": model.mode,
-        "little_k": model.little_k,
-        "gamma": model.gamma,
-        "chats": model.can_generate,
-        "embeddings": model.pooling or serving.settings.pooling,
-        "defaults": _defaults(serving),
-        "modes": list(MODES) if info.is_moe and info.n_expert_used > 1 else [EXACT],
-    }
-    return {
-        "id": name,
-        "object": "model",
-        "created": serving.started,
-        "owned_by": "mobile-gguf",
-        "meta": meta,
-    }
-
-
-def _defaults(serving: Serving) -> dict[str, Any]:
-    """What holds where a request says nothing: the command line's options, the model's own, or ours."""
-    options = make_options(GenerateOptions, {**serving.settings.defaults}, serving.model.defaults)
-    return {name: getattr(options, name) for name in _SHOWN_DEFAULTS}
-
-
-@router.get("/v1/models", response_model=ModelList, responses=_GUARDED, summary="The model served")
-async def models(request: Request) -> dict[str, Any]:
-    """The one model, by each of its names."""
-    serving: Serving = request.app.state.serving
-    return {"object": "list", "data": [_card(serving, name) for name in serving.settings.listed_names]}
-
-
-@router.get(
-    "/v1/models/{name:path}",
-    response_model=ModelCard,
-    responses={**_GUARDED, 404: ERRORS[404]},
-    summary="The model by name",
-)
-async def model_by_name(request: Request, name: str) -> dict[str, Any]:
-    """The card of the model, by any of its names."""
-    serving: Serving = request.app.state.serving
-    serving.check_model(name)
-    return _card(serving, name if name in serving.settings.names else serving.settings.names[0])
-
-
 @router.head("/health", include_in_schema=False)
+@router.get("/v1/health", response_model=Health, include_in_schema=False)
 @router.get(
     "/health",
     response_model=Health,
@@ -180,7 +104,7 @@ async def health(request: Request) -> dict[str, Any]:
 @router.get(
     "/metrics",
     response_class=Response,
-    responses={**_GUARDED, 200: {"content": {CONTENT_TYPE_LATEST: {}}}},
+    responses={**GUARDED, 200: {"content": {CONTENT_TYPE_LATEST: {}}}},
     summary="Metrics for Prometheus",
 )
 async def metrics(request: Request) -> Response:
@@ -192,7 +116,7 @@ async def metrics(request: Request) -> Response:
 @router.get(
     "/v1/experts",
     response_model=Experts,
-    responses={**_GUARDED, 400: ERRORS[400], 200: {"content": {"text/event-stream": {}}}},
+    responses={**GUARDED, 400: ERRORS[400], 200: {"content": {"text/event-stream": {}}}},
     summary="The expert map",
 )
 async def experts(

@@ -1,15 +1,15 @@
-"""Every failure as OpenAI's error object, ``{"error": {message, type, param, code}}``, with its status."""
+"""Every failure as its API's error object, most as OpenAI's ``{"error": {message, type, param, code}}``."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
@@ -41,6 +41,23 @@ _TYPES = {
 }
 
 
+# The paths whose errors are not in OpenAI's form.
+_ANTHROPIC, _OLLAMA = ("/v1/messages", "/messages"), "/api/"
+_ANTHROPIC_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    415: "invalid_request_error",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+
+
 class ErrorDetail(BaseModel):
     """What went wrong, which parameter is to blame, and a word for programs."""
 
@@ -57,6 +74,10 @@ class ErrorBody(BaseModel):
     choices: list[dict[str, Any]] | None = Field(
         default=None, description="of an answer that was not streamed: what there is of it"
     )
+
+
+class ClientLeftError(Exception):
+    """Nobody waits for the answer any more."""
 
 
 class ApiError(Exception):
@@ -77,25 +98,29 @@ class ApiError(Exception):
         self.param = param
         self.code = code
         self.headers = dict(headers or {})
-        self.choices: list[dict[str, Any]] = []  # what was answered before
+        self.so_far: dict[str, Any] = {}  # what was answered before, in its API's form
 
-    def body(self) -> dict[str, Any]:
-        """The error object."""
-        detail = {
-            "message": _printable(self.message),
-            "type": _TYPES.get(self.status, "server_error"),
-            "param": None if self.param is None else _printable(self.param),
-            "code": self.code,
-        }
-        return {"error": detail} | ({"choices": self.choices} if self.choices else {})
+    def body(self, path: str = "") -> dict[str, Any]:
+        """The error object, in the form of the API that ``path`` belongs to: OpenAI's but for two."""
+        kind, message = _TYPES.get(self.status, "server_error"), printable(self.message)
+        if path.startswith(_OLLAMA):
+            return {"error": message} | self.so_far
+        if path.startswith(_ANTHROPIC):
+            # the words by which its clients know that a conversation has to become shorter
+            message = f"prompt is too long: {message}" if self.code == TOO_LONG else message
+            kind = _ANTHROPIC_TYPES.get(self.status, "api_error")
+            return {"type": "error", "error": {"type": kind, "message": message}} | self.so_far
+        param = None if self.param is None else printable(self.param)
+        detail = {"message": message, "type": kind, "param": param, "code": self.code}
+        return {"error": detail} | self.so_far
 
-    def response(self) -> JSONResponse:
+    def response(self, path: str = "") -> JSONResponse:
         """The whole answer to the request."""
-        return JSONResponse(self.body(), self.status, self.headers)
+        return JSONResponse(self.body(path), self.status, self.headers)
 
 
-def _printable(text: str) -> str:
-    """What a client sent may hold anything: half a surrogate pair, a NUL, a colour of a terminal."""
+def printable(text: str) -> str:
+    """Text as one line: what a client sent may hold half a surrogate pair, a NUL, a colour of a terminal."""
     return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
 
 
@@ -131,17 +156,22 @@ def retry_after(seconds: float) -> dict[str, str]:
 
 
 def add_handlers(app: FastAPI) -> None:
-    """Have every error of the application come out as OpenAI's."""
+    """Have every error of the application come out in the form of its API."""
 
     @app.exception_handler(ApiError)
     @app.exception_handler(MobileError)
     @app.exception_handler(Exception)
-    async def failed(_request: Request, error: Exception) -> JSONResponse:
-        return as_api_error(error).response()
+    async def failed(request: Request, error: Exception) -> JSONResponse:
+        return as_api_error(error).response(request.url.path)
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_request: Request, error: RequestValidationError) -> JSONResponse:
-        return from_validation(error).response()
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        return from_validation(error.errors()).response(request.url.path)
+
+    @app.exception_handler(ClientLeftError)
+    async def left(request: Request, _error: ClientLeftError) -> Response:
+        request.app.state.serving.metrics.cancelled.inc()
+        return Response(status_code=499)
 
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> JSONResponse:
@@ -150,16 +180,18 @@ def add_handlers(app: FastAPI) -> None:
             message = f"{error.detail}: {request.method} {request.url.path}"
         elif error.status_code == 400 and isinstance(error.__cause__, UnicodeDecodeError):
             message = "the body is not UTF-8"
-        return ApiError(error.status_code, message or str(error.detail), headers=error.headers).response()
+        return ApiError(error.status_code, message or str(error.detail), headers=error.headers).response(
+            request.url.path
+        )
 
 
-def from_validation(error: RequestValidationError) -> ApiError:
-    """The first thing that is wrong with a request, by its place."""
-    first = error.errors()[0]
+def from_validation(errors: Sequence[Any]) -> ApiError:
+    """The first thing that is wrong with a request, by its place; pydantic's errors, in the ``body``."""
+    first = errors[0]
     # "body" first; the names of union members and validators are pydantic's own business
     where = [part for part in first["loc"][1:] if isinstance(part, int) or "[" not in part]
     if "constrained-str" in where:  # a text or parts of one: the parts' errors come next
-        others = [one for one in error.errors() if "constrained-str" not in one["loc"]]
+        others = [one for one in errors if "constrained-str" not in one["loc"]]
         first = others[0] if others and others[0]["type"] != "list_type" else first
         where = [part for part in first["loc"][1:] if isinstance(part, int) or "[" not in part]
         where = [part for part in where if part != "constrained-str"]

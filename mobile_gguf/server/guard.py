@@ -95,15 +95,16 @@ class Guard:
         # a browser's question whether it may ask carries no key
         if self._key is None or path in OPEN_PATHS or method == "OPTIONS":
             return
-        scheme, _, given = headers.get("authorization", "").partition(" ")
+        challenge = {"WWW-Authenticate": "Bearer"}
+        given = _given_key(headers)
         if not given:
-            challenge = {"WWW-Authenticate": "Bearer"}
             raise ApiError(
-                401, "an API key is needed: Authorization: Bearer KEY", code="no_api_key", headers=challenge
+                401,
+                "an API key is needed: Authorization: Bearer KEY, or x-api-key: KEY",
+                code="no_api_key",
+                headers=challenge,
             )
-        matches = hmac.compare_digest(given.strip().encode("latin-1", "replace"), self._key)
-        if scheme.lower() != "bearer" or not matches:
-            challenge = {"WWW-Authenticate": "Bearer"}
+        if not hmac.compare_digest(given.encode("latin-1", "replace"), self._key):
             raise ApiError(401, "the API key is wrong", code="invalid_api_key", headers=challenge)
 
     async def _body(self, headers: Headers, incoming: _Incoming, held: _Held) -> bytes:
@@ -128,6 +129,14 @@ class Guard:
         except TimeoutError:
             raise ApiError(408, f"the body was not complete in {self._settings.body_timeout:g} s") from None
         return b"".join(chunks)
+
+
+def _given_key(headers: Headers) -> str:
+    """The key that a client sends: OpenAI's way, else Anthropic's; one of another scheme is none."""
+    scheme, _, given = headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer":
+        given = headers.get("x-api-key", "") or ("?" if scheme else "")
+    return given.strip()
 
 
 @dataclass
@@ -168,7 +177,7 @@ async def _refuse(error: ApiError, scope: Scope, incoming: _Incoming, send: Send
     if error.status != 408:
         await incoming.drain()
     error.headers.setdefault("Connection", "close")
-    await error.response()(scope, incoming.receive, send)
+    await error.response(scope["path"])(scope, incoming.receive, send)
 
 
 def _is_address(name: str | None) -> bool:

@@ -22,7 +22,7 @@ from mobile_gguf.options.words import TRIM
 from .experts import ExpertMap
 from .failures import TOO_LONG, ApiError, too_long
 from .metrics import Metrics
-from .requests import NOT_SAMPLING, OPTION_NAMES, ChatRequest, CompletionRequest, Generation
+from .requests import NOT_SAMPLING, ChatRequest, CompletionRequest, Generation
 from .schemas import check_schema
 from .tools import (
     END_MARK,
@@ -67,6 +67,14 @@ class Producer:
         self._metrics = metrics
         self._defaults = defaults
         self.spent = Spent()
+
+    def events(
+        self, job: Job[Event], request: ChatRequest | CompletionRequest
+    ) -> Generator[Event, None, None]:
+        """The events of a request. Raises ApiError and what the Model raises."""
+        if isinstance(request, ChatRequest):
+            return self.chat(job, request)
+        return self.completion(job, request)
 
     def chat(self, job: Job[Event], request: ChatRequest) -> Generator[Event, None, None]:
         """The events of a chat completion. Raises ApiError and what the Model raises."""
@@ -155,6 +163,16 @@ class Producer:
         options = self._options(request)
         yield from self._plain(job, prompts, request, options, request.logprobs, bool(request.echo))
 
+    def filling(
+        self, job: Job[Event], request: Generation, before: str, after: str, begun: str = ""
+    ) -> Generator[Event, None, None]:
+        """The events of what stands between two texts. Raises ApiError and what the Model raises."""
+        try:
+            prompt = self._model.gap_tokens(before, after, begun)
+        except PromptTooLongError as error:
+            raise too_long(error, "prompt") from None
+        yield from self._plain(job, [prompt], request, self._options(request), None)
+
     def _tokens(self, prompt: str | list[int]) -> list[int]:
         if not isinstance(prompt, str):
             if max(prompt) >= self._model.info.n_vocab > 0:
@@ -166,8 +184,8 @@ class Producer:
             raise too_long(error, "prompt") from None
 
     def _options(self, request: Generation) -> dict[str, Any]:
-        given = request.model_dump(exclude_none=True, include=OPTION_NAMES - NOT_SAMPLING)
-        options = {**self._defaults, **given}
+        given = request.options()
+        options = {**self._defaults, **{name: given[name] for name in given.keys() - NOT_SAMPLING}}
         if not options.get("grammar"):  # llama.cpp's clients send an empty one for none
             options.pop("grammar", None)
         if request.stop is not None:

@@ -1,7 +1,8 @@
 """What clients may send: OpenAI's requests, with the options of this package besides.
 
 Sampling options and the big/little policy come from their one declaration, GenerateOptions. A field that
-is neither OpenAI's nor ours is an error, so that nothing asked for is silently left undone.
+is neither an API's nor ours is kept aside, for a note or an error (``unknown_names``), so that nothing asked
+for is silently left undone.
 """
 
 from __future__ import annotations
@@ -25,12 +26,10 @@ MAX_CHOICES = 16
 MAX_PROMPTS = 32
 MAX_INPUTS = 2048
 MAX_BIASES = 10_000
+MAX_NAME = 128  # of a function: those of MCP servers have the server's name before them
+MAX_TOOLS, MAX_MESSAGES = 128, 10_000
 # Fields that say how to answer, but not how to sample; all others of Generation are GenerateOptions.
-_NO_OPTIONS = (
-    {"model", "n", "stream", "stream_options", "user", "metadata", "store", "service_tier"}
-    | {"safety_identifier", "prompt_cache_key", "prompt_cache_retention", "id_slot"}
-    | {"timings_per_token", "return_progress"}
-)
+_NO_OPTIONS = {"model", "n", "stream", "stream_options"}
 # Declared by hand below: OpenAI has its own idea of them.
 _OWN_FORM = ("stop", "json_schema", "seed", "max_tokens", "logit_bias")
 _MAX_TEMPLATE_VALUES, _MAX_TEMPLATE_DEPTH = 10_000, 64
@@ -77,9 +76,34 @@ def _is_bounded(value: Any) -> bool:
 
 
 class Strict(BaseModel):
-    """A request object: no conversions, no unknown fields."""
+    """A request object: no conversions, and what it does not know is remembered."""
 
-    model_config = ConfigDict(strict=True, extra="forbid")
+    model_config = ConfigDict(strict=True, extra="allow")
+
+
+# Names that clients send, and that change no answer here; of whatever value.
+_SILENT = frozenset(
+    {"user", "metadata", "store", "service_tier", "safety_identifier", "background_tasks", "betas"}
+    | {"prompt_cache_key", "prompt_cache_retention", "prompt_cache_options", "cache_control", "id_slot"}
+    | {"client_metadata", "include", "timings_per_token", "return_progress", "return_tokens", "stream_id"}
+    | {
+        "reasoning_format",
+        "include_reasoning",
+        "separate_reasoning",
+        "reasoning_split",
+        "usage",
+        "inference_geo",
+    }
+    | {"chat_id", "session_id", "message_id", "parent_id", "request_id", "trace", "litellm_metadata"}
+    | {"provider", "transforms", "route", "plugins", "container", "context_management", "keep_alive"}
+    | {"anthropic_version", "diagnostics", "speed"}
+)
+
+
+def unknown_names(body: BaseModel) -> list[str]:
+    """What a request names that nobody knows; ``null`` asks for nothing."""
+    given = body.model_extra or {}
+    return [name for name, value in given.items() if value is not None and name not in _SILENT]
 
 
 class Loose(BaseModel):
@@ -128,35 +152,33 @@ class StreamOptions(Loose):
     )
 
 
-class Generation(_Sampling):
-    """What both kinds of completion take."""
+class Asked(_Sampling):
+    """What all requests for an answer take, whichever API they are of."""
 
     model: str | None = Field(default=None, max_length=1000, description="the model's id, or nothing")
-    max_tokens: Whole | None = Field(
-        default=None, ge=-1, le=MAX_INT, description="tokens at most; -1: as many as there is room for"
-    )
     seed: Whole | None = Field(default=None, ge=-(1 << 63), le=(1 << 63) - 1, description="random seed")
-    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = Field(
-        default=None, description="texts that end the answer"
-    )
     logit_bias: dict[Id, Bias] | None = Field(
         default=None, max_length=MAX_BIASES, description="added to the logits of tokens, by token id"
     )
+    stream: bool | None = Field(default=None, description="send the answer as it is made")
+
+    def options(self) -> dict[str, Any]:
+        """The sampling options that were given, by their names here."""
+        return self.model_dump(exclude_none=True, include=OPTION_NAMES & type(self).model_fields.keys())
+
+
+class Generation(Asked):
+    """What both of OpenAI's kinds of completion take."""
+
+    max_tokens: Whole | None = Field(
+        default=None, ge=-1, le=MAX_INT, description="tokens at most; -1: as many as there is room for"
+    )
+    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = Field(
+        default=None, description="texts that end the answer"
+    )
     n: Whole | None = Field(default=None, ge=1, le=MAX_CHOICES, description="answers to the same prompt")
-    stream: bool | None = Field(default=None, description="send the answer as server-sent events")
     stream_options: StreamOptions | None = None
     json_schema: dict[str, Any] | None = Field(default=None, description="JSON schema the answer follows")
-    # taken and without effect here, because they change no answer
-    user: str | None = None
-    metadata: dict[str, Any] | None = None
-    store: bool | None = None
-    service_tier: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: str | None = None
-    id_slot: int | None = None
-    timings_per_token: bool | None = None
-    return_progress: bool | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -164,8 +186,12 @@ class Generation(_Sampling):
         """llama.cpp's and vLLM's names of fields; not beside our own, which would mean two things."""
         if not isinstance(given, dict):
             return given
-        renamed = {name: ours for name, ours in _OTHER_NAMES.items() if name in given and ours not in given}
-        return {renamed.get(name, name): value for name, value in given.items()} if renamed else given
+        renamed = {name: ours for name, ours in _OTHER_NAMES.items() if given.get(name) is not None}
+        for name, ours in renamed.items():
+            if given.get(ours) is not None:
+                raise ValueError(f"{name} and {ours} are two names of one thing: give one of them")
+        kept = {name: value for name, value in given.items() if name not in _OTHER_NAMES}
+        return kept | {ours: given[name] for name, ours in renamed.items()}
 
 
 OPTION_NAMES = Generation.model_fields.keys() - _NO_OPTIONS
@@ -220,7 +246,7 @@ class Message(Loose):
 class Function(Loose):
     """A function that the model may call; ``parameters`` is the JSON schema of its arguments."""
 
-    name: str = Field(min_length=1, max_length=64, pattern=r"^[a-zA-Z0-9_.-]+$")
+    name: str = Field(min_length=1, max_length=MAX_NAME, pattern=r"^[a-zA-Z0-9_.-]+$")
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
@@ -236,7 +262,7 @@ class Tool(Loose):
 class NamedFunction(Loose):
     """The name of a function."""
 
-    name: str = Field(min_length=1, max_length=64)
+    name: str = Field(min_length=1, max_length=MAX_NAME)
 
 
 class NamedTool(Loose):
@@ -250,7 +276,7 @@ class AllowedTools(Loose):
     """Which tools may be called of those that are given, and whether one has to be."""
 
     mode: Literal["auto", "required"]
-    tools: list[NamedTool] = Field(min_length=1, max_length=128)
+    tools: list[NamedTool] = Field(min_length=1, max_length=MAX_TOOLS)
 
 
 class AllowedToolsChoice(Loose):
@@ -299,9 +325,9 @@ class ResponseFormat(Loose):
 class ChatRequest(Generation):
     """``POST /v1/chat/completions``."""
 
-    messages: list[Message] = Field(min_length=1, max_length=10_000)
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_completion_tokens: Whole | None = Field(default=None, ge=-1, le=MAX_INT)
-    tools: list[Tool] | None = Field(default=None, max_length=128)
+    tools: list[Tool] | None = Field(default=None, max_length=MAX_TOOLS)
     tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedToolsChoice | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
@@ -376,4 +402,3 @@ class EmbeddingRequest(Strict):
     dimensions: int | None = Field(
         default=None, ge=1, le=MAX_INT, description="keep so many numbers of each vector, scaled to length 1"
     )
-    user: str | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
 from fastapi import Request
@@ -13,8 +13,9 @@ from mobile_gguf.api.aio import STUCK_SECONDS, Job, Worker
 from mobile_gguf.api.model import Model
 from mobile_gguf.errors import QueueFullError
 
+from .apis.kept_responses import KeptResponses
 from .experts import ExpertMap
-from .failures import ApiError, retry_after
+from .failures import ApiError, ClientLeftError, retry_after
 from .metrics import Metrics
 from .produce import Producer
 from .settings import ServerSettings
@@ -36,10 +37,6 @@ class HasChoice(Protocol):
 E = TypeVar("E", bound=HasChoice)
 
 
-class ClientLeftError(Exception):
-    """Nobody waits for the answer any more."""
-
-
 class Serving:
     """One model, its worker and what is known of both; the state of the application."""
 
@@ -49,15 +46,18 @@ class Serving:
         self.worker = Worker(settings.queue, model.crew)
         self.metrics = Metrics(lambda: self.worker.n_waiting, lambda: self.worker.n_running)
         self.experts = ExpertMap(model)
+        self.responses = KeptResponses()
         self.started = int(time.time())
         self.closing = asyncio.Event()
         self.worker_left = False
         self._closed: asyncio.Future[bool] | None = None
         self._mean_seconds = 5.0
 
-    def producer(self) -> Producer:
-        """What makes the events of a request."""
-        return Producer(self.model, self.experts, self.metrics, dict(self.settings.defaults))
+    def producer(self, notes: Sequence[str] = ()) -> Producer:
+        """What makes the events of a request, of which ``notes`` say what is not followed."""
+        producer = Producer(self.model, self.experts, self.metrics, dict(self.settings.defaults))
+        producer.spent.notes += notes
+        return producer
 
     def submit(self, produce: Callable[[Job[E]], Iterable[E]]) -> Job[E]:
         """Queue a request; raises ApiError 429 when the queue is full, 503 if nothing is answered now."""
@@ -74,8 +74,8 @@ class Serving:
     def check_model(self, name: str | None) -> None:
         """Raise ApiError if ``name`` is another model."""
         names = self.settings.names
-        # some clients leave the provider before the name
-        if name and name not in names and name.removeprefix("openai/") not in names:
+        # some clients leave the provider before the name, and ollama's name a variant
+        if name and name not in names and _bare(name) not in names:
             raise ApiError(
                 404,
                 f"the model {ascii(name)[:80]} is not here: this server has {names[0]}",
@@ -129,6 +129,10 @@ class Events(Generic[E]):
     async def __aiter__(self) -> AsyncIterator[E]:
         while (event := await self.next()) is not None:
             yield event
+
+
+def _bare(name: str) -> str:
+    return name.removeprefix("openai/").removeprefix("anthropic/").removesuffix(":latest")
 
 
 async def unless_client_leaves(request: Request, awaited: Awaitable[T]) -> T:

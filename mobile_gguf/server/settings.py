@@ -22,6 +22,7 @@ class ServerSettings:
     reads, ``max_connections`` at once; ``max_bytes`` of all requests' bodies together, 0: a little more than
     one's.
     ``pooling`` makes embeddings of a model whose file does not say how; None: there are none of it.
+    ``strict`` refuses fields that nobody knows, which are left out with a note otherwise.
     """
 
     names: tuple[str, ...]
@@ -40,6 +41,7 @@ class ServerSettings:
     addresses: bool = False
     origins: tuple[str, ...] = ()
     pooling: str | None = None
+    strict: bool = False
 
     @property
     def listed_names(self) -> tuple[str, ...]:

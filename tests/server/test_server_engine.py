@@ -330,6 +330,7 @@ def test_a_port_that_is_taken_is_one_line(command, demo_gguf):
 
 
 NODE_SCRIPT = """
+import Anthropic from "@anthropic-ai/sdk";
 import OpenAI from "openai";
 const client = new OpenAI({ baseURL: process.argv[2] + "/v1", apiKey: "none", maxRetries: 0 });
 const messages = [{ role: "user", content: "Hello" }];
@@ -349,20 +350,37 @@ try {
   missing = error.status;
 }
 const same = text === whole.choices[0].message.content;
-console.log(JSON.stringify({ same, text, receipt: usage.receipt.tokens_big, missing }));
+const input = { model: "demo", input: "Hello", max_output_tokens: 8, temperature: 0, cache_prompt: false };
+let response = null;
+for await (const event of await client.responses.create({ ...input, stream: true })) {
+  if (event.type === "response.incomplete") response = event.response;
+}
+const claude = new Anthropic({ baseURL: process.argv[2], apiKey: "none", maxRetries: 0 });
+const stream = claude.messages.stream({ ...asked });
+const message = await stream.finalMessage();
+const counted = await claude.messages.countTokens({ model: "demo", messages });
+const { input_tokens, cache_read_input_tokens } = message.usage;
+console.log(JSON.stringify({
+  same, text, receipt: usage.receipt.tokens_big, missing,
+  response: response.output[0].content[0].text,
+  message: message.content[0].text,
+  counted: counted.input_tokens === input_tokens + cache_read_input_tokens,
+}));
 """
 
 
-def test_the_node_client(command, tmp_path):
+def test_the_node_clients(command, tmp_path):
     if shutil.which("node") is None or shutil.which("npm") is None:
         pytest.skip("no node and npm here: apt install nodejs npm")
     # without a way to the registry npm would try for minutes
     command_line = ["npm", "install", "--no-audit", "--no-fund", "--silent", "--fetch-retries=0"]
     installed = subprocess.run(
-        [*command_line, "--fetch-timeout=30000", "openai"], cwd=tmp_path, capture_output=True
+        [*command_line, "--fetch-timeout=30000", "openai", "@anthropic-ai/sdk"],
+        cwd=tmp_path,
+        capture_output=True,
     )
     if installed.returncode:
-        pytest.skip("npm cannot install the openai package here")
+        pytest.skip("npm cannot install the openai and @anthropic-ai/sdk packages here")
     (tmp_path / "ask.mjs").write_text(NODE_SCRIPT)
     until(lambda: not get(f"{command.url}/health").json()["busy"])
     done = subprocess.run(
@@ -374,6 +392,8 @@ def test_the_node_client(command, tmp_path):
     assert answer["text"]
     assert answer["receipt"] == 8
     assert answer["missing"] == 404
+    assert answer["response"] == answer["message"] == answer["text"]
+    assert answer["counted"]
 
 
 @contextlib.contextmanager
@@ -447,3 +467,67 @@ def test_the_page_in_a_browser(command):
         assert page.locator(".end").all_inner_texts()[0].startswith("Stopped")
         assert page.locator(".receipt").count() == 1
         assert not problems
+
+
+def test_a_slot_is_saved_and_goes_on_where_it_was(serve, demo_gguf):
+    """Its tokens are not computed again after it was erased, and after a restart."""
+    words = "The little boat went out to sea. " * 12
+    ask = {"input": words, "max_output_tokens": 4, "temperature": 0, "store": False}
+    flags = ("--ram-budget", "40%", "-c", "512", "--parallel", "1", "--prefix-cache", "off")
+    first = serve(demo_gguf, *flags)
+
+    def asked(served):
+        return httpx.post(f"{served.url}/v1/responses", json=ask, timeout=SECONDS).json()
+
+    def act(served, action, **body):
+        url = f"{served.url}/slots/0?action={action}"
+        return httpx.post(url, json=body, timeout=SECONDS)
+
+    assert "is empty" in act(first, "save", filename="boat").json()["error"]["message"]
+    before = asked(first)
+    held = get(f"{first.url}/slots").json()
+    assert [(one["id"], one["is_processing"]) for one in held] == [(0, False)]
+    saved = act(first, "save", filename="boat").json()
+    assert saved["n_saved"] == held[0]["n_prompt_tokens"]
+    assert act(first, "erase").json() == {"id_slot": 0, "n_erased": saved["n_saved"]}
+    assert act(first, "restore", filename="boat").json()["n_restored"] == saved["n_saved"]
+    again = asked(first)
+    assert again["usage"]["input_tokens_details"]["cached_tokens"] >= before["usage"]["input_tokens"] - 2
+    for name in "../boat", "", "a/b", "x" * 200:
+        assert act(first, "save", filename=name).status_code == 400
+    assert act(first, "restore", filename="other").status_code == 500
+    assert httpx.post(f"{first.url}/slots/9?action=erase", timeout=SECONDS).status_code == 400
+    assert first.end()[0] == 0
+    second = serve(demo_gguf, *flags)
+    assert act(second, "restore", filename="boat").json()["n_restored"] == saved["n_saved"]
+    restarted = asked(second)
+    assert restarted["usage"]["input_tokens_details"]["cached_tokens"] >= before["usage"]["input_tokens"] - 2
+    texts = [one["output"][0]["content"][0]["text"] for one in (before, again, restarted)]
+    assert len(set(texts)) == 1
+
+
+def test_other_apis_say_what_completions_say(command):
+    """One model, one answer, whichever way it is asked for."""
+    chat = {"messages": USER, "temperature": 0, "seed": 1}
+    said = httpx.post(
+        f"{command.url}/v1/chat/completions", json=chat | {"max_tokens": 8}, timeout=SECONDS
+    ).json()
+    text, n = said["choices"][0]["message"]["content"], said["usage"]["prompt_tokens"]
+
+    def post(path, body):
+        return httpx.post(command.url + path, json=body, timeout=SECONDS).json()
+
+    asked = {"input": USER[0]["content"], "max_output_tokens": 8, "temperature": 0, "seed": 1}
+    assert post("/v1/responses", asked)["output"][0]["content"][0]["text"] == text
+    message = post("/v1/messages", chat | {"max_tokens": 8})
+    assert message["content"][0]["text"] == text
+    assert post("/v1/messages/count_tokens", {"messages": USER}) == {"input_tokens": n}
+    options = {"num_predict": 8, "temperature": 0, "seed": 1}
+    told = post("/api/chat", {"messages": USER, "options": options, "stream": False})
+    assert told["message"]["content"] == text
+    prompt = post("/apply-template", {"messages": USER})["prompt"]
+    tokens = post("/tokenize", {"content": prompt})["tokens"]
+    assert len(tokens) == n
+    assert post("/detokenize", {"tokens": tokens})["content"] == prompt
+    raw = post("/completion", {"prompt": tokens, "n_predict": 8, "temperature": 0, "seed": 1})
+    assert raw["content"] == text

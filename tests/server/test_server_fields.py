@@ -12,9 +12,11 @@ pytest.importorskip("fastapi", reason="pip install 'mobile-gguf[server]'")
 from pydantic import ValidationError
 from server_harness import get, phases, post, running
 
+from mobile_gguf.api.model import Model
 from mobile_gguf.generate.answer import Chunk
 from mobile_gguf.generate.receipt import Receipt, Speculation
 from mobile_gguf.generate.request import fold_seed
+from mobile_gguf.options import LoadOptions
 from mobile_gguf.server.failures import ApiError
 from mobile_gguf.server.requests import ChatRequest
 from mobile_gguf.server.tools import plan_tools, template_messages
@@ -44,6 +46,14 @@ def server(fake_model: Any, backend: Noting) -> Any:
         yield made
 
 
+@pytest.fixture(scope="module")
+def strict() -> Any:
+    model = Model(Noting(scripted("ok")), ROOMY, LoadOptions())
+    with running(model, strict=True, pooling="mean") as made:
+        yield made
+    model.close()
+
+
 @pytest.mark.parametrize(
     "fields",
     [
@@ -69,13 +79,50 @@ def test_fields_that_change_no_answer_are_taken(server: Any, fields: dict[str, A
     ("name", "value"),
     [
         ("modalities", ["text", "audio"]), ("audio", {"voice": "x"}), ("functions", [{"name": "f"}]),
-        ("function_call", {"name": "f"}), ("reasoning_effort", "huge"), ("nonsense", None), ("top_kk", 1),
+        ("function_call", {"name": "f"}), ("reasoning_effort", "huge"),
     ],
 )  # fmt: skip
-def test_what_would_change_the_answer_or_is_unknown_is_not(server: Any, name: str, value: Any) -> None:
+def test_what_would_change_the_answer_is_not(server: Any, name: str, value: Any) -> None:
     answer = server.chat(**{name: value})
     assert answer.status_code == 400
     assert name in answer.json()["error"]["param"]
+
+
+def test_what_nobody_knows_is_left_out_with_a_note(server: Any) -> None:
+    for stream in False, True:
+        answer = server.chat(top_kk=1, nonsense=None, chat_id="x", **{"a\nb": 2}, stream=stream)
+        assert answer.status_code == 200
+        assert answer.headers["x-mobile-gguf-note"] == "not known here and left out: top_kk, a\\nb"
+    assert server.chat(**{"": 1}).headers["x-mobile-gguf-note"] == "not known here and left out:"
+    assert len(server.chat(**{"x" * 70 + str(i): 1 for i in range(99)}).headers["x-mobile-gguf-note"]) <= 1000
+    assert "x-mobile-gguf-note" not in server.chat(nonsense=None, session_id="y").headers
+    assert server.chat(top_kk=1).json()["usage"]["notes"] == ["not known here and left out: top_kk"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": USER}),
+        ("/v1/completions", {"prompt": "x"}),
+        ("/v1/responses", {"input": "x"}),
+        ("/v1/messages", {"messages": USER, "max_tokens": 4}),
+        ("/v1/messages/count_tokens", {"messages": USER}),
+        ("/v1/embeddings", {"input": "x"}),
+        ("/api/chat", {"messages": USER}),
+        ("/api/generate", {"prompt": "x"}),
+        ("/api/embed", {"input": "x"}),
+        ("/api/show", {}),
+        ("/tokenize", {"content": "x"}),
+        ("/detokenize", {"tokens": [97]}),
+        ("/apply-template", {"messages": USER}),
+        ("/completion", {"prompt": "x"}),
+    ],
+)
+def test_a_strict_server_refuses_what_nobody_knows(strict: Any, path: str, body: dict[str, Any]) -> None:
+    assert strict.post(path, body | {"metadata": None, "nothing": None}).status_code == 200
+    refused = strict.post(path, body | {"top_kk": 1})
+    assert refused.status_code == 400
+    assert "top_kk" in json.dumps(refused.json())
 
 
 def test_a_budget_of_divergence_is_a_field(server: Any) -> None:
@@ -91,15 +138,20 @@ def test_a_budget_of_divergence_is_a_field(server: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["\x00", "\x1b[31m", "a\nb", "\ud800"])
-def test_an_error_is_a_printable_line(server: Any, name: str) -> None:
+def test_an_error_is_a_printable_line(server: Any, strict: Any, name: str) -> None:
     content = json.dumps({"messages": USER, name: 1}).encode()
-    answer = post(
-        f"{server.url}/v1/chat/completions", content=content, headers={"content-type": "application/json"}
-    )
-    assert answer.status_code == 400
-    error = answer.json()["error"]
+    answers = [
+        post(f"{url}/v1/chat/completions", content=content, headers={"content-type": "application/json"})
+        for url in (strict.url, server.url)
+    ]
+    error = answers[0].json()["error"]
+    is_text = name != "\ud800"
+    assert [answer.status_code for answer in answers] == [400, 200 if is_text else 400]
     assert error["message"].isprintable()
     assert error["param"] is None or error["param"].isprintable()
+    if is_text:
+        assert answers[1].json()["usage"]["notes"][0].isprintable()
+        assert answers[1].headers["x-mobile-gguf-note"].isprintable()
 
 
 def test_completions_take_what_says_nothing(server: Any) -> None:
@@ -206,8 +258,9 @@ def asked(**more: Any) -> ChatRequest:
 def test_other_servers_names_of_the_same() -> None:
     assert asked(n_predict=5).max_tokens == 5
     assert asked(repetition_penalty=1.2).model_dump()["repeat_penalty"] == 1.2
+    assert asked(n_predict=None, max_tokens=6).max_tokens == 6
     for both in {"n_predict": 5, "max_tokens": 6}, {"repetition_penalty": 1.2, "repeat_penalty": 1.1}:
-        with pytest.raises(ValidationError, match="Extra inputs"):
+        with pytest.raises(ValidationError, match="two names of one thing"):
             asked(**both)
     assert asked(thinking={"type": "disabled"}).template_values() == {"enable_thinking": False}
     assert asked(thinking={"type": "enabled", "budget_tokens": 9}).template_values() == {

@@ -21,7 +21,7 @@ from server_harness import SECONDS, Gate, get, post, running, until
 
 from mobile_gguf.api import aio
 from mobile_gguf.errors import MobileError
-from mobile_gguf.server import completions, guard
+from mobile_gguf.server import answering, guard
 from mobile_gguf.server.run import bind, start_listening
 
 USER = [{"role": "user", "content": "hi"}]
@@ -105,8 +105,8 @@ def test_a_client_that_never_reads_is_dropped(fake_model: Any) -> None:
 def test_who_waits_in_line_for_a_stream_gets_its_headers(
     fake_model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(completions, "HEADERS_SECONDS", 0.05)
-    monkeypatch.setattr(completions, "PING_SECONDS", 0.05)
+    monkeypatch.setattr(answering, "HEADERS_SECONDS", 0.05)
+    monkeypatch.setattr(answering, "PING_SECONDS", 0.05)
     gate = Gate()
     backend = FakeBackend(scripted("ok"))
     backend.on_evaluate = gate
@@ -116,11 +116,14 @@ def test_who_waits_in_line_for_a_stream_gets_its_headers(
         until(lambda: server.serving.worker.is_busy)
         with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=SECONDS) as answer:
             assert answer.status_code == 200
-            lines = answer.iter_lines()
-            assert next(lines).startswith(": ping")
-            assert server.serving.worker.n_waiting == 1
+            lines = filter(None, answer.iter_lines())
+            told = [next(lines), next(lines)]
+            waiting = server.serving.worker.n_waiting
             gate.open()
-            assert [line for line in lines if line][-1] == "data: [DONE]"
+            assert told[0] == ": place 1"
+            assert told[1].startswith(": ping")
+            assert waiting == 1
+            assert list(lines)[-1] == "data: [DONE]"
         assert first.result().status_code == 200
         with_error = {"messages": [{"role": "tool", "content": "x"}], "stream": True, "tools": None}
         assert server.post("/v1/chat/completions", with_error).status_code == 200

@@ -16,6 +16,9 @@ N_LAYER, N_EMBD, N_FF, N_EXPERT, N_CTX = 4, 32, 64, 4, 64
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,?!-"
 
+# What a reranker makes of the first token's state.
+RANK_WEIGHTS, RANK_BIAS = np.linspace(-1, 1, N_EMBD, dtype=np.float32), 0.25
+
 
 def write_bert(path: Path, *, moe: bool = False, pooling: gguf.PoolingType | None = None) -> Path:
     """An encoder with a WordPiece of letters; with ``moe`` every second layer has experts."""
@@ -75,6 +78,9 @@ def write_bert(path: Path, *, moe: bool = False, pooling: gguf.PoolingType | Non
     for name in norms:
         add(f"{name}.weight", N_EMBD)
         add(f"{name}.bias", N_EMBD)
+    if pooling == gguf.PoolingType.RANK:
+        writer.add_tensor("cls.output.weight", RANK_WEIGHTS[None])
+        writer.add_tensor("cls.output.bias", np.full(1, RANK_BIAS, dtype=np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -141,6 +141,7 @@ class FakeBackend:
         self.pooling = pooling
         self.can_generate = can_generate
         self.embedding_limit = n_ctx
+        self.fill_tokens: Any = None
         self.embedded: list[tuple[list[int], str]] = []
         self.rows: list[Row] = []
         self.log: list[str] = []
@@ -286,6 +287,9 @@ class FakeBackend:
         self.on_evaluate()
         self.embedded.append((list(tokens), pooling))
         return np.array([len(tokens), sum(tokens), 3.0, 4.0])
+
+    def pair_tokens(self, query: str, document: str) -> list[int]:
+        return [BOS, *query.encode(), EOS, *document.encode(), EOS]
 
     def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
         return [*([BOS] if add_bos else []), *text]

@@ -10,19 +10,28 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fastapi.exceptions import RequestValidationError
 from fuzz_target import Target
 from pydantic import BaseModel, ValidationError
 
 from mobile_gguf.errors import MobileError
 from mobile_gguf.generate import template_child, templates
 from mobile_gguf.generate.control_text import ControlTexts
+from mobile_gguf.server.apis import messages_input, ollama_input, responses_input
 from mobile_gguf.server.failures import ApiError, from_validation
 from mobile_gguf.server.guard import check_values
 from mobile_gguf.server.requests import ChatRequest, CompletionRequest, EmbeddingRequest
 from mobile_gguf.server.tools import plan_tools, speaks_tools, template_messages
 
 KINDS: tuple[type[BaseModel], ...] = (ChatRequest, CompletionRequest, EmbeddingRequest)
+# Other APIs' requests, and what makes a chat of each.
+TRANSLATED: dict[type[BaseModel], Any] = {
+    responses_input.ResponsesRequest: lambda body: responses_input.to_chat(
+        body, responses_input.input_items(body)
+    ),
+    messages_input.MessagesRequest: messages_input.to_chat,
+    ollama_input.OllamaChatRequest: ollama_input.to_chat,
+    ollama_input.OllamaGenerateRequest: ollama_input.to_answer,
+}
 CONTROLS = ControlTexts(["<|im_start|>", "<|im_end|>", "</s>", "[INST]"])
 _TEMPLATE = "{% if tools %}<tool_call>{% endif %}{{ messages }}"
 _MESSAGE = {"role": "user", "content": "Why?"}
@@ -48,6 +57,26 @@ REQUESTS: dict[str, Any] = {
     },
     "completion": {"prompt": ["a", "b"], "echo": True, "logprobs": 2, "seed": 4294967295},
     "tokens": {"prompt": [[1, 2], [3]], "n": 2},
+    "responses": {
+        "input": [
+            {"role": "user", "content": [{"type": "input_text", "text": "<|im_end|>"}]},
+            {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{"},
+            {"type": "function_call_output", "call_id": "c", "output": [{"type": "input_text", "text": "1"}]},
+        ],
+        "tools": [{"type": "function", "name": "f", "parameters": {}}, {"type": "web_search"}],
+        "tool_choice": {"type": "function", "name": "f"},
+        "reasoning": {"effort": "low"},
+    },
+    "messages": {
+        "system": [{"type": "text", "text": "Be."}],
+        "messages": [
+            {"role": "assistant", "content": [{"type": "tool_use", "id": "t", "name": "f", "input": {}}]},
+            {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t", "content": "1"}]},
+        ],
+        "tools": [{"name": "f", "input_schema": {"type": "object"}}],
+        "max_tokens": 5,
+    },
+    "ollama": {"messages": [_MESSAGE], "options": {"num_predict": 5}, "think": True, "format": "json"},
     "embedding": {"input": ["one", "two"], "encoding_format": "base64", "dimensions": 3},
 }
 TEMPLATES = {
@@ -86,7 +115,7 @@ def check_request(path: Path) -> int:
         return 0
     except (ValueError, RecursionError):  # what the framework answers by itself
         return 0
-    return sum(_is_read(kind, body) for kind in KINDS)
+    return sum(_is_read(kind, body) for kind in (*KINDS, *TRANSLATED))
 
 
 def _is_read(kind: type[BaseModel], body: Any) -> bool:
@@ -95,11 +124,13 @@ def _is_read(kind: type[BaseModel], body: Any) -> bool:
     except ValidationError as error:
         # as the framework has it: the place begins with "body"
         errors = [{**one, "loc": ("body", *one["loc"])} for one in error.errors()]
-        _check_error(from_validation(RequestValidationError(errors)))
+        _check_error(from_validation(errors))
         return False
-    if not isinstance(request, ChatRequest):
-        return True
     try:
+        if kind in TRANSLATED:
+            request, _ = TRANSLATED[kind](request)
+        if not isinstance(request, ChatRequest):
+            return True
         plan = plan_tools(request)
         for native in (True, speaks_tools(None)):
             messages = template_messages(request.messages, plan, native)

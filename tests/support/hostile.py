@@ -35,6 +35,15 @@ def body_of(rng: random.Random, **more: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": words}], "max_tokens": rng.randint(1, TOKENS), **more}
 
 
+# How the streams of all APIs end, also one that failed.
+_ENDS = ('"stop":true', '"type":"response.', '"type":"message_stop"', '"error":')
+
+
+def _has_ended(text: str) -> bool:
+    last = text.strip().rpartition("\n")[2]
+    return text.endswith("\n\n") and (last == "data: [DONE]" or any(end in last for end in _ENDS))
+
+
 def sent(url: str, body: Any, path: str = CHAT, **options: Any) -> str:
     """Post JSON, or bytes as they are; returns the status, having checked the answer."""
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -49,10 +58,11 @@ def sent(url: str, body: Any, path: str = CHAT, **options: Any) -> str:
     if answer.status_code not in ALLOWED:
         raise WrongAnswerError(f"{answer.status_code} to {content[:300]!r}: {answer.text[:200]}")
     if answer.status_code >= 400:
-        message = answer.json()["error"]["message"]
+        error = answer.json()["error"]
+        message = error if isinstance(error, str) else error["message"]  # ollama's is a text
         if not message or not message.isprintable() or len(message) > 2000:
             raise WrongAnswerError(f"not one clear line to {content[:200]!r}: {message[:200]!r}")
-    elif "text/event-stream" in answer.headers["content-type"] and not answer.text.endswith("[DONE]\n\n"):
+    elif "text/event-stream" in answer.headers["content-type"] and not _has_ended(answer.text):
         raise WrongAnswerError(f"a stream without an end to {content[:200]!r}: {answer.text[-200:]!r}")
     return str(answer.status_code)
 
@@ -284,6 +294,86 @@ def ask_odd_fields(rng: random.Random, url: str) -> str:
     return sent(url, json.dumps(body).encode(), path)
 
 
+_SAYS = {"role": "user", "content": "hi"}
+_PARTS = [
+    {"type": "text", "text": "x"},
+    {"type": "input_text", "text": "x"},
+    {"type": "tool_use", "id": "t", "name": "f", "input": {}},
+    {"type": "tool_result", "tool_use_id": "t", "content": [{"type": "text", "text": "1"}]},
+    {"type": "thinking", "thinking": "hm", "signature": "s"},
+    {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{"},
+    {"type": "function_call_output", "call_id": "c", "output": "1"},
+    {"type": "reasoning", "summary": [{"text": 5}], "content": ["x"]},
+    {"type": "image", "source": {"type": "base64", "data": "x"}},
+    {"type": "item_reference", "id": "x"},
+    {"type": "web_search_call"},
+]
+_TOOLS: list[Any] = [
+    {"type": "function", "name": "f", "parameters": {"type": "object"}},
+    {"name": "f", "input_schema": {"type": "object"}},
+    {"type": "function", "function": {"name": "f"}},
+    {"type": "namespace", "tools": [5]},
+]
+OTHERS: dict[str, dict[str, Any]] = {
+    "/v1/responses": {"input": [_SAYS], "max_output_tokens": 4, "tools": _TOOLS[:1], "store": False},
+    "/v1/responses/input_tokens": {"input": "hi"},
+    "/v1/messages": {"messages": [_SAYS], "max_tokens": 4, "tools": _TOOLS[1:2], "system": "x"},
+    "/v1/messages/count_tokens": {"messages": [_SAYS], "system": [_PARTS[0]]},
+    "/api/chat": {"messages": [_SAYS], "options": {"num_predict": 4}, "tools": _TOOLS[2:3]},
+    "/api/generate": {"prompt": "hi", "options": {"num_predict": 4}, "suffix": None, "raw": True},
+    "/api/embed": {"input": ["hi"], "dimensions": 2},
+    "/api/show": {"model": ""},
+    "/tokenize": {"content": "hi", "with_pieces": True},
+    "/detokenize": {"tokens": [1, 2]},
+    "/apply-template": {"messages": [_SAYS]},
+    "/completion": {"prompt": "hi", "n_predict": 4},
+    "/infill": {"input_prefix": "a", "input_suffix": "b", "n_predict": 4},
+    "/v1/rerank": {"query": "a", "documents": ["b"]},
+    "/slots/0?action=save": {"filename": "../x"},
+    "/slots/9?action=restore": {"filename": "x"},
+}
+_OTHER_FIELDS = (
+    *("input", "messages", "tools", "tool_choice", "system", "instructions", "stream", "store", "text"),
+    *(
+        "reasoning",
+        "thinking",
+        "previous_response_id",
+        "max_output_tokens",
+        "max_tokens",
+        "options",
+        "format",
+    ),
+    *(
+        "format",
+        "think",
+        "prompt",
+        "suffix",
+        "tokens",
+        "content",
+        "documents",
+        "top_n",
+        "filename",
+        "output_config",
+    ),
+    *("stop_sequences", "truncation", "include", "model", "temperature", "metadata", "input_extra"),
+)
+
+
+def ask_other_apis(rng: random.Random, url: str) -> str:
+    """What has another API's form, and parts of yet another's, or nothing of the kind."""
+    path = rng.choice(list(OTHERS))
+    body = dict(OTHERS[path]) | ({"stream": True} if rng.random() < 0.4 else {})
+    odd = [*ODD, *_PARTS, *_TOOLS, _PARTS, [_SAYS, *_PARTS], [{"role": "user", "content": _PARTS}]]
+    for _ in range(rng.randint(0, 2)):
+        body[rng.choice([*body, *_OTHER_FIELDS])] = rng.choice(odd)
+    for name in "messages", "input":
+        if isinstance(body.get(name), list) and rng.random() < 0.4:
+            role = rng.choice(["user", "assistant", "system", "tool"])
+            part = {"role": role, "content": rng.sample(_PARTS, 3)}
+            body[name] = [*body[name], rng.choice([part, *_PARTS])]
+    return sent(url, json.dumps(body).encode(), path)
+
+
 def ask_broken_body(rng: random.Random, url: str) -> str:
     data = bytearray(json.dumps(body_of(rng)).encode())
     for _ in range(rng.randint(1, 4)):
@@ -444,7 +534,7 @@ def look(rng: random.Random, url: str) -> str:
 
 ATTACKS: dict[str, tuple[Attack, ...]] = {
     "grammars": (ask_grammar, ask_schema),
-    "bodies": (ask_odd_fields, ask_broken_body, ask_large),
+    "bodies": (ask_odd_fields, ask_broken_body, ask_large, ask_other_apis),
     "connections": (drop_connection, drip, send_garbage, never_read, hold_idle, look),
     "disconnects": (leave_stream, leave_early),
 }

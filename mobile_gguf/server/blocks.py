@@ -1,0 +1,110 @@
+"""An answer as blocks, one after another: what the model thought, what it said, and its calls.
+
+Responses and Messages both have an answer in this form, streamed and whole. White space around what is said
+is nobody's words where a thought or a call stands beside it: it is kept back until words follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from .produce import Event
+
+THOUGHT, WORDS, CALL = "thought", "words", "call"
+Kind = Literal["thought", "words", "call"]
+
+
+@dataclass
+class Block:
+    """A block so far; a call's ``text`` is its arguments, JSON."""
+
+    index: int
+    kind: Kind
+    text: str = ""
+    id: str = ""  # of a call
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What happened to a block: it ``begins``, it has ``more``, or it ``ends``."""
+
+    what: Literal["begins", "more", "ends"]
+    block: Block
+    more: str = ""
+
+
+class Blocks:
+    """Follows the events of one answer; ``finish_reason`` is why it ended, once it has."""
+
+    def __init__(self) -> None:
+        self.done: list[Block] = []
+        self.finish_reason: str | None = None
+        self._open: Block | None = None
+        self._held = ""  # white space that may turn out to be nobody's
+
+    def push(self, event: Event) -> Iterator[Step]:
+        """The steps that an event makes."""
+        if event.choice < 0:
+            return
+        if event.reasoning:
+            yield from self._say(THOUGHT, event.reasoning)
+        if event.text:
+            yield from self._say(WORDS, event.text)
+        call = event.call
+        if call is not None:
+            if call.id is not None:
+                yield from self._close()
+                yield from self._begin(CALL, call.id, call.name or "")
+            if call.arguments:
+                yield from self._more(call.arguments)
+        self.finish_reason = event.finish_reason or self.finish_reason
+
+    def end(self) -> Iterator[Step]:
+        """Nothing more comes."""
+        if self._open is not None and self._held:
+            yield from self._more(self._held)
+        yield from self._close()
+
+    def whole(self, events: Iterable[Event]) -> list[Block]:
+        """The blocks of all events, which is the same as what a stream of them says."""
+        for event in events:
+            for _ in self.push(event):
+                pass
+        for _ in self.end():
+            pass
+        return self.done
+
+    def _close(self) -> Iterator[Step]:
+        self._held = ""
+        if self._open is not None:
+            block, self._open = self._open, None
+            self.done.append(block)
+            yield Step("ends", block)
+
+    def _say(self, kind: Kind, text: str) -> Iterator[Step]:
+        if self._open is not None and self._open.kind == kind:
+            text = self._held + text
+        else:
+            is_first = self._open is None and not self.done
+            text = self._held + text if is_first else text.lstrip()
+            if not text.strip():
+                self._held = text if is_first else self._held
+                return
+            yield from self._close()
+            yield from self._begin(kind)
+        said = text.rstrip()
+        self._held = text[len(said) :]
+        if said:
+            yield from self._more(said)
+
+    def _begin(self, kind: Kind, id: str = "", name: str = "") -> Iterator[Step]:
+        self._open = Block(len(self.done), kind, id=id, name=name)
+        yield Step("begins", self._open)
+
+    def _more(self, text: str) -> Iterator[Step]:
+        assert self._open is not None
+        self._open.text += text
+        yield Step("more", self._open, text)
