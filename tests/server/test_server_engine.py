@@ -180,7 +180,7 @@ def test_one_odd_tool_costs_no_request(command):
     answer = command.client().chat.completions.with_raw_response.create(
         model="demo", messages=USER, tools=[odd_tool, TOOL], tool_choice="required", seed=2, max_tokens=100
     )
-    notes = ["tool odd: uniqueItems at #/properties/tags is not supported", in_words]
+    notes = [in_words, "tool odd: uniqueItems at #/properties/tags is not supported"]
     assert answer.headers["x-mobile-gguf-note"] == "; ".join(notes)
     usage = answer.parse().usage
     assert usage.notes == notes
