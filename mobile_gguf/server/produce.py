@@ -37,7 +37,7 @@ from .tools import (
 from .usage import Spent
 
 TOOL_CALLS = "tool_calls"
-_IN_WORDS = "the tools are told in words: no form of this model's own calls is known"
+IN_WORDS = "the tools are told in words: no form of this model's own calls is known"
 # what a template, or chat_prompt, is given besides
 _TEMPLATE_NAMES = OWN_NAMES | {"trim", "max_tokens", "self", "calls"}
 
@@ -107,7 +107,7 @@ class Producer:
             yield from self._plain(job, [prompt], request, options, n_top)
             return
         if not speaks_tools(self._model.info.chat_template):
-            self.spent.notes.append(_IN_WORDS)
+            self.spent.notes.append(IN_WORDS)
         schema, notes = plan.schema()
         self.spent.notes += notes
         self._admit(prompt, "messages")

@@ -19,11 +19,12 @@ from server_harness import phases, running
 
 from mobile_gguf.api.model import Model
 from mobile_gguf.options import LoadOptions
+from mobile_gguf.server.produce import IN_WORDS
 
 BODIES = sorted((DATA / "agents").glob("*.json"))
 N_CTX = 1 << 16
 # What a client's request is answered without, by its recording.
-NOTES = {"codex": "tools that are no functions are left out: namespace, web_search"}
+NOTES = {"codex": ["tools that are no functions are left out: namespace, web_search"]}
 TURNS, TOOLS = 30, 20
 
 
@@ -46,7 +47,8 @@ def test_what_clients_send_is_answered(server: Any, path: Path, stream: bool) ->
     recorded = json.loads(path.read_text())
     answer = server.post(recorded["path"], recorded["body"] | {"stream": stream})
     assert answer.status_code == 200, answer.text
-    assert answer.headers.get("x-mobile-gguf-note", "") == NOTES.get(path.stem, "")
+    notes = [*NOTES.get(path.stem, ()), *([IN_WORDS] if recorded["body"].get("tools") else ())]
+    assert answer.headers.get("x-mobile-gguf-note", "") == "; ".join(notes)
     assert "hello there" in answer.text.replace('"}', "") or stream
     assert "error" not in answer.text.replace('"error":null', "")
 

@@ -164,7 +164,7 @@ def form(**body: Any) -> tuple[ResponseForm, list[dict[str, Any]]]:
 
 def test_the_events_of_a_stream_are_in_order_and_numbered() -> None:
     made, kept = form()
-    told = frames_of(made, THOUGHT_AND_CALLED)
+    told = [(str(name), data) for name, data in frames_of(made, THOUGHT_AND_CALLED)]
     assert [name for name, _ in told] == [data["type"] for _, data in told]
     assert [data["sequence_number"] for _, data in told] == list(range(len(told)))
     assert [name.removeprefix("response.") for name, _ in told] == [
@@ -226,6 +226,7 @@ def test_a_ping_is_an_event_that_is_counted() -> None:
     n = len(list(made.begun(USAGE)))
     ping = made.ping()
     assert ping is not None
+    assert ping.data is not None
     assert json.loads(ping.data)["sequence_number"] == n
 
 

@@ -23,6 +23,7 @@ from server_harness import SECONDS, get, until  # noqa: E402
 from mobile_gguf.engine.binding import find_engine  # noqa: E402
 from mobile_gguf.engine.warm_files import remembered  # noqa: E402
 from mobile_gguf.files.stamps import stamps  # noqa: E402
+from mobile_gguf.server.produce import IN_WORDS  # noqa: E402
 
 USER = [{"role": "user", "content": "Tell me about a person called Ann."}]
 PERSON = {
@@ -175,12 +176,11 @@ def test_one_odd_tool_costs_no_request(command):
         model="demo", messages=USER, tools=[odd_tool, TOOL], seed=2, max_tokens=100,
         tool_choice={"type": "function", "function": {"name": "note_person"}},
     )  # fmt: skip
-    in_words = "the tools are told in words: no form of this model's own calls is known"
-    assert answer.headers["x-mobile-gguf-note"] == in_words
+    assert answer.headers["x-mobile-gguf-note"] == IN_WORDS
     answer = command.client().chat.completions.with_raw_response.create(
         model="demo", messages=USER, tools=[odd_tool, TOOL], tool_choice="required", seed=2, max_tokens=100
     )
-    notes = [in_words, "tool odd: uniqueItems at #/properties/tags is not supported"]
+    notes = [IN_WORDS, "tool odd: uniqueItems at #/properties/tags is not supported"]
     assert answer.headers["x-mobile-gguf-note"] == "; ".join(notes)
     usage = answer.parse().usage
     assert usage.notes == notes

@@ -362,7 +362,7 @@ _OTHER_FIELDS = (
 def ask_other_apis(rng: random.Random, url: str) -> str:
     """What has another API's form, and parts of yet another's, or nothing of the kind."""
     path = rng.choice(list(OTHERS))
-    body = dict(OTHERS[path]) | ({"stream": True} if rng.random() < 0.4 else {})
+    body: dict[str, Any] = dict(OTHERS[path]) | ({"stream": True} if rng.random() < 0.4 else {})
     odd = [*ODD, *_PARTS, *_TOOLS, _PARTS, [_SAYS, *_PARTS], [{"role": "user", "content": _PARTS}]]
     for _ in range(rng.randint(0, 2)):
         body[rng.choice([*body, *_OTHER_FIELDS])] = rng.choice(odd)
