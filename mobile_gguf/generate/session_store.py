@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from stat import S_ISREG
 
-from mobile_gguf.errors import MobileError
+from mobile_gguf.errors import MobileError, UsageError
 from mobile_gguf.files.atomic import WriterBusyError, partial_path, remove_abandoned, replacing_file
 from mobile_gguf.files.lock import exclusive
 
@@ -245,7 +245,7 @@ class SessionStore:
         try:
             saved, kept = read(self._folder.folder / (_GIVEN + name + SUFFIX))
         except FileNotFoundError:
-            raise MobileError(f"{name} is not there: save a slot under this name first") from None
+            raise UsageError(f"{name} is not there: save a slot under this name first") from None
         except DamagedError:
             raise MobileError(f"{name} is damaged, or of another version") from None
         if saved.fits != self._fits:
