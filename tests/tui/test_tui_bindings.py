@@ -52,6 +52,7 @@ TESTED = {
     "question.copy": (CHAT, "test_what_is_copied"),
     "answer.copy": (ACTIONS, "test_what_is_in_the_transcript_has_keys"),
     "answer.copy_code": (CHAT, "test_what_is_copied"),
+    "answer.thoughts": (ACTIONS, "test_thoughts_are_folded_until_a_key_opens_them"),
     "answer.regenerate": (CHAT, "test_an_answer_is_made_again"),
     **dict.fromkeys(
         ("/help", "/model", "/search", "/settings", "/stats", "/jobs"),
