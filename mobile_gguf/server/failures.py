@@ -43,19 +43,7 @@ _TYPES = {
 
 # The paths whose errors are not in OpenAI's form.
 _ANTHROPIC, _OLLAMA = ("/v1/messages", "/messages"), "/api/"
-_ANTHROPIC_TYPES = {
-    400: "invalid_request_error",
-    401: "authentication_error",
-    403: "permission_error",
-    404: "not_found_error",
-    405: "invalid_request_error",
-    408: "timeout_error",
-    413: "request_too_large",
-    415: "invalid_request_error",
-    429: "rate_limit_error",
-    503: "overloaded_error",
-    504: "timeout_error",
-}
+_ANTHROPIC_TYPES = _TYPES | {413: "request_too_large", 503: "overloaded_error"}
 
 
 class ErrorDetail(BaseModel):

@@ -17,13 +17,6 @@ import stress
 SEEDS = range(1, 4)
 
 
-def _say(what: str, good: bool, started: float, said: str) -> bool:
-    print(f"{what}: {'ok' if good else 'FAILED'} ({time.monotonic() - started:.0f} s)", flush=True)
-    if not good:
-        print(said, file=sys.stderr)
-    return good
-
-
 def main(n_layers: int, n_sessions: int) -> int:
     """The exit status: 0 if all faults were caught and nothing else was found."""
     good = True
@@ -40,11 +33,13 @@ def main(n_layers: int, n_sessions: int) -> int:
             )
             started = time.monotonic()
             done = stress.run(faulty, *amount, 1, stress.PATIENCE, *more[program])
-            good &= _say(f"{program}, spoilt", done.returncode == stress.RACE, started, "no race was found")
+            good &= stress.say(
+                f"{program}, spoilt", done.returncode == stress.RACE, started, "no race was found"
+            )
             for seed in SEEDS:
                 started = time.monotonic()
                 done = stress.run(made, *amount, seed, stress.PATIENCE, *more[program])
-                good &= _say(f"{program}, seed {seed}", done.returncode == 0, started, done.stderr)
+                good &= stress.say(f"{program}, seed {seed}", done.returncode == 0, started, done.stderr)
     return 0 if good else 1
 
 

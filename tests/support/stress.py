@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -142,6 +144,14 @@ def run(program: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [*prefix, program, *map(str, arguments)], env=environment, capture_output=True, text=True, check=False
     )
+
+
+def say(what: str, good: bool, started: float, said: str) -> bool:
+    """Print what came of a program, and what it said where that is not good."""
+    print(f"{what}: {'ok' if good else 'FAILED'} ({time.monotonic() - started:.0f} s)", flush=True)
+    if not good:
+        print(said, file=sys.stderr)
+    return good
 
 
 # faults for the checks to catch

@@ -18,13 +18,6 @@ import stress
 IMPATIENT = 5
 
 
-def _say(what: str, good: bool, started: float, said: str) -> bool:
-    print(f"{what}: {'ok' if good else 'FAILED'} ({time.monotonic() - started:.0f} s)", flush=True)
-    if not good:
-        print(said, file=sys.stderr)
-    return good
-
-
 def main(n_layers: int, n_sessions: int) -> int:
     """The exit status: 0 if the planted faults were seen and nothing else was."""
     good = True
@@ -41,10 +34,10 @@ def main(n_layers: int, n_sessions: int) -> int:
             )
             started = time.monotonic()
             done = stress.run(faulty, amount, 1, IMPATIENT, *more[program])
-            good &= _say(f"{program}, spoilt", done.returncode == 1, started, "the fault was not seen")
+            good &= stress.say(f"{program}, spoilt", done.returncode == 1, started, "the fault was not seen")
             started = time.monotonic()
             done = stress.run(made, amount, 1, stress.PATIENCE, *more[program])
-            good &= _say(program, done.returncode == 0, started, done.stderr)
+            good &= stress.say(program, done.returncode == 0, started, done.stderr)
     return 0 if good else 1
 
 
