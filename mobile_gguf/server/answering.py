@@ -22,7 +22,7 @@ from mobile_gguf.api.aio import Job
 
 from .failures import ApiError, ErrorBody, as_api_error, printable
 from .produce import Event, Producer
-from .requests import unknown_names
+from .requests import ChatRequest, unknown_names
 from .serving import CUT_SECONDS, Events, HasChoice, Serving, unless_client_leaves
 
 # A proxy gives up on a connection that says nothing while a long prompt is computed.
@@ -254,6 +254,12 @@ async def one_in_line(request: Request, work: Callable[[Job[Value[T]]], T]) -> T
         yield Value(work(job))
 
     return (await in_line(request, produce))[0].value
+
+
+async def count_prompt(request: Request, serving: Serving, asked: ChatRequest) -> int:
+    """The tokens of a chat's prompt, which is made in line."""
+    producer = serving.producer()
+    return await one_in_line(request, lambda _job: len(producer.chat_prompt(asked)))
 
 
 def endpoint_of(request: Request) -> str:

@@ -15,8 +15,8 @@ from ..answering import (
     JsonBody,
     answer,
     check_names,
+    count_prompt,
     note_headers,
-    one_in_line,
 )
 from ..serving import Serving
 from .messages_input import CountRequest, MessagesRequest, to_chat
@@ -92,6 +92,5 @@ async def count_tokens(request: Request, body: Annotated[CountRequest, JsonBody]
     serving.check_model(body.model)
     asked, notes = to_chat(body)
     notes = check_names(serving, body) + notes
-    producer = serving.producer()
-    n = await one_in_line(request, lambda _job: len(producer.chat_prompt(asked, trim=False)))
+    n = await count_prompt(request, serving, asked)
     return JSONResponse({"input_tokens": n}, headers=note_headers(notes))

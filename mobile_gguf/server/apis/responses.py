@@ -15,8 +15,8 @@ from ..answering import (
     JsonBody,
     answer,
     check_names,
+    count_prompt,
     note_headers,
-    one_in_line,
 )
 from ..serving import Serving
 from .responses_input import Item, ResponsesRequest, input_items, to_chat
@@ -102,8 +102,7 @@ async def input_tokens(request: Request, body: Annotated[ResponsesRequest, JsonB
     serving.check_model(body.model)
     asked, notes = to_chat(body, _conversation(serving, body))
     notes = check_names(serving, body) + notes
-    producer = serving.producer()
-    n = await one_in_line(request, lambda _job: len(producer.chat_prompt(asked)))
+    n = await count_prompt(request, serving, asked)
     return JSONResponse({"object": "response.input_tokens", "input_tokens": n}, headers=note_headers(notes))
 
 
