@@ -272,21 +272,25 @@ def test_the_context_ends_in_the_middle_of_drafts(path: Path) -> None:
 # one answer, of a random model: what the block has seen decides what it drafts
 
 
-@pytest.fixture(scope="module")
-def fresh_one() -> Iterator[Model]:
-    with load(families.folder("glm-4.5") / "model.gguf") as model:
+@pytest.fixture(scope="module", params=["glm-4.5", "qwen3.5-moe"])
+def fresh_one(request: pytest.FixtureRequest) -> Iterator[Model]:
+    with load(families.folder(request.param) / "model.gguf") as model:
         said(model, "mtp", 3)  # little is drafted before it is known what a pass takes
         yield model
 
 
 def check_drafts(model: Model, fresh: Model, drafted: Drafted) -> None:
-    """They are as ``fresh`` drafts them at the same places, for a prompt that is run from its first token."""
-    found = []
+    """Text and drafts are those of ``fresh``: of a prompt that is run from its first token, and of one that
+    goes on with what was said last."""
+    sequence = backend_of(model).sequence
+    longer, found = [*[*sequence.tokens, *sequence.owed][:200], 30], []
     for one in (model, fresh):
+        replies = [said(one, "mtp", 3, prompt=longer, cache_prompt=one is model).tokens]
         drafted.clear()
-        said(one, "mtp", 3)
-        found.append(dict(drafted[0]))
-    check_rows(*found)
+        replies.append(said(one, "mtp", 3).tokens)
+        found.append((replies, dict(drafted[0])))
+    assert found[0][0] == found[1][0]
+    check_rows(found[0][1], found[1][1])
 
 
 @pytest.mark.parametrize("where", ["the block's", "the model's"])
