@@ -3,12 +3,14 @@
 ``python -m mobile_gguf.bench.speculation MODEL`` has the model go on with two texts under each budget: a
 file of code that is there a second time (an edit that changes little), and prose. One process for a budget
 and a text; its arms take turns, round after round, in one loaded model: no drafts, ``auto``, every source by
-its tuned length and, with ``--sweep``, look-up drafts of each fixed length from 0 to 8; each arm has a tuner
-of its own. Medians of the rounds with their spread, bytes, experts, what was accepted, and what passes were
-to take and took; losing rows as well, and then which targets are met. ``--at-once 8`` makes so many answers
-at once, each of another place of the text. ``--replay TRACE`` is instead of MODEL: models that follow a
-trace's routing and say its next step with each probability of ``--right``. ``--draft MODEL`` is one more
-source. A line of JSON for each run with ``--out``.
+its tuned length and, with ``--sweep``, drafts of each fixed length from 0 to 8, looked up and, where ``mtp``
+is among the sources, by the block; each arm has a tuner of its own. Medians of the rounds with their spread,
+bytes, experts, what was accepted, and what passes were to take and took; losing rows as well, and then which
+targets are met. ``--at-once 8`` makes so many answers at once, each of another place of the text. ``--replay
+TRACE`` is instead of MODEL: models that follow a trace's routing and say its next step with each probability
+of ``--right``. ``--draft MODEL`` is one more source. ``mtp`` among the sources loads the model with its
+block, for all arms: budgets in percent are then of the experts with the block's, and ``auto`` has it, too. A
+line of JSON for each run with ``--out``.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mobile_gguf.options.words import AUTO, DRAFT, LITTLE, NGRAM, OFF
+from mobile_gguf.gguf.info import read_gguf_info
+from mobile_gguf.hub.resolve import resolve_model
+from mobile_gguf.options.words import AUTO, DRAFT, LITTLE, MTP, NGRAM, OFF
 from mobile_gguf.wording import markdown_table
 
 from .record import in_own_process, keep_runs
@@ -36,7 +40,8 @@ LENGTHS = range(9)
 def arms_of(sources: Sequence[str], sweeps: bool) -> list[tuple[str, int | None]]:
     """Sources, and lengths that they are held to."""
     arms: list[tuple[str, int | None]] = [(source, None) for source in sources]
-    return arms + [(NGRAM, n) for n in LENGTHS] if sweeps else arms
+    swept = [NGRAM, *(source for source in sources if source == MTP)] if sweeps else []
+    return arms + [(source, n) for source in swept for n in LENGTHS]
 
 
 def measure(budget: str, kind: str, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -50,6 +55,8 @@ def measure(budget: str, kind: str, args: argparse.Namespace) -> list[dict[str, 
     if args.draft is not None:
         sources.append(DRAFT)
         options["speculate"] = f"{DRAFT}={args.draft}"
+    elif MTP in sources:
+        options["speculate"] = MTP
     path, trace, right = args.model, None, 1.0
     if kind.startswith(REPLAY):
         right = float(kind.split()[1])
@@ -135,7 +142,9 @@ def main() -> int:
     parser.add_argument("--texts", default=f"{CODE},{PROSE}")
     parser.add_argument("--sources", default=",".join(SOURCES))
     parser.add_argument("--draft", metavar="MODEL", help="a smaller model that drafts, too")
-    parser.add_argument("--sweep", action="store_true", help="fixed lengths of look-up drafts, too")
+    parser.add_argument(
+        "--sweep", action="store_true", help="fixed lengths, too: of look-up drafts and the block's"
+    )
     parser.add_argument("--prose", type=Path, help="a text (default: this folder's)")
     parser.add_argument("--replay", type=Path, metavar="TRACE", help="models that follow it, no MODEL")
     parser.add_argument("--right", default="0.6,0.8,0.95", help="how often these say the next step")
@@ -151,6 +160,11 @@ def main() -> int:
     args = parser.parse_args()
     if (args.model is None) == (args.replay is None):
         parser.error("give a MODEL, or --replay TRACE")
+    if MTP in args.sources.split(","):
+        if args.draft is not None:
+            parser.error(f"a model is loaded with its block or with a smaller model: {MTP} or --draft")
+        if args.model is None or not read_gguf_info(resolve_model(args.model)).n_layer_mtp:
+            parser.error(f"{args.model or args.replay} has no block for multi-token prediction ({MTP})")
     if args.run:
         print(json.dumps(measure(args.budgets, args.texts, args)))
         return 0
