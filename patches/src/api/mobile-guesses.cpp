@@ -14,7 +14,7 @@ int32_t mobile_refuse(struct llama_context * ctx, const int32_t * tokens, int32_
         mobile_context & m = mobile_context_of(ctx);
         mobile_require(n >= 0 && (tokens || n == 0), "tokens must be their places in the last batch");
         mobile_require(m.guesses.refuse(tokens, n), "the last pass has no such token, or was not to keep what its tokens asked for");
-        m.guesses.settle(*m.store);
+        m.guesses.settle(*m.store, m.slots.get());
         return MOBILE_OK;
     });
 }

@@ -79,6 +79,9 @@ static void begin(mobile_context & ctx, const llama_ubatch & ubatch) {
     if (!ctx.is_aside) {
         ctx.store->keep_uses(ctx.guesses.is_kept());
     }
+    if (ctx.slots) {
+        ctx.slots->keep_uses(ctx.guesses.is_kept());
+    }
     ctx.predictor.begin_pass((int64_t) n_tokens, pass.k[0], mobile_route_takes_hints(ctx));
 }
 

@@ -44,9 +44,8 @@ bool mobile_guesses::refuse(const int32_t * tokens, int32_t n) {
     return true;
 }
 
-void mobile_guesses::settle(mobile_store & store) const {
-    store.settle_uses([&](mobile_store_layer layer, mobile_part part) {
-        const mobile_model_layer il = store.model_layer(layer);
+void mobile_guesses::settle(mobile_store & store, mobile_slots * slots) const {
+    const mobile_uses_of used = [&](mobile_model_layer il, mobile_part part) {
         const int32_t expert = mobile_expert_of(part, store.n_segments);
         mobile_use use;
         for (size_t t = 0; asked.has(il) && t < asked[il].size(); ++t) {
@@ -61,5 +60,9 @@ void mobile_guesses::settle(mobile_store & store) const {
             }
         }
         return use;
-    });
+    };
+    store.settle_uses(used);
+    if (slots) {
+        slots->settle_uses(used);
+    }
 }

@@ -1,13 +1,14 @@
 // mobile-guesses.h - passes over tokens of which some may turn out to be none of the text.
 //
-// Mechanism: such a pass keeps which experts each of its tokens asked for, and the store what the use of a part was before
-// it. refuse() names tokens that are none of the text: what only they asked for is as unused as before, and leaves memory
+// Mechanism: such a pass keeps which experts each of its tokens asked for, and each tier what the use of a part was before
+// it. refuse() names tokens that are none of the text: what only they asked for is as unused as before, and leaves its slot
 // first where it came for them. when the next pass begins the other tokens count as single ones do.
-// Invariant: changes which expert leaves memory, never what is computed.
-// Limits: a decode of one ubatch; the host tier.
+// Invariant: changes which expert leaves a slot, never what is computed.
+// Limits: a decode of one ubatch.
 
 #pragma once
 
+#include "device/mobile-slots.h"
 #include "mobile-ids.h"
 #include "route/mobile-worth.h"
 #include "store/mobile-store.h"
@@ -26,8 +27,8 @@ struct mobile_guesses {
     void add(mobile_model_layer il, int32_t token, const int32_t * ids, int64_t n_used);
     // tokens by their places in the batch; false: the last pass has no such token
     bool refuse(const int32_t * tokens, int32_t n);
-    // tells the store of the tokens that are left
-    void settle(mobile_store & store) const;
+    // tells the tiers of the tokens that are left. slots: NULL where there is no device tier
+    void settle(mobile_store & store, mobile_slots * slots) const;
 
 private:
     std::vector<int32_t> index;   // [n_tokens] places in the batch of the last pass, if it was such a one

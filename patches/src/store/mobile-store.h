@@ -17,6 +17,7 @@
 
 #include "mobile-ids.h"
 #include "mobile.h"
+#include "store/mobile-former.h"
 #include "store/mobile-os.h"
 #include "store/mobile-split.h"
 
@@ -119,12 +120,6 @@ struct mobile_need {
     uint32_t n_tokens = 0;
     double   time     = 0.0;  // of the last token that routes to it, in tokens
     bool     lasting  = true; // counts as a use; false: a long batch passing through
-};
-
-// uses of a part by tokens that may be none of the text
-struct mobile_use {
-    uint64_t n_refused = 0;
-    double   time      = 0.0; // of the last one that was not refused, if there is one
 };
 
 // reads made of hints, since the store began. n_queued = n_used + n_wasted + those that are there unused
@@ -230,7 +225,7 @@ public:
     // whether the next pass keeps what the use of a part was before it, for settle_uses()
     void keep_uses(bool on);
     // of the parts that the last pass asked for: how many of the uses are none
-    void settle_uses(const std::function<mobile_use(mobile_store_layer, mobile_part)> & used);
+    void settle_uses(const mobile_uses_of & used);
     // unpins the last layer; false: a read failed in this pass, error() says which
     bool end_pass();
 
@@ -273,14 +268,9 @@ private:
         double   now;
     };
 
-    struct former_use {
+    struct former_use : mobile_former_use {
         mobile_store_part part;
-        uint64_t n_uses;
-        double   last_use;
-        double   key;
-        bool     transient;
-        bool     there;  // or on its way
-        uint64_t n_pass; // uses by this pass
+        bool transient = false;
     };
 
     using locked = std::unique_lock<std::mutex>;
