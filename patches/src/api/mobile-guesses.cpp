@@ -2,9 +2,11 @@
 
 #include "api/mobile-context-of.h"
 
-int32_t mobile_set_guessed(struct llama_context * ctx, bool on) {
+int32_t mobile_set_guessed(struct llama_context * ctx, int32_t guessed) {
     return mobile_guard([&] {
-        mobile_context_of(ctx).guesses.on = on;
+        mobile_context & m = mobile_context_of(ctx);
+        mobile_require(guessed >= MOBILE_GUESSED_NONE && guessed <= MOBILE_GUESSED_SOURCE, "unknown kind of passes");
+        m.guesses.kind = (enum mobile_guessed) guessed;
         return MOBILE_OK;
     });
 }

@@ -2,9 +2,24 @@
 
 #include "device/mobile-slots.h"
 
-void mobile_slots::keep_uses(bool on) {
-    former.clear();
+void mobile_slots::keep_uses(bool on, bool goes_on) {
+    if (!goes_on) {
+        for (const former_use & was : former) {
+            layers[was.layer].experts[was.part].former = -1;
+        }
+        former.clear();
+    }
     keeps_former = on;
+}
+
+// before the use, by the running layer
+void mobile_slots::keep_use(const mobile_need & need) {
+    mobile_device_expert & x = layers[current].experts[need.part];
+    if (x.former < 0) {
+        x.former = (int32_t) former.size();
+        former.push_back({ { x.n_uses, x.last_use, x.key, x.slot >= 0, 0 }, current, need.part, x.lately });
+    }
+    former[x.former].n_pass += need.n_tokens;
 }
 
 void mobile_slots::settle_uses(const mobile_uses_of & used) {

@@ -250,7 +250,7 @@ void mobile_slots::choose(const std::vector<mobile_need> & needs, mobile_by<mobi
             move(l, need.part, MOBILE_SLOT_IN_USE);
         }
         if (keeps_former) {
-            former.push_back({ { x.n_uses, x.last_use, x.key, x.slot >= 0, need.n_tokens }, current, need.part, x.lately });
+            keep_use(need);
         }
         x.lately   = x.lately_at(need.time) + need.n_tokens;
         x.n_uses  += need.n_tokens;

@@ -69,6 +69,7 @@ struct mobile_device_expert {
     double   last_use = -1e9;    // in tokens
     double   lately   = 0.0;     // uses, at last_use; a use counts 1/e after so many tokens as lately_at() says
     double   key      = 0.0;     // set_key() alone changes it while it is IDLE
+    int32_t  former   = -1;      // in mobile_slots::former; -1: no pass that is kept has asked for it
 
     bool is_sending() const { return state == MOBILE_SLOT_SENDING || state == MOBILE_SLOT_SENDING_AHEAD; }
     // in its slot, or there before anything computes with it
@@ -185,7 +186,7 @@ public:
     // unpins; forgets what the layer before missed, and hints
     void end_pass();
     // as of mobile_store
-    void keep_uses  (bool on);
+    void keep_uses  (bool on, bool goes_on);
     void settle_uses(const mobile_uses_of & used);
 
     // uploads ahead of need, in placement CACHE
@@ -240,6 +241,7 @@ private:
     bool     parts_of    (const mobile_device_layer & l, mobile_part part, int32_t slot, bool wait, std::vector<mobile_upload_part> & pieces);
     bool     upload      (mobile_device_layer & l, mobile_part part, int32_t slot, bool wait);
     size_t   n_to_fetch  (const mobile_device_layer & l) const;
+    void     keep_use    (const mobile_need & need);
     void     choose      (const std::vector<mobile_need> & needs, mobile_by<mobile_part, int32_t> & slot);
     int32_t  fetch       (mobile_by<mobile_part, int32_t> & slot);
     double   miss_us     (const mobile_device & d) const;
@@ -280,7 +282,7 @@ private:
     std::vector<mobile_upload> arrived;       // since the last look
     double                   cpu_us_per_expert = 0.0; // moving average; 0: not measured yet
 
-    std::vector<former_use> former; // of the last pass, if it keeps them
+    std::vector<former_use> former; // of the passes that are kept
     bool keeps_former = false;
 
     // ahead of it

@@ -1,7 +1,7 @@
 // mobile-former.h - uses that are taken back where the tokens that they are of turn out to be none of the text.
 //
-// Mechanism: each tier has retention keys of its own. In a pass over such tokens it keeps, for each part that a layer asks for,
-// what its use was before. Afterwards it is told how many of the pass's uses are none (mobile-guesses.h), and reckons again.
+// Mechanism: each tier has retention keys of its own. In passes over such tokens it keeps, for each part that a layer asks for,
+// what its use was before. Afterwards it is told how many of the passes' uses are none (mobile-guesses.h), and reckons again.
 // Invariant: a part that only such tokens asked for is as unused as before, and what came for them alone goes first.
 
 #pragma once
@@ -23,15 +23,15 @@ struct mobile_use {
 
 using mobile_uses_of = std::function<mobile_use(mobile_model_layer, mobile_part)>;
 
-// what the use of a part was before a pass
+// what the use of a part was before passes that are kept together
 struct mobile_former_use {
     uint64_t n_uses    = 0;
     double   last_use  = 0.0;
     double   key       = 0.0;
     bool     there     = false; // in a slot, or on its way to one
-    uint64_t n_pass    = 0;     // uses by the pass
+    uint64_t n_pass    = 0;     // uses by the passes
 
-    // of the pass's uses, those that are left
+    // of these, those that are left
     uint64_t n_left(const mobile_use & use) const { return n_pass > use.n_refused ? n_pass - use.n_refused : 0; }
     // time of the last use that is left
     double last_left(const mobile_use & use) const { return n_left(use) > 0 ? std::max(use.time, last_use) : last_use; }

@@ -2,10 +2,25 @@
 
 #include "store/mobile-store.h"
 
-void mobile_store::keep_uses(bool on) {
+void mobile_store::keep_uses(bool on, bool goes_on) {
     locked lock(mutex);
-    former.clear();
+    if (!goes_on) {
+        for (const former_use & was : former) {
+            experts[was.part].former = -1;
+        }
+        former.clear();
+    }
     keeps_former = on;
+}
+
+// before the use
+void mobile_store::keep_use(mobile_store_part part, const mobile_need & need) {
+    mobile_expert & x = experts[part];
+    if (x.former < 0) {
+        x.former = (int32_t) former.size();
+        former.push_back({ { x.n_uses, x.last_use, x.key, x.state != MOBILE_NOT_RESIDENT, 0 }, part, x.transient });
+    }
+    former[x.former].n_pass += need.lasting ? need.n_tokens : 0;
 }
 
 void mobile_store::settle_uses(const mobile_uses_of & used) {

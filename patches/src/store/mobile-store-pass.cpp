@@ -100,7 +100,7 @@ void mobile_store::ask(locked & lock, mobile_store_layer layer, const std::vecto
         pinned.push_back(part);
         unlist(part);
         if (keeps_former) {
-            former.push_back({ { x.n_uses, x.last_use, x.key, x.state != MOBILE_NOT_RESIDENT, need.lasting ? need.n_tokens : 0 }, part, x.transient });
+            keep_use(part, need);
         }
         use(x, need);
         x.pinned = true;

@@ -81,6 +81,7 @@ struct mobile_expert {
     double   key        = 0.0;
     double   own_use    = 0.0;     // what last_use and key were before a hint
     double   own_key    = 0.0;
+    int32_t  former     = -1;      // in mobile_store::former; -1: no pass that is kept has asked for it
 
     mobile_expert() {
         for (auto & s : piece_state) {
@@ -222,9 +223,10 @@ public:
     // parts that a token asked for and that are not computed, at a time in tokens: they count as used. admits: they are read
     // while there is nothing else to read, if what would go for them was used less
     void displace(mobile_store_layer layer, const std::vector<mobile_part> & parts, double time, bool admits);
-    // whether the next pass keeps what the use of a part was before it, for settle_uses()
-    void keep_uses(bool on);
-    // of the parts that the last pass asked for: how many of the uses are none
+    // whether the next pass keeps what the use of a part was before it, for settle_uses(). goes_on: before the passes that
+    // were kept before it
+    void keep_uses(bool on, bool goes_on);
+    // of the parts that the passes asked for that are kept: how many of the uses are none
     void settle_uses(const mobile_uses_of & used);
     // unpins the last layer; false: a read failed in this pass, error() says which
     bool end_pass();
@@ -299,6 +301,7 @@ private:
     void unlist      (mobile_store_part part);
     void unpin_all   ();
     void use         (mobile_expert & x, const mobile_need & need);
+    void keep_use    (mobile_store_part part, const mobile_need & need);
     double rank      (const mobile_expert & x, mobile_part part, double time) const;
     double transient_key();
     void begin_load  (mobile_store_part part, int32_t slot, bool ahead);
@@ -358,7 +361,7 @@ private:
     mobile_by<mobile_store_layer, uint64_t> n_held;     // parts that hold a slot
     mobile_split<mobile_store_layer>        split;
     std::vector<mobile_store_part>        pinned;
-    std::vector<former_use>               former; // of the last pass, if it keeps them
+    std::vector<former_use>               former; // of the passes that are kept
     bool     keeps_former = false;
     uint64_t committed    = 0; // bytes of slots with pages
     uint64_t prefaulted   = 0; // ... of slots that nobody has used yet
