@@ -15,6 +15,7 @@ mobile_context::mobile_context(const llama_model & model, std::shared_ptr<mobile
     n_expert_used((int32_t) model.hparams.n_expert_used()),
     rules(n_layer, n_expert_used),
     usage(*store),
+    recall(n_expert_used),
     // layers behind n_layer (next-token prediction) route as well
     routes(std::max(n_layer, store->end_of_layers().n)),
     predictor(model, store),

@@ -2,6 +2,8 @@
 
 #include "llama-batch.h"
 
+#include <algorithm>
+
 void mobile_recall::begin_pass(const llama_ubatch & ubatch) {
     tokens.clear();
     if (ubatch.token) {
@@ -12,30 +14,25 @@ void mobile_recall::begin_pass(const llama_ubatch & ubatch) {
     }
 }
 
-void mobile_recall::add(mobile_model_layer il, int32_t token, const int32_t * ids, int64_t n_used) {
+void mobile_recall::add(mobile_model_layer il, int32_t token, const int32_t * ids) {
     if (tokens.empty()) {
         return;
     }
-    routing & of_token = last[tokens[token]];
-    if (!of_token.has(il)) {
-        of_token.resize((size_t) il.n + 1);
+    std::vector<uint16_t> & experts = last[tokens[token]];
+    if (experts.size() < (size_t) (il.n + 1)*n_used) {
+        experts.resize((size_t) (il.n + 1)*n_used, NONE);
     }
-    of_token[il].assign(ids, ids + n_used);
+    std::copy(ids, ids + n_used, experts.begin() + (size_t) il.n*n_used);
 }
 
 void mobile_recall::tell(mobile_store & store) const {
     std::vector<mobile_store_part> parts;
     for (int32_t id : tokens) {
         const auto found = last.find(id);
-        if (found == last.end()) {
-            continue;
-        }
-        for (mobile_model_layer il(0); found->second.has(il); ++il) {
-            const mobile_store_layer layer = store.layer_of(il);
-            for (uint16_t expert : found->second[il]) {
-                for (int32_t s = 0; s < store.n_segments && !layer.is_none(); ++s) {
-                    parts.push_back(store.store_part_of(layer, store.part_of(expert, s)));
-                }
+        for (size_t i = 0; found != last.end() && i < found->second.size(); ++i) {
+            const mobile_store_layer layer = store.layer_of(mobile_model_layer((int64_t) i/n_used));
+            for (int32_t s = 0; s < store.n_segments && found->second[i] != NONE && !layer.is_none(); ++s) {
+                parts.push_back(store.store_part_of(layer, store.part_of(found->second[i], s)));
             }
         }
     }

@@ -19,17 +19,19 @@ struct llama_ubatch;
 
 class mobile_recall {
 public:
+    explicit mobile_recall(int32_t n_used) : n_used(n_used) {}
+
     void begin_pass(const llama_ubatch & ubatch);
     // what a token of the running pass was routed to. ids: [n_used], the model's
-    void add(mobile_model_layer il, int32_t token, const int32_t * ids, int64_t n_used);
+    void add(mobile_model_layer il, int32_t token, const int32_t * ids);
     // tells the store what the running pass will probably ask for
     void tell(mobile_store & store) const;
 
 private:
-    static constexpr size_t N_TOKENS_MAX = 8192;
+    static constexpr size_t   N_TOKENS_MAX = 4096; // 3 MiB of 48 layers and 8 experts
+    static constexpr uint16_t NONE         = UINT16_MAX;
 
-    using routing = mobile_by<mobile_model_layer, std::vector<uint16_t>>; // [n_used]
-
+    const int32_t n_used;
     std::vector<int32_t> tokens; // [n_tokens] ids of the running pass; empty: it has none
-    std::unordered_map<int32_t, routing> last;
+    std::unordered_map<int32_t, std::vector<uint16_t>> last; // [n_layer][n_used] by token
 };
