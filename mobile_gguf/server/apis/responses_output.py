@@ -27,7 +27,7 @@ def usage_of(usage: dict[str, Any]) -> dict[str, Any]:
         "input_tokens": usage["prompt_tokens"],
         "input_tokens_details": usage["prompt_tokens_details"],
         "output_tokens": usage["completion_tokens"],
-        "output_tokens_details": usage.get("completion_tokens_details") or {"reasoning_tokens": 0},
+        "output_tokens_details": usage["completion_tokens_details"],
         "total_tokens": usage["total_tokens"],
     }
     ours = {"tokens_per_second", "turns_left_out", "receipt", "queue", "notes"}
