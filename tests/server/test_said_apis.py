@@ -267,3 +267,60 @@ def test_a_model_thinks_calls_and_is_answered(server: Running, api: Any) -> None
         # what the model said is in the context as the template says it: only what is new is computed
         n_new = answer.usage["prompt_tokens"] - answer.usage["prompt_tokens_details"]["cached_tokens"]
         assert n_new < 64, answer.usage
+
+
+# what asks for no thoughts, and for few, by API
+SILENT = {
+    "chat": {"thinking": {"type": "disabled"}, "reasoning_effort": None},
+    "responses": {"reasoning": {"effort": "none"}},
+    "messages": {"thinking": {"type": "disabled"}},
+    "ollama": {"think": False},
+}
+FEW = {
+    "chat": {"thinking": {"type": "enabled", "budget_tokens": 2}},
+    "messages": {"thinking": {"type": "enabled", "budget_tokens": 2}},
+}
+
+
+@pytest.mark.parametrize("name", APIS)
+@pytest.mark.parametrize("stream", [True, False])
+def test_who_asks_for_no_thoughts_gets_none(server: Running, name: str, stream: bool) -> None:
+    """Also of a template that knows no such switch."""
+    api = APIS[name]
+    answer = ask(server, api, [api.question(QUESTION)], stream, **SILENT[name])
+    assert (answer.thought, answer.words, answer.calls) == ("", "", [(TOOL, ARGUMENTS)])
+    assert answer.ends == api.ends[0]
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_thoughts_end_after_the_budget_of_their_request(server: Running, name: str) -> None:
+    api = APIS[name]
+    for stream in (True, False):
+        answer = ask(server, api, [api.question(QUESTION)], stream, **FEW[name])
+        assert THOUGHT.startswith(answer.thought.strip())
+        assert 0 < len(answer.thought.strip()) < len(THOUGHT) - 7
+        assert (answer.words, answer.calls) == ("", [(TOOL, ARGUMENTS)])
+    # a budget of the request's own is stronger
+    answer = ask(server, api, [api.question(QUESTION)], False, **FEW[name], reasoning_budget=100)
+    assert answer.thought.strip() == THOUGHT
+
+
+EFFORTS = {
+    "chat": {"reasoning_effort": "low"},
+    "responses": {"reasoning": {"effort": "low"}},
+    "messages": {"output_config": {"effort": "low"}},
+    "ollama": {"think": "low"},
+}
+
+
+@pytest.mark.parametrize("name", APIS)
+def test_an_effort_reaches_the_template_that_knows_it(demo_gguf: Path, name: str) -> None:
+    api = APIS[name]
+    path = saying("harmony", demo_gguf)
+    with mobile_gguf.load(path, ram_budget="60%", n_ctx=512, threads=1) as model, running(model) as server:
+        body = {api.messages: [api.question("hi")], "stream": False, "max_tokens": 1, "max_output_tokens": 1}
+        made = server.post(api.path, {**body, **EFFORTS[name]})
+        assert made.status_code == 200, made.text
+        assert model.slots is not None
+        texts = [model.detokenize(one.tokens, special=True) for one in model.slots._sequences]
+    assert "Reasoning: low\n" in "".join(texts)
