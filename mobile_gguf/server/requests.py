@@ -340,7 +340,8 @@ class ChatRequest(Generation):
         default=None, description="read control tokens in the messages as such, not as text"
     )
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = Field(
-        default=None, description="given to the chat template; none: no thoughts, minimal: it is asked for none"
+        default=None,
+        description="given to the chat template; none: no thoughts, minimal: it is asked for none",
     )
     thinking: Thinking | None = Field(
         default=None, description="disabled: no thoughts; budget_tokens: at most so many tokens of them"
@@ -366,7 +367,9 @@ class ChatRequest(Generation):
     def options(self) -> dict[str, Any]:
         made = super().options()
         budget = None
-        if self.reasoning_effort == "none" or (self.thinking is not None and self.thinking.type == "disabled"):
+        if self.reasoning_effort == "none" or (
+            self.thinking is not None and self.thinking.type == "disabled"
+        ):
             budget = 0  # for templates that know no such switch
         elif self.thinking is not None and self.thinking.type == "enabled":
             budget = self.thinking.budget_tokens

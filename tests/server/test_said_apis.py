@@ -1,233 +1,24 @@
-"""Thoughts and calls in four families' own forms, said by a real engine, through every API, streamed and whole."""
+"""Thoughts and calls in four families' own forms, said by a real engine through every API."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 pytest.importorskip("fastapi", reason="pip install 'mobile-gguf[server]'")
 pytest.importorskip("llama_cpp", reason="run `mobile-gguf engine build`")
-from said_texts import ARGUMENTS, FAMILIES, PARAMETERS, THOUGHT, TOLD, TOOL, saying
-from server_harness import SECONDS, Running, running
+from said_apis import APIS, Chat, ask, data
+from said_texts import ARGUMENTS, FAMILIES, THOUGHT, TOLD, TOOL, saying
+from server_harness import Running, running
 
 import mobile_gguf
 
 QUESTION = "What is in the notes?"
 RESULT = "word"
-
-
-@dataclass
-class Answer:
-    """What came of one request: ``again`` is what the next one holds of it."""
-
-    thought: str
-    words: str
-    calls: list[tuple[str, dict[str, Any]]]
-    ends: str
-    usage: dict[str, Any]
-    again: list[dict[str, Any]]
-
-
-class Chat:
-    """``/v1/chat/completions``."""
-
-    path, messages, ends = "/v1/chat/completions", "messages", ("tool_calls", "stop")
-    tools = ({"type": "function", "function": {"name": TOOL, "parameters": PARAMETERS}},)
-    more: dict[str, Any] = {"reasoning_effort": "high", "stream_options": {"include_usage": True}}  # noqa: RUF012
-
-    def question(self, text: str) -> dict[str, Any]:
-        return {"role": "user", "content": text}
-
-    def result(self, answer: Answer, text: str) -> list[dict[str, Any]]:
-        [call] = answer.again[0]["tool_calls"]
-        return [{"role": "tool", "tool_call_id": call["id"], "content": text}]
-
-    def whole(self, made: dict[str, Any]) -> Answer:
-        [choice] = made["choices"]
-        message = choice["message"]
-        calls = [
-            (one["function"]["name"], json.loads(one["function"]["arguments"]))
-            for one in message.get("tool_calls", ())
-        ]
-        return Answer(
-            message.get("reasoning_content", ""),
-            message["content"] or "",
-            calls,
-            choice["finish_reason"],
-            made["usage"],
-            [message],
-        )
-
-    def streamed(self, text: str) -> Answer:
-        *chunks, last = [json.loads(one) for one in data(text) if one != "[DONE]"]
-        assert data(text)[-1] == "[DONE]"
-        message: dict[str, Any] = {"role": "assistant", "content": "", "reasoning_content": ""}
-        reason = None
-        for chunk in chunks:
-            [choice] = chunk["choices"]
-            delta = choice["delta"]
-            for name in ("content", "reasoning_content"):
-                message[name] += delta.get(name) or ""
-            for piece in delta.get("tool_calls", ()):
-                found = message.setdefault("tool_calls", [])
-                if piece["index"] == len(found):
-                    found.append({**piece, "function": {"name": piece["function"]["name"], "arguments": ""}})
-                found[piece["index"]]["function"]["arguments"] += piece["function"].get("arguments", "")
-            reason = choice["finish_reason"] or reason
-        return self.whole(
-            {"choices": [{"message": message, "finish_reason": reason}], "usage": last["usage"]}
-        )
-
-
-class Responses:
-    """``/v1/responses``."""
-
-    path, messages, ends = "/v1/responses", "input", ("completed", "completed")
-    tools = ({"type": "function", "name": TOOL, "parameters": PARAMETERS},)
-    more: dict[str, Any] = {"reasoning": {"effort": "high"}}  # noqa: RUF012
-
-    def question(self, text: str) -> dict[str, Any]:
-        return {"role": "user", "content": [{"type": "input_text", "text": text}]}
-
-    def result(self, answer: Answer, text: str) -> list[dict[str, Any]]:
-        [call] = [one for one in answer.again if one["type"] == "function_call"]
-        return [{"type": "function_call_output", "call_id": call["call_id"], "output": text}]
-
-    def whole(self, made: dict[str, Any]) -> Answer:
-        kinds = {kind: [one for one in made["output"] if one["type"] == kind] for kind in ITEMS}
-        calls = [(one["name"], json.loads(one["arguments"])) for one in kinds["function_call"]]
-        texts = [
-            "".join(part["text"] for one in kinds[kind] for part in one["content"])
-            for kind in ("reasoning", "message")
-        ]
-        usage = {
-            "prompt_tokens": made["usage"]["input_tokens"],
-            "prompt_tokens_details": made["usage"]["input_tokens_details"],
-            "completion_tokens_details": made["usage"]["output_tokens_details"],
-        }
-        return Answer(texts[0], texts[1], calls, made["status"], usage, made["output"])
-
-    def streamed(self, text: str) -> Answer:
-        events = [json.loads(one) for one in data(text)]
-        assert names(text) == [one["type"] for one in events]
-        assert [one["sequence_number"] for one in events] == list(range(len(events)))
-        kinds = [kind.removeprefix("response.") for kind, _ in groupby(one["type"] for one in events)]
-        response = events[-1]["response"]
-        expected = ["created", "in_progress"]
-        for item in response["output"]:
-            expected += STEPS[item["type"]]
-        assert kinds == [*expected, "completed"]
-        for kind, field in (("reasoning_text", "text"), ("output_text", "text"), ("function_call_arguments", "arguments")):
-            deltas = "".join(one["delta"] for one in events if one["type"] == f"response.{kind}.delta")
-            assert [deltas] == [one[field] for one in events if one["type"] == f"response.{kind}.done"] or not deltas
-        done = [one["item"] for one in events if one["type"] == "response.output_item.done"]
-        assert done == response["output"]
-        return self.whole(response)
-
-
-ITEMS = ("reasoning", "message", "function_call")
-_PART = ("output_item.added", "content_part.added")
-STEPS = {
-    "reasoning": [*_PART, "reasoning_text.delta", "reasoning_text.done", "content_part.done", "output_item.done"],
-    "message": [*_PART, "output_text.delta", "output_text.done", "content_part.done", "output_item.done"],
-    "function_call": [
-        "output_item.added", "function_call_arguments.delta", "function_call_arguments.done", "output_item.done",
-    ],
-}  # fmt: skip
-
-
-class Messages:
-    """``/v1/messages``."""
-
-    path, messages, ends = "/v1/messages", "messages", ("tool_use", "end_turn")
-    tools = ({"name": TOOL, "input_schema": PARAMETERS},)
-    more: dict[str, Any] = {"max_tokens": 200, "thinking": {"type": "enabled", "budget_tokens": 100}}  # noqa: RUF012
-
-    def question(self, text: str) -> dict[str, Any]:
-        return {"role": "user", "content": [{"type": "text", "text": text}]}
-
-    def result(self, answer: Answer, text: str) -> list[dict[str, Any]]:
-        [call] = [one for one in answer.again[0]["content"] if one["type"] == "tool_use"]
-        result = {"type": "tool_result", "tool_use_id": call["id"], "content": [{"type": "text", "text": text}]}
-        return [{"role": "user", "content": [result]}]
-
-    def whole(self, made: dict[str, Any]) -> Answer:
-        blocks = made["content"]
-        calls = [(one["name"], one["input"]) for one in blocks if one["type"] == "tool_use"]
-        texts = ["".join(one.get(kind, "") for one in blocks) for kind in ("thinking", "text")]
-        usage = made["usage"]
-        cached = usage["cache_read_input_tokens"]
-        counts = {"prompt_tokens": usage["input_tokens"] + cached, "prompt_tokens_details": {"cached_tokens": cached}}
-        message = {"role": "assistant", "content": blocks}
-        return Answer(texts[0], texts[1], calls, made["stop_reason"], usage | counts, [message])
-
-    def streamed(self, text: str) -> Answer:
-        events = [json.loads(one) for one in data(text)]
-        assert names(text) == [one["type"] for one in events]
-        start, *steps, delta, stop = events
-        assert (start["type"], delta["type"], stop["type"]) == ("message_start", "message_delta", "message_stop")
-        blocks: list[dict[str, Any]] = []
-        for step in steps:
-            assert step["index"] == len(blocks) - (step["type"] != "content_block_start")
-            if step["type"] == "content_block_start":
-                blocks.append(step["content_block"] | {"input_text": ""})
-            elif step["type"] == "content_block_delta":
-                kind, new = next((k, v) for k, v in step["delta"].items() if k != "type")
-                name = "input_text" if kind == "partial_json" else kind
-                blocks[-1][name] += new
-        for block in blocks:
-            arguments = block.pop("input_text")
-            if block["type"] == "tool_use":
-                block["input"] = json.loads(arguments)
-        made = start["message"] | delta["delta"] | {"content": blocks, "usage": delta["usage"]}
-        return self.whole(made)
-
-
-class Ollama:
-    """``/api/chat``."""
-
-    path, messages, ends, tools = "/api/chat", "messages", ("stop", "stop"), Chat.tools
-    more: dict[str, Any] = {"think": True}  # noqa: RUF012
-
-    question = Chat.question
-
-    def result(self, answer: Answer, text: str) -> list[dict[str, Any]]:
-        [call] = answer.again[0]["tool_calls"]
-        return [{"role": "tool", "tool_name": call["function"]["name"], "content": text}]
-
-    def whole(self, made: dict[str, Any]) -> Answer:
-        message = made["message"]
-        calls = [(one["function"]["name"], one["function"]["arguments"]) for one in message.get("tool_calls", ())]
-        return Answer(
-            message.get("thinking", ""), message["content"], calls, made["done_reason"], made["usage"], [message]
-        )
-
-    def streamed(self, text: str) -> Answer:
-        *lines, last = map(json.loads, text.splitlines())
-        assert [one["done"] for one in lines] == [False] * len(lines)
-        message = {"role": "assistant"} | {
-            name: "".join(one["message"].get(name, "") for one in lines) for name in ("content", "thinking")
-        }
-        calls = [call for one in lines for call in one["message"].get("tool_calls", ())]
-        return self.whole(last | {"message": message | ({"tool_calls": calls} if calls else {})})
-
-
-def data(text: str) -> list[str]:
-    return [line[6:] for line in text.splitlines() if line.startswith("data: ")]
-
-
-def names(text: str) -> list[str]:
-    return [line[7:] for line in text.splitlines() if line.startswith("event: ")]
-
-
-APIS: dict[str, Any] = {"chat": Chat(), "responses": Responses(), "messages": Messages(), "ollama": Ollama()}
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -237,22 +28,12 @@ def server(request: pytest.FixtureRequest, demo_gguf: Path) -> Iterator[Running]
         yield run
 
 
-def ask(server: Running, api: Any, conversation: list[Any], stream: bool, **more: Any) -> Answer:
-    body = {api.messages: conversation, "tools": list(api.tools), "stream": stream, "temperature": 0}
-    body |= api.more | more
-    if not stream:
-        body.pop("stream_options", None)
-    answer = httpx.post(server.url + api.path, json=body, timeout=SECONDS)
-    assert answer.status_code == 200, answer.text
-    return api.streamed(answer.text) if stream else api.whole(answer.json())
-
-
 @pytest.mark.parametrize("api", APIS.values(), ids=APIS)
 def test_a_model_thinks_calls_and_is_answered(server: Running, api: Any) -> None:
     conversation = [api.question(QUESTION)]
     said = []
     for stream in (False, True):
-        answer = ask(server, api, conversation, stream)
+        answer = ask(server.url, api, conversation, stream)
         assert (answer.thought.strip(), answer.words) == (THOUGHT, "")
         assert answer.calls == [(TOOL, ARGUMENTS)]
         assert answer.ends == api.ends[0]
@@ -261,7 +42,7 @@ def test_a_model_thinks_calls_and_is_answered(server: Running, api: Any) -> None
     assert details is None or details["reasoning_tokens"] > 2
     for stream, before in zip((True, False), said, strict=True):
         told = [*conversation, *before.again, *api.result(before, RESULT)]
-        answer = ask(server, api, told, stream)
+        answer = ask(server.url, api, told, stream)
         assert (answer.thought, answer.words, answer.calls) == ("", TOLD, [])
         assert answer.ends == api.ends[1]
         # what the model said is in the context as the template says it: only what is new is computed
@@ -287,7 +68,7 @@ FEW = {
 def test_who_asks_for_no_thoughts_gets_none(server: Running, name: str, stream: bool) -> None:
     """Also of a template that knows no such switch."""
     api = APIS[name]
-    answer = ask(server, api, [api.question(QUESTION)], stream, **SILENT[name])
+    answer = ask(server.url, api, [api.question(QUESTION)], stream, **SILENT[name])
     assert (answer.thought, answer.words, answer.calls) == ("", "", [(TOOL, ARGUMENTS)])
     assert answer.ends == api.ends[0]
 
@@ -296,12 +77,12 @@ def test_who_asks_for_no_thoughts_gets_none(server: Running, name: str, stream: 
 def test_thoughts_end_after_the_budget_of_their_request(server: Running, name: str) -> None:
     api = APIS[name]
     for stream in (True, False):
-        answer = ask(server, api, [api.question(QUESTION)], stream, **FEW[name])
+        answer = ask(server.url, api, [api.question(QUESTION)], stream, **FEW[name])
         assert THOUGHT.startswith(answer.thought.strip())
         assert 0 < len(answer.thought.strip()) < len(THOUGHT) - 7
         assert (answer.words, answer.calls) == ("", [(TOOL, ARGUMENTS)])
     # a budget of the request's own is stronger
-    answer = ask(server, api, [api.question(QUESTION)], False, **FEW[name], reasoning_budget=100)
+    answer = ask(server.url, api, [api.question(QUESTION)], False, **FEW[name], reasoning_budget=100)
     assert answer.thought.strip() == THOUGHT
 
 
@@ -324,3 +105,56 @@ def test_an_effort_reaches_the_template_that_knows_it(demo_gguf: Path, name: str
         assert model.slots is not None
         texts = [model.detokenize(one.tokens, special=True) for one in model.slots._sequences]
     assert "Reasoning: low\n" in "".join(texts)
+
+
+def test_words_have_log_probabilities_in_responses_too(server: Running) -> None:
+    """Of the words alone, without the tokens of the form around them."""
+    api = APIS["responses"]
+    first = ask(server.url, api, [api.question(QUESTION)], False)
+    told = [api.question(QUESTION), *first.again, *api.result(first, RESULT)]
+    asked = {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
+    body = {"input": told, "tools": list(api.tools), "temperature": 0, **asked}
+    whole = server.post(api.path, body).json()
+    [part] = whole["output"][0]["content"]
+    tokens = part["logprobs"]
+    assert "".join(one["token"] for one in tokens).strip() == TOLD
+    assert {len(one["top_logprobs"]) for one in tokens} == {2}
+    assert all(one["top_logprobs"][0]["token"] == one["token"] for one in tokens)
+    assert all(-1e-6 < one["logprob"] <= 0 and one["top_logprobs"][1]["logprob"] < -9 for one in tokens)
+
+    text = server.post(api.path, {**body, "stream": True}).text
+    events = [json.loads(one) for one in data(text)]
+    deltas = [
+        one for event in events if event["type"] == "response.output_text.delta" for one in event["logprobs"]
+    ]
+    [done] = [event for event in events if event["type"] == "response.output_text.done"]
+    assert [one["token"] for one in deltas] == [one["token"] for one in tokens]
+    assert done["logprobs"] == deltas
+    assert events[-1]["response"]["output"][0]["content"][0]["logprobs"] == deltas
+
+    # the same numbers as a chat has for these tokens, which has the form's besides
+    call = next(one for one in first.again if one["type"] == "function_call")
+    of_chat = {
+        "id": call["call_id"],
+        "type": "function",
+        "function": {"name": TOOL, "arguments": call["arguments"]},
+    }
+    messages = [
+        {"role": "user", "content": QUESTION},
+        {"role": "assistant", "content": None, "reasoning_content": first.thought, "tool_calls": [of_chat]},
+        {"role": "tool", "tool_call_id": call["call_id"], "content": RESULT},
+    ]
+    chat = {
+        "messages": messages,
+        "tools": list(Chat.tools),
+        "temperature": 0,
+        "logprobs": True,
+        "top_logprobs": 2,
+    }
+    found = server.post(Chat.path, chat).json()["choices"][0]["logprobs"]["content"]
+    assert [one["token"] for one in found if one["token"] in {one["token"] for one in tokens}] == [
+        one["token"] for one in tokens
+    ]
+    # who does not ask gets none
+    plain = server.post(api.path, {name: one for name, one in body.items() if name not in asked}).json()
+    assert plain["output"][0]["content"][0]["logprobs"] == []

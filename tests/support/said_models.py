@@ -25,7 +25,7 @@ _PIECE = 7  # characters, at least
 _SHARP = 10.0  # of queries and of keys: one place has all of the attention
 # In the head: of the token before, of who came before that one, and of a tool's answer; that one says too
 # little alone, and enough beside a part of the first.
-_NEXT, _APART, _TOLD = 4.0, 6.0, 3.0
+_NEXT, _APART, _TOLD = 16.0, 24.0, 12.0
 _START = -1  # what stands before a text
 CUT = "\0"  # in a text: here ends a token, and another begins
 
@@ -55,7 +55,10 @@ class Says:
 def write(path: Path, says: Says, demo: Path) -> Path:
     """Write the model; ``demo`` is the file that its vocabulary is of."""
     fields = gguf.GGUFReader(demo).fields
-    base = {name: fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "token_type", "merges", "pre")}
+    base = {
+        name: fields[f"tokenizer.ggml.{name}"].contents()
+        for name in ("tokens", "token_type", "merges", "pre")
+    }
     words = _Words(base["tokens"], says)
     weights = _Weights(words, says)
     writer = gguf.GGUFWriter(path, "qwen3moe")
@@ -96,7 +99,9 @@ def _of_bytes() -> dict[str, str]:
     """GPT-2's characters for bytes, and the bytes (as characters) that they stand for."""
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in shown]
-    return {chr(byte): chr(byte) for byte in shown} | {chr(256 + i): chr(byte) for i, byte in enumerate(others)}
+    return {chr(byte): chr(byte) for byte in shown} | {
+        chr(256 + i): chr(byte) for i, byte in enumerate(others)
+    }
 
 
 class _Words:
@@ -258,6 +263,9 @@ class _Weights:
                 if token != _START:
                     value[1, slot, self._place[token]] = 1
                     output[self._of_before + slot, 1, slot] = 1
-        made = {f"{name}.weight": one.reshape(2 * HEAD, n) for name, one in zip(names, (query, key, value), strict=True)}
+        made = {
+            f"{name}.weight": one.reshape(2 * HEAD, n)
+            for name, one in zip(names, (query, key, value), strict=True)
+        }
         made |= {"attn_output.weight": output.reshape(n, 2 * HEAD)}
         return {name: one.astype(np.float16) for name, one in made.items()}

@@ -50,27 +50,41 @@ def _harmony(name: str, arguments: dict[str, Any]) -> Says:
         end="<|call|>",
         then=f"<|channel|>final<|message|>{TOLD}<|return|>",
         told="<|start|>functions",
-        controls=("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|constrain|>", "<|return|>", "<|call|>"),
+        controls=(
+            "<|start|>",
+            "<|end|>",
+            "<|message|>",
+            "<|channel|>",
+            "<|constrain|>",
+            "<|return|>",
+            "<|call|>",
+        ),
         marks=("<|start|>functions", "assistant"),
     )
 
 
 def _deepseek(name: str, arguments: dict[str, Any]) -> Says:
-    begin, end = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
-    called = f"<｜tool▁call▁begin｜>{name}<｜tool▁sep｜>{json.dumps(arguments)}<｜tool▁call▁end｜>"
+    calls, end_calls = _mark("tool calls begin"), _mark("tool calls end")
+    call, end_call, behind_name = _mark("tool call begin"), _mark("tool call end"), _mark("tool sep")
+    output, end_output = _mark("tool output begin"), _mark("tool output end")
+    user, assistant = _mark("User"), _mark("Assistant")
+    begin, end = _mark("begin of sentence"), _mark("end of sentence")
+    called = f"{call}{name}{behind_name}{json.dumps(arguments)}{end_call}"
     return Says(
         "deepseek-ai-DeepSeek-V3.1",
-        f"<think>{THOUGHT}</think>{begin}{called}{end}",
-        starts={"<think>": THOUGHT, "</think>": begin, "<｜tool▁output▁end｜>": "<think>"},
-        end="<｜end▁of▁sentence｜>",
+        f"<think>{THOUGHT}</think>{calls}{called}{end_calls}",
+        starts={"<think>": THOUGHT, "</think>": calls, end_output: "<think>"},
+        end=end,
         then=TOLD,
-        told="<｜tool▁output▁begin｜>",
-        controls=("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"),
-        marks=(
-            *_THINK, "<｜User｜>", "<｜Assistant｜>", begin, end, "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>",
-            "<｜tool▁sep｜>", "<｜tool▁output▁begin｜>", "<｜tool▁output▁end｜>",
-        ),
-    )  # fmt: skip
+        told=output,
+        controls=(begin, end),
+        marks=(*_THINK, user, assistant, calls, end_calls, call, end_call, behind_name, output, end_output),
+    )
+
+
+def _mark(words: str) -> str:
+    """A mark between wide bars, with blocks for spaces."""
+    return f"<\uff5c{words}\uff5c>".replace(" ", "\u2581")
 
 
 def _glm(name: str, arguments: dict[str, Any]) -> Says:
