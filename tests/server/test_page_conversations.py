@@ -7,7 +7,7 @@ import pytest
 from fake_backend import FakeBackend, scripted
 
 pytest.importorskip("fastapi", reason="pip install 'mobile-gguf[server]'")
-from page_harness import DESKTOP, PHONE, ask, lines, opened
+from page_harness import DESKTOP, PHONE, ask, bodies_of, lines, opened
 from server_harness import Gate, running, until
 
 FIRST_WORDS = 4  # the prompt and three tokens
@@ -31,12 +31,6 @@ def said(page):
 
 def roles(body):
     return [(one["role"], one["content"]) for one in body["messages"]]
-
-
-def bodies_of(page):
-    found = []
-    page.on("request", lambda request: found.append(request.post_data_json) if request.post_data else None)
-    return found
 
 
 def test_an_answer_is_kept_as_it_comes_and_the_conversation_over_a_reload(browser, fake_model):

@@ -6,7 +6,7 @@ import pytest
 from fake_backend import FakeBackend, fake_info, scripted
 
 pytest.importorskip("fastapi", reason="pip install 'mobile-gguf[server]'")
-from page_harness import ask, opened
+from page_harness import ask, bodies_of, opened
 from server_harness import running
 
 from mobile_gguf.api.model import Model
@@ -217,10 +217,7 @@ def test_thoughts_are_folded_and_not_sent_back(browser, fake_model):
         running(fake_model(FakeBackend(scripted(text), n_ctx=4096))) as server,
         opened(browser, server) as page,
     ):
-        bodies = []
-        page.on(
-            "request", lambda request: bodies.append(request.post_data_json) if request.post_data else None
-        )
+        bodies = bodies_of(page)
         ask(page, "one")
         page.wait_for_selector(".again")
         assert page.inner_text(".assistant > .text") == "hello"
