@@ -5,9 +5,8 @@ Which experts each token wants is a replay's, so that it is known which of them 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import engine_libs
 import layout_files
@@ -16,9 +15,8 @@ import pytest
 import tiny_models
 from device_jobs import CPU, FETCH, device_run, rpc_servers, succeeded_on_devices
 from engine_jobs import on_engine, run, succeeded
+from scripted import MODEL, SPEC, Script
 
-MODEL = "qwen3moe"
-SPEC = tiny_models.MODELS[MODEL]
 LRU, MOEPIC, DECAY = range(3)
 MEMORY, DEVICE = "memory", "device"
 # Seven experts of each layer have a slot; of a device's slots four are always zero.
@@ -26,62 +24,11 @@ SHARE = {MEMORY: 28 / 64, DEVICE: 32 / 64}
 OLDER, NEWER = (0, 1, 2, 3), (0, 4, 5, 6)  # what is there before a draft
 LATER = (0, 7, 8, 9), OLDER  # of which the first has to displace some, and the second may want them
 
-Needs = Sequence[int]
-
 
 @pytest.fixture(scope="module")
 def rpc() -> Iterator[list[str]]:
     with rpc_servers() as endpoints:
         yield endpoints
-
-
-class Script:
-    """Ops of a text whose tokens want the experts that they are given, the same in every layer."""
-
-    def __init__(self) -> None:
-        self.ops: list[dict[str, Any]] = []
-        self.n_text = 0
-
-    def _wants(self, needs: Sequence[Needs]) -> None:
-        first = [OLDER] * self.n_text
-        ids = [[list(experts)] * SPEC.n_layer_moe for experts in [*first, *needs]]
-        self.ops.append({"op": "replay", "ids": ids})
-
-    def text(self, *needs: Needs) -> Script:
-        """Tokens one by one."""
-        self._wants(needs)
-        self.ops.append({"op": "steps", "tokens": [7] * len(needs), "pos": self.n_text})
-        self.n_text += len(needs)
-        return self
-
-    def sought(self, *needs: Needs) -> Script:
-        """Passes that are run for a draft, whose rows do not stay."""
-        self._wants(needs)
-        self.ops += [
-            {"op": "set_guessed", "guessed": "source"},
-            {"op": "steps", "tokens": [7] * len(needs), "pos": self.n_text},
-            {"op": "set_guessed", "guessed": "none"},
-            {"op": "remove", "pos": self.n_text},
-        ]
-        return self
-
-    def drafted(self, token: Needs, *drafts: Needs, n_right: int = 0, refuses: bool = True) -> Script:
-        """A pass over a token and a draft, right so far; ``refuses``: the engine is told of the rest."""
-        self._wants([token, *drafts])
-        n, n_right = 1 + len(drafts), 1 + n_right
-        self.ops += [
-            {"op": "set_guessed", "guessed": "draft"},
-            {"op": "decode", "tokens": [7] * n, "pos": self.n_text},
-            *([{"op": "refuse", "tokens": list(range(n_right, n))}] if refuses else []),
-            {"op": "set_guessed", "guessed": "none"},
-            {"op": "remove", "pos": self.n_text + n_right},
-        ]
-        self.n_text += n_right
-        return self
-
-    def and_(self, *ops: dict[str, Any]) -> Script:
-        self.ops += ops
-        return self
 
 
 def before_draft() -> Script:
