@@ -82,6 +82,12 @@ class Scheduler:
     def most(self) -> int:
         return self._growth.now if self._growth is not None else len(self.sequences)
 
+    @property
+    def at_work(self) -> tuple[int, int]:
+        """Answers in the making, and how many of them read their prompts; of any thread."""
+        taken = [one for one in self.sequences if one.is_taken]
+        return max(self.n_running, len(taken)), sum(one.reads_prompt for one in taken)
+
     def _foresee(self, n: int) -> float | None:
         """Tokens per second of so many answers together; 0 where the context has no room for their texts."""
         if self.watch is None:

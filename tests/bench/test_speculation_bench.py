@@ -132,6 +132,7 @@ def test_a_trace_is_followed_with_drafts(
         return Namespace(
             sources="off,ngram", threads=1, ctx_size=512, at_once=1, deterministic=False, draft=None,
             model=None, replay=Path("trace"), size="4MiB", tokens=24, rounds=1, sweep=True, prose=None,
+            lengths="",
         )  # fmt: skip
 
     command = ["speculation", "--replay", "trace", "--right", "0.5", "--budgets", "100%", "--sweep"]
@@ -188,7 +189,8 @@ def test_what_is_not_the_same_is_found(
 def test_each_arm_of_a_sweep_is_there() -> None:
     arms = speculation.arms_of(("off", "auto"), True)
     assert arms == [("off", None), ("auto", None), *(("ngram", n) for n in range(Tuner().most + 1))]
-    assert speculation.arms_of(("off", "mtp"), True)[-1] == ("mtp", Tuner().most)
+    arms = speculation.arms_of(("off", "auto", "ngram", "little"), False, [2, 4])
+    assert arms[2:] == [("ngram", 2), ("ngram", 4), ("little", 2), ("little", 4)]
     assert TINY_TRACE.n_steps == 14
 
 
@@ -198,13 +200,11 @@ def test_a_block_is_one_more_source(
 ) -> None:
     path = mtp_models.make(tmp_path / "right.gguf")
     usual = ["--rounds", "1", "--tokens", "40", "--threads", "1", "--ctx-size", "1024", "--texts", "code"]
-    command = ["speculation", str(path), "--budgets", "100%", "--sources", "off,mtp,auto", "--sweep", *usual]
-    code, rows = measured(command, speculation, monkeypatch, capsys)
+    command = ["speculation", str(path), "--budgets", "100%", "--sources", "off,auto,mtp", *usual]
+    code, rows = measured([*command, "--lengths", "1,4"], speculation, monkeypatch, capsys)
     assert code == 0
-    sources = [row[2] for row in rows]
-    assert sources[:3] == ["off", "mtp", "auto"]
-    held = rows[sources.index("mtp, 4")]
-    accepted, drafted = map(int, held[8].split("/"))
+    assert [row[2] for row in rows] == ["off", "auto", "mtp, 1", "mtp, 4"]
+    accepted, drafted = map(int, rows[-1][8].split("/"))
     assert accepted == drafted > 0
     for wrong in ([str(tiny_models.path("qwen3moe"))], [str(path), "--draft", str(path)]):
         with pytest.raises(SystemExit):
