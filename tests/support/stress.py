@@ -28,6 +28,7 @@ _PARTS = {
     "barrier": [C_SOURCES / "ggml" / "ggml-barrier.c", SHIM / "stress_barrier.c"],
     "store": [*sorted(_STORE.glob("mobile-store*.cpp")), C_SOURCES / "mobile-error.cpp"],
     "planted": [SHIM / "planted_reads.cpp", SHIM / "planted_store.cpp"],
+    "os": [_STORE / "mobile-os-posix.cpp", _STORE / "mobile-os-win32.cpp"],  # one of them is empty
 }
 _INCLUDED = {
     "planted": [_STORE / "mobile-os-posix.cpp", _STORE / "mobile-os-win32.cpp"]
@@ -36,6 +37,7 @@ _PROGRAMS = {
     "barrier_stress": ("barrier",),
     "store_stress": ("barrier", "store", "planted"),
     "store_order": ("barrier", "store", "planted"),
+    "os_check": ("os",),
 }
 LIBRARY = "store_order"  # for ctypes
 PATIENCE = 60  # seconds without a step, after which a program says that it hangs
