@@ -158,11 +158,22 @@ def say(what: str, good: bool, started: float, said: str) -> bool:
 
 # faults for the checks to catch
 
-ON_WINDOWS: dict[str, Changes] = {
-    "barrier_stress": {
-        "ggml-barrier.c": ("WakeAllConditionVariable(&g_come)", "WakeConditionVariable(&g_come)")
-    },
-    "store_stress": {"mobile-os-win32.cpp": ("(DWORD) (offset + n_read)", "(DWORD) n_read")},
+_WIN32 = "mobile-os-win32.cpp"
+ON_WINDOWS: dict[str, list[Changes]] = {
+    "os_check": [
+        {_WIN32: ("(DWORD) ((offset + n_read) >> 32)", "0")},  # above 4 GiB
+        {_WIN32: ("((uintptr_t) addr + page - 1)/page*page", "(uintptr_t) addr/page*page")},
+        {_WIN32: ("MEM_RESERVE, PAGE_READWRITE", "MEM_RESERVE | MEM_COMMIT, PAGE_READWRITE")},
+        {_WIN32: ("UnmapViewOfFile(base + offset);", "(void) base;")},
+        {_WIN32: ("return utf8_of(path);", "return std::string(path.begin(), path.end());")},
+    ],
+    "barrier_stress": [
+        {"ggml-barrier.c": ("WakeAllConditionVariable(&g_come)", "WakeConditionVariable(&g_come)")}
+    ],
+    "store_stress": [{_WIN32: ("(DWORD) (offset + n_read)", "(DWORD) n_read")}],
+}
+NEIGHBOURS: Changes = {
+    "mobile-os-posix.cpp": ("((uintptr_t) addr + page - 1)/page*page", "(uintptr_t) addr/page*page")
 }
 LOST: dict[str, Changes] = {
     "one of the sleepers is woken": {

@@ -1,7 +1,8 @@
-"""The engine for Windows, cross-compiled by mingw-w64, beside the same one for this Linux.
+"""The engine for Windows, cross-compiled by mingw-w64, and one for this Linux that it can be held against.
 
-Both are of one instruction set, so that they choose the same kernels and can be compared bit by bit. They lie in
-build/windows of the checkout, and only what changed is compiled again.
+Both CPU backends are compiled for one instruction set, so that they choose the same kernels, and with the same
+mathematics (shim/same_math.h): they can be compared bit by bit. The rest of Linux's is the installed engine. They
+lie in build/windows of the checkout, and only what changed is compiled.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine_libs import engine_lib
 from places import C_SOURCES, ROOT, SHIM
 
 from mobile_gguf.vendor import patchset, source
@@ -23,15 +25,17 @@ from mobile_gguf.vendor.pin import load_pin
 HOME = ROOT / "build" / "windows"
 _TREE = HOME / "tree"
 _LLAMA = _TREE / source.LLAMA_CPP
+_OURS = _TREE / source.SOURCES_IN_TREE
 _CROSS = "x86_64-w64-mingw32"
 # of the compiler: what its programs load
 _RUNTIME = ("libstdc++-6.dll", "libgcc_s_seh-1.dll", "libwinpthread-1.dll")
 
-# instructions that Wine's processor and ours have: 2013's. ggml's own threads, so that its barrier is ours
+# processors of 2013. ggml's own threads, so that its barrier is ours
 _OPTIONS = [
     "-DCMAKE_BUILD_TYPE=Release", "-DBUILD_SHARED_LIBS=ON", "-DGGML_RPC=ON", "-DGGML_CCACHE=OFF",
     "-DGGML_NATIVE=OFF", "-DGGML_SSE42=ON", "-DGGML_AVX=ON", "-DGGML_AVX2=ON", "-DGGML_FMA=ON",
     "-DGGML_F16C=ON", "-DGGML_BMI2=ON", "-DGGML_OPENMP=OFF",
+    f"-DCMAKE_PROJECT_llama.cpp_INCLUDE={SHIM / 'same_math.cmake'}",
     "-DLLAMA_BUILD_COMMON=OFF", "-DLLAMA_OPENSSL=OFF", "-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD_TOOLS=OFF",
     "-DLLAMA_BUILD_EXAMPLES=OFF", "-DLLAMA_BUILD_SERVER=OFF", "-DLLAMA_BUILD_APP=OFF",
 ]  # fmt: skip
@@ -45,6 +49,8 @@ _CROSS_OPTIONS = [
     "-DCMAKE_C_FLAGS=-D_WIN32_WINNT=0x0601",
 ]  # fmt: skip
 
+_LINUX_OPTIONS = ["-DCMAKE_BUILD_WITH_INSTALL_RPATH=ON", "-DCMAKE_INSTALL_RPATH=$ORIGIN"]
+
 
 @dataclass(frozen=True)
 class Engine:
@@ -57,49 +63,50 @@ class Engine:
         return HOME / ("windows" if self.windows else "linux")
 
     @property
-    def runner(self) -> Path:
-        return self.folder / "bin" / ("engine_job.exe" if self.windows else "engine_job")
+    def libraries(self) -> Path:
+        return self.folder / ("bin" if self.windows else "run")
 
     @property
-    def library(self) -> Path:
-        return self.folder / "bin" / ("libllama.dll" if self.windows else "libllama.so")
+    def runner(self) -> Path:
+        return self.libraries / ("engine_job.exe" if self.windows else "engine_job")
 
     def build(self, jobs: int) -> None:
         """Compile what has changed. Raises CalledProcessError; the output is in log.txt of the folder."""
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "log.txt").unlink(missing_ok=True)
         if not (self.folder / "build.ninja").exists():
-            cached = (
-                [f"-DCMAKE_{x}_COMPILER_LAUNCHER=ccache" for x in ("C", "CXX")]
-                if shutil.which("ccache")
-                else []
-            )
-            system = (
-                _CROSS_OPTIONS
-                if self.windows
-                else ["-DCMAKE_BUILD_WITH_INSTALL_RPATH=ON", "-DCMAKE_INSTALL_RPATH=$ORIGIN"]
-            )
-            self._run("cmake", "-S", _LLAMA, "-B", self.folder, "-G", "Ninja", *_OPTIONS, *system, *cached)
-        self._run("cmake", "--build", self.folder, "--target", "llama", "ggml-rpc", "--parallel", str(jobs))
-        compiler = f"{_CROSS}-g++-posix" if self.windows else "c++"
-        if self.windows:
-            for name in _RUNTIME:
-                found = subprocess.run(
-                    [compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True
-                )
-                shutil.copyfile(found.stdout.strip(), self.runner.parent / name)
-        libraries = [
-            self.runner.parent / f"lib{name}{self.library.suffix}" for name in ("llama", "ggml", "ggml-base")
-        ]
-        if self.windows:
-            libraries = [
-                path if path.exists() else path.with_name(path.name.removeprefix("lib")) for path in libraries
-            ]
-        self._run(
-            compiler, "-std=c++17", "-O1", "-Wall", SHIM / "engine_job.cpp", f"-I{C_SOURCES}", f"-I{_LLAMA / 'include'}",
-            f"-I{_LLAMA / 'ggml' / 'include'}", *libraries, *([] if self.windows else ["-Wl,-rpath,$ORIGIN"]),
-            "-o", self.runner,
-        )  # fmt: skip
+            system = _CROSS_OPTIONS if self.windows else _LINUX_OPTIONS
+            self._run("cmake", "-S", _LLAMA, "-B", self.folder, "-G", "Ninja", *_OPTIONS, *system, *_cache())
+        targets = ["llama", "ggml-rpc"] if self.windows else ["ggml-cpu"]
+        self._run("cmake", "--build", self.folder, "--parallel", str(jobs), "--target", *targets)
+        (self._build_for_windows if self.windows else self._build_for_linux)()
+
+    def _build_for_windows(self) -> None:
+        compiler = f"{_CROSS}-g++-posix"
+        for name in _RUNTIME:
+            command = [compiler, f"-print-file-name={name}"]
+            found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+            shutil.copyfile(found, self.libraries / name)
+        self._link(
+            compiler, *(self.libraries / name for name in ("libllama.dll", "ggml.dll", "ggml-base.dll"))
+        )
+
+    def _build_for_linux(self) -> None:
+        shutil.rmtree(self.libraries, ignore_errors=True)
+        self.libraries.mkdir()
+        for path in engine_lib().glob("lib*.so"):
+            shutil.copyfile(path, self.libraries / path.name)
+        shutil.copyfile(self.folder / "bin" / "libggml-cpu.so", self.libraries / "libggml-cpu.so")
+        # upstream's numbered name leads to the engine's: ggml's registry must be there once
+        (self.libraries / "libggml-base.so.0").symlink_to("libggml-base.so")
+        taken = [self.libraries / f"lib{name}.so" for name in ("llama", "ggml", "ggml-base", "ggml-cpu")]
+        self._link("c++", *taken, "-Wl,-rpath,$ORIGIN")
+
+    def _link(self, compiler: str, *words: str | Path) -> None:
+        folders = (C_SOURCES, _LLAMA / "include", _LLAMA / "ggml" / "include")
+        includes = [f"-I{folder}" for folder in folders]
+        runner = SHIM / "engine_job.cpp"
+        self._run(compiler, "-std=c++17", "-O1", "-Wall", runner, *includes, *words, "-o", self.runner)
 
     def _run(self, *command: str | Path) -> None:
         # git would find the checkout around it, and each commit of ours would be another version of ggml
@@ -108,18 +115,17 @@ class Engine:
             subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, check=True)
 
     def run(self, job: str, out: Path) -> subprocess.CompletedProcess[str]:
-        """Run a job (shim/engine_job.cpp) in ``out``, where it saves; paths in it are Linux's."""
+        """Run a job (shim/engine_job.cpp), which saves in ``out``; paths in it are Linux's."""
         out.mkdir(parents=True, exist_ok=True)
         text = out / "job.txt"
         text.write_text(job, encoding="utf-8")
         command = [*(["wine"] if self.windows else []), self.runner, text, out]
-        return subprocess.run(
-            command,
-            env=os.environ | {"WINEDEBUG": "-all"},
-            capture_output=True,
-            encoding="utf-8",
-            check=False,
-        )
+        quiet = os.environ | {"WINEDEBUG": "-all"}
+        return subprocess.run(command, env=quiet, capture_output=True, encoding="utf-8", check=False)
+
+
+def _cache() -> list[str]:
+    return [f"-DCMAKE_{x}_COMPILER_LAUNCHER=ccache" for x in ("C", "CXX")] if shutil.which("ccache") else []
 
 
 def update_sources() -> None:
@@ -134,19 +140,15 @@ def update_sources() -> None:
 
 @contextmanager
 def planted(engine: Engine, jobs: int, changes: Mapping[str, tuple[str, str]]) -> Iterator[None]:
-    """The engine with parts of our sources replaced, by their path below patches/src; afterwards as it was."""
-    kept = {name: (_TREE / source.SOURCES_IN_TREE / name).read_text(encoding="utf-8") for name in changes}
+    """The engine with parts of our sources replaced, by their names below patches/src; then as it was."""
+    kept = {name: (_OURS / name).read_text(encoding="utf-8") for name in changes}
     try:
         for name, (old, new) in changes.items():
             assert kept[name].count(old) == 1, f"{name} has {kept[name].count(old)} times {old!r}"
-            _write(name, kept[name].replace(old, new))
+            (_OURS / name).write_text(kept[name].replace(old, new), encoding="utf-8")
         engine.build(jobs)
         yield
     finally:
         for name, text in kept.items():
-            _write(name, text)
+            (_OURS / name).write_text(text, encoding="utf-8")
         engine.build(jobs)
-
-
-def _write(name: str, text: str) -> None:
-    (_TREE / source.SOURCES_IN_TREE / name).write_text(text, encoding="utf-8")
