@@ -1,8 +1,8 @@
 """The engine for Windows, cross-compiled by mingw-w64, and one for this Linux that it can be held against.
 
 Both CPU backends are compiled for one instruction set, so that they choose the same kernels, and with the
-same mathematics (shim/same_math.h): they can be compared bit by bit. What else Linux needs is of the installed
-engine. They lie in build/windows of the checkout, and only what changed is compiled.
+same mathematics (shim/same_math.h): they can be compared bit by bit. What else Linux needs is taken from the
+installed engine. They lie in build/windows of the checkout, and only what changed is compiled.
 """
 
 from __future__ import annotations

@@ -41,6 +41,9 @@ class Outcome:
     folder: Path
 
     def number(self, name: str) -> int:
+        """A count. Raises Differs where the job did not come as far as to say it."""
+        if name not in self.said:
+            raise Differs(f"{name} is not said: {self.said.get('load.error') or self.said}")
         return int(self.said[name])
 
     def logits(self, name: str) -> np.ndarray:
@@ -158,7 +161,7 @@ def check_alone(found: Outcome, what: str) -> None:
             _require_equal(found, found, f"{one.name}.{part}", f"{plain}.{part}", what)
         if one.threads == 1:
             _require_equal(found, found, f"{one.name}.little", "all.little", what)
-        if any(found.said[f"{one.name}.{part}.rc"] != "0" for part in ("prompt", "steps", "little")):
+        if any(found.number(f"{one.name}.{part}.rc") != 0 for part in ("prompt", "steps", "little")):
             raise Differs(f"{what}, {one.name}: a decode failed")
         peak, budget = found.number(f"{one.name}.resident_bytes_peak"), found.number(f"{one.name}.budget")
         if peak > budget:
