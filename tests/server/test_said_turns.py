@@ -1,4 +1,4 @@
-"""A long conversation of an agent, and first requests of real ones, on a real engine: what is computed of them."""
+"""A long conversation of an agent, and first requests of real ones, on a real engine: what is computed."""
 
 from __future__ import annotations
 
