@@ -6,7 +6,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := run
-.PHONY: run test quick test-portable lint docs page-libraries fuzz sanitize torture torture-headers torture-schemas bench gpu-kit engine stock wheels windows clean help
+.PHONY: run test quick test-portable lint docs pictures page-libraries fuzz sanitize torture torture-headers torture-schemas bench gpu-kit engine stock wheels windows clean help
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -74,6 +74,10 @@ docs: $(VENV)/.dev ## write docs/api.md from the docstrings, the table of docs/f
 	$(BIN)/python docs/make_api.py
 	$(BIN)/python docs/make_families.py
 	$(BIN)/python docs/make_man.py
+
+pictures: $(VENV)/.dev ## make docs/tui.svg and docs/serve.png anew, of the demo model
+	$(BIN)/python docs/make_picture.py
+	$(BIN)/python docs/make_page_picture.py
 
 page-libraries: $(VENV)/.dev ## fetch the page's libraries from npm again, and say version and sha256 of each file
 	$(BIN)/python tests/support/page_libraries.py --fetch

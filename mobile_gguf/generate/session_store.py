@@ -271,7 +271,10 @@ class SessionStore:
             n = len(one.tokens)
             has_all = usable(one.tokens, n, one.checkpoints, [*kept.tokens, -1]) == len(kept.tokens)
             if has_all and one.n_big >= kept.n_big:
-                os.utime(one.path)
+                try:
+                    os.utime(one.path)
+                except FileNotFoundError:  # another process has just made room with it
+                    continue
                 return
             if one.path.name.startswith(_GIVEN):
                 continue  # somebody wants it as it is

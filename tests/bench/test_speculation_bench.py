@@ -131,6 +131,7 @@ def test_a_trace_is_followed_with_drafts(
         return Namespace(
             sources="off,ngram", threads=1, ctx_size=512, at_once=1, deterministic=False, draft=None,
             model=None, replay=Path("trace"), size="4MiB", tokens=24, rounds=1, sweep=True, prose=None,
+            lengths="",
         )  # fmt: skip
 
     command = ["speculation", "--replay", "trace", "--right", "0.5", "--budgets", "100%", "--sweep"]
@@ -187,4 +188,6 @@ def test_what_is_not_the_same_is_found(
 def test_each_arm_of_a_sweep_is_there() -> None:
     arms = speculation.arms_of(("off", "auto"), True)
     assert arms == [("off", None), ("auto", None), *(("ngram", n) for n in range(Tuner().most + 1))]
+    arms = speculation.arms_of(("off", "auto", "ngram", "little"), False, [2, 4])
+    assert arms[2:] == [("ngram", 2), ("ngram", 4), ("little", 2), ("little", 4)]
     assert TINY_TRACE.n_steps == 14

@@ -20,7 +20,7 @@ import pytest
 from mobile_gguf.files.atomic import partial_path
 from mobile_gguf.files.lock import exclusive
 from mobile_gguf.generate.prefix_cache import Checkpoint, Kept, PrefixCache
-from mobile_gguf.generate.session_files import DamagedError, read, read_head
+from mobile_gguf.generate.session_files import DamagedError, Saved, read, read_head
 from mobile_gguf.generate.session_store import SessionFolder, SessionStore
 from mobile_gguf.generate.sessions import Sessions
 
@@ -249,6 +249,24 @@ def test_a_folder_that_cannot_be_written_is_told_once(tmp_path: Path) -> None:
     assert store.best(text(1), only_big=True) == (None, 0)
     (line,) = store.told
     assert "not kept for the next start" in line
+
+
+def test_a_text_that_goes_while_it_is_found_is_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, saved = Store(tmp_path), SessionFolder.saved
+    store.save(kept(text(1, 60), 3000))
+
+    def saved_and_gone(folder: SessionFolder) -> list[Saved]:
+        found = saved(folder)
+        for one in found:
+            one.path.unlink()
+        return found
+
+    monkeypatch.setattr(SessionFolder, "saved", saved_and_gone)
+    store.save(kept(text(1, 60), 3000))
+    assert store.told == []
+    assert len(files(tmp_path)) == 1
 
 
 def test_many_writers_share_a_folder(tmp_path: Path) -> None:

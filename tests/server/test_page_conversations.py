@@ -1,13 +1,14 @@
 """Conversations on the page: kept over a reload, changed by several tabs at once, out to a file and in."""
 
 import json
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import pytest
+from expert_source import ScriptedSource
 from fake_backend import FakeBackend, scripted
 
 pytest.importorskip("fastapi", reason="pip install 'mobile-gguf[server]'")
-from page_harness import DESKTOP, PHONE, ask, lines, opened
+from page_harness import DESKTOP, PHONE, ask, bodies_of, lines, opened
 from server_harness import Gate, running, until
 
 FIRST_WORDS = 4  # the prompt and three tokens
@@ -31,12 +32,6 @@ def said(page):
 
 def roles(body):
     return [(one["role"], one["content"]) for one in body["messages"]]
-
-
-def bodies_of(page):
-    found = []
-    page.on("request", lambda request: found.append(request.post_data_json) if request.post_data else None)
-    return found
 
 
 def test_an_answer_is_kept_as_it_comes_and_the_conversation_over_a_reload(browser, fake_model):
@@ -111,6 +106,63 @@ def test_new_open_rename_delete_and_take_back(browser, fake_model):
         page.wait_for_selector("#hello", state="visible")
 
 
+def test_a_question_is_edited_and_an_answer_copied(browser, fake_model):
+    backend = FakeBackend(scripted("hello"), n_ctx=4096)
+    with running(fake_model(backend)) as server, context_of(browser) as context:
+        context.grant_permissions(["clipboard-read", "clipboard-write"])
+        with opened(context, server) as page:
+            bodies = bodies_of(page)
+            for n, question in enumerate(("first", "second")):
+                ask(page, question)
+                page.wait_for_selector(f".assistant >> nth={n} >> .again")
+            page.click(".assistant >> nth=0 >> .foot .copy")
+            page.wait_for_selector(".foot .copy:has-text('Copied')")
+            assert page.evaluate("navigator.clipboard.readText()") == "hello"
+            # by keys alone; Esc leaves it as it is, and ends no answer
+            edit = page.locator(".user >> nth=0").get_by_role("button", name="Edit")
+            edit.focus()
+            page.keyboard.press("Enter")
+            page.keyboard.press("Control+a")
+            page.keyboard.type("other")
+            page.keyboard.press("Escape")
+            assert said(page) == ["first", "hello", "second", "hello"]
+            assert page.evaluate("document.activeElement.textContent") == "Edit"
+            page.keyboard.press("Enter")
+            page.keyboard.press("Control+a")
+            page.keyboard.type("third")
+            backend.on_evaluate = gate = Gate()
+            page.keyboard.press("Enter")
+            page.wait_for_selector("#send.stop")
+            assert not page.locator("button:has-text('Edit')").count()  # while it is answered
+            gate.open()
+            page.wait_for_selector(".again")
+            assert said(page) == ["third", "hello"]
+            assert roles(bodies[-1]) == [("user", "third")]
+            assert titles(page) == ["third"]
+            page.reload()
+            page.wait_for_selector("#mode option", state="attached")
+            assert said(page) == ["third", "hello"]
+            assert titles(page) == ["third"]
+            page.set_viewport_size(PHONE)
+            page.wait_for_selector("#list", state="hidden")
+
+
+def test_what_is_copied_without_a_secure_context(browser, fake_model):
+    with (
+        running(fake_model(FakeBackend(scripted("hello"), n_ctx=4096))) as server,
+        context_of(browser) as context,
+        opened(context, server) as page,
+    ):
+        ask(page, "one")
+        page.wait_for_selector(".again")
+        page.evaluate("Object.defineProperty(navigator, 'clipboard', { value: undefined })")
+        page.click(".foot .copy")
+        page.wait_for_selector(".foot .copy:has-text('Copied')")
+        page.focus("#prompt")
+        page.keyboard.press("Control+v")
+        assert page.input_value("#prompt") == "hello"
+
+
 def test_two_tabs_of_one_conversation_keep_the_turns_of_both(browser, fake_model):
     backend = FakeBackend(scripted("hello"), n_ctx=4096)
     with (
@@ -149,6 +201,35 @@ def test_two_tabs_of_one_conversation_keep_the_turns_of_both(browser, fake_model
         until(lambda: said(one) == [*both, "still here", "hello"])
 
 
+def test_many_windows_leave_connections_for_answers(browser, fake_model):
+    """A browser has six for all of them, and each of these is looked at."""
+    backend = FakeBackend(scripted("hello"), n_ctx=4096)
+    backend.expert_source = ScriptedSource(4, 16)
+    followed = []
+    with ExitStack() as stack:
+        server = stack.enter_context(running(fake_model(backend)))
+        context = stack.enter_context(context_of(browser))
+        context.on("requestfailed", lambda request: followed.remove(request) if request in followed else None)
+        context.on("request", lambda request: followed.append(request) if "experts" in request.url else None)
+        pages = [stack.enter_context(opened(context, server)) for _ in range(9)]
+        ask(pages[-1], "here")
+        pages[-1].wait_for_selector(".again")
+        for page in pages:
+            page.wait_for_selector("#map-note:has-text('of 64 in memory')")
+        until(lambda: pages[0].evaluate("1") and len(followed) == 1)
+        # who followed is gone, and another does
+        first = next(page for page in pages if page.evaluate("1") and followed[0].frame.page == page)
+        hide(first)
+        until(lambda: pages[0].evaluate("1") and len(followed) == 1 and followed[0].frame.page != first)
+
+
+def hide(page):
+    page.evaluate(
+        "Object.defineProperty(document, 'hidden', { get: () => true });"
+        "document.dispatchEvent(new Event('visibilitychange'))"
+    )
+
+
 def test_answers_of_several_conversations_go_on_beside_one_another(browser, fake_model):
     backend = FakeBackend(scripted("hello"), n_ctx=4096)
     backend.on_evaluate = gate = Gate()
@@ -173,10 +254,7 @@ def test_answers_of_several_conversations_go_on_beside_one_another(browser, fake
         assert said(page) == ["slow", "hello"]
         # a browser has six connections for all its tabs: one that nobody looks at holds none for the map
         with page.expect_event("requestfailed", lambda request: "/v1/experts" in request.url):
-            page.evaluate(
-                "Object.defineProperty(document, 'hidden', { get: () => true });"
-                "document.dispatchEvent(new Event('visibilitychange'))"
-            )
+            hide(page)
 
 
 def test_system_prompt_and_sampling_are_the_conversations(browser, fake_model):

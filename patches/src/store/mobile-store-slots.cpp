@@ -59,6 +59,9 @@ void mobile_store::evict(mobile_store_part part) {
 }
 
 bool mobile_store::may_go(const mobile_expert & x, mobile_store_layer layer, slot_use use, double now) const {
+    if (x.expected) {
+        return false;
+    }
     switch (use) {
         case SLOT_DEMAND:
             return true;
@@ -204,6 +207,9 @@ bool mobile_store::take_slot(locked & lock, mobile_store_layer layer, slot_use u
         }
         if (use != SLOT_DEMAND) {
             return false;
+        }
+        if (forget_expected()) {
+            continue;
         }
         if (n_in_flight == 0) {
             return false;
