@@ -121,8 +121,10 @@ wheels: $(VENV)/.package ## dist/: the package, and an engine for any processor,
 
 WINDOWS_LAYERS   ?= 400
 WINDOWS_SESSIONS ?= 12
-windows: $(VENV)/.dev ## barrier and expert store, compiled by mingw-w64 and run by Wine (docs/engine-build.md)
-	PYTHONPATH=tests/support $(BIN)/python tests/support/windows.py $(WINDOWS_LAYERS) $(WINDOWS_SESSIONS)
+# of each kind of layer, and the types that experts come in: f32, bf16, q8_0, q4_k with q6_k, mxfp4; in one file, in parts
+WINDOWS_MODELS   ?= mixtral qwen3moe-q4_k deepseek3 gpt-oss-mxfp4 qwen2moe-q8_0 olmoe-bf16 nemotron-h gemma4 mixtral-split
+windows: $(VENV)/.dev ## the engine, compiled by mingw-w64 and run by Wine, held against Linux' (docs/windows.md)
+	PYTHONPATH=tests/support $(BIN)/python tests/support/windows.py $(WINDOWS_LAYERS) $(WINDOWS_SESSIONS) $(WINDOWS_MODELS)
 
 clean: ## remove the virtual environment (the engine cache stays)
 	rm -rf $(VENV)

@@ -296,6 +296,7 @@ private:
     // of memory that nobody uses yet as much as the budget lacks
     void give_back_prefaulted();
     bool take_slot   (locked & lock, mobile_store_layer layer, slot_use use, double now, int32_t & slot);
+    bool take_memory (mobile_slot_class & c, int32_t & slot);
     mobile_store_part find_victim(mobile_store_layer layer, slot_use use, double now) const;
     bool    may_go     (const mobile_expert & x, mobile_store_layer layer, slot_use use, double now) const;
     void no_slot     (mobile_store_part part);
