@@ -8,7 +8,9 @@ length from 0 to 8; each arm has a tuner of its own. Medians of the rounds with 
 what was accepted, and what passes were to take and took; losing rows as well, and then which targets are
 met. ``--at-once 8`` makes so many answers at once, each of another place of the text. ``--replay TRACE`` is
 instead of MODEL: models that follow a trace's routing and say its next step with each probability of
-``--right``. ``--draft MODEL`` is one more source. A line of JSON for each run with ``--out``.
+``--right``. ``--draft MODEL`` is one more source. ``mtp`` among the sources loads the model with its block,
+for all arms: budgets in percent are then of the experts with the block's, and ``auto`` has it, too. A line of
+JSON for each run with ``--out``.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mobile_gguf.options.words import AUTO, DRAFT, LITTLE, NGRAM, OFF
+from mobile_gguf.gguf.info import read_gguf_info
+from mobile_gguf.hub.resolve import resolve_model
+from mobile_gguf.options.words import AUTO, DRAFT, LITTLE, MTP, NGRAM, OFF
 from mobile_gguf.wording import markdown_table
 
 from .record import in_own_process, keep_runs
@@ -54,6 +58,8 @@ def measure(budget: str, kind: str, args: argparse.Namespace) -> list[dict[str, 
     if args.draft is not None:
         sources.append(DRAFT)
         options["speculate"] = f"{DRAFT}={args.draft}"
+    elif MTP in sources:
+        options["speculate"] = MTP
     path, trace, right = args.model, None, 1.0
     if kind.startswith(REPLAY):
         right = float(kind.split()[1])
@@ -156,6 +162,11 @@ def main() -> int:
     args = parser.parse_args()
     if (args.model is None) == (args.replay is None):
         parser.error("give a MODEL, or --replay TRACE")
+    if MTP in args.sources.split(","):
+        if args.draft is not None:
+            parser.error(f"a model is loaded with its block or with a smaller model: {MTP} or --draft")
+        if args.model is None or not read_gguf_info(resolve_model(args.model)).n_layer_mtp:
+            parser.error(f"{args.model or args.replay} has no block for multi-token prediction ({MTP})")
     if args.run:
         print(json.dumps(measure(args.budgets, args.texts, args)))
         return 0

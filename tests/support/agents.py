@@ -4,8 +4,8 @@
 
 FOLDER is where ``npm install @openai/codex opencode-ai @anthropic-ai/claude-code`` was done. For each agent
 the model says thoughts and a call of the agent's own shell, which makes a file; once it has the result, it
-says so. An agent works if the file is there and the model's last words are on its screen. What it sent is kept
-in FOLDER/sent, one file a connection, for tests/data/agents.
+says so. An agent works if the file is there and the model's last words are on its screen. What it sent is
+kept in FOLDER/sent, one file a connection, for tests/data/agents.
 """
 
 from __future__ import annotations
