@@ -74,9 +74,9 @@ class Engine:
         """Compile what has changed. Raises CalledProcessError; the output is in log.txt of the folder."""
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "log.txt").unlink(missing_ok=True)
-        if not (self.folder / "build.ninja").exists():
-            system = _CROSS_OPTIONS if self.windows else _LINUX_OPTIONS
-            self._run("cmake", "-S", _LLAMA, "-B", self.folder, "-G", "Ninja", *_OPTIONS, *system, *_cache())
+        system = _CROSS_OPTIONS if self.windows else _LINUX_OPTIONS
+        # each time: our sources are what a pattern finds
+        self._run("cmake", "-S", _LLAMA, "-B", self.folder, "-G", "Ninja", *_OPTIONS, *system, *_cache())
         targets = ["llama", "ggml-rpc"] if self.windows else ["ggml-cpu"]
         self._run("cmake", "--build", self.folder, "--parallel", str(jobs), "--target", *targets)
         (self._build_for_windows if self.windows else self._build_for_linux)()
