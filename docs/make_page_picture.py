@@ -12,10 +12,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import ViewportSize, sync_playwright
 
 OUT = Path(__file__).with_name("serve.png")
-SIZE = {"width": 1280, "height": 800}
+SIZE = ViewportSize(width=1280, height=800)
 QUESTIONS = ("Name three primary colours.", "Why is the sky blue?")
 SERVE = ["serve", "demo", "--port", "0", "-c", "1024", "--ram-budget", "60%", "--mode", "big-little"]
 SERVE += ["--temp", "0", "--max-tokens", "60"]
