@@ -2,7 +2,7 @@
 
 ``python -m mobile_gguf.bench.speculation MODEL`` has the model go on with two texts under each budget: a
 file of code that is there a second time (an edit that changes little), and prose. One process for a budget
-and a text; its arms take turns, round after round, in one loaded model: no drafts, ``auto``, every source by
+and a text; its arms take turns, to and fro, in one loaded model: no drafts, ``auto``, every source by
 its tuned length and, with ``--sweep``, look-up drafts of each fixed length from 0 to 8; each arm has a tuner
 of its own. Medians of the rounds with their spread, bytes, experts, what was accepted, and what passes were
 to take and took; losing rows as well, and then which targets are met. ``--at-once 8`` makes so many answers
@@ -65,7 +65,7 @@ def measure(budget: str, kind: str, args: argparse.Namespace) -> list[dict[str, 
         arms = arms_of(sources, args.sweep)
         tuners = {arm: backend.speculation.make_tuner() for arm in arms}
         for round_ in range(args.rounds + 1):  # of the first nothing counts
-            for arm in arms:
+            for arm in arms if round_ % 2 else reversed(arms):
                 backend.speculation.tuner, backend.scheduler.watch = tuners[arm], None
                 tuners[arm].fixed = arm[1]
                 run = _run(model, subject, arm[0], never)
