@@ -1,14 +1,15 @@
 """What drafting gains and costs: tokens per second of every source of drafts over those without.
 
-``python -m mobile_gguf.bench.speculation MODEL`` has the model go on with two texts under each budget: a
-file of code that is there a second time (an edit that changes little), and prose. One process for a budget
-and a text; its arms take turns, to and fro, in one loaded model: no drafts, ``auto``, every source by
-its tuned length and, with ``--sweep``, look-up drafts of each fixed length from 0 to 8; each arm has a tuner
-of its own. Medians of the rounds with their spread, bytes, experts, what was accepted, and what passes were
-to take and took; losing rows as well, and then which targets are met. ``--at-once 8`` makes so many answers
-at once, each of another place of the text. ``--replay TRACE`` is instead of MODEL: models that follow a
-trace's routing and say its next step with each probability of ``--right``. ``--draft MODEL`` is one more
-source. A line of JSON for each run with ``--out``.
+``python -m mobile_gguf.bench.speculation MODEL`` has the model go on with two texts under each budget: a file
+of code that is there a second time (an edit that changes little), and prose. One process for a budget and a
+text; its arms take turns, to and fro, in one loaded model: no drafts, ``auto``, every source by its tuned
+length and, with ``--sweep``, look-up drafts of each fixed length from 0 to 8; each arm has a tuner of its
+own, which goes on from answer to answer or, with ``--first``, knows nothing before each. Medians of the
+rounds with their spread, bytes, experts, what was accepted, and what passes were to take and took; losing
+rows as well, and then which targets are met. ``--at-once 8`` makes so many answers at once, each of another
+place of the text. ``--replay TRACE`` is instead of MODEL: models that follow a trace's routing and say its
+next step with each probability of ``--right``. ``--draft MODEL`` is one more source. A line of JSON for each
+run with ``--out``.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ from .speculation_table import table, verdicts
 from .speculation_texts import CODE, PROSE, REPLAY, Subject, code_or_prose, steps_of, trace_of
 
 SOURCES = (OFF, AUTO, NGRAM, LITTLE)
-LENGTHS = range(9)
+LENGTHS = ",".join(map(str, range(9)))
 
 
-def arms_of(sources: Sequence[str], sweeps: bool) -> list[tuple[str, int | None]]:
+def arms_of(sources: Sequence[str], lengths: str | None) -> list[tuple[str, int | None]]:
     """Sources, and lengths that they are held to."""
     arms: list[tuple[str, int | None]] = [(source, None) for source in sources]
-    return arms + [(NGRAM, n) for n in LENGTHS] if sweeps else arms
+    return arms + [(NGRAM, int(n)) for n in lengths.split(",")] if lengths else arms
 
 
 def measure(budget: str, kind: str, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -66,6 +67,8 @@ def measure(budget: str, kind: str, args: argparse.Namespace) -> list[dict[str, 
         tuners = {arm: backend.speculation.make_tuner() for arm in arms}
         for round_ in range(args.rounds + 1):  # of the first nothing counts
             for arm in arms if round_ % 2 else reversed(arms):
+                if args.first:
+                    tuners[arm] = backend.speculation.make_tuner()
                 backend.speculation.tuner, backend.scheduler.watch = tuners[arm], None
                 tuners[arm].fixed = arm[1]
                 run = _run(model, subject, arm[0], never)
@@ -135,7 +138,10 @@ def main() -> int:
     parser.add_argument("--texts", default=f"{CODE},{PROSE}")
     parser.add_argument("--sources", default=",".join(SOURCES))
     parser.add_argument("--draft", metavar="MODEL", help="a smaller model that drafts, too")
-    parser.add_argument("--sweep", action="store_true", help="fixed lengths of look-up drafts, too")
+    parser.add_argument(
+        "--sweep", nargs="?", const=LENGTHS, metavar="LENGTHS", help="fixed lengths of look-up drafts, too"
+    )
+    parser.add_argument("--first", action="store_true", help="tuners know nothing before each answer")
     parser.add_argument("--prose", type=Path, help="a text (default: this folder's)")
     parser.add_argument("--replay", type=Path, metavar="TRACE", help="models that follow it, no MODEL")
     parser.add_argument("--right", default="0.6,0.8,0.95", help="how often these say the next step")

@@ -66,7 +66,8 @@ def test_targets_that_are_not_met_are_named() -> None:
         "ngram on the code, 100%: 1.15: 1.20 at the worst (100% code): met; "
         "by processor time 1.20 at the worst (100% code): met",
         "passes foreseen within 15%: -10% over all of them",
-        "the chosen length over the best of a sweep, 100% code: 0.95: 0.80 (length 4)",
+        "the chosen length over the best of a sweep, 100% code: 0.95: 0.80 (length 4); "
+        "by processor time 0.80 (length 4)",
     ]
     batch = [run("off", 10.0, 1, budget="100%"), run("auto", 10.2, 1, budget="100%")]
     assert verdicts(batch, 8)[1] == (
@@ -135,7 +136,8 @@ def test_a_trace_is_followed_with_drafts(
 
         return Namespace(
             sources="off,ngram", threads=1, ctx_size=512, at_once=1, deterministic=False, draft=None,
-            model=None, replay=Path("trace"), size="4MiB", tokens=24, rounds=1, sweep=True, prose=None,
+            model=None, replay=Path("trace"), size="4MiB", tokens=24, rounds=1, prose=None,
+            sweep=speculation.LENGTHS, first=False,
         )  # fmt: skip
 
     command = ["speculation", "--replay", "trace", "--right", "0.5", "--budgets", "100%", "--sweep"]
@@ -190,6 +192,6 @@ def test_what_is_not_the_same_is_found(
 
 
 def test_each_arm_of_a_sweep_is_there() -> None:
-    arms = speculation.arms_of(("off", "auto"), True)
+    arms = speculation.arms_of(("off", "auto"), speculation.LENGTHS)
     assert arms == [("off", None), ("auto", None), *(("ngram", n) for n in range(Tuner().most + 1))]
     assert TINY_TRACE.n_steps == 14
