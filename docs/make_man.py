@@ -16,7 +16,7 @@ from mobile_gguf.cli import make_parser
 from mobile_gguf.config import VERBS
 
 PAGE = Path(__file__).with_name("mobile-gguf.1")
-DATE = "2026-11-29"  # of the last change to the command line
+CHANGELOG = PAGE.parents[1] / "CHANGELOG.md"
 # groups that several verbs share are told once, in this order; by the titles of argparse's groups
 SHARED = {
     "load options": "OPTIONS OF LOADING",
@@ -50,14 +50,21 @@ def main() -> None:
     PAGE.write_text(page(), encoding="utf-8")
 
 
+def released(changelog: str, version: str) -> str:
+    """The day that ``version`` was released, by its heading in the changelog; empty before it is."""
+    found = re.search(rf"^## \[{re.escape(version)}\] - (\d{{4}}-\d\d-\d\d)$", changelog, re.MULTILINE)
+    return found[1] if found else ""
+
+
 def page() -> str:
     """The whole page in man(7)'s language."""
     parser = make_parser()
     verbs = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
     shared: dict[str, list[argparse.Action]] = {title: [] for title in SHARED}
+    day = released(CHANGELOG.read_text(encoding="utf-8"), __version__)
     lines = [
         '.\\" made by docs/make_man.py of the parser; do not edit',
-        f'.TH MOBILE-GGUF 1 {DATE} "mobile-gguf {__version__}" "User commands"',
+        f'.TH MOBILE-GGUF 1 "{day}" "mobile-gguf {__version__}" "User commands"',
         ".SH NAME",
         f"mobile-gguf \\- {_text('run Mixture-of-Experts models that do not fit into memory')}",
         ".SH SYNOPSIS",

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from .context import of_a_chat
-from .messages import as_messages
+from .messages import as_answer, as_messages
 
 if TYPE_CHECKING:
     from mobile_gguf.generate.answer import Chunk
@@ -35,20 +35,19 @@ class Conversation:
         """
         as_messages(text)
         self.turns.append({"role": "user", "content": text})
-        said = {"role": "assistant", "content": ""}
+        said = thought = ""
         try:
             for chunk in model.stream_chat(self.messages, **of_a_chat(options)):
-                said["content"] += chunk.text
-                if chunk.reasoning:  # the template says whether it is of use later
-                    said["reasoning_content"] = said.get("reasoning_content", "") + chunk.reasoning
+                said += chunk.text
+                thought += chunk.reasoning
                 yield chunk
         except Exception:
             self.turns.pop()
             raise
         except BaseException:  # Ctrl-C, or the consumer had enough
-            self.turns.append(said)
+            self.turns.append(as_answer(said, thought))
             raise
-        self.turns.append(said)
+        self.turns.append(as_answer(said, thought))
 
     def clear(self) -> None:
         """Forget the turns; the system message stays."""

@@ -20,6 +20,7 @@ from mobile_gguf.engine.warm import WarmSet
 from mobile_gguf.errors import BudgetError, EngineError, MobileError, ModelFormatError
 from mobile_gguf.gguf.caches import F16_KV
 from mobile_gguf.gguf.info import GgufInfo
+from mobile_gguf.memory.block import block_to_load
 from mobile_gguf.memory.buffers import with_buffers, with_settled_context
 from mobile_gguf.memory.fit import Asked, Fit, asked_of, fit_model
 from mobile_gguf.memory.machine import read_memory
@@ -32,7 +33,6 @@ from mobile_gguf.options.words import AUTO_PARALLEL, AUTO_UBATCH, OFF, ON, RAM
 from mobile_gguf.plan.split_file import split_plan_for
 from mobile_gguf.progress import Progress
 
-from .block import block_to_load
 from .session_cache import sessions_of
 
 if TYPE_CHECKING:
@@ -89,10 +89,7 @@ def open_backend(
         asked = with_settled_context(
             info, asked, memory, devices, lambda one: with_buffers(engine, info, one, keep_on)
         )
-    settled = asked
-    planned, why_no_mtp = block_to_load(
-        info, options, engine, devices, lambda one: fit_model(one, settled, memory), keep_on
-    )
+    planned, why_no_mtp = block_to_load(info, options, engine, devices, asked, memory, keep_on)
     more["mtp"] = planned.runs_mtp
     fit = fit_model(planned, asked, memory, devices) if engine is not None else None
     if fit is not None and fit.devices and not asked.insists:

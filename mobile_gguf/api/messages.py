@@ -28,6 +28,11 @@ def as_messages(messages: Messages) -> list[dict[str, Any]]:
     return checked
 
 
+def as_answer(text: str, thoughts: str = "") -> dict[str, Any]:
+    """A model's answer as a message of later turns; the template says whether its thoughts are of use."""
+    return {"role": "assistant", "content": text} | ({"reasoning_content": thoughts} if thoughts else {})
+
+
 def _as_message(message: Any) -> dict[str, Any]:
     if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
         raise UsageError(f"a chat message needs role and content, not {shown(message)}")

@@ -46,7 +46,10 @@ def _shown(name: str, value: Any) -> str:
 
 
 def running_facts(model: Model) -> dict[str, Any]:
-    """What may be asked of an open model from any thread: experts in memory, answers in the making."""
+    """What may be asked of an open model from any thread: experts in memory, answers in the making.
+
+    ``prompts`` is how many of the answers still have their prompts computed.
+    """
     facts: dict[str, Any] = {}
     places = model.experts().places()
     if places is not None:
@@ -55,7 +58,8 @@ def running_facts(model: Model) -> dict[str, Any]:
             facts["device_experts"] = int((places.device == RESIDENT).sum())
     with contextlib.suppress(MobileError):  # it may be closed meanwhile
         crew = model.crew
-        facts |= {"answers": crew.n_running, "most_answers": crew.most}
+        n_answers, n_prompts = crew.at_work
+        facts |= {"answers": n_answers, "prompts": n_prompts, "most_answers": crew.most}
     return facts
 
 

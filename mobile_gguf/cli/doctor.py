@@ -10,11 +10,12 @@ from mobile_gguf.files.paths import models_dir
 from mobile_gguf.wording import columns, plain
 
 if TYPE_CHECKING:
+    from mobile_gguf.plan.facts import LocalModel
     from mobile_gguf.plan.health import Finding
 
-_DESCRIPTION = """Look at processor, memory, engine, devices, folders and disk, and say what each has and
-what to do where something is amiss. It takes seconds and changes nothing. The exit status is 1 if something
-is wrong; a warning is not."""
+_DESCRIPTION = """Look at processor, memory, engine, devices, settings, folders, models and disk, and say what
+each has and what to do where something is amiss. It takes seconds and changes nothing. The exit status is 1
+if something is wrong; a warning is not."""
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -32,7 +33,8 @@ def run(args: argparse.Namespace) -> int:
     from mobile_gguf.plan import facts, health
 
     places = (models_dir(), cache_root())
-    findings = health.examine(facts.gather(path for place in places for path in place.rglob("*.gguf")))
+    files = (path for place in places for path in place.rglob("*.gguf"))
+    findings = health.examine(facts.gather(files, _models()))
     well = health.is_well(findings)
     if args.json:
         print(json.dumps({"ok": well, "findings": [finding.to_dict() for finding in findings]}))
@@ -40,6 +42,24 @@ def run(args: argparse.Namespace) -> int:
         for line in lines(findings):
             print(line)
     return 0 if well else 1
+
+
+def _models() -> list[LocalModel]:
+    """The models of ``list``, as a run with this configuration would find them."""
+    from mobile_gguf.config import VERBS, read_defaults, values_of
+    from mobile_gguf.errors import MobileError
+    from mobile_gguf.hub.listing import list_models
+    from mobile_gguf.options import LoadOptions, make_options
+    from mobile_gguf.plan.facts import LocalModel
+    from mobile_gguf.plan.known import Here
+
+    try:
+        options = make_options(LoadOptions, values_of(read_defaults("run", VERBS), LoadOptions))
+    except MobileError:  # which is a finding of its own
+        options = LoadOptions()
+    entries = list_models(Here(options.rpc, options))
+    # the demo that was not made yet has no file
+    return [LocalModel(entry.name, entry.problem, entry.refusal) for entry in entries if entry.path]
 
 
 def lines(findings: list[Finding]) -> list[str]:

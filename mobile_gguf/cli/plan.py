@@ -15,12 +15,14 @@ from mobile_gguf.hub.resolve import resolve_model
 from mobile_gguf.memory.machine import read_memory
 from mobile_gguf.memory.promise import promised
 from mobile_gguf.options import LoadOptions, make_options
+from mobile_gguf.options.words import MTP
 
 from .chosen import add_chosen_arguments, settle
 from .common import load_options, narrate
 from .progress import Progress
 
 if TYPE_CHECKING:
+    from mobile_gguf.engine.binding import Engine
     from mobile_gguf.engine.devices import Device
     from mobile_gguf.memory.fit import Asked
     from mobile_gguf.memory.machine import Memory
@@ -52,6 +54,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(args: argparse.Namespace) -> int:
     """Run the verb."""
     # what plans and measures is imported only now, so that every other verb starts without it
+    from mobile_gguf.memory.block import block_to_load
     from mobile_gguf.memory.fit import asked_of
     from mobile_gguf.plan.machine import Measurements, read_measurements
     from mobile_gguf.plan.planner import make_plan, plan_facts, plan_lines
@@ -70,9 +73,13 @@ def run(args: argparse.Namespace) -> int:
     asked = asked_of(info, options)
     devices, notes = _devices(options, asked)
     memory = promised(options, read_memory())
-    asked = _measure_buffers(info, asked, memory, devices)
+    engine = _engine()
+    asked = _measure_buffers(engine, info, asked, memory, devices)
+    loaded, why_no_block = block_to_load(info, options, engine, devices, asked, memory)
+    if why_no_block and options.speculate == MTP:
+        notes.append(f"{why_no_block}: --speculate {MTP} has no effect")
     # what does not fit is refused before a minute is spent on measuring
-    fit = plan_fit(info, asked, memory, devices, n_bits)
+    fit = plan_fit(loaded, asked, memory, devices, n_bits)
     known = read_measurements()
     measurements = Measurements(known.identity) if args.measure else known
     if not args.no_measure:
@@ -92,6 +99,7 @@ def run(args: argparse.Namespace) -> int:
         notes=notes,
         reference=args.model,
         asked=asked,
+        loaded=loaded,
     )
     print(json.dumps(plan_facts(plan), ensure_ascii=False) if args.json else "\n".join(plan_lines(plan)))
     return 0
@@ -114,17 +122,23 @@ def _devices(options: LoadOptions, asked: Asked) -> tuple[list[Device], list[str
         raise FitError(str(error)) from None
 
 
-def _measure_buffers(info: GgufInfo, asked: Asked, memory: Memory, devices: Sequence[Device]) -> Asked:
+def _engine() -> Engine | None:
+    from mobile_gguf.engine.binding import find_engine
+
+    try:
+        return find_engine()
+    except EngineError:
+        return None
+
+
+def _measure_buffers(
+    engine: Engine | None, info: GgufInfo, asked: Asked, memory: Memory, devices: Sequence[Device]
+) -> Asked:
     """What a context's buffers take is asked of the engine, where there is one; a child reads the header. The
     context is chosen with it, where nobody said one."""
-    from mobile_gguf.engine.binding import find_engine
     from mobile_gguf.memory.buffers import with_buffers, with_settled_context
     from mobile_gguf.plan.refusal import compared
 
-    try:
-        engine = find_engine()
-    except EngineError:
-        engine = None
     if engine is None:
         return asked
 

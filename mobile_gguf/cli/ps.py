@@ -14,8 +14,8 @@ from mobile_gguf.wording import columns, format_duration, plain
 from .common import narrate
 
 _DESCRIPTION = """List the servers and chats of this user that are running: where they listen, the memory that
-they take, how many experts are in memory, and how many of a server's sequences make an answer now.
-`mobile-gguf stop` ends a server."""
+they take, how many experts are in memory, and how many answers they make now, of how many that they may,
+some of which may still read their prompts. `mobile-gguf stop` ends a server."""
 _HEADS = ("PID", "WHAT", "MODEL", "ADDRESS", "MEMORY", "EXPERTS", "ANSWERS", "SINCE")
 
 
@@ -59,9 +59,17 @@ def _row(one: Running) -> tuple[str, ...]:
         plain(str(facts.get("address") or "-")),
         "-" if memory is None else format_bytes(memory),
         experts,
-        _of(facts.get("answers"), facts.get("most_answers")),
+        _answers(facts),
         format_duration(time.time() - since) if isinstance(since, (int, float)) else "-",
     )
+
+
+def _answers(facts: dict[str, Any]) -> str:
+    said = _of(facts.get("answers"), facts.get("most_answers"))
+    prompts = facts.get("prompts")
+    if not isinstance(prompts, int) or not prompts:
+        return said
+    return f"{said}, {'1 reads its prompt' if prompts == 1 else f'{prompts} read their prompts'}"
 
 
 def _of(some: Any, of: Any) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from mobile_gguf.api.attached_files import with_files
 from mobile_gguf.api.context import of_a_chat
 from mobile_gguf.api.last_conversation import LAST, remember
+from mobile_gguf.api.messages import as_answer
 from mobile_gguf.api.model import Model
 from mobile_gguf.errors import UsageError, require_unicode
 from mobile_gguf.flags import read_text_file
@@ -88,10 +89,10 @@ def run(args: argparse.Namespace) -> int:
         # A model without a template was not taught to chat.
         raw = args.raw or (model.info.chat_template is None and args.system is None and not args.goes_on)
         messages = [*conversation.messages, {"role": "user", "content": prompt}]
-        answer: list[str] = []
+        heard: list[tuple[str, str]] = []  # words and thoughts
         if args.json:
             reply = model.generate(prompt, **options) if raw else model.chat(messages, **options)
-            answer.append(reply.text)
+            heard.append((reply.text, reply.reasoning))
             n_tokens, speed = reply.usage["completion_tokens"], reply.timings["predicted_per_second"]
             foreseen = compare(model, reply.receipt, n_tokens, speed)
             plan = None if foreseen is None else foreseen.to_dict()
@@ -99,15 +100,15 @@ def run(args: argparse.Namespace) -> int:
             reason = reply.finish_reason
         else:
             ask = partial(model.stream, prompt) if raw else partial(model.stream_chat, messages)
-            last = show_answer(lambda told: _heard(ask(on_prompt=told, **options), answer), sys.stdout)
+            last = show_answer(lambda told: _heard(ask(on_prompt=told, **options), heard), sys.stdout)
             foreseen = None
             if last is not None:
                 foreseen = compare(model, last.receipt, last.completion_tokens, last.tokens_per_second)
             show_receipt(last, "" if foreseen is None else str(foreseen))
             reason = last.finish_reason if last is not None else INTERRUPTED
         if not raw and (model.sessions is not None or args.goes_on):
-            said = {"role": "assistant", "content": "".join(answer)}
-            conversation.turns += [messages[-1], said]
+            said, thought = map("".join, zip(*heard, strict=True)) if heard else ("", "")
+            conversation.turns += [messages[-1], as_answer(said, thought)]
             remember(conversation, args.goes_on or LAST)
     return EXIT_INTERRUPTED if reason == INTERRUPTED else 0
 
@@ -120,11 +121,13 @@ def compare(model: Model, receipt: Receipt, n_tokens: int, tokens_per_second: fl
     return compare_run(model.info, model.options, receipt, n_tokens, tokens_per_second, device)
 
 
-def _heard(chunks: Generator[Chunk, None, None], texts: list[str]) -> Generator[Chunk, None, None]:
-    """The chunks of an answer, whose texts are kept."""
+def _heard(
+    chunks: Generator[Chunk, None, None], heard: list[tuple[str, str]]
+) -> Generator[Chunk, None, None]:
+    """The chunks of an answer, whose words and thoughts are kept."""
     with closing(chunks):
         for chunk in chunks:
-            texts.append(chunk.text)
+            heard.append((chunk.text, chunk.reasoning))
             yield chunk
 
 

@@ -19,7 +19,7 @@ from mobile_gguf.errors import EngineError, MobileError
 
 MANIFEST = "_mobile_engine.json"  # in the installed llama_cpp package, as vendor/build.py writes it
 TIMEOUT_S = 30.0  # the first call to a driver that nobody uses takes seconds
-_LIBRARY_VARIABLE = "LLAMA_CPP_LIB_PATH"
+LIBRARY_VARIABLE = "LLAMA_CPP_LIB_PATH"
 _HOST_BACKENDS = {"cpu", "rpc"}
 
 
@@ -28,7 +28,7 @@ def may_have_devices() -> bool:
 
     True where only its library could tell. A stock llama.cpp has no device tier.
     """
-    if os.environ.get(_LIBRARY_VARIABLE):
+    if os.environ.get(LIBRARY_VARIABLE):
         return True
     # find_spec of a top-level package imports nothing
     spec = importlib.util.find_spec("llama_cpp")

@@ -25,6 +25,7 @@ from .forks import abandon_in_children, forked, let_children_load
 from .structs import (
     ABI_VERSION,
     EVICTION,
+    GUESSED,
     IO,
     Counters,
     CountersStruct,
@@ -98,7 +99,7 @@ class Engine:
             "set_replay": (status, [address, address, n, n, n]),
             "set_precise": (status, [ctypes.c_bool]),
             "set_row_exact": (status, [address, ctypes.c_bool]),
-            "set_guessed": (status, [address, ctypes.c_bool]),
+            "set_guessed": (status, [address, ctypes.c_int32]),
             "refuse": (status, [address, address, n]),
             "mtp_set_states": (status, [address, ctypes.c_bool, ctypes.c_bool]),
             "mtp_get_states": (status, [address, n, n, address]),
@@ -222,9 +223,13 @@ class Engine:
         """Whether each token of the passes to come has the bits that it has alone, on the CPU."""
         self._check(self._call("set_row_exact", ctx, on), "choosing the kernels of single rows")
 
-    def set_guessed(self, ctx: int, on: bool) -> None:
-        """Whether tokens of the passes to come may turn out to be none of the text."""
-        self._check(self._call("set_guessed", ctx, on), "keeping what tokens ask for")
+    def set_guessed(self, ctx: int, guessed: str) -> None:
+        """Which tokens of the passes to come are guessed, a name of GUESSED.
+
+        ``none``: all are of the text. ``draft``: of the text are those that ``refuse`` does not name.
+        ``source``: none is, they are run for a draft.
+        """
+        self._check(self._call("set_guessed", ctx, GUESSED[guessed]), "keeping what tokens ask for")
 
     def refuse(self, ctx: int, tokens: Sequence[int]) -> None:
         """Have tokens of the last decode, by their places in its batch, be none of the text.

@@ -12,7 +12,7 @@ from typing import Any
 
 from mobile_gguf.options.words import BUDDY, CACHE, HOST, LAYERS, LIVE, OFF, ON, PRIOR
 
-ABI_VERSION = 6
+ABI_VERSION = 7
 
 # the engine's numbers for the words of the options
 EVICTION = {"lru": 0, "moepic": 1, "decay": 2}
@@ -21,6 +21,7 @@ MISS = {"auto": 0, "fetch": 1, "cpu": 2}
 PLACEMENT = {HOST: 0, CACHE: 1, LAYERS: 2}
 PREFETCH = {OFF: 0, ON: 1, "auto": 2}
 SUBSTITUTE = {OFF: 0, BUDDY: 1, LIVE: 2, PRIOR: 3, "random": 4}  # random: only for experiments
+GUESSED = {"none": 0, "draft": 1, "source": 2}
 OBSERVE = {"routes": 1, "neurons": 2, "inputs": 4}
 NOT_RESIDENT, LOADING, RESIDENT = 0, 1, 2
 ROUTED_MAX = 65536  # entries of what was routed that a context keeps

@@ -10,12 +10,16 @@ class Crew(Protocol):
     """Answers in the making, ``n_running`` of ``most`` that there may be at present; all of one thread.
 
     ``spawn`` begins one, which goes on with each ``advance``. What its work raises it has to tell itself.
+    ``at_work`` may be asked from any thread: answers in the making, also those that nobody spawned, and how
+    many of them still have their prompt computed.
     """
 
     n_running: int
 
     @property
     def most(self) -> int: ...
+    @property
+    def at_work(self) -> tuple[int, int]: ...
     @property
     def joins(self) -> bool: ...  # whether who asks is one of several, and not the first
     @property
@@ -32,6 +36,7 @@ class Alone:
 
     n_running = 0
     most = 1
+    at_work = (0, 0)
     joins = False
     iteration_ms = None
 

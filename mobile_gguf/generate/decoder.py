@@ -27,7 +27,7 @@ from mobile_gguf.engine.loss import (
     token_loss,
 )
 from mobile_gguf.engine.rpc import context_loss
-from mobile_gguf.engine.structs import LossCounters
+from mobile_gguf.engine.structs import GUESSED, LossCounters
 from mobile_gguf.errors import EngineError, ExpertReadError, MobileError, UsageError
 
 from .decode import ALL_EXPERTS
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from .head import Head
     from .speculation.mtp_context import MtpContext
 
+_NONE, _DRAFT, _SOURCE = GUESSED  # which tokens of a decode are of the text
 _states: Any = llama_cpp  # its types of these calls are narrower than what they take
 
 
@@ -59,6 +60,7 @@ class Slice:
     keeps_state: bool = False  # the last token's hidden state
     mass: int = 0
     is_drafted: bool = False  # a generated token and those drafted behind it
+    is_guess: bool = False  # one token that is run for a draft only
 
     @property
     def may_lack(self) -> bool:
@@ -118,7 +120,8 @@ class Decoder:
         self.n_passes = 0
         self._experts = ALL_EXPERTS  # of tokens that no mask names
         self._is_lossy = False  # whether these may lose
-        self._has_drafts = self._is_row_exact = False  # the last decode
+        self._guessed = _NONE  # of the last decode's tokens, as the engine was told
+        self._is_row_exact = False  # the last decode
         self._is_unsure = False  # a decode failed that may have left its masks
         self._loss: LossRules | None = None  # that the engine was told
         self._mass = 0
@@ -169,19 +172,27 @@ class Decoder:
 
     def _expect_drafts(self, slices: Sequence[Slice]) -> None:
         """Have drafted tokens not count as uses yet, and those of one answer get the bits of single ones."""
-        on = any(one.is_drafted for one in slices)
-        if self.engine is not None and on != self._has_drafts:
-            self.engine.set_guessed(self.native.ctx, on)
-        self._has_drafts = on
-        on = on and len(slices) == 1
+        has_drafts = any(one.is_drafted for one in slices)
+        has_guesses = any(one.is_guess for one in slices)
+        guessed = _DRAFT if has_drafts or has_guesses else _NONE
+        if all(one.is_guess for one in slices):
+            guessed = _SOURCE
+        if self.engine is not None and guessed != self._guessed:
+            self.engine.set_guessed(self.native.ctx, guessed)
+        self._guessed = guessed
+        on = has_drafts and len(slices) == 1
         if self.row_exact is not None and on != self._is_row_exact:
             self.row_exact.set_row_exact(self.native.ctx, on)
             self._is_row_exact = on
 
     def refuse(self, places: Sequence[int]) -> None:
         """Have drafted tokens of the last decode, by their outputs, count as never run."""
-        if self.engine is not None and self._has_drafts and places:
+        if self.engine is not None and self._guessed == _DRAFT and places:
             self.engine.refuse(self.native.ctx, places)
+
+    def _refuse_guesses(self, slices: Sequence[Slice], last: Sequence[int]) -> None:
+        """Have what was run for a draft, beside others' tokens, count as never run."""
+        self.refuse([place for one, place in zip(slices, last, strict=True) if one.is_guess])
 
     def keep_states(self, keep: bool) -> None:
         """Whether the passes to come keep hidden states: then logits of every token are computed, too."""
@@ -206,6 +217,7 @@ class Decoder:
             self.mtp.before(slices)
         self._calls.decode(self._batch)
         self._is_unsure = False
+        self._refuse_guesses(slices, last)
         if self.mtp is not None:
             self.mtp.after(slices)
         return last

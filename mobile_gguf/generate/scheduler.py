@@ -27,6 +27,7 @@ from .growth import Growth
 from .room import Room
 from .speculation.costs import usual_cost
 from .speculation.watch import StepWatch, watching
+from .together import Together
 from .turns import Turns
 from .wish import Task, Wish
 
@@ -67,6 +68,7 @@ class Scheduler:
         self._waiting: list[Wish] = []
         self._alone: list[Task] = []
         self._aside = Aside()
+        self.together = Together(is_shared=len(sequences) > 1 and not in_turn)
         self._n_decodes = 0
         self._own = sequences[0]  # of whoever is no task
         self.n_accepted = 0  # drafted tokens, since the last decode
@@ -79,6 +81,12 @@ class Scheduler:
     @property
     def most(self) -> int:
         return self._growth.now if self._growth is not None else len(self.sequences)
+
+    @property
+    def at_work(self) -> tuple[int, int]:
+        """Answers in the making, and how many of them read their prompts; of any thread."""
+        taken = [one for one in self.sequences if one.is_taken]
+        return max(self.n_running, len(taken)), sum(one.reads_prompt for one in taken)
 
     def _foresee(self, n: int) -> float | None:
         """Tokens per second of so many answers together; 0 where the context has no room for their texts."""
@@ -191,6 +199,8 @@ class Scheduler:
     def advance(self) -> None:
         """One decode of what answers wait for, each of which goes on with what came of it."""
         self._go_on_without_us()
+        for task, error, value in self.together.found():
+            self._go_on(task, *value, error=error)
         for wish in [one for one in self._waiting if one.may_stop()]:
             self._waiting.remove(wish)
             self._wake(wish, error=AnswerStopped("the answer was stopped while it waited for its turn"))
@@ -216,8 +226,10 @@ class Scheduler:
 
     def stop(self) -> None:
         """End all answers."""
-        while self._waiting or self._alone or self._aside.is_busy:
+        while self._waiting or self._alone or self._aside.is_busy or self.together.is_waiting:
             self._go_on_without_us()
+            for task in self.together.leave():
+                self._go_on(task, error=AnswerStopped("the answer was stopped"))
             for wish in list(self._waiting):
                 self._waiting.remove(wish)
                 self._wake(wish, error=AnswerStopped("the answer was stopped"))

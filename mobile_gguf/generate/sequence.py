@@ -64,6 +64,11 @@ class TokenSequence(Cells):
         self._is_guess = False
         self._state_at = -1  # how many tokens there were when the last pass left its hidden state
 
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether a prompt is being computed, as opposed to what follows it."""
+        return self._in_prompt
+
     # growing
 
     def begin(self, prompt: Sequence[int]) -> list[int]:

@@ -76,5 +76,5 @@ class Wish:
             return Slice(sequence.number, start, tokens)
         return Slice(
             sequence.number, start, tokens, self.experts, self.rules, self.every_output or self.is_drafted,
-            self.keeps_state, self.mass, self.is_drafted,
+            self.keeps_state, self.mass, self.is_drafted, self.is_guess,
         )  # fmt: skip

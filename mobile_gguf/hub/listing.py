@@ -30,7 +30,8 @@ class ModelEntry:
     """A model as ``list`` shows it; ``problem`` says why it cannot be run, ``info`` is None then.
 
     ``fit`` is where a run with default flags would put it now, None if it does not fit at all. ``speed`` is
-    what the plan predicts of that run, None where the machine or its device was not measured.
+    what the plan predicts of that run, None where the machine or its device was not measured. ``refusal``:
+    why it does not fit.
     """
 
     name: str
@@ -41,6 +42,7 @@ class ModelEntry:
     problem: str = ""
     fit: Fit | None = None
     speed: Prediction | None = None
+    refusal: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """The object of ``list --json``; bytes, shares from 0 to 1."""
@@ -152,8 +154,8 @@ def _described(
 def _placed(entry: ModelEntry, info: GgufInfo, here: Here) -> ModelEntry:
     try:
         fit = here.fit(info)
-    except UsageError:
-        return entry
+    except UsageError as error:
+        return replace(entry, refusal=str(error))
     return replace(entry, fit=fit, speed=here.speed(info, fit) if info.is_moe else None)
 
 

@@ -56,6 +56,15 @@ class Demand:
             self.vocabulary_bytes + other.vocabulary_bytes,
         )
 
+    def __sub__(self, other: Demand) -> Demand:
+        return Demand(
+            self.dense_bytes - other.dense_bytes,
+            self.kv_bytes - other.kv_bytes,
+            self.compute_bytes - other.compute_bytes,
+            self.idle_bytes - other.idle_bytes,
+            self.vocabulary_bytes - other.vocabulary_bytes,
+        )
+
     def __str__(self) -> str:
         return (
             f"dense weights {format_bytes(self.dense_bytes)}, KV {format_bytes(self.kv_bytes)}, "

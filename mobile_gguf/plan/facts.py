@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import platform
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mobile_gguf import vendor
+from mobile_gguf.config import VERBS, config_path, preset_names, read_defaults, read_preset
+from mobile_gguf.device.ask import LIBRARY_VARIABLE
 from mobile_gguf.errors import MobileError
 from mobile_gguf.files.paths import cache_dir, models_dir
 from mobile_gguf.memory.cgroup import read_text
@@ -39,11 +42,14 @@ import json
 from mobile_gguf.vendor import engine_info
 info = engine_info()
 if info["library"]:
+    from mobile_gguf.engine.binding import find_engine, load_library
     from mobile_gguf.engine.devices import all_devices
     from mobile_gguf.engine.log import capture_log
     from mobile_gguf.errors import EngineError
     try:
         capture_log()
+        if not find_engine():
+            info["problem"] = f"{load_library()[1]} is a stock llama.cpp's"
         info["devices"] = [device.to_dict() for device in all_devices()]
     except EngineError as error:
         info["problem"] = info["problem"] or str(error)
@@ -71,6 +77,25 @@ class Reads:
 
 
 @dataclass(frozen=True)
+class Settings:
+    """The configuration file, which need not exist; what is wrong with it or a variable; broken presets."""
+
+    path: Path
+    exists: bool = False
+    problem: str = ""
+    presets: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class LocalModel:
+    """A model of this machine: what is wrong with its file, or why there is not enough memory for it."""
+
+    name: str
+    problem: str = ""
+    refusal: str = ""
+
+
+@dataclass(frozen=True)
 class Facts:
     """Of this machine, this Python environment and this process."""
 
@@ -87,10 +112,13 @@ class Facts:
     engine_problem: str
     build_problem: str  # why an engine could not be compiled here; empty if it could
     folders: tuple[Folder, ...]
+    settings: Settings
+    other_library: str = ""  # a folder whose library the environment has loaded in place of the installed one
+    models: tuple[LocalModel, ...] = ()
     reads: Reads = field(default_factory=Reads)
 
 
-def gather(files: Iterable[Path]) -> Facts:
+def gather(files: Iterable[Path], models: Iterable[LocalModel] = ()) -> Facts:
     """Look at this machine; takes seconds. ``files`` are models whose disk may be measured."""
     identity = identify_machine()
     engine, problem = _ask_engine()
@@ -108,6 +136,9 @@ def gather(files: Iterable[Path]) -> Facts:
         engine_problem=problem,
         build_problem=vendor.build_problem(),
         folders=(_folder(CACHE, cache_dir()), _folder(MODELS, models_dir())),
+        settings=_settings(),
+        other_library=os.environ.get(LIBRARY_VARIABLE, ""),
+        models=tuple(models),
         reads=_reads(files),
     )
 
@@ -147,6 +178,20 @@ def _folder(name: str, path: Path) -> Folder:
     except OSError as error:
         free, problem = 0, f"{existing}: {(error.strerror or str(error)).lower()}"
     return Folder(name, path, free, problem)
+
+
+def _settings() -> Settings:
+    path = config_path()
+    broken = [said for name in preset_names() if (said := _complaint(read_preset, name, "", VERBS))]
+    return Settings(path, path.exists(), _complaint(read_defaults, "", VERBS), tuple(broken))
+
+
+def _complaint(read: Callable[..., Any], *arguments: Any) -> str:
+    try:
+        read(*arguments)
+    except MobileError as error:
+        return str(error)
+    return ""
 
 
 def _reads(files: Iterable[Path]) -> Reads:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
+from mobile_gguf.device.ask import LIBRARY_VARIABLE
 from mobile_gguf.sizes import GIB, MIB, format_bytes
 
 from .facts import CACHE, Facts, Folder
@@ -77,11 +78,7 @@ def _memory(facts: Facts) -> Iterator[Finding]:
         f"{format_bytes(memory.available_bytes)} of {format_bytes(memory.total_bytes)} available "
         f"(says {memory.source})"
     )
-    more = (
-        "raise the limit of the container or unit (docker: --memory, systemd: MemoryMax=)"
-        if memory.is_capped
-        else "end what else takes memory"
-    )
+    more = _more_memory(facts)
     if memory.available_bytes < _MIN_MEMORY:
         advice = f"{more}: below {format_bytes(_MIN_MEMORY)} not even the demo model runs"
         yield Finding("memory", WRONG, text, advice)
@@ -94,6 +91,12 @@ def _memory(facts: Facts) -> Iterator[Finding]:
         )
     else:
         yield Finding("memory", OK, text)
+
+
+def _more_memory(facts: Facts) -> str:
+    if facts.memory.is_capped:
+        return "raise the limit of the container or unit (docker: --memory, systemd: MemoryMax=)"
+    return "end what else takes memory"
 
 
 def _address_space(facts: Facts) -> Iterator[Finding]:
@@ -126,12 +129,13 @@ def _engine(facts: Facts) -> Iterator[Finding]:
     if not installed["patched"]:
         yield Finding("engine", WRONG, f"llama-cpp-python {version} is installed and is not ours", make)
         return
-    if info["problem"] or not info["library"]:
-        yield Finding("engine", WRONG, info["problem"] or "its library is missing", make)
+    abi, wanted = info["abi_version"], info["abi_version_expected"]
+    if abi not in (None, wanted):
+        yield Finding("engine", WRONG, f"ABI version {abi}, and this package needs {wanted}", make)
         return
-    if info["abi_version"] != info["abi_version_expected"]:
-        text = f"ABI version {info['abi_version']}, and this package needs {info['abi_version_expected']}"
-        yield Finding("engine", WRONG, text, make)
+    if info["problem"] or not info["library"]:
+        advice = f"take {LIBRARY_VARIABLE} out of the environment" if facts.other_library else make
+        yield Finding("engine", WRONG, info["problem"] or "its library is missing", advice)
         return
     target = installed["target"]
     kind = f"for any processor ({target})" if target else "compiled for this machine"
@@ -192,6 +196,32 @@ def _folder(folder: Folder) -> Finding:
     return Finding(folder.name, OK, text)
 
 
+def _settings(facts: Facts) -> Iterator[Finding]:
+    settings = facts.settings
+    if settings.problem:
+        yield Finding("settings", WRONG, settings.problem, "correct it or take it out (docs/config.md)")
+    elif settings.exists:
+        yield Finding("settings", OK, str(settings.path))
+    else:
+        yield Finding("settings", OK, f"as built in: there is no {settings.path}")
+    for problem in settings.presets:
+        yield Finding("presets", WARNING, problem, "correct it or remove the file")
+
+
+def _models(facts: Facts) -> Iterator[Finding]:
+    for model in facts.models:
+        if model.problem:
+            yield Finding(
+                "model", WARNING, f"{model.name} cannot be used: {model.problem}",
+                "download or convert it again, or remove it with `mobile-gguf rm`",
+            )  # fmt: skip
+        elif model.refusal:
+            yield Finding(
+                "model", WARNING, f"{model.name} cannot be loaded: {model.refusal}",
+                f"{_more_memory(facts)}, or choose a smaller one: `mobile-gguf plan MODEL` says what fits",
+            )  # fmt: skip
+
+
 def _reads(facts: Facts) -> Iterator[Finding]:
     reads = facts.reads
     if reads.problem:
@@ -209,7 +239,7 @@ def _reads(facts: Facts) -> Iterator[Finding]:
 
 
 _RULES: tuple[Callable[[Facts], Iterator[Finding]], ...] = (
-    _processor, _quota, _memory, _address_space, _engine, _devices, _folders, _reads,
+    _processor, _quota, _memory, _address_space, _engine, _devices, _settings, _folders, _models, _reads,
 )  # fmt: skip
 
 

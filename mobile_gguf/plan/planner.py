@@ -20,6 +20,7 @@ from mobile_gguf.options.words import AUTO_MODE, BIG_LITTLE, EXACT, LITTLE
 from mobile_gguf.sizes import AUTO, OFF, Size, format_bytes, whole_mebibytes
 from mobile_gguf.wording import name_lines, shell_command
 
+from .block import Block, block_of
 from .disk import disk_name
 from .ggml import device_key
 from .machine import Measurements, correct, lesson_for
@@ -55,6 +56,7 @@ class Plan:
         PromptPrediction, ...
     ] = ()  # of a first prompt, by length; empty as above, and with devices
     one_more: OneMore | None = None  # of the host's memory; None with devices
+    block: Block | None = None  # that drafts, if it is loaded
 
     def prediction(self, mode: str) -> Prediction | None:
         """The prediction of a mode."""
@@ -73,14 +75,16 @@ def make_plan(
     notes: Sequence[str] = (),
     reference: str = "",
     asked: Asked | None = None,
+    loaded: GgufInfo | None = None,
 ) -> Plan:
     """Plan a model by its header, the memory there is and what was measured. Raises FitError.
 
     ``reference`` is the model's name in the command that is suggested; without it that is the path. ``asked``
-    is what the options ask for, if that is known already.
+    is what the options ask for, if that is known already. ``loaded`` is ``info`` with the model's MTP block,
+    where it is loaded with it: speeds are those without drafts.
     """
-    memory = memory or promised(options, read_memory())
-    fit = plan_fit(info, asked or asked_of(info, options), memory, devices, n_bits)
+    memory, loaded = memory or promised(options, read_memory()), loaded or info
+    fit = plan_fit(loaded, asked or asked_of(info, options), memory, devices, n_bits)
     modes = (EXACT, BIG_LITTLE, LITTLE) if info.is_moe and info.n_expert_used > 1 else (EXACT,)
     if keys.LOSS_JSON in info.metadata:
         modes = (*modes, AUTO_MODE)
@@ -100,17 +104,18 @@ def make_plan(
     settings = settings_of(info, options, fit, EXACT)
     prefill = predict_prefill(info, workload, measurements, settings, disk_name(info.path))
     return Plan(
-        info=info,
+        info=loaded,
         fit=fit,
         predictions=tuple(found),
         prefill_s=prefill,
-        command=suggest(info, options, fit, found, reference),
+        command=suggest(loaded, options, fit, found, reference),
         measured=measurements.date() if found else "",
         lessons=lessons,
         n_bits=n_bits,
-        notes=(*fit.notes, *_advice(info, fit), *notes),
+        notes=(*fit.notes, *_advice(loaded, fit), *notes),
         prompts=predict_prompts(info, workload, measurements, settings, disk_name(info.path)),
-        one_more=None if fit.devices else one_more_gib(info, fit, speed),
+        one_more=None if fit.devices else one_more_gib(loaded, fit, speed),
+        block=block_of(info, loaded, fit),
     )
 
 
@@ -225,6 +230,7 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
         "vocabulary_bytes": fit.demand.vocabulary_bytes,
         "mapped_bytes": plan.info.lazy_bytes,
         "expert_bytes": plan.info.expert_bytes,
+        "mtp": None if plan.block is None else plan.block.to_dict(),
         "ram_budget_bytes": fit.ram_budget_bytes,
         "ram_share": round(fit.ram_share, 4),
         "devices": [_device_facts(device) for device in fit.devices],
@@ -269,6 +275,8 @@ def plan_lines(plan: Plan) -> list[str]:
     if info.mtp_bytes:
         idle = f"{format_bytes(info.mtp_bytes)} of blocks that predict several tokens at once (MTP)"
         rows.append(("not loaded", idle))
+    if plan.block is not None:
+        rows.append(("drafts", f"by the model's MTP block, counted here: {plan.block}"))
     context = f"{format_bytes(rest.kv_bytes)} KV, {format_bytes(rest.buffer_bytes)} buffers in {where}"
     size = f"{fit.asked.n_ctx} tokens{fit.asked.sequences}, micro-batches of {fit.asked.n_ubatch}"
     rows.append(("context", f"{size}: {context}"))

@@ -22,7 +22,6 @@ _OURS = "mobile-gguf"
 # What every server takes; others of ours are for servers of ours.
 _OF_ALL = ("max_tokens", "temperature", "top_p", "stop", "seed", "presence_penalty", "frequency_penalty")
 _SHOWN = 12  # models of a server in an error
-_THINKING = "<think>", "</think>\n"
 
 
 @dataclass(frozen=True)
@@ -158,7 +157,7 @@ class RemoteModel:
         extras = {"continuous_usage_stats": True} if self.is_ours else {}
         return {
             "model": self.id,
-            "messages": list(messages),
+            "messages": [message if self.is_ours else _without_thoughts(message) for message in messages],
             "stream": True,
             "stream_options": {"include_usage": True, **extras},
             **values,
@@ -175,7 +174,6 @@ class _Answer:
         self._n_events = 0
         self._usage: dict[str, Any] = {}
         self._reason: str | None = None
-        self._thinks = False
 
     def add(self, event: dict[str, Any]) -> Chunk | None:
         """What an event adds; None if that is no text."""
@@ -187,23 +185,13 @@ class _Answer:
             return None
         self._reason = choice.get("finish_reason") or self._reason
         delta = choice.get("delta") or choice.get("message") or {}
-        text = self._text(delta.get("reasoning_content") or delta.get("reasoning"), delta.get("content"))
-        if not text:
+        text = _text(delta.get("content"))
+        thought = _text(delta.get("reasoning_content")) or _text(delta.get("reasoning"))
+        if not (text or thought):
             return None
         self._n_events += 1
         self._first = self._first if self._first is not None else time.monotonic()
-        return self._chunk(text, None)
-
-    def _text(self, thought: Any, said: Any) -> str:
-        """What was thought between marks, as models write it, then what is said."""
-        text = ""
-        if isinstance(thought, str) and thought:
-            text += ("" if self._thinks else _THINKING[0]) + thought
-            self._thinks = True
-        if isinstance(said, str) and said:
-            text += (_THINKING[1] if self._thinks else "") + said
-            self._thinks = False
-        return text
+        return self._chunk(text, None, thought)
 
     @property
     def is_whole(self) -> bool:
@@ -214,7 +202,7 @@ class _Answer:
         """The last chunk, which says how it ended."""
         return self._chunk("", {"length": LENGTH, None: INTERRUPTED}.get(self._reason, STOP))
 
-    def _chunk(self, text: str, finish_reason: str | None) -> Chunk:
+    def _chunk(self, text: str, finish_reason: str | None, thought: str = "") -> Chunk:
         n_prompt = _whole(self._usage.get("prompt_tokens"))
         n_tokens = _whole(self._usage.get("completion_tokens")) or self._n_events
         seconds = time.monotonic() - (self._first if self._first is not None else self._begun)
@@ -224,7 +212,8 @@ class _Answer:
             rate = (n_tokens - 1) / seconds if n_tokens > 1 and seconds > 0 else 0.0
         said = self._usage.get("receipt") if self._is_ours else None
         receipt = receipt_of(said) if isinstance(said, dict) else PlainReceipt(mode="", n_tokens=n_tokens)
-        return Chunk(text, None, n_prompt, n_tokens, float(rate), finish_reason, receipt)
+        rate = float(rate)
+        return Chunk(text, None, n_prompt, n_tokens, rate, finish_reason, receipt, reasoning=thought)
 
 
 def receipt_of(said: Mapping[str, Any]) -> Receipt:
@@ -241,6 +230,15 @@ def receipt_of(said: Mapping[str, Any]) -> Receipt:
 def _known(kind: type[Any], said: Mapping[str, Any]) -> dict[str, Any]:
     names = {item.name for item in dataclasses.fields(kind)}
     return {name: value for name, value in said.items() if name in names}
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def _without_thoughts(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message as any server takes it: some refuse what was thought, which is not of OpenAI's API."""
+    return {name: value for name, value in message.items() if name != "reasoning_content"}
 
 
 def _plain_value(value: Any) -> Any:

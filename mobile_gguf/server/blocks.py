@@ -7,8 +7,10 @@ is nobody's words where a thought or a call stands beside it: it is kept back un
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+
+from mobile_gguf.generate.logprobs import TokenLogprob
 
 from .produce import Event
 
@@ -18,22 +20,24 @@ Kind = Literal["thought", "words", "call"]
 
 @dataclass
 class Block:
-    """A block so far; a call's ``text`` is its arguments, JSON."""
+    """A block so far; a call's ``text`` is its arguments, JSON. Words have ``logprobs``, if asked for."""
 
     index: int
     kind: Kind
     text: str = ""
     id: str = ""  # of a call
     name: str = ""
+    logprobs: list[TokenLogprob] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Step:
-    """What happened to a block: it ``begins``, it has ``more``, or it ``ends``."""
+    """What happened to a block: it ``begins``, it has ``more`` of so many tokens, or it ``ends``."""
 
     what: Literal["begins", "more", "ends"]
     block: Block
     more: str = ""
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 class Blocks:
@@ -44,11 +48,13 @@ class Blocks:
         self.finish_reason: str | None = None
         self._open: Block | None = None
         self._held = ""  # white space that may turn out to be nobody's
+        self._tokens: list[TokenLogprob] = []  # of what is held, and of what is not told yet
 
     def push(self, event: Event) -> Iterator[Step]:
         """The steps that an event makes."""
         if event.choice < 0:
             return
+        self._tokens += event.logprobs
         if event.reasoning:
             yield from self._say(THOUGHT, event.reasoning)
         if event.text:
@@ -106,5 +112,16 @@ class Blocks:
 
     def _more(self, text: str) -> Iterator[Step]:
         assert self._open is not None
+        tokens = self._told(text) if self._open.kind == WORDS else ()
+        self._tokens.clear()
         self._open.text += text
-        yield Step("more", self._open, text)
+        self._open.logprobs += tokens
+        yield Step("more", self._open, text, tokens)
+
+    def _told(self, text: str) -> tuple[TokenLogprob, ...]:
+        """Those tokens that ``text`` ends with; what came before them in a form is no part of the words."""
+        n_bytes, first = len(text.encode(errors="replace")), len(self._tokens)
+        while n_bytes > 0 and first > 0:
+            first -= 1
+            n_bytes -= len(self._tokens[first].text_bytes)
+        return tuple(one for one in self._tokens[first:] if one.text_bytes)

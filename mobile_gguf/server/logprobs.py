@@ -9,17 +9,21 @@ from typing import Any
 from mobile_gguf.generate.logprobs import TokenLogprob
 
 
-def chat_logprobs(tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
-    """``logprobs`` of a chat completion's choice."""
+def token_logprobs(tokens: Sequence[TokenLogprob]) -> list[dict[str, Any]]:
+    """Each token with the likeliest at its place, as chat completions and responses have them."""
 
     def entry(piece: bytes, logprob: float | None) -> dict[str, Any]:
         return {"token": piece.decode(errors="replace"), "logprob": logprob, "bytes": list(piece)}
 
-    content = [
+    return [
         entry(token.piece, token.logprob) | {"top_logprobs": [entry(*item) for item in token.top]}
         for token in tokens
     ]
-    return {"content": content, "refusal": None}
+
+
+def chat_logprobs(tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
+    """``logprobs`` of a chat completion's choice."""
+    return {"content": token_logprobs(tokens), "refusal": None}
 
 
 class TextOffsets:

@@ -340,9 +340,12 @@ class ChatRequest(Generation):
         default=None, description="read control tokens in the messages as such, not as text"
     )
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = Field(
-        default=None, description="given to the chat template; none and minimal ask it not to think"
+        default=None,
+        description="given to the chat template; none: no thoughts, minimal: it is asked for none",
     )
-    thinking: Thinking | None = Field(default=None, description="disabled asks the template not to think")
+    thinking: Thinking | None = Field(
+        default=None, description="disabled: no thoughts; budget_tokens: at most so many tokens of them"
+    )
     prediction: Prediction | None = Field(
         default=None, description="what much of the answer will be: with speculate it is drafted from"
     )
@@ -360,6 +363,17 @@ class ChatRequest(Generation):
         if given is not None and not _is_bounded(given):
             raise ValueError(f"it holds more than {_MAX_TEMPLATE_VALUES} values, or is nested too deeply")
         return given
+
+    def options(self) -> dict[str, Any]:
+        made = super().options()
+        budget = None
+        if self.reasoning_effort == "none" or (
+            self.thinking is not None and self.thinking.type == "disabled"
+        ):
+            budget = 0  # for templates that know no such switch
+        elif self.thinking is not None and self.thinking.type == "enabled":
+            budget = self.thinking.budget_tokens
+        return made if budget is None else {"reasoning_budget": budget, **made}
 
     def template_values(self) -> dict[str, Any]:
         """What the chat template may use besides the messages and tools."""

@@ -51,11 +51,13 @@ class Spent:
         self.cached_tokens = 0
         self.completion_tokens = 0
         self.turns_left_out = 0
+        self.reasoning_tokens = 0
         self.drafted = self.accepted = 0  # tokens that were guessed, and those that were right
         self.notes: list[str] = []  # what of the request was not followed, a line each
         self._seconds = 0.0
         self._receipts: list[dict[str, Any]] = []
         self._running: tuple[Chunk, bool] | None = None
+        self._n_unsaid = 0  # tokens of which it is not known yet what they are a part of
 
     def add_prompt(self, n_tokens: int, turns_left_out: int = 0) -> None:
         """Count a prompt, once however many answers it gets."""
@@ -63,8 +65,13 @@ class Spent:
         self.turns_left_out += turns_left_out
 
     def note(self, chunk: Chunk, is_first: bool) -> None:
-        """Remember how far the running answer is, until it is added."""
+        """Remember how far the running answer is, until it is added, and count what it has thought."""
         self._running = chunk, is_first
+        self._n_unsaid += chunk.token is not None
+        if chunk.reasoning:
+            self.reasoning_tokens += self._n_unsaid
+        if chunk.reasoning or chunk.text or chunk.calls:
+            self._n_unsaid = 0
 
     def so_far(self) -> Spent:
         """The same with the running answer counted as if this were its end."""
@@ -78,6 +85,7 @@ class Spent:
     def add(self, last: Chunk, is_first: bool) -> None:
         """Count an answer by its last chunk; what the first one to a prompt did not compute was cached."""
         self._running = None
+        self._n_unsaid = 0
         if is_first:
             self.cached_tokens += max(0, last.prompt_tokens - last.prompt_evaluated)
         self.completion_tokens += last.completion_tokens
@@ -97,6 +105,7 @@ class Spent:
             "total_tokens": self.prompt_tokens + self.completion_tokens,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
             "completion_tokens_details": {
+                "reasoning_tokens": self.reasoning_tokens,
                 "accepted_prediction_tokens": self.accepted,
                 "rejected_prediction_tokens": self.drafted - self.accepted,
             },

@@ -25,7 +25,7 @@
 extern "C" {
 #endif
 
-#define MOBILE_ABI_VERSION 6
+#define MOBILE_ABI_VERSION 7
 
 enum mobile_status {
     MOBILE_OK           =  0,
@@ -308,12 +308,19 @@ LLAMA_API int32_t mobile_get_token_loss(const struct llama_context * ctx, int32_
 // MOBILE_ERR_STATE before a model is loaded
 LLAMA_API int32_t mobile_set_precise(bool on);
 
-// tokens of the passes to come may turn out to be none of the text: what each asks for is kept until the next pass
-LLAMA_API int32_t mobile_set_guessed(struct llama_context * ctx, bool on);
+// which tokens of the passes to come are of the text
+enum mobile_guessed {
+    MOBILE_GUESSED_NONE   = 0, // all
+    MOBILE_GUESSED_DRAFT  = 1, // those that mobile_refuse() does not name before the next pass
+    MOBILE_GUESSED_SOURCE = 2, // none: they are run for a draft. what they ask for counts until the draft has been run
+};
+
+// changes which expert leaves, never outputs
+LLAMA_API int32_t mobile_set_guessed(struct llama_context * ctx, int32_t guessed);
 
 // tokens of the last decode, by their places in its batch, are none of the text. what only they asked for counts as unused
-// and leaves memory first; the others count as single tokens do. never changes outputs. MOBILE_ERR_ARGUMENT: that decode
-// has no such token
+// and leaves memory, and a device's slots, first; the others count as single tokens do. never changes outputs.
+// MOBILE_ERR_ARGUMENT: that decode has no such token
 LLAMA_API int32_t mobile_refuse(struct llama_context * ctx, const int32_t * tokens, int32_t n);
 
 // each token of the passes to come has the bits that it has in a pass of its own: the CPU uses the kernels of a single row

@@ -14,6 +14,7 @@ NUMBERS = {
     "mobile_miss": structs.MISS,
     "mobile_placement": structs.PLACEMENT,
     "mobile_prefetch": structs.PREFETCH,
+    "mobile_guessed": structs.GUESSED,
     "mobile_observe": structs.OBSERVE,
     "mobile_substitute": structs.SUBSTITUTE,
 }

@@ -27,6 +27,7 @@ from mobile_gguf.engine.trial import check_block
 from mobile_gguf.errors import EngineError, UsageError
 from mobile_gguf.generate.decoder import Batch, Slice
 from mobile_gguf.generate.sampler import Sampler
+from mobile_gguf.generate.speculation.mtp_context import Wanted
 from mobile_gguf.generate.speculation.tuner import MOST
 from mobile_gguf.gguf.header import read_header
 from mobile_gguf.gguf.info import read_gguf_info
@@ -102,7 +103,7 @@ def test_drafted_logits_are_llama_cpps(name: str, tmp_path: Path) -> None:
         text = [*PROMPT, token]
         assert backend.mtp.follows(0, text)
         with Sampler(model.info.n_vocab, 1) as greedy:
-            drafted = backend.mtp.draft(0, text, N_DRAFTED + 1, greedy, look)
+            (drafted,) = backend.mtp.draft([Wanted(0, text, N_DRAFTED + 1, greedy, look)])
     assert drafted[:N_DRAFTED] == [int(row.argmax()) for row in expected[1:]]
     np.testing.assert_array_equal(np.stack(found), expected[1:])
 

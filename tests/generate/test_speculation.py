@@ -306,7 +306,7 @@ def test_a_model_that_cannot_draft_is_refused(one: Model, tmp_path: Any) -> None
 def test_refused_tokens_count_as_never_run() -> None:
     """What is worth keeping is what the text used, in the same order, however it was drafted."""
     found = []
-    for source in ("off", "ngram"):
+    for source in ("off", *SOURCES):
         with load(ATTENTION, warm="off", ram_budget="40%") as model:
             never = dict.fromkeys(ends(model), -100.0)
             replies = [said(model, text(seed), source, 5, logit_bias=never) for seed in range(2)]
@@ -316,10 +316,10 @@ def test_refused_tokens_count_as_never_run() -> None:
             backend = backend_of(model)
             assert backend.engine is not None
             found.append(([reply.tokens for reply in replies], worth(backend.engine, backend.ctx)))
-            if source == "ngram":
+            if source != "off":
                 refused = [reply.receipt.speculation for reply in replies]
                 assert any(one is not None and one.accepted < one.drafted for one in refused)
-    assert found[0] == found[1]
+    assert found[0] == found[1] == found[2]
 
 
 def test_the_same_run_makes_the_same_passes() -> None:

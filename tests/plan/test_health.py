@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from engine_libs import stock_lib
+from memory_caps import capped, inside
+from real_dimensions import BY_NAME
 
 from mobile_gguf.cli.doctor import lines
 from mobile_gguf.memory.machine import Memory
 from mobile_gguf.plan import facts as facts_module
-from mobile_gguf.plan.facts import CACHE, MODELS, Facts, Folder, Reads
+from mobile_gguf.plan.facts import CACHE, MODELS, Facts, Folder, LocalModel, Reads, Settings
 from mobile_gguf.plan.health import OK, WARNING, WRONG, Finding, examine, is_well
 from mobile_gguf.sizes import GIB, MIB
 
@@ -51,6 +54,8 @@ WELL = Facts(
     engine_problem="",
     build_problem="",
     folders=(Folder(CACHE, Path("/c"), 9 * GIB), Folder(MODELS, Path("/m"), 9 * GIB)),
+    settings=Settings(Path("/e/config.toml"), exists=True),
+    models=(LocalModel("a"),),
     reads=Reads(Path("/m/a.gguf"), 2e9),
 )
 
@@ -77,7 +82,7 @@ def test_a_machine_that_is_well_has_nothing_to_do() -> None:
     assert amiss(WELL) == []
     assert not any(finding.advice for finding in examine(WELL))
     names = [finding.name for finding in examine(WELL)]
-    assert names == ["processor", "memory", "engine", "devices", "cache", "models", "disk"]
+    assert names == ["processor", "memory", "engine", "devices", "settings", "cache", "models", "disk"]
     assert "H200" in examine(WELL)[3].text
 
 
@@ -90,6 +95,10 @@ BROKEN = {
     "a stock llama.cpp": (engine(**other(patched=False)), "engine", WRONG, "engine build"),
     "an engine of another version": (engine(abi_version=6), "engine", WRONG, "engine build"),
     "an engine that does not load": (engine(problem="libgomp is missing"), "engine", WRONG, "engine build"),
+    "a stock library in place of it": (
+        replace(engine(problem="/l/libllama.so is a stock llama.cpp's"), other_library="/l"),
+        "engine", WRONG, "LLAMA_CPP_LIB_PATH",
+    ),
     "an engine that ends the process": (
         replace(WELL, engine=None, engine_problem="the process that loaded it crashed (signal 4)"),
         "engine", WRONG, "--force",
@@ -111,6 +120,21 @@ BROKEN = {
     "a read-only cache": (folders(CACHE, problem="/c: read-only"), "cache", WRONG, "XDG_CACHE_HOME"),
     "a full disk": (folders(MODELS, free_bytes=MIB), "models", WRONG, "XDG_DATA_HOME"),
     "a disk with little room": (folders(MODELS, free_bytes=GIB), "models", WARNING, "XDG_DATA_HOME"),
+    "a broken configuration": (
+        replace(WELL, settings=Settings(Path("/e/config.toml"), True, "/e/config.toml: top_q is no option")),
+        "settings", WRONG, "docs/config.md",
+    ),
+    "a broken preset": (
+        replace(WELL, settings=Settings(Path("/e"), presets=("/e/a.toml cannot be read",))),
+        "presets", WARNING, "correct it",
+    ),
+    "a broken model": (
+        replace(WELL, models=(LocalModel("a", problem="broken: no GGUF"),)), "model", WARNING, "rm",
+    ),
+    "a model that is too big": (
+        replace(WELL, models=(LocalModel("a", refusal="not enough memory for this model"),)),
+        "model", WARNING, "plan",
+    ),
     "a slow disk": (replace(WELL, reads=Reads(Path("/m/a"), 30e6)), "disk", WARNING, "SSD"),
     "a disk that fails": (replace(WELL, reads=Reads(Path("/m"), problem="I/O")), "disk", WARNING, "disk"),
 }  # fmt: skip
@@ -168,18 +192,55 @@ def test_disk_of_a_model_is_measured(tmp_path: Path) -> None:
     assert facts_module._reads([]).path is None
 
 
+def doctor(folder: Path, *, prefix: tuple[str, ...] = (), **surroundings: str) -> tuple[int, Any]:
+    """Exit status and object of the real command, with folders of its own."""
+    homes = {f"XDG_{name}_HOME": str(folder / name.lower()) for name in ("CACHE", "CONFIG", "DATA")}
+    done = subprocess.run(
+        [*prefix, sys.executable, "-m", "mobile_gguf", "doctor", "--json"],
+        env={**os.environ, **homes, **surroundings}, capture_output=True, encoding="utf-8", check=False,
+    )  # fmt: skip
+    return done.returncode, json.loads(done.stdout)
+
+
 @pytest.mark.slow
 def test_two_broken_set_ups_at_once(tmp_path: Path) -> None:
     """An engine's folder without a library, and a cache that is a file."""
     (tmp_path / "cache").write_text("", encoding="utf-8")
-    surroundings = {"LLAMA_CPP_LIB_PATH": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    done = subprocess.run(
-        [sys.executable, "-m", "mobile_gguf", "doctor", "--json"],
-        env={**os.environ, **surroundings, "XDG_DATA_HOME": str(tmp_path / "data")},
-        capture_output=True, encoding="utf-8", check=False,
-    )  # fmt: skip
-    said = json.loads(done.stdout)
+    code, said = doctor(tmp_path, LLAMA_CPP_LIB_PATH=str(tmp_path))
     wrong = {finding["name"]: finding for finding in said["findings"] if finding["status"] == WRONG}
-    assert (done.returncode, said["ok"], set(wrong)) == (1, False, {"engine", "cache"})
+    assert (code, said["ok"], set(wrong)) == (1, False, {"engine", "cache"})
     assert "library does not load" in wrong["engine"]["text"]
+    assert "LLAMA_CPP_LIB_PATH" in wrong["engine"]["advice"]
     assert "not a directory" in wrong["cache"]["text"]
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="cgroups are Linux's")
+def test_five_more_at_once(tmp_path: Path) -> None:
+    """Another library in the engine's place, files of settings and of a model that are none, a memory limit
+    below what a model has beside its experts."""
+    config, models = tmp_path / "config" / "mobile-gguf", tmp_path / "data" / "mobile-gguf" / "models"
+    (config / "presets").mkdir(parents=True)
+    models.mkdir(parents=True)
+    (config / "config.toml").write_text("ram_bugdet = 3\n", encoding="utf-8")
+    (config / "presets" / "mine.toml").write_text("ram_budget = [\n", encoding="utf-8")
+    (models / "cut.gguf").write_bytes(b"GGUF")
+    BY_NAME["Qwen3-30B-A3B"].write(models / "large.gguf")
+    with capped(400 * MIB) as group:
+        code, said = doctor(tmp_path, prefix=tuple(inside(group)), LLAMA_CPP_LIB_PATH=str(stock_lib()))
+    amiss = {
+        (finding["name"], finding["status"]): finding for finding in said["findings"] if finding["advice"]
+    }
+    expected = {
+        ("memory", WARNING): "says cgroup",
+        ("engine", WRONG): "a stock llama.cpp's",
+        ("settings", WRONG): "ram_bugdet is no option; did you mean ram_budget?",
+        ("presets", WARNING): "mine.toml cannot be read",
+        ("model", WARNING): "large cannot be loaded: not enough memory",
+    }
+    assert (code, said["ok"]) == (1, False)
+    assert {where: text in amiss[where]["text"] for where, text in expected.items()} == dict.fromkeys(
+        expected, True
+    )
+    assert any("cut cannot be used: broken" in finding["text"] for finding in said["findings"])

@@ -43,9 +43,21 @@ def test_words_that_look_like_requests_are_text(make_man: ModuleType) -> None:
     assert make_man._text(".b") == "\\&.b"
 
 
+def test_its_day_is_that_of_the_release(make_man: ModuleType) -> None:
+    text = "## [Unreleased]\n\n## [0.2.0] - 2027-03-04\n\n## [0.1.0] - 2026-12-01\n"
+    assert make_man.released(text, "0.1.0") == "2026-12-01"
+    assert make_man.released(text, "0.2.0") == "2027-03-04"
+    assert make_man.released(text, "0.3.0") == make_man.released(text, "0.1") == ""
+
+
 def test_mandoc_finds_nothing(tmp_path: Path) -> None:
-    lint = ["mandoc", "-Tlint", "-Wwarning"]
-    found = subprocess.run([*lint, str(PAGE)], capture_output=True, text=True)
-    assert (found.returncode, found.stdout) == (0, "")
-    (tmp_path / "bad.1").write_text(PAGE.read_text(encoding="utf-8") + ".XX\n", encoding="utf-8")
-    assert subprocess.run([*lint, str(tmp_path / "bad.1")], capture_output=True).returncode != 0
+    def problems(text: str) -> list[str]:
+        path = tmp_path / "page.1"
+        path.write_text(text, encoding="utf-8")
+        found = subprocess.run(["mandoc", "-Tlint", "-Wwarning", str(path)], capture_output=True, text=True)
+        # a version that is not released yet has no day
+        return [line for line in found.stdout.splitlines() if "missing date" not in line]
+
+    text = PAGE.read_text(encoding="utf-8")
+    assert problems(text) == []
+    assert len(problems(text + ".XX\n")) == 1

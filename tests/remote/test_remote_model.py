@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from openai_stub import OpenAiStub, serving
 
+from mobile_gguf.api.messages import as_answer
 from mobile_gguf.engine.structs import LOADING, NOT_RESIDENT, RESIDENT
 from mobile_gguf.errors import MobileError, ModelNotFoundError, UsageError
 from mobile_gguf.generate.answer import INTERRUPTED
@@ -140,8 +141,17 @@ def test_a_server_that_does_not_stream_and_one_that_thinks(stub: OpenAiStub) -> 
         assert "".join(chunk.text for chunk in model.stream_chat(MESSAGES)) == "Blue light."
         stub.streams = True
         stub.deltas = [{"reasoning_content": "so"}, {"reasoning_content": "."}, {"content": "Yes"}]
-        said = "".join(chunk.text for chunk in model.stream_chat(MESSAGES))
-    assert said == "<think>so.</think>\nYes"
+        said = list(model.stream_chat(MESSAGES))
+        assert "".join(chunk.text for chunk in said) == "Yes"
+        assert "".join(chunk.reasoning for chunk in said) == "so."
+        assert sum(bool(chunk.reasoning) for chunk in said) == 2
+        # what a strange server thought is not told to it again, it may refuse that
+        list(model.stream_chat([*MESSAGES, as_answer("Yes", "so."), *MESSAGES]))
+        assert stub.bodies[-1]["messages"][1] == {"role": "assistant", "content": "Yes"}
+        stub.models, stub.experts = [OURS], MAP
+    with attach(Server(stub.url), None) as model:
+        list(model.stream_chat([*MESSAGES, as_answer("Yes", "so."), *MESSAGES]))
+        assert stub.bodies[-1]["messages"][1]["reasoning_content"] == "so."
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,12 @@ import pytest
 pytest.importorskip("fastapi", reason="pip install 'mobile-gguf[server]'")
 from api_events import CALLED, SPOKEN, THOUGHT_AND_CALLED, USAGE, frames_of
 
+from mobile_gguf.generate.logprobs import TokenLogprob
 from mobile_gguf.server.apis.kept_responses import KeptResponses
 from mobile_gguf.server.apis.responses_input import ResponsesRequest, input_items, to_chat
 from mobile_gguf.server.apis.responses_output import ResponseForm
 from mobile_gguf.server.failures import ApiError
+from mobile_gguf.server.produce import BEGUN, Event
 from mobile_gguf.server.requests import NamedTool
 
 ADD = {"type": "function", "name": "add", "description": "adds", "parameters": {"type": "object"}}
@@ -249,3 +251,23 @@ def test_the_last_responses_are_kept_within_limits() -> None:
         kept.drop("big")
     kept.keep({"id": "big", "output": ["x" * 950]}, [])
     assert kept.get("big")
+
+
+def test_logprobs_are_those_of_the_words() -> None:
+    def event(text: str, piece: bytes = b"", **more: Any) -> Event:
+        piece = piece or text.encode()
+        return Event(text=text, logprobs=(TokenLogprob(0, piece, piece, -0.5),), **more)
+
+    events = [
+        BEGUN, event("", b"<think>"), Event(reasoning="hm"), event("", b"</think>"), event("\n"),
+        event("", b"\xc3"), event("\u00e9t", b"\xa9t"), event(" a"), event("\n"), Event(finish_reason="stop"),
+    ]  # fmt: skip
+    form = ResponseForm(
+        "m", asked(top_logprobs=0, include=["message.output_text.logprobs"]), lambda _one: None
+    )
+    frames = [data for _, data in frames_of(form, events)]
+    [item] = [one for one in frames[-1]["response"]["output"] if one["type"] == "message"]
+    [part] = item["content"]
+    pieces = [bytes(one["bytes"]) for one in part["logprobs"]]
+    assert b"".join(pieces).decode() == part["text"] == "\u00e9t a\n"
+    assert len(pieces) == 4

@@ -7,7 +7,7 @@ import pytest
 from fake_backend import FakeBackend, scripted
 
 pytest.importorskip("fastapi", reason="pip install 'mobile-gguf[server]'")
-from page_harness import DESKTOP, PHONE, ask, lines, opened
+from page_harness import DESKTOP, PHONE, ask, bodies_of, lines, opened
 from server_harness import Gate, running, until
 
 FIRST_WORDS = 4  # the prompt and three tokens
@@ -31,12 +31,6 @@ def said(page):
 
 def roles(body):
     return [(one["role"], one["content"]) for one in body["messages"]]
-
-
-def bodies_of(page):
-    found = []
-    page.on("request", lambda request: found.append(request.post_data_json) if request.post_data else None)
-    return found
 
 
 def test_an_answer_is_kept_as_it_comes_and_the_conversation_over_a_reload(browser, fake_model):
@@ -109,6 +103,63 @@ def test_new_open_rename_delete_and_take_back(browser, fake_model):
         assert titles(page) == ["second"]
         page.go_back()
         page.wait_for_selector("#hello", state="visible")
+
+
+def test_a_question_is_edited_and_an_answer_copied(browser, fake_model):
+    backend = FakeBackend(scripted("hello"), n_ctx=4096)
+    with running(fake_model(backend)) as server, context_of(browser) as context:
+        context.grant_permissions(["clipboard-read", "clipboard-write"])
+        with opened(context, server) as page:
+            bodies = bodies_of(page)
+            for n, question in enumerate(("first", "second")):
+                ask(page, question)
+                page.wait_for_selector(f".assistant >> nth={n} >> .again")
+            page.click(".assistant >> nth=0 >> .foot .copy")
+            page.wait_for_selector(".foot .copy:has-text('Copied')")
+            assert page.evaluate("navigator.clipboard.readText()") == "hello"
+            # by keys alone; Esc leaves it as it is, and ends no answer
+            edit = page.locator(".user >> nth=0").get_by_role("button", name="Edit")
+            edit.focus()
+            page.keyboard.press("Enter")
+            page.keyboard.press("Control+a")
+            page.keyboard.type("other")
+            page.keyboard.press("Escape")
+            assert said(page) == ["first", "hello", "second", "hello"]
+            assert page.evaluate("document.activeElement.textContent") == "Edit"
+            page.keyboard.press("Enter")
+            page.keyboard.press("Control+a")
+            page.keyboard.type("third")
+            backend.on_evaluate = gate = Gate()
+            page.keyboard.press("Enter")
+            page.wait_for_selector("#send.stop")
+            assert not page.locator("button:has-text('Edit')").count()  # while it is answered
+            gate.open()
+            page.wait_for_selector(".again")
+            assert said(page) == ["third", "hello"]
+            assert roles(bodies[-1]) == [("user", "third")]
+            assert titles(page) == ["third"]
+            page.reload()
+            page.wait_for_selector("#mode option", state="attached")
+            assert said(page) == ["third", "hello"]
+            assert titles(page) == ["third"]
+            page.set_viewport_size(PHONE)
+            page.wait_for_selector("#list", state="hidden")
+
+
+def test_what_is_copied_without_a_secure_context(browser, fake_model):
+    with (
+        running(fake_model(FakeBackend(scripted("hello"), n_ctx=4096))) as server,
+        context_of(browser) as context,
+        opened(context, server) as page,
+    ):
+        ask(page, "one")
+        page.wait_for_selector(".again")
+        page.evaluate("Object.defineProperty(navigator, 'clipboard', { value: undefined })")
+        page.click(".foot .copy")
+        page.wait_for_selector(".foot .copy:has-text('Copied')")
+        page.focus("#prompt")
+        page.keyboard.press("Control+v")
+        assert page.input_value("#prompt") == "hello"
 
 
 def test_two_tabs_of_one_conversation_keep_the_turns_of_both(browser, fake_model):

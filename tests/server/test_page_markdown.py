@@ -6,7 +6,7 @@ import pytest
 from fake_backend import FakeBackend, fake_info, scripted
 
 pytest.importorskip("fastapi", reason="pip install 'mobile-gguf[server]'")
-from page_harness import ask, opened
+from page_harness import ask, bodies_of, opened
 from server_harness import running
 
 from mobile_gguf.api.model import Model
@@ -211,16 +211,13 @@ def test_where_thoughts_end(page):
     ]
 
 
-def test_thoughts_are_folded_and_not_sent_back(browser, fake_model):
+def test_thoughts_are_folded_and_sent_back_apart(browser, fake_model):
     text = "<think>first\n\nthen</think>\n\nhello"
     with (
         running(fake_model(FakeBackend(scripted(text), n_ctx=4096))) as server,
         opened(browser, server) as page,
     ):
-        bodies = []
-        page.on(
-            "request", lambda request: bodies.append(request.post_data_json) if request.post_data else None
-        )
+        bodies = bodies_of(page)
         ask(page, "one")
         page.wait_for_selector(".again")
         assert page.inner_text(".assistant > .text") == "hello"
@@ -239,10 +236,10 @@ def test_thoughts_are_folded_and_not_sent_back(browser, fake_model):
         assert page.locator(".thoughts .text").nth(1).text_content() == "why not"
         ask(page, "three")
         page.wait_for_selector(".assistant >> nth=2 >> .again")
-        assert [(one["role"], one["content"]) for one in bodies[-1]["messages"]] == [
-            ("user", "one"),
-            ("assistant", "hello"),
-            ("user", "two"),
-            ("assistant", "bye"),
-            ("user", "three"),
+        assert bodies[-1]["messages"] == [
+            {"role": "user", "content": "one"},
+            {"role": "assistant", "content": "hello", "reasoning_content": "first\n\nthen"},
+            {"role": "user", "content": "two"},
+            {"role": "assistant", "content": "bye", "reasoning_content": "why not"},
+            {"role": "user", "content": "three"},
         ]

@@ -304,7 +304,7 @@ def test_a_prediction_is_handed_on(server: Any, backend: Noting) -> None:
         answer = server.chat(prediction={"type": "content", "content": content}).json()
         assert bytes(backend.prediction) == b"so it is"
         assert answer["choices"][0]["message"]["content"] == "ok"
-        nothing = {"accepted_prediction_tokens": 0, "rejected_prediction_tokens": 0}
+        nothing = {"reasoning_tokens": 0, "accepted_prediction_tokens": 0, "rejected_prediction_tokens": 0}
         assert answer["usage"]["completion_tokens_details"] == nothing
     server.chat()
     assert not backend.prediction
@@ -324,7 +324,7 @@ def test_drafts_are_told_as_openai_tells_predictions() -> None:
         receipt = Receipt(speculation=Speculation("ngram", drafted, accepted, mean_length=2.0))
         spent.add(Chunk("", None, 3, 20, 5.0, "stop", receipt), is_first=True)
     usage = spent.usage()
-    details = {"accepted_prediction_tokens": 11, "rejected_prediction_tokens": 3}
+    details = {"reasoning_tokens": 0, "accepted_prediction_tokens": 11, "rejected_prediction_tokens": 3}
     assert usage["completion_tokens_details"] == details
     assert usage["receipt"]["speculation"]["drafted"] == 14
     assert usage["receipt"]["speculation"]["mean_length"] == 2.0  # no sum means anything

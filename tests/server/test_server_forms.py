@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import engine_libs
 import pytest
 
 pytest.importorskip("fastapi", reason="pip install 'mobile-gguf[server]'")
 pytest.importorskip("llama_cpp", reason="run `mobile-gguf engine build`")
 from server_harness import Running, running
+from speaking import use
 
 import mobile_gguf
 from mobile_gguf.api.model import Model, backend_of
 from mobile_gguf.generate import templates
-from mobile_gguf.generate.chat_prompt import ChatPrompts
 from mobile_gguf.generate.form.form import Calls
 
 PARAMETERS = {
@@ -44,20 +42,6 @@ def model(demo_gguf: Path) -> Iterator[Model]:
 def server(model: Model) -> Iterator[Running]:
     with running(model) as run:
         yield run
-
-
-def use(model: Model, template: str, library: str | None = None) -> None:
-    """Have ``model`` speak by the template of that name in llama.cpp's source."""
-    path = engine_libs.source_tree() / "models" / "templates" / f"{template}.jinja"
-    text = path.read_text(encoding="utf-8") if path.is_file() else template
-    backend = backend_of(model)
-    before: ChatPrompts = backend._prompts
-    before.close()
-    library = before._renderer.library if library is None else library
-    backend._prompts = ChatPrompts(
-        backend, backend.vocabulary, text, before._bos, before._eos, before._n_ctx, library
-    )
-    model.info = dataclasses.replace(model.info, chat_template=text)
 
 
 def noted(arguments: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ USAGE: dict[str, Any] = {
     "completion_tokens": 5,
     "total_tokens": 12,
     "prompt_tokens_details": {"cached_tokens": 3},
+    "completion_tokens_details": {"reasoning_tokens": 2},
     "tokens_per_second": 2.0,
     "turns_left_out": 0,
     "receipt": {"mode": "exact"},

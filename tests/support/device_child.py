@@ -120,6 +120,22 @@ class DeviceRun(engine_child.Run):
         """Of the slots."""
         return self.residency(op, "mobile_device_get_residency", self.ctx)
 
+    def op_device_settle(self, op: dict[str, Any]) -> dict[str, Any]:
+        """Rounds of ``ops`` till one misses nothing in the slots or a slot is given away, ``rounds`` at most.
+
+        How far uploads in the background have come after so many tokens is the machine's affair.
+        """
+        n_misses, after = None, self.op_device_counters({})
+        for _ in range(op["rounds"]):
+            before = after
+            for each in op["ops"]:
+                assert getattr(self, f"op_{each['op']}")(each).get("rc", 0) == 0
+            after = self.op_device_counters({})
+            n_misses = after["n_misses"] - before["n_misses"]
+            if n_misses == 0 or after["n_evictions"] > 0:
+                break
+        return {"n_misses": n_misses, "n_evictions": after["n_evictions"]}
+
     def op_device_watch(self, op: dict[str, Any]) -> dict[str, Any]:
         """Ops while another thread reads the slots' residency; n_maps: different ones that it saw."""
         library = mobile

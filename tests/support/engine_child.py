@@ -21,6 +21,7 @@ import numpy as np
 from peak_memory import peak_resident_bytes
 
 from mobile_gguf.engine.structs import (
+    GUESSED,
     LOADING,
     CountersStruct,
     LoadParamsStruct,
@@ -78,6 +79,8 @@ def bind() -> ctypes.CDLL | None:
         "mobile_routed_watch": (int32, [void_p, ctypes.c_bool]),
         "mobile_routed_read": (int32, [void_p, ctypes.c_uint64, void_p, int32, void_p, void_p]),
         "mobile_set_replay": (int32, [void_p, int32_p, int32, int32, int32]),
+        "mobile_set_guessed": (int32, [void_p, int32]),
+        "mobile_refuse": (int32, [void_p, int32_p, int32]),
     }
     for name, (restype, argtypes) in signatures.items():
         function = getattr(dll, name)
@@ -510,6 +513,17 @@ class Run:
         ids = np.ascontiguousarray(op["ids"], np.int32)
         pointer = ids.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
         return {"status": mobile.mobile_set_replay(self.ctx, pointer, *ids.shape)}
+
+    def op_set_guessed(self, op: dict[str, Any]) -> dict[str, Any]:
+        """guessed: which tokens of the passes to come are of the text, a name of GUESSED."""
+        assert mobile is not None
+        return self.status(mobile.mobile_set_guessed(self.ctx, GUESSED[op["guessed"]]))
+
+    def op_refuse(self, op: dict[str, Any]) -> dict[str, Any]:
+        """tokens: those of the last decode's batch that are none of the text, by their places."""
+        assert mobile is not None
+        places = (ctypes.c_int32 * len(op["tokens"]))(*op["tokens"])
+        return self.status(mobile.mobile_refuse(self.ctx, places, len(places)))
 
     def op_fault(self, op: dict[str, Any]) -> dict[str, Any]:
         """Sets the preloaded read shim (shim/read_fault.c); n_spoilt: reads that the last setting spoilt."""

@@ -45,6 +45,13 @@ def ask(page: Any, text: str = "hi") -> None:
     page.keyboard.press("Enter")
 
 
+def bodies_of(page: Any) -> list[Any]:
+    """The bodies of requests that the page makes from now on, as they come."""
+    found: list[Any] = []
+    page.on("request", lambda request: found.append(request.post_data_json) if request.post_data else None)
+    return found
+
+
 def lines(page: Any) -> list[str]:
     """The one line that each answer ended with."""
     return [line.strip() for line in page.locator(".end").all_inner_texts()]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mobile_gguf.api.attached_files import folded
+from mobile_gguf.api.messages import as_answer
 
 from ..engine.outbox import Token
 from .conversations import ConversationStore, StoreError, Turn, export_markdown, shorten
@@ -14,9 +15,9 @@ _CUT = "cut: the chat ended here"
 
 
 def _message(turn: Turn) -> dict[str, Any]:
-    thought = "".join(token.reasoning for token in turn.tokens)
-    made = {"role": turn.role, "content": turn.content}
-    return {**made, "reasoning_content": thought} if thought else made
+    if turn.role == "assistant":
+        return as_answer(turn.content, "".join(token.reasoning for token in turn.tokens))
+    return {"role": turn.role, "content": turn.content}
 
 
 class Session:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from mobile_gguf.options.words import MTP
 
+from .mtp_context import Wanted
 from .source import NOTHING, Offer
 
 if TYPE_CHECKING:
@@ -15,15 +16,24 @@ if TYPE_CHECKING:
 
 
 class MtpSource:
-    """Guesses of the model's block for sequence ``number``, drawn by copies of the answer's ``sampler``."""
+    """Guesses of the model's block for sequence ``number``, drawn by copies of the answer's ``sampler``.
+
+    ``draft`` is the block's, for what all answers that are made at once want of it.
+    """
 
     name = MTP
     is_free = False
 
     def __init__(
-        self, block: MtpContext, number: int, sampler: Sampler, is_end: Callable[[int], bool]
+        self,
+        block: MtpContext,
+        number: int,
+        sampler: Sampler,
+        is_end: Callable[[int], bool],
+        draft: Callable[[Wanted], list[int]],
     ) -> None:
         self._block = block
+        self._draft = draft
         self._number = number
         self._sampler = sampler
         self._is_end = is_end
@@ -39,4 +49,4 @@ class MtpSource:
 
     def draft(self, n: int) -> list[int]:
         with self._sampler.copy() as guessing:
-            return self._block.draft(self._number, self._text, n, guessing, self._is_end)
+            return self._draft(Wanted(self._number, self._text, n, guessing, self._is_end))

@@ -21,6 +21,7 @@ from .draft_model import ModelSource
 from .drafting import Drafting
 from .little import LittleSource
 from .mtp import MtpSource
+from .mtp_context import MtpContext
 from .needs import most_needs, share_in_memory, token_needs
 from .source import LookupSource, Source
 from .stated import block_takes, model_takes
@@ -122,7 +123,7 @@ class Speculation:
             if policy.speculate != MTP:
                 found.append(LookupSource(sequence.prediction))
             if policy.speculate != NGRAM and llama.mtp is not None:
-                found.append(MtpSource(llama.mtp, sequence.number, sampler, llama.is_end))
+                found.append(self._of_block(llama.mtp, sequence.number, sampler))
             return found
         if policy.speculate == DRAFT:
             assert llama.draft is not None
@@ -136,3 +137,9 @@ class Speculation:
                 llama.is_end,
             )
         ]
+
+    def _of_block(self, block: MtpContext, number: int, sampler: Sampler) -> MtpSource:
+        together = self._llama.scheduler.together
+        return MtpSource(
+            block, number, sampler, self._llama.is_end, lambda wanted: together.run(block.draft, wanted)
+        )

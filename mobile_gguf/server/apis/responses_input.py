@@ -53,9 +53,17 @@ class ResponsesRequest(Asked):
     conversation: Any = None
     prompt: Any = None
     max_tool_calls: Whole | None = None
-    top_logprobs: Whole | None = None
+    include: list[str] | None = Field(
+        default=None, description="message.output_text.logprobs; what else there is changes no answer here"
+    )
+    top_logprobs: Whole | None = Field(default=None, ge=0, le=20)
     stream_options: dict[str, Any] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """Whether the words are to have them: clients ask in one of two places, or in both."""
+        return bool(self.top_logprobs) or "message.output_text.logprobs" in (self.include or ())
 
 
 def input_items(body: ResponsesRequest) -> list[Item]:
@@ -86,13 +94,13 @@ def to_chat(body: ResponsesRequest, items: Sequence[Item]) -> tuple[ChatRequest,
         "max_tokens": body.max_output_tokens,
         "response_format": _format(body.text.format if body.text is not None else None),
         "reasoning_effort": _EFFORTS.get(effort, effort) if effort is not None else None,
+        "logprobs": body.wants_logprobs or None,
+        "top_logprobs": body.top_logprobs if body.wants_logprobs else None,
         "chat_template_kwargs": body.chat_template_kwargs,
         "stream": body.stream,
     }
     if body.truncation == "disabled" and "context_full" not in made:
         made["context_full"] = "stop"
-    if body.top_logprobs:
-        notes.append("there are no log probabilities in responses: /v1/chat/completions has them")
     return chat_request(made), notes + of_choice + of_items
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from sse_starlette import ServerSentEvent
 
+from mobile_gguf.generate.logprobs import TokenLogprob
+
 from ..answering import EVENT_STREAM, Frame, sse
 from ..blocks import CALL, THOUGHT, Block, Blocks, Step
 from ..failures import ApiError
+from ..logprobs import token_logprobs
 from ..produce import Event
 from .responses_input import ResponsesRequest
 
@@ -27,7 +30,7 @@ def usage_of(usage: dict[str, Any]) -> dict[str, Any]:
         "input_tokens": usage["prompt_tokens"],
         "input_tokens_details": usage["prompt_tokens_details"],
         "output_tokens": usage["completion_tokens"],
-        "output_tokens_details": usage.get("completion_tokens_details") or {"reasoning_tokens": 0},
+        "output_tokens_details": usage["completion_tokens_details"],
         "total_tokens": usage["total_tokens"],
     }
     ours = {"tokens_per_second", "turns_left_out", "receipt", "queue", "notes"}
@@ -130,6 +133,7 @@ class ResponseForm:
             "store": body.store is not False,
             "metadata": body.metadata or {},
             "background": False,
+            "top_logprobs": body.top_logprobs or 0,
             "usage": None if usage is None else usage_of(usage),
         }
 
@@ -147,7 +151,7 @@ class ResponseForm:
         if block.kind == THOUGHT:
             parts = [{"type": "reasoning_text", "text": block.text}] if begun else []
             return made | {"type": "reasoning", "summary": [], "content": parts}
-        parts = [_output_text(block.text)] if begun else []
+        parts = [_output_text(block)] if begun else []
         return made | {"type": "message", "role": "assistant", "content": parts}
 
     def _frames(self, step: Step) -> Iterator[Frame]:
@@ -174,20 +178,23 @@ class ResponseForm:
     def _text_frames(self, step: Step, at: dict[str, Any]) -> Iterator[Frame]:
         is_thought = step.block.kind == THOUGHT
         name = "response.reasoning_text" if is_thought else "response.output_text"
-        logprobs = {} if is_thought else {"logprobs": []}
 
-        def part(text: str) -> dict[str, Any]:
-            return {"type": "reasoning_text", "text": text} if is_thought else _output_text(text)
+        def logprobs(tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
+            return {} if is_thought else {"logprobs": token_logprobs(tokens)}
+
+        def part(block: Block) -> dict[str, Any]:
+            return {"type": "reasoning_text", "text": block.text} if is_thought else _output_text(block)
 
         if step.what == "begins":
-            yield self._event("response.content_part.added", **at, part=part(""))
+            empty = Block(step.block.index, step.block.kind)
+            yield self._event("response.content_part.added", **at, part=part(empty))
         elif step.what == "more":
-            yield self._event(f"{name}.delta", **at, delta=step.more, **logprobs)
+            yield self._event(f"{name}.delta", **at, delta=step.more, **logprobs(step.logprobs))
         else:
-            text = step.block.text
-            yield self._event(f"{name}.done", **at, text=text, **logprobs)
-            yield self._event("response.content_part.done", **at, part=part(text))
+            yield self._event(f"{name}.done", **at, text=step.block.text, **logprobs(step.block.logprobs))
+            yield self._event("response.content_part.done", **at, part=part(step.block))
 
 
-def _output_text(text: str) -> dict[str, Any]:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+def _output_text(block: Block) -> dict[str, Any]:
+    logprobs = token_logprobs(block.logprobs)
+    return {"type": "output_text", "text": block.text, "annotations": [], "logprobs": logprobs}

@@ -6,12 +6,19 @@ import { parted } from "/thinking.js";
 
 const PATH = "/v1/chat/completions";
 
-// what the model is to read before `turn`: no thoughts, and of what got no words neither answer nor question
+// a turn as the model reads it later: the chat template says whether its thoughts, which are told apart, are of use then
+function asMessage(turn) {
+  if (turn.role === "user") return { role: turn.role, content: turn.content };
+  const { thoughts, words } = parted(turn);
+  return { role: turn.role, content: words, ...(thoughts && { reasoning_content: thoughts }) };
+}
+
+// what the model is to read before `turn`; of what got no words neither answer nor question
 export function messages(conversation, turn) {
-  const before = conversation.turns.slice(0, conversation.turns.findIndex((one) => one.id === turn.id));
-  const said = before.map((one) => (one.role === "user" ? one.content : parted(one).words));
-  const isKept = (one, i) => said[i].trim() && (one.role === "assistant" || before[i + 1]?.role !== "assistant" || said[i + 1].trim());
-  const kept = before.map(({ role }, i) => ({ role, content: said[i] })).filter((_, i) => isKept(before[i], i));
+  const before = conversation.turns.slice(0, conversation.turns.findIndex((one) => one.id === turn.id)).map(asMessage);
+  const hasWords = (message) => message?.content.trim();
+  const isKept = (message, i) => hasWords(message) && (message.role === "assistant" || before[i + 1]?.role !== "assistant" || hasWords(before[i + 1]));
+  const kept = before.filter(isKept);
   const { system } = conversation.settings;
   return system ? [{ role: "system", content: system }, ...kept] : kept;
 }

@@ -1,6 +1,6 @@
 import { access, ask } from "/api.js";
 import { begin, chat, go, isBusy, regenerate, send, setSettings, stop } from "/chat.js";
-import { $, notice } from "/dom.js";
+import { $, fit, notice } from "/dom.js";
 import { openNew, paintList } from "/list.js";
 import { unwatch, watch } from "/map.js";
 import { bytes } from "/receipt.js";
@@ -68,7 +68,16 @@ function toggleMap() {
 }
 
 const toggleList = () => setOpen("list", "show-list", $("list").hidden);
-const isNarrow = () => window.innerWidth <= 760;
+const narrow = matchMedia("(max-width: 760px)");
+const isNarrow = () => narrow.matches;
+
+// what lies over or above the conversation is shut where there is no room beside it
+function shutPanels() {
+  if (!isNarrow()) return;
+  setOpen("list", "show-list", false);
+  setOpen("side", "show-map", false);
+  watchMap();
+}
 
 // the conversation
 
@@ -103,10 +112,7 @@ async function newChat() {
   $("prompt").focus();
 }
 
-function grow() {
-  $("prompt").style.height = "auto";
-  $("prompt").style.height = `${$("prompt").scrollHeight + 2}px`;
-}
+const grow = () => fit($("prompt"));
 
 function openSettings() {
   fill(chat.here.settings);
@@ -165,16 +171,6 @@ $("chats").addEventListener("click", (event) => {
   if (event.target.closest("a") && isNarrow()) setOpen("list", "show-list", false);
 });
 $("log").addEventListener("pointerdown", () => { if (isNarrow()) setOpen("list", "show-list", false); });
-$("log").addEventListener("click", async (event) => {
-  if (!event.target.classList.contains("copy")) return;
-  try {
-    await navigator.clipboard.writeText(event.target.closest(".code").querySelector("code").textContent);
-    event.target.textContent = "Copied";
-  } catch {
-    event.target.textContent = "Not allowed";
-  }
-  setTimeout(() => { event.target.textContent = "Copy"; }, 1500);
-});
 document.addEventListener("keydown", (event) => {
   if ($("settings").open) return;
   if (event.key === "Escape") {
@@ -191,8 +187,9 @@ document.addEventListener("keydown", (event) => {
 document.addEventListener("visibilitychange", watchMap);
 addEventListener("popstate", () => go(location.hash.slice(1)));
 
-if (isNarrow()) setOpen("side", "show-map", false);
 setOpen("list", "show-list", window.innerWidth > 1000);
+shutPanels();
+narrow.addEventListener("change", shutPanels);
 chat.onChange = showState;
 chat.onTrouble = (trouble) => {
   if (trouble.status === 401) askForKey();

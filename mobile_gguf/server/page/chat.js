@@ -1,7 +1,7 @@
 // The conversation that is shown, and the answers that this page makes, to this one and to others.
 
 import { receive } from "/answer.js";
-import { Conversations, fresh, titleOf, withSettings, withTurn, withTurns } from "/conversations.js";
+import { Conversations, fresh, titleOf, withSettings, withTitle, withTurn, withTurns } from "/conversations.js";
 import { $, newId, notice } from "/dom.js";
 import { following, toEnd } from "/scroll.js";
 import { parted } from "/thinking.js";
@@ -82,7 +82,8 @@ export function paint() {
 function paintTurn(turn, id) {
   const live = chat.answers.get(id);
   const again = !live && turn === chat.here.turns.at(-1) ? regenerate : null;
-  views.get(turn.id)?.paint(turn, live?.turn.id === turn.id ? live : null, again);
+  const edit = live || !chat.card?.meta.chats ? null : (text) => replace(turn, text);
+  views.get(turn.id)?.paint(turn, live?.turn.id === turn.id ? live : null, { again, edit });
 }
 
 export const isBusy = () => chat.answers.has(chat.here.id);
@@ -102,6 +103,19 @@ export function send(text) {
 export function regenerate() {
   const last = chat.here.turns.at(-1);
   if (!isBusy() && chat.card && last?.role === "assistant") ask([newAnswer()], [last.id]);
+}
+
+// another question in the place of one, and of all that followed it
+function replace(question, text) {
+  const { turns, title } = chat.here;
+  const at = turns.findIndex((turn) => turn.id === question.id);
+  if (isBusy() || at < 0) return;
+  if (at === 0 && title === titleOf(question.content)) {
+    chat.here.title = titleOf(text);
+    chat.store.change(chat.here.id, withTitle(chat.here.title));
+  }
+  ask([{ id: newId(), role: "user", content: text }, newAnswer()], turns.slice(at).map((turn) => turn.id));
+  $("prompt").focus();
 }
 
 function ask(added, replaced) {

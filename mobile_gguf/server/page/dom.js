@@ -22,6 +22,39 @@ export function button(text, title, action) {
   return node;
 }
 
+// a field as high as its text
+export function fit(field) {
+  field.style.height = "auto";
+  field.style.height = `${field.scrollHeight + 2}px`;
+}
+
+// the browser's clipboard is there on this machine and over TLS alone; elsewhere what is selected can be copied
+async function copied(text) {
+  try {
+    await navigator.clipboard.writeText(text);
+    return true;
+  } catch { /* not allowed, or not there */ }
+  const box = make("textarea", text);
+  box.className = "unseen";
+  const focused = document.activeElement;
+  document.body.append(box);
+  box.select();
+  const isDone = document.execCommand("copy");
+  box.remove();
+  focused?.focus();
+  return isDone;
+}
+
+// a button that copies what `text` gives, and says whether it did
+export function copyBy(name, title, text) {
+  const node = button(name, title, async () => {
+    node.textContent = (await copied(text())) ? "Copied" : "Not allowed";
+    setTimeout(() => { node.textContent = name; }, 1500);
+  });
+  node.className = "copy";
+  return node;
+}
+
 // what has not changed stays, with what is selected and scrolled in it
 export function update(box, fragment) {
   const old = [...box.childNodes];

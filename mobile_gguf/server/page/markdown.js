@@ -1,7 +1,7 @@
 // Markdown as models write it: markdown-it reads it, and its tokens become DOM nodes here. Text never becomes HTML, so
 // nothing in it can run; an address is a link only if it leads to the web, and nothing is loaded from one.
 
-import { make } from "/dom.js";
+import { copyBy, make } from "/dom.js";
 import { addFormulas, formula } from "/math.js";
 import MarkdownIt from "/vendor/markdown-it.js";
 
@@ -29,12 +29,10 @@ function linkTo(address) {
 }
 
 function codeBlock(text, language) {
-  const copy = make("button", "Copy");
-  copy.type = "button";
-  copy.className = "copy";
-  const bar = make("div", make("span", language), copy);
+  const code = text.replace(/\n$/, "");
+  const bar = make("div", make("span", language), copyBy("Copy", "Copy this code", () => code));
   bar.className = "bar";
-  const box = make("div", bar, make("pre", make("code", text.replace(/\n$/, ""))));
+  const box = make("div", bar, make("pre", make("code", code)));
   box.className = "code";
   return box;
 }

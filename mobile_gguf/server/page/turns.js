@@ -1,6 +1,6 @@
 // How a turn looks: a question, or an answer with what the model thought, why it ended and what it cost.
 
-import { button, make, span, update } from "/dom.js";
+import { button, copyBy, fit, make, span, update } from "/dom.js";
 import { render } from "/markdown.js";
 import { line, words } from "/receipt.js";
 import { stayAtEnd } from "/scroll.js";
@@ -68,10 +68,72 @@ function stateOf(turn, live) {
   return Date.now() - (turn.at ?? 0) < ABANDONED_MS ? "Another tab answers …" : LEFT;
 }
 
+// a question, and the field that it is edited in
+class Question {
+  #text = make("div");
+  #foot = make("div");
+  #content;
+  #opener;
+  #field = null;
+  #edit = null; // as `show` was given it last
+
+  constructor(node, turn) {
+    this.#text.className = "text";
+    this.#text.textContent = this.#content = turn.content;
+    this.#foot.className = "foot";
+    this.#opener = button("Edit", "Edit this message: what follows it is replaced", () => this.#open());
+    node.append(this.#text, this.#foot);
+  }
+
+  // `edit` is called with another text, and says whether it was taken; null while none can be
+  show(edit) {
+    this.#edit = edit;
+    if (!this.#field) this.#foot.replaceChildren(...(edit ? [this.#opener] : []));
+    else this.#foot.firstElementChild.disabled = !edit;
+  }
+
+  #open() {
+    const field = (this.#field = make("textarea"));
+    field.value = this.#content;
+    field.rows = 1;
+    field.setAttribute("aria-label", "Edit this message");
+    field.addEventListener("input", () => fit(field));
+    field.addEventListener("keydown", (event) => {
+      if (event.isComposing) return;
+      if (event.key === "Enter" && !event.shiftKey) this.#send();
+      else if (event.key === "Escape") this.#close();
+      else return;
+      event.preventDefault();
+      event.stopPropagation();
+    });
+    this.#text.replaceChildren(field);
+    this.#text.classList.add("edited");
+    this.#foot.replaceChildren(button("Send", "Ask this instead", () => this.#send()), button("Cancel", "Leave it as it is (Esc)", () => this.#close()));
+    fit(field);
+    field.focus();
+  }
+
+  #send() {
+    const text = this.#field.value.trim();
+    if (text) this.#edit?.(text);
+  }
+
+  #close() {
+    this.#field = null;
+    this.#text.textContent = this.#content;
+    this.#text.classList.remove("edited");
+    this.show(this.#edit);
+    this.#opener.focus();
+  }
+}
+
 export class TurnView {
   node = make("article");
   #text = make("div");
   #foot = make("div");
+  #question = null;
+  #copy = null;
+  #said = "";
   #cost = null;
   #thoughts = null;
   #state = span("", "state");
@@ -82,16 +144,22 @@ export class TurnView {
   constructor(turn) {
     this.node.className = `turn ${turn.role}`;
     this.node.setAttribute("aria-label", turn.role === "user" ? "You" : "Answer");
+    if (turn.role === "user") {
+      this.#question = new Question(this.node, turn);
+      return;
+    }
     this.#text.className = "text";
     this.#foot.className = "foot";
-    this.node.append(this.#text);
-    if (turn.role === "user") this.#text.textContent = turn.content;
-    else this.node.append(this.#foot);
+    this.node.append(this.#text, this.#foot);
   }
 
-  // `live`: of the answer while this page makes it; `again` is called for another answer, null where there is none
-  paint(turn, live, again) {
-    if (turn.role === "user") return;
+  // `live`: of the answer while this page makes it; `again` is called for another answer, `edit` with another text of
+  // a question, null where there is none
+  paint(turn, live, { again, edit }) {
+    if (this.#question) {
+      this.#question.show(edit);
+      return;
+    }
     const { thoughts, words: said, open } = parted(turn);
     if (said !== this.#painted) update(this.#text, render(said));
     this.#painted = said;
@@ -100,6 +168,7 @@ export class TurnView {
       if (!this.#thoughts) this.#text.before((this.#thoughts = new Thoughts()).node);
       this.#thoughts.show(thoughts, open && Boolean(live), turn.thought_ms);
     }
+    this.#said = said;
     this.#paintFoot(turn, live, again);
   }
 
@@ -118,8 +187,9 @@ export class TurnView {
       this.#again.className = "again";
       this.#again.textContent = turn.content || turn.thinking || turn.end === "done" ? "Regenerate" : "Try again";
     }
+    if (turn.end && this.#said) this.#copy ??= copyBy("Copy", "Copy this answer as Markdown", () => this.#said);
     const isCut = turn.end === "cut";
-    const parts = [isCut ? null : this.#end, state ? this.#state : null, this.#cost?.node, isCut ? this.#end : null, this.#again];
+    const parts = [isCut ? null : this.#end, state ? this.#state : null, this.#cost?.node, isCut ? this.#end : null, this.#copy, this.#again];
     const wanted = parts.filter(Boolean);
     const same = wanted.length === this.#foot.childNodes.length && wanted.every((node, i) => node === this.#foot.childNodes[i]);
     if (!same) this.#foot.replaceChildren(...wanted);

@@ -46,16 +46,9 @@ void mobile_slots::set_split(const mobile_by<mobile_model_layer, int32_t> & kept
     for (mobile_slots_layer layer(0); layers.has(layer); ++layer) {
         mobile_device_layer & l = layers[layer];
         for (mobile_part part(0); l.experts.has(part); ++part) {
-            mobile_device_expert & x = l.experts[part];
-            if (x.n_uses == 0) {
-                continue;
+            if (l.experts[part].n_uses > 0) {
+                set_key(l, part, rank(layer, part, l.experts[part].last_use));
             }
-            const enum mobile_slot_state state = x.state;
-            if (state == MOBILE_SLOT_IDLE) {
-                move(l, part, MOBILE_SLOT_IN_USE);
-            }
-            x.key = rank(layer, part, x.last_use);
-            move(l, part, state);
         }
     }
 }

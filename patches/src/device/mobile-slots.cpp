@@ -33,6 +33,14 @@ void mobile_slots::move(mobile_device_layer & l, mobile_part part, enum mobile_s
     map.set(l.il, part, state == MOBILE_SLOT_NONE ? MOBILE_NOT_RESIDENT : x.is_sending() ? MOBILE_LOADING : MOBILE_RESIDENT);
 }
 
+void mobile_slots::set_key(mobile_device_layer & l, mobile_part part, double key) {
+    const bool listed = l.evictable.erase({ l.experts[part].key, part }) > 0;
+    l.experts[part].key = key;
+    if (listed) {
+        l.evictable.emplace(key, part);
+    }
+}
+
 void mobile_slots::unpin_all() {
     for (mobile_part part : running) {
         const enum mobile_slot_state state = layers[current].experts[part].state;
@@ -82,15 +90,15 @@ void mobile_slots::evict(mobile_slots_layer layer, mobile_part part) {
     release(l, part);
 }
 
-static double uses_lately(const mobile_device_expert & x, double now) {
-    return x.lately*std::exp((x.last_use - now)/WINDOW);
+double mobile_device_expert::lately_at(double now) const {
+    return lately*std::exp((last_use - now)/WINDOW);
 }
 
 // whether a slot for x saves more CPU time than its upload costs. what a slot saves is a use on the CPU for each use
 // to expect, less those of the expert that would leave, and less one: reading an expert for its upload is
 // as much work for the memory as computing it
 bool mobile_slots::is_earned(const mobile_device_layer & l, const mobile_device_expert & x, const mobile_device_expert * victim) const {
-    const double uses = uses_lately(x, x.last_use) - (victim ? uses_lately(*victim, x.last_use) + 1.0 : 0.0);
+    const double uses = x.lately - (victim ? victim->lately_at(x.last_use) + 1.0 : 0.0);
     return uses > 0.0 && (params.poison || uses*cpu_us_per_expert >= devices[l.device].stall_us);
 }
 
@@ -241,7 +249,10 @@ void mobile_slots::choose(const std::vector<mobile_need> & needs, mobile_by<mobi
         if (x.is_there()) {
             move(l, need.part, MOBILE_SLOT_IN_USE);
         }
-        x.lately   = uses_lately(x, need.time) + need.n_tokens;
+        if (keeps_former) {
+            keep_use(need);
+        }
+        x.lately   = x.lately_at(need.time) + need.n_tokens;
         x.n_uses  += need.n_tokens;
         x.last_use = need.time;
         x.key      = rank(current, need.part, x.last_use);

@@ -24,6 +24,7 @@
 #include "device/mobile-upload.h"
 #include "mobile-ids.h"
 #include "mobile.h"
+#include "store/mobile-former.h"
 #include "store/mobile-store.h"
 
 #include "ggml-backend.h"
@@ -66,12 +67,15 @@ struct mobile_device_expert {
     uint64_t upload   = 0;       // number of its last upload because of a hint
     uint64_t n_uses   = 0;
     double   last_use = -1e9;    // in tokens
-    double   lately   = 0.0;     // uses, at last_use; a use counts 1/e after so many tokens as uses_lately says
-    double   key      = 0.0;     // changes while it is not IDLE only
+    double   lately   = 0.0;     // uses, at last_use; a use counts 1/e after so many tokens as lately_at() says
+    double   key      = 0.0;     // set_key() alone changes it while it is IDLE
+    int32_t  former   = -1;      // in mobile_slots::former; -1: no pass that is kept has asked for it
 
     bool is_sending() const { return state == MOBILE_SLOT_SENDING || state == MOBILE_SLOT_SENDING_AHEAD; }
     // in its slot, or there before anything computes with it
     bool is_there  () const { return slot >= 0 && !is_sending(); }
+    // `lately` at a time in tokens
+    double lately_at(double now) const;
 };
 
 struct mobile_device_layer {
@@ -181,6 +185,9 @@ public:
     void collect();
     // unpins; forgets what the layer before missed, and hints
     void end_pass();
+    // as of mobile_store
+    void keep_uses  (bool on, bool goes_on);
+    void settle_uses(const mobile_uses_of & used);
 
     // uploads ahead of need, in placement CACHE
 
@@ -199,6 +206,12 @@ public:
     const int32_t n_used; // ids per token in the graph
 
 private:
+    struct former_use : mobile_former_use {
+        mobile_slots_layer layer;
+        mobile_part        part;
+        double             lately = 0.0;
+    };
+
     mobile_slots_layer          layer_of(mobile_model_layer il) const { return index_of.has(il) ? index_of[il] : mobile_slots_layer(); }
     const mobile_device_layer * find    (mobile_model_layer il) const;
 
@@ -215,6 +228,7 @@ private:
 
     // slots
     void     move        (mobile_device_layer & l, mobile_part part, enum mobile_slot_state state);
+    void     set_key     (mobile_device_layer & l, mobile_part part, double key);
     double   rank        (mobile_slots_layer layer, mobile_part part, double time) const;
     bool     may_leave   (const mobile_device_layer & l, const mobile_device_expert & candidate, mobile_slots_layer victim, mobile_part leaves) const;
     mobile_slots_layer find_victim(int32_t pool, mobile_slots_layer layer, double & key) const;
@@ -227,6 +241,7 @@ private:
     bool     parts_of    (const mobile_device_layer & l, mobile_part part, int32_t slot, bool wait, std::vector<mobile_upload_part> & pieces);
     bool     upload      (mobile_device_layer & l, mobile_part part, int32_t slot, bool wait);
     size_t   n_to_fetch  (const mobile_device_layer & l) const;
+    void     keep_use    (const mobile_need & need);
     void     choose      (const std::vector<mobile_need> & needs, mobile_by<mobile_part, int32_t> & slot);
     int32_t  fetch       (mobile_by<mobile_part, int32_t> & slot);
     double   miss_us     (const mobile_device & d) const;
@@ -266,6 +281,9 @@ private:
     bool                     sending  = false; // a computing stream may still be reading this layer's uploads
     std::vector<mobile_upload> arrived;       // since the last look
     double                   cpu_us_per_expert = 0.0; // moving average; 0: not measured yet
+
+    std::vector<former_use> former; // of the passes that are kept
+    bool keeps_former = false;
 
     // ahead of it
     std::vector<mobile_slot_hint> hints; // those without a slot yet, ascending layer

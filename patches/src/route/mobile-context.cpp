@@ -50,6 +50,24 @@ static void find_single(mobile_pass & pass, const llama_ubatch & ubatch) {
     }
 }
 
+static void begin_guesses(mobile_context & ctx, const llama_ubatch & ubatch) {
+    mobile_guesses & guesses = ctx.guesses;
+    const bool goes_on = guesses.goes_on();
+    if (guesses.is_kept()) {
+        ctx.pass.time = guesses.end(); // what is of no text has taken no time
+    }
+    if (!goes_on && guesses.is_open()) {
+        guesses.settle(*ctx.store, ctx.slots.get());
+    }
+    guesses.begin_pass(ubatch, ctx.pass.time, ctx.worth);
+    if (!ctx.is_aside) {
+        ctx.store->keep_uses(guesses.is_kept(), goes_on);
+    }
+    if (ctx.slots) {
+        ctx.slots->keep_uses(guesses.is_kept(), goes_on);
+    }
+}
+
 static void begin(mobile_context & ctx, const llama_ubatch & ubatch) {
     mobile_pass & pass = ctx.pass;
     const size_t n_tokens = ubatch.n_tokens;
@@ -75,10 +93,7 @@ static void begin(mobile_context & ctx, const llama_ubatch & ubatch) {
     ctx.usage.add_tokens(n_tokens, std::count_if(pass.k.begin(), pass.k.end(), [&](int32_t k) { return ctx.rules.is_little(k); }));
     ctx.trace.begin_pass(n_tokens);
     ctx.store->begin_pass(std::max(1, (int32_t) std::count(pass.single.begin(), pass.single.end(), 1)));
-    ctx.guesses.begin_pass(ubatch, pass.time, ctx.worth);
-    if (!ctx.is_aside) {
-        ctx.store->keep_uses(ctx.guesses.is_kept());
-    }
+    begin_guesses(ctx, ubatch);
     ctx.predictor.begin_pass((int64_t) n_tokens, pass.k[0], mobile_route_takes_hints(ctx));
 }
 
@@ -97,7 +112,8 @@ static bool end(mobile_context & ctx) {
         ctx.guard([&] { ctx.slots->admit(); }); // of the last layer
         ctx.slots->end_pass();
     }
-    ctx.pass.time += (double) n_tokens;
+    ctx.pass.time  += (double) n_tokens;
+    ctx.pass.n_run += (int64_t) n_tokens;
     ctx.trace.end_pass(n_tokens);
 
     const bool is_read = ctx.store->end_pass();

@@ -17,7 +17,8 @@ struct mobile_pass {
     std::vector<uint8_t> single;  // [n_tokens] 1: of an answer, as its last token and drafts behind it are: all that is
                                   // here of its text has an output, and is no more than a few tokens
     std::vector<int32_t> outputs; // tokens with an output, ascending: what the last layer keeps
-    double time   = 0.0;          // of its first token, in tokens since the context began
+    double  time  = 0.0;          // of its first token, in tokens of texts since the context began
+    int64_t n_run = 0;            // tokens that the context has computed before it, those that are of no text too
     bool   mapped = true;         // every layer's tokens could be told apart
 
     size_t n_tokens() const { return k.size(); }

@@ -208,7 +208,7 @@ static void record_layer(mobile_context & ctx, const mobile_route & route, mobil
                 ctx.trace.add(route.il, token, rank, id, routed_weights(dst, t)[rank], !layer.is_none(), bytes);
             }
             const bool missed = bytes > 0 && !in_slots(ctx, route, dst, id);
-            watched.push_back({ (int32_t) ctx.pass.time + token, route.il.n, id, missed });
+            watched.push_back({ (int32_t) ctx.pass.n_run + token, route.il.n, id, missed });
         }
     }
     ctx.ring.add(watched);

@@ -1,30 +1,43 @@
-// mobile-store-guesses.cpp - uses that are taken back where the tokens that they are of are none of the text.
+// mobile-store-guesses.cpp - uses that are taken back (mobile-former.h) in the store.
 
 #include "store/mobile-store.h"
 
-#include <algorithm>
-
-void mobile_store::keep_uses(bool on) {
+void mobile_store::keep_uses(bool on, bool goes_on) {
     locked lock(mutex);
-    former.clear();
+    if (!goes_on) {
+        for (const former_use & was : former) {
+            experts[was.part].former = -1;
+        }
+        former.clear();
+    }
     keeps_former = on;
 }
 
-void mobile_store::settle_uses(const std::function<mobile_use(mobile_store_layer, mobile_part)> & used) {
+// before the use
+void mobile_store::keep_use(mobile_store_part part, const mobile_need & need) {
+    mobile_expert & x = experts[part];
+    if (x.former < 0) {
+        x.former = (int32_t) former.size();
+        former.push_back({ { x.n_uses, x.last_use, x.key, x.state != MOBILE_NOT_RESIDENT, 0 }, part, x.transient });
+    }
+    former[x.former].n_pass += need.lasting ? need.n_tokens : 0;
+}
+
+void mobile_store::settle_uses(const mobile_uses_of & used) {
     locked lock(mutex);
     for (const former_use & was : former) {
         mobile_expert & x = experts[was.part];
-        const mobile_part part   = part_in_layer(was.part);
-        const mobile_use  now    = used(x.layer, part);
-        const bool        listed = x.listed;
-        const uint64_t    n      = was.n_pass > now.n_refused ? was.n_pass - now.n_refused : 0;
-
-        if (now.n_refused == 0) {
+        const mobile_part part = part_in_layer(was.part);
+        const mobile_use  use  = used(model_layer(x.layer), part);
+        if (use.n_refused == 0) {
             continue;
         }
+        const bool     listed = x.listed;
+        const uint64_t n      = was.n_left(use);
+
         unlist(was.part);
         x.n_uses   = was.n_uses + n;
-        x.last_use = n > 0 ? std::max(now.time, was.last_use) : was.last_use;
+        x.last_use = was.last_left(use);
         // what came for them goes first
         const bool transient = n == 0 && x.slot >= 0 && (was.transient || !was.there);
         n_transient += (int) transient - (int) x.transient;

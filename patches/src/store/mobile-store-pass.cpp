@@ -6,10 +6,6 @@
 
 #include <algorithm>
 
-// keys of transient experts lie below every other, the newest lowest: a long batch passes through few
-// slots, and its first layers stay for the next batch
-static constexpr double TRANSIENT_KEY = -1e15;
-
 void mobile_store::begin_pass(int32_t n_tokens) {
     locked lock(mutex);
     in_pass       = true;
@@ -54,8 +50,9 @@ bool mobile_store::end_pass() {
     return error_text.empty();
 }
 
+// the newest lowest: a long batch passes through few slots, and its first layers stay for the next batch
 double mobile_store::transient_key() {
-    return TRANSIENT_KEY - (double) ++transient_seq;
+    return MOBILE_TRANSIENT_KEY - (double) ++transient_seq;
 }
 
 // gives x a new key; it is not listed
@@ -103,7 +100,7 @@ void mobile_store::ask(locked & lock, mobile_store_layer layer, const std::vecto
         pinned.push_back(part);
         unlist(part);
         if (keeps_former) {
-            former.push_back({ part, x.n_uses, x.last_use, x.key, x.transient, x.state != MOBILE_NOT_RESIDENT, need.lasting ? need.n_tokens : 0 });
+            keep_use(part, need);
         }
         use(x, need);
         x.pinned = true;

@@ -17,6 +17,7 @@
 
 #include "mobile-ids.h"
 #include "mobile.h"
+#include "store/mobile-former.h"
 #include "store/mobile-os.h"
 #include "store/mobile-split.h"
 
@@ -80,6 +81,7 @@ struct mobile_expert {
     double   key        = 0.0;
     double   own_use    = 0.0;     // what last_use and key were before a hint
     double   own_key    = 0.0;
+    int32_t  former     = -1;      // in mobile_store::former; -1: no pass that is kept has asked for it
 
     mobile_expert() {
         for (auto & s : piece_state) {
@@ -119,12 +121,6 @@ struct mobile_need {
     uint32_t n_tokens = 0;
     double   time     = 0.0;  // of the last token that routes to it, in tokens
     bool     lasting  = true; // counts as a use; false: a long batch passing through
-};
-
-// uses of a part by tokens that may be none of the text
-struct mobile_use {
-    uint64_t n_refused = 0;
-    double   time      = 0.0; // of the last one that was not refused, if there is one
 };
 
 // reads made of hints, since the store began. n_queued = n_used + n_wasted + those that are there unused
@@ -227,10 +223,11 @@ public:
     // parts that a token asked for and that are not computed, at a time in tokens: they count as used. admits: they are read
     // while there is nothing else to read, if what would go for them was used less
     void displace(mobile_store_layer layer, const std::vector<mobile_part> & parts, double time, bool admits);
-    // whether the next pass keeps what the use of a part was before it, for settle_uses()
-    void keep_uses(bool on);
-    // of the parts that the last pass asked for: how many of the uses are none
-    void settle_uses(const std::function<mobile_use(mobile_store_layer, mobile_part)> & used);
+    // whether the next pass keeps what the use of a part was before it, for settle_uses(). goes_on: before the passes that
+    // were kept before it
+    void keep_uses(bool on, bool goes_on);
+    // of the parts that the passes asked for that are kept: how many of the uses are none
+    void settle_uses(const mobile_uses_of & used);
     // unpins the last layer; false: a read failed in this pass, error() says which
     bool end_pass();
 
@@ -273,14 +270,9 @@ private:
         double   now;
     };
 
-    struct former_use {
+    struct former_use : mobile_former_use {
         mobile_store_part part;
-        uint64_t n_uses;
-        double   last_use;
-        double   key;
-        bool     transient;
-        bool     there;  // or on its way
-        uint64_t n_pass; // uses by this pass
+        bool transient = false;
     };
 
     using locked = std::unique_lock<std::mutex>;
@@ -309,6 +301,7 @@ private:
     void unlist      (mobile_store_part part);
     void unpin_all   ();
     void use         (mobile_expert & x, const mobile_need & need);
+    void keep_use    (mobile_store_part part, const mobile_need & need);
     double rank      (const mobile_expert & x, mobile_part part, double time) const;
     double transient_key();
     void begin_load  (mobile_store_part part, int32_t slot, bool ahead);
@@ -368,7 +361,7 @@ private:
     mobile_by<mobile_store_layer, uint64_t> n_held;     // parts that hold a slot
     mobile_split<mobile_store_layer>        split;
     std::vector<mobile_store_part>        pinned;
-    std::vector<former_use>               former; // of the last pass, if it keeps them
+    std::vector<former_use>               former; // of the passes that are kept
     bool     keeps_former = false;
     uint64_t committed    = 0; // bytes of slots with pages
     uint64_t prefaulted   = 0; // ... of slots that nobody has used yet

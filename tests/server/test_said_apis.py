@@ -1,0 +1,160 @@
+"""Thoughts and calls in four families' own forms, said by a real engine through every API."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("fastapi", reason="pip install 'mobile-gguf[server]'")
+pytest.importorskip("llama_cpp", reason="run `mobile-gguf engine build`")
+from said_apis import APIS, Chat, ask, data
+from said_texts import ARGUMENTS, FAMILIES, THOUGHT, TOLD, TOOL, saying
+from server_harness import Running, running
+
+import mobile_gguf
+
+QUESTION = "What is in the notes?"
+RESULT = "word"
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def server(request: pytest.FixtureRequest, demo_gguf: Path) -> Iterator[Running]:
+    path = saying(request.param, demo_gguf)
+    with mobile_gguf.load(path, ram_budget="60%", n_ctx=4096, threads=1) as model, running(model) as run:
+        yield run
+
+
+@pytest.mark.parametrize("api", APIS.values(), ids=APIS)
+def test_a_model_thinks_calls_and_is_answered(server: Running, api: Any) -> None:
+    conversation = [api.question(QUESTION)]
+    said = []
+    for stream in (False, True):
+        answer = ask(server.url, api, conversation, stream)
+        assert (answer.thought.strip(), answer.words) == (THOUGHT, "")
+        assert answer.calls == [(TOOL, ARGUMENTS)]
+        assert answer.ends == api.ends[0]
+        said.append(answer)
+    details = said[1].usage.get("completion_tokens_details")
+    assert details is None or details["reasoning_tokens"] > 2
+    for stream, before in zip((True, False), said, strict=True):
+        told = [*conversation, *before.again, *api.result(before, RESULT)]
+        answer = ask(server.url, api, told, stream)
+        assert (answer.thought, answer.words, answer.calls) == ("", TOLD, [])
+        assert answer.ends == api.ends[1]
+        # what the model said is in the context as the template says it: only what is new is computed
+        n_new = answer.usage["prompt_tokens"] - answer.usage["prompt_tokens_details"]["cached_tokens"]
+        assert n_new < 64, answer.usage
+
+
+# what asks for no thoughts, and for few, by API
+SILENT = {
+    "chat": {"thinking": {"type": "disabled"}, "reasoning_effort": None},
+    "responses": {"reasoning": {"effort": "none"}},
+    "messages": {"thinking": {"type": "disabled"}},
+    "ollama": {"think": False},
+}
+FEW = {
+    "chat": {"thinking": {"type": "enabled", "budget_tokens": 2}},
+    "messages": {"thinking": {"type": "enabled", "budget_tokens": 2}},
+}
+
+
+@pytest.mark.parametrize("name", APIS)
+@pytest.mark.parametrize("stream", [True, False])
+def test_who_asks_for_no_thoughts_gets_none(server: Running, name: str, stream: bool) -> None:
+    """Also of a template that knows no such switch."""
+    api = APIS[name]
+    answer = ask(server.url, api, [api.question(QUESTION)], stream, **SILENT[name])
+    assert (answer.thought, answer.words, answer.calls) == ("", "", [(TOOL, ARGUMENTS)])
+    assert answer.ends == api.ends[0]
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_thoughts_end_after_the_budget_of_their_request(server: Running, name: str) -> None:
+    api = APIS[name]
+    for stream in (True, False):
+        answer = ask(server.url, api, [api.question(QUESTION)], stream, **FEW[name])
+        assert THOUGHT.startswith(answer.thought.strip())
+        assert 0 < len(answer.thought.strip()) < len(THOUGHT) - 7
+        assert (answer.words, answer.calls) == ("", [(TOOL, ARGUMENTS)])
+    # a budget of the request's own is stronger
+    answer = ask(server.url, api, [api.question(QUESTION)], False, **FEW[name], reasoning_budget=100)
+    assert answer.thought.strip() == THOUGHT
+
+
+EFFORTS = {
+    "chat": {"reasoning_effort": "low"},
+    "responses": {"reasoning": {"effort": "low"}},
+    "messages": {"output_config": {"effort": "low"}},
+    "ollama": {"think": "low"},
+}
+
+
+@pytest.mark.parametrize("name", APIS)
+def test_an_effort_reaches_the_template_that_knows_it(demo_gguf: Path, name: str) -> None:
+    api = APIS[name]
+    path = saying("harmony", demo_gguf)
+    with mobile_gguf.load(path, ram_budget="60%", n_ctx=512, threads=1) as model, running(model) as server:
+        body = {api.messages: [api.question("hi")], "stream": False, "max_tokens": 1, "max_output_tokens": 1}
+        made = server.post(api.path, {**body, **EFFORTS[name]})
+        assert made.status_code == 200, made.text
+        assert model.slots is not None
+        texts = [model.detokenize(one.tokens, special=True) for one in model.slots._sequences]
+    assert "Reasoning: low\n" in "".join(texts)
+
+
+def test_words_have_log_probabilities_in_responses_too(server: Running) -> None:
+    """Of the words alone, without the tokens of the form around them."""
+    api = APIS["responses"]
+    first = ask(server.url, api, [api.question(QUESTION)], False)
+    told = [api.question(QUESTION), *first.again, *api.result(first, RESULT)]
+    asked = {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
+    body = {"input": told, "tools": list(api.tools), "temperature": 0, **asked}
+    whole = server.post(api.path, body).json()
+    [part] = whole["output"][0]["content"]
+    tokens = part["logprobs"]
+    assert "".join(one["token"] for one in tokens).strip() == TOLD
+    assert {len(one["top_logprobs"]) for one in tokens} == {2}
+    assert all(one["top_logprobs"][0]["token"] == one["token"] for one in tokens)
+    assert all(-1e-6 < one["logprob"] <= 0 and one["top_logprobs"][1]["logprob"] < -9 for one in tokens)
+
+    text = server.post(api.path, {**body, "stream": True}).text
+    events = [json.loads(one) for one in data(text)]
+    deltas = [
+        one for event in events if event["type"] == "response.output_text.delta" for one in event["logprobs"]
+    ]
+    [done] = [event for event in events if event["type"] == "response.output_text.done"]
+    assert [one["token"] for one in deltas] == [one["token"] for one in tokens]
+    assert done["logprobs"] == deltas
+    assert events[-1]["response"]["output"][0]["content"][0]["logprobs"] == deltas
+
+    # the same numbers as a chat has for these tokens, which has the form's besides
+    call = next(one for one in first.again if one["type"] == "function_call")
+    of_chat = {
+        "id": call["call_id"],
+        "type": "function",
+        "function": {"name": TOOL, "arguments": call["arguments"]},
+    }
+    messages = [
+        {"role": "user", "content": QUESTION},
+        {"role": "assistant", "content": None, "reasoning_content": first.thought, "tool_calls": [of_chat]},
+        {"role": "tool", "tool_call_id": call["call_id"], "content": RESULT},
+    ]
+    chat = {
+        "messages": messages,
+        "tools": list(Chat.tools),
+        "temperature": 0,
+        "logprobs": True,
+        "top_logprobs": 2,
+    }
+    found = server.post(Chat.path, chat).json()["choices"][0]["logprobs"]["content"]
+    assert [one["token"] for one in found if one["token"] in {one["token"] for one in tokens}] == [
+        one["token"] for one in tokens
+    ]
+    # who does not ask gets none
+    plain = server.post(api.path, {name: one for name, one in body.items() if name not in asked}).json()
+    assert plain["output"][0]["content"][0]["logprobs"] == []
