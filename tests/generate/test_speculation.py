@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import families
 import numpy as np
 import pytest
 import tiny_models
@@ -21,7 +22,9 @@ from mobile_gguf.errors import UsageError
 from mobile_gguf.generate.decode import Policy
 from mobile_gguf.generate.speculation.needs import token_needs
 from mobile_gguf.generate.speculation.source import LookupSource
-from mobile_gguf.generate.speculation.tuner import MOST
+from mobile_gguf.generate.speculation.stated import block_takes
+from mobile_gguf.generate.speculation.tuner import MOST, Tuner
+from mobile_gguf.gguf.info import read_gguf_info
 
 pytestmark = pytest.mark.engine
 # full attention, a sliding window, two latent attentions, a recurrent memory
@@ -423,7 +426,8 @@ def test_without_room_for_experts_nothing_is_looked_up_or_counted(asked: dict[st
         for source in ("auto", "ngram"):
             looked_up, counted, reply = times_of(asked, model, source)
             assert (looked_up, counted) == (0, plain)
-            assert reply.receipt.speculation is None
+            speculation = reply.receipt.speculation
+            assert speculation is None if source == "auto" else speculation.drafted == 0
         assert sum("drafts nothing" in notice for notice in model.notices) == 1  # who asked for it is told
         backend = backend_of(model)
         assert backend.store is not None
@@ -440,3 +444,14 @@ def test_counters_are_read_once_a_pass(asked: dict[str, int]) -> None:
         backend_of(model).speculation.tuner.fixed = 0
         _, counted, _ = times_of(asked, model, "auto")
         assert counted == plain + 23 + 1  # the first token is the prompt's, and once before the first pass
+
+
+def test_what_a_block_takes_is_stated_by_its_file() -> None:
+    path = families.folder("glm-4.5") / "model.gguf"
+    info = read_gguf_info(path)
+    usual = {"ram_budget": "100%", "n_ctx": 512, "speculate": "mtp", "deterministic": True}
+    with mobile_gguf.load(path, threads=1, **usual) as model:
+        tuner = backend_of(model).speculation.tuner
+    same = Tuner(share=1.0, takes={"mtp": block_takes(info, 1.0)})
+    assert tuner.utility("mtp", 3, "mtp") == same.utility("mtp", 3, "mtp")
+    assert tuner.utility("mtp", 3, "mtp") != Tuner(share=1.0).utility("mtp", 3, "mtp")

@@ -86,11 +86,12 @@ class Speculation:
     def of_answer(
         self, sequence: TokenSequence, sampler: Sampler, grammar: Constraint | Guide | None
     ) -> Drafting | None:
-        """Drafts for the answer that is made in ``sequence``; None where its policy wants none, or memory
-        has no room for the experts of any: then nothing is looked up or watched."""
+        """Drafts for the answer that is made in ``sequence``; None where its policy wants none, or has it
+        be as is best and memory has no room for the experts of any. Without room none is looked for."""
         llama, scheduler = self._llama, self._llama.scheduler
         policy = sequence.policy
-        if policy.speculate == OFF or not self._may_draft(policy):
+        has_room = policy.speculate != OFF and self._may_draft(policy)
+        if not has_room and policy.speculate in (OFF, AUTO):
             if scheduler.n_running <= 1:
                 scheduler.watch = None
             return None
