@@ -10,6 +10,7 @@ rows as well, and then which targets are met. ``--at-once 8`` makes so many answ
 place of the text. ``--replay TRACE`` is instead of MODEL: models that follow a trace's routing and say its
 next step with each probability of ``--right``. ``--draft MODEL`` is one more source. A line of JSON for each
 run with ``--out``.
+    parser.add_argument("--lengths", default="", help="of drafts, instead of the length that is chosen")
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mobile_gguf.options.words import AUTO, DRAFT, LITTLE, NGRAM, OFF
+from mobile_gguf.gguf.info import read_gguf_info
+from mobile_gguf.hub.resolve import resolve_model
+from mobile_gguf.options.words import AUTO, DRAFT, LITTLE, MTP, NGRAM, OFF
 from mobile_gguf.wording import markdown_table
 
 from .record import in_own_process, keep_runs
@@ -34,10 +37,20 @@ SOURCES = (OFF, AUTO, NGRAM, LITTLE)
 LENGTHS = ",".join(map(str, range(9)))
 
 
-def arms_of(sources: Sequence[str], lengths: str | None) -> list[tuple[str, int | None]]:
-    """Sources, and lengths that they are held to."""
-    arms: list[tuple[str, int | None]] = [(source, None) for source in sources]
-    return arms + [(NGRAM, int(n)) for n in lengths.split(",")] if lengths else arms
+def arms_of(sources: Sequence[str], swept: str | None, lengths: str = "") -> list[tuple[str, int | None]]:
+    """Sources, and the lengths that they are held to: with ``lengths`` all but those that have none.
+
+    Look-up drafts are held to those that are ``swept``, too.
+    """
+    arms: list[tuple[str, int | None]] = []
+    for source in sources:
+        held = lengths if source not in (OFF, AUTO) else ""
+        arms += [(source, n) for n in _numbers(held)] or [(source, None)]
+    return arms + [(NGRAM, n) for n in _numbers(swept or "")]
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(word) for word in text.split(",") if word]
 
 
 def measure(budget: str, kind: str, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -51,6 +64,8 @@ def measure(budget: str, kind: str, args: argparse.Namespace) -> list[dict[str, 
     if args.draft is not None:
         sources.append(DRAFT)
         options["speculate"] = f"{DRAFT}={args.draft}"
+    elif MTP in sources:
+        options["speculate"] = MTP
     path, trace, right = args.model, None, 1.0
     if kind.startswith(REPLAY):
         right = float(kind.split()[1])
@@ -63,7 +78,7 @@ def measure(budget: str, kind: str, args: argparse.Namespace) -> list[dict[str, 
             subject = code_or_prose(model, path, kind, args.prose, args.at_once, args.tokens)
         never = {token: -100.0 for token in range(model.info.n_vocab) if model.is_end(token)}
         backend = backend_of(model)
-        arms = arms_of(sources, args.sweep)
+        arms = arms_of(sources, args.sweep, args.lengths)
         tuners = {arm: backend.speculation.make_tuner() for arm in arms}
         for round_ in range(args.rounds + 1):  # of the first nothing counts
             for arm in arms if round_ % 2 else reversed(arms):
@@ -142,6 +157,7 @@ def main() -> int:
         "--sweep", nargs="?", const=LENGTHS, metavar="LENGTHS", help="fixed lengths of look-up drafts, too"
     )
     parser.add_argument("--first", action="store_true", help="tuners know nothing before each answer")
+    parser.add_argument("--lengths", default="", help="of drafts, instead of the length that is chosen")
     parser.add_argument("--prose", type=Path, help="a text (default: this folder's)")
     parser.add_argument("--replay", type=Path, metavar="TRACE", help="models that follow it, no MODEL")
     parser.add_argument("--right", default="0.6,0.8,0.95", help="how often these say the next step")
@@ -157,6 +173,11 @@ def main() -> int:
     args = parser.parse_args()
     if (args.model is None) == (args.replay is None):
         parser.error("give a MODEL, or --replay TRACE")
+    if MTP in args.sources.split(","):
+        if args.draft is not None:
+            parser.error(f"a model is loaded with its block or with a smaller model: {MTP} or --draft")
+        if args.model is None or not read_gguf_info(resolve_model(args.model)).n_layer_mtp:
+            parser.error(f"{args.model or args.replay} has no block for multi-token prediction ({MTP})")
     if args.run:
         print(json.dumps(measure(args.budgets, args.texts, args)))
         return 0

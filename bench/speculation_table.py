@@ -105,7 +105,7 @@ def verdicts(runs: Sequence[Run], at_once: int) -> list[str]:
     if took:
         lines.append(f"passes foreseen within {FORESEEN:.0%}: {foreseen / took - 1:+.0%} over all of them")
     for budget, text in dict.fromkeys(one[:2] for one in settings):
-        fixed = [one for one in settings if one[:2] == (budget, text) and one[3] is not None]
+        fixed = [one for one in settings if one[:3] == (budget, text, NGRAM) and one[3] is not None]
         chosen = (budget, text, NGRAM, None)
         if fixed and chosen in settings:
             parts = [f"{by}{_of_best(runs, fixed, chosen, name)}" for name, by in _SPEEDS]

@@ -19,6 +19,8 @@ from .pin import load_pin
 from .progress import Progress, ReportProgress, ignore
 from .recipe import EngineOptions, Recipe
 
+_WAITING = Progress("waiting for another build to finish")
+
 
 def ensure_engine(
     options: EngineOptions | None = None,
@@ -47,9 +49,8 @@ def ensure_engine(
         recipe = Recipe.create(load_pin(), EngineOptions(kept.backends))
     if force or not _is_ready(recipe, found, stock):
         root = paths.engine_cache_dir()
-        waiting = Progress("waiting for another build to finish")
         try:
-            with exclusive(root / "engine" / "lock", on_wait=lambda: progress(waiting)):
+            with exclusive(root / "engine" / "lock", on_wait=lambda: progress(_WAITING)):
                 found = _make(recipe, stock, force, jobs, progress)
         except OSError as error:
             raise build.cache_error(error, root) from error
@@ -99,7 +100,7 @@ def make_wheel(
     Raises EngineBuildError.
     """
     recipe = Recipe.create(load_pin(), EngineOptions(tuple(sorted(set(backends) - {"cpu"})), target=target))
-    with exclusive(paths.engine_cache_dir() / "engine" / "lock"):
+    with exclusive(paths.engine_cache_dir() / "engine" / "lock", on_wait=lambda: progress(_WAITING)):
         build.check_space(recipe)
         wheel = build.cached_wheel(recipe.key)
         if wheel is None:

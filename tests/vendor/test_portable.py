@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import stat
 import subprocess
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from mobile_gguf.errors import EngineBuildError, EngineError
 from mobile_gguf.vendor import engine, install, portable, process, toolchain
 from mobile_gguf.vendor.install import Installed
 from mobile_gguf.vendor.pin import load_pin
+from mobile_gguf.vendor.progress import Progress
 from mobile_gguf.vendor.recipe import EngineOptions, Recipe
 
 TARGET, OTHER = portable.TARGETS
@@ -96,6 +99,21 @@ def test_a_wheel_that_auditwheel_refuses_is_none(
     monkeypatch.setattr(process, "run", lambda *_, **__: (1, said))
     with pytest.raises(EngineBuildError, match=expected):
         portable.check_wheel(tmp_path / "a.whl", TARGET, tmp_path)
+
+
+def test_who_waits_for_another_build_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextlib.contextmanager
+    def held(path: Path, *, on_wait: Any) -> Iterator[None]:
+        on_wait()
+        yield
+
+    monkeypatch.setenv("MOBILE_GGUF_ENGINE_CACHE", str(tmp_path))
+    monkeypatch.setattr(engine, "exclusive", held)
+    monkeypatch.setattr(engine.build, "cached_wheel", lambda _: tmp_path / "a.whl")
+    monkeypatch.setattr(portable, "check_wheel", lambda wheel, *_: wheel)
+    said: list[Progress] = []
+    assert engine.make_wheel(TARGET, tmp_path / "dist", progress=said.append) == tmp_path / "a.whl"
+    assert [progress.stage for progress in said] == ["waiting for another build to finish"]
 
 
 # --- an installed one
