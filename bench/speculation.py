@@ -1,16 +1,16 @@
 """What drafting gains and costs: tokens per second of every source of drafts over those without.
 
-``python -m mobile_gguf.bench.speculation MODEL`` has the model go on with two texts under each budget: a
-file of code that is there a second time (an edit that changes little), and prose. One process for a budget
-and a text; its arms take turns, round after round, in one loaded model: no drafts, ``auto``, every source by
-its tuned length or, with ``--lengths``, by each of these and, with ``--sweep``, look-up drafts of each fixed
-length from 0 to 8; each arm has a tuner of its own. Medians of the rounds with their spread, bytes, experts,
-what was accepted, and what passes were to take and took; losing rows as well, and then which targets are
-met. ``--at-once 8`` makes so many answers at once, each of another place of the text. ``--replay TRACE`` is
-instead of MODEL: models that follow a trace's routing and say its next step with each probability of
-``--right``. ``--draft MODEL`` is one more source. ``mtp`` among the sources loads the model with its block,
-for all arms: budgets in percent are then of the experts with the block's, and ``auto`` has it, too. A line of
-JSON for each run with ``--out``.
+``python -m mobile_gguf.bench.speculation MODEL`` has the model go on with two texts under each budget: a file
+of code that is there a second time (an edit that changes little), and prose. One process for a budget and a
+text; its arms take turns, to and fro, in one loaded model: no drafts, ``auto``, every source by its tuned
+length and, with ``--sweep``, look-up drafts of each fixed length from 0 to 8; each arm has a tuner of its
+own, which goes on from answer to answer or, with ``--first``, knows nothing before each. Medians of the
+rounds with their spread, bytes, experts, what was accepted, and what passes were to take and took; losing
+rows as well, and then which targets are met. ``--at-once 8`` makes so many answers at once, each of another
+place of the text. ``--replay TRACE`` is instead of MODEL: models that follow a trace's routing and say its
+next step with each probability of ``--right``. ``--draft MODEL`` is one more source. A line of JSON for each
+run with ``--out``.
+    parser.add_argument("--lengths", default="", help="of drafts, instead of the length that is chosen")
 """
 
 from __future__ import annotations
@@ -34,17 +34,23 @@ from .speculation_table import table, verdicts
 from .speculation_texts import CODE, PROSE, REPLAY, Subject, code_or_prose, steps_of, trace_of
 
 SOURCES = (OFF, AUTO, NGRAM, LITTLE)
-LENGTHS = range(9)
+LENGTHS = ",".join(map(str, range(9)))
 
 
-def arms_of(
-    sources: Sequence[str], sweeps: bool, lengths: Sequence[int] = ()
-) -> list[tuple[str, int | None]]:
-    """Sources, and the lengths that they are held to: with ``lengths`` all but those that have none."""
+def arms_of(sources: Sequence[str], swept: str | None, lengths: str = "") -> list[tuple[str, int | None]]:
+    """Sources, and the lengths that they are held to: with ``lengths`` all but those that have none.
+
+    Look-up drafts are held to those that are ``swept``, too.
+    """
     arms: list[tuple[str, int | None]] = []
     for source in sources:
-        arms += [(source, n) for n in (lengths if source not in (OFF, AUTO) else ()) or (None,)]
-    return arms + [(NGRAM, n) for n in LENGTHS] if sweeps else arms
+        held = lengths if source not in (OFF, AUTO) else ""
+        arms += [(source, n) for n in _numbers(held)] or [(source, None)]
+    return arms + [(NGRAM, n) for n in _numbers(swept or "")]
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(word) for word in text.split(",") if word]
 
 
 def measure(budget: str, kind: str, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -72,10 +78,12 @@ def measure(budget: str, kind: str, args: argparse.Namespace) -> list[dict[str, 
             subject = code_or_prose(model, path, kind, args.prose, args.at_once, args.tokens)
         never = {token: -100.0 for token in range(model.info.n_vocab) if model.is_end(token)}
         backend = backend_of(model)
-        arms = arms_of(sources, args.sweep, [int(n) for n in args.lengths.split(",") if n])
+        arms = arms_of(sources, args.sweep, args.lengths)
         tuners = {arm: backend.speculation.make_tuner() for arm in arms}
         for round_ in range(args.rounds + 1):  # of the first nothing counts
-            for arm in arms:
+            for arm in arms if round_ % 2 else reversed(arms):
+                if args.first:
+                    tuners[arm] = backend.speculation.make_tuner()
                 backend.speculation.tuner, backend.scheduler.watch = tuners[arm], None
                 tuners[arm].fixed = arm[1]
                 run = _run(model, subject, arm[0], never)
@@ -145,7 +153,10 @@ def main() -> int:
     parser.add_argument("--texts", default=f"{CODE},{PROSE}")
     parser.add_argument("--sources", default=",".join(SOURCES))
     parser.add_argument("--draft", metavar="MODEL", help="a smaller model that drafts, too")
-    parser.add_argument("--sweep", action="store_true", help="fixed lengths of look-up drafts, too")
+    parser.add_argument(
+        "--sweep", nargs="?", const=LENGTHS, metavar="LENGTHS", help="fixed lengths of look-up drafts, too"
+    )
+    parser.add_argument("--first", action="store_true", help="tuners know nothing before each answer")
     parser.add_argument("--lengths", default="", help="of drafts, instead of the length that is chosen")
     parser.add_argument("--prose", type=Path, help="a text (default: this folder's)")
     parser.add_argument("--replay", type=Path, metavar="TRACE", help="models that follow it, no MODEL")

@@ -49,6 +49,7 @@ def open_both(
         small.close()
         raise
     llama.draft = draft
+    llama.speculation.state(info, own)
     about_itself = [notice for notice in notices if not notice.startswith(own.path.name)]
     return llama, [*(f"{own.path.name}: {notice}" for notice in about_itself), *others]
 

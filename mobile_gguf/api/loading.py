@@ -246,6 +246,7 @@ def _construct(
         llama.decoder.as_with_ubatch = DEFAULT_UBATCH
     if options.threads_auto == ON:
         follow_machine(llama)
+    llama.speculation.state(info)
     return llama
 
 

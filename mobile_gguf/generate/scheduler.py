@@ -162,11 +162,17 @@ class Scheduler:
         with self._room.claims([wish.sequence for wish in self._waiting]):
             if not self._room.claim(sequence, n_tokens, at_once=True):
                 raise EngineError("the context has no room for the text")
+        self._forget_counters()
         self._meter.begin([Share(sequence.costs, n_tokens)])
 
     def restart_counters(self) -> None:
         """Count anew, while no answer is made."""
+        self._forget_counters()
         self._meter.restart()
+
+    def _forget_counters(self) -> None:
+        if self.watch is not None:
+            self.watch.forget()
 
     def run(self, wish: Wish) -> int:
         """Run some of the tokens, or all; returns how many. Raises what the decode raised."""
@@ -270,11 +276,10 @@ class Scheduler:
         threads = self.threads if not (is_long or n_guesses) and (self.n_running > 1 or has_drafts) else None
         if threads is not None:
             threads.before()
-        watch = self.watch if not (is_long or n_guesses) else None
         started = time.perf_counter()
         with (
             self.decoder.explained(all_stop if all(stops) else None, long=is_long),
-            watching(watch, [one.tokens for one in slices]),
+            watching(self.watch, [one.tokens for one in slices], is_plain=not (is_long or n_guesses)),
         ):
             for sequence in sequences:
                 sequence.cut()

@@ -62,6 +62,7 @@ class GgufInfo:
     layout: str = STACKED  # or "per-expert"
     segments: int = 1  # tensors that each expert's matrix is cut into
     embedding_bytes: int = 0  # of the token embedding, which stays on the host with all layers on devices
+    output_bytes: int = 0  # of the matrix that logits come of, where that is not the embedding, too
     stock: bool = True  # stock llama.cpp can load it: stacked, and no tensor named mobile.*
     moe_layers: tuple[int, ...] = ()  # which of the model's layers expert_layers are; the others are dense
     n_layer_mtp: int = 0
@@ -160,6 +161,7 @@ def make_gguf_info(headers: Sequence[GgufHeader], runs_mtp: bool = False) -> Ggu
         embedding_bytes=sum(
             tensor.n_bytes for tensor in of_model if _EMBEDDING.fullmatch(tensor.name) and tensor not in lazy
         ),
+        output_bytes=sum(tensor.n_bytes for tensor in of_model if tensor.name == "output.weight"),
         stock=experts.layout == STACKED and len(of_model) == len(tensors),
         n_layer_mtp=n_block - n_layer,
         mtp_bytes=sum(tensor.n_bytes for tensor in idle),

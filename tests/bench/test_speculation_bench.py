@@ -62,13 +62,19 @@ def test_targets_that_are_not_met_are_named() -> None:
         run("ngram", 10.0, 1, budget="100%", fixed=0), run("ngram", 15.0, 1, budget="100%", fixed=4),
     ]  # fmt: skip
     assert verdicts(runs, 1) == [
-        "auto, all budgets and texts: 0.95: 0.90 at the worst (50% prose): NOT MET",
-        "ngram on the code, 100%: 1.15: 1.20 at the worst (100% code): met",
+        "auto, all budgets and texts: 0.95: 0.90 at the worst (50% prose): NOT MET; "
+        "by processor time 0.90 at the worst (50% prose): NOT MET",
+        "ngram on the code, 100%: 1.15: 1.20 at the worst (100% code): met; "
+        "by processor time 1.20 at the worst (100% code): met",
         "passes foreseen within 15%: -10% over all of them",
-        "the chosen length over the best of a sweep, 100% code: 0.95: 0.80 (length 4)",
+        "the chosen length over the best of a sweep, 100% code: 0.95: 0.80 (length 4); "
+        "by processor time 0.80 (length 4)",
     ]
     batch = [run("off", 10.0, 1, budget="100%"), run("auto", 10.2, 1, budget="100%")]
-    assert verdicts(batch, 8)[1] == "8 answers at once, 100%: 1.3: 1.02 at the worst (100% code): NOT MET"
+    assert verdicts(batch, 8)[1] == (
+        "8 answers at once, 100%: 1.3: 1.02 at the worst (100% code): NOT MET; "
+        "by processor time 1.02 at the worst (100% code): NOT MET"
+    )
 
 
 def test_a_head_says_the_next_step_so_often() -> None:
@@ -131,8 +137,8 @@ def test_a_trace_is_followed_with_drafts(
 
         return Namespace(
             sources="off,ngram", threads=1, ctx_size=512, at_once=1, deterministic=False, draft=None,
-            model=None, replay=Path("trace"), size="4MiB", tokens=24, rounds=1, sweep=True, prose=None,
-            lengths="",
+            model=None, replay=Path("trace"), size="4MiB", tokens=24, rounds=1, prose=None,
+            sweep=speculation.LENGTHS, first=False, lengths="",
         )  # fmt: skip
 
     command = ["speculation", "--replay", "trace", "--right", "0.5", "--budgets", "100%", "--sweep"]
@@ -187,9 +193,9 @@ def test_what_is_not_the_same_is_found(
 
 
 def test_each_arm_of_a_sweep_is_there() -> None:
-    arms = speculation.arms_of(("off", "auto"), True)
+    arms = speculation.arms_of(("off", "auto"), speculation.LENGTHS)
     assert arms == [("off", None), ("auto", None), *(("ngram", n) for n in range(Tuner().most + 1))]
-    arms = speculation.arms_of(("off", "auto", "ngram", "little"), False, [2, 4])
+    arms = speculation.arms_of(("off", "auto", "ngram", "little"), None, "2,4")
     assert arms[2:] == [("ngram", 2), ("ngram", 4), ("little", 2), ("little", 4)]
     assert TINY_TRACE.n_steps == 14
 

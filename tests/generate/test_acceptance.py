@@ -179,3 +179,32 @@ def test_another_text_is_learnt_sooner() -> None:
         for _ in range(5):
             acceptance.add("code", 0, False)
     assert doubting.at("code", 0) < 0.45 < sure.at("code", 0)
+
+
+def test_a_place_that_is_drafted_no_more_gets_another_chance() -> None:
+    """Short drafts do not show whether longer ones were right now: with each text the place before counts."""
+    acceptance = Acceptance(2)
+    for _ in range(50):
+        acceptance.add("code", 0, True)
+        acceptance.add("code", 1, False)
+    found = [acceptance.at("code", 1)]
+    for _ in range(3):
+        acceptance.doubt()
+        acceptance.add("code", 0, True)
+        found.append(acceptance.at("code", 1))
+    assert found == sorted(found)
+    assert found[0] < 0.05
+    assert found[-1] > 0.2
+
+
+def test_what_is_not_known_of_a_place_is_taken_from_the_one_before() -> None:
+    acceptance = Acceptance(3, {"long": 0.9})
+    assert acceptance.rates("long") == [0.9] * 3
+    acceptance.add("long", 0, False)
+    first, *others = acceptance.rates("long")
+    assert first < 0.65
+    assert others == [first] * 2
+    for _ in range(30):
+        acceptance.add("long", 1, True)
+    assert acceptance.at("long", 1) > 0.95
+    assert acceptance.at("long", 0) == first

@@ -5,8 +5,10 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
+import families
 import numpy as np
 import pytest
 import tiny_models
@@ -14,9 +16,15 @@ import tiny_models
 import mobile_gguf
 from mobile_gguf import Model, Reply
 from mobile_gguf.api.model import backend_of
+from mobile_gguf.engine.binding import Engine
 from mobile_gguf.engine.warm import worth
 from mobile_gguf.errors import UsageError
-from mobile_gguf.generate.speculation.tuner import MOST
+from mobile_gguf.generate.decode import Policy
+from mobile_gguf.generate.speculation.needs import token_needs
+from mobile_gguf.generate.speculation.source import LookupSource
+from mobile_gguf.generate.speculation.stated import block_takes
+from mobile_gguf.generate.speculation.tuner import MOST, Tuner
+from mobile_gguf.gguf.info import read_gguf_info
 
 pytestmark = pytest.mark.engine
 # full attention, a sliding window, two latent attentions, a recurrent memory
@@ -227,13 +235,16 @@ def test_a_receipt_says_what_was_drafted(one: Model) -> None:
     assert f"{speculation.accepted} of {speculation.drafted} drafted" in reply.receipt.summary()
 
 
-def test_auto_learns_what_passes_take(one: Model) -> None:
-    tuner = backend_of(one).speculation.tuner
-    for seed in range(4):
-        said(one, text(seed, 100), "auto", None, max_tokens=60)
-    assert tuner.costs.is_known
-    assert tuner.costs.seconds_of(1) > 0
-    assert tuner.costs.needs_of(1) > 0
+@pytest.mark.parametrize("name", [ATTENTION, HYBRID])
+def test_auto_learns_what_passes_take(name: str) -> None:
+    with load(name, ram_budget="100%") as model:
+        tuner, store = backend_of(model).speculation.tuner, backend_of(model).store
+        for seed in range(4):
+            said(model, text(seed, 100), "auto", None, max_tokens=60)
+        assert tuner.costs.is_known
+        assert tuner.costs.seconds_of(1) > 0
+        assert store is not None
+        assert tuner.costs.needs_of(1) == token_needs(store, Policy())
 
 
 def test_what_cannot_be_drafted_is_said() -> None:
@@ -324,7 +335,8 @@ def test_the_same_run_makes_the_same_passes() -> None:
     for stretch in (1.0, 50.0):
         with load(ATTENTION, deterministic=True, ram_budget="70%") as model:
             backend = backend_of(model)
-            backend.speculation.tuner.most_needs = float("inf")  # of four experts two tokens want too many
+            # of four experts two tokens want too many
+            backend.store = replace(backend.store, budget_bytes=backend.store.budget_all_bytes)
             drawn = backend.draw
 
             def slowly(*args: Any, drawn: Any = drawn, stretch: float = stretch) -> int:
@@ -373,7 +385,73 @@ def test_auto_drafts_where_no_bit_changes_and_says_nothing_elsewhere() -> None:
         ({"mode": "big-little", "importance": "confidence"}, False),
         ({"drop": 0.5}, False),
     ):
-        with load(ATTENTION, speculate="auto", **options) as model:
+        with load(ATTENTION, speculate="auto", ram_budget="100%", **options) as model:
             reply = model.generate(text(1), max_tokens=4, temperature=0)
             assert (reply.receipt.speculation is not None) is is_on
             assert not any("--speculate" in notice for notice in model.notices)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """How often a text is looked up, and the engine's counters are read."""
+    times = {"looked up": 0, "counters": 0}
+
+    def count(of: type, name: str, what: str) -> None:
+        was = getattr(of, name)
+
+        def counting(*args: Any) -> Any:
+            times[what] += 1
+            return was(*args)
+
+        monkeypatch.setattr(of, name, counting)
+
+    count(LookupSource, "offer", "looked up")
+    count(LookupSource, "draft", "looked up")
+    count(Engine, "counters", "counters")
+    return times
+
+
+def times_of(asked: dict[str, int], model: Model, source: str) -> tuple[int, int, Reply]:
+    """How often an answer of 24 tokens looks up and reads counters."""
+    before = dict(asked)
+    never = dict.fromkeys(ends(model), -100.0)
+    reply = model.generate(text(1), max_tokens=24, temperature=0, speculate=source, logit_bias=never)
+    return asked["looked up"] - before["looked up"], asked["counters"] - before["counters"], reply
+
+
+def test_without_room_for_experts_nothing_is_looked_up_or_counted(asked: dict[str, int]) -> None:
+    """Two tokens of a model of four experts want more than half of what a layer may keep."""
+    with load(ATTENTION) as model:
+        _, plain, _ = times_of(asked, model, "off")
+        for source in ("auto", "ngram"):
+            looked_up, counted, reply = times_of(asked, model, source)
+            assert (looked_up, counted) == (0, plain)
+            speculation = reply.receipt.speculation
+            assert speculation is None if source == "auto" else speculation.drafted == 0
+        assert sum("drafts nothing" in notice for notice in model.notices) == 1  # who asked for it is told
+        backend = backend_of(model)
+        assert backend.store is not None
+        backend.store = replace(backend.store, budget_bytes=backend.store.budget_all_bytes)
+        looked_up, counted, reply = times_of(asked, model, "auto")
+        assert looked_up >= 10
+        assert counted > plain
+        assert reply.receipt.speculation is not None
+
+
+def test_counters_are_read_once_a_pass(asked: dict[str, int]) -> None:
+    with load(ATTENTION, ram_budget="100%") as model:
+        _, plain, _ = times_of(asked, model, "off")
+        backend_of(model).speculation.tuner.fixed = 0
+        _, counted, _ = times_of(asked, model, "auto")
+        assert counted == plain + 23 + 1  # the first token is the prompt's, and once before the first pass
+
+
+def test_what_a_block_takes_is_stated_by_its_file() -> None:
+    path = families.folder("glm-4.5") / "model.gguf"
+    info = read_gguf_info(path)
+    usual = {"ram_budget": "100%", "n_ctx": 512, "speculate": "mtp", "deterministic": True}
+    with mobile_gguf.load(path, threads=1, **usual) as model:
+        tuner = backend_of(model).speculation.tuner
+    same = Tuner(share=1.0, takes={"mtp": block_takes(info, 1.0)})
+    assert tuner.utility("mtp", 3, "mtp") == same.utility("mtp", 3, "mtp")
+    assert tuner.utility("mtp", 3, "mtp") != Tuner(share=1.0).utility("mtp", 3, "mtp")

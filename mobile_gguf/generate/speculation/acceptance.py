@@ -11,7 +11,8 @@ that the same random number chooses in both.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
 
 
 def verified(
@@ -29,54 +30,90 @@ def verified(
             return
 
 
+# What is left of an observation when the next one comes; how many what is known of the place before counts
+# as, what was seen in other texts at most, and the place before at least beside that.
+_FADES = 0.97
+_BEFORE = 2.0
+_DOUBTED, _AGAIN = 3.0, 1.0
+
+
+@dataclass
+class _Seen:
+    """``taken`` of ``n`` tokens at one place, and what the place before counts as beside them."""
+
+    n: float = 0.0
+    taken: float = 0.0
+    before: float = _BEFORE
+
+    def add(self, is_taken: bool) -> None:
+        self.n = self.n * _FADES + 1
+        self.taken = self.taken * _FADES + is_taken
+        self.before *= _FADES
+
+    def doubt(self) -> None:
+        share = min(1.0, _DOUBTED / (self.n + self.before))
+        self.n, self.taken, self.before = self.n * share, self.taken * share, self.before * share
+
+    def rate(self, of_before: float) -> float:
+        return (self.taken + self.before * of_before) / (self.n + self.before)
+
+
 class Acceptance:
     """How often the token at each place of a draft is taken, if those before it were; by kind of draft.
 
-    What was seen fades, so that a text that changes is followed.
+    What was seen fades, so that a text that changes is followed. Of a place little is known of it is taken
+    to be as the place before, of the first as ``usual`` says of the kind, else ``first``.
     """
 
-    def __init__(self, most: int, first: float = 0.6) -> None:
+    def __init__(self, most: int, usual: Mapping[str, float] | None = None, first: float = 0.6) -> None:
         self._most = most
-        self._first = first  # what is taken of a kind that was never seen
-        self._seen: dict[str, list[list[float]]] = {}  # of a kind and place: how many, and taken of them
+        self._usual = usual or {}
+        self._first = first
+        self._seen: dict[str, list[_Seen]] = {}  # by kind, and place
+        self._rates: dict[str, list[float]] = {}  # what ``rates`` said since the last that was seen
 
     def add(self, kind: str, place: int, is_taken: bool) -> None:
         """The token at ``place`` of a draft, from 0 on, was taken, or not; those before it were."""
-        of_kind = self._seen.setdefault(kind, [[_FIRST, _FIRST * self._first] for _ in range(self._most)])
-        seen = of_kind[place]
-        seen[0] = seen[0] * _FADES + 1
-        seen[1] = seen[1] * _FADES + is_taken
+        of_kind = self._seen.setdefault(kind, [_Seen() for _ in range(self._most)])
+        of_kind[place].add(is_taken)
+        self._rates.pop(kind, None)
 
     def doubt(self) -> None:
         """Another text begins: what was seen counts as a few observations only."""
         for of_kind in self._seen.values():
-            for seen in of_kind:
-                share = min(1.0, _FIRST / seen[0])
-                seen[0], seen[1] = seen[0] * share, seen[1] * share
+            for place, seen in enumerate(of_kind):
+                seen.doubt()
+                if place:  # those that are drafted no more are tried again where the ones before are right
+                    seen.before = max(seen.before, _AGAIN)
+        self._rates.clear()
+
+    def rates(self, kind: str) -> list[float]:
+        """The share that is taken at each place, from 0 on."""
+        known = self._rates.get(kind)
+        if known is None:
+            rate, known = self._usual.get(kind, self._first), []
+            for seen in self._seen.get(kind) or [_Seen()] * self._most:
+                rate = seen.rate(rate)
+                known.append(rate)
+            self._rates[kind] = known
+        return known
 
     def at(self, kind: str, place: int) -> float:
         """The share that is taken at a place, from 0 on."""
-        n, taken = self._seen.get(kind, [[1.0, self._first]] * self._most)[place]
-        return taken / n
+        return self.rates(kind)[place]
 
     def expected(self, kind: str, n: int) -> float:
         """Tokens that a pass over a draft of ``n`` gives: those taken, and one more."""
         every, reached = 1.0, 1.0
-        for place in range(n):
-            reached *= self.at(kind, place)
+        for rate in self.rates(kind)[:n]:
+            reached *= rate
             every += reached
         return every
 
     def again(self, kind: str, n: int) -> float:
         """Tokens that are run again behind a draft of ``n``, where all are if one of it was refused."""
         found, reached = 0.0, 1.0
-        for place in range(n):
-            right = self.at(kind, place)
+        for place, right in enumerate(self.rates(kind)[:n]):
             found += (place + 1) * reached * (1.0 - right)
             reached *= right
         return found
-
-
-# What is left of an observation when the next one comes, and how many there seem to be before the first.
-_FADES = 0.97
-_FIRST = 3.0

@@ -9,9 +9,11 @@ from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.options import LoadOptions
 from mobile_gguf.options.source import draft_model
 from mobile_gguf.options.words import AUTO, DRAFT, LITTLE, MTP, OFF
+from mobile_gguf.sizes import format_bytes
 
 from ..backend import Backend
 from ..decode import Policy
+from .needs import has_room
 
 
 def choose_speculation(
@@ -31,6 +33,12 @@ def choose_speculation(
     reason = _why_no_block(info, backend) if source == MTP and backend.mtp is None else None
     reason = reason or _why_not(options, info, backend, policy)
     if reason is None:
+        store = backend.store
+        if source != AUTO and store is not None and not has_room(store, policy):
+            notify(
+                f"--speculate {options.speculate} drafts nothing with {format_bytes(store.budget_bytes)}: "
+                "the experts of two tokens are more than half of what a layer may keep"
+            )
         return source
     if source == AUTO:
         return OFF

@@ -26,6 +26,8 @@ _SLOPE, _SLOPE_WORTH, _JUMP_WORTH, _EXTRA_WORTH = 0.6, 2.0, 4.0, 1.0
 _LINE_WORTH, _NEAR = 10.0, 0.6
 # A single token that takes so many times as long as those before, or as much less, may be of another machine.
 _JUMPED = 1.4
+# What is left then of what is known of several tokens.
+_KEPT = 0.1
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class StepCosts:
     @property
     def is_known(self) -> bool:
         """Whether it is known what passes take."""
-        return self.compute.n + self.n_observed >= 3
+        return self.compute.n + self.n_observed > 1.5  # two of them: the first fades
 
     @property
     def is_in_doubt(self) -> bool:
@@ -112,6 +114,9 @@ class StepCosts:
         self._other = side, computed
         if side and side == was:
             mean.value, mean.n, self._other = (before + computed) / 2, 2.0, (0, 0.0)
+            # what passes over several took was in units of another machine's single tokens
+            self._sums = [_KEPT * old for old in self._sums]
+            self._beside.clear()
             return
         mean.add(min(computed, _MOST * mean.value))
 

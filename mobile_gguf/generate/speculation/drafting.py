@@ -150,7 +150,7 @@ class Drafting:
         # the pass gives a token more than it drafts
         most = min(self._tuner.most, rows.n_left - 1, rows.n_wanted - self._n_said - 1)
         n_answers, tuner = self._n_answers(), self._tuner
-        if most <= 0 or rows.owed:
+        if most <= 0 or rows.owed or not tuner.may_draft(n_answers):
             return None
         if tuner.runs_again and n_answers > 1:
             return None  # several texts of such a memory go together only if all bring as many tokens

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from mobile_gguf.options.words import NGRAM
 
-from .lookup import LONGEST_MATCH, Lookup, class_of
+from .lookup import CLASSES, LONGEST_MATCH, Lookup, class_of, name_of
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,8 @@ class Offer:
 
 
 NOTHING = Offer(0, "")
+# How often the first token of a draft is right, by kind, before it was seen.
+USUALLY_RIGHT = {f"{NGRAM} {name_of(least)}": right for least, right in CLASSES.items()}
 
 
 class Source(Protocol):
@@ -53,8 +55,10 @@ class LookupSource:
     def __init__(self, prediction: Sequence[int] = ()) -> None:
         self._lookup = Lookup()
         self._prediction = prediction
+        self._found: list[int] = []  # what was offered last, of the text as it is
 
     def add(self, tokens: Sequence[int]) -> None:
+        self._found = []
         if self._prediction:
             # what the prompt ends with leads to it
             self._lookup.add([*tokens[-LONGEST_MATCH:], *self._prediction])
@@ -62,8 +66,8 @@ class LookupSource:
         self._lookup.add(tokens)
 
     def offer(self, most: int) -> Offer:
-        found, match = self._lookup.draft(most)
-        return Offer(len(found), f"{self.name} {class_of(match)}") if found else NOTHING
+        self._found, match = self._lookup.draft(most)
+        return Offer(len(self._found), f"{self.name} {class_of(match)}") if self._found else NOTHING
 
     def draft(self, n: int) -> list[int]:
-        return self._lookup.draft(n)[0]
+        return self._found[:n] if n <= len(self._found) else self._lookup.draft(n)[0]

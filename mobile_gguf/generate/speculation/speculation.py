@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 
 from llama_cpp import llama_cpp
 
+from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.options.words import AUTO, DRAFT, MTP, NGRAM, OFF
 
 from ..constraint.matching import Constraint
+from ..decode import Policy
 from ..form.guide import Guide
 from ..pace import run_token
 from ..sampler import Sampler
@@ -20,7 +22,9 @@ from .drafting import Drafting
 from .little import LittleSource
 from .mtp import MtpSource
 from .mtp_context import MtpContext
+from .needs import most_needs, share_in_memory, token_needs
 from .source import LookupSource, Source
+from .stated import block_takes, model_takes
 from .tuner import Tuner
 from .watch import StepWatch
 
@@ -39,40 +43,55 @@ class Speculation:
         self._llama = llama
         self._is_stated = is_stated
         self._is_apart = llama.native.is_apart  # each answer's tokens in passes of their own
+        engine = llama.engine
+        # of an expert, which are counted one by one
+        self._n_segments = engine.n_segments(llama.model) if engine is not None else 1
+        self._takes: dict[str, float] = {}
         self.tuner = self.make_tuner()
+
+    def state(self, info: GgufInfo, small: GgufInfo | None = None) -> None:
+        """What drafted tokens take by the model's file, and that of a smaller one, where no clock says it."""
+        if info.n_layer_mtp:
+            self._takes[MTP] = block_takes(info, share_in_memory(self._llama.store))
+        if small is not None:
+            self._takes[DRAFT] = model_takes(small, info)
 
     def make_tuner(self) -> Tuner:
         """One that knows the model and nothing of its answers."""
-        llama, store, share = self._llama, self._llama.store, 1.0
-        if store is not None:
-            share = min(1.0, store.budget_bytes / store.budget_all_bytes)
-        tuner = Tuner(share=share if self._is_stated else None)
-        tuner.runs_again = not llama.native.can_step_back
-        if store is not None and share < 1.0:
-            assert llama.engine is not None
-            n_all = store.n_layer_moe * store.n_expert * llama.engine.n_segments(llama.model)
-            # half of what there is room for: the other half is of tokens before
-            tuner.most_needs = n_all * share / 2
+        tuner = Tuner(
+            share=share_in_memory(self._llama.store) if self._is_stated else None, takes=self._takes
+        )
+        tuner.runs_again = not self._llama.native.can_step_back
         return tuner
+
+    def _may_draft(self, policy: Policy) -> bool:
+        """Whether memory has room for the experts of a draft, as it is now; the tuner is told of it."""
+        store, tuner = self._llama.store, self.tuner
+        if store is not None:
+            tuner.most_needs = most_needs(store) * self._n_segments
+            tuner.expect_needs(token_needs(store, policy) * self._n_segments)
+        return tuner.may_draft()
 
     def expect(self, sequence: TokenSequence) -> None:
         """The prompt of an answer comes: what its drafts need of it is kept."""
         if (block := self._llama.mtp) is None:
             return
-        source = sequence.policy.speculate
-        if source in (AUTO, MTP):
+        policy = sequence.policy
+        if policy.speculate in (AUTO, MTP) and self._may_draft(policy):
             # states of prompts change digits
-            block.wanted[sequence.number] = source == MTP and not self._is_stated
+            block.wanted[sequence.number] = policy.speculate == MTP and not self._is_stated
         else:
             block.wanted.pop(sequence.number, None)
 
     def of_answer(
         self, sequence: TokenSequence, sampler: Sampler, grammar: Constraint | Guide | None
     ) -> Drafting | None:
-        """Drafts for the answer that is made in ``sequence``; None where its policy wants none."""
+        """Drafts for the answer that is made in ``sequence``; None where its policy wants none, or has it
+        be as is best and memory has no room for the experts of any. Without room none is looked for."""
         llama, scheduler = self._llama, self._llama.scheduler
-        sources = self._sources(sequence, sampler)
-        if not sources:
+        policy = sequence.policy
+        has_room = policy.speculate != OFF and self._may_draft(policy)
+        if not has_room and policy.speculate in (OFF, AUTO):
             if scheduler.n_running <= 1:
                 scheduler.watch = None
             return None
@@ -88,7 +107,7 @@ class Speculation:
 
         return Drafting(
             self.tuner,
-            sources,
+            self._sources(sequence, sampler),
             sequence,
             run_single=lambda token: run_token(llama, sequence, token),
             draw=lambda: llama.draw(sampler, grammar, sequence.row),
@@ -100,8 +119,6 @@ class Speculation:
 
     def _sources(self, sequence: TokenSequence, sampler: Sampler) -> list[Source]:
         policy, llama = sequence.policy, self._llama
-        if policy.speculate == OFF:
-            return []
         if policy.speculate in (AUTO, NGRAM, MTP):
             found: list[Source] = []
             if policy.speculate != MTP:

@@ -8,11 +8,13 @@ Where no clock may decide, it is told no times, and reckons with stated ones.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from . import stated
 from .acceptance import Acceptance
 from .costs import Mean, StepCosts
+from .source import USUALLY_RIGHT
 
 MOST = 8
 # What a draft has to be expected to win, as a share of the tokens per second.
@@ -47,10 +49,12 @@ class Tuner:
 
     Drafts of a kind are taken to be alike. ``costs`` are of passes over one answer's tokens, ``together`` of
     those over several answers', which other kernels compute. With ``share``, of the experts that are in
-    memory, what passes take is stated, else it is measured.
+    memory, what passes take is stated, else it is measured; so is what sources take, by ``takes``.
     """
 
-    def __init__(self, most: int = MOST, share: float | None = None) -> None:
+    def __init__(
+        self, most: int = MOST, share: float | None = None, takes: Mapping[str, float] | None = None
+    ) -> None:
         self.most = most
         self.fixed: int | None = None
         self.most_needs = float("inf")
@@ -58,9 +62,10 @@ class Tuner:
         self.is_timed = share is None
         self.costs = StepCosts() if share is None else stated.StatedCosts(share=share)
         self.together = StepCosts() if share is None else stated.StatedCosts(share=share)
-        self.acceptance = Acceptance(most)
+        self.acceptance = Acceptance(most, USUALLY_RIGHT)
         self.drawing = Mean()  # seconds to draw a token from the logits
         self.keeping = Mean()  # to keep what a memory holds that cannot be rolled back
+        self._takes = stated.DRAFTING if takes is None else takes
         self._drafting: dict[str, Mean] = {}  # a drafted token, by source
         self._kinds: dict[str, _Kind] = {}
         self._balance = 0.0  # seconds that drafts have won, those of the last ones at most
@@ -114,6 +119,17 @@ class Tuner:
 
     # what next
 
+    def may_draft(self, n_answers: int = 1) -> bool:
+        """Whether a pass has room for the experts of a drafted token of each answer, so that there is
+        something to find out."""
+        return self.fixed is not None or self._within_memory(1, n_answers) > 0
+
+    def expect_needs(self, n: int) -> None:
+        """A token wants so many different experts, summed over the layers, where that was not counted yet."""
+        for costs in (self.costs, self.together):
+            if not costs.n_needs.n:
+                costs.n_needs.value = n
+
     def utility(self, kind: str, n: int, source: str = "", n_answers: int = 1) -> float:
         """Tokens per second of drafts of ``n``, in units of those without.
 
@@ -133,7 +149,7 @@ class Tuner:
 
     def _drafts(self, source: str) -> float:
         if not self.is_timed:
-            return stated.drafting(source)
+            return stated.drafting(source, self._takes)
         return self._drafting[source].value if source in self._drafting else 0.0
 
     def best(self, kind: str, most: int, source: str = "", n_answers: int = 1) -> tuple[int, float]:
@@ -199,6 +215,8 @@ class Tuner:
         return any(self.acceptance.expected(kind, n) > GAIN * (1 + CHEAP * n) for n in lengths)
 
     def _within_memory(self, most: int, n_answers: int) -> int:
+        if self.most_needs == float("inf"):
+            return most
         costs = self._costs_of(n_answers)
         while most > 0 and costs.needs_of(n_answers * (most + 1)) > self.most_needs:
             most -= 1

@@ -53,19 +53,25 @@ class StepWatch:
         self._counters = counters
         self._wait = wait
         self._clock = clock
+        self._known: Counters | None = None  # the counters as they are, if nothing was run since
         self.iterations = Iterations()
         self.last: tuple[float, float] | None = (
             None  # seconds that the last one was to take, and those it took
         )
 
+    def forget(self) -> None:
+        """Something else is run, or counted anew."""
+        self._known = self.last = None
+
     @contextlib.contextmanager
     def decode(self, n_tokens: int, n_answers: int = 1) -> Iterator[None]:
         """A decode of so many generated or drafted tokens, none of a prompt, that ends well."""
-        before, started = self._counters(), self._clock()
+        before = self._known or self._counters()
+        self._known, started = None, self._clock()
         yield
         self._wait()
         seconds = self._clock() - started
-        after = self._counters()
+        after = self._known = self._counters()
         step = Step(
             n_tokens,
             seconds,
@@ -84,8 +90,16 @@ class StepWatch:
             tuner.together.observe(step)
 
 
-def watching(watch: StepWatch | None, slices: Sequence[Sized]) -> contextlib.AbstractContextManager[None]:
-    """A decode of slices, which ``watch`` measures, if there is one."""
+def watching(
+    watch: StepWatch | None, slices: Sequence[Sized], *, is_plain: bool
+) -> contextlib.AbstractContextManager[None]:
+    """A decode of slices, which ``watch`` measures, if there is one and its tuner can use it.
+
+    ``is_plain``: it has neither a prompt's tokens nor guesses.
+    """
     if watch is None:
+        return contextlib.nullcontext()
+    if not (is_plain and watch.tuner.may_draft(len(slices))):
+        watch.forget()
         return contextlib.nullcontext()
     return watch.decode(sum(map(len, slices)), len(slices))
