@@ -6,7 +6,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := run
-.PHONY: run test quick test-portable lint docs page-libraries fuzz sanitize torture torture-headers torture-schemas bench gpu-kit engine stock wheels windows clean help
+.PHONY: run test quick test-portable lint docs pictures page-libraries fuzz sanitize torture torture-headers torture-schemas bench gpu-kit engine stock wheels windows clean help
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -75,6 +75,10 @@ docs: $(VENV)/.dev ## write docs/api.md from the docstrings, the table of docs/f
 	$(BIN)/python docs/make_families.py
 	$(BIN)/python docs/make_man.py
 
+pictures: $(VENV)/.dev ## make docs/tui.svg and docs/serve.png anew, of the demo model
+	$(BIN)/python docs/make_picture.py
+	$(BIN)/python docs/make_page_picture.py
+
 page-libraries: $(VENV)/.dev ## fetch the page's libraries from npm again, and say version and sha256 of each file
 	$(BIN)/python tests/support/page_libraries.py --fetch
 
@@ -117,8 +121,10 @@ wheels: $(VENV)/.package ## dist/: the package, and an engine for any processor,
 
 WINDOWS_LAYERS   ?= 400
 WINDOWS_SESSIONS ?= 12
-windows: $(VENV)/.dev ## barrier and expert store, compiled by mingw-w64 and run by Wine (docs/engine-build.md)
-	PYTHONPATH=tests/support $(BIN)/python tests/support/windows.py $(WINDOWS_LAYERS) $(WINDOWS_SESSIONS)
+# of each kind of layer, and the types that experts come in: f32, bf16, q8_0, q4_k with q6_k, mxfp4; in one file, in parts
+WINDOWS_MODELS   ?= mixtral qwen3moe-q4_k deepseek3 gpt-oss-mxfp4 qwen2moe-q8_0 olmoe-bf16 nemotron-h gemma4 mixtral-split
+windows: $(VENV)/.dev ## the engine, compiled by mingw-w64 and run by Wine, held against Linux' (docs/windows.md)
+	PYTHONPATH=tests/support $(BIN)/python tests/support/windows.py $(WINDOWS_LAYERS) $(WINDOWS_SESSIONS) $(WINDOWS_MODELS)
 
 clean: ## remove the virtual environment (the engine cache stays)
 	rm -rf $(VENV)

@@ -3,12 +3,14 @@
 ``python -m mobile_gguf.bench.speculation MODEL`` has the model go on with two texts under each budget: a
 file of code that is there a second time (an edit that changes little), and prose. One process for a budget
 and a text; its arms take turns, round after round, in one loaded model: no drafts, ``auto``, every source by
-its tuned length and, with ``--sweep``, look-up drafts of each fixed length from 0 to 8; each arm has a tuner
-of its own. Medians of the rounds with their spread, bytes, experts, what was accepted, and what passes were
-to take and took; losing rows as well, and then which targets are met. ``--at-once 8`` makes so many answers
-at once, each of another place of the text. ``--replay TRACE`` is instead of MODEL: models that follow a
-trace's routing and say its next step with each probability of ``--right``. ``--draft MODEL`` is one more
-source. A line of JSON for each run with ``--out``.
+its tuned length or, with ``--lengths``, by each of these and, with ``--sweep``, look-up drafts of each fixed
+length from 0 to 8; each arm has a tuner of its own. Medians of the rounds with their spread, bytes, experts,
+what was accepted, and what passes were to take and took; losing rows as well, and then which targets are
+met. ``--at-once 8`` makes so many answers at once, each of another place of the text. ``--replay TRACE`` is
+instead of MODEL: models that follow a trace's routing and say its next step with each probability of
+``--right``. ``--draft MODEL`` is one more source. ``mtp`` among the sources loads the model with its block,
+for all arms: budgets in percent are then of the experts with the block's, and ``auto`` has it, too. A line of
+JSON for each run with ``--out``.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mobile_gguf.options.words import AUTO, DRAFT, LITTLE, NGRAM, OFF
+from mobile_gguf.gguf.info import read_gguf_info
+from mobile_gguf.hub.resolve import resolve_model
+from mobile_gguf.options.words import AUTO, DRAFT, LITTLE, MTP, NGRAM, OFF
 from mobile_gguf.wording import markdown_table
 
 from .record import in_own_process, keep_runs
@@ -33,9 +37,13 @@ SOURCES = (OFF, AUTO, NGRAM, LITTLE)
 LENGTHS = range(9)
 
 
-def arms_of(sources: Sequence[str], sweeps: bool) -> list[tuple[str, int | None]]:
-    """Sources, and lengths that they are held to."""
-    arms: list[tuple[str, int | None]] = [(source, None) for source in sources]
+def arms_of(
+    sources: Sequence[str], sweeps: bool, lengths: Sequence[int] = ()
+) -> list[tuple[str, int | None]]:
+    """Sources, and the lengths that they are held to: with ``lengths`` all but those that have none."""
+    arms: list[tuple[str, int | None]] = []
+    for source in sources:
+        arms += [(source, n) for n in (lengths if source not in (OFF, AUTO) else ()) or (None,)]
     return arms + [(NGRAM, n) for n in LENGTHS] if sweeps else arms
 
 
@@ -50,6 +58,8 @@ def measure(budget: str, kind: str, args: argparse.Namespace) -> list[dict[str, 
     if args.draft is not None:
         sources.append(DRAFT)
         options["speculate"] = f"{DRAFT}={args.draft}"
+    elif MTP in sources:
+        options["speculate"] = MTP
     path, trace, right = args.model, None, 1.0
     if kind.startswith(REPLAY):
         right = float(kind.split()[1])
@@ -62,7 +72,7 @@ def measure(budget: str, kind: str, args: argparse.Namespace) -> list[dict[str, 
             subject = code_or_prose(model, path, kind, args.prose, args.at_once, args.tokens)
         never = {token: -100.0 for token in range(model.info.n_vocab) if model.is_end(token)}
         backend = backend_of(model)
-        arms = arms_of(sources, args.sweep)
+        arms = arms_of(sources, args.sweep, [int(n) for n in args.lengths.split(",") if n])
         tuners = {arm: backend.speculation.make_tuner() for arm in arms}
         for round_ in range(args.rounds + 1):  # of the first nothing counts
             for arm in arms:
@@ -136,6 +146,7 @@ def main() -> int:
     parser.add_argument("--sources", default=",".join(SOURCES))
     parser.add_argument("--draft", metavar="MODEL", help="a smaller model that drafts, too")
     parser.add_argument("--sweep", action="store_true", help="fixed lengths of look-up drafts, too")
+    parser.add_argument("--lengths", default="", help="of drafts, instead of the length that is chosen")
     parser.add_argument("--prose", type=Path, help="a text (default: this folder's)")
     parser.add_argument("--replay", type=Path, metavar="TRACE", help="models that follow it, no MODEL")
     parser.add_argument("--right", default="0.6,0.8,0.95", help="how often these say the next step")
@@ -151,6 +162,11 @@ def main() -> int:
     args = parser.parse_args()
     if (args.model is None) == (args.replay is None):
         parser.error("give a MODEL, or --replay TRACE")
+    if MTP in args.sources.split(","):
+        if args.draft is not None:
+            parser.error(f"a model is loaded with its block or with a smaller model: {MTP} or --draft")
+        if args.model is None or not read_gguf_info(resolve_model(args.model)).n_layer_mtp:
+            parser.error(f"{args.model or args.replay} has no block for multi-token prediction ({MTP})")
     if args.run:
         print(json.dumps(measure(args.budgets, args.texts, args)))
         return 0

@@ -102,7 +102,7 @@ def verdicts(runs: Sequence[Run], at_once: int) -> list[str]:
     if took:
         lines.append(f"passes foreseen within {FORESEEN:.0%}: {foreseen / took - 1:+.0%} over all of them")
     for budget, text in dict.fromkeys(one[:2] for one in settings):
-        fixed = [one for one in settings if one[:2] == (budget, text) and one[3] is not None]
+        fixed = [one for one in settings if one[:3] == (budget, text, NGRAM) and one[3] is not None]
         chosen = (budget, text, NGRAM, None)
         if fixed and chosen in settings:
             speeds = {one[3]: statistics.median(run["per_second"] for run in _of(runs, one)) for one in fixed}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,3 +41,7 @@ def work_directory(out: Path) -> Iterator[Path]:
                 yield folder
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
+        if os.name == "nt":  # the lock was open: now it goes, unless another has it by now
+            with contextlib.suppress(OSError):
+                (folder / "lock").unlink()
+                folder.rmdir()

@@ -15,6 +15,8 @@ from mobile_gguf.errors import UsageError
 from mobile_gguf.sizes import format_bytes
 from mobile_gguf.wording import plain
 
+# What is completed: names of a folder that are looked at, and shown.
+_MOST_LOOKED_AT, _MOST_SHOWN = 5000, 50
 # Longer than any context is in text.
 MOST_BYTES = 32 << 20
 _MENTION = re.compile(
@@ -61,6 +63,20 @@ def folded(text: str) -> str:
 def mention(path: str) -> str:
     """A path as a prompt mentions it."""
     return f'@"{path}"' if re.search(r"\s", path) or path[-1:] in _BEHIND else f"@{path}"
+
+
+def files_like(typed: str) -> list[str]:
+    """Files and folders that begin as ``typed``, which may have a quote before it; hidden ones if asked."""
+    folder, slash, begin = typed.removeprefix('"').rpartition("/")
+    try:
+        inside = sorted(Path(f"{folder}{slash}" or ".").expanduser().iterdir())[:_MOST_LOOKED_AT]
+        return [
+            f"{folder}{slash}{path.name}{'/' if path.is_dir() else ''}"
+            for path in inside
+            if path.name.startswith(begin) and (begin or not path.name.startswith("."))
+        ][:_MOST_SHOWN]
+    except (OSError, RuntimeError):
+        return []
 
 
 def _put(name: str, *, is_quoted: bool) -> tuple[str | None, str]:

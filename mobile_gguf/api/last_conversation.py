@@ -85,7 +85,9 @@ def recall(name: str = LAST) -> tuple[Conversation | None, str]:
     except FileNotFoundError:
         return None, name
     except (OSError, ValueError, KeyError, TypeError, RecursionError, UsageError) as error:
-        raise UsageError(f"{path} cannot be read ({error}): leave out --continue to begin anew") from None
+        raise UsageError(
+            f"{path} cannot be read ({error}): `mobile-gguf sessions rm {name}` removes it"
+        ) from None
 
 
 def _text(value: Any) -> str:

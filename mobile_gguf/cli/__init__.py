@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import copy
 import importlib
-import io
 import json
 import logging
 import os
@@ -23,6 +22,7 @@ from mobile_gguf.errors import EngineError, MobileError, missing_package
 
 from .parser import EXIT_USAGE, PROGRAM, Parser, finish, usage_line
 from .progress import erase
+from .streams import prepare_streams
 
 EXIT_FAILURE, EXIT_INTERRUPTED = 1, 130
 
@@ -66,13 +66,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    for stream in (sys.stdout, sys.stderr):
-        # A terminal that cannot show a character gets a question mark, not a traceback.
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        # Bytes that are no text are told from text by whoever reads them, whatever the locale.
-        sys.stdin.reconfigure(errors="surrogateescape")
+    prepare_streams()
     errors, args = sys.stderr, argparse.Namespace()
     with _Notes(errors):
         try:

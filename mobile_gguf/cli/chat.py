@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
-from mobile_gguf.api.attached_files import with_files
+from mobile_gguf.api.attached_files import files_like, with_files
 from mobile_gguf.api.context import way_out
 from mobile_gguf.api.conversation import Conversation
 from mobile_gguf.api.last_conversation import remember
@@ -57,7 +57,7 @@ HELP = """/help               this text
 /system [TEXT]      set the system message; without TEXT show it, `/system none` removes it
 /set [NAME VALUE]   set an option of the answers, as in /set temp 0.2; without a name show them
 /stats              what the model and its expert store did so far
-@FILE               in a question: the file's text in its place; \\@ is the character
+@FILE               in a question: the file's text in its place; Tab completes it, \\@ is the character
 /exit               leave, as does Ctrl-D; Ctrl-C ends an answer"""
 
 
@@ -320,8 +320,14 @@ def _readline() -> Any:
 
 
 def _completer(words: list[str]) -> Callable[[str, int], str | None]:
+    """Completes commands, names of options, and files behind an @."""
+
     def complete(text: str, state: int) -> str | None:
-        found = [word for word in words if word.startswith(text)]
+        if text.startswith("@"):
+            # a name with a blank is several words for readline, and is left alone
+            found = [f"@{name}" for name in files_like(text[1:]) if " " not in name]
+        else:
+            found = [word for word in words if word.startswith(text)]
         return found[state] if state < len(found) else None
 
     return complete

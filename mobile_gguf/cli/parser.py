@@ -6,6 +6,7 @@ import argparse
 import difflib
 import re
 import sys
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from mobile_gguf.options.words import AUTO, OFF, ON
@@ -43,6 +44,7 @@ EXAMPLES = {
     "rm": ("mobile-gguf rm hf:ORG/REPO:Q4_K_M", "mobile-gguf rm --yes old-model"),
     "sessions": (
         "mobile-gguf sessions",
+        "mobile-gguf sessions show trip",
         "mobile-gguf sessions export last --out chat.md",
         "mobile-gguf sessions rm --yes",
     ),
@@ -55,6 +57,7 @@ EXAMPLES = {
         "mobile-gguf engine build",
         "mobile-gguf engine build --backend cuda",
         "mobile-gguf engine info",
+        "mobile-gguf engine rpc-server --port 50052",
     ),
     "doctor": ("mobile-gguf doctor", "mobile-gguf doctor --json"),
     "config": (
@@ -138,10 +141,18 @@ def finish(subparsers: argparse._SubParsersAction[Any]) -> None:
             )
         words = [word for action in parser._actions if not action.option_strings for word in _words(action)]
         parser.usage = " ".join([f"{PROGRAM} {verb}", *words, "[OPTIONS]"])
-        examples = EXAMPLES.get(verb, ())
-        if examples and not parser.epilog:
-            parser.epilog = "\n  ".join([_EXAMPLES, *examples])
-            parser.formatter_class = HelpFormatter
+        _add_examples(parser, EXAMPLES.get(verb, ()))
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for name, child in action.choices.items():
+                    begin = f"{PROGRAM} {verb} {name}"
+                    _add_examples(child, [line for line in EXAMPLES[verb] if line.startswith(begin)])
+
+
+def _add_examples(parser: argparse.ArgumentParser, examples: Sequence[str]) -> None:
+    if examples and not parser.epilog:
+        parser.epilog = "\n  ".join([_EXAMPLES, *examples])
+        parser.formatter_class = HelpFormatter
 
 
 def _words(action: argparse.Action) -> list[str]:

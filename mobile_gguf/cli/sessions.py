@@ -75,12 +75,11 @@ def run(args: argparse.Namespace) -> int:
         folder = str(sessions_dir())
         print(json.dumps({"folder": folder, "bytes": total, "sessions": told, "conversations": words}))
         return 0
-    for line in columns([_HEADS, *_rows(entries)], right=(1, 2)):
-        print(line)
+    tables = [columns([_HEADS, *_rows(entries)], right=(1, 2))] if entries else []
     if names := known_names():
-        print()
-        for line in columns([_WORD_HEADS, *map(_word_row, names)], right=(1,)):
-            print(line)
+        tables.append(columns([_WORD_HEADS, *map(_word_row, names)], right=(1,)))
+    for at, table in enumerate(tables):
+        print("\n" * bool(at) + "\n".join(table))
     narrate(f"{len(entries)} in {sessions_dir()}, {format_bytes(total)}")
     return 0
 
@@ -120,8 +119,7 @@ def remove(args: argparse.Namespace) -> int:
     if not args.yes:
         require_terminal()
         total = format_bytes(sum(entries[path][0] for path in chosen))
-        also = f" and the words of {', '.join(words)}" if words else ""
-        if not confirmed(f"remove {_count(len(chosen))}, {total}{also}?"):
+        if not confirmed(f"remove {_counted(chosen, words)}, {total}?"):
             narrate("nothing is removed")
             return 1
     try:
@@ -134,13 +132,15 @@ def remove(args: argparse.Namespace) -> int:
         removed = {"removed": [path.stem for path in chosen], "conversations": words, "freed_bytes": freed}
         print(json.dumps(removed))
     else:
-        also = f" and the words of {', '.join(words)}" if words else ""
-        print(f"removed {_count(len(chosen))}{also}: {freed} bytes freed ({format_bytes(freed)})")
+        print(f"removed {_counted(chosen, words)}: {freed} bytes freed ({format_bytes(freed)})")
     return 0
 
 
-def _count(n: int) -> str:
-    return f"{n} session{'' if n == 1 else 's'}"
+def _counted(states: list[Path], words: list[str]) -> str:
+    """What is removed, in words."""
+    n = len(states)
+    parts = [f"{n} session{'' if n == 1 else 's'}"] if n or not words else []
+    return " and ".join([*parts, *([f"the words of {', '.join(words)}"] if words else [])])
 
 
 def _entries(folder: SessionFolder) -> dict[Path, tuple[int, Saved | None]]:
@@ -176,7 +176,7 @@ def _word_facts(name: str) -> dict[str, Any]:
 def _word_row(name: str) -> tuple[str, ...]:
     facts = _word_facts(name)
     if "problem" in facts:
-        return name, "-", plain(facts["problem"])
+        return name, "-", f"damaged: `mobile-gguf sessions show {name}` says how"
     used = f"{format_duration(max(0.0, time.time() - facts['used_at']))} ago"
     return name, str(facts["message_count"]), used
 

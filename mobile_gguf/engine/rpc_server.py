@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mobile_gguf.errors import EngineError, UsageError
+from mobile_gguf.sockets import claim_address
 
 from .binding import BUILD_HINT, bind_backend_function, load_library
 from .devices import ACCEL, CPU, Device, all_devices
@@ -54,7 +55,7 @@ def choose_endpoint(host: str, port: int) -> Endpoint:
             f"--host {host}: give an IPv4 address of this machine, such as 127.0.0.1 (0.0.0.0: all)"
         ) from None
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as trial:
-        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        claim_address(trial)
         try:
             trial.bind((address, port))
         except OSError as error:

@@ -110,7 +110,7 @@ def try_block(
 def check_block(engine: Engine, path: Path, keep_on: Callable[[], object] = lambda: None) -> str:
     """Why the block for multi-token prediction of a file that loads cannot be run; empty if it can."""
     end, text, _ = _end_of_child(engine.path, path, keep_on, ["mtp"])
-    if end < 0 or end == _TOO_LONG:
+    if crashed(end) or end == _TOO_LONG:
         return _end(end, text)
     return as_one_line(text) or f"exit code {end}" if end else ""
 

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,9 @@ from .lock import is_still, try_lock
 
 _DATA_REMEDY = ", or set XDG_DATA_HOME and XDG_CACHE_HOME to another disk"
 _PARTIAL = ".partial"
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+_IN_USE = (5, 32)  # Windows' ERROR_ACCESS_DENIED, ERROR_SHARING_VIOLATION
+_OPEN_SECONDS, _POLL_SECONDS = 1.0, 0.02
 
 
 class WriterBusyError(MobileError):
@@ -36,7 +39,7 @@ def complete_or_absent(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield partial
-            os.replace(partial, path)
+            replace_file(partial, path)
         finally:
             partial.unlink(missing_ok=True)
 
@@ -62,7 +65,7 @@ def replacing_file(path: Path, n_bytes: int, mode: int = 0o666) -> Iterator[Bina
                 os.fsync(descriptor)
                 if os.name == "nt":
                     file.close()
-                os.replace(partial, path)
+                replace_file(partial, path)
             except BaseException:
                 # while the lock is held: afterwards the name may be another writer's
                 if os.name == "nt":
@@ -70,6 +73,22 @@ def replacing_file(path: Path, n_bytes: int, mode: int = 0o666) -> Iterator[Bina
                 partial.unlink(missing_ok=True)
                 raise
         _sync_directory(path.parent)
+
+
+def replace_file(source: Path, target: Path) -> None:
+    """Give ``source`` the name ``target``, in place of what has it. Raises OSError.
+
+    Windows refuses as long as somebody has either open, if only to read it: a second is waited.
+    """
+    until = time.monotonic() + _OPEN_SECONDS
+    while True:
+        try:
+            os.replace(source, target)
+            return
+        except PermissionError:
+            if os.name != "nt" or time.monotonic() > until:
+                raise
+        time.sleep(_POLL_SECONDS)
 
 
 def partial_path(path: Path) -> Path:
@@ -118,6 +137,8 @@ def disk_errors(path: Path, remedy: str = _DATA_REMEDY) -> Iterator[None]:
     except OSError as error:
         if error.errno in _FULL:
             what = "the disk is full: free some space there"
+        elif getattr(error, "winerror", None) in _IN_USE:
+            what = "it cannot be written, or a program has it open: end that first"
         elif error.errno == errno.EFBIG:
             what = "it is larger than a file may be there (see `ulimit -f`): raise the limit"
         else:

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
+_HELD = (errno.EACCES, errno.EDEADLK, 36)  # of Windows' C runtime, where EDEADLOCK is 36
 _POLL_SECONDS = 0.1
 _FLAGS = os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0)
 
@@ -40,7 +41,7 @@ def try_lock(descriptor: int) -> bool:
 
     Not on Windows, where a lock would keep others from reading, and an open file is not replaced anyway.
     """
-    return os.name == "nt" or _try_lock(descriptor)
+    return os.name == "nt" or try_hold(descriptor)
 
 
 def is_still(descriptor: int, path: Path) -> bool:
@@ -56,7 +57,7 @@ def _acquire(path: Path, on_wait: Callable[[], None]) -> int:
     while True:
         descriptor = os.open(path, _FLAGS, 0o644)
         try:
-            while not _try_lock(descriptor):
+            while not try_hold(descriptor):
                 if not waits:
                     on_wait()
                 waits = True
@@ -73,17 +74,22 @@ def _acquire(path: Path, on_wait: Callable[[], None]) -> int:
 if sys.platform == "win32":
     import msvcrt
 
-    def _try_lock(descriptor: int) -> bool:
+    def try_hold(descriptor: int) -> bool:
+        """Lock a file that is there to be locked, and not read; False if somebody has it locked."""
         try:
             msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        except OSError:
-            return False
+        except OSError as error:
+            if error.errno in _HELD:
+                return False
+            if error.errno not in (*_NO_LOCKS, errno.EINVAL):
+                raise
         return True
 
 else:
     import fcntl
 
-    def _try_lock(descriptor: int) -> bool:
+    def try_hold(descriptor: int) -> bool:
+        """Lock a file that is there to be locked, and not read; False if somebody has it locked."""
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

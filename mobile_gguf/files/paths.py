@@ -1,31 +1,38 @@
-"""Where files live: XDG directories, read from the environment at each call and never created here."""
+"""Where files live: XDG directories, read from the environment at each call and never created here.
+
+On Windows, where nobody has set those variables, it is %LOCALAPPDATA% and, for settings, %APPDATA%: a profile
+may be on the network, and models are large.
+"""
 
 import os
+import sys
 from pathlib import Path
 
 APP = "mobile-gguf"
 
 
-def _xdg(variable: str, *fallback: str) -> Path:
+def _xdg(variable: str, windows: str, kind: str, *fallback: str) -> Path:
     # the specification says that a relative path is invalid and must be ignored
     value = os.environ.get(variable, "")
-    base = Path(value) if os.path.isabs(value) else Path.home().joinpath(*fallback)
-    return base / APP
+    if os.path.isabs(value):
+        return Path(value) / APP
+    folder = os.environ.get(windows, "") if sys.platform == "win32" else ""
+    return Path(folder) / APP / kind if folder else Path.home().joinpath(*fallback) / APP
 
 
 def cache_dir() -> Path:
     """What can be made again: ``$XDG_CACHE_HOME/mobile-gguf``, by default ``~/.cache/mobile-gguf``."""
-    return _xdg("XDG_CACHE_HOME", ".cache")
+    return _xdg("XDG_CACHE_HOME", "LOCALAPPDATA", "cache", ".cache")
 
 
 def data_dir() -> Path:
     """What the user would miss: ``$XDG_DATA_HOME/mobile-gguf``, by default ``~/.local/share/mobile-gguf``."""
-    return _xdg("XDG_DATA_HOME", ".local", "share")
+    return _xdg("XDG_DATA_HOME", "LOCALAPPDATA", "data", ".local", "share")
 
 
 def config_dir() -> Path:
     """Settings: ``$XDG_CONFIG_HOME/mobile-gguf``, by default ``~/.config/mobile-gguf``."""
-    return _xdg("XDG_CONFIG_HOME", ".config")
+    return _xdg("XDG_CONFIG_HOME", "APPDATA", "config", ".config")
 
 
 def sessions_dir() -> Path:

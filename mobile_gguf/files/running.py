@@ -19,7 +19,7 @@ from typing import Any
 from mobile_gguf.errors import MobileError
 
 from .atomic import complete_or_absent
-from .lock import try_lock
+from .lock import try_hold
 from .paths import runtime_dir
 
 SERVE, CHAT = "serve", "chat"
@@ -96,15 +96,16 @@ def announced(kind: str, told: Callable[[], dict[str, Any]]) -> Iterator[None]:
             write()
 
     try:
-        try_lock(held)
+        try_hold(held)
         write()
         threading.Thread(target=follow, name="mobile-gguf-announce", daemon=True).start()
         yield
     finally:
         ends.set()
         with writing:
-            _remove(record)
+            _unlink(record)
         os.close(held)
+        _unlink(lock)  # now, since Windows keeps files that are open
 
 
 def running() -> list[Running]:
@@ -141,12 +142,16 @@ def _is_held(path: Path) -> bool:
     except OSError:
         return False
     try:
-        return not try_lock(descriptor)
+        return not try_hold(descriptor)
     finally:
         os.close(descriptor)
 
 
 def _remove(record: Path) -> None:
-    for path in (record, record.with_suffix(".lock")):
-        with contextlib.suppress(OSError):
-            path.unlink()
+    _unlink(record)
+    _unlink(record.with_suffix(".lock"))
+
+
+def _unlink(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, Protocol
 
 from mobile_gguf.errors import PromptTooLongError, UsageError
 
+from .constraint.gbnf import read_gbnf
 from .control_text import Hidden, Piece, text_length
 from .form.asking import ask
 from .form.form import Calls, Form, Prompt, may_have_form
@@ -26,6 +28,13 @@ OWN_NAMES = frozenset(
 
 
 _SYSTEM = ("system", "developer")
+
+
+@lru_cache(maxsize=64)
+def _check_readable(grammar: str) -> None:
+    """Raise UsageError for a grammar of tools that is beyond what an answer can follow."""
+    if grammar:
+        read_gbnf(grammar)
 
 
 def _of_system(messages: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -175,7 +184,9 @@ class ChatPrompts:
         return self._first_form(messages, render)
 
     def _apply(self, request: dict[str, Any], most: int) -> dict[str, Any]:
-        return self._renderer.apply(self._template, self._bos, self._eos, request, most)
+        made = self._renderer.apply(self._template, self._bos, self._eos, request, most)
+        _check_readable(made["grammar"])
+        return made
 
     def _first_form(
         self,

@@ -128,8 +128,11 @@ class SessionFolder:
                 file = writing.enter_context(replacing_file(path, n_bytes, _ONLY_OURS))
                 file.truncate(n_bytes)  # so that it counts before it is there
             write(file, pieces)
-        for old in replaced:
-            old.unlink(missing_ok=True)
+            os.fsync(file.fileno())
+            with exclusive(self.folder / _LOCK):  # or who counts sees neither of its names
+                writing.close()
+                for old in replaced:
+                    old.unlink(missing_ok=True)
         return True
 
     def _make_room(self, n_bytes: int, limit_bytes: int, new_worth: float, replaced: Sequence[Path]) -> bool:
@@ -271,7 +274,10 @@ class SessionStore:
             n = len(one.tokens)
             has_all = usable(one.tokens, n, one.checkpoints, [*kept.tokens, -1]) == len(kept.tokens)
             if has_all and one.n_big >= kept.n_big:
-                os.utime(one.path)
+                try:
+                    os.utime(one.path)
+                except FileNotFoundError:  # another process has just made room with it
+                    continue
                 return
             if one.path.name.startswith(_GIVEN):
                 continue  # somebody wants it as it is

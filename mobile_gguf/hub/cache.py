@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from mobile_gguf.files.atomic import replace_file
+
 from .reference import Reference
 from .variants import RemoteFile, Variant, find_variants
 
@@ -110,7 +112,7 @@ def write_ref(repo: str, revision: str, commit: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     partial.write_text(commit)
-    os.replace(partial, path)
+    replace_file(partial, path)
 
 
 def _refs(folder: Path) -> dict[str, str]:

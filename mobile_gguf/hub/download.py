@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mobile_gguf.errors import MobileError
+from mobile_gguf.files.atomic import replace_file
 from mobile_gguf.files.lock import exclusive
 from mobile_gguf.progress import Progress
 from mobile_gguf.sizes import GIB, MIB, format_bytes
@@ -127,10 +128,12 @@ def _fetch_blob(repository: Repository, file: RemoteFile, blob: Path, meter: Met
             n_resumed, digest = _receive(repository, file, out, meter)
             if digest == file.etag:
                 os.fsync(out.fileno())
-                os.replace(partial, blob)
-                return
-            # before the lock goes: afterwards the name may be another process's
-            partial.unlink()
+        # closed, since Windows neither renames nor removes what is open
+        if digest == file.etag:
+            replace_file(partial, blob)
+            return
+        # before the lock goes: afterwards the name may be another process's
+        partial.unlink()
         if not n_resumed:
             raise DamagedError(
                 f"{repository.reference}: what came of {file.path} is not what the Hub has (hash"
@@ -216,7 +219,7 @@ def _link(blob: Path, pointer: Path) -> None:
     partial = pointer.with_name(f"{pointer.name}.{os.getpid()}.tmp")
     try:
         os.symlink(os.path.relpath(blob, pointer.parent), partial)
-        os.replace(partial, pointer)
+        replace_file(partial, pointer)
     except OSError:
         partial.unlink(missing_ok=True)
-        os.replace(blob, pointer)
+        replace_file(blob, pointer)

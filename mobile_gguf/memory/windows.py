@@ -26,7 +26,7 @@ def physical_memory(kernel32: Any = None) -> tuple[int, int] | None:
     """(total, available) bytes; None where this is not Windows, or it does not say.
 
     What is available includes the standby list, which is Windows' page cache. It is no more than may still be
-    committed: the store's slots count at once there.
+    committed, as memory of the store is when it is taken there.
     """
     kernel32 = kernel32 or getattr(getattr(ctypes, "windll", None), "kernel32", None)
     status = MemoryStatus(length=ctypes.sizeof(MemoryStatus))

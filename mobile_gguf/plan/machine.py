@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from mobile_gguf.errors import MobileError
-from mobile_gguf.files.atomic import disk_errors
+from mobile_gguf.files.atomic import disk_errors, replace_file
 from mobile_gguf.files.paths import cache_dir
 from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.memory.machine import machine_memory
@@ -133,7 +133,7 @@ def write_json(path: Path, value: Any) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             partial.write_text(json.dumps(value, indent=1), encoding="utf-8")
-            os.replace(partial, path)
+            replace_file(partial, path)
         finally:
             with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)

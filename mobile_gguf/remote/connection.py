@@ -25,6 +25,8 @@ _QUESTION_SECONDS = 30.0
 _POLL_SECONDS = 0.1
 _LONGEST_ERROR = 400
 _PORTS = {"http": 80, "https": 443}
+_NEEDS_KEY = ": give its key by --api-key-file FILE"
+_HINTS = {401: _NEEDS_KEY, 403: _NEEDS_KEY, 404: ": is it a server with OpenAI's API?"}
 
 
 class RemoteError(MobileError):
@@ -37,6 +39,8 @@ class Server:
     def __init__(self, url: str, key: str | None = None) -> None:
         """Raises UsageError for what is no address."""
         text = url if "://" in url else f"http://{url}"
+        if not url.strip():
+            raise UsageError("the address of the server is empty: give one such as http://127.0.0.1:8080")
         try:
             parts = urllib.parse.urlsplit(text)
             host, port = parts.hostname, parts.port
@@ -130,7 +134,7 @@ class Server:
             except (OSError, http.client.HTTPException, ValueError) as error:
                 raise RemoteError(f"{self.url} cannot be reached: {_why(error)}") from None
             if response.status >= 300:
-                raise RemoteError(self._refusal(response))
+                raise RemoteError(self._refusal(method, response))
             yield response
         finally:
             connection.close()
@@ -153,14 +157,15 @@ class Server:
             return _https(self.host, self.port), ""
         return http.client.HTTPConnection(self.host, self.port, timeout=_QUESTION_SECONDS), ""
 
-    def _refusal(self, response: http.client.HTTPResponse) -> str:
+    def _refusal(self, method: str, response: http.client.HTTPResponse) -> str:
         if response.status < 400:
             return f"{self.url} has moved to {plain(response.headers.get('Location', 'another place'))}"
         try:
             said = message_of(json.loads(response.read(1 << 20)))
         except (OSError, ValueError, RecursionError, http.client.HTTPException):
             said = response.reason
-        hint = ": give its key by --api-key-file FILE" if response.status in (401, 403) else ""
+        # what is not there of a server that was asked for an answer may be its model
+        hint = _HINTS.get(response.status, "") if method == "GET" or response.status != 404 else ""
         return f"{self.url} answers {response.status}: {said}{hint}"
 
 

@@ -27,7 +27,19 @@ _KINDS = {
     "svg": "image/svg+xml",
     "html": "text/html; charset=utf-8",
 }
-_SCRIPTS = ("answer", "api", "app", "chat", "conversations", "dom", "list", "map", "markdown", "math")
+_SCRIPTS = (
+    "answer",
+    "api",
+    "app",
+    "chat",
+    "conversations",
+    "dom",
+    "follow",
+    "list",
+    "map",
+    "markdown",
+    "math",
+)
 _SCRIPTS += ("receipt", "scroll", "settings", "thinking", "transfer", "turns")
 _SCRIPTS += ("vendor/markdown-it", "vendor/temml")
 PAGE = {  # the page's files by path; they need no key

@@ -17,6 +17,7 @@ import uvicorn
 
 from mobile_gguf.api.model import Model
 from mobile_gguf.errors import MobileError
+from mobile_gguf.sockets import claim_address
 
 from .app import create_app
 from .connections import protocol_of
@@ -109,7 +110,7 @@ def bind(host: str, port: int) -> socket.socket:
         raise MobileError(f"cannot listen on {host}:{port}: {error}") from None
     made = socket.socket(family, kind, protocol)
     try:
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        claim_address(made)
         made.bind(address)
     except OSError as error:
         made.close()
@@ -174,9 +175,9 @@ class Server(uvicorn.Server):
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {
-            number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        numbers += [signal.SIGBREAK] if sys.platform == "win32" else []  # Ctrl-Break, also by another process
+        before = {number: signal.signal(number, self.handle_exit) for number in numbers}
         try:
             yield
         finally:

@@ -8,6 +8,8 @@ from typing import Any
 
 from mobile_gguf.generate.answer import Chunk
 
+from .failures import printable
+
 # Of several answers the largest counts; of everything else that is a number, the sum.
 _LARGEST = {
     "n_expert_used",
@@ -98,7 +100,7 @@ class Spent:
 
     def usage(self) -> dict[str, Any]:
         """OpenAI's ``usage``, with ``receipt``, ``tokens_per_second``, and ``notes`` where there are some."""
-        notes = {"notes": list(self.notes)} if self.notes else {}
+        notes = {"notes": [*map(printable, self.notes)]} if self.notes else {}
         return notes | {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import mtp_models
 import numpy as np
 import pytest
 import tiny_models
@@ -131,6 +132,7 @@ def test_a_trace_is_followed_with_drafts(
         return Namespace(
             sources="off,ngram", threads=1, ctx_size=512, at_once=1, deterministic=False, draft=None,
             model=None, replay=Path("trace"), size="4MiB", tokens=24, rounds=1, sweep=True, prose=None,
+            lengths="",
         )  # fmt: skip
 
     command = ["speculation", "--replay", "trace", "--right", "0.5", "--budgets", "100%", "--sweep"]
@@ -187,4 +189,38 @@ def test_what_is_not_the_same_is_found(
 def test_each_arm_of_a_sweep_is_there() -> None:
     arms = speculation.arms_of(("off", "auto"), True)
     assert arms == [("off", None), ("auto", None), *(("ngram", n) for n in range(Tuner().most + 1))]
+    arms = speculation.arms_of(("off", "auto", "ngram", "little"), False, [2, 4])
+    assert arms[2:] == [("ngram", 2), ("ngram", 4), ("little", 2), ("little", 4)]
     assert TINY_TRACE.n_steps == 14
+
+
+@pytest.mark.engine
+def test_a_block_is_one_more_source(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = mtp_models.make(tmp_path / "right.gguf")
+    usual = ["--rounds", "1", "--tokens", "40", "--threads", "1", "--ctx-size", "1024", "--texts", "code"]
+    command = ["speculation", str(path), "--budgets", "100%", "--sources", "off,auto,mtp", *usual]
+    code, rows = measured([*command, "--lengths", "1,4"], speculation, monkeypatch, capsys)
+    assert code == 0
+    assert [row[2] for row in rows] == ["off", "auto", "mtp, 1", "mtp, 4"]
+    accepted, drafted = map(int, rows[-1][8].split("/"))
+    assert accepted == drafted > 0
+    for wrong in ([str(tiny_models.path("qwen3moe"))], [str(path), "--draft", str(path)]):
+        with pytest.raises(SystemExit):
+            measured(["speculation", *wrong, "--sources", "mtp"], speculation, monkeypatch, capsys)
+
+
+@pytest.mark.engine
+def test_texts_by_a_block_are_held_against_those_without(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path, plain = mtp_models.make(tmp_path / "right.gguf"), tiny_models.path("qwen3moe")
+    command = ["speculation_equal", str(path), str(plain), "--budgets", "5%", "--sources", "mtp"]
+    command += ["--prompts", "2", "--tokens", "24", "--threads", "1", "--deterministic", "yes"]
+    code, rows = measured(command, speculation_equal, monkeypatch, capsys)
+    assert code == 0
+    assert [row[3] for row in rows] == ["mtp"]  # the other one has none
+    assert rows[0][1] != "5%"  # a layer's experts are more
+    accepted, drafted = map(int, rows[0][5].split("/"))
+    assert accepted == drafted > 0

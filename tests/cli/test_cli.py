@@ -2,11 +2,13 @@
 
 import importlib.metadata
 import io
+import itertools
 import json
 import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -317,6 +319,27 @@ def test_chat_on_a_terminal_keeps_a_history_line_by_line(command, fake_load, mon
     command("chat", "m.gguf", terminal=True)
     assert found == ["/help\n", "/help\nof another\n/stats\n"]
     assert file.stat().st_mode & 0o777 == 0o600
+
+
+def test_tab_completes_commands_options_and_files(tmp_path, monkeypatch):
+    from mobile_gguf.cli.chat import _completer
+
+    for name in ("notes.txt", "next.md", ".hidden", "two words.md"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "main.c").write_text("")
+    monkeypatch.chdir(tmp_path)
+    complete = _completer(["/help", "/set", "temperature"])
+
+    def found(typed):
+        return [*iter(partial(lambda state: complete(typed, next(state)), itertools.count()), None)]
+
+    assert found("/h") == ["/help"]
+    assert found("te") == ["temperature"]
+    assert found("@") == ["@next.md", "@notes.txt", "@source/"]
+    assert found("@source/m") == ["@source/main.c"]
+    assert found("@.h") == ["@.hidden"]
+    assert found("@nothing/") == []
 
 
 # show and list

@@ -68,3 +68,17 @@ def test_a_flag_that_does_not_exist_is_found(words: str, capsys: pytest.CaptureF
     (made,) = commands(f"  mobile-gguf {words}  # a comment")
     with pytest.raises(SystemExit):
         parse(make_parser(), made)
+
+
+def test_a_verb_of_a_verb_has_examples_as_well() -> None:
+    top = next(action for action in make_parser()._actions if isinstance(action, argparse._SubParsersAction))
+    found = []
+    for verb, parser in top.choices.items():
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for name, child in action.choices.items():
+                    examples = commands(child.epilog or "")
+                    assert examples, (verb, name)
+                    assert all(words[:2] == [verb, name] for words in examples)
+                    found.append(name)
+    assert {"show", "export", "rm", "build", "info", "rpc-server"} <= set(found)

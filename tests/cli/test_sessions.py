@@ -12,7 +12,7 @@ import tiny_models
 from fake_backend import FakeBackend, scripted
 
 from mobile_gguf.api.conversation import Conversation
-from mobile_gguf.api.last_conversation import last_conversation_path, recall, remember
+from mobile_gguf.api.last_conversation import conversation_path, last_conversation_path, recall, remember
 from mobile_gguf.cli import main
 from mobile_gguf.errors import UsageError
 from mobile_gguf.files.paths import sessions_dir
@@ -83,7 +83,7 @@ def test_the_last_conversation_is_kept_whole_and_private() -> None:
     assert last_conversation_path().stat().st_mode & 0o77 == 0
     for broken in ("{", "[]", '{"system": 1, "turns": []}', '{"system": "", "turns": [1]}'):
         last_conversation_path().write_text(broken)
-        with pytest.raises(UsageError, match="leave out --continue"):
+        with pytest.raises(UsageError, match=r"cannot be read .* sessions rm last` removes it"):
             recall()
 
 
@@ -165,7 +165,28 @@ def test_words_are_listed_shown_exported_and_removed(
     assert main(["sessions", "export", saved[0].stem]) == 2
     assert "no words are kept under the name" in capsys.readouterr().err
     assert main(["sessions", "rm", "--yes", "trip"]) == 0
-    assert "removed 0 sessions and the words of trip" in capsys.readouterr().out
+    assert "removed the words of trip: " in capsys.readouterr().out
     assert recall("trip")[0] is None
     assert recall()[0] is not None
     assert all(file.exists() for file in saved)
+
+
+def test_nothing_is_an_empty_list_and_what_is_damaged_can_be_removed(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["sessions"]) == 0
+    assert capsys.readouterr().out == ""
+    remember(Conversation("", [{"role": "user", "content": "hi"}]), "trip")
+    conversation_path("trip").write_text("{", encoding="utf-8")
+    assert main(["sessions"]) == 0
+    heads, *rows = capsys.readouterr().out.splitlines()
+    assert heads.split() == ["CONVERSATION", "MESSAGES", "USED"]
+    assert rows[-1].split(maxsplit=2) == ["trip", "-", "damaged: `mobile-gguf sessions show trip` says how"]
+    for argv in (["show", "trip"], ["export", "trip"]):
+        assert main(["sessions", *argv]) == 2
+        said = capsys.readouterr()
+        assert said.out == ""
+        assert "trip.json cannot be read" in said.err
+        assert "`mobile-gguf sessions rm trip` removes it" in said.err
+    assert main(["sessions", "rm", "--yes", "trip"]) == 0
+    assert recall("trip")[0] is None

@@ -5,9 +5,8 @@ Which experts each token wants is a replay's, so that it is known which of them 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import engine_libs
 import layout_files
@@ -16,72 +15,21 @@ import pytest
 import tiny_models
 from device_jobs import CPU, FETCH, device_run, rpc_servers, succeeded_on_devices
 from engine_jobs import on_engine, run, succeeded
+from scripted import MODEL, SPEC, Script
 
-MODEL = "qwen3moe"
-SPEC = tiny_models.MODELS[MODEL]
 LRU, MOEPIC, DECAY = range(3)
 MEMORY, DEVICE = "memory", "device"
 # Seven experts of each layer have a slot; of a device's slots four are always zero.
 SHARE = {MEMORY: 28 / 64, DEVICE: 32 / 64}
+IN_MEMORY = "90%"  # beside a device: with less than all, segments are parts by themselves
 OLDER, NEWER = (0, 1, 2, 3), (0, 4, 5, 6)  # what is there before a draft
 LATER = (0, 7, 8, 9), OLDER  # of which the first has to displace some, and the second may want them
-
-Needs = Sequence[int]
 
 
 @pytest.fixture(scope="module")
 def rpc() -> Iterator[list[str]]:
     with rpc_servers() as endpoints:
         yield endpoints
-
-
-class Script:
-    """Ops of a text whose tokens want the experts that they are given, the same in every layer."""
-
-    def __init__(self) -> None:
-        self.ops: list[dict[str, Any]] = []
-        self.n_text = 0
-
-    def _wants(self, needs: Sequence[Needs]) -> None:
-        first = [OLDER] * self.n_text
-        ids = [[list(experts)] * SPEC.n_layer_moe for experts in [*first, *needs]]
-        self.ops.append({"op": "replay", "ids": ids})
-
-    def text(self, *needs: Needs) -> Script:
-        """Tokens one by one."""
-        self._wants(needs)
-        self.ops.append({"op": "steps", "tokens": [7] * len(needs), "pos": self.n_text})
-        self.n_text += len(needs)
-        return self
-
-    def sought(self, *needs: Needs) -> Script:
-        """Passes that are run for a draft, whose rows do not stay."""
-        self._wants(needs)
-        self.ops += [
-            {"op": "set_guessed", "guessed": "source"},
-            {"op": "steps", "tokens": [7] * len(needs), "pos": self.n_text},
-            {"op": "set_guessed", "guessed": "none"},
-            {"op": "remove", "pos": self.n_text},
-        ]
-        return self
-
-    def drafted(self, token: Needs, *drafts: Needs, n_right: int = 0, refuses: bool = True) -> Script:
-        """A pass over a token and a draft, right so far; ``refuses``: the engine is told of the rest."""
-        self._wants([token, *drafts])
-        n, n_right = 1 + len(drafts), 1 + n_right
-        self.ops += [
-            {"op": "set_guessed", "guessed": "draft"},
-            {"op": "decode", "tokens": [7] * n, "pos": self.n_text},
-            *([{"op": "refuse", "tokens": list(range(n_right, n))}] if refuses else []),
-            {"op": "set_guessed", "guessed": "none"},
-            {"op": "remove", "pos": self.n_text + n_right},
-        ]
-        self.n_text += n_right
-        return self
-
-    def and_(self, *ops: dict[str, Any]) -> Script:
-        self.ops += ops
-        return self
 
 
 def before_draft() -> Script:
@@ -103,7 +51,10 @@ def outcomes(
     else:
         start = {"op": "device_start", "budget": share, "poison": 1, "eviction": eviction, "miss": FETCH}
         ends = [{"op": "device_residency", "save": "there"}, {"op": "device_counters"}]
-        runs = [device_run(name, model, rpc, [start, *script.ops, *ends]) for name, script in scripts.items()]
+        runs = [
+            device_run(name, model, rpc, [start, *script.ops, *ends], IN_MEMORY)
+            for name, script in scripts.items()
+        ]
         outcome, counters = succeeded_on_devices(*runs), "device_counters"
     return {name: _found(outcome, name, counters) for name in scripts}
 
@@ -168,6 +119,21 @@ def test_a_draft_that_is_right_counts_once(tier: str, rpc: list[str]) -> None:
     assert found["sought"] == found["never"]
 
 
+@pytest.mark.parametrize("tier", [MEMORY, DEVICE])
+def test_refused_tokens_take_no_time(tier: str, rpc: list[str]) -> None:
+    """What was used often, long ago, is no older after many of them than what is used once then."""
+    later = (0, 4, 5, 7), (0, 4, 5, 8)
+    scripts = {
+        "never": before_draft().text(NEWER, *later),
+        "draft": before_draft().drafted(NEWER, *[NEWER] * 8).text(*later),
+        "sought draft": before_draft().sought(*[NEWER] * 8).drafted(NEWER, NEWER).text(*later),
+        "counted": before_draft().drafted(NEWER, *[NEWER] * 8, refuses=False).text(*later),
+    }
+    found = {name: there for name, (there, _) in outcomes(tier, rpc, scripts, eviction=DECAY).items()}
+    assert found["never"] == found["draft"] == found["sought draft"]
+    assert found["counted"] != found["never"], "time that passes would not be seen"
+
+
 @pytest.mark.parametrize("n_segments", [1, 2])
 @pytest.mark.parametrize("tier", [MEMORY, DEVICE])
 def test_what_only_refused_tokens_wanted_leaves_first(
@@ -210,16 +176,27 @@ def test_what_a_draft_was_found_by_stays_until_it_is_run(tier: str, rpc: list[st
 
 
 def test_refused_tokens_earn_no_slot(rpc: list[str]) -> None:
-    """What the CPU computes goes to a device if it was used often enough, by the text."""
-    often, later = [(0, 4, 5, 9)] * 3, (0, 4, 5, 9)
+    """What the CPU computes goes to a device if it was used often enough, by the text: once is not."""
+    needs = (0, 4, 5, 9)
 
     def script(*, refuses: bool) -> Script:
-        drafted = before_draft().and_({"op": "device_miss", "miss": CPU}, {"op": "reset_counters"})
-        return drafted.drafted(NEWER, *often, refuses=refuses).text(later)
+        once = before_draft().and_({"op": "device_miss", "miss": CPU}, {"op": "reset_counters"}).text(needs)
+        return once.drafted(NEWER, needs, needs, refuses=refuses).text(needs)
 
     found = outcomes(DEVICE, rpc, {"refused": script(refuses=True), "counted": script(refuses=False)})
     assert found["refused"][1]["n_admitted"] == 0
     assert found["counted"][1]["n_admitted"] > 0
+
+
+@pytest.mark.parametrize("tier", [MEMORY, DEVICE])
+def test_it_leaves_before_segments_that_are_not_kept(tier: str, rpc: list[str], tmp_path: Path) -> None:
+    """All that came for refused tokens ranks below what a split does not keep of the text's experts."""
+    model = layout_files.write_per_expert(tiny_models.path(MODEL), tmp_path / "m.gguf", 2)
+    split = {"op": "split", "on_device": tier == DEVICE, "kept": [1] * SPEC.n_layer_moe, "shares": None}
+    script = Script().and_(split).text(OLDER, OLDER, NEWER, NEWER)
+    script.drafted(NEWER, (0, 4, 5, 7)).and_({"op": "reset_counters"}).text((0, 4, 5, 10), NEWER)
+    _, counted = outcomes(tier, rpc, {"r": script}, model)["r"]
+    assert counted["n_misses"] == 2 * SPEC.n_layer_moe  # of 10 alone
 
 
 @pytest.mark.parametrize("tier", [MEMORY, DEVICE])

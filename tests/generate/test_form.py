@@ -214,6 +214,10 @@ def test_a_template_without_thoughts_and_tools_is_left_to_jinja(template: str, m
         ({"properties": {"a": {"type": "number", "minimum": 1}}}, ["minimum of a number"]),
         ({"items": [{"multipleOf": 2}, {"format": "email"}]}, ["format email", "multipleOf"]),
         ({"pattern": "a", "default": {"multipleOf": 2}, "uniqueItems": False}, ["pattern without ^ and $"]),
+        (
+            {"maxLength": 1 << 19, "minLength": 2, "items": {"maxItems": 1e6}},
+            ["maxItems over 100,000", "maxLength over 100,000"],
+        ),
         (None, []),
     ],
 )
@@ -251,6 +255,18 @@ def test_a_tool_that_cannot_be_followed_is_free_and_told_as_it_is() -> None:
     assert prompt == str([TOOL, BAD])
     assert "bad" not in form.grammar
     assert form.notes == ("tool g: its parameters are left free: unsupported: bad",)
+
+
+def test_counts_that_no_grammar_has_room_for_are_dropped() -> None:
+    """Claude Code's Workflow has a script of at most 524,288 characters."""
+    script = {"type": "string", "maxLength": 1 << 19, "minLength": 1, "enum": [{"maxLength": 1 << 20}]}
+    parameters = {"type": "object", "properties": {"maxLength": script}, "items": [{"maxItems": 5}]}
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    prompt, form = ask(apply, [], {"tools": [tool]}, Calls((tool,)))
+    assert prompt == str([tool])
+    del script["maxLength"]
+    assert form.grammar == f"auto {[tool]}"
+    assert form.notes == ("tool f: not followed: maxLength over 100,000",)
 
 
 def test_those_that_may_be_called_are_not_those_that_are_told() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,9 +16,9 @@ import pytest
 import tiny_models
 from family_table import FAMILIES
 from llama_cpp import llama_cpp
+from mtp_answers import PROMPT, counted, load, said
 
-import mobile_gguf
-from mobile_gguf import Model, Reply
+from mobile_gguf import Model
 from mobile_gguf.api.model import backend_of
 from mobile_gguf.engine import mtp as calls
 from mobile_gguf.engine.binding import find_engine
@@ -35,13 +34,7 @@ from mobile_gguf.gguf.info import read_gguf_info
 pytestmark = pytest.mark.engine
 # an attention with biases, a latent one, a hybrid
 SHAPES = ("glm-4.5", "glm-4.7-flash", "qwen3.5-moe")
-PROMPT = random.Random(2).choices(range(10, 300), k=40)
 N_DRAFTED = 4
-
-
-def load(path: Path, **options: Any) -> Model:
-    usual = {"ram_budget": "60%", "n_ctx": 512, "n_batch": 64, "n_ubatch": 64, "speculate": "mtp"}
-    return mobile_gguf.load(path, threads=1, threads_batch=1, **{**usual, **options})
 
 
 @pytest.fixture(scope="module")
@@ -55,19 +48,6 @@ def right(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
 def random_one() -> Iterator[Model]:
     with load(families.folder("glm-4.5") / "model.gguf") as model:
         yield model
-
-
-def said(model: Model, source: str, length: int | None = 4, **options: Any) -> Reply:
-    backend_of(model).speculation.tuner.fixed = length
-    usual: dict[str, Any] = {"max_tokens": 24, "temperature": 0, "seed": 3, "cache_prompt": False}
-    return model.generate(options.pop("prompt", PROMPT), speculate=source, **{**usual, **options})
-
-
-def counted(reply: Reply) -> tuple[int, int]:
-    speculation = reply.receipt.speculation
-    assert speculation is not None
-    assert speculation.source == "mtp"
-    return speculation.drafted, speculation.accepted
 
 
 def of_llama_cpp(path: Path, out: Path) -> tuple[np.ndarray, float]:
@@ -217,31 +197,6 @@ def test_a_failing_draft_leaves_a_right_text(random_one: Model, monkeypatch: pyt
         said(random_one, "mtp", 3)
     assert said(random_one, "mtp", 3, cache_prompt=True).tokens == whole
     assert n_calls[0] > 4
-
-
-@pytest.mark.parametrize("deterministic", [False, True])
-def test_several_answers_at_once(right: Model, deterministic: bool) -> None:
-    with load(right.info.path, parallel=3, deterministic=deterministic, n_ctx=128) as three:
-        backend_of(three).speculation.tuner.fixed = 3
-        prompts = [PROMPT[i:] for i in range(3)]
-        came: list[list[int]] = [[] for _ in prompts]
-
-        def work(i: int) -> Any:
-            def run() -> None:
-                for chunk in three.stream(prompts[i], max_tokens=20, temperature=0, speculate="mtp"):
-                    if chunk.token is not None:
-                        came[i].append(chunk.token)
-
-            return run
-
-        for _ in range(2):  # the second time there are texts of others in the cells
-            came[:] = [[] for _ in prompts]
-            for i in range(3):
-                three.crew.spawn(work(i))
-            while three.crew.n_running:
-                three.crew.advance()
-            assert came == [list(said(right, "off", prompt=one, max_tokens=20).tokens) for one in prompts]
-            prompts = [[*one, *prompts[0]] for one in prompts]
 
 
 def test_auto_has_the_block_where_all_experts_stay() -> None:

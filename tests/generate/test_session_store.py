@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 
 from mobile_gguf.files.atomic import partial_path
-from mobile_gguf.files.lock import exclusive
+from mobile_gguf.files.lock import exclusive, try_lock
 from mobile_gguf.generate.prefix_cache import Checkpoint, Kept, PrefixCache
-from mobile_gguf.generate.session_files import DamagedError, read, read_head
+from mobile_gguf.generate.session_files import DamagedError, Saved, read, read_head
 from mobile_gguf.generate.session_store import SessionFolder, SessionStore
 from mobile_gguf.generate.sessions import Sessions
 
@@ -251,6 +251,40 @@ def test_a_folder_that_cannot_be_written_is_told_once(tmp_path: Path) -> None:
     assert "not kept for the next start" in line
 
 
+def test_a_text_that_goes_while_it_is_found_is_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, saved = Store(tmp_path), SessionFolder.saved
+    store.save(kept(text(1, 60), 3000))
+
+    def saved_and_gone(folder: SessionFolder) -> list[Saved]:
+        found = saved(folder)
+        for one in found:
+            one.path.unlink()
+        return found
+
+    monkeypatch.setattr(SessionFolder, "saved", saved_and_gone)
+    store.save(kept(text(1, 60), 3000))
+    assert store.told == []
+    assert len(files(tmp_path)) == 1
+
+
+def test_a_file_gets_its_name_while_nobody_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two looks into a folder a file that is renamed would be seen under neither name."""
+    locked, replace_file = [], os.replace
+
+    def replacing(*paths: Path) -> None:
+        descriptor = os.open(tmp_path / "lock", os.O_RDWR)
+        locked.append(not try_lock(descriptor))
+        os.close(descriptor)
+        replace_file(*paths)
+
+    monkeypatch.setattr(os, "replace", replacing)
+    Store(tmp_path).save(kept(text(1), 3000))
+    assert locked == [True]
+    assert len(files(tmp_path)) == 1
+
+
 def test_many_writers_share_a_folder(tmp_path: Path) -> None:
     stores = [Store(tmp_path, limit=30_000) for _ in range(4)]
     most, ends = 0, threading.Event()
@@ -331,7 +365,7 @@ for i in range(int(sys.argv[2]), 10_000):
 def test_writers_that_are_killed_leave_whole_files_and_no_others(tmp_path: Path) -> None:
     """At any point of a file, again and again: the next one goes on within the limit."""
     chance, first = random.Random(4), 0
-    for _ in range(5):
+    for mine in range(10_000, 10_005):
         command = [sys.executable, "-c", _WRITER, str(tmp_path), str(first)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
             assert child.stdout is not None
@@ -341,12 +375,12 @@ def test_writers_that_are_killed_leave_whole_files_and_no_others(tmp_path: Path)
                 pass  # it is somewhere in the next one
             child.send_signal(signal.SIGKILL)
         store = SessionStore(SessionFolder(tmp_path), 5 * MIB, {"model": "a"}, "m.gguf", 10_000, pytest.fail)
-        store.save(Kept([first] * 100, 100, state(MIB)))
+        store.save(Kept([mine] * 100, 100, state(MIB)))  # none that the child may have written
         assert sum(file.stat().st_size for file in tmp_path.iterdir()) <= 5 * MIB
         assert {file.suffix for file in tmp_path.iterdir()} == {".session", ""}
         for file in files(tmp_path):
             read(file)
-        assert store.best([first] * 101, only_big=True)[1] == 100
+        assert store.best([mine] * 101, only_big=True)[1] == 100
         first += 1
 
 

@@ -181,6 +181,11 @@ def test_a_name_that_is_not_there_and_a_server_that_is_not(stub: OpenAiStub) -> 
         attach(Server(stub.url), "x")
     with pytest.raises(MobileError, match=r"127\.0\.0\.1:9 cannot be reached: Connection refused"):
         attach(Server("127.0.0.1:9"), None)
+    with pytest.raises(MobileError, match=r"404: nothing is here: is it a server with OpenAI's API\?"):
+        attach(Server(f"{stub.url}/elsewhere"), None)
+    stub.status = 404  # of a question it may be the model that is gone
+    with pytest.raises(MobileError, match=r"answers 404: the queue is full$"):
+        list(attach(Server(stub.url), None).stream_chat(MESSAGES))
     stub.key = "k"
     assert attach(Server(stub.url, "k"), None).id == "m"
     assert stub.keys[-1] == "Bearer k"

@@ -158,3 +158,42 @@ def test_words_have_log_probabilities_in_responses_too(server: Running) -> None:
     # who does not ask gets none
     plain = server.post(api.path, {name: one for name, one in body.items() if name not in asked}).json()
     assert plain["output"][0]["content"][0]["logprobs"] == []
+
+
+def test_openais_client_follows_a_response_with_thoughts_and_a_call(server: Running) -> None:
+    client, tools = server.openai(), list(APIS["responses"].tools)
+    asked: dict[str, Any] = {"model": "fake", "tools": tools, "reasoning": {"effort": "high"}}
+    with client.responses.stream(input=QUESTION, **asked) as stream:
+        kinds = {event.type for event in stream}
+        final = stream.get_final_response()
+    assert {"response.reasoning_text.delta", "response.function_call_arguments.delta"} <= kinds
+    thought, call = final.output
+    assert (thought.type, thought.content[0].text.strip()) == ("reasoning", THOUGHT)
+    assert (call.type, call.name, json.loads(call.arguments)) == ("function_call", TOOL, ARGUMENTS)
+    assert final.usage.output_tokens_details.reasoning_tokens > 2
+    result = {"type": "function_call_output", "call_id": call.call_id, "output": RESULT}
+    again = client.responses.create(input=[result], previous_response_id=final.id, **asked)
+    assert again.output_text == TOLD
+    quiet = client.responses.create(input=QUESTION, **(asked | {"reasoning": {"effort": "none"}}))
+    assert [one.type for one in quiet.output] == ["function_call"]
+
+
+def test_anthropics_client_follows_a_message_with_thoughts_and_a_call(server: Running) -> None:
+    anthropic = pytest.importorskip("anthropic", reason="pip install 'mobile-gguf[dev]'")
+    client = anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0)
+    thinking = {"type": "enabled", "budget_tokens": 1024}
+    asked: dict[str, Any] = {"model": "fake", "tools": list(APIS["messages"].tools), "max_tokens": 2048}
+    question = {"role": "user", "content": QUESTION}
+    with client.messages.stream(messages=[question], thinking=thinking, **asked) as stream:
+        kinds = {event.type for event in stream}
+        final = stream.get_final_message()
+    assert {"thinking", "signature", "input_json", "message_stop"} <= kinds
+    thought, call = final.content
+    assert (thought.type, thought.thinking.strip()) == ("thinking", THOUGHT)
+    assert (call.name, call.input, final.stop_reason) == (TOOL, ARGUMENTS, "tool_use")
+    result = {"type": "tool_result", "tool_use_id": call.id, "content": RESULT}
+    told = [question, {"role": "assistant", "content": final.content}, {"role": "user", "content": [result]}]
+    again = client.messages.create(messages=told, thinking=thinking, **asked)
+    assert [one.text for one in again.content] == [TOLD]
+    quiet = client.messages.create(messages=[question], thinking={"type": "disabled"}, **asked)
+    assert [one.type for one in quiet.content] == ["tool_use"]

@@ -149,13 +149,17 @@ def test_a_tool_that_is_not_followed_costs_no_other(model: Model, server: Runnin
     use(model, "Qwen3.5-4B")
     odd = {"name": "odd", "parameters": {"type": "object", "properties": {"a": {"$ref": "http://x/y"}}}}
     loose = {"name": "loose", "parameters": {"type": "object", "minProperties": 1}}
-    tools = [TOOL, *({"type": "function", "function": function} for function in (odd, loose))]
+    # of which a grammar comes that is larger than one may be
+    many = {"type": "array", "items": {"type": "string", "pattern": "^[a-z]{200000}$"}}
+    wide = {"name": "wide", "parameters": {"type": "object", "properties": {"a": many}}}
+    tools = [TOOL, *({"type": "function", "function": function} for function in (odd, loose, wide))]
     choice = {"type": "function", "function": {"name": "note"}}
     made = server.chat(**SMALL, tools=tools, tool_choice=choice, reasoning_budget=0).json()
     noted(made["choices"][0]["message"]["tool_calls"][0]["function"]["arguments"])
     notes = server.chat(**few(1), tools=tools).json()["usage"]["notes"]
     assert any(note.startswith("tool odd: its parameters are left free: ") for note in notes)
     assert "tool loose: not followed: minProperties" in notes
+    assert any(note.startswith("tool wide: its parameters are left free: the grammar") for note in notes)
 
 
 def test_a_template_that_is_hostile_to_the_parser_is_left_to_jinja(

@@ -11,7 +11,6 @@ import families
 import numpy as np
 
 FAMILY = "glm-4.5"
-_N_EMBD, _BLOCK = 64, 5
 _FIRST, _LAST = 10, 300  # tokens that are said: none of them ends an answer
 
 
@@ -22,15 +21,17 @@ def followers(seed: int = 1) -> dict[int, int]:
     return dict(zip(tokens, [*tokens[1:], tokens[0]], strict=True))
 
 
-def make(path: Path, *, by_state: bool = False, wrong: Collection[int] = ()) -> Path:
-    """Writes the model. The block is right after every token but the ``wrong`` ones.
+def make(
+    path: Path, *, by_state: bool = False, wrong: Collection[int] = (), source: Path | None = None
+) -> Path:
+    """Writes the model, of F32. The block is right after every token but the ``wrong`` ones.
 
-    ``by_state``: it does not look at the token, but at the state before, and so knows one token only: the
-    state that it leaves itself is of the same token again.
+    ``source``: another model of the family. ``by_state``: the block does not look at the token, but at the
+    state before, and so knows one token only: the state that it leaves itself is of the same token again.
     """
     from gguf import GGUFReader
 
-    shutil.copyfile(families.folder(FAMILY) / "model.gguf", path)
+    shutil.copyfile(source or families.folder(FAMILY) / "model.gguf", path)
     reader = GGUFReader(path, "r+")
     tensors = {tensor.name: tensor.data for tensor in reader.tensors}
     for name in tensors:
@@ -42,11 +43,12 @@ def make(path: Path, *, by_state: bool = False, wrong: Collection[int] = ()) -> 
     follows = followers()
     twice = {token: follows[after] for token, after in follows.items()}
     _write_head(tensors["output.weight"], embedding, follows)
-    block = f"blk.{_BLOCK}.nextn"
+    block = next(name for name in tensors if ".nextn." in name).split(".nextn.")[0] + ".nextn"
     tensors[f"{block}.embed_tokens.weight"][:] = embedding
     known = {token: after for token, after in (twice if by_state else follows).items() if token not in wrong}
     _write_head(tensors[f"{block}.shared_head_head.weight"], embedding, known)
-    eye, nothing = np.eye(_N_EMBD, dtype=np.float32), np.zeros((_N_EMBD, _N_EMBD), np.float32)
+    eye = np.eye(embedding.shape[1], dtype=np.float32)
+    nothing = np.zeros_like(eye)
     pair = (nothing, eye) if by_state else (eye, nothing)
     tensors[f"{block}.eh_proj.weight"][:] = np.concatenate(pair, 1)
     reader.data.flush()

@@ -59,7 +59,7 @@ def serving(stub: OpenAiStub) -> Iterator[OpenAiStub]:
         def do_GET(self) -> None:
             if self._refused():
                 return
-            if self.path.endswith("/models"):
+            if self.path.endswith("/v1/models"):
                 self._json(stub.raw if stub.raw is not None else {"object": "list", "data": stub.models})
             elif self.path.startswith("/v1/experts") and stub.experts is not None:
                 if "stream" not in self.path:

@@ -28,6 +28,7 @@ _PARTS = {
     "barrier": [C_SOURCES / "ggml" / "ggml-barrier.c", SHIM / "stress_barrier.c"],
     "store": [*sorted(_STORE.glob("mobile-store*.cpp")), C_SOURCES / "mobile-error.cpp"],
     "planted": [SHIM / "planted_reads.cpp", SHIM / "planted_store.cpp"],
+    "os": [_STORE / "mobile-os-posix.cpp", _STORE / "mobile-os-win32.cpp"],  # one of them is empty
 }
 _INCLUDED = {
     "planted": [_STORE / "mobile-os-posix.cpp", _STORE / "mobile-os-win32.cpp"]
@@ -36,6 +37,7 @@ _PROGRAMS = {
     "barrier_stress": ("barrier",),
     "store_stress": ("barrier", "store", "planted"),
     "store_order": ("barrier", "store", "planted"),
+    "os_check": ("os",),
 }
 LIBRARY = "store_order"  # for ctypes
 PATIENCE = 60  # seconds without a step, after which a program says that it hangs
@@ -156,11 +158,22 @@ def say(what: str, good: bool, started: float, said: str) -> bool:
 
 # faults for the checks to catch
 
-ON_WINDOWS: dict[str, Changes] = {
-    "barrier_stress": {
-        "ggml-barrier.c": ("WakeAllConditionVariable(&g_come)", "WakeConditionVariable(&g_come)")
-    },
-    "store_stress": {"mobile-os-win32.cpp": ("(DWORD) (offset + n_read)", "(DWORD) n_read")},
+_WIN32 = "mobile-os-win32.cpp"
+ON_WINDOWS: dict[str, list[Changes]] = {
+    "os_check": [
+        {_WIN32: ("(DWORD) ((offset + n_read) >> 32)", "0")},  # above 4 GiB
+        {_WIN32: ("((uintptr_t) addr + page - 1)/page*page", "(uintptr_t) addr/page*page")},
+        {_WIN32: ("MEM_RESERVE, PAGE_READWRITE", "MEM_RESERVE | MEM_COMMIT, PAGE_READWRITE")},
+        {_WIN32: ("UnmapViewOfFile(base + offset);", "(void) base;")},
+        {_WIN32: ("return utf8_of(path);", "return std::string(path.begin(), path.end());")},
+    ],
+    "barrier_stress": [
+        {"ggml-barrier.c": ("WakeAllConditionVariable(&g_come)", "WakeConditionVariable(&g_come)")}
+    ],
+    "store_stress": [{_WIN32: ("(DWORD) (offset + n_read)", "(DWORD) n_read")}],
+}
+NEIGHBOURS: Changes = {
+    "mobile-os-posix.cpp": ("((uintptr_t) addr + page - 1)/page*page", "(uintptr_t) addr/page*page")
 }
 LOST: dict[str, Changes] = {
     "one of the sleepers is woken": {

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mobile_gguf.api.attached_files import files_like
 from mobile_gguf.config import preset_names
 
 from ..store.settings import answer_settings, load_settings
@@ -26,7 +27,7 @@ def completion_values(screen: ChatScreen) -> dict[str, Values]:
         "/theme": lambda done, _last: [] if done else sorted(screen.app.available_themes),
         "/set": setting_values,
         "/preset": lambda done, _last: [] if done else preset_names(),
-        "@": lambda _done, last: files(last),
+        "@": lambda _done, last: files_like(last),
         "/copy": lambda done, _last: [] if done else ["code"],
         "/system": lambda done, _last: [] if done else ["none"],
     }
@@ -43,20 +44,6 @@ def paths(typed: str) -> list[str]:
             f"{folder}/{path.name}{'/' if path.is_dir() else ''}"
             for path in inside
             if path.name.startswith(begin) and (path.suffix == ".gguf" or path.is_dir())
-        ][:_MOST_SHOWN]
-    except (OSError, RuntimeError):
-        return []
-
-
-def files(typed: str) -> list[str]:
-    """Files and folders that begin as ``typed``, which may have a quote before it; hidden ones if asked."""
-    folder, slash, begin = typed.removeprefix('"').rpartition("/")
-    try:
-        inside = sorted(Path(f"{folder}{slash}" or ".").expanduser().iterdir())[:_MOST_LOOKED_AT]
-        return [
-            f"{folder}{slash}{path.name}{'/' if path.is_dir() else ''}"
-            for path in inside
-            if path.name.startswith(begin) and (begin or not path.name.startswith("."))
         ][:_MOST_SHOWN]
     except (OSError, RuntimeError):
         return []

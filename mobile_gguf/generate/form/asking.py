@@ -12,7 +12,7 @@ from mobile_gguf.errors import PromptTooLongError, UsageError
 
 from .form import ANSWERING, Calls, Form, form_of
 from .guide import is_triggered
-from .left_out import left_out
+from .left_out import left_out, without_large_counts
 
 Apply = Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -34,6 +34,7 @@ def ask(
     callable_tools = [dict(tool) for tool in calls.tools]
     choice = {"tool_choice": "auto", "parallel_tool_calls": calls.parallel}
     notes = _unfollowed(callable_tools)
+    callable_tools = [_with_parameters(tool, without_large_counts) for tool in callable_tools]
     try:
         made = apply({**request, **choice, "tools": callable_tools})
         is_told = callable_tools == tools
@@ -50,6 +51,13 @@ def ask(
         form = _of(made)[1]
     prompt = made["prompt"] if is_told else apply(told)["prompt"]
     return prompt, replace(form, notes=tuple(notes))
+
+
+def _with_parameters(tool: dict[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
+    function = tool["function"]
+    if "parameters" not in function:
+        return tool
+    return {**tool, "function": {**function, "parameters": change(function["parameters"])}}
 
 
 def _unfollowed(tools: list[dict[str, Any]]) -> list[str]:
@@ -105,7 +113,7 @@ def _freed(
         try:
             apply({**request, "tools": [one]})
         except UsageError as error:
-            one = {**one, "function": {**one["function"], "parameters": {"type": "object"}}}
+            one = _with_parameters(one, lambda _parameters: {"type": "object"})
             reason = str(error).rpartition("messages: ")[2]
             notes.append(f"tool {one['function']['name']}: its parameters are left free: {reason}")
         made.append(one)

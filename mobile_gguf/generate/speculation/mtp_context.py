@@ -130,7 +130,8 @@ class MtpContext:
         return self._texts[number].follows(text)
 
     def draft(self, wanted: Sequence[Wanted]) -> list[list[int]]:
-        """A draft for each, a pass for each place of all of them. Raises as ``after`` does."""
+        """A draft for each, of whom ``follows`` is true; a pass for each place of all of them. Raises as
+        ``after`` does."""
         return self._run_all([_Work(one.number, len(one.text) + one.n, self._draft(one)) for one in wanted])
 
     def _draft(self, wanted: Wanted) -> _Steps[list[int]]:

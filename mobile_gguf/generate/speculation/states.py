@@ -41,29 +41,37 @@ class TextStates:
             self.first, n = start, 0
         self.tokens[n:] = tokens
         self._states = np.concatenate([self._states[:n], states])
-        known = self.had[max(0, start - self.begin) :]
-        if known:
-            del self.had[len(self.had) - len(known) + common_length(known, tokens) :]
+        self._turned(start, tokens)
 
     def skipped(self, start: int) -> None:
         """The model ran tokens from place ``start`` on whose states nobody has."""
         n = max(0, start - self.first)
         del self.tokens[n:]
         self._states = self._states[:n]
+        self._turned(start)
+
+    def _turned(self, start: int, tokens: Sequence[int] = ()) -> None:
+        """The text goes on by ``tokens`` from place ``start`` on: what the block has of another is gone."""
+        place = max(0, start - self.begin)
+        known = self.had[place:] if start >= self.begin else []
+        del self.had[place + common_length(known, tokens) :]
 
     def follows(self, text: Sequence[int]) -> bool:
-        """Whether the state before ``text``'s last token is here, once what is of another text is gone."""
+        """Whether the state before ``text``'s last token is here, once what is of another text is gone.
+
+        The block has not had that token then, or no longer: what comes after it is to be said.
+        """
         before = text[:-1]
         n = _common(self.tokens, before[self.first :])
         del self.tokens[n:]
         self._states = self._states[:n]
-        del self.had[_common(self.had, text[self.begin :]) :]
+        del self.had[_common(self.had, before[self.begin :]) :]
         return bool(before) and n > 0 and self.end == len(before)
 
     def due(self) -> int:
         """The place from which on the block is to run what has states; it begins anew behind a gap."""
         place = self.begin + len(self.had)
-        if place > self.first or place == self.first == 0:
+        if self.had and self.first < place:
             return place
         self.had.clear()
         self.begin = self.first + 1 if self.first else 0

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from ..failures import ApiError, from_validation
 from ..requests import MAX_MESSAGES, MAX_TOOLS, ChatRequest
+
+T = TypeVar("T", bound=BaseModel)
 
 
 def chat_request(made: Mapping[str, Any]) -> ChatRequest:
@@ -16,8 +18,13 @@ def chat_request(made: Mapping[str, Any]) -> ChatRequest:
 
     Raises ApiError for what the translation could not know to be wrong.
     """
+    return checked(ChatRequest, {name: one for name, one in made.items() if one is not None})
+
+
+def checked(kind: type[T], made: Mapping[str, Any]) -> T:
+    """A request of some ``kind``. Raises ApiError for what is wrong with it."""
     try:
-        return ChatRequest.model_validate({name: one for name, one in made.items() if one is not None})
+        return kind.model_validate(made)
     except ValidationError as error:
         raise from_validation([{**one, "loc": ("body", *one["loc"])} for one in error.errors()]) from None
 

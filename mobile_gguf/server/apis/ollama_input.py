@@ -18,7 +18,7 @@ from ..requests import (
     Text,
     Tool,
 )
-from .common import chat_request, no_pictures
+from .common import chat_request, checked, no_pictures
 
 # Its names of options, in ours; the others that it has say how it runs a model, which is the server's here.
 _OPTIONS = {
@@ -135,7 +135,7 @@ def to_answer(body: OllamaGenerateRequest) -> tuple[ChatRequest | CompletionRequ
         for name in ("response_format", "reasoning_effort", "thinking"):
             options.pop(name, None)
         kept = {name: one for name, one in options.items() if one is not None}
-        return CompletionRequest.model_validate(kept | {"prompt": body.prompt or ""}), notes
+        return checked(CompletionRequest, kept | {"prompt": body.prompt or ""}), notes
     said = [{"role": "system", "content": body.system}] if body.system else []
     said.append({"role": "user", "content": body.prompt or ""})
     return chat_request(options | {"messages": said}), notes
@@ -144,7 +144,7 @@ def to_answer(body: OllamaGenerateRequest) -> tuple[ChatRequest | CompletionRequ
 def _options(body: OllamaRequest) -> tuple[dict[str, Any], list[str]]:
     given = {name: one for name, one in (body.options or {}).items() if one is not None}
     made = {_OPTIONS[name]: one for name, one in given.items() if name in _OPTIONS}
-    if (made.get("max_tokens") or 0) < -1:  # -2: as many as the context has room for
+    if made.get("max_tokens") == -2:  # as many as the context has room for
         made["max_tokens"] = -1
     if made.get("stop") == []:
         del made["stop"]

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ..requests import MAX_INT, Asked, ChatRequest, Loose, Text, Whole
 from .common import chat_request, check_length, function_tool, no_pictures, text_of, without_unknown, wrong
@@ -59,6 +59,20 @@ class ResponsesRequest(Asked):
     top_logprobs: Whole | None = Field(default=None, ge=0, le=20)
     stream_options: dict[str, Any] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _can_be_told(cls, given: Any) -> Any:
+        """The same without halves of surrogate pairs: much of a request is told with its answer, or kept."""
+        try:
+            text = json.dumps(given, ensure_ascii=False, allow_nan=False)
+        except RecursionError:
+            raise ValueError("it is nested too deeply") from None
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            return json.loads(text.encode(errors="replace"))
+        return given
 
     @property
     def wants_logprobs(self) -> bool:
@@ -134,8 +148,11 @@ def _choice(given: Any, tools: list[dict[str, Any]] | None) -> tuple[Any, list[s
         return _named(given, "tool_choice"), []
     if kind == "allowed_tools":
         names = {tool["function"]["name"] for tool in tools or ()}
-        chosen = [one for one in given.get("tools") or () if isinstance(one, Mapping)]
-        allowed = [_named(one, "tool_choice.tools") for one in chosen if one.get("name") in names]
+        listed = given.get("tools") or []
+        if not isinstance(listed, list):
+            raise wrong("tool_choice.tools must be a list of tools", "tool_choice.tools")
+        chosen = [one for one in listed if isinstance(one, Mapping) and isinstance(one.get("name"), str)]
+        allowed = [_named(one, "tool_choice.tools") for one in chosen if one["name"] in names]
         if allowed:
             return {
                 "type": "allowed_tools",
@@ -237,6 +254,8 @@ def _add(messages: _Messages, item: Item, where: str) -> None:
         messages.result(text_of(item.get("call_id"), f"{where}.call_id"), text)
     elif kind == "reasoning":
         parts = item.get("content") or item.get("summary") or []
+        if not isinstance(parts, list):
+            raise wrong(f"{where}.content must be a list of parts", f"{where}.content")
         texts = [part.get("text") for part in parts if isinstance(part, Mapping)]
         if said := "".join(text for text in texts if isinstance(text, str)):
             messages.think(said)

@@ -48,7 +48,7 @@ function introduce(meta) {
   $("modes").textContent = meta.modes.length > 1 ? `Mode exact uses all ${k}, little ${meta.little_k}, big-little ${meta.little_k} and then all ${k} where the model is unsure, auto all but missing ones that it may do without.` : "";
 }
 
-// a browser has six connections to a server for all its tabs: only those that are looked at follow the map
+// only pages that are looked at show the map
 async function watchMap() {
   if ($("side").hidden || document.hidden || !chat.card) unwatch();
   else if (await watch(chat.card.meta)) {

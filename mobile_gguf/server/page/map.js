@@ -1,6 +1,6 @@
 // The expert map: where every expert is, and what the last token used, as the server tells it.
 
-import { events } from "/api.js";
+import { follow } from "/follow.js";
 import { bytes } from "/receipt.js";
 
 const $ = (id) => document.getElementById(id);
@@ -22,15 +22,11 @@ export async function watch(of) {
   meta = of;
   const mine = new AbortController();
   watching = mine;
-  try {
-    for await (const now of events("/v1/experts?stream=true", { signal: mine.signal })) {
-      map = now;
-      draw();
-    }
-  } catch (error) {
-    if (error.name === "AbortError") return false;
-  }
-  if (watching !== mine) return false;
+  const isLost = await follow((now) => {
+    map = now;
+    draw();
+  }, mine.signal);
+  if (!isLost || watching !== mine) return false;
   $("map-note").textContent = "no connection to the server";
   return true;
 }

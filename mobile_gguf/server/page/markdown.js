@@ -42,7 +42,7 @@ function opened(token) {
   const kind = token.type.replace(/_open$/, "");
   if (kind === "link") return [linkTo(token.attrGet("href"))].flatMap((node) => [node, node]);
   if (kind === "heading") {
-    const node = make(token.tag === "h1" || token.tag === "h2" ? "h3" : "h4");
+    const node = make(token.tag === "h1" || token.tag === "h2" ? "h2" : "h3");
     return [node, node];
   }
   if (kind === "table") {

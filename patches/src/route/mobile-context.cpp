@@ -15,6 +15,7 @@ mobile_context::mobile_context(const llama_model & model, std::shared_ptr<mobile
     n_expert_used((int32_t) model.hparams.n_expert_used()),
     rules(n_layer, n_expert_used),
     usage(*store),
+    recall(n_expert_used),
     // layers behind n_layer (next-token prediction) route as well
     routes(std::max(n_layer, store->end_of_layers().n)),
     predictor(model, store),
@@ -94,6 +95,12 @@ static void begin(mobile_context & ctx, const llama_ubatch & ubatch) {
     ctx.trace.begin_pass(n_tokens);
     ctx.store->begin_pass(std::max(1, (int32_t) std::count(pass.single.begin(), pass.single.end(), 1)));
     begin_guesses(ctx, ubatch);
+    if (!ctx.store->all_resident) {
+        ctx.recall.begin_pass(ubatch);
+        if (ctx.guesses.is_draft()) {
+            ctx.recall.tell(*ctx.store);
+        }
+    }
     ctx.predictor.begin_pass((int64_t) n_tokens, pass.k[0], mobile_route_takes_hints(ctx));
 }
 

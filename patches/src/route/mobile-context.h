@@ -13,6 +13,7 @@
 #include "route/mobile-guesses.h"
 #include "route/mobile-pass.h"
 #include "route/mobile-predict.h"
+#include "route/mobile-recall.h"
 #include "route/mobile-ring.h"
 #include "route/mobile-loss-state.h"
 #include "route/mobile-route.h"
@@ -41,6 +42,7 @@ struct mobile_context {
     mobile_usage usage;  // counters
     mobile_worth worth;
     mobile_guesses guesses;
+    mobile_recall  recall;
     mobile_graph graph;
     mobile_pass  pass;   // the running ubatch
     std::string  error;  // what made the last one fail; "" if it did not

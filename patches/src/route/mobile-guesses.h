@@ -29,7 +29,8 @@ struct mobile_guesses {
     // whether the tiers were not told yet of tokens that are none of the text
     bool is_open() const { return open; }
     void begin_pass(const llama_ubatch & ubatch, double time, mobile_worth & worth);
-    bool is_kept() const { return last != MOBILE_GUESSED_NONE; }
+    bool is_kept () const { return last != MOBILE_GUESSED_NONE; }
+    bool is_draft() const { return last == MOBILE_GUESSED_DRAFT; }
     // the time after the passes that are kept, by their tokens of the text
     double end() const;
     // what a token of the running pass asks of a layer. ids: [n_used], -1: skipped

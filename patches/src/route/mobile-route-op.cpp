@@ -98,12 +98,15 @@ static int32_t model_id(const mobile_context & ctx, const mobile_route & route, 
     return id < 0 ? id_at(src_ids(dst), rank, t) : id;
 }
 
-static void route_ids(const mobile_context & ctx, mobile_route & route, const ggml_tensor * dst, int64_t t, int32_t token) {
+static void route_ids(mobile_context & ctx, mobile_route & route, const ggml_tensor * dst, int64_t t, int32_t token) {
     const int64_t n_used = n_used_of(dst);
     int32_t * ids = routed_ids(dst, t);
 
     for (int64_t rank = 0; rank < n_used; ++rank) {
         ids[rank] = model_id(ctx, route, dst, rank, t, token);
+    }
+    if (!ctx.store->all_resident && n_used == ctx.n_expert_used) {
+        ctx.recall.add(route.il, token, ids);
     }
     const int32_t k = ctx.pass.k[token];
     if (k > 0 && k < n_used) {

@@ -2,6 +2,8 @@
 
 #include "mobile-error.h"
 
+#include "ggml.h"
+
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
@@ -16,7 +18,7 @@ void mobile_trace::start(const std::string & path) {
     if (file) {
         mobile_throw(MOBILE_ERR_STATE, "a trace is being recorded already");
     }
-    file = fopen(path.c_str(), "w");
+    file = ggml_fopen(path.c_str(), "wb"); // names are UTF-8, on Windows too
     if (!file) {
         mobile_throw(MOBILE_ERR_IO, path + ": " + strerror(errno));
     }

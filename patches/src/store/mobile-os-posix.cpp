@@ -164,6 +164,12 @@ void * mobile_map(size_t size) {
     return mobile_mmap(size, PROT_READ | PROT_WRITE);
 }
 
+bool mobile_take(void * addr, size_t size) {
+    (void) addr;
+    (void) size;
+    return true; // MAP_NORESERVE: nothing is promised, so nothing is counted
+}
+
 void mobile_huge_pages(void * addr, size_t size, bool on) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
     madvise(addr, size, on ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
@@ -202,6 +208,14 @@ bool mobile_prefault(void * addr, size_t size, int64_t & spent_us) {
 }
 
 void mobile_discard(void * addr, size_t size) {
+    const uintptr_t page  = mobile_page_size();
+    const uintptr_t begin = ((uintptr_t) addr + page - 1)/page*page;
+    const uintptr_t end   = ((uintptr_t) addr + size)/page*page;
+    if (begin >= end) {
+        return;
+    }
+    addr = (void *) begin;
+    size = end - begin;
 #if defined(__APPLE__)
     // MADV_FREE would keep the pages charged until there is pressure: map fresh ones over them
     mmap(addr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANON | MAP_FIXED, -1, 0);

@@ -33,8 +33,11 @@ int mobile_file_read(const mobile_file & file, uint64_t offset, uint64_t size, v
 
 // address space without memory behind it; touching it faults
 void * mobile_reserve(size_t size);
-// zero-filled readable and writable memory, taken page by page as it is touched
+// address space for zero-filled memory, of which mobile_take() has to be asked for what is touched
 void * mobile_map    (size_t size);
+// [addr, addr + size) of mobile_map() may be touched from now on, and memory comes page by page as it is. what was taken before
+// stays as it is. false: the system has none left to promise, as one that counts what is promised may say (Windows)
+bool   mobile_take   (void * addr, size_t size);
 // what is touched from now on of [addr, addr + size) of mobile_map() comes in huge pages, or never does
 void   mobile_huge_pages(void * addr, size_t size, bool on);
 // readable zeros that take no memory
@@ -42,7 +45,7 @@ void * mobile_zeros  (size_t size);
 // takes memory for [addr, addr + size) of mobile_map(), whose bytes stay as they are, also while others write there;
 // both page-aligned. spent_us: this thread's processor time. false: the system cannot, or has none left
 bool   mobile_prefault(void * addr, size_t size, int64_t & spent_us);
-// gives the pages of [addr, addr + size) back; they come back zero-filled when touched. both page-aligned
+// gives the pages that lie wholly in [addr, addr + size) back; they are zero-filled when taken again
 void   mobile_discard(void * addr, size_t size);
 void   mobile_unmap  (void * addr, size_t size);
 

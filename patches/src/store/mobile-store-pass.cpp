@@ -40,6 +40,7 @@ bool mobile_store::end_pass() {
     locked lock(mutex);
     in_pass = false;
     unpin_all();
+    forget_expected();
     drop_hints();
     cv_done.notify_all();
     wake_io(n_idle_work());
@@ -91,6 +92,7 @@ void mobile_store::ask(locked & lock, mobile_store_layer layer, const std::vecto
         return;
     }
     unpin_all();
+    forget_expected(layer);
 
     std::vector<mobile_store_part> misses;
     std::vector<mobile_store_part> on_their_way;

@@ -59,6 +59,9 @@ void mobile_store::evict(mobile_store_part part) {
 }
 
 bool mobile_store::may_go(const mobile_expert & x, mobile_store_layer layer, slot_use use, double now) const {
+    if (x.expected) {
+        return false;
+    }
     switch (use) {
         case SLOT_DEMAND:
             return true;
@@ -166,6 +169,25 @@ void mobile_store::give_back_prefaulted() {
     }
 }
 
+// a slot that holds no memory yet, with memory. false: there is none, or the system has no memory for it: what is there has to do
+bool mobile_store::take_memory(mobile_slot_class & c, int32_t & slot) {
+    const bool is_spare = !c.spare.empty();
+    if (!is_spare && c.n_fresh == c.n_slots) {
+        return false;
+    }
+    slot = is_spare ? c.spare.back() : (int32_t) c.n_fresh;
+    if (!mobile_take(c.arena + (uint64_t) slot*c.slot_bytes, c.slot_bytes)) {
+        return false;
+    }
+    if (is_spare) {
+        c.spare.pop_back();
+    } else {
+        c.n_fresh++;
+        prefaulted -= slot < (int32_t) c.n_present ? c.slot_bytes : 0;
+    }
+    return true;
+}
+
 bool mobile_store::take_slot(locked & lock, mobile_store_layer layer, slot_use use, double now, int32_t & slot) {
     mobile_slot_class & c = classes[layers[layer].cls];
     for (;;) {
@@ -174,14 +196,7 @@ bool mobile_store::take_slot(locked & lock, mobile_store_layer layer, slot_use u
             c.free.pop_back();
             return true;
         }
-        if (committed + c.slot_bytes <= budget_bytes && (!c.spare.empty() || c.n_fresh < c.n_slots)) {
-            if (!c.spare.empty()) {
-                slot = c.spare.back();
-                c.spare.pop_back();
-            } else {
-                slot = (int32_t) c.n_fresh++;
-                prefaulted -= slot < (int32_t) c.n_present ? c.slot_bytes : 0;
-            }
+        if (committed + c.slot_bytes <= budget_bytes && take_memory(c, slot)) {
             committed += c.slot_bytes;
             give_back_prefaulted();
             count.resident_bytes_peak = std::max(count.resident_bytes_peak, committed);
@@ -204,6 +219,9 @@ bool mobile_store::take_slot(locked & lock, mobile_store_layer layer, slot_use u
         }
         if (use != SLOT_DEMAND) {
             return false;
+        }
+        if (forget_expected()) {
+            continue;
         }
         if (n_in_flight == 0) {
             return false;

@@ -75,6 +75,7 @@ struct mobile_expert {
     bool     failed     = false;   // a read of it failed
     uint8_t  unread     = 0;       // pieces, as bits, of which a read failed
     uint8_t  lost       = 0;       // ... that was begun when a pass had asked for it: it is not tried again
+    bool     expected   = false;   // by a layer that this pass has yet to reach
     bool     listed     = false;   // stands in its layer's set in mobile_store::evictable, under `key`
     uint64_t n_uses     = 0;
     double   last_use   = 0.0;
@@ -228,6 +229,9 @@ public:
     void keep_uses(bool on, bool goes_on);
     // of the parts that the passes asked for that are kept: how many of the uses are none
     void settle_uses(const mobile_uses_of & used);
+    // what the running pass will probably ask for: what of it is there goes after everything else, until its layer is reached
+    // or the pass is over
+    void expect(const std::vector<mobile_store_part> & parts);
     // unpins the last layer; false: a read failed in this pass, error() says which
     bool end_pass();
 
@@ -292,6 +296,7 @@ private:
     // of memory that nobody uses yet as much as the budget lacks
     void give_back_prefaulted();
     bool take_slot   (locked & lock, mobile_store_layer layer, slot_use use, double now, int32_t & slot);
+    bool take_memory (mobile_slot_class & c, int32_t & slot);
     mobile_store_part find_victim(mobile_store_layer layer, slot_use use, double now) const;
     bool    may_go     (const mobile_expert & x, mobile_store_layer layer, slot_use use, double now) const;
     void no_slot     (mobile_store_part part);
@@ -300,6 +305,8 @@ private:
     void list        (mobile_store_part part);
     void unlist      (mobile_store_part part);
     void unpin_all   ();
+    bool forget_expected();
+    void forget_expected(mobile_store_layer layer);
     void use         (mobile_expert & x, const mobile_need & need);
     void keep_use    (mobile_store_part part, const mobile_need & need);
     double rank      (const mobile_expert & x, mobile_part part, double time) const;
@@ -363,6 +370,7 @@ private:
     std::vector<mobile_store_part>        pinned;
     std::vector<former_use>               former; // of the passes that are kept
     bool     keeps_former = false;
+    std::vector<mobile_store_part>        expected; // that were marked as such, some of them reached meanwhile
     uint64_t committed    = 0; // bytes of slots with pages
     uint64_t prefaulted   = 0; // ... of slots that nobody has used yet
     bool     can_prefault = false;
