@@ -40,6 +40,10 @@ from .structs import (
 
 BUILD_HINT = "run `mobile-gguf engine build`"
 
+# ggml_log_callback; kept for as long as the library, which calls it
+_unheard = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
+_with_backends: list[Any] = []  # libraries that have loaded theirs
+
 _STATUS_ERRORS: dict[int, type[MobileError]] = {
     -1: UsageError,
     -3: BudgetError,
@@ -306,11 +310,16 @@ def load_library() -> tuple[Any, str]:
 def load_backends(library: Any) -> None:
     """Have ggml choose its backends, once, where they are libraries of their own.
 
-    llama.cpp does it when it is first asked for one; ggml's registry alone would have none.
+    llama.cpp does it when it is first asked for one; ggml's registry alone would have none. It logs which
+    ones it took, and nobody has said yet who reads that.
     """
     asks = getattr(library, "llama_supports_rpc", None)
-    if asks is not None and getattr(library, "ggml_backend_cpu_init", None) is None:
-        asks()
+    if asks is None or getattr(library, "ggml_backend_cpu_init", None) is not None:
+        return
+    if not any(known is library for known in _with_backends):
+        _with_backends.append(library)
+        library.llama_log_set(_unheard, None)
+    asks()
 
 
 def bind_function(library: Any, name: str, result: Any, arguments: list[Any]) -> Callable[..., Any]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from mobile_gguf.engine.binding import bind_backend_function
+from mobile_gguf.engine.binding import bind_backend_function, load_backends
 from mobile_gguf.errors import EngineBuildError, EngineError
 from mobile_gguf.vendor import engine, install, portable, process, toolchain
 from mobile_gguf.vendor.install import Installed
@@ -208,3 +208,27 @@ def test_a_backends_function_is_found_where_it_is_and_missed_in_one_line() -> No
     for backend, name in (("RPC", "half"), ("CUDA", "double")):
         with pytest.raises(EngineError, match=f"no {name}"):
             bind_backend_function(library, backend, name, ctypes.c_int, [ctypes.c_int])
+
+
+def test_backends_are_loaded_once_and_in_silence() -> None:
+    """A log that was taken over later stays so."""
+    calls: list[str] = []
+
+    class Library:
+        def __init__(self, **functions: Any) -> None:
+            vars(self).update(functions)
+
+    def asks() -> bool:
+        calls.append("load")
+        return True
+
+    def log_set(callback: Any, _data: Any) -> None:
+        calls.append("log")
+        assert callback(2, b"loaded CPU backend", None) is None
+
+    apart = Library(llama_supports_rpc=asks, llama_log_set=log_set)
+    load_backends(apart)
+    load_backends(apart)
+    assert calls == ["log", "load", "load"]
+    load_backends(Library(llama_supports_rpc=asks, llama_log_set=log_set, ggml_backend_cpu_init=asks))
+    assert len(calls) == 3
