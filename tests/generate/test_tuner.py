@@ -76,10 +76,10 @@ class Made:
         self.tuner.costs.observe(step)
         self.now += step.seconds
 
-    def run_single(self, _token: int) -> None:
+    def run_single(self, token: int) -> None:
         self.run(1)
 
-    def run_drafted(self, _token: int, draft: Sequence[int]) -> None:
+    def run_drafted(self, token: int, draft: Sequence[int]) -> None:
         self.run(1 + len(draft))
 
     def draw(self) -> int:
@@ -89,7 +89,7 @@ class Made:
     def hold(self) -> bool:
         return True
 
-    def accept(self, _token: int) -> bool:
+    def accept(self, token: int) -> bool:
         return True
 
     def drop_draft(self) -> None:
