@@ -12,13 +12,13 @@ from mobile_gguf.errors import MobileError
 
 from .wish import Task
 
-Request, Result = TypeVar("Request"), TypeVar("Result")
-Work = Callable[[Sequence[Request]], Sequence[Result]]
+Request = TypeVar("Request")
+Result = TypeVar("Result")
 
 
 class _Waiting(NamedTuple):
     task: Task
-    work: Work[Any, Any]
+    work: Callable[[Sequence[Any]], Sequence[Any]]
     request: Any
 
 
@@ -33,7 +33,7 @@ class Together:
     def is_waiting(self) -> bool:
         return bool(self._waiting)
 
-    def run(self, work: Work[Request, Result], request: Request) -> Result:
+    def run(self, work: Callable[[Sequence[Request]], Sequence[Result]], request: Request) -> Result:
         """What ``work`` says of a request; it is called once with those of all answers that get so far."""
         task = getcurrent()
         if not self._is_shared or not isinstance(task, Task):

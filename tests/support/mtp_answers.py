@@ -51,7 +51,7 @@ class Asker:
         usual: dict[str, Any] = {"temperature": 0, "speculate": "mtp", "cache_prompt": False}
 
         def run() -> None:
-            stops = {"should_stop": lambda: len(self.tokens) >= self.leaves_after}
+            stops: dict[str, Any] = {"should_stop": lambda: len(self.tokens) >= self.leaves_after}
             try:
                 for chunk in model.stream(self.prompt, max_tokens=self.n, **usual | stops | self.options):
                     self.last = chunk
