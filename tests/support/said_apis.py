@@ -99,7 +99,7 @@ class Responses:
             "".join(part["text"] for one in kinds[kind] for part in one["content"])
             for kind in ("reasoning", "message")
         ]
-        usage = {
+        usage = made["usage"] | {
             "prompt_tokens": made["usage"]["input_tokens"],
             "prompt_tokens_details": made["usage"]["input_tokens_details"],
             "completion_tokens_details": made["usage"]["output_tokens_details"],
