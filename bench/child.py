@@ -171,7 +171,7 @@ def _new_context(llama_cpp: Any, model: Any, job: Job, recorder: _IdRecorder | N
 
 
 def _following(llama_cpp: Any, ctx: Any, job: Job) -> Any:
-    from mobile_gguf.generate.threads import FollowingThreads
+    from mobile_gguf.generate.context.threads import FollowingThreads
     from mobile_gguf.memory.competition import Competition
 
     return FollowingThreads(

@@ -20,8 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from mobile_gguf.generate.buddies import read_buddies
-from mobile_gguf.generate.head import read_head
+from mobile_gguf.generate.passes.buddies import read_buddies
+from mobile_gguf.generate.passes.head import read_head
+from mobile_gguf.generate.passes.rungs import parse_rung
 from mobile_gguf.generate.pricing import (
     EVERYTHING,
     Price,
@@ -31,7 +32,6 @@ from mobile_gguf.generate.pricing import (
     opened,
     price,
 )
-from mobile_gguf.generate.rungs import parse_rung
 from mobile_gguf.gguf.info import read_gguf_info
 from mobile_gguf.wording import markdown_table
 

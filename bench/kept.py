@@ -24,12 +24,12 @@ import numpy as np
 import numpy.typing as npt
 
 from mobile_gguf.errors import MobileError
-from mobile_gguf.generate.auto_policy import auto_policy
-from mobile_gguf.generate.buddies import read_buddies
-from mobile_gguf.generate.decode import Policy
 from mobile_gguf.generate.llama import MobileLlama
+from mobile_gguf.generate.passes.buddies import read_buddies
+from mobile_gguf.generate.passes.decode import Policy
+from mobile_gguf.generate.passes.rungs import Rung, parse_rung
 from mobile_gguf.generate.pricing import EVERYTHING, cut_text, exact_rows, opened, price
-from mobile_gguf.generate.rungs import Rung, parse_rung
+from mobile_gguf.generate.request.auto_policy import auto_policy
 from mobile_gguf.gguf import keys
 from mobile_gguf.gguf.info import GgufInfo, read_gguf_info
 from mobile_gguf.options import LoadOptions

@@ -6,7 +6,7 @@ In every layer a little token's sum of experts is mapped to what all experts wou
 are fitted on one text and judged on another: KL of the next token's distribution against the exact one, with
 all tokens behind a block's prompt little, so that memory holds what it would hold. A layer is fitted behind
 the corrected ones before it. All maps read the same experts. They stand beside what costs nothing to know:
-the mass that kept weights are divided by (``mass``, as in ``generate/rungs.py``). For checkpoints of
+the mass that kept weights are divided by (``mass``, as in ``generate/passes/rungs.py``). For checkpoints of
 Qwen3-MoE, whose top-k has a fixed sum.
 """
 

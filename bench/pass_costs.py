@@ -27,7 +27,7 @@ def measure(path: str, threads: int | None, rounds: int) -> dict[tuple[int, int,
     """The least seconds of the processor by sequences, tokens of each, and whether rows are single ones'."""
     import mobile_gguf
     from mobile_gguf.api.model import backend_of
-    from mobile_gguf.generate.decoder import Slice
+    from mobile_gguf.generate.context.decoder import Slice
 
     options: dict[str, Any] = {"threads": threads, "n_ctx": 8192, "parallel": max(SEQUENCES), "warm": OFF}
     found: dict[tuple[int, int, bool], float] = {}

@@ -23,10 +23,10 @@ from typing import Any
 
 from mobile_gguf.errors import MobileError, UsageError
 from mobile_gguf.files.plots import new_figure, save_figure
-from mobile_gguf.generate.buddies import read_buddies
-from mobile_gguf.generate.head import read_head
+from mobile_gguf.generate.passes.buddies import read_buddies
+from mobile_gguf.generate.passes.head import read_head
+from mobile_gguf.generate.passes.rungs import parse_rung
 from mobile_gguf.generate.pricing import Price, n_positions
-from mobile_gguf.generate.rungs import parse_rung
 from mobile_gguf.gguf.info import GgufInfo, read_gguf_info
 from mobile_gguf.memory.cap import CgroupError, MemoryCgroup, create_memory_cgroup
 from mobile_gguf.options.words import AUTO_MODE, EXACT

@@ -16,12 +16,12 @@ from typing import Any, Literal
 import numpy as np
 
 from mobile_gguf.errors import MobileError
-from mobile_gguf.generate.auto_policy import auto_policy
-from mobile_gguf.generate.buddies import read_buddies
-from mobile_gguf.generate.head import read_head
 from mobile_gguf.generate.llama import MobileLlama
+from mobile_gguf.generate.passes.buddies import read_buddies
+from mobile_gguf.generate.passes.head import read_head
+from mobile_gguf.generate.passes.rungs import Rung, parse_rung
 from mobile_gguf.generate.pricing import cut_text, exact_rows, n_positions, opened, price
-from mobile_gguf.generate.rungs import Rung, parse_rung
+from mobile_gguf.generate.request.auto_policy import auto_policy
 from mobile_gguf.gguf.info import GgufInfo, read_gguf_info
 from mobile_gguf.options import LoadOptions
 from mobile_gguf.options.words import AUTO_MODE, EXACT

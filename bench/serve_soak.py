@@ -30,7 +30,7 @@ import httpx
 
 from mobile_gguf.files.lock import exclusive
 from mobile_gguf.files.paths import APP
-from mobile_gguf.generate.session_store import SessionFolder
+from mobile_gguf.generate.sessions.session_store import SessionFolder
 from mobile_gguf.hub.resolve import resolve_model
 from mobile_gguf.sizes import parse_bytes
 

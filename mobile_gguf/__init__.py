@@ -33,9 +33,9 @@ if TYPE_CHECKING:
         QueueFullError,
         UsageError,
     )
-    from .generate.answer import Chunk, Reply
-    from .generate.logprobs import TokenLogprob
-    from .generate.receipt import Receipt
+    from .generate.answer.answer import Chunk, Reply
+    from .generate.answer.logprobs import TokenLogprob
+    from .generate.answer.receipt import Receipt
 
 __version__ = "0.1.0"
 
@@ -45,10 +45,10 @@ _WHERE = {
     "Embedding": "api.embedding",
     "Model": "api.model",
     "load": "api.model",
-    "Chunk": "generate.answer",
-    "Reply": "generate.answer",
-    "Receipt": "generate.receipt",
-    "TokenLogprob": "generate.logprobs",
+    "Chunk": "generate.answer.answer",
+    "Reply": "generate.answer.answer",
+    "Receipt": "generate.answer.receipt",
+    "TokenLogprob": "generate.answer.logprobs",
 }
 
 

@@ -10,7 +10,7 @@ from fake_backend import FakeBackend, fake_info, scripted
 from mobile_gguf.cli import main
 from mobile_gguf.config import config_path, read_defaults
 from mobile_gguf.errors import UsageError
-from mobile_gguf.generate.recommended import recommended
+from mobile_gguf.generate.request.recommended import recommended
 from mobile_gguf.options import GenerateOptions, LoadOptions, ServeOptions, declared
 from mobile_gguf.tui.store.settings import Settings
 

@@ -15,9 +15,9 @@ import numpy.typing as npt
 
 from mobile_gguf.engine.observe import ROUTES, Observation, ObservedRoute
 from mobile_gguf.errors import EngineError
-from mobile_gguf.generate.decode import default_little_k, is_important, is_important_by_head
-from mobile_gguf.generate.divergence import divergence, log_softmax
-from mobile_gguf.generate.head import Head
+from mobile_gguf.generate.passes.decode import default_little_k, is_important, is_important_by_head
+from mobile_gguf.generate.passes.divergence import divergence, log_softmax
+from mobile_gguf.generate.passes.head import Head
 from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.options.words import CONFIDENCE, HEAD
 

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mobile_gguf.errors import MobileError, UsageError, install_hint
-from mobile_gguf.generate.head import Head
+from mobile_gguf.generate.passes.head import Head
 
 from ..gguf.file import GgufSource
 from .samples import Floats, Samples

@@ -1,4 +1,4 @@
-"""Fitting what a lossy pass probably costs (``generate/loss_model.py``) to priced rungs."""
+"""Fitting what a lossy pass probably costs (``generate/loss/loss_model.py``) to priced rungs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from mobile_gguf.generate.loss_model import MOST, LossModel
+from mobile_gguf.generate.loss.loss_model import MOST, LossModel
 from mobile_gguf.generate.pricing import COLUMNS, Priced
 
 Floats = npt.NDArray[np.float64]

@@ -14,11 +14,11 @@ import numpy.typing as npt
 
 from mobile_gguf.engine.loss import Buddies
 from mobile_gguf.errors import EngineError, UsageError
-from mobile_gguf.generate.decode import default_little_k
-from mobile_gguf.generate.head import Head
-from mobile_gguf.generate.price_list import Offer, PriceList, hull_of, is_switchable
+from mobile_gguf.generate.loss.price_list import Offer, PriceList, hull_of, is_switchable
+from mobile_gguf.generate.passes.decode import default_little_k
+from mobile_gguf.generate.passes.head import Head
+from mobile_gguf.generate.passes.rungs import Rung, parse_rung
 from mobile_gguf.generate.pricing import COLUMNS, Price, Priced, exact_rows, n_positions, opened, price
-from mobile_gguf.generate.rungs import Rung, parse_rung
 from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.progress import Progress
 

@@ -18,9 +18,9 @@ from mobile_gguf.api.model import Model, backend_of, load
 from mobile_gguf.engine.binding import find_engine, needs_engine
 from mobile_gguf.errors import MobileError, UsageError, install_hint
 from mobile_gguf.files.paths import cache_dir
-from mobile_gguf.generate.buddies import make_buddies
-from mobile_gguf.generate.decode import default_little_k
-from mobile_gguf.generate.head import Head
+from mobile_gguf.generate.passes.buddies import make_buddies
+from mobile_gguf.generate.passes.decode import default_little_k
+from mobile_gguf.generate.passes.head import Head
 from mobile_gguf.gguf import keys
 from mobile_gguf.gguf.info import GgufInfo, read_gguf_info
 from mobile_gguf.memory.fit import asked_of, fit_model

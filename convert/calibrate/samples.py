@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mobile_gguf.generate.divergence import divergence, log_softmax
+from mobile_gguf.generate.passes.divergence import divergence, log_softmax
 
 from .lockstep import Floats, Lockstep
 

@@ -48,7 +48,7 @@ def kl_divergence(logits: Logits, reference: Logits) -> Steps:
     """KL(reference || logits) in nats, per step: what coding the reference's tokens by ``logits`` costs."""
     import numpy as np
 
-    from mobile_gguf.generate.divergence import divergence, log_softmax
+    from mobile_gguf.generate.passes.divergence import divergence, log_softmax
 
     rows = (log_softmax(np.asarray(each, np.float64)) for each in (reference, logits))
     apart = divergence(*rows)

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
 from mobile_gguf.engine.forks import abandon_in_children, forked
 from mobile_gguf.errors import ModelBusyError, QueueFullError
-from mobile_gguf.generate.crew import Alone, Crew
+from mobile_gguf.generate.schedule.crew import Alone, Crew
 from mobile_gguf.options import GenerateOptions, LoadOptions, takes
 
 if TYPE_CHECKING:
     import os
 
-    from mobile_gguf.generate.answer import Chunk, Reply
+    from mobile_gguf.generate.answer.answer import Chunk, Reply
 
     from .embedding import Embedding
     from .messages import Messages

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 from mobile_gguf.errors import MobileError, UsageError
 from mobile_gguf.files.atomic import disk_errors
 from mobile_gguf.files.lock import try_lock
-from mobile_gguf.generate.answer import INTERRUPTED, Chunk
+from mobile_gguf.generate.answer.answer import INTERRUPTED, Chunk
 from mobile_gguf.options import GenerateOptions, make_options
 
 from .messages import as_messages

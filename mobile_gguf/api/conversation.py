@@ -10,7 +10,7 @@ from .context import of_a_chat
 from .messages import as_answer, as_messages
 
 if TYPE_CHECKING:
-    from mobile_gguf.generate.answer import Chunk
+    from mobile_gguf.generate.answer.answer import Chunk
 
     from .model import Model
 

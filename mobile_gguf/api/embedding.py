@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from mobile_gguf.errors import PromptTooLongError, UsageError, require_unicode
-from mobile_gguf.generate.answer import read_traffic
+from mobile_gguf.generate.answer.answer import read_traffic
+from mobile_gguf.generate.answer.receipt import Receipt
 from mobile_gguf.generate.backend import Backend
-from mobile_gguf.generate.receipt import Receipt
-from mobile_gguf.generate.request import token_ids
+from mobile_gguf.generate.request.request import token_ids
 from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.options.bias import check_tokens
 from mobile_gguf.options.words import POOLINGS, RANK

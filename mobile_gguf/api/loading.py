@@ -47,7 +47,7 @@ def open_backend(
     Experts go into the engine's store under the budget. Without experts, or on a stock library, the
     model is loaded as llama.cpp does it, mapped. With a device all else goes there, and experts into slots.
     ``progress`` is called with a phase and the share done; what it raises ends the loading. ``more`` goes
-    to generate/native.py's Native. Raises BudgetError, ModelFormatError, EngineError.
+    to generate/context/native.py's Native. Raises BudgetError, ModelFormatError, EngineError.
     """
     engine = find_engine()
     asked = asked_of(info, options)
@@ -133,8 +133,8 @@ def _open(
         more["total_bytes"] = promise.total_bytes if promise is not None else 0
     if engine is None or fit is None or not info.is_moe:
         return _construct(info, options, asked, engine, use_mmap=True, **more), notices
-    from mobile_gguf.generate.buddies import read_buddies
-    from mobile_gguf.generate.head import read_head
+    from mobile_gguf.generate.passes.buddies import read_buddies
+    from mobile_gguf.generate.passes.head import read_head
 
     head, buddies = read_head(info), read_buddies(info)
     engine.set_load_params(
@@ -196,9 +196,9 @@ def _construct(
     **more: Any,
 ) -> MobileLlama:
     """Make the backend; ``more`` holds ``devices``, none for the host alone, and keywords of Native's."""
+    from mobile_gguf.generate.context.native import GGML_TYPES
+    from mobile_gguf.generate.context.pace import follow_machine
     from mobile_gguf.generate.llama import MobileLlama
-    from mobile_gguf.generate.native import GGML_TYPES
-    from mobile_gguf.generate.pace import follow_machine
 
     threads, threads_batch = default_threads()
     watch = _LoadWatch(progress) if progress is not None else None

@@ -2,58 +2,52 @@
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import dataclasses
 import difflib
 import logging
 import os
-import threading
-import weakref
 from collections.abc import Callable, Generator, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mobile_gguf.engine.devices import Device
-from mobile_gguf.engine.forks import abandon_in_children, forked
-from mobile_gguf.engine.structs import Counters, DeviceCounters
 from mobile_gguf.errors import (
     AnswerStopped,
     EngineError,
     MobileError,
-    ModelBusyError,
-    PromptTooLongError,
     UsageError,
     missing_package,
     shown,
 )
-from mobile_gguf.generate.answer import INTERRUPTED, Answer, Chunk, Reply
+from mobile_gguf.generate.answer.answer import INTERRUPTED, Answer, Chunk, Reply
+from mobile_gguf.generate.answer.logprobs import PromptLogprobs, TokenLogprob
 from mobile_gguf.generate.backend import Backend
-from mobile_gguf.generate.crew import Crew
-from mobile_gguf.generate.decode import Policy
-from mobile_gguf.generate.logprobs import PromptLogprobs, TokenLogprob
-from mobile_gguf.generate.policy import choose_policy
-from mobile_gguf.generate.recommended import recommended
-from mobile_gguf.generate.request import make_request, prompt_tokens, token_ids
+from mobile_gguf.generate.passes.decode import Policy
+from mobile_gguf.generate.request.policy import choose_policy
+from mobile_gguf.generate.request.recommended import recommended
+from mobile_gguf.generate.request.request import make_request, prompt_tokens, token_ids
+from mobile_gguf.generate.schedule.crew import Crew
 from mobile_gguf.gguf.info import GgufInfo, read_gguf_info
 from mobile_gguf.hub.resolve import is_at_hand, resolve_model
 from mobile_gguf.memory.demand import context_size
 from mobile_gguf.options import POLICY_OPTIONS, GenerateOptions, LoadOptions, make_options, takes
 from mobile_gguf.options.bias import check_tokens
-from mobile_gguf.options.opt import check_callables, take_text
+from mobile_gguf.options.opt import check_callables
 from mobile_gguf.options.words import TRIM
 
-from .context import ChatPrompt, fit_chat, reserve_for
+from .context import ChatPrompt
 from .drafts import open_both
 from .embedding import Embedding, Score, embed, rank
-from .messages import Messages, as_messages
+from .hold import Hold
+from .messages import Messages
+from .prompts import chat_prompt, gap_prompt, tokenized
 from .slots import Slots
 from .stats import model_stats
 from .words import Notice, speaks_python
 
 if TYPE_CHECKING:
     from mobile_gguf.engine.experts import Experts
-    from mobile_gguf.generate.sessions import Sessions
+    from mobile_gguf.generate.sessions.sessions import Sessions
     from mobile_gguf.memory.fit import Fit
 
 logger = logging.getLogger("mobile_gguf")
@@ -62,11 +56,6 @@ ShouldStop = Callable[[], bool] | None
 OnChunk = Callable[[Chunk], object] | None
 OnPrompt = Callable[[int, int], object] | None
 OnLogits = Callable[[int, Any], object] | None
-
-_BUSY = """this Model is already generating: use it from one thread at a time, and finish or close a stream \
-before the next answer"""
-# The engine must be freed before the interpreter takes its log callback apart.
-_open_models: weakref.WeakSet[Model] = weakref.WeakSet()
 
 
 @takes(LoadOptions)
@@ -145,26 +134,15 @@ class Model:
         self.notices = []
         # what answers follow where nothing else is asked for: the file's own sampling settings, then ours
         self.defaults = make_options(GenerateOptions, recommended(info)[0])
-        self._backend: Backend | None = backend
-        self._is_forked = False
-        self._lock = threading.Lock()
-        self._n_together = 0  # answers of the thread that has the lock
-        self._active: weakref.ref[Generator[Chunk, None, None]] | None = None
-        self._totals = Counters()
-        self._device_totals = DeviceCounters()
         self.n_ctx = n_ctx or context_size(info, options.n_ctx)
         for notice in notices:
             self._notify(notice)
         try:
-            self._policy = self._make_policy(options)
-            self._experts = backend.experts(info)
-            # A view may be kept for longer than its model, and must not read what is freed.
-            weakref.finalize(self, self._experts.close)
+            self._policy = choose_policy(options, info, backend, self._notify)
+            self._hold = Hold(backend, info)
         except BaseException:
             backend.close()
             raise
-        _open_models.add(self)
-        abandon_in_children(self)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name.startswith("_") or name in self.__annotations__ or hasattr(type(self), name)):
@@ -252,9 +230,8 @@ class Model:
         ModelBusyError, GrammarError, ExpertReadError, EngineError; a failed answer leaves the Model usable.
         """
         settings = make_options(GenerateOptions, options, self.defaults)
-        return self._stream(
-            self._answer(self._prompt(prompt), settings, should_stop, on_prompt, on_logits, prediction)
-        )
+        answer = self._answer(self._prompt(prompt), settings, should_stop, on_prompt, on_logits, prediction)
+        return self._hold.stream(answer)
 
     @takes(GenerateOptions)
     @speaks_python
@@ -319,7 +296,7 @@ class Model:
         """
         settings = make_options(GenerateOptions, options, self.defaults)
         prompt = self._chat(messages, settings, special)
-        return self._stream(self._answer(prompt, settings, should_stop, on_prompt))
+        return self._hold.stream(self._answer(prompt, settings, should_stop, on_prompt))
 
     @takes(GenerateOptions)
     @speaks_python
@@ -384,47 +361,9 @@ class Model:
             return self._policy
         return self._make_policy(dataclasses.replace(self.options, **changes))
 
-    def _stream(self, answer: Answer) -> Generator[Chunk, None, None]:
-        handle: list[weakref.ref[Generator[Chunk, None, None]]] = []
-        running = self._run(answer, handle)
-        handle.append(weakref.ref(running))
-        return running
-
-    def _run(
-        self, answer: Answer, handle: list[weakref.ref[Generator[Chunk, None, None]]]
-    ) -> Generator[Chunk, None, None]:
-        """Stream an answer under the lock, which is taken when its first chunk is asked for."""
-        with self._taken():
-            self._active = handle[0]
-            try:
-                yield from answer.stream()
-            finally:
-                if self._active is handle[0]:
-                    self._active = None
-
-    @contextlib.contextmanager
-    def _taken(self) -> Generator[Backend, None, None]:
-        """Hold the model, beside others of this thread's crew; the first has the counters begin anew."""
-        lock = self._lock  # a forked child has another
-        backend = self._require_open()
-        if not backend.scheduler.joins and not lock.acquire(blocking=False):
-            raise ModelBusyError(_BUSY)
-        self._n_together += 1
-        try:
-            backend = self._require_open()
-            if self._n_together == 1:
-                self._totals = self._totals + backend.counters()
-                self._device_totals = self._device_totals + backend.device_counters()
-                backend.reset_counters()
-            yield backend
-        finally:
-            self._n_together -= 1
-            if self._n_together == 0:
-                lock.release()
-
     def _join(self, answer: Answer, on_chunk: OnChunk) -> Reply:
         check_callables(on_chunk=on_chunk)
-        running = self._stream(answer)
+        running = self._hold.stream(answer)
         try:
             for chunk in running:
                 if on_chunk is not None:
@@ -473,21 +412,9 @@ class Model:
         backend = self._require_open()
         if self.info.chat_template is None:
             self._notify(f"{self.path.name} has no chat template: ChatML is used")
-        checked = as_messages(messages)
-
-        def render(kept: list[dict[str, Any]]) -> list[int]:
-            return backend.render_chat(kept, special=special, **values)
-
-        def count(text: str) -> int:
-            try:
-                backend.check_fits(text.encode(errors="replace"), self.n_ctx)
-            except PromptTooLongError:
-                return self.n_ctx + 1
-            return len(self.tokenize(text, special=False))
-
-        if not trim:
-            return ChatPrompt(render(checked))
-        return fit_chat(checked, render, count, self.n_ctx - reserve_for(self.n_ctx, max_tokens))
+        return chat_prompt(
+            backend, messages, self.n_ctx, special=special, trim=trim, max_tokens=max_tokens, values=values
+        )
 
     @property
     def has_form(self) -> bool:
@@ -499,7 +426,7 @@ class Model:
 
         Seconds for a large one, in which no thread of Python runs: better while nobody waits.
         """
-        with self._taken() as backend:
+        with self._hold.taken() as backend:
             backend.prepare_constraints()
 
     @property
@@ -527,14 +454,14 @@ class Model:
         ExpertReadError, EngineError, AnswerStopped.
         """
         check_callables(should_stop=should_stop)
-        with self._taken() as backend:
+        with self._hold.taken() as backend:
             return embed(backend, self.info, text, pooling, should_stop)
 
     @speaks_python
     def rank(self, query: str, document: str, *, should_stop: ShouldStop = None) -> Score:
         """How well ``document`` answers ``query``, by a reranker. Raises as ``embed`` does."""
         check_callables(should_stop=should_stop)
-        with self._taken() as backend:
+        with self._hold.taken() as backend:
             return rank(backend, self.info, query, document, should_stop)
 
     def gap_tokens(self, before: str, after: str, begun: str = "") -> list[int]:
@@ -542,17 +469,7 @@ class Model:
 
         ``begun`` is what is known of it. Raises UsageError for a model that was not made for it.
         """
-        backend = self._require_open()
-        fill = backend.fill_tokens
-        if fill is None:
-            raise UsageError(
-                f"{self.path.name} was not made to fill gaps: its vocabulary has no tokens for the text "
-                "before and after one"
-            )
-        for text in (before, after, begun):
-            backend.check_fits(take_text("text", text).encode(), self.n_ctx)
-        texts = (self.tokenize(text, special=False) for text in (before, after, begun))
-        return fill.prompt(self.tokenize("", add_bos=True), *texts)
+        return gap_prompt(self._require_open(), self.path.name, self.n_ctx, before, after, begun)
 
     @property
     def fills_gaps(self) -> bool:
@@ -572,9 +489,7 @@ class Model:
 
         Raises UsageError for what is no text.
         """
-        return self._require_open().tokenize(
-            take_text("text", text).encode(), add_bos=add_bos, special=special
-        )
+        return tokenized(self._require_open(), text, add_bos=add_bos, special=special)
 
     def detokenize(self, tokens: Iterable[int], *, special: bool = False) -> str:
         """Text of token ids; control tokens only if ``special``. Raises UsageError."""
@@ -614,8 +529,8 @@ class Model:
             self._policy,
             n_expert_used=self.info.n_expert_used,
             n_ctx=self.n_ctx,
-            totals=self._totals,
-            device_totals=self._device_totals,
+            totals=self._hold.totals,
+            device_totals=self._hold.device_totals,
         )
 
     def devices(self) -> tuple[Device, ...]:
@@ -624,7 +539,7 @@ class Model:
 
     def experts(self) -> Experts:
         """The live view of the experts: where each is, and what was just asked for. For any thread."""
-        return self._experts
+        return self._hold.experts
 
     @property
     def fit(self) -> Fit | None:
@@ -644,25 +559,7 @@ class Model:
 
     def close(self) -> None:
         """Free the model; a stream that was left unfinished ends. Raises ModelBusyError while generating."""
-        backend = self._backend
-        if backend is None:
-            return
-        running = self._active() if self._active is not None else None
-        try:
-            if running is not None:
-                running.close()
-        except ValueError:  # the generator is executing
-            raise ModelBusyError(
-                "this Model is generating in another thread: wait before closing it"
-            ) from None
-        if not self._lock.acquire(blocking=False):
-            raise ModelBusyError("this Model is generating: wait before closing it")
-        try:
-            self._backend = None
-            self._experts.close()
-            backend.close()
-        finally:
-            self._lock.release()
+        self._hold.close()
 
     def __enter__(self) -> Model:
         return self
@@ -670,25 +567,15 @@ class Model:
     def __exit__(self, *_exception: object) -> None:
         self.close()
 
-    def _abandon(self) -> None:
-        """In a forked child: every call is refused, and nothing is freed."""
-        self._is_forked = True
-        self._backend = self._active = None
-        self._lock, self._n_together = threading.Lock(), 0
-
     def __reduce_ex__(self, _protocol: object) -> NoReturn:
         raise TypeError("a Model holds a loaded file and cannot be copied or pickled: load it again instead")
 
     def __repr__(self) -> str:
-        state = "closed" if self._backend is None else self._policy.mode
+        state = "closed" if self._hold.is_closed else self._policy.mode
         return f"<Model {self.path.name} {state}>"
 
     def _require_open(self) -> Backend:
-        if self._is_forked:
-            raise forked()
-        if self._backend is None:
-            raise ModelBusyError(f"this Model of {self.path.name} is closed: load it again")
-        return self._backend
+        return self._hold.backend()
 
 
 def backend_of(model: Model) -> Any:
@@ -697,11 +584,3 @@ def backend_of(model: Model) -> Any:
     No part of the public API: it may be used only while the Model is open and makes no answer.
     """
     return model._require_open()
-
-
-@atexit.register
-def _close_open_models() -> None:
-    for model in list(_open_models):
-        # A daemon thread may still be generating; the process ends anyway.
-        with contextlib.suppress(ModelBusyError):
-            model.close()

@@ -17,7 +17,7 @@ from mobile_gguf.options import LoadOptions
 from mobile_gguf.sizes import AUTO, OFF, Size, parse_bytes_or_off
 
 if TYPE_CHECKING:
-    from mobile_gguf.generate.sessions import Sessions
+    from mobile_gguf.generate.sessions.sessions import Sessions
 
 logger = logging.getLogger("mobile_gguf")
 
@@ -45,8 +45,8 @@ def sessions_of(
     size = options.session_cache
     if size == OFF or size.n_bytes is None:
         return None
-    from mobile_gguf.generate.session_store import SessionFolder, SessionStore
-    from mobile_gguf.generate.sessions import Sessions
+    from mobile_gguf.generate.sessions.session_store import SessionFolder, SessionStore
+    from mobile_gguf.generate.sessions.sessions import Sessions
 
     try:
         files = json.dumps(stamps(info.files))

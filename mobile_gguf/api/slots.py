@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 from mobile_gguf.errors import MobileError, UsageError
 
 if TYPE_CHECKING:
-    from mobile_gguf.generate.cells import Cells
-    from mobile_gguf.generate.sessions import Sessions
+    from mobile_gguf.generate.context.cells import Cells
+    from mobile_gguf.generate.sessions.sessions import Sessions
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 

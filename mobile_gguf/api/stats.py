@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mobile_gguf.engine.structs import RESIDENT, Counters, DeviceCounters
 from mobile_gguf.errors import MobileError
 from mobile_gguf.generate.backend import Backend
-from mobile_gguf.generate.decode import Policy
+from mobile_gguf.generate.passes.decode import Policy
 from mobile_gguf.memory.split import split_of
 from mobile_gguf.sizes import format_bytes
 

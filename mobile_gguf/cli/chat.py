@@ -21,7 +21,7 @@ from mobile_gguf.errors import MobileError, PromptTooLongError, UsageError, requ
 from mobile_gguf.files.paths import data_dir
 from mobile_gguf.files.running import CHAT, announced
 from mobile_gguf.flags import given, parse_setting
-from mobile_gguf.generate.answer import Chunk
+from mobile_gguf.generate.answer.answer import Chunk
 from mobile_gguf.options import POLICY_OPTIONS, GenerateOptions, LoadOptions, declared
 
 from .attached import add_attach_arguments, server_of

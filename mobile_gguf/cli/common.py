@@ -16,7 +16,7 @@ from mobile_gguf.api.session_cache import with_sessions
 from mobile_gguf.config import Default, Preset, read_defaults, values_of
 from mobile_gguf.errors import UsageError
 from mobile_gguf.flags import add_arguments, given, text_argument
-from mobile_gguf.generate.answer import INTERRUPTED, Chunk
+from mobile_gguf.generate.answer.answer import INTERRUPTED, Chunk
 from mobile_gguf.memory.split import split_line
 from mobile_gguf.options import GenerateOptions, LoadOptions, declared
 

@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _of_model(reference: str) -> dict[str, Any]:
-    from mobile_gguf.generate.recommended import recommended
+    from mobile_gguf.generate.request.recommended import recommended
     from mobile_gguf.gguf.info import read_gguf_info
     from mobile_gguf.hub.resolve import resolve_model
 

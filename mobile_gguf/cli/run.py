@@ -17,8 +17,8 @@ from mobile_gguf.api.messages import as_answer
 from mobile_gguf.api.model import Model
 from mobile_gguf.errors import UsageError, require_unicode
 from mobile_gguf.flags import read_text_file
-from mobile_gguf.generate.answer import INTERRUPTED, Chunk
-from mobile_gguf.generate.receipt import Receipt
+from mobile_gguf.generate.answer.answer import INTERRUPTED, Chunk
+from mobile_gguf.generate.answer.receipt import Receipt
 
 from .batch import add_batch_arguments
 from .batch import run as run_batch

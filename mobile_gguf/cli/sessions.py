@@ -12,8 +12,8 @@ from typing import Any
 from mobile_gguf.api.last_conversation import conversation_path
 from mobile_gguf.errors import MobileError, UsageError
 from mobile_gguf.files.paths import sessions_dir
-from mobile_gguf.generate.session_files import Saved
-from mobile_gguf.generate.session_store import SessionFolder
+from mobile_gguf.generate.sessions.session_files import Saved
+from mobile_gguf.generate.sessions.session_store import SessionFolder
 from mobile_gguf.sizes import format_bytes
 from mobile_gguf.wording import columns, format_duration, plain
 

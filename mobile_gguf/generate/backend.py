@@ -15,9 +15,9 @@ from mobile_gguf.engine.structs import (
     WarmCounters,
 )
 
-from .costs import Traffic
-from .crew import Crew
-from .decode import Pass, Policy
+from .passes.costs import Traffic
+from .passes.decode import Pass, Policy
+from .schedule.crew import Crew
 
 if TYPE_CHECKING:
     from mobile_gguf.device.tier import DeviceTier
@@ -27,15 +27,15 @@ if TYPE_CHECKING:
     from mobile_gguf.engine.split import Split
     from mobile_gguf.gguf.info import GgufInfo
 
-    from .auto import Auto
+    from .context.threads import FollowingThreads
     from .form.form import Form
     from .form.reading import AnswerReader
-    from .gap import FillTokens
-    from .head import Head
+    from .loss.auto import Auto
+    from .passes.head import Head
+    from .prompts.gap import FillTokens
     from .speculation.draft_model import DraftModel
     from .speculation.drafting import Drafting
     from .speculation.mtp_context import MtpContext
-    from .threads import FollowingThreads
 
 
 class Text(Protocol):

@@ -30,31 +30,31 @@ from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.memory.fit import Fit
 from mobile_gguf.memory.spare import SpareMemory
 
-from .auto import Auto
-from .chat_prompt import ChatPrompts
 from .constraint.matching import Constraint
 from .constraint.table import TableReader
-from .costs import Meter
-from .counted import Counted
-from .decoder import Decoder
+from .context.counted import Counted
+from .context.decoder import Decoder
+from .context.native import Native
+from .context.pace import run_token
+from .context.pooling import embed_tokens, file_pooling, longest_text
+from .context.sampler import Sampler
+from .context.sequence import TokenSequence
+from .context.threads import FollowingThreads
 from .form.guide import Guide
-from .gap import FillTokens
-from .head import Head
-from .native import Native
-from .pace import run_token
-from .pooling import embed_tokens, file_pooling, longest_text
-from .prefix_cache import PrefixCache
-from .prompts_of_pairs import fill_tokens, pair_tokens
-from .sampler import Sampler
-from .scheduler import Scheduler
-from .sequence import TokenSequence
-from .sessions import Sessions
+from .loss.auto import Auto
+from .passes.costs import Meter
+from .passes.head import Head
+from .prompts.chat_prompt import ChatPrompts
+from .prompts.gap import FillTokens
+from .prompts.prompts_of_pairs import fill_tokens, pair_tokens
+from .prompts.spoken import Spoken
+from .schedule.scheduler import Scheduler
+from .sessions.prefix_cache import PrefixCache
+from .sessions.sessions import Sessions
 from .speculation.draft_model import DraftModel
 from .speculation.mtp_context import MtpContext
 from .speculation.speculation import Speculation
-from .spoken import Spoken
-from .threads import FollowingThreads
-from .vocabulary import Vocabulary
+from .text.vocabulary import Vocabulary
 
 
 class MobileLlama(Counted, Spoken):

@@ -28,10 +28,10 @@ from mobile_gguf.engine.structs import LossCounters
 from mobile_gguf.errors import MobileError, UsageError
 from mobile_gguf.gguf.info import GgufInfo
 
-from .decode import ALL_EXPERTS, Pass, decode_prompt, decode_token
-from .divergence import log_softmax, row_divergence, spread_of
-from .head import Head
-from .rungs import Rung
+from .passes.decode import ALL_EXPERTS, Pass, decode_prompt, decode_token
+from .passes.divergence import log_softmax, row_divergence, spread_of
+from .passes.head import Head
+from .passes.rungs import Rung
 
 if TYPE_CHECKING:
     from .llama import MobileLlama

@@ -9,7 +9,7 @@ is missing for experts. While one pass reads it computes: once that hides the re
 
 The figures are the same on every machine and do not hang on what was measured, so that a plan, a list and a
 load decide alike. Free memory has a part in what is chosen, so results must not hang on it: ``prompt_pieces``
-of ``generate/prompt_pieces.py`` sees to that, and nothing is chosen where it cannot.
+of ``generate/context/prompt_pieces.py`` sees to that, and nothing is chosen where it cannot.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from typing import Any
 from mobile_gguf.device.ask import ask_devices
 from mobile_gguf.engine.devices import Device
 from mobile_gguf.errors import EngineError, MobileError
-from mobile_gguf.generate.receipt import Receipt
+from mobile_gguf.generate.answer.receipt import Receipt
 from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.memory.budget import stored_share
 from mobile_gguf.memory.fit import Asked, Fit, asked_of, fit_model, host_demand, pool_share

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from mobile_gguf.errors import MobileError
-from mobile_gguf.generate.decode import default_little_k
-from mobile_gguf.generate.price_list import read_prices
+from mobile_gguf.generate.loss.price_list import read_prices
+from mobile_gguf.generate.passes.decode import default_little_k
 from mobile_gguf.gguf import keys
 from mobile_gguf.gguf.experts import expert_name
 from mobile_gguf.gguf.facts import Facts

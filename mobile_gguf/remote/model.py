@@ -10,8 +10,8 @@ from typing import Any
 
 from mobile_gguf.api.messages import Messages, as_messages
 from mobile_gguf.errors import ModelNotFoundError, UsageError
-from mobile_gguf.generate.answer import INTERRUPTED, LENGTH, STOP, Chunk
-from mobile_gguf.generate.receipt import Loss, Receipt, Speculation
+from mobile_gguf.generate.answer.answer import INTERRUPTED, LENGTH, STOP, Chunk
+from mobile_gguf.generate.answer.receipt import Loss, Receipt, Speculation
 from mobile_gguf.options import POLICY_OPTIONS, GenerateOptions, LoadOptions, make_options
 from mobile_gguf.wording import plain
 

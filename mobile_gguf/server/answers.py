@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 from sse_starlette import ServerSentEvent
 
-from mobile_gguf.generate.logprobs import TokenLogprob
+from mobile_gguf.generate.answer.logprobs import TokenLogprob
 
 from .answering import EVENT_STREAM, Frame, sse
 from .failures import ApiError

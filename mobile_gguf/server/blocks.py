@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from mobile_gguf.generate.logprobs import TokenLogprob
+from mobile_gguf.generate.answer.logprobs import TokenLogprob
 
 from .produce import Event
 

@@ -6,7 +6,7 @@ import codecs
 from collections.abc import Sequence
 from typing import Any
 
-from mobile_gguf.generate.logprobs import TokenLogprob
+from mobile_gguf.generate.answer.logprobs import TokenLogprob
 
 
 def token_logprobs(tokens: Sequence[TokenLogprob]) -> list[dict[str, Any]]:

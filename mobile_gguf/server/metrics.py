@@ -7,7 +7,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from mobile_gguf.generate.answer import Chunk
+from mobile_gguf.generate.answer.answer import Chunk
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 _SPEEDS = (0.5, 1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)

@@ -12,11 +12,11 @@ from mobile_gguf.api.aio import Job
 from mobile_gguf.api.context import ChatPrompt, of_a_chat
 from mobile_gguf.api.model import Model
 from mobile_gguf.errors import AnswerStopped, PromptTooLongError, UsageError
-from mobile_gguf.generate.answer import INTERRUPTED, LENGTH, STOP, Chunk
-from mobile_gguf.generate.chat_prompt import OWN_NAMES
+from mobile_gguf.generate.answer.answer import INTERRUPTED, LENGTH, STOP, Chunk
+from mobile_gguf.generate.answer.logprobs import PromptLogprobs, TokenLogprob, token_logprob
 from mobile_gguf.generate.form.reading import CallDelta
-from mobile_gguf.generate.logprobs import PromptLogprobs, TokenLogprob, token_logprob
-from mobile_gguf.generate.text import TextStream
+from mobile_gguf.generate.prompts.chat_prompt import OWN_NAMES
+from mobile_gguf.generate.text.text import TextStream
 from mobile_gguf.options.words import TRIM
 
 from .experts import ExpertMap

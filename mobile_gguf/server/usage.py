@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from mobile_gguf.generate.answer import Chunk
+from mobile_gguf.generate.answer.answer import Chunk
 
 from .failures import printable
 

@@ -19,7 +19,7 @@ from places import DATA, ROOT, TESTS
 import mobile_gguf
 from mobile_gguf.api.model import backend_of
 from mobile_gguf.errors import BudgetError, ExpertReadError, GrammarError, ModelFormatError, UsageError
-from mobile_gguf.generate.decode import Pass, Policy
+from mobile_gguf.generate.passes.decode import Pass, Policy
 
 EXPECTED = json.loads((DATA / "demo-expected.json").read_text())
 PROMPTS = ["Why is the sky blue?", "Write a line about the sea."]
@@ -272,7 +272,7 @@ def test_headers_and_the_engine_agree(model):
 
 
 def test_ctrl_c_ends_a_prompt_before_it_is_done(any_model, monkeypatch):
-    from mobile_gguf.generate.interrupt import _Watch
+    from mobile_gguf.generate.context.interrupt import _Watch
 
     polls = 0
 

@@ -97,7 +97,7 @@ def test_every_call_is_refused_and_the_parent_goes_on(model: Model) -> None:
 
 
 def test_locks_that_another_thread_holds_at_the_fork(model: Model) -> None:
-    locks = [backend_of(model)._prompts._renderer._lock, model.experts()._lock, model._lock]
+    locks = [backend_of(model)._prompts._renderer._lock, model.experts()._lock, model._hold.lock]
 
     def work() -> None:
         refused(lambda: model.generate("x"))

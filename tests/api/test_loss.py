@@ -16,7 +16,7 @@ from mobile_gguf.api.model import backend_of, load
 from mobile_gguf.api.session_cache import with_sessions
 from mobile_gguf.engine.loss import Buddies, LossRules
 from mobile_gguf.errors import EngineError, UsageError
-from mobile_gguf.generate.policy import choose_policy
+from mobile_gguf.generate.request.policy import choose_policy
 from mobile_gguf.options import LoadOptions, make_options
 from mobile_gguf.server.usage import sum_receipts
 

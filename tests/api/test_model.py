@@ -12,7 +12,7 @@ from mobile_gguf.api.model import Model, backend_of
 from mobile_gguf.engine.devices import Device
 from mobile_gguf.engine.structs import Counters
 from mobile_gguf.errors import ModelBusyError, UsageError
-from mobile_gguf.generate.head import Head
+from mobile_gguf.generate.passes.head import Head
 from mobile_gguf.options import LoadOptions
 
 
@@ -200,7 +200,7 @@ def test_a_chunk_says_how_much_of_the_prompt_was_computed(fake_model):
 def test_the_engine_is_not_in_the_public_api(fake_model):
     model = fake_model()
     assert not hasattr(model, "llama")
-    assert backend_of(model) is model._backend
+    assert backend_of(model) is model._hold.backend()
     model.close()
     with pytest.raises(ModelBusyError, match="closed"):
         backend_of(model)

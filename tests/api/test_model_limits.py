@@ -219,12 +219,13 @@ def test_the_clock_stands_still_while_the_consumer_works(fake_model, monkeypatch
 
 
 def test_a_model_in_the_list_of_open_ones_is_closed_at_exit(fake_model):
-    from mobile_gguf.api import model as module
+    from mobile_gguf.api import hold
 
     backend = FakeBackend()
-    fake_model(backend)
-    module._close_open_models()
+    model = fake_model(backend)
+    hold._close_all()
     assert backend.closed
+    assert repr(model).endswith("closed>")
 
 
 def test_repr(fake_model):

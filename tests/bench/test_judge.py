@@ -14,10 +14,10 @@ from fake_backend import fake_info
 from mobile_gguf.bench import judge, kept
 from mobile_gguf.engine.loss import LossRules
 from mobile_gguf.errors import UsageError
-from mobile_gguf.generate.decode import Policy
-from mobile_gguf.generate.head import Head
+from mobile_gguf.generate.passes.decode import Policy
+from mobile_gguf.generate.passes.head import Head
+from mobile_gguf.generate.passes.rungs import parse_rung
 from mobile_gguf.generate.pricing import cut_text
-from mobile_gguf.generate.rungs import parse_rung
 from mobile_gguf.gguf import keys
 
 HEAD = Head(np.zeros(64, np.float32), np.zeros(258, np.float32), 0.0, 0.4, 4, 0.1, 0.7)

@@ -16,7 +16,7 @@ from mobile_gguf.api.embedding import Embedding
 from mobile_gguf.api.model import Model
 from mobile_gguf.cli import main
 from mobile_gguf.errors import PromptTooLongError
-from mobile_gguf.generate.receipt import Receipt
+from mobile_gguf.generate.answer.receipt import Receipt
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from layout_files import write_per_expert
 
 from mobile_gguf.cli import main
 from mobile_gguf.errors import MobileError
-from mobile_gguf.generate.receipt import Receipt, Speculation
+from mobile_gguf.generate.answer.receipt import Receipt, Speculation
 from mobile_gguf.gguf.info import read_gguf_info
 from mobile_gguf.options import LoadOptions
 from mobile_gguf.plan import compare_run, machine, measure, measure_prompts, predict_cached, steps

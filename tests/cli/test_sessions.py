@@ -16,8 +16,8 @@ from mobile_gguf.api.last_conversation import conversation_path, last_conversati
 from mobile_gguf.cli import main
 from mobile_gguf.errors import UsageError
 from mobile_gguf.files.paths import sessions_dir
-from mobile_gguf.generate.prefix_cache import Kept
-from mobile_gguf.generate.session_store import SessionFolder, SessionStore
+from mobile_gguf.generate.sessions.prefix_cache import Kept
+from mobile_gguf.generate.sessions.session_store import SessionFolder, SessionStore
 
 FITS = {"model": "a", "engine": "e"}
 

@@ -28,9 +28,9 @@ from mobile_gguf.convert.gguf.file import GgufSource
 from mobile_gguf.engine.binding import find_engine
 from mobile_gguf.errors import MobileError
 from mobile_gguf.files.plots import check_plot
-from mobile_gguf.generate.decode import Pass
-from mobile_gguf.generate.head import read_head
-from mobile_gguf.generate.price_list import read_prices
+from mobile_gguf.generate.loss.price_list import read_prices
+from mobile_gguf.generate.passes.decode import Pass
+from mobile_gguf.generate.passes.head import read_head
 from mobile_gguf.gguf.info import read_gguf_info
 
 CHILD = SUPPORT / "calibrate_child.py"

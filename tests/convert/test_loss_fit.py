@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mobile_gguf.convert.calibrate.loss_fit import Fitted, fit_loss_model, foreseen
-from mobile_gguf.generate.loss_model import LossModel
+from mobile_gguf.generate.loss.loss_model import LossModel
 from mobile_gguf.generate.pricing import COLUMNS, Price, Priced
 
 TRUE = LossModel(

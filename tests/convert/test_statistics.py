@@ -26,7 +26,7 @@ from mobile_gguf.convert.calibrate.store import read_statistics
 from mobile_gguf.convert.gguf.file import GgufSource, update_gguf
 from mobile_gguf.engine.observe import InputSums
 from mobile_gguf.errors import ModelFormatError, UsageError
-from mobile_gguf.generate.buddies import read_buddies
+from mobile_gguf.generate.passes.buddies import read_buddies
 from mobile_gguf.gguf.info import read_gguf_info
 
 

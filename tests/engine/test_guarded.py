@@ -20,8 +20,8 @@ import tiny_models
 import mobile_gguf
 from mobile_gguf import AnswerStopped, EngineError, Model, UsageError
 from mobile_gguf.api.model import backend_of
+from mobile_gguf.generate.context.sampler import Sampler
 from mobile_gguf.generate.llama import MobileLlama
-from mobile_gguf.generate.sampler import Sampler
 
 FOREIGN = (-1, tiny_models.VOCAB, 1 << 30, -(1 << 31))
 
@@ -206,7 +206,7 @@ def test_what_llama_cpp_throws_has_a_text(model: Model) -> None:
 _STOCK = """
 import json, sys, mobile_gguf
 from mobile_gguf.api.model import backend_of
-from mobile_gguf.generate.sampler import Sampler
+from mobile_gguf.generate.context.sampler import Sampler
 said = []
 with mobile_gguf.load(sys.argv[1], n_ctx=64) as model:
     tokens = model.tokenize("ab cd")

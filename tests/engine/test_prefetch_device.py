@@ -26,7 +26,7 @@ from device_oracle import assert_as_on_cpu, expert_bytes, follow
 from engine_jobs import assert_same_bits, tokens
 
 from mobile_gguf.engine.structs import Counters, DeviceCounters, PrefetchCounters
-from mobile_gguf.generate.answer import read_traffic
+from mobile_gguf.generate.answer.answer import read_traffic
 
 OFF, ON, AUTO = range(3)
 BY_TRANSITIONS = 2

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from mobile_gguf.engine.structs import Counters, DeviceCounters, LossCounters
-from mobile_gguf.generate.audit_cost import AUDIT_SHARE, AuditCost, Work, work_between
-from mobile_gguf.generate.costs import Traffic
+from mobile_gguf.generate.loss.audit_cost import AUDIT_SHARE, AuditCost, Work, work_between
+from mobile_gguf.generate.passes.costs import Traffic
 
 TOP_K = 8
 

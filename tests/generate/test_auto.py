@@ -12,14 +12,14 @@ from fake_backend import FakeBackend, fake_info
 
 from mobile_gguf.engine.loss import LossRules
 from mobile_gguf.engine.structs import Counters, LossCounters
-from mobile_gguf.generate import auto as auto_module
-from mobile_gguf.generate.audit_cost import AUDIT_SHARE
-from mobile_gguf.generate.auto import LEARNT, Auto
-from mobile_gguf.generate.correction import Correction, TextCorrection
-from mobile_gguf.generate.costs import Traffic
-from mobile_gguf.generate.divergence import divergence, log_softmax
-from mobile_gguf.generate.loss_model import MOST, LossModel
-from mobile_gguf.generate.price_list import Offer, PriceList
+from mobile_gguf.generate.loss import auto as auto_module
+from mobile_gguf.generate.loss.audit_cost import AUDIT_SHARE
+from mobile_gguf.generate.loss.auto import LEARNT, Auto
+from mobile_gguf.generate.loss.correction import Correction, TextCorrection
+from mobile_gguf.generate.loss.loss_model import MOST, LossModel
+from mobile_gguf.generate.loss.price_list import Offer, PriceList
+from mobile_gguf.generate.passes.costs import Traffic
+from mobile_gguf.generate.passes.divergence import divergence, log_softmax
 from mobile_gguf.options import LoadOptions, make_options
 from mobile_gguf.options.words import LIVE, PRIOR
 

@@ -14,9 +14,9 @@ from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 import mobile_gguf
 from mobile_gguf import UsageError
 from mobile_gguf.api.model import Model, backend_of
-from mobile_gguf.generate.chat_prompt import ChatPrompts
-from mobile_gguf.generate.control_text import ControlTexts
-from mobile_gguf.generate.template_child import Templates
+from mobile_gguf.generate.prompts.chat_prompt import ChatPrompts
+from mobile_gguf.generate.prompts.template_child import Templates
+from mobile_gguf.generate.text.control_text import ControlTexts
 
 CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer", "description": "n"}}, "required": ["a"]}

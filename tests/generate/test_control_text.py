@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mobile_gguf.generate.control_text import ControlTexts, Piece, text_length
-from mobile_gguf.generate.template_child import Templates
+from mobile_gguf.generate.prompts.template_child import Templates
+from mobile_gguf.generate.text.control_text import ControlTexts, Piece, text_length
 
 CONTROLS = ("<|im_start|>", "<|im_end|>", "</s>", "[INST]", "</think>")
 TEXTS = ControlTexts(CONTROLS)

@@ -12,7 +12,7 @@ import tiny_models
 import mobile_gguf
 from mobile_gguf import Model
 from mobile_gguf.api.model import backend_of
-from mobile_gguf.generate import cells
+from mobile_gguf.generate.context import cells
 from mobile_gguf.options.words import CONFIDENCE
 
 pytestmark = pytest.mark.engine

@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 
 from mobile_gguf.engine.structs import Counters, LossCounters, PrefetchCounters
-from mobile_gguf.generate.costs import Costs, Meter, Share, Traffic
-from mobile_gguf.generate.growth import FIRST_PAUSE, WINDOW, Growth
+from mobile_gguf.generate.passes.costs import Costs, Meter, Share, Traffic
+from mobile_gguf.generate.schedule.growth import FIRST_PAUSE, WINDOW, Growth
 
 
 def test_shares_are_by_what_was_asked_and_add_up() -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from mobile_gguf.generate.decode import (
+from mobile_gguf.generate.passes.decode import (
     ALL_EXPERTS,
     Pass,
     Policy,

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from mobile_gguf.generate.divergence import log_softmax, row_divergence
+from mobile_gguf.generate.passes.divergence import log_softmax, row_divergence
 
 
 def test_a_row_against_itself_costs_nothing() -> None:

@@ -13,8 +13,8 @@ from fake_backend import hashed_logits
 from fake_decoder import answer, make
 
 from mobile_gguf.errors import ExpertReadError
-from mobile_gguf.generate.decode import ALL_EXPERTS, Policy
-from mobile_gguf.generate.scheduler import Scheduler
+from mobile_gguf.generate.passes.decode import ALL_EXPERTS, Policy
+from mobile_gguf.generate.schedule.scheduler import Scheduler
 from mobile_gguf.generate.speculation.drafting import Drafting
 from mobile_gguf.generate.speculation.source import LookupSource, Offer, Source
 from mobile_gguf.generate.speculation.tuner import MOST, Tuner

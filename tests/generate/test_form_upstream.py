@@ -19,7 +19,7 @@ from mobile_gguf.generate.constraint.making import constraint_of
 from mobile_gguf.generate.form.form import Form, form_of
 from mobile_gguf.generate.form.guide import ALWAYS, Guide, Thoughts, is_triggered
 from mobile_gguf.generate.form.reading import AnswerReader
-from mobile_gguf.generate.templates import Renderer
+from mobile_gguf.generate.prompts.templates import Renderer
 from mobile_gguf.vendor.pin import load_pin
 from mobile_gguf.vendor.source import unpacked_source
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mobile_gguf.generate.decoder import Decoder, Slice
+from mobile_gguf.generate.context.decoder import Decoder, Slice
 
 
 class Told:

@@ -28,7 +28,7 @@ from mobile_gguf.convert.gguf.data import Kv, TensorPlan
 from mobile_gguf.convert.gguf.file import GgufSource, write_gguf
 from mobile_gguf.engine.observe import ObservedRoute
 from mobile_gguf.errors import MobileError, ModelFormatError, UsageError
-from mobile_gguf.generate.head import Head, read_head, sigmoid
+from mobile_gguf.generate.passes.head import Head, read_head, sigmoid
 from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.gguf.keys import HEAD_TOKEN_BIAS, HEAD_WEIGHT
 

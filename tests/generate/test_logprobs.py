@@ -11,7 +11,7 @@ import tiny_models
 
 import mobile_gguf
 from mobile_gguf import AnswerStopped, Model, UsageError
-from mobile_gguf.generate import sequence as our_sequence
+from mobile_gguf.generate.context import sequence as our_sequence
 
 pytestmark = pytest.mark.engine
 # Batches of other sizes run through other kernels: the last digits differ.

@@ -24,8 +24,8 @@ from mobile_gguf.engine import mtp as calls
 from mobile_gguf.engine.binding import find_engine
 from mobile_gguf.engine.trial import check_block
 from mobile_gguf.errors import EngineError, UsageError
-from mobile_gguf.generate.decoder import Batch, Slice
-from mobile_gguf.generate.sampler import Sampler
+from mobile_gguf.generate.context.decoder import Batch, Slice
+from mobile_gguf.generate.context.sampler import Sampler
 from mobile_gguf.generate.speculation.mtp_context import Wanted
 from mobile_gguf.generate.speculation.tuner import MOST
 from mobile_gguf.gguf.header import read_header

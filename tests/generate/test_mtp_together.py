@@ -18,7 +18,7 @@ from mobile_gguf.api.model import backend_of
 from mobile_gguf.engine import mtp as calls
 from mobile_gguf.engine.guarded import GuardedCalls
 from mobile_gguf.errors import EngineError
-from mobile_gguf.generate.sampler import Sampler
+from mobile_gguf.generate.context.sampler import Sampler
 from mobile_gguf.generate.speculation.mtp_context import MtpContext, Wanted
 
 pytestmark = pytest.mark.engine

@@ -10,7 +10,7 @@ import pytest
 import tiny_models
 
 from mobile_gguf.engine.guarded import NoContextError
-from mobile_gguf.generate.native import Native
+from mobile_gguf.generate.context.native import Native
 
 pytestmark = pytest.mark.engine
 MODEL = "qwen3moe"

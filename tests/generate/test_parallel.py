@@ -33,9 +33,9 @@ from mobile_gguf.api.batch import read_items, run_batch
 from mobile_gguf.api.model import backend_of
 from mobile_gguf.engine.loss import LossRules
 from mobile_gguf.errors import ExpertReadError
-from mobile_gguf.generate.auto import Auto
-from mobile_gguf.generate.loss_model import LossModel
-from mobile_gguf.generate.price_list import Offer, PriceList
+from mobile_gguf.generate.loss.auto import Auto
+from mobile_gguf.generate.loss.loss_model import LossModel
+from mobile_gguf.generate.loss.price_list import Offer, PriceList
 
 pytestmark = pytest.mark.engine
 

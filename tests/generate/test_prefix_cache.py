@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from mobile_gguf.generate.prefix_cache import Checkpoint, Kept, PrefixCache, common_length, usable
+from mobile_gguf.generate.sessions.prefix_cache import Checkpoint, Kept, PrefixCache, common_length, usable
 
 MIB = 1 << 20
 

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mobile_gguf.errors import ModelFormatError
-from mobile_gguf.generate.loss_model import LossModel
-from mobile_gguf.generate.price_list import Offer, PriceList, lower_hull, read_prices
+from mobile_gguf.generate.loss.loss_model import LossModel
+from mobile_gguf.generate.loss.price_list import Offer, PriceList, lower_hull, read_prices
 from mobile_gguf.gguf import keys
 
 ROWS = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mobile_gguf.generate.prompt_pieces import prompt_pieces
+from mobile_gguf.generate.context.prompt_pieces import prompt_pieces
 
 
 @given(st.integers(1, 5000), st.integers(1, 4096), st.sampled_from([0, 512]))

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from mobile_gguf.engine.structs import LossCounters
-from mobile_gguf.generate.receipt import Loss, Receipt, Speculation, Timings, loss_of, speculation_of
+from mobile_gguf.generate.answer.receipt import Loss, Receipt, Speculation, Timings, loss_of, speculation_of
 from mobile_gguf.generate.speculation.drafting import Record
 
 FIELDS = [

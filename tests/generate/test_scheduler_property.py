@@ -16,9 +16,9 @@ from fake_decoder import FakeDecoder, answer, make
 
 from mobile_gguf.engine.loss import LossRules
 from mobile_gguf.errors import AnswerStopped, ExpertReadError
-from mobile_gguf.generate import cells
-from mobile_gguf.generate.decode import Pass, Policy
-from mobile_gguf.generate.scheduler import Scheduler
+from mobile_gguf.generate.context import cells
+from mobile_gguf.generate.passes.decode import Pass, Policy
+from mobile_gguf.generate.schedule.scheduler import Scheduler
 
 EXACT, LITTLE, BOTH = Policy(), Policy("little", little_k=4), Policy("big-little", gamma=0.6, little_k=4)
 LOSSY = Policy(loss=LossRules(drop=0.5))

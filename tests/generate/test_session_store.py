@@ -19,10 +19,10 @@ import pytest
 
 from mobile_gguf.files.atomic import partial_path
 from mobile_gguf.files.lock import exclusive, try_lock
-from mobile_gguf.generate.prefix_cache import Checkpoint, Kept, PrefixCache
-from mobile_gguf.generate.session_files import DamagedError, Saved, read, read_head
-from mobile_gguf.generate.session_store import SessionFolder, SessionStore
-from mobile_gguf.generate.sessions import Sessions
+from mobile_gguf.generate.sessions.prefix_cache import Checkpoint, Kept, PrefixCache
+from mobile_gguf.generate.sessions.session_files import DamagedError, Saved, read, read_head
+from mobile_gguf.generate.sessions.session_store import SessionFolder, SessionStore
+from mobile_gguf.generate.sessions.sessions import Sessions
 
 MIB = 1 << 20
 FITS = {"model": "a", "engine": "e", "flash attention": "off"}
@@ -320,7 +320,7 @@ def test_many_writers_share_a_folder(tmp_path: Path) -> None:
 _CHILD = """
 import sys
 from pathlib import Path
-from mobile_gguf.generate.session_files import SUFFIX
+from mobile_gguf.generate.sessions.session_files import SUFFIX
 from mobile_gguf.files.atomic import replacing_file
 with replacing_file(Path(sys.argv[1]) / ("x" + SUFFIX), 5000, 0o600) as file:
     file.truncate(5000)
@@ -353,8 +353,8 @@ _WRITER = """
 import sys
 from pathlib import Path
 import numpy as np
-from mobile_gguf.generate.prefix_cache import Kept
-from mobile_gguf.generate.session_store import SessionFolder, SessionStore
+from mobile_gguf.generate.sessions.prefix_cache import Kept
+from mobile_gguf.generate.sessions.session_store import SessionFolder, SessionStore
 store = SessionStore(SessionFolder(Path(sys.argv[1])), 5 << 20, {"model": "a"}, "m.gguf", 10_000, print)
 for i in range(int(sys.argv[2]), 10_000):
     store.save(Kept([i] * 100, 100, np.full(1 << 20, i % 251, np.uint8)))

@@ -19,7 +19,7 @@ from mobile_gguf.api.model import backend_of
 from mobile_gguf.engine.binding import Engine
 from mobile_gguf.engine.warm import worth
 from mobile_gguf.errors import UsageError
-from mobile_gguf.generate.decode import Policy
+from mobile_gguf.generate.passes.decode import Policy
 from mobile_gguf.generate.speculation.needs import token_needs
 from mobile_gguf.generate.speculation.source import LookupSource
 from mobile_gguf.generate.speculation.stated import block_takes

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from mobile_gguf.errors import PromptTooLongError, UsageError
-from mobile_gguf.generate import templates
-from mobile_gguf.generate.templates import Renderer
+from mobile_gguf.generate.prompts import templates
+from mobile_gguf.generate.prompts.templates import Renderer
 
 USER = {"messages": [{"role": "user", "content": "hi"}]}
 LIMIT = 1 << 20

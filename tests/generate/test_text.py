@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mobile_gguf.generate.text import TextStream
+from mobile_gguf.generate.text.text import TextStream
 
 
 def pushed(pieces, stop=()):

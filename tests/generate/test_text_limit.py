@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mobile_gguf.generate.text_limit import TextLimit
+from mobile_gguf.generate.text.text_limit import TextLimit
 
 PIECES = [bytes([byte]) for byte in range(256)] + [b"aaaa", b"ab", b"the ", b" " * 32, b"eee", b"aa" * 8]
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from mobile_gguf.generate import threads as rules
-from mobile_gguf.generate.threads import FollowingThreads, ThreadRule
+from mobile_gguf.generate.context import threads as rules
+from mobile_gguf.generate.context.threads import FollowingThreads, ThreadRule
 from mobile_gguf.memory.competition import Competition, Processors
 
 

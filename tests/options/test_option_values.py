@@ -28,7 +28,7 @@ from mobile_gguf.options import (
     defaults,
     make_options,
 )
-from mobile_gguf.options.declarations import MAX_THREADS
+from mobile_gguf.options.loading import MAX_THREADS
 from mobile_gguf.sizes import AUTO, OFF, Size
 
 KINDS = (LoadOptions, GenerateOptions, ServeOptions)
@@ -241,7 +241,7 @@ def test_nobody_parses_what_the_options_hold() -> None:
     """Sizes in options come parsed; who reads other texts of sizes is named here."""
     others = {
         *("cli/bench.py", "bench/plan.py", "bench/speculation_equal.py", "bench/gpu_kit/replay.py"),
-        *("options/serving.py", "options/declarations.py", "flags.py"),
+        *("options/serving.py", "options/loading.py", "flags.py"),
     }
     readers = set()
     for folder in ("mobile_gguf", "convert", "tui", "bench"):

@@ -14,7 +14,7 @@ from places import C_SOURCES, ROOT
 from mobile_gguf.cli import bench
 from mobile_gguf.engine import binding, loss, prefetch, structs
 from mobile_gguf.engine.device_calls import DeviceCalls
-from mobile_gguf.generate.decode import Policy
+from mobile_gguf.generate.passes.decode import Policy
 from mobile_gguf.options import DEFAULT_GAMMA, LoadOptions, declared, defaults, words
 
 

@@ -84,6 +84,17 @@ def test_the_contracts_are_kept(tree: Path) -> None:
         ("server", "textual.app", "mobile_gguf is not allowed to import textual"),
         ("tui.store", "transformers", "mobile_gguf is not allowed to import transformers"),
         ("attic", "json", "attic"),  # a room that no floor names
+        ("generate.attic", "json", "attic"),
+        (
+            "generate.passes",
+            "mobile_gguf.generate.loss.auto",
+            "mobile_gguf.generate.passes is not allowed to import mobile_gguf.generate.loss",
+        ),
+        (
+            "generate.context",
+            "mobile_gguf.generate.form.form",
+            "mobile_gguf.generate.context is not allowed to import mobile_gguf.generate.form",
+        ),
     ],
 )
 def test_an_import_that_goes_up_is_found(

@@ -13,8 +13,8 @@ from openai_stub import OpenAiStub, serving
 from mobile_gguf.api.messages import as_answer
 from mobile_gguf.engine.structs import LOADING, NOT_RESIDENT, RESIDENT
 from mobile_gguf.errors import MobileError, ModelNotFoundError, UsageError
-from mobile_gguf.generate.answer import INTERRUPTED
-from mobile_gguf.generate.receipt import Loss, Receipt, Speculation
+from mobile_gguf.generate.answer.answer import INTERRUPTED
+from mobile_gguf.generate.answer.receipt import Loss, Receipt, Speculation
 from mobile_gguf.remote.connection import Server, data_of
 from mobile_gguf.remote.model import attach, receipt_of
 

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("fastapi", reason="pip install 'mobile-gguf[server]'")
 from api_events import CALLED, SPOKEN, THOUGHT_AND_CALLED, USAGE, frames_of
 
-from mobile_gguf.generate.logprobs import TokenLogprob
+from mobile_gguf.generate.answer.logprobs import TokenLogprob
 from mobile_gguf.server.apis.kept_responses import KeptResponses
 from mobile_gguf.server.apis.responses_input import ResponsesRequest, input_items, to_chat
 from mobile_gguf.server.apis.responses_output import ResponseForm

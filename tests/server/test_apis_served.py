@@ -18,7 +18,7 @@ anthropic = pytest.importorskip("anthropic", reason="pip install 'mobile-gguf[de
 from server_harness import SECONDS, Gate, get, phases, running, until  # noqa: E402
 
 from mobile_gguf.api.model import Model  # noqa: E402
-from mobile_gguf.generate.gap import FillTokens  # noqa: E402
+from mobile_gguf.generate.prompts.gap import FillTokens  # noqa: E402
 from mobile_gguf.options import LoadOptions  # noqa: E402
 
 ROOMY = fake_info(n_ctx_train=8192)

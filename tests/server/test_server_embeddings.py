@@ -216,7 +216,7 @@ def test_an_encoder_with_experts_in_a_budget_equals_llama_cpp_python(engine, tmp
 
 @pytest.mark.parametrize(("pooling", "number"), [("mean", 1), ("cls", 2), ("last", 3)])
 def test_a_generative_model_equals_llama_cpp_python_and_still_answers(engine, monkeypatch, pooling, number):
-    from mobile_gguf.generate import pooling as pooling_module
+    from mobile_gguf.generate.context import pooling as pooling_module
 
     path = tiny_models.path("qwen3moe")
     expected = oracle(path, TEXTS, 256, pooling_type=number)

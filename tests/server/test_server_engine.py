@@ -1,29 +1,15 @@
-"""The server over the real engine and the demo model: the command, schemas, tools, the map, the page."""
+"""The server over the real engine and the demo model: schemas, tools, drafts, the map, slots."""
 
-import contextlib
 import json
-import os
-import re
-import shutil
-import signal
-import subprocess
-import sys
-from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 
 pytest.importorskip("fastapi", reason="pip install 'mobile-gguf[server]'")
-openai = pytest.importorskip("openai", reason="pip install 'mobile-gguf[dev]'")
 pytest.importorskip("llama_cpp", reason="run `mobile-gguf engine build`")
-from page_harness import chromium  # noqa: E402
-from server_harness import SECONDS, get, until  # noqa: E402
+from server_harness import SECONDS, get, until
 
-from mobile_gguf.engine.binding import find_engine  # noqa: E402
-from mobile_gguf.engine.warm_files import remembered  # noqa: E402
-from mobile_gguf.files.stamps import stamps  # noqa: E402
-from mobile_gguf.server.produce import IN_WORDS  # noqa: E402
+from mobile_gguf.server.produce import IN_WORDS
 
 USER = [{"role": "user", "content": "Tell me about a person called Ann."}]
 PERSON = {
@@ -34,53 +20,17 @@ PERSON = {
 }
 ENDLESS = {"grammar": "root ::= [a-z ] root"}
 TOOL = {"type": "function", "function": {"name": "note_person", "parameters": PERSON}}
-
-
-class Command:
-    """``mobile-gguf serve`` in a process of its own."""
-
-    def __init__(self, model: Path, *flags: str, **environment: str) -> None:
-        command = [sys.executable, "-m", "mobile_gguf", "serve", str(model), "--port", "0", "-t", "1", *flags]
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(
-            command, stdout=pipe, stderr=pipe, text=True, env=os.environ | environment
-        )
-        assert self.process.stdout is not None
-        self.url = self.process.stdout.readline().strip()
-
-    def client(self, key: str = "none"):
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=SECONDS)
-
-    def end(self, number: int = signal.SIGTERM) -> tuple[int, str]:
-        self.process.send_signal(number)
-        _, error = self.process.communicate(timeout=SECONDS)
-        return self.process.returncode, error
-
-
-@pytest.fixture
-def serve():
-    """Starts servers; whatever becomes of the test, none is left."""
-    with contextlib.ExitStack() as stack:
-
-        def start(*arguments: Any, **environment: str) -> Command:
-            served = Command(*arguments, **environment)
-            stack.callback(served.process.communicate)
-            stack.callback(served.process.kill)
-            return served
-
-        yield start
-
-
-@pytest.fixture(scope="module")
-def command(demo_gguf):
-    if find_engine() is None:
-        pytest.skip("llama-cpp-python is a stock build; run `mobile-gguf engine build`")
-    served = Command(demo_gguf, "--ram-budget", "40%", "--alias", "demo", "-c", "1024", "-n", "40")
-    assert served.url, served.process.communicate()[1]
-    yield served
-    code, error = served.end()
-    assert code == 0, error
-    assert "Traceback" not in error
+HOSTILE = [
+    ({"grammar": "root ::= " + "(" * 20_000 + '"a"' + ")" * 20_000}, 400),
+    ({"grammar": r'root ::= "\x04"'}, 400),
+    ({"grammar": r'root ::= "a" "\x04"'}, 400),
+    ({"grammar": 'root ::= "a" <|im_end|>'}, 200),
+    ({"grammar": 'root ::= s\ns ::= [a-z ] s x | [a-z ] s y | [a-z ]\nx ::= "1"\ny ::= "2"'}, 200),
+    ({"json_schema": {"type": "string", "pattern": r"^\u0000$"}}, 400),
+    ({"json_schema": {"type": "string", "pattern": "^((a{0,100}){0,100})$"}}, 200),
+    ({"json_schema": {"type": "integer", "minimum": -1e30, "maximum": -1e25}}, 400),
+    ({"json_schema": {"not": {}}}, 400),
+]
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -186,19 +136,6 @@ def test_one_odd_tool_costs_no_request(command):
     assert usage.notes == notes
 
 
-HOSTILE = [
-    ({"grammar": "root ::= " + "(" * 20_000 + '"a"' + ")" * 20_000}, 400),
-    ({"grammar": r'root ::= "\x04"'}, 400),
-    ({"grammar": r'root ::= "a" "\x04"'}, 400),
-    ({"grammar": 'root ::= "a" <|im_end|>'}, 200),
-    ({"grammar": 'root ::= s\ns ::= [a-z ] s x | [a-z ] s y | [a-z ]\nx ::= "1"\ny ::= "2"'}, 200),
-    ({"json_schema": {"type": "string", "pattern": r"^\u0000$"}}, 400),
-    ({"json_schema": {"type": "string", "pattern": "^((a{0,100}){0,100})$"}}, 200),
-    ({"json_schema": {"type": "integer", "minimum": -1e30, "maximum": -1e25}}, 400),
-    ({"json_schema": {"not": {}}}, 400),
-]
-
-
 @pytest.mark.parametrize(("options", "status"), HOSTILE, ids=lambda one: str(one)[:40])
 def test_no_grammar_ends_the_server(command, options, status):
     body = {"messages": USER, "max_tokens": 24, "seed": 1, **options}
@@ -247,228 +184,6 @@ def test_leaving_while_a_long_prompt_is_computed_frees_the_model(command):
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{command.url}/v1/completions", json=body, timeout=httpx.Timeout(SECONDS, read=0.3))
     until(lambda: not get(f"{command.url}/health").json()["busy"])
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_a_signal_cuts_a_running_stream_cleanly(demo_gguf, command, serve, number, code):
-    served = serve(demo_gguf, "--ram-budget", "40%", "--grace", "0.1", "-c", "1024", MOBILE_GGUF_API_KEY="k")
-    stream = served.client("k").chat.completions.create(
-        model=demo_gguf.stem, messages=USER, stream=True, extra_body=ENDLESS
-    )
-    next(iter(stream))
-    served.process.send_signal(number)
-    with pytest.raises(openai.APIError, match="the answer was cut"):
-        list(stream)
-    _, error = served.process.communicate(timeout=SECONDS)
-    assert served.process.returncode == code
-    assert "Traceback" not in error
-    assert remembered(demo_gguf, stamps([demo_gguf])), "what was used was not remembered for the next start"
-
-
-def test_a_second_ctrl_c_cuts_without_a_traceback(demo_gguf, command, serve):
-    served = serve(demo_gguf, "--ram-budget", "40%", "--grace", "200", "-c", "1024")
-    stream = served.client().chat.completions.create(
-        model=demo_gguf.stem, messages=USER, stream=True, extra_body=ENDLESS
-    )
-    next(iter(stream))
-    served.process.send_signal(signal.SIGINT)
-    until(lambda: not takes_requests(served.url))
-    served.process.send_signal(signal.SIGINT)
-    with contextlib.suppress(openai.APIError, httpx.HTTPError):
-        list(stream)
-    _, error = served.process.communicate(timeout=SECONDS)
-    assert served.process.returncode == 130
-    assert "stopping: the running answer has 200 s to end; Ctrl-C again cuts it" in error
-    assert "Traceback" not in error
-
-
-def takes_requests(url: str) -> bool:
-    try:
-        return get(f"{url}/health").status_code == 200
-    except httpx.TransportError:
-        return False
-
-
-def refused(*flags: str, **environment: str) -> tuple[int, str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "mobile_gguf", "serve", "nothing.gguf", *flags],
-        capture_output=True,
-        text=True,
-        env=os.environ | environment,
-    )
-    return done.returncode, done.stderr
-
-
-@pytest.mark.parametrize(
-    ("flags", "code", "text"),
-    [
-        ((), 3, "nothing.gguf"),
-        (("--port", "70000"), 2, "argument --port: port is 70000: it must be at most 65535"),
-        (("--queue", "-1"), 2, "argument --queue: queue is -1: it must be at least 0"),
-        (("--max-request", "40%"), 2, "--max-request"),
-        (("--api-key", "a b"), 2, "API key"),
-        (("--api-key-file", "/nonexistent"), 2, "cannot read /nonexistent"),
-        (("--api-key", "a", "--api-key-file", "b"), 2, "give --api-key or --api-key-file, not both"),
-    ],
-)
-def test_what_cannot_be_served_is_one_line(flags, code, text):
-    got, error = refused(*flags)
-    assert got == code, error
-    assert text in error
-    assert len(error.strip().splitlines()) == 1
-
-
-def test_a_port_that_is_taken_is_one_line(command, demo_gguf):
-    port = command.url.rpartition(":")[2]
-    done = subprocess.run(
-        [sys.executable, "-m", "mobile_gguf", "serve", str(demo_gguf), "--port", port, "--ram-budget", "40%"],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 1
-    assert f"cannot listen on 127.0.0.1:{port}" in done.stderr
-
-
-NODE_SCRIPT = """
-import Anthropic from "@anthropic-ai/sdk";
-import OpenAI from "openai";
-const client = new OpenAI({ baseURL: process.argv[2] + "/v1", apiKey: "none", maxRetries: 0 });
-const messages = [{ role: "user", content: "Hello" }];
-// alone, and with a prompt that is computed whole each time: so both have the same bits
-const asked = { model: "demo", messages, max_tokens: 8, temperature: 0, cache_prompt: false };
-const streamed = { ...asked, stream: true, stream_options: { include_usage: true } };
-const whole = await client.chat.completions.create(asked);
-let text = "", usage = null;
-for await (const chunk of await client.chat.completions.create(streamed)) {
-  text += chunk.choices[0]?.delta?.content ?? "";
-  usage = chunk.usage ?? usage;
-}
-let missing = 0;
-try {
-  await client.chat.completions.create({ ...asked, model: "other" });
-} catch (error) {
-  missing = error.status;
-}
-const same = text === whole.choices[0].message.content;
-const input = { model: "demo", input: "Hello", max_output_tokens: 8, temperature: 0, cache_prompt: false };
-let response = null;
-for await (const event of await client.responses.create({ ...input, stream: true })) {
-  if (event.type === "response.incomplete") response = event.response;
-}
-const claude = new Anthropic({ baseURL: process.argv[2], apiKey: "none", maxRetries: 0 });
-const stream = claude.messages.stream({ ...asked });
-const message = await stream.finalMessage();
-const counted = await claude.messages.countTokens({ model: "demo", messages });
-const { input_tokens, cache_read_input_tokens } = message.usage;
-console.log(JSON.stringify({
-  same, text, receipt: usage.receipt.tokens_big, missing,
-  response: response.output[0].content[0].text,
-  message: message.content[0].text,
-  counted: counted.input_tokens === input_tokens + cache_read_input_tokens,
-}));
-"""
-
-
-def test_the_node_clients(command, tmp_path):
-    if shutil.which("node") is None or shutil.which("npm") is None:
-        pytest.skip("no node and npm here: apt install nodejs npm")
-    # without a way to the registry npm would try for minutes
-    command_line = ["npm", "install", "--no-audit", "--no-fund", "--silent", "--fetch-retries=0"]
-    installed = subprocess.run(
-        [*command_line, "--fetch-timeout=30000", "openai", "@anthropic-ai/sdk"],
-        cwd=tmp_path,
-        capture_output=True,
-    )
-    if installed.returncode:
-        pytest.skip("npm cannot install the openai and @anthropic-ai/sdk packages here")
-    (tmp_path / "ask.mjs").write_text(NODE_SCRIPT)
-    until(lambda: not get(f"{command.url}/health").json()["busy"])
-    done = subprocess.run(
-        ["node", "ask.mjs", command.url], cwd=tmp_path, capture_output=True, text=True, timeout=SECONDS
-    )
-    assert done.returncode == 0, done.stderr
-    answer = json.loads(done.stdout)
-    assert answer["same"]
-    assert answer["text"]
-    assert answer["receipt"] == 8
-    assert answer["missing"] == 404
-    # made of what the context has already: last digits, and so words, may be others
-    assert answer["response"]
-    assert answer["message"]
-    assert answer["counted"]
-
-
-@contextlib.contextmanager
-def browser_page():
-    with chromium() as browser:
-        page = browser.new_page(viewport={"width": 1280, "height": 800})
-        page.set_default_timeout(1000 * SECONDS)
-        yield page
-
-
-def without_end(route):
-    route.continue_(post_data=json.dumps(route.request.post_data_json | ENDLESS))
-
-
-def test_the_page_when_the_server_is_killed(demo_gguf, command, serve):
-    served = serve(demo_gguf, "--ram-budget", "40%", "-c", "1024")
-    with browser_page() as page:
-        page.goto(served.url)
-        page.wait_for_selector("#mode option:nth-child(3)", state="attached")
-        page.route("**/v1/chat/completions", without_end)
-        page.fill("#prompt", "Say hello.")
-        page.keyboard.press("Enter")
-        page.wait_for_selector(".receipt:has-text('big')")
-        served.process.kill()
-        served.process.communicate(timeout=SECONDS)
-        page.wait_for_selector(".end.bad")
-        assert page.inner_text(".end") == "The connection to the server was lost."
-        assert re.match(r"\d+ big \| \d+% hits \| ", page.inner_text(".receipt"))
-        page.wait_for_selector("#notice:has-text('No connection to the server: trying again.')")
-
-
-def test_the_page_in_a_browser(command):
-    with browser_page() as page:
-        problems: list[str] = []
-        page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
-        page.goto(command.url)
-        page.wait_for_selector("#mode option:nth-child(3)", state="attached")
-        # What a model writes must not become a part of the page.
-        hostile = "<img src=x onerror=alert(1)> **bold** [x](javascript:alert(1)) `<b>`"
-        hostile += "\n\n```\n<script>\n```\n- a\n- b"
-        html = page.evaluate(
-            """async (text) => {
-                const { render } = await import("/markdown.js");
-                const box = document.createElement("div");
-                box.append(render(text));
-                return box.innerHTML;
-            }""",
-            hostile,
-        )
-        assert "<img" not in html
-        assert "<script" not in html
-        assert "href" not in html
-        assert "<strong>bold</strong>" in html
-        assert html.count("<li>") == 2
-        page.select_option("#mode", "little")
-        page.fill("#prompt", "Say hello.")
-        page.keyboard.press("Enter")
-        page.wait_for_selector(".again")
-        assert re.search(r"\d+ big · \d+ little \| ", page.inner_text(".receipt"))
-        assert "in memory" in page.inner_text("#map-note")
-        # an answer that lasts until it is stopped
-        page.route("**/v1/chat/completions", without_end)
-        page.keyboard.press("Alt+r")
-        page.wait_for_selector("#send.stop")
-        page.wait_for_selector(".receipt:has-text('little')")
-        page.keyboard.press("Escape")
-        page.wait_for_selector("#send:not(.stop)")
-        assert len(page.query_selector_all(".turn")) == 2
-        page.wait_for_selector(".again")
-        assert page.locator(".end").all_inner_texts()[0].startswith("Stopped")
-        assert page.locator(".receipt").count() == 1
-        assert not problems
 
 
 def test_a_slot_is_saved_and_goes_on_where_it_was(serve, demo_gguf):

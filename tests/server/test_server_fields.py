@@ -13,9 +13,9 @@ from pydantic import ValidationError
 from server_harness import get, phases, post, running
 
 from mobile_gguf.api.model import Model
-from mobile_gguf.generate.answer import Chunk
-from mobile_gguf.generate.receipt import Receipt, Speculation
-from mobile_gguf.generate.request import fold_seed
+from mobile_gguf.generate.answer.answer import Chunk
+from mobile_gguf.generate.answer.receipt import Receipt, Speculation
+from mobile_gguf.generate.request.request import fold_seed
 from mobile_gguf.options import LoadOptions
 from mobile_gguf.server.failures import ApiError
 from mobile_gguf.server.requests import ChatRequest

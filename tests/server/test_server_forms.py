@@ -16,8 +16,8 @@ from speaking import use
 
 import mobile_gguf
 from mobile_gguf.api.model import Model, backend_of
-from mobile_gguf.generate import templates
 from mobile_gguf.generate.form.form import Calls
+from mobile_gguf.generate.prompts import templates
 
 PARAMETERS = {
     "type": "object",

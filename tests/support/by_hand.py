@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mobile_gguf.generate.pace import run_token
+from mobile_gguf.generate.context.pace import run_token
 
 
 def run(backend: Any, tokens: Sequence[int]) -> None:

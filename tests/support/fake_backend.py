@@ -27,10 +27,10 @@ from mobile_gguf.engine.structs import (
     WarmCounters,
 )
 from mobile_gguf.errors import PromptTooLongError, UsageError
-from mobile_gguf.generate.costs import Traffic
-from mobile_gguf.generate.crew import Alone
-from mobile_gguf.generate.decode import ALL_EXPERTS, Pass, Policy, decode_prompt, decode_token
-from mobile_gguf.generate.head import Head
+from mobile_gguf.generate.passes.costs import Traffic
+from mobile_gguf.generate.passes.decode import ALL_EXPERTS, Pass, Policy, decode_prompt, decode_token
+from mobile_gguf.generate.passes.head import Head
+from mobile_gguf.generate.schedule.crew import Alone
 from mobile_gguf.gguf.caches import CacheRows, Caches
 from mobile_gguf.gguf.info import ExpertLayer, GgufInfo
 

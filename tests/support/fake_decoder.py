@@ -15,12 +15,12 @@ import numpy as np
 from fake_backend import hashed_logits
 
 from mobile_gguf.engine.structs import Counters, LossCounters
-from mobile_gguf.generate.costs import Meter, Traffic
-from mobile_gguf.generate.decode import Pass, Policy
-from mobile_gguf.generate.decoder import Slice
-from mobile_gguf.generate.prefix_cache import PrefixCache
-from mobile_gguf.generate.scheduler import Scheduler
-from mobile_gguf.generate.sequence import TokenSequence
+from mobile_gguf.generate.context.decoder import Slice
+from mobile_gguf.generate.context.sequence import TokenSequence
+from mobile_gguf.generate.passes.costs import Meter, Traffic
+from mobile_gguf.generate.passes.decode import Pass, Policy
+from mobile_gguf.generate.schedule.scheduler import Scheduler
+from mobile_gguf.generate.sessions.prefix_cache import PrefixCache
 
 _LOSSY = 1000  # more than experts that wrote a row, where rules for missing ones were in force
 

@@ -14,8 +14,8 @@ from fuzz_target import Target
 from pydantic import BaseModel, ValidationError
 
 from mobile_gguf.errors import MobileError
-from mobile_gguf.generate import template_child, templates
-from mobile_gguf.generate.control_text import ControlTexts
+from mobile_gguf.generate.prompts import template_child, templates
+from mobile_gguf.generate.text.control_text import ControlTexts
 from mobile_gguf.server.apis import messages_input, ollama_input, responses_input
 from mobile_gguf.server.failures import ApiError, from_validation
 from mobile_gguf.server.guard import check_values

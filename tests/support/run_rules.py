@@ -36,7 +36,7 @@ _MARKED_BY = {
     "convert": {"checkpoints", "convert_checkpoints", "convert_runs", "verify_models"},
     "browser": {"browser"},
     "slow": {
-        "engine_source", "fuzz_server", "fuzz_target", "lint_tree", "mobile_gguf.generate.templates",
+        "engine_source", "fuzz_server", "fuzz_target", "lint_tree", "mobile_gguf.generate.prompts.templates",
         "server_harness", "stress", "tui_app",
     },
 }  # fmt: skip

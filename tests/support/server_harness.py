@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -68,6 +73,29 @@ def running(model: Model, **settings: Any) -> Iterator[Running]:
     finally:
         run.stop()
         listening.close()
+
+
+class Command:
+    """``mobile-gguf serve`` in a process of its own."""
+
+    def __init__(self, model: Path, *flags: str, **environment: str) -> None:
+        command = [sys.executable, "-m", "mobile_gguf", "serve", str(model), "--port", "0", "-t", "1", *flags]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(
+            command, stdout=pipe, stderr=pipe, text=True, env=os.environ | environment
+        )
+        assert self.process.stdout is not None
+        self.url = self.process.stdout.readline().strip()
+
+    def client(self, key: str = "none") -> Any:
+        import openai
+
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=SECONDS)
+
+    def end(self, number: int = signal.SIGTERM) -> tuple[int, str]:
+        self.process.send_signal(number)
+        _, error = self.process.communicate(timeout=SECONDS)
+        return self.process.returncode, error
 
 
 def phases(*texts: str) -> Callable[..., Any]:

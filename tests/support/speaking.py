@@ -11,7 +11,7 @@ from unittest.mock import patch
 import engine_libs
 
 from mobile_gguf.api.model import Model, backend_of
-from mobile_gguf.generate.chat_prompt import ChatPrompts
+from mobile_gguf.generate.prompts.chat_prompt import ChatPrompts
 
 DROPS = "Qwen3.5-4B"  # of a finished turn; a template of llama.cpp's source
 KEEPS = """{%- for message in messages %}<|im_start|>{{ message.role }}

@@ -29,7 +29,7 @@ import hostile
 import httpx
 
 from mobile_gguf.errors import MobileError
-from mobile_gguf.generate.templates import Renderer
+from mobile_gguf.generate.prompts.templates import Renderer
 from mobile_gguf.memory.cap import MemoryCgroup
 
 LIMIT_BYTES = 530 << 20

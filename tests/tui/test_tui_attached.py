@@ -12,7 +12,7 @@ from openai_stub import OpenAiStub, serving
 from tui_app import Loader, chat, say, submit, toasts, until
 
 from mobile_gguf.config import presets_dir
-from mobile_gguf.generate.receipt import Receipt
+from mobile_gguf.generate.answer.receipt import Receipt
 from mobile_gguf.remote.connection import Server
 from mobile_gguf.tui.widgets.completion_list import CompletionList
 from mobile_gguf.tui.widgets.side_panel import SidePanel

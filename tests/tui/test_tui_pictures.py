@@ -72,7 +72,7 @@ async def with_device(app, pilot):
     panel = app.chat.query_one("#experts", SidePanel)
     device = np.zeros_like(panel.state.host)
     device[1, 2:9] = RESIDENT
-    app.engine._model._backend.expert_source.device_codes = device
+    backend_of(app.engine._model).expert_source.device_codes = device
     panel.state.set_places(app.engine.places())
     panel.state.next_token(asked((1, 3, False), (0, 0, False), (2, 12, True)))
     panel.redraw()

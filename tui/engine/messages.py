@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from textual.message import Message
 
-from mobile_gguf.generate.receipt import Receipt
+from mobile_gguf.generate.answer.receipt import Receipt
 
 from .outbox import Outbox
 

@@ -23,10 +23,10 @@ from mobile_gguf.api.stats import running_facts
 from mobile_gguf.api.words import python_words, with_flags
 from mobile_gguf.engine.experts import Asked, Experts, Places, Watch
 from mobile_gguf.errors import EngineMemoryError, MobileError, PromptTooLongError, UsageError
-from mobile_gguf.generate.answer import INTERRUPTED, Chunk
-from mobile_gguf.generate.decode import Pass
-from mobile_gguf.generate.receipt import Receipt
-from mobile_gguf.generate.recommended import recommended
+from mobile_gguf.generate.answer.answer import INTERRUPTED, Chunk
+from mobile_gguf.generate.answer.receipt import Receipt
+from mobile_gguf.generate.passes.decode import Pass
+from mobile_gguf.generate.request.recommended import recommended
 from mobile_gguf.remote.experts import RemoteExperts, RemoteWatch
 from mobile_gguf.remote.model import RemoteModel
 

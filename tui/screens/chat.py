@@ -15,7 +15,7 @@ from textual.worker import get_current_worker
 
 from mobile_gguf.api.attached_files import folded, with_files
 from mobile_gguf.errors import MobileError, UsageError
-from mobile_gguf.generate.answer import INTERRUPTED, LENGTH
+from mobile_gguf.generate.answer.answer import INTERRUPTED, LENGTH
 
 from ..commands.chat import ChatCommands
 from ..commands.slash import complete, find

@@ -6,8 +6,8 @@ from dataclasses import asdict
 from typing import Any
 
 from mobile_gguf.convert.calibrate.statistics import Statistics
-from mobile_gguf.generate.decode import default_little_k
-from mobile_gguf.generate.recommended import PREFIX, recommended
+from mobile_gguf.generate.passes.decode import default_little_k
+from mobile_gguf.generate.request.recommended import PREFIX, recommended
 from mobile_gguf.gguf import keys
 from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.plan.split_file import SplitPlan, read_split_plans

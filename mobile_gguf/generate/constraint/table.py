@@ -9,7 +9,7 @@ from llama_cpp import llama_cpp
 from mobile_gguf.engine.guarded import GuardedCalls
 from mobile_gguf.errors import AnswerStopped
 
-from ..vocabulary import Vocabulary
+from ..text.vocabulary import Vocabulary
 from .tokens import TokenTable
 
 # While a vocabulary is read it is asked for whether to stop after so many tokens, some 20 ms.

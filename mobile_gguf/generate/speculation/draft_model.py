@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 from mobile_gguf.errors import UsageError
 from mobile_gguf.options.words import DRAFT
 
-from ..decoder import Slice
-from ..prefix_cache import common_length
+from ..context.decoder import Slice
+from ..sessions.prefix_cache import common_length
 from .source import Offer
 
 if TYPE_CHECKING:
+    from ..context.sampler import Sampler
     from ..llama import MobileLlama
-    from ..sampler import Sampler
 
 _SHOWN = 24  # characters of a token in a message
 

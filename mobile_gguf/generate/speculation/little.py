@@ -10,8 +10,8 @@ from mobile_gguf.options.words import LITTLE
 from .source import Offer
 
 if TYPE_CHECKING:
-    from ..sampler import Sampler
-    from ..sequence import TokenSequence
+    from ..context.sampler import Sampler
+    from ..context.sequence import TokenSequence
 
 
 class LittleSource:

@@ -11,7 +11,7 @@ from .mtp_context import Wanted
 from .source import NOTHING, Offer
 
 if TYPE_CHECKING:
-    from ..sampler import Sampler
+    from ..context.sampler import Sampler
     from .mtp_context import MtpContext
 
 

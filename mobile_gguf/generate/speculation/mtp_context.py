@@ -22,9 +22,9 @@ from mobile_gguf.engine.guarded import GuardedCalls
 from mobile_gguf.engine.log import clear_errors, last_errors
 from mobile_gguf.errors import EngineError, ExpertReadError, MobileError
 
-from ..decoder import Batch, Slice
-from ..native import Native
-from ..sampler import Sampler
+from ..context.decoder import Batch, Slice
+from ..context.native import Native
+from ..context.sampler import Sampler
 from .states import LEAST, MOST, TextStates
 
 Result = TypeVar("Result")

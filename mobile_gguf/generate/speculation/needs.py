@@ -8,7 +8,7 @@ from __future__ import annotations
 from mobile_gguf.engine.structs import ModelInfo
 from mobile_gguf.options.words import LITTLE
 
-from ..decode import Policy
+from ..passes.decode import Policy
 from .costs import UNION
 
 

@@ -13,10 +13,10 @@ from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.options.words import AUTO, DRAFT, MTP, NGRAM, OFF
 
 from ..constraint.matching import Constraint
-from ..decode import Policy
+from ..context.pace import run_token
+from ..context.sampler import Sampler
 from ..form.guide import Guide
-from ..pace import run_token
-from ..sampler import Sampler
+from ..passes.decode import Policy
 from .draft_model import ModelSource
 from .drafting import Drafting
 from .little import LittleSource
@@ -29,8 +29,8 @@ from .tuner import Tuner
 from .watch import StepWatch
 
 if TYPE_CHECKING:
+    from ..context.sequence import TokenSequence
     from ..llama import MobileLlama
-    from ..sequence import TokenSequence
 
 
 class Speculation:

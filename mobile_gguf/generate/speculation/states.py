@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from ..prefix_cache import common_length
+from ..sessions.prefix_cache import common_length
 
 # States of so many tokens are kept where they are not asked for, and so many once the block has had them: as
 # far as a text may go back.

@@ -9,7 +9,7 @@ from typing import Any
 
 from sse_starlette import ServerSentEvent
 
-from mobile_gguf.generate.logprobs import TokenLogprob
+from mobile_gguf.generate.answer.logprobs import TokenLogprob
 
 from ..answering import EVENT_STREAM, Frame, sse
 from ..blocks import CALL, THOUGHT, Block, Blocks, Step

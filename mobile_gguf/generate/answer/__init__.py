@@ -1,0 +1,1 @@
+"""What a caller gets: chunks, a joined reply, log probabilities, a receipt."""

@@ -1,0 +1,1 @@
+"""What a caller asks for, as far as a model allows it."""
