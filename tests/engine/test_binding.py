@@ -65,6 +65,7 @@ def test_another_abi_is_refused(installed):
 def test_backends_that_are_libraries_are_loaded_with_ours(installed, compiled_in):
     library, asked = fake_library(), []
     library.llama_supports_rpc = lambda: asked.append(1)
+    library.llama_log_set = lambda _callback, _data: None
     if compiled_in:
         library.ggml_backend_cpu_init = lambda: None
     installed(library)
