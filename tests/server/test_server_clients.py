@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("fastapi", reason="pip install 'mobile-gguf[server]'")
 pytest.importorskip("llama_cpp", reason="run `mobile-gguf engine build`")
 from page_harness import chromium
-from server_harness import SECONDS, get, until
+from server_harness import SECONDS
 
 ENDLESS = {"grammar": "root ::= [a-z ] root"}
 
@@ -20,7 +20,7 @@ import Anthropic from "@anthropic-ai/sdk";
 import OpenAI from "openai";
 const client = new OpenAI({ baseURL: process.argv[2] + "/v1", apiKey: "none", maxRetries: 0 });
 const messages = [{ role: "user", content: "Hello" }];
-// alone, and with a prompt that is computed whole each time: so both have the same bits
+// computed whole each time, by a server whose answers do not hang on their place: the same bits
 const asked = { model: "demo", messages, max_tokens: 8, temperature: 0, cache_prompt: false };
 const streamed = { ...asked, stream: true, stream_options: { include_usage: true } };
 const whole = await client.chat.completions.create(asked);
@@ -55,7 +55,7 @@ console.log(JSON.stringify({
 """
 
 
-def test_the_node_clients(command, tmp_path):
+def test_the_node_clients(serve, demo_gguf, tmp_path):
     if shutil.which("node") is None or shutil.which("npm") is None:
         pytest.skip("no node and npm here: apt install nodejs npm")
     # without a way to the registry npm would try for minutes
@@ -68,9 +68,9 @@ def test_the_node_clients(command, tmp_path):
     if installed.returncode:
         pytest.skip("npm cannot install the openai and @anthropic-ai/sdk packages here")
     (tmp_path / "ask.mjs").write_text(NODE_SCRIPT)
-    until(lambda: not get(f"{command.url}/health").json()["busy"])
+    served = serve(demo_gguf, "--ram-budget", "40%", "--alias", "demo", "-c", "1024", "--deterministic")
     done = subprocess.run(
-        ["node", "ask.mjs", command.url], cwd=tmp_path, capture_output=True, text=True, timeout=SECONDS
+        ["node", "ask.mjs", served.url], cwd=tmp_path, capture_output=True, text=True, timeout=SECONDS
     )
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
