@@ -20,7 +20,7 @@ import Anthropic from "@anthropic-ai/sdk";
 import OpenAI from "openai";
 const client = new OpenAI({ baseURL: process.argv[2] + "/v1", apiKey: "none", maxRetries: 0 });
 const messages = [{ role: "user", content: "Hello" }];
-// computed whole each time, by a server whose answers do not hang on their place: the same bits
+// computed whole each time, where answers do not hang on their place in a context: the same bits
 const asked = { model: "demo", messages, max_tokens: 8, temperature: 0, cache_prompt: false };
 const streamed = { ...asked, stream: true, stream_options: { include_usage: true } };
 const whole = await client.chat.completions.create(asked);
