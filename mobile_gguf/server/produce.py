@@ -85,10 +85,6 @@ class Producer:
             options["max_tokens"] = limit
         schema = _response_schema(request)
         if schema is not None:
-            if plan is not None:
-                raise ApiError(
-                    400, "response_format cannot go with tools: set tool_choice to none", param="tools"
-                )
             if "grammar" in options or "json_schema" in options:
                 raise ApiError(400, "give response_format, grammar or json_schema, not several of them")
             options["json_schema"] = schema
@@ -100,12 +96,17 @@ class Producer:
         if plan is None:
             yield from self._plain(job, [prompt], request, options, n_top)
             return
-        if "grammar" in options or "json_schema" in options:
-            raise ApiError(400, "a grammar cannot go with tools: set tool_choice to none", param="tools")
         if prompt.form is not None and prompt.form.has_calls:
             self.spent.notes += prompt.form.notes
             yield from self._plain(job, [prompt], request, options, n_top)
             return
+        if "grammar" in options or "json_schema" in options:
+            raise ApiError(
+                400,
+                "how this model calls tools is not known, so that a schema or a grammar cannot go with them: "
+                "set tool_choice to none",
+                param="tools",
+            )
         if not speaks_tools(self._model.info.chat_template):
             self.spent.notes.append(IN_WORDS)
         schema, notes = plan.schema()

@@ -11,7 +11,7 @@ from mobile_gguf.errors import GrammarError, UsageError
 from mobile_gguf.generate.constraint.making import constraint_of
 from mobile_gguf.generate.form.asking import ask
 from mobile_gguf.generate.form.form import ALWAYS, ANSWERING, TRIGGERED, Calls, Form, Trigger, may_have_form
-from mobile_gguf.generate.form.guide import Guide, Thoughts
+from mobile_gguf.generate.form.guide import Either, Guide, Thoughts
 from mobile_gguf.generate.form.left_out import left_out
 from mobile_gguf.generate.form.reading import AnswerReader
 
@@ -145,6 +145,42 @@ def test_bytes_are_covered_by_tokens_of_text() -> None:
     assert END not in tokens
     assert b"".join(table.pieces[token] for token in tokens) == "<|im_end|>日本 abc".encode()
     assert table.cover(b"\x04") is None
+
+
+CALL_OR_LIST = ('root ::= "[call]" [0-9]', 'root ::= "[" [a-z] ("," [a-z])* "]"')
+
+
+def either(form: Form = Form("", "", "")) -> Guide:  # noqa: B008
+    table = byte_table()
+    ways = [constraint_of(table, grammar, None) for grammar in CALL_OR_LIST]
+    assert None not in ways
+    thoughts = Thoughts(form, None, list(FORCED)) if form.answering else None
+    word = (Trigger("word", "[call]"),)
+    return Guide(Either(*ways), thoughts, lambda token: table.pieces[token], table.cover, ANSWERING, word)
+
+
+@pytest.mark.parametrize(("said", "more"), [
+    ("", b"["), ("[", b"abcdefghijklmnopqrstuvwxyz"), ("[c", b"a,]"), ("[ca", b"l"),
+    ("[call]", b"0123456789"), ("[c,", b"abcdefghijklmnopqrstuvwxyz"), ("[call]7", b""), ("[c,a]", b""),
+])  # fmt: skip
+def test_an_answer_is_a_call_or_follows_a_grammar(said: str, more: bytes) -> None:
+    """Both go on as long as what came is in both."""
+    guide = either()
+    say(guide, said)
+    assert next_bytes(guide) == set(more)
+    allowed = guide.allowed()
+    assert allowed is not None
+    assert (END in allowed) == (not more)
+
+
+def test_thoughts_come_before_either_and_may_end_with_the_call() -> None:
+    thinks = Form("<think>", "", "", thinking="<think>", answering=("</think>", "[call]"))
+    guide = either(thinks)
+    say(guide, "[x] or not</think>")
+    assert next_bytes(guide) == set(b"[")
+    guide = either(thinks)
+    say(guide, "then [call]")
+    assert next_bytes(guide) == set(b"0123456789")
 
 
 def test_a_call_that_comes_at_once_begins_with_its_mark() -> None:

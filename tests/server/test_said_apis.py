@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("fastapi", reason="pip install 'mobile-gguf[server]'")
 pytest.importorskip("llama_cpp", reason="run `mobile-gguf engine build`")
 from said_apis import APIS, Chat, ask, data
+from said_models import CUT
 from said_texts import ARGUMENTS, FAMILIES, THOUGHT, TOLD, TOOL, saying
 from server_harness import Running, running
 
@@ -84,6 +85,49 @@ def test_thoughts_end_after_the_budget_of_their_request(server: Running, name: s
     # a budget of the request's own is stronger
     answer = ask(server.url, api, [api.question(QUESTION)], False, **FEW[name], reasoning_budget=100)
     assert answer.thought.strip() == THOUGHT
+
+
+SCHEMA = {"type": "object", "properties": {"word": {"const": "yes"}}, "required": ["word"]}
+# where each API says of what form an answer's words are
+FORMATS = {
+    "chat": {"response_format": {"type": "json_schema", "json_schema": {"name": "w", "schema": SCHEMA}}},
+    "responses": {"text": {"format": {"type": "json_schema", "name": "w", "schema": SCHEMA}}},
+    "messages": {"output_config": {"format": {"type": "json_schema", "schema": SCHEMA}}},
+    "ollama": {"format": SCHEMA, "options": {"temperature": 0}},
+}
+
+
+@pytest.fixture(scope="module", params=[name for name in FAMILIES if name != "harmony"])
+def other(request: pytest.FixtureRequest, demo_gguf: Path) -> Iterator[Running]:
+    """A model that says other words than the schema has."""
+    before = f"\n{CUT}" if request.param == "glm" else ""
+    path = saying(request.param, demo_gguf, then=f'{before}{{"word": {CUT}"no"}}')
+    with mobile_gguf.load(path, ram_budget="60%", n_ctx=4096, threads=1) as model, running(model) as run:
+        yield run
+
+
+@pytest.mark.parametrize("name", APIS)
+def test_words_follow_a_schema_and_calls_their_own(other: Running, name: str) -> None:
+    api = APIS[name]
+    question = [api.question(QUESTION)]
+    for stream in (False, True):
+        first = ask(other.url, api, question, stream, **FORMATS[name])
+        assert (first.thought.strip(), first.words) == (THOUGHT, "")
+        assert first.calls == [(TOOL, ARGUMENTS)]
+        told = [*question, *first.again, *api.result(first, RESULT)]
+        answer = ask(other.url, api, told, stream, **FORMATS[name])
+        assert answer.calls == []
+        assert json.loads(answer.words) == {"word": "yes"}
+
+
+def test_where_a_call_begins_like_other_text_a_schema_is_refused(demo_gguf: Path) -> None:
+    path = saying("harmony", demo_gguf)
+    with mobile_gguf.load(path, ram_budget="60%", n_ctx=2048, threads=1) as model, running(model) as run:
+        for name, api in APIS.items():
+            body = {api.messages: [api.question(QUESTION)], "tools": list(api.tools), "stream": False}
+            refused = run.post(api.path, body | {"max_tokens": 9} | FORMATS[name])
+            assert refused.status_code == 400
+            assert "cannot be told from other text by their first word" in refused.text
 
 
 EFFORTS = {

@@ -60,6 +60,11 @@ class Form:
         return word.value if word is not None and word.kind == "word" else ""
 
     @property
+    def is_marked(self) -> bool:
+        """Whether a call that may come begins with a word, so that what else is said can be told from it."""
+        return self.when == TRIGGERED and all(one.kind == "word" for one in self.triggers)
+
+    @property
     def has_calls(self) -> bool:
         """Whether tools may be called."""
         return bool(self.grammar)

@@ -10,7 +10,7 @@ import numpy as np
 from mobile_gguf.errors import GrammarError
 
 from ..constraint.matching import Constraint
-from .form import ALWAYS, ANSWERING, TRIGGERED, Form, Trigger
+from .form import ALWAYS, ANSWERING, Form, Trigger
 
 Cover = Callable[[bytes], list[int] | None]
 
@@ -81,23 +81,54 @@ def _is_whole(text: str) -> bool:
     return True
 
 
+class Either:
+    """One of several constraints, whichever goes on as the answer does; used as a Constraint is."""
+
+    def __init__(self, *ways: Constraint) -> None:
+        self._ways = list(ways)
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """The tokens that end an answer."""
+        return frozenset().union(*(way.ends for way in self._ways))
+
+    def allowed(self) -> np.ndarray:
+        """The ids of the tokens that may come next, ascending, int64. Raises GrammarError as a Constraint."""
+        return np.unique(np.concatenate([way.allowed() for way in self._ways]))
+
+    def n_fitting(self, tokens: list[int]) -> int:
+        """How many of ``tokens`` may come next, one after the other."""
+        return max(way.n_fitting(tokens) for way in self._ways)
+
+    def accept(self, token: int) -> None:
+        """Go on by ``token``, one of those that were allowed."""
+        if token in self.ends:
+            return
+        if len(self._ways) > 1:
+            self._ways = [way for way in self._ways if way.n_fitting([token])]
+        for way in self._ways:
+            way.accept(token)
+
+
 class Guide:
     """What may come next in an answer; ``allowed`` and ``accept`` take turns, as of a Constraint.
 
     ``constraint`` holds ``when``: ``ALWAYS``, of all but ``thoughts`` (``ANSWERING``), or of what one of
     ``triggers`` begins, which thoughts do not (``TRIGGERED``). ``piece`` says a token's bytes as the answer
-    has them, ``cover`` tokens of bytes. ``lead`` are the tokens that it begins with in any case.
+    has them, ``cover`` tokens of bytes. ``lead`` are the tokens that it begins with in any case; ``openers``
+    one that begins thoughts, where an answer may begin with them, and such as may stand before it.
     """
 
     def __init__(
         self,
-        constraint: Constraint | None,
+        constraint: Constraint | Either | None,
         thoughts: Thoughts | None,
         piece: Callable[[int], bytes],
         cover: Cover,
         when: str = ANSWERING,
         triggers: Collection[Trigger] = (),
         lead: Sequence[int] = (),
+        openers: Sequence[int] = (),
     ) -> None:
         self._constraint = constraint
         self._thoughts = thoughts
@@ -108,6 +139,7 @@ class Guide:
         self._text = ""  # bytes as characters, since the thoughts ended
         self._is_begun = False
         self._lead = list(lead)
+        self._openers = list(openers)
 
     def allowed(self) -> np.ndarray | None:
         """The ids of the tokens that may come next; None: any. Raises GrammarError as a Constraint."""
@@ -120,6 +152,8 @@ class Guide:
             return np.array(self._lead[:1])
         if self._is_begun:
             return ids
+        if self._openers:
+            return np.union1d(ids, self._openers)
         more = ids[~np.isin(ids, list(self._constraint.ends))]  # an answer of nothing calls nothing
         return more if len(more) else ids
 
@@ -135,18 +169,22 @@ class Guide:
         """Go on by ``token``. Raises GrammarError where a call was begun in a way that it cannot be."""
         piece = self._piece(token)
         held, was_thinking = self._holds, self._is_thinking
-        behind = self._thoughts.accept(piece) if self._thoughts is not None else ""
+        behind = ""
+        if self._thoughts is not None and not (self._when == ANSWERING and self._is_begun):
+            behind = self._thoughts.accept(piece)
         if self._constraint is None:
             return
-        if held:
+        if held and not self._is_begun and token in self._openers and not self._constraint.n_fitting([token]):
+            # thoughts begin, once, or what stands before them
+            self._openers = [] if self._is_thinking else self._openers[:1]
+        elif held:
             self._is_begun = True
             self._lead = self._lead[1:] if self._lead[:1] == [token] else []
             self._constraint.accept(token)
-        elif self._when == TRIGGERED:
-            if self._is_thinking:
-                self._text = ""
-            else:
-                self._await(behind if was_thinking else piece.decode("latin-1"))
+        elif self._is_thinking:
+            self._text = ""
+        else:
+            self._await(behind if was_thinking else piece.decode("latin-1"))
 
     def _await(self, new: str) -> None:
         """Look for a trigger; all from its beginning on is the constraint's."""

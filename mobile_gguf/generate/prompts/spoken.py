@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from mobile_gguf.errors import UsageError
+
 from ..constraint.making import constraint_of
 from ..constraint.matching import Constraint
-from ..form.form import ALWAYS, ANSWERING, Calls, Form, Prompt
-from ..form.guide import Guide, Thoughts
+from ..form.form import ALWAYS, ANSWERING, TRIGGERED, Calls, Form, Prompt
+from ..form.guide import Either, Guide, Thoughts
 from ..form.reading import AnswerReader
 
 if TYPE_CHECKING:
@@ -90,8 +92,9 @@ class Spoken:
         budget: int | None,
         should_stop: Callable[[], bool] | None = None,
     ) -> Guide | None:
-        """What an answer of ``form`` may say: calls as its grammar has them, or all of it by ``constraint``.
+        """What an answer of ``form`` may say: calls as its grammar has them, other text by ``constraint``.
 
+        A call that has to be made leaves no room for other text.
         ``budget`` is how many tokens it may think, None without a limit. Raises UsageError, AnswerStopped.
         """
         shown = self.shown(form)
@@ -106,16 +109,34 @@ class Spoken:
         if form.answering:
             end = self.tokenize(form.answering[0].encode(), add_bos=False, special=True)
             thoughts = Thoughts(form, budget, end)
+        openers = self._openers(form) if budget != 0 else ()
         if not form.has_calls:
-            limited = thoughts is not None and budget is not None
-            return Guide(constraint, thoughts, piece, cover, ANSWERING) if constraint or limited else None
+            if constraint is None and (thoughts is None or budget is None):
+                return None
+            return Guide(constraint, thoughts, piece, cover, ANSWERING, openers=openers)
         table = self.scheduler.aside(lambda: self._tables.with_text(shown, should_stop))
         calls = self.scheduler.aside(lambda: constraint_of(table, form.grammar, None, should_stop))
+        if constraint is not None and form.when == TRIGGERED:
+            if not form.is_marked:
+                raise UsageError(
+                    "this model's calls cannot be told from other text by their first word: "
+                    "a grammar or a JSON schema cannot go with its tools"
+                )
+            either = Either(calls, constraint)
+            return Guide(either, thoughts, piece, cover, ANSWERING, form.triggers, openers=openers)
         lead = self.tokenize(form.lead.encode(), add_bos=False, special=True) if form.lead else ()
         made = Guide(calls, thoughts, piece, cover, form.when, form.triggers, lead)
         if form.when == ALWAYS:
             made.take(form.opening.encode())
         return made
+
+    def _openers(self, form: Form) -> list[int]:
+        """What begins thoughts that the prompt leaves to the model, if it is one token, and a line's end."""
+        mark = form.thinking.strip()
+        if not mark or not form.answering or mark in form.opening:
+            return []
+        made = [self.tokenize(text.encode(), add_bos=False, special=True) for text in (mark, "\n")]
+        return [tokens[0] for tokens in made if len(tokens) == 1] if len(made[0]) == 1 else []
 
     def prepare_constraints(self) -> None:
         """Make what the first answer under a grammar would wait for."""

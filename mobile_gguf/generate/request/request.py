@@ -80,9 +80,6 @@ def _guide(
     backend: Backend, options: GenerateOptions, form: Form | None, should_stop: Callable[[], bool] | None
 ) -> Any:
     """What the answer is to follow; None where it is free."""
-    asked = options.grammar is not None or options.json_schema is not None
-    if asked and form is not None and form.has_calls:
-        raise UsageError("a grammar or a JSON schema cannot go with tools")
     made = backend.make_grammar(options.grammar, options.json_schema, should_stop)
     if form is None:
         return made
