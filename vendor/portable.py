@@ -31,6 +31,21 @@ SET_VARIABLES = ("CC", "CXX")
 # loaded if they are there: the driver's, and no part of a wheel
 _OTHERS_LIBRARIES = ("libvulkan.so.1", "libcuda.so.1")
 
+# zig knows processors and features: -march=armv8.2-a+fp16+nosve is -mcpu=generic+v8_2a+fullfp16-sve to it
+_AS_FEATURES = r"""n=$#
+while [ "$n" -gt 0 ]; do
+	word=$1
+	shift
+	case $word in -march=armv[0-9]*)
+		word=$(printf %s "${word#-march=armv}" |
+			sed 's/-a//; s/\./_/; s/^[0-9_]*/&a/; s/+fp16/+fullfp16/; s/+no/-/g')
+		word=-mcpu=generic+v$word ;;
+	esac
+	set -- "$@" "$word"
+	n=$((n - 1))
+done
+"""
+
 _TOOLS = {"cc": "cc", "c++": "c++", "ar": "ar", "ranlib": "ranlib"}
 
 
@@ -86,7 +101,7 @@ def write_tools(target: str) -> Path:
     for name, tool in _TOOLS.items():
         words = [zig, tool, *(["-target", TARGETS[target][0]] if tool in ("cc", "c++") else [])]
         path = folder / name
-        path.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n', encoding="utf-8")
+        path.write_text(f'#!/bin/sh\n{_AS_FEATURES}exec {shlex.join(words)} "$@"\n', encoding="utf-8")
         path.chmod(0o755)
     return folder
 

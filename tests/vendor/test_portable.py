@@ -73,6 +73,15 @@ def test_tools_are_one_word_each_and_compile_for_the_target(
     for variable, tool in (("CC", "cc"), ("CXX", "c++")):
         said = subprocess.run([made[variable], "-c", "a b.c"], capture_output=True, text=True, check=True)
         assert said.stdout == f"{tool} -target aarch64-linux-gnu.2.28 -c a b.c\n"
+    # as ggml asks for a kind of processor, and as zig knows it
+    for asked, known in (
+        ("armv8-a+nosve", "generic+v8a-sve"),
+        ("armv8.2-a+dotprod+fp16+sve", "generic+v8_2a+dotprod+fullfp16+sve"),
+        ("armv9.2-a+dotprod+fp16+sve+i8mm+sve2+sme", "generic+v9_2a+dotprod+fullfp16+sve+i8mm+sve2+sme"),
+    ):
+        command = [made["CC"], f"-march={asked}", "-DA=-march=armv8-a", "a b.c"]
+        said = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert said.stdout == f"cc -target aarch64-linux-gnu.2.28 -mcpu={known} -DA=-march=armv8-a a b.c\n"
     assert made["_PYTHON_HOST_PLATFORM"] == "linux-aarch64"
     archiver = next(word for word in portable.cmake_arguments(OTHER) if word.startswith("-DCMAKE_AR="))
     assert os.access(archiver.partition("=")[2], os.X_OK)
