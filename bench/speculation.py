@@ -10,7 +10,6 @@ rows as well, and then which targets are met. ``--at-once 8`` makes so many answ
 place of the text. ``--replay TRACE`` is instead of MODEL: models that follow a trace's routing and say its
 next step with each probability of ``--right``. ``--draft MODEL`` is one more source. A line of JSON for each
 run with ``--out``.
-    parser.add_argument("--lengths", default="", help="of drafts, instead of the length that is chosen")
 """
 
 from __future__ import annotations
