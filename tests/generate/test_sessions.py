@@ -103,7 +103,7 @@ def test_what_does_not_fit_is_computed_and_told(tmp_path: Path, caplog: pytest.L
 _WRITER = """
 import sys
 import mobile_gguf
-from mobile_gguf.generate import session_files
+from mobile_gguf.generate.sessions import session_files
 
 def half(file, part):
     file.write(part[: len(part) // 2])
