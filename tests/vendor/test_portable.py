@@ -97,7 +97,7 @@ def test_without_zig_one_line_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("said", "expected"),
     [
-        (["/usr/bin/python: No module named auditwheel"], "pip install auditwheel"),
+        (["ModuleNotFoundError: No module named 'auditwheel'"], "pip install auditwheel"),
         (["usage", "auditwheel: error: cannot repair to manylinux_2_28", ""], "cannot repair"),
         ([], "no output"),
     ],
@@ -108,6 +108,27 @@ def test_a_wheel_that_auditwheel_refuses_is_none(
     monkeypatch.setattr(process, "run", lambda *_, **__: (1, said))
     with pytest.raises(EngineBuildError, match=expected):
         portable.check_wheel(tmp_path / "a.whl", TARGET, tmp_path)
+
+
+def test_a_wheel_is_checked_for_the_processor_that_it_is_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "auditwheel"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    said = "import platform, sys\ndef main(): print(platform.machine(), *sys.argv)\n"
+    (package / "main.py").write_text(said, encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / f"a-{OTHER}.whl").touch()
+    heard: list[str] = []
+
+    def run(command: list[str], **_how: Any) -> tuple[int, list[str]]:
+        heard.append(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        return 0, []
+
+    monkeypatch.setattr(process, "run", run)
+    portable.check_wheel(tmp_path / "b.whl", OTHER, tmp_path)
+    assert heard[0].startswith(f"aarch64 auditwheel repair --plat {OTHER} ")
 
 
 def test_who_waits_for_another_build_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
