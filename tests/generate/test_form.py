@@ -183,6 +183,32 @@ def test_thoughts_come_before_either_and_may_end_with_the_call() -> None:
     assert next_bytes(guide) == set(b"0123456789")
 
 
+@pytest.mark.parametrize("said", ["", "?so!", "\n?so!", "\n?so!\n", "?so!\n"])
+def test_thoughts_that_the_model_begins_come_before_what_is_to_be_followed(said: str) -> None:
+    """A byte begins them, a line's end may stand before and behind: none of it follows the grammar."""
+    table = byte_table()
+    form = Form("", "", "", thinking="?", answering=("!",))
+    grammar = constraint_of(table, 'root ::= "yes" | "no"', None)
+    thoughts = Thoughts(form, None, list(b"!"))
+    guide = Guide(
+        grammar,
+        thoughts,
+        lambda token: table.pieces[token],
+        table.cover,
+        ANSWERING,
+        opener=ord("?"),
+        gaps=b"\n",
+    )
+    assert next_bytes(guide) == set(b"yn?\n")
+    say(guide, said[:1])
+    if said[:1] == "\n":
+        assert next_bytes(guide) == set(b"?")  # thoughts come, or it would be a part of the answer
+    say(guide, said[1:])
+    assert next_bytes(guide) == set({"": b"yn?\n", "!": b"yn\n", "\n": b"yn"}[said[-1:]])
+    say(guide, "yes")
+    assert guide.allowed() == [END]
+
+
 def test_a_call_that_comes_at_once_begins_with_its_mark() -> None:
     table = byte_table()
     grammar = constraint_of(table, 'root ::= "<calls>"? "<call>" [0-9]', None)

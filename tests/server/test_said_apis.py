@@ -100,8 +100,7 @@ FORMATS = {
 @pytest.fixture(scope="module", params=[name for name in FAMILIES if name != "harmony"])
 def other(request: pytest.FixtureRequest, demo_gguf: Path) -> Iterator[Running]:
     """A model that says other words than the schema has."""
-    before = f"\n{CUT}" if request.param == "glm" else ""
-    path = saying(request.param, demo_gguf, then=f'{before}{{"word": {CUT}"no"}}')
+    path = saying(request.param, demo_gguf, then=f'{{"word": {CUT}"no"}}')
     with mobile_gguf.load(path, ram_budget="60%", n_ctx=4096, threads=1) as model, running(model) as run:
         yield run
 
@@ -117,6 +116,23 @@ def test_words_follow_a_schema_and_calls_their_own(other: Running, name: str) ->
         told = [*question, *first.again, *api.result(first, RESULT)]
         answer = ask(other.url, api, told, stream, **FORMATS[name])
         assert answer.calls == []
+        assert json.loads(answer.words) == {"word": "yes"}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_model_that_begins_thoughts_itself_has_them_before_a_schema(demo_gguf: Path, stream: bool) -> None:
+    """And an empty line between the two, which is no part of the words."""
+    words = f'{{"word": {CUT}"no"}}'
+    starts = {"\n": "<think>", "\n\n": '{"word": '}
+    says = f"<think>\n{THOUGHT}\n</think>\n\n{CUT}{words}"
+    path = saying("qwen3", demo_gguf, first=says, starts=starts)
+    api = APIS["chat"]
+    with mobile_gguf.load(path, ram_budget="60%", n_ctx=2048, threads=1) as model, running(model) as run:
+        answer = ask(run.url, api, [api.question(QUESTION)], stream, **FORMATS["chat"], tool_choice="none")
+        assert (answer.thought.strip(), answer.words, answer.calls) == (THOUGHT, '{"word": "yes"}', [])
+        few = FORMATS["chat"] | {"reasoning_budget": 0, "tool_choice": "none"}
+        answer = ask(run.url, api, [api.question(QUESTION)], stream, **few)
+        assert answer.thought == ""
         assert json.loads(answer.words) == {"word": "yes"}
 
 

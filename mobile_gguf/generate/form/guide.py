@@ -115,8 +115,9 @@ class Guide:
 
     ``constraint`` holds ``when``: ``ALWAYS``, of all but ``thoughts`` (``ANSWERING``), or of what one of
     ``triggers`` begins, which thoughts do not (``TRIGGERED``). ``piece`` says a token's bytes as the answer
-    has them, ``cover`` tokens of bytes. ``lead`` are the tokens that it begins with in any case; ``openers``
-    one that begins thoughts, where an answer may begin with them, and such as may stand before it.
+    has them, ``cover`` tokens of bytes. ``lead`` are the tokens that it begins with in any case, ``opener``
+    one that begins thoughts, where an answer may begin with them. One of ``gaps``, white space, may stand
+    before thoughts and behind them: it is no part of what follows the constraint.
     """
 
     def __init__(
@@ -128,7 +129,8 @@ class Guide:
         when: str = ANSWERING,
         triggers: Collection[Trigger] = (),
         lead: Sequence[int] = (),
-        openers: Sequence[int] = (),
+        opener: int | None = None,
+        gaps: Sequence[int] = (),
     ) -> None:
         self._constraint = constraint
         self._thoughts = thoughts
@@ -139,7 +141,9 @@ class Guide:
         self._text = ""  # bytes as characters, since the thoughts ended
         self._is_begun = False
         self._lead = list(lead)
-        self._openers = list(openers)
+        self._openers = [] if opener is None else [opener]
+        self._gaps = list(gaps)
+        self._may_gap = opener is not None
 
     def allowed(self) -> np.ndarray | None:
         """The ids of the tokens that may come next; None: any. Raises GrammarError as a Constraint."""
@@ -152,8 +156,10 @@ class Guide:
             return np.array(self._lead[:1])
         if self._is_begun:
             return ids
-        if self._openers:
-            return np.union1d(ids, self._openers)
+        if self._openers and not self._may_gap:
+            return np.array(self._openers)
+        if self._openers or self._may_gap:
+            return np.union1d(ids, [*self._openers, *(self._gaps if self._may_gap else ())])
         more = ids[~np.isin(ids, list(self._constraint.ends))]  # an answer of nothing calls nothing
         return more if len(more) else ids
 
@@ -174,9 +180,10 @@ class Guide:
             behind = self._thoughts.accept(piece)
         if self._constraint is None:
             return
-        if held and not self._is_begun and token in self._openers and not self._constraint.n_fitting([token]):
-            # thoughts begin, once, or what stands before them
-            self._openers = [] if self._is_thinking else self._openers[:1]
+        if held and not self._is_begun and self._goes_beside(token):
+            if token in self._openers:
+                self._openers = []
+            self._may_gap = False
         elif held:
             self._is_begun = True
             self._lead = self._lead[1:] if self._lead[:1] == [token] else []
@@ -184,7 +191,14 @@ class Guide:
         elif self._is_thinking:
             self._text = ""
         else:
+            self._may_gap = was_thinking and bool(self._gaps)
             self._await(behind if was_thinking else piece.decode("latin-1"))
+
+    def _goes_beside(self, token: int) -> bool:
+        """Whether a token stands before what is to follow the constraint: it begins thoughts, or is a gap."""
+        assert self._constraint is not None
+        beside = token in self._openers or (self._may_gap and token in self._gaps)
+        return beside and not self._constraint.n_fitting([token])
 
     def _await(self, new: str) -> None:
         """Look for a trigger; all from its beginning on is the constraint's."""

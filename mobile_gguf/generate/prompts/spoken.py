@@ -109,11 +109,11 @@ class Spoken:
         if form.answering:
             end = self.tokenize(form.answering[0].encode(), add_bos=False, special=True)
             thoughts = Thoughts(form, budget, end)
-        openers = self._openers(form) if budget != 0 else ()
+        beside = self._beside(form, may_think=budget != 0)
         if not form.has_calls:
             if constraint is None and (thoughts is None or budget is None):
                 return None
-            return Guide(constraint, thoughts, piece, cover, ANSWERING, openers=openers)
+            return Guide(constraint, thoughts, piece, cover, ANSWERING, **beside)
         table = self.scheduler.aside(lambda: self._tables.with_text(shown, should_stop))
         calls = self.scheduler.aside(lambda: constraint_of(table, form.grammar, None, should_stop))
         if constraint is not None and form.when == TRIGGERED:
@@ -123,20 +123,22 @@ class Spoken:
                     "a grammar or a JSON schema cannot go with its tools"
                 )
             either = Either(calls, constraint)
-            return Guide(either, thoughts, piece, cover, ANSWERING, form.triggers, openers=openers)
+            return Guide(either, thoughts, piece, cover, ANSWERING, form.triggers, **beside)
         lead = self.tokenize(form.lead.encode(), add_bos=False, special=True) if form.lead else ()
         made = Guide(calls, thoughts, piece, cover, form.when, form.triggers, lead)
         if form.when == ALWAYS:
             made.take(form.opening.encode())
         return made
 
-    def _openers(self, form: Form) -> list[int]:
-        """What begins thoughts that the prompt leaves to the model, if it is one token, and a line's end."""
+    def _beside(self, form: Form, *, may_think: bool) -> dict[str, Any]:
+        """A Guide's ``opener``, if it is one token, and ``gaps``: what may stand beside what is followed."""
         mark = form.thinking.strip()
-        if not mark or not form.answering or mark in form.opening:
-            return []
-        made = [self.tokenize(text.encode(), add_bos=False, special=True) for text in (mark, "\n")]
-        return [tokens[0] for tokens in made if len(tokens) == 1] if len(made[0]) == 1 else []
+        if not mark or not form.answering:
+            return {}
+        made = [self.tokenize(text.encode(), add_bos=False, special=True) for text in (mark, "\n", "\n\n")]
+        opens = may_think and mark not in form.opening and len(made[0]) == 1
+        gaps = {tokens[0] for tokens in made[1:] if len(tokens) == 1}
+        return {"opener": made[0][0] if opens else None, "gaps": sorted(gaps)}
 
     def prepare_constraints(self) -> None:
         """Make what the first answer under a grammar would wait for."""
