@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import ipaddress
 import re
@@ -128,6 +129,9 @@ class Guard:
                     chunks.append(chunk)
         except TimeoutError:
             raise ApiError(408, f"the body was not complete in {self._settings.body_timeout:g} s") from None
+        except asyncio.CancelledError:
+            message = "the server shuts down, and the body was not complete"
+            raise ApiError(503, message, code="cut") from None
         return b"".join(chunks)
 
 
@@ -174,7 +178,7 @@ class _Incoming:
 
 
 async def _refuse(error: ApiError, scope: Scope, incoming: _Incoming, send: Send) -> None:
-    if error.status != 408:
+    if error.status not in (408, 503):  # which come where nothing has come for long
         await incoming.drain()
     error.headers.setdefault("Connection", "close")
     await error.response(scope["path"])(scope, incoming.receive, send)

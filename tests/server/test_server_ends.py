@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 
@@ -35,6 +36,21 @@ def test_a_signal_cuts_a_running_stream_cleanly(demo_gguf, command, serve, numbe
     assert served.process.returncode == code
     assert "Traceback" not in error
     assert remembered(demo_gguf, stamps([demo_gguf])), "what was used was not remembered for the next start"
+
+
+def test_who_has_not_sent_a_whole_body_is_told_that_the_server_ends(demo_gguf, serve):
+    served = serve(demo_gguf, "--ram-budget", "40%", "-c", "512")
+    address = httpx.URL(served.url)
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {address.host}\r\nContent-Length: 99\r\n\r\n"
+    with socket.create_connection((address.host, address.port), timeout=SECONDS) as client:
+        client.sendall(head.encode() + b'{"prompt":')
+        assert get(f"{served.url}/health").status_code == 200  # it came after the other
+        code, error = served.end()
+        said = client.recv(4096)
+    assert code == 0
+    assert "Traceback" not in error
+    assert said.startswith(b"HTTP/1.1 503 ")
+    assert b"the server shuts down, and the body was not complete" in said
 
 
 def test_a_second_ctrl_c_cuts_without_a_traceback(demo_gguf, command, serve):
