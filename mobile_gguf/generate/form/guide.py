@@ -141,7 +141,7 @@ class Guide:
         self._text = ""  # bytes as characters, since the thoughts ended
         self._is_begun = False
         self._lead = list(lead)
-        self._openers = [] if opener is None else [opener]
+        self._opener = opener
         self._gaps = list(gaps)
         self._may_gap = opener is not None
 
@@ -156,10 +156,11 @@ class Guide:
             return np.array(self._lead[:1])
         if self._is_begun:
             return ids
-        if self._openers and not self._may_gap:
-            return np.array(self._openers)
-        if self._openers or self._may_gap:
-            return np.union1d(ids, [*self._openers, *(self._gaps if self._may_gap else ())])
+        opener = [] if self._opener is None else [self._opener]
+        if opener and not self._may_gap:
+            return np.array(opener)
+        if self._may_gap:
+            return np.union1d(ids, opener + self._gaps)
         more = ids[~np.isin(ids, list(self._constraint.ends))]  # an answer of nothing calls nothing
         return more if len(more) else ids
 
@@ -181,8 +182,8 @@ class Guide:
         if self._constraint is None:
             return
         if held and not self._is_begun and self._goes_beside(token):
-            if token in self._openers:
-                self._openers = []
+            if token == self._opener:
+                self._opener = None
             self._may_gap = False
         elif held:
             self._is_begun = True
@@ -197,7 +198,7 @@ class Guide:
     def _goes_beside(self, token: int) -> bool:
         """Whether a token stands before what is to follow the constraint: it begins thoughts, or is a gap."""
         assert self._constraint is not None
-        beside = token in self._openers or (self._may_gap and token in self._gaps)
+        beside = token == self._opener or (self._may_gap and token in self._gaps)
         return beside and not self._constraint.n_fitting([token])
 
     def _await(self, new: str) -> None:

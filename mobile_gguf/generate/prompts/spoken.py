@@ -109,7 +109,7 @@ class Spoken:
         if form.answering:
             end = self.tokenize(form.answering[0].encode(), add_bos=False, special=True)
             thoughts = Thoughts(form, budget, end)
-        beside = self._beside(form, may_think=budget != 0)
+        beside = self._beside(form, may_think=budget != 0) if constraint is not None else {}
         if not form.has_calls:
             if constraint is None and (thoughts is None or budget is None):
                 return None
