@@ -5,7 +5,6 @@ The files are headers with the published dimensions, whose weights are a hole: n
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import subprocess
@@ -13,11 +12,11 @@ import sys
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import engine_libs
 import pytest
+from page_makers import page_maker
 from places import ROOT, SUPPORT
 from real_dimensions import BY_NAME, REAL_MODELS
 from real_models import RealModel
@@ -87,17 +86,8 @@ def test_a_header_is_counted_as_it_is_made(model: RealModel, folder: Path) -> No
 # the page
 
 
-def _make_families() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_families", ROOT / "docs" / "make_families.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_the_page_is_up_to_date(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    maker = _make_families()
+    maker = page_maker("make_families")
     text = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
     assert text == maker.page(), "run `make docs`"
     stale = tmp_path / "families.md"

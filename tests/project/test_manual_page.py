@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from page_makers import page_maker
 from places import ROOT
 
 from mobile_gguf.config import VERBS
 
-SCRIPT, PAGE = ROOT / "docs/make_man.py", ROOT / "docs/mobile-gguf.1"
+PAGE = ROOT / "docs/mobile-gguf.1"
 
 
 @pytest.fixture(scope="module")
 def make_man() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_man", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return page_maker("make_man")
 
 
 def test_page_is_up_to_date(make_man: ModuleType) -> None:

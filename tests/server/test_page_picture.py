@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -13,19 +11,13 @@ from fake_backend import FakeBackend, fake_info, scripted
 
 pytest.importorskip("fastapi", reason="pip install 'mobile-gguf[server]'")
 pytest.importorskip("playwright", reason="pip install 'mobile-gguf[dev]'")
+from page_makers import page_maker
 from server_harness import SECONDS, running
-
-SCRIPT = Path(__file__).parents[2] / "docs/make_page_picture.py"
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_page_picture", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return page_maker("make_page_picture")
 
 
 def composed(script: ModuleType, browser: Any, fake_model: Any, style: str = "") -> None:
