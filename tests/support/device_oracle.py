@@ -78,8 +78,8 @@ def assert_close(
     close: float = CLOSE,
     share: float = SHARE_OF_CLOSE_ROWS,
 ) -> None:
-    """Fails unless logits [n, n_vocab] are finite, and close to ``expected``, or to one of ``others``, in more
-    than ``share`` of all rows."""
+    """Fails unless logits [n, n_vocab] are finite, and close to ``expected``, or to one of ``others``, in
+    nearly every row."""
     assert actual.shape == expected.shape, label
     assert np.isfinite(actual).all(), f"{label}: not finite"
     furthest = np.min([np.abs(actual - logits).max(axis=1) for logits in (expected, *others)], axis=0)

@@ -1,8 +1,8 @@
 """What a GPU has to give: in each row the CPU's logits, or those of the stock graph on that GPU.
 
 A GPU's kernels round otherwise than the CPU's, and otherwise for a batch than for a token (TensorFloat-32 in
-matrices, activations in blocks of 32), so a router chooses another expert of two that score alike now and then,
-with the stock graph too. How far the two references are apart says how much that is.
+matrices, activations in blocks of 32), so a router chooses another expert of two that score alike now and
+then, with the stock graph too. How far the two references are apart says how much that is.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class References:
         assert_close(actual, self.on_cpu, label, self.on_gpu, close=self.close, share=SHARE_OF_CLOSE_ROWS)
 
     def assert_followed(self, outcome: Any, name: str) -> None:
-        """All rows that a run has followed, saved as "rows" and what comes after, and their likeliest tokens."""
+        """All rows that a run has followed, saved as "rows" and a label, and the likeliest tokens."""
         saved = [key for key in outcome.arrays if key.startswith(f"{name}/rows")]
         followed = outcome.ops(name, "follow")
         assert saved, f"{name} saved no rows"

@@ -1,8 +1,8 @@
 """Tiny random MoE models of many architectures: what they look like, and a cache of their GGUF files.
 
 ``path(name)`` builds everything that is missing in one worker process (``tiny_build``) and keeps it under
-$MOBILE_GGUF_TEST_CACHE, or beside the engine's builds, under a key over all that decides the result. A machine
-that cannot build them has them ready in $MOBILE_GGUF_TEST_MODELS, as "name.gguf".
+$MOBILE_GGUF_TEST_CACHE, or beside the engine's builds, under a key over all that decides the result. A
+machine that cannot build them has them ready in $MOBILE_GGUF_TEST_MODELS, as "name.gguf".
 
 ``python tiny_models.py FOLDER NAME...`` makes such a folder.
 """
