@@ -1,8 +1,8 @@
 """Packs the kit: ``python -m mobile_gguf.bench.gpu_kit.pack``, or ``make gpu-kit``.
 
 The archive has the patched sources of llama.cpp and those files of the stock ones that differ, this
-package, the GPU's tests, and the wheels that a machine with Python 3.12 and numpy lacks. With ``--objects``
-it also has CUDA objects that were compiled before.
+package, the GPU's tests and their models, and the wheels that a machine with Python 3.12 and numpy lacks.
+With ``--objects`` it also has CUDA objects that were compiled before.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from mobile_gguf.errors import MobileError, UsageError
 from mobile_gguf.sizes import MIB, format_bytes
 from mobile_gguf.vendor import patchset, source
 from mobile_gguf.vendor.pin import load_pin
+
+from .tests import MODELS
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -46,6 +48,8 @@ _PLATFORMS = (
     "manylinux2014_x86_64",
 )
 _TESTS = ("tests/conftest.py", "tests/device/test_device_gpu.py")
+# what those read: their machine has no Transformers to make them
+_MODELS = ("qwen3moe", "gpt-oss", "qwen3moe-q4_k", "qwen3moe-scales")
 # of llama.cpp's sources, beside those that no build of ours reads
 _NOT_COMPILED = ("scripts", "conversion", "gguf-py", "licenses")
 
@@ -88,6 +92,19 @@ def copy_tests(root: Path, target: Path) -> None:
         destination = target / relative
         destination.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(root / relative, destination)
+
+
+def copy_models(root: Path, target: Path) -> None:
+    """The tests' tiny models, made if need be; raises UsageError with what the maker said."""
+    target.mkdir(parents=True)
+    support = root / "tests" / "support"
+    done = subprocess.run(
+        [sys.executable, str(support / "tiny_models.py"), str(target), *_MODELS],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode != 0:
+        said = done.stderr.strip().splitlines() or ["no word"]
+        raise UsageError(f"the tests' models cannot be made: {said[-1]}")
 
 
 def copy_sources(target: Path) -> None:
@@ -165,6 +182,7 @@ def pack(root: Path, archive: Path, objects: Path | None = None) -> int:
         folder = Path(scratch) / NAME
         copy_package(root, folder / "package")
         copy_tests(root, folder / "project")
+        copy_models(root, folder / "project" / MODELS)
         (folder / "sources").mkdir()
         copy_sources(folder / "sources")
         fetch_wheels(wheels_of(root), archive.parent / "gpu-kit-wheels", folder / "wheels")
