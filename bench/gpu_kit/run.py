@@ -42,17 +42,22 @@ BOXES = (
 
 
 def run_phase(box: Box, settings: Path, seconds: float) -> str:
-    """How the phase ended: "finished", "failed" or "cut"."""
+    """How the phase ended: "finished", "failed", "cut" or by which signal.
+
+    What a driver makes of a process without an input, or with the caller's, is its own affair: there is none.
+    """
     process = subprocess.Popen(
         [sys.executable, "-m", "mobile_gguf.bench.gpu_kit.phase", box.name, str(settings)],
-        start_new_session=True,
-    )
+        start_new_session=True, stdin=subprocess.DEVNULL, env={**os.environ, "PYTHONFAULTHANDLER": "1"},
+    )  # fmt: skip
     try:
         status = process.wait(max(1.0, seconds))
     except subprocess.TimeoutExpired:
         return "cut"
     finally:
         end_group(process)
+    if status < 0:
+        return f"died of {signal.Signals(-status).name}"
     return "finished" if status == 0 else "failed"
 
 
