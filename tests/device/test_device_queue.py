@@ -93,3 +93,9 @@ def test_a_layer_waits_for_its_device_twice(library: Path) -> None:
     before, after = (result["n"] for result in outcome.ops("d", "queue_waits"))
     per_pass = (after - before) / len(FOLLOWING)
     assert per_pass <= 2 * spec.n_layer_moe + 9
+
+
+def test_host_memory_is_written_after_it_was_copied(library: Path) -> None:
+    """The next pass begins on the host while copies of the one before are in the queue."""
+    outcome = on_queue(library, device_run("d", "qwen3moe", [], [{"op": "queue_sum"}]))
+    assert outcome.ops("d", "queue_sum")[0]["sum"] == 1 * 2 + 2 * 2

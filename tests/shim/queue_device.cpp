@@ -8,6 +8,7 @@
 // queue_device_register() makes it a GPU of this process.
 
 #include "ggml-backend-impl.h"
+#include "ggml-alloc.h"
 #include "ggml-backend.h"
 #include "ggml-cpu.h"
 #include "ggml-impl.h"
@@ -304,6 +305,45 @@ static ggml_backend_dev_t queue_device() {
 
 extern "C" void queue_device_register(void) {
     ggml_backend_register(queue_reg());
+}
+
+// a graph that adds x*2, computed by the host, to a sum on the device, for x = 1 and, before anybody waits, for x = 2: the
+// host writes into memory that a copy to the device has been queued for. returns the sum, which is 6
+extern "C" float queue_device_sum(void) {
+    ggml_init_params params = {};
+    params.mem_size = 64*ggml_tensor_overhead() + 2*ggml_graph_overhead();
+    params.no_alloc = true;
+    ggml_context * kept = ggml_init(params);
+    ggml_context * ctx  = ggml_init(params);
+    ggml_backend_t backends[] = { ggml_backend_dev_init(queue_device(), nullptr), ggml_backend_cpu_init() };
+    ggml_backend_sched_t sched = ggml_backend_sched_new(backends, nullptr, 2, 64, false, false);
+
+    ggml_tensor * sum = ggml_new_tensor_1d(kept, GGML_TYPE_F32, 64);
+    ggml_backend_buffer_t memory = ggml_backend_alloc_ctx_tensors_from_buft(kept, queue_buffer_type());
+    ggml_backend_buffer_clear(memory, 0);
+    ggml_tensor * x = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, 64);
+    ggml_set_input(x);
+    ggml_tensor * twice = ggml_scale(ctx, x, 2.0f);
+    ggml_backend_sched_set_tensor_backend(sched, x, backends[1]);
+    ggml_backend_sched_set_tensor_backend(sched, twice, backends[1]);
+    ggml_cgraph * graph = ggml_new_graph(ctx);
+    ggml_build_forward_expand(graph, ggml_add_inplace(ctx, sum, twice));
+    GGML_ASSERT(ggml_backend_sched_alloc_graph(sched, graph));
+    for (float value : { 1.0f, 2.0f }) {
+        const std::vector<float> values(64, value);
+        ggml_backend_tensor_set(x, values.data(), 0, ggml_nbytes(x));
+        GGML_ASSERT(ggml_backend_sched_graph_compute_async(sched, graph) == GGML_STATUS_SUCCESS);
+    }
+    ggml_backend_sched_synchronize(sched);
+    float found = 0.0f;
+    ggml_backend_tensor_get(sum, &found, 0, sizeof(found));
+    ggml_backend_sched_free(sched);
+    ggml_backend_buffer_free(memory);
+    ggml_backend_free(backends[0]);
+    ggml_backend_free(backends[1]);
+    ggml_free(ctx);
+    ggml_free(kept);
+    return found;
 }
 
 // how often somebody has waited for a queue since the process began

@@ -66,6 +66,7 @@ def add_queue_device() -> Any:
     library = ctypes.CDLL(path)
     library.queue_device_register.restype = None
     library.queue_device_waits.restype = ctypes.c_int64
+    library.queue_device_sum.restype = ctypes.c_float
     library.queue_device_register()
     return library
 
@@ -113,6 +114,10 @@ class DeviceRun(engine_child.Run):
     def op_queue_waits(self, op: dict[str, Any]) -> dict[str, Any]:
         """How often somebody has waited for a queue so far."""
         return {"n": queue.queue_device_waits()}
+
+    def op_queue_sum(self, op: dict[str, Any]) -> dict[str, Any]:
+        """What a graph gives that is run twice before anybody waits."""
+        return {"sum": queue.queue_device_sum()}
 
     def op_device_stop(self, op: dict[str, Any]) -> dict[str, Any]:
         assert mobile is not None
