@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mobile_gguf.processes import how_it_ended
+
 from .results import read_result, write_text
 from .settings import GPU, RPC, Settings
 
@@ -42,7 +44,7 @@ BOXES = (
 
 
 def run_phase(box: Box, settings: Path, seconds: float) -> str:
-    """How the phase ended: "finished", "failed", "cut" or by which signal.
+    """How the phase ended: "finished", "cut", or what became of its process.
 
     What a driver makes of a process without an input, or with the caller's, is its own affair: there is none.
     """
@@ -56,9 +58,7 @@ def run_phase(box: Box, settings: Path, seconds: float) -> str:
         return "cut"
     finally:
         end_group(process)
-    if status < 0:
-        return f"died of {signal.Signals(-status).name}"
-    return "finished" if status == 0 else "failed"
+    return "finished" if status == 0 else how_it_ended(status)
 
 
 def end_group(process: subprocess.Popen[bytes]) -> None:
