@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mobile_gguf.processes import how_it_ended
+
 from .results import read_result, write_text
 from .settings import GPU, RPC, Settings
 
@@ -42,18 +44,21 @@ BOXES = (
 
 
 def run_phase(box: Box, settings: Path, seconds: float) -> str:
-    """How the phase ended: "finished", "failed" or "cut"."""
+    """How the phase ended: "finished", "cut", or what became of its process.
+
+    What a driver makes of a process without an input, or with the caller's, is its own affair: there is none.
+    """
     process = subprocess.Popen(
         [sys.executable, "-m", "mobile_gguf.bench.gpu_kit.phase", box.name, str(settings)],
-        start_new_session=True,
-    )
+        start_new_session=True, stdin=subprocess.DEVNULL, env={**os.environ, "PYTHONFAULTHANDLER": "1"},
+    )  # fmt: skip
     try:
         status = process.wait(max(1.0, seconds))
     except subprocess.TimeoutExpired:
         return "cut"
     finally:
         end_group(process)
-    return "finished" if status == 0 else "failed"
+    return "finished" if status == 0 else how_it_ended(status)
 
 
 def end_group(process: subprocess.Popen[bytes]) -> None:
