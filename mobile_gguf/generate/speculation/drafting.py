@@ -130,7 +130,7 @@ class Drafting:
         self.record = Record("+".join(source.name for source in sources))
         self._n_said = 0
         self._is_back = False  # the last pass was over a draft
-        self._compared: tuple[str, list[int], int] | None = None  # a draft that the answer is compared with
+        self._compared: list[tuple[str, list[int], int]] = []  # drafts that the answer is compared with
 
     def tokens(self, prompt: Sequence[int]) -> Generator[int, None, None]:
         """The answer's tokens without an end, once the prompt was run; one is run when the next is wanted."""
@@ -177,8 +177,8 @@ class Drafting:
         if self._is_alone():
             tuner.drafted(best.name, len(drafted), seconds)
         draft = self._cut(drafted)
-        if not best.is_free:
-            self._compared = kind, drafted, 0
+        if not best.is_free and drafted:
+            self._compared.append((kind, drafted, 0))
         self.record.predicted += utility if draft else 0.0
         return Draft(draft, best.name, kind, seconds) if draft else None
 
@@ -191,19 +191,19 @@ class Drafting:
 
     def _compare(self, source: Source, offered: Offer) -> None:
         """Have the answer to come compared with what a source says, if it costs nothing to say it."""
-        if source.is_free and offered.n and self._compared is None:
-            self._compared = offered.kind, source.draft(offered.n), 0
+        if source.is_free and offered.n:
+            self._compared.append((offered.kind, source.draft(offered.n), 0))
 
     def _said(self, token: int) -> int:
         self._n_said += 1
         for source in self._sources:
             source.add([token])
-        if self._compared is not None:
-            kind, draft, place = self._compared
+        compared, self._compared = self._compared, []
+        for kind, draft, place in compared:
             is_taken = draft[place] == token
             self._tuner.saw(kind, place, is_taken)
-            goes_on = is_taken and place + 1 < len(draft)
-            self._compared = (kind, draft, place + 1) if goes_on else None
+            if is_taken and place + 1 < len(draft):
+                self._compared.append((kind, draft, place + 1))
         return token
 
     # passes
