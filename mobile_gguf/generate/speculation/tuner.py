@@ -95,6 +95,8 @@ class Tuner:
 
     def ran_single(self, seconds: float) -> None:
         """A token was run without a draft, for one answer alone."""
+        if self._in_a_row:  # what it took more is the draft's before it
+            self._balance -= self.costs.anew_seconds
         self._seconds += seconds if self.is_timed else self.costs.seconds_of(1)
         self._in_a_row = 0
 
@@ -141,8 +143,17 @@ class Tuner:
         again = self.acceptance.again(kind, n) if self.runs_again else 0.0
         own = tokens * self.drawing.value + n * self._drafts(source) + self.keeping.value
         seconds = costs.seconds_of(round(n_answers * (n + 1 + again))) + n_answers * own
+        seconds += self._switches(n, n_answers) * costs.anew_seconds
         single = costs.seconds_of(n_answers) + n_answers * self.drawing.value
         return tokens * single / max(seconds, 1e-12)
+
+    def _switches(self, n: int, n_answers: int) -> float:
+        """How many more passes over another number of tokens than before a draft of ``n`` brings, there and
+        back, than a single token would; of several answers hardly two passes are alike."""
+        if n_answers > 1:
+            return 1.0
+        last = self.costs.n_last
+        return (last != n + 1) + self.costs.leaves.value - (last != 1)
 
     def _costs_of(self, n_answers: int) -> StepCosts:
         return self.costs if n_answers == 1 else self.together
@@ -225,5 +236,5 @@ class Tuner:
     def _may_lose(self, n: int) -> bool:
         """Whether a draft of ``n`` of which nothing is taken would leave the losses within their share."""
         single = self.costs.seconds_of(1)
-        at_most = self.costs.seconds_of(n + 1) - single
+        at_most = self.costs.seconds_of(n + 1) + 2 * self.costs.anew_seconds - single
         return self._balance - at_most >= -LOSS * self._seconds - _AT_FIRST * single

@@ -106,7 +106,7 @@ static void route_ids(mobile_context & ctx, mobile_route & route, const ggml_ten
     for (int64_t rank = 0; rank < n_used; ++rank) {
         ids[rank] = model_id(ctx, route, dst, rank, t, token);
     }
-    if (!ctx.store->all_resident && n_used == ctx.n_expert_used) {
+    if (n_used == ctx.n_expert_used) {
         ctx.recall.add(route.il, token, ids);
     }
     const int32_t k = ctx.pass.k[token];
