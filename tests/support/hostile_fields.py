@@ -35,15 +35,18 @@ _SAMPLING: dict[str, Any] = {
     "stream": False,
     "cache_prompt": True,
 }
+_CUSTOM = {"type": "custom", "custom": {"name": "p", "description": "d", "format": {"type": "text"}}}
+_CUSTOM_CALL = {"id": "k", "type": "custom", "custom": {"name": "p", "input": "t"}}
 _FORMAT = {"type": "json_schema", "json_schema": {"name": "n", "schema": _SCHEMA}}
 _CHAT: dict[str, Any] = {
     "messages": [
         {"role": "system", "content": "s"},
         {"role": "user", "content": [{"type": "text", "text": "x"}], "name": "n"},
-        {"role": "assistant", "content": None, "reasoning_content": "t", "tool_calls": [_CALL]},
+        {"role": "assistant", "content": None, "reasoning_content": "t", "tool_calls": [_CALL, _CUSTOM_CALL]},
         {"role": "tool", "tool_call_id": "c", "content": "1"},
+        {"role": "tool", "tool_call_id": "k", "content": "2"},
     ],
-    "tools": [_TOOL],
+    "tools": [_TOOL, _CUSTOM],
     "tool_choice": {"type": "function", "function": {"name": "f"}},
     "parallel_tool_calls": False,
     "chat_template_kwargs": {"enable_thinking": False},
@@ -68,7 +71,11 @@ _RESPONSES: dict[str, Any] = {
         {"type": "custom_tool_call_output", "call_id": "d", "output": "2"},
     ],
     "instructions": "i",
-    "tools": [{"type": "function", **_FUNCTION}, {"type": "web_search"}],
+    "tools": [
+        {"type": "function", **_FUNCTION},
+        {"type": "custom", "name": "p", "description": "d", "format": {"type": "text"}},
+        {"type": "web_search"},
+    ],
     "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "f"}]},
     "parallel_tool_calls": True,
     "max_output_tokens": 3,
@@ -107,6 +114,12 @@ _MESSAGES: dict[str, Any] = {
                     "is_error": True,
                 },
                 {"type": "document", "source": {"type": "text", "data": "d"}},
+                {
+                    "type": "search_result",
+                    "title": "t",
+                    "source": "u",
+                    "content": [{"type": "text", "text": "c"}],
+                },
             ],
         },
     ],
@@ -152,6 +165,12 @@ _GENERATE = {
 }
 WHOLE: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": _SAMPLING | _CHAT,
+    "/v1/chat/completions?json": _SAMPLING
+    | {"messages": [{"role": "user", "content": "x"}], "max_tokens": 3, "response_format": _FORMAT},
+    "/v1/completions": _SAMPLING
+    | {"prompt": ["x", "y"], "max_tokens": 2, "echo": True, "logprobs": 1, "best_of": 1, "stop": "q"},
+    "/v1/completions?suffix": _SAMPLING | {"prompt": "x", "suffix": "y", "max_tokens": 2, "best_of": 1},
+    "/v1/embeddings": {"input": ["x"], "encoding_format": "float", "dimensions": 2, "user": "u"},
     "/apply-template": _CHAT,
     "/v1/responses": _SAMPLING | _RESPONSES,
     "/v1/responses/input_tokens": _RESPONSES,
