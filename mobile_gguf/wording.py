@@ -23,7 +23,7 @@ def format_duration(seconds: float) -> str:
 
 def why(error: BaseException) -> str:
     """What an error says, without the number and the path that the system's have: ``Permission denied``."""
-    return isinstance(error, OSError) and error.strerror or str(error)
+    return (isinstance(error, OSError) and error.strerror) or str(error)
 
 
 def plain(text: str) -> str:
