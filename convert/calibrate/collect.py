@@ -166,7 +166,7 @@ def decode(llama: MobileLlama, tokens: list[int], position: int) -> None:
             batch.token[i], batch.pos[i] = token, position + i
             batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
             batch.logits[i] = True
-        code = llama_cpp.llamadecode(llama.ctx, batch)
+        code = llama_cpp.llama_decode(llama.ctx, batch)
     finally:
         llama_cpp.llama_batch_free(batch)
     if code != 0:
