@@ -293,8 +293,8 @@ SEGMENTS = 4  # of two experts a layer
 def run_routes(store: Store, routes: np.ndarray) -> list[list[int]]:
     """Segments that were read for each token and layer."""
     found, n_before = [], 0
-    for time, token in enumerate(routes.tolist()):
-        store.at(time)
+    for now, token in enumerate(routes.tolist()):
+        store.at(now)
         store.begin_pass()
         read = []
         for layer, experts in enumerate(token):
