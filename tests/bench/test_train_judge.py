@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -76,7 +77,7 @@ def test_training_is_counted_seeded_and_learns() -> None:
     said: list[str] = []
     training = Training(steps=200, batch=4, length=32)
 
-    def weights(seed: int = 1) -> dict[str, torch.Tensor]:
+    def weights(seed: int = 1) -> dict[str, Any]:
         made = train(config(400), ids, held, Training(3, 4, 32, seed), said.append)
         return made.state_dict()
 
