@@ -125,8 +125,8 @@ class DeviceRun(engine_child.Run):
     def rounds(self, op: dict[str, Any]) -> Iterator[dict[str, int]]:
         """The device counters now, and after each round of ``ops``, ``rounds`` at most.
 
-        How far a thread in the background has come after so many tokens is the machine's affair: what it counts
-        is waited for by rounds.
+        How far a thread in the background has come after so many tokens is the machine's affair: what it
+        counts is waited for by rounds.
         """
         yield self.op_device_counters({})
         for _ in range(op["rounds"]):
@@ -144,7 +144,7 @@ class DeviceRun(engine_child.Run):
         return {"n_misses": after["n_misses"] - before["n_misses"], "n_evictions": after["n_evictions"]}
 
     def op_device_until(self, op: dict[str, Any]) -> dict[str, Any]:
-        """Rounds till every counter of ``above`` is above its number; the job fails if they do not get there."""
+        """Rounds till all counters of ``above`` are above their numbers; the job fails if they never are."""
         counted: dict[str, int] = {}
         for counted in self.rounds(op):
             if all(counted[name] > n for name, n in op["above"].items()):
