@@ -43,7 +43,7 @@ def gpu() -> tuple[str, str, dict[str, str]]:
     """Name and description of the engine's first GPU, "" without one, and the environment that shows it."""
     for environment in ({}, {"GGML_VK_VISIBLE_DEVICES": "0", "GGML_VK_DISABLE_FUSION": "1"}):
         done = subprocess.run(
-            [sys.executable, "-c", _LIST], capture_output=True, text=True, timeout=300, check=False,
+            [sys.executable, "-c", _LIST], capture_output=True, text=True, timeout=800, check=False,
             env=engine_libs.child_environment(engine_libs.engine_lib(), **environment),
         )  # fmt: skip
         found = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else []

@@ -153,7 +153,10 @@ class DeviceRun(engine_child.Run):
         raise AssertionError(f"{self.spec['name']}: {counters} after {op['rounds']} rounds")
 
     def op_device_watch(self, op: dict[str, Any]) -> dict[str, Any]:
-        """Ops while another thread reads the slots' residency; n_maps: different ones that it saw."""
+        """Rounds of ops while another thread reads the slots' residency, till it has seen three.
+
+        n_maps: different ones that it saw.
+        """
         library = mobile
         assert library is not None
         info = self.result["info"]
@@ -167,8 +170,12 @@ class DeviceRun(engine_child.Run):
 
         thread = threading.Thread(target=watch)
         thread.start()
+        done: list[dict[str, Any]] = []
         try:
-            done = [getattr(self, f"op_{each['op']}")(each) for each in op["ops"]]
+            for _ in range(op["rounds"]):
+                done += [getattr(self, f"op_{each['op']}")(each) for each in op["ops"]]
+                if len(maps) > 2:
+                    break
         finally:
             stop.set()
             thread.join()
