@@ -127,7 +127,7 @@ def test_a_phase_that_is_killed_leaves_its_result_and_the_next_start_does_it_aga
     assert "Not finished" in (out / "facts.md").read_text()
 
     slow.write_text("#!/bin/sh\necho release\n")
-    assert run_all(settings, [Box("facts", 60)], 60)
+    assert run_all(settings, [Box("facts", 600)], 600)
     known = read_result(out, "facts")
     assert known is not None
     assert known["said"]["nvcc"] == "release"

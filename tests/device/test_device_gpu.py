@@ -53,7 +53,7 @@ def gpu() -> tuple[str, str, dict[str, str]]:
     for environment in ({}, {"GGML_VK_VISIBLE_DEVICES": "0", "GGML_VK_DISABLE_FUSION": "1"}):
         for left in reversed(range(8)):
             done = subprocess.run(
-                [sys.executable, "-c", _LIST], capture_output=True, text=True, timeout=300, check=False,
+                [sys.executable, "-c", _LIST], capture_output=True, text=True, timeout=800, check=False,
                 env=engine_libs.child_environment(engine_libs.engine_lib(), **environment),
             )  # fmt: skip
             if done.returncode not in SOFTWARE_DIES or not left or not environment:
