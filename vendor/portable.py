@@ -56,6 +56,7 @@ done
 
 # of Vulkan and of the format of its shaders; no compiler makes anything of them
 _VULKAN_HEADERS = ("vulkan", "vk_video", "spirv")
+_SYSTEM_HEADERS = ("/usr/local", "/usr")
 
 _TOOLS = {"cc": "cc", "c++": "c++", "ar": "ar", "ranlib": "ranlib"}
 
@@ -134,7 +135,7 @@ def write_vulkan(target: str, environ: Mapping[str, str] = os.environ) -> Path:
     folder = _vulkan_dir(target)
     include = folder / "include"
     include.mkdir(parents=True, exist_ok=True)
-    roots = [Path(root, "include") for root in (environ.get("VULKAN_SDK"), "/usr/local", "/usr") if root]
+    roots = [Path(root, "include") for root in (environ.get("VULKAN_SDK"), *_SYSTEM_HEADERS) if root]
     for name in _VULKAN_HEADERS:
         found = next((root / name for root in roots if (root / name).is_dir()), None)
         if found is None:
@@ -154,7 +155,8 @@ def write_vulkan(target: str, environ: Mapping[str, str] = os.environ) -> Path:
     log = paths.engine_cache_dir() / "logs" / "vulkan-loader.log"
     status, lines = process.run(command, log=log)
     if status != 0:
-        raise EngineBuildError(f"Vulkan's loader cannot be linked for {target}: {lines[-1:]}; log: {log}")
+        said = lines[-1] if lines else "no output"
+        raise EngineBuildError(f"Vulkan's loader cannot be linked for {target}: {said}; log: {log}")
     return folder
 
 
