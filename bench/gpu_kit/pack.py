@@ -49,7 +49,7 @@ _PLATFORMS = (
 )
 _TESTS = ("tests/conftest.py", "tests/device/test_device_gpu.py")
 # what those read: their machine has no Transformers to make them
-_MODELS = ("qwen3moe", "gpt-oss", "qwen3moe-q4_k", "qwen3moe-scales")
+TINY_MODELS = ("qwen3moe", "gpt-oss", "qwen3moe-q4_k", "qwen3moe-scales")
 # of llama.cpp's sources, beside those that no build of ours reads
 _NOT_COMPILED = ("scripts", "conversion", "gguf-py", "licenses")
 
@@ -99,7 +99,7 @@ def copy_models(root: Path, target: Path) -> None:
     target.mkdir(parents=True)
     support = root / "tests" / "support"
     done = subprocess.run(
-        [sys.executable, str(support / "tiny_models.py"), str(target), *_MODELS],
+        [sys.executable, str(support / "tiny_models.py"), str(target), *TINY_MODELS],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     if done.returncode != 0:
