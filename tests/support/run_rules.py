@@ -48,7 +48,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--strict-skips", action="store_true", help="a test skipped for want of anything but a GPU fails"
     )
     parser.addoption(
-        "--end-seconds", type=float, default=10, help="how long processes may take to end after the last test"
+        "--end-seconds",
+        type=float,
+        default=120,
+        help="how long processes may take to end after the last test",
     )
 
 
