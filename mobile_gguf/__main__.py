@@ -21,7 +21,7 @@ def fill_closed_streams() -> None:
 
 
 def main() -> int:
-    """Run the command line; Ctrl-C ends it quietly from its first import on, and another one at its end, too."""
+    """Run the command line; Ctrl-C is quiet from its first import on, and so is another one at its end."""
     try:
         fill_closed_streams()
         from .cli import main as run
