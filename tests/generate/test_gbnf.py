@@ -276,7 +276,7 @@ def test_compiling_has_a_limit(monkeypatch):
     may_end = threading.Event()
 
     def slow(*_args: object, **_options: object) -> None:
-        may_end.wait()
+        may_end.wait(300)
         raise AssertionError
 
     monkeypatch.setattr(matching, "LLMatcher", slow)
