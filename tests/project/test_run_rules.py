@@ -49,8 +49,8 @@ def pytest_run(folder: Path, source: str, *options: str) -> tuple[int, str]:
     (folder / "test_planted.py").write_text(source, encoding="utf-8")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-c", os.devnull, f"--rootdir={folder}", "-p", "run_rules",
-         "-p", "xdist", "-p", "no:cacheprovider", "--end-seconds=1", *options, str(folder)],
-        cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300,
+         "-p", "xdist", "-p", "no:cacheprovider", *options, str(folder)],
+        cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=800,
         env={**os.environ, "PYTHONPATH": str(SUPPORT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
     )  # fmt: skip
     return done.returncode, done.stdout
@@ -116,7 +116,7 @@ def test_a_second_try_helps_no_test_that_fails(workers: tuple[str, ...], tmp_pat
 )
 @WORKERS
 def test_a_process_left_behind_fails_the_run(start: str, workers: tuple[str, ...], tmp_path: Path) -> None:
-    code, output = pytest_run(tmp_path, LEFT.format(start=start), *workers)
+    code, output = pytest_run(tmp_path, LEFT.format(start=start), *workers, "--end-seconds=1")
     assert code == pytest.ExitCode.TESTS_FAILED
     assert "1 passed" in output
     assert "processes left behind" in output
@@ -127,7 +127,7 @@ def test_a_process_left_behind_fails_the_run(start: str, workers: tuple[str, ...
 @WORKERS
 def test_a_process_that_nobody_waits_for_fails_the_run(workers: tuple[str, ...], tmp_path: Path) -> None:
     start = "sys.zombie = subprocess.Popen([sys.executable, '-c', ''])"
-    code, output = pytest_run(tmp_path, LEFT.format(start=start), *workers)
+    code, output = pytest_run(tmp_path, LEFT.format(start=start), *workers, "--end-seconds=1")
     assert code == pytest.ExitCode.TESTS_FAILED
     assert "nobody waited for it" in output
 

@@ -212,16 +212,17 @@ def test_a_failure_in_a_stream_is_the_last_event_of_each_api() -> None:
     ("path", "body"),
     [
         ("/v1/responses", {"input": "hi"}),
-        ("/v1/messages", {"messages": USER, "max_tokens": 50}),
+        ("/v1/messages", {"messages": USER, "max_tokens": 1 << 19}),
         ("/api/chat", {"messages": USER}),
         ("/completion", {"prompt": "hi"}),
     ],
 )
 def test_who_hangs_up_stops_the_answer(path: str, body: dict[str, Any]) -> None:
     gate = Gate()
-    backend = FakeBackend(scripted("hello there", end=False))
+    backend = FakeBackend(scripted("hello there", end=False), n_ctx=1 << 20)
     backend.on_evaluate = gate
     model = made(backend)
+    model.n_ctx = 1 << 20  # the answer lasts until it is cut
     with running(model) as server:
         gate.allow(4)
         for stream in (True, False):
@@ -231,10 +232,11 @@ def test_who_hangs_up_stops_the_answer(path: str, body: dict[str, Any]) -> None:
                 with client.stream("POST", server.url + path, json=body | {"stream": True}) as answer:
                     next(answer.iter_raw())
             else:
+                short = httpx.Timeout(SECONDS, read=0.5)
                 with pytest.raises(httpx.ReadTimeout):
-                    httpx.post(server.url + path, json=body | {"stream": False}, timeout=0.5)
+                    httpx.post(server.url + path, json=body | {"stream": False}, timeout=short)
             client.close()
-            until(lambda: (gate.allow(1), not server.serving.worker.is_busy)[1])
+            until(lambda: gate.step() or not server.serving.worker.is_busy)
         until(lambda: server.serving.metrics.cancelled._value.get() == 2)
     model.close()
 

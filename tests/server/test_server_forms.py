@@ -182,7 +182,7 @@ def test_a_tool_that_is_not_followed_costs_no_other(model: Model, server: Runnin
 def test_a_template_that_is_hostile_to_the_parser_is_left_to_jinja(
     model: Model, server: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(templates, "CPU_SECONDS", 0)
+    monkeypatch.setattr(templates, "CPU_SECONDS", 1)
     looping = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}{{ tools }}"
     use(model, looping)
     made = server.chat(**SMALL)

@@ -115,24 +115,53 @@ def phases(*texts: str) -> Callable[..., Any]:
 
 
 class Gate:
-    """Holds the scripted engine: it computes only what ``allow`` let through, until ``open``."""
+    """Holds an engine: it computes only what ``allow`` and ``step`` let through, until ``open``."""
 
     def __init__(self) -> None:
-        self._permits = threading.Semaphore(0)
-        self._open = threading.Event()
+        self._changed = threading.Condition()
+        self._n_allowed = 0
+        self._is_open = False
         self.reached = threading.Event()
 
     def __call__(self) -> None:
         self.reached.set()
-        while not self._open.is_set() and not self._permits.acquire(timeout=0.01):
-            pass
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_open or self._n_allowed > 0)
+            self._n_allowed -= 1
 
     def allow(self, n: int) -> None:
-        for _ in range(n):
-            self._permits.release()
+        with self._changed:
+            self._n_allowed += n
+            self._changed.notify_all()
+
+    def step(self) -> None:
+        """Let one through, if all that were let through have come: however often, what runs cannot run on."""
+        with self._changed:
+            self._n_allowed = max(self._n_allowed, 1)
+            self._changed.notify_all()
 
     def open(self) -> None:
-        self._open.set()
+        with self._changed:
+            self._is_open = True
+            self._changed.notify_all()
+
+
+@contextlib.contextmanager
+def held(server: Running) -> Iterator[Gate]:
+    """A gate before each decode of a server over the real engine; open again behind it."""
+    gate, crew = Gate(), server.serving.model.crew
+    advance = crew.advance
+
+    def gated() -> None:
+        gate()
+        advance()
+
+    crew.advance = gated  # type: ignore[method-assign]
+    try:
+        yield gate
+    finally:
+        del crew.advance
+        gate.open()
 
 
 def get(url: str, **options: Any) -> httpx.Response:
