@@ -6,7 +6,7 @@ import pytest
 from fake_backend import FakeBackend, scripted
 
 pytest.importorskip("fastapi", reason="pip install 'mobile-gguf[server]'")
-from page_harness import DESKTOP, PHONE, ask, bodies_of, context_of, hide, lines, opened
+from page_harness import PHONE, ask, bodies_of, context_of, hide, lines, opened
 from server_harness import SECONDS, Gate, running, until
 
 FIRST_WORDS = 4  # the prompt and three tokens

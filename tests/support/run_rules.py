@@ -50,7 +50,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--strict-skips", action="store_true", help="a test skipped for want of anything but a GPU fails"
     )
     parser.addoption(
-        "--end-seconds", type=float, default=120, help="how long processes may take to end after the last test"
+        "--end-seconds", type=float, default=120, help="for processes to end after the last test"
     )
     parser.addoption(
         "--second-tries", type=int, default=2, help="how many tests may fail at first, with --reruns"

@@ -85,7 +85,9 @@ class StepCosts:
     leaves: Mean = field(default_factory=lambda: Mean(1.0, 1.0))
     # what a pass over another number of tokens takes more, in units of a single token
     _anew: Mean = field(default_factory=lambda: Mean(0.0, 1.0))
-    _behind_several: float = 0.0  # what the single token took that the last pass was over, if several were before
+    _behind_several: float = (
+        0.0  # what the single token took that the last pass was over, if several were before
+    )
     _waited: float = 0.0  # ... for so many bytes
     _read: float = 0.0
     # of passes over several tokens: sums of squares and products of (1, n - 1, c(n)/c(1) - 1)
