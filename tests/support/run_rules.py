@@ -167,7 +167,8 @@ def pytest_sessionfinish(session: pytest.Session) -> Any:
     left |= session.config.stash.get(_LEFT, {})
     if left:
         session.config.stash[_LEFT] = left
-    if left or len(_RERUN) > session.config.getoption("--second-tries"):
+    most: Any = session.config.getoption("--second-tries")
+    if left or len(_RERUN) > most:
         session.exitstatus = max(session.exitstatus, pytest.ExitCode.TESTS_FAILED)
     return answer
 
