@@ -9,10 +9,11 @@ import signal
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 import numpy as np
@@ -70,6 +71,10 @@ def running(model: Model, **settings: Any) -> Iterator[Running]:
     run = Running(f"http://127.0.0.1:{listening.getsockname()[1]}", server, thread)
     try:
         yield run
+    except BaseException:
+        for gate in list(Gate.made):  # else a test that fails would hang instead
+            gate.open()
+        raise
     finally:
         run.stop()
         listening.close()
@@ -117,7 +122,10 @@ def phases(*texts: str) -> Callable[..., Any]:
 class Gate:
     """Holds an engine: it computes only what ``allow`` and ``step`` let through, until ``open``."""
 
+    made: ClassVar[weakref.WeakSet[Gate]] = weakref.WeakSet()
+
     def __init__(self) -> None:
+        Gate.made.add(self)
         self._changed = threading.Condition()
         self._n_allowed = 0
         self._is_open = False
