@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import signal
 import subprocess
 import sys
 import threading
+import time
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 import numpy as np
@@ -70,6 +73,10 @@ def running(model: Model, **settings: Any) -> Iterator[Running]:
     run = Running(f"http://127.0.0.1:{listening.getsockname()[1]}", server, thread)
     try:
         yield run
+    except BaseException:
+        for gate in list(Gate.made):  # else a test that fails would hang instead
+            gate.open()
+        raise
     finally:
         run.stop()
         listening.close()
@@ -117,7 +124,10 @@ def phases(*texts: str) -> Callable[..., Any]:
 class Gate:
     """Holds an engine: it computes only what ``allow`` and ``step`` let through, until ``open``."""
 
+    made: ClassVar[weakref.WeakSet[Gate]] = weakref.WeakSet()
+
     def __init__(self) -> None:
+        Gate.made.add(self)
         self._changed = threading.Condition()
         self._n_allowed = 0
         self._is_open = False
@@ -173,10 +183,10 @@ def post(url: str, **options: Any) -> httpx.Response:
 
 
 def until(condition: Callable[[], object]) -> None:
-    """Wait for ``condition``; fails after SECONDS."""
-    done = threading.Event()
-    for _ in range(SECONDS * 100):
+    """Wait for ``condition``; fails after SECONDS, and not before it was looked at a hundred times."""
+    ends = time.monotonic() + SECONDS
+    for n_looks in itertools.count():
         if condition():
             return
-        done.wait(0.01)
-    raise AssertionError("it did not happen")
+        assert n_looks < 100 or time.monotonic() < ends, "it did not happen"
+        time.sleep(0.01)
