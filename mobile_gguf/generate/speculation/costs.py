@@ -107,9 +107,14 @@ class StepCosts:
 
     @property
     def is_in_doubt(self) -> bool:
-        """Whether the next token says more if it is a single one, too: the last took quite another time than
-        those before, or followed several, and it is not known yet what that takes."""
-        return bool(self._other[0]) or (self._behind_several > 0 and self._anew.n <= _PAIRS)
+        """Whether the last single token took quite another time than those before: the next one says more."""
+        return bool(self._other[0])
+
+    @property
+    def wants_pair(self) -> bool:
+        """Whether a single token now would say what the last one took for following several, which is not
+        known well yet."""
+        return self._behind_several > 0 and self._anew.n <= _PAIRS
 
     @property
     def anew_seconds(self) -> float:
