@@ -98,7 +98,8 @@ class ToolCall(_OfOneType):
             return self.function
         assert self.custom is not None
         arguments = json.dumps({CUSTOM_ARGUMENT: self.custom.input}, ensure_ascii=False)
-        return FunctionCall(name=self.custom.name, arguments=arguments)
+        # not validated: its JSON may be longer than a text that is sent may be
+        return FunctionCall.model_construct(name=self.custom.name, arguments=arguments)
 
 
 class Message(Loose):

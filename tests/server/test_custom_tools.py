@@ -16,6 +16,7 @@ from server_harness import Running, phases, running
 
 import mobile_gguf
 from mobile_gguf.server.custom import ArgumentText
+from mobile_gguf.server.request_parts import ToolCall
 
 ROOMY = fake_info(n_ctx_train=4096)
 USER = [{"role": "user", "content": "hi"}]
@@ -148,3 +149,9 @@ def test_a_model_calls_it_in_its_own_form_by_responses(patching: Running, choice
     items = [*question, item.model_dump(exclude_none=True), output]
     ask["tool_choice"] = "auto"
     assert client.responses.create(input=items, **ask).output_text.strip() == TOLD
+
+
+def test_a_call_whose_json_is_longer_than_a_text_may_be() -> None:
+    text = '"' * (1 << 22)
+    call = ToolCall.model_validate({"type": "custom", "custom": {"name": "patch", "input": text}})
+    assert json.loads(call.told.arguments) == {"input": text}

@@ -1,6 +1,7 @@
 """Every part of a whole request of each endpoint, one after the other made into what it may not be.
 
-    python tests/support/hostile_fields.py http://127.0.0.1:8080
+    mobile-gguf serve MODEL -c 1024 -n 40 --embeddings --alias fake
+    python tests/support/hostile_fields.py http://127.0.0.1:8080 [EVERY]
 
 The requests hold all that an endpoint knows; ``damaged`` says what each becomes. What a server may say of
 one is ``hostile.sent``'s to judge.
@@ -15,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 from hostile import ODD, WrongAnswerError, sent
 
 _SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
@@ -224,18 +226,29 @@ def damaged(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
             yield f"{'.'.join(map(str, at))} = {str(wrong)[:40]!r}", body
 
 
-def sweep(url: str, path: str, every: int = 1, first: int = 0) -> Counter[str]:
-    """Send each ``every``-th damaged request; returns how many had which status. Raises WrongAnswerError."""
+def sweep(url: str, path: str, every: int = 1, first: int = 0) -> tuple[Counter[str], list[str]]:
+    """Send each ``every``-th damaged request; returns how many had which status, and what was wrong."""
     found: Counter[str] = Counter()
+    wrong = []
     for i, (what, body) in enumerate(damaged(path)):
         if i % every == first % every:
             try:
                 found[sent(url, json.dumps(body).encode(), path)] += 1
-            except WrongAnswerError as error:
-                raise WrongAnswerError(f"{path}: {what}: {error}") from None
-    return found
+            except (WrongAnswerError, httpx.TransportError) as error:
+                wrong.append(f"{path}: {what}: {error!r}")
+    return found, wrong
+
+
+def main() -> int:
+    """The command line."""
+    url, every = sys.argv[1], int((sys.argv[2:] or ["1"])[0])
+    n_wrong = 0
+    for name in WHOLE:
+        found, wrong = sweep(url, name, every)
+        print(name, dict(found), *wrong, sep="\n  ", flush=True)
+        n_wrong += len(wrong)
+    return 1 if n_wrong else 0
 
 
 if __name__ == "__main__":
-    for name in WHOLE:
-        print(name, dict(sweep(sys.argv[1], name)), flush=True)
+    sys.exit(main())
