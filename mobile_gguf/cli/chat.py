@@ -53,7 +53,7 @@ _OF_MODEL = ("mode", "gamma", "little_k")
 _COMMANDS = ("/help", "/clear", "/system", "/set", "/stats", "/exit")
 
 HELP = """/help               this text
-/clear              forget the conversation
+/clear, /new        forget the conversation
 /system [TEXT]      set the system message; without TEXT show it, `/system none` removes it
 /set [NAME VALUE]   set an option of the answers, as in /set temp 0.2; without a name show them
 /stats              what the model and its expert store did so far
@@ -180,6 +180,7 @@ class Repl:
         self._commands: dict[str, Callable[[str], None]] = {
             "/help": self._help,
             "/clear": self._clear,
+            "/new": self._clear,  # as on the screen
             "/system": self._system,
             "/set": self._set,
             "/stats": self._stats,
