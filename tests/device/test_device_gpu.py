@@ -46,6 +46,13 @@ print(json.dumps([[d.name, d.description] for d in all_devices() if d.type in ("
 """
 
 
+def _list(environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", _LIST], capture_output=True, text=True, timeout=800, check=False,
+        env=engine_libs.child_environment(engine_libs.engine_lib(), **environment),
+    )  # fmt: skip
+
+
 @cache
 def gpu() -> tuple[str, str, dict[str, str]]:
     """Name and description of the engine's first GPU, "" without one, and the environment that shows it.
@@ -53,13 +60,10 @@ def gpu() -> tuple[str, str, dict[str, str]]:
     An engine that cannot list its devices is no engine without one.
     """
     for environment in ({}, {"GGML_VK_VISIBLE_DEVICES": "0", "GGML_VK_DISABLE_FUSION": "1"}):
-        for left in reversed(range(8)):
-            done = subprocess.run(
-                [sys.executable, "-c", _LIST], capture_output=True, text=True, timeout=800, check=False,
-                env=engine_libs.child_environment(engine_libs.engine_lib(), **environment),
-            )  # fmt: skip
-            if done.returncode not in SOFTWARE_DIES or not left or not environment:
-                break
+        done = _list(environment)
+        for _ in range(7 if environment else 0):
+            if done.returncode in SOFTWARE_DIES:
+                done = _list(environment)
         assert done.returncode == 0, f"listing devices ended with {done.returncode}: {done.stderr[-3000:]}"
         found = json.loads(done.stdout.splitlines()[-1])
         if found:
