@@ -23,6 +23,16 @@ import pytest
 
 pytest.importorskip("no_such_module_anywhere")
 """
+FAILS_AT_FIRST = """
+import pytest
+
+@pytest.mark.parametrize("place", range({n}))
+def test_fails_at_first(place, tmp_path_factory):
+    seen = tmp_path_factory.getbasetemp() / f"seen-{{place}}"
+    if not seen.exists():
+        seen.touch()
+        assert False, place  # here
+"""
 LEFT = """
 import subprocess, sys
 
@@ -70,6 +80,27 @@ def test_a_skip_fails_where_nothing_may_be_missing(
 def test_a_skip_for_want_of_a_gpu_is_one(tmp_path: Path) -> None:
     code, output = pytest_run(tmp_path, SKIPS.format(reason="no GPU here"), "--strict-skips")
     assert (code, "1 skipped" in output) == (0, True)
+
+
+@pytest.mark.parametrize(("n_failing", "code"), [(2, 0), (3, 1)])
+@WORKERS
+def test_a_second_try_is_told_and_a_third_test_has_none(
+    n_failing: int, code: int, workers: tuple[str, ...], tmp_path: Path
+) -> None:
+    options = ("-p", "pytest_rerunfailures", "--reruns=1", *workers)
+    ended, output = pytest_run(tmp_path, FAILS_AT_FIRST.format(n=n_failing), *options)
+    assert ended == code
+    assert f"failed at first, and had a second try: {n_failing}" in output
+    assert output.count("assert False, place  # here") == n_failing
+    assert f"{n_failing} passed" in output
+
+
+@WORKERS
+def test_a_second_try_helps_no_test_that_fails(workers: tuple[str, ...], tmp_path: Path) -> None:
+    options = ("-p", "pytest_rerunfailures", "--reruns=1", *workers)
+    ended, output = pytest_run(tmp_path, "def test_fails():\n    assert 1 == 2\n", *options)
+    assert ended == pytest.ExitCode.TESTS_FAILED
+    assert "1 failed" in output
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are read from /proc")

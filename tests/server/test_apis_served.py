@@ -312,6 +312,8 @@ def test_llama_servers_questions(hello: Any) -> None:
     refused = hello.post("/infill", {"input_prefix": "a", "input_suffix": "b"})
     assert refused.status_code == 400
     assert "was not made to fill gaps" in refused.json()["error"]["message"]
+    refused = hello.post("/v1/completions", {"prompt": "a", "suffix": "b"})
+    assert "was not made to fill gaps" in refused.json()["error"]["message"]
     for path in ("/v1/rerank", "/rerank"):
         refused = hello.post(path, {"query": "x", "documents": ["y"]})
         assert "is no reranker" in refused.json()["error"]["message"]
@@ -339,6 +341,14 @@ def test_a_gap_is_filled_by_the_models_tokens() -> None:
         whole = server.post("/api/generate", {"prompt": "be", "suffix": "af", "stream": False}).json()
         assert whole["response"] == "middle"
         assert get(f"{server.url}/props").json()["fills_gaps"] is True
+        body = {"prompt": ["be", "ba"], "suffix": "af", "temperature": 0}
+        choices = server.post("/v1/completions", body).json()["choices"]
+        assert [choice["text"] for choice in choices] == ["middle", "middle"]
+        assert [token for token, _ in backend.rows][:7] == [256, 1, *b"ba", 2, *b"af"]
+        for more in ({"echo": True}, {"logprobs": 1}, {"prompt": [1, 2]}, {"prompt": [[1], [2]]}):
+            refused = server.post("/v1/completions", body | more)
+            assert refused.status_code == 400
+            assert "suffix" in refused.json()["error"]["message"]
     model.close()
 
 

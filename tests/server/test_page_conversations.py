@@ -1,25 +1,15 @@
 """Conversations on the page: kept over a reload, changed by several tabs at once, out to a file and in."""
 
 import json
-from contextlib import ExitStack, contextmanager
 
 import pytest
-from expert_source import ScriptedSource
 from fake_backend import FakeBackend, scripted
 
 pytest.importorskip("fastapi", reason="pip install 'mobile-gguf[server]'")
-from page_harness import DESKTOP, PHONE, ask, bodies_of, lines, opened
+from page_harness import PHONE, ask, bodies_of, context_of, hide, lines, opened
 from server_harness import SECONDS, Gate, running, until
 
 FIRST_WORDS = 4  # the prompt and three tokens
-
-
-@contextmanager
-def context_of(browser, size=DESKTOP):
-    """A browser's context: its pages share what is stored, those of another one do not."""
-    context = browser.new_context(viewport=size)
-    yield context
-    context.close()
 
 
 def titles(page):
@@ -236,35 +226,6 @@ def test_two_tabs_of_one_conversation_keep_the_turns_of_both(browser, fake_model
             one.wait_for_selector("#chats a")
         one.click("#chats a")
         until(lambda: said(one) == [*both, "still here", "hello"])
-
-
-def test_many_windows_leave_connections_for_answers(browser, fake_model):
-    """A browser has six for all of them, and each of these is looked at."""
-    backend = FakeBackend(scripted("hello"), n_ctx=4096)
-    backend.expert_source = ScriptedSource(4, 16)
-    followed = []
-    with ExitStack() as stack:
-        server = stack.enter_context(running(fake_model(backend)))
-        context = stack.enter_context(context_of(browser))
-        context.on("requestfailed", lambda request: followed.remove(request) if request in followed else None)
-        context.on("request", lambda request: followed.append(request) if "experts" in request.url else None)
-        pages = [stack.enter_context(opened(context, server)) for _ in range(9)]
-        ask(pages[-1], "here")
-        pages[-1].wait_for_selector(".again")
-        for page in pages:
-            page.wait_for_selector("#map-note:has-text('of 64 in memory')")
-        until(lambda: pages[0].evaluate("1") and len(followed) == 1)
-        # who followed is gone, and another does
-        first = next(page for page in pages if page.evaluate("1") and followed[0].frame.page == page)
-        hide(first)
-        until(lambda: pages[0].evaluate("1") and len(followed) == 1 and followed[0].frame.page != first)
-
-
-def hide(page):
-    page.evaluate(
-        "Object.defineProperty(document, 'hidden', { get: () => true });"
-        "document.dispatchEvent(new Event('visibilitychange'))"
-    )
 
 
 def test_answers_of_several_conversations_go_on_beside_one_another(browser, fake_model):
