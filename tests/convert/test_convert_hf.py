@@ -102,7 +102,7 @@ def converted(
 
 
 def test_the_whole_way_to_a_quantised_per_expert_file(
-    converted: tuple[ConvertResult, list[str]], tmp_path: Path
+    checkpoints: Checkpoints, converted: tuple[ConvertResult, list[str]], tmp_path: Path
 ) -> None:
     result, texts = converted
     out = result.path
@@ -112,7 +112,10 @@ def test_the_whole_way_to_a_quantised_per_expert_file(
     assert header.metadata["mobile.layout"] == "per-expert"
     assert {"blk.1.ffn_down.3.weight", "blk.0.ffn_up.0.weight"} <= {t.name for t in header.tensors}
     assert result.n_tensors == len(header.tensors)
-    assert result.as_json()["megabytes_per_second"] > 0
+    n_bytes = read_checkpoint(
+        checkpoints["bf16"], upstream.known_architectures(upstream.converter_dir())
+    ).n_bytes
+    assert result.as_json()["megabytes_per_second"] == round(n_bytes / 1e6 / result.seconds, 1)
     assert any(text.startswith("converting: tensor ") for text in texts)
     assert any(text.startswith("quantising: tensor ") and " of " in text for text in texts)
     # libllama's own quantiser, run by hand on the kept file
