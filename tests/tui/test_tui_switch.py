@@ -23,8 +23,8 @@ def contents(app):
 
 
 def endless(gate: threading.Event) -> FakeBackend:
-    """A model that goes on until it is stopped: its context lasts for most of a minute."""
-    backend = FakeBackend(scripted("word ", end=False))
+    """A model that goes on until it is stopped: its context lasts for a day."""
+    backend = FakeBackend(scripted("word ", end=False), n_ctx=1 << 20)
     backend.on_evaluate = lambda: gate.wait(0.1)  # type: ignore[assignment]
     return backend
 
