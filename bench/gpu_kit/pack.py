@@ -33,12 +33,20 @@ else:
 
 LIMIT_BYTES = 60 * MIB
 NAME = "gpu-kit"
-WHEELS = (
-    "gguf>=0.17,<1", "jinja2>=3.1", "greenlet>=3,<4", "markupsafe", "diskcache", "typing-extensions",
-    "pyyaml", "tqdm", "requests", "urllib3", "idna", "certifi", "charset-normalizer",
-    "pytest>=9", "iniconfig", "pluggy", "packaging", "pygments", "hypothesis>=6", "sortedcontainers",
+# behind the package's own dependencies, and for its tests: pip fetches no more than is named
+_BEHIND = (
+    "markupsafe", "diskcache", "typing-extensions", "pyyaml", "tqdm", "requests", "urllib3", "idna",
+    "certifi", "charset-normalizer", "pytest>=9", "iniconfig", "pluggy", "packaging", "pygments",
+    "hypothesis>=6", "sortedcontainers",
 )  # fmt: skip
-_PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
+# there, brought as source, for another Python, or for a network
+_LEFT_OUT = ("numpy", "llama-cpp-python", "tomli", "huggingface-hub")
+_PLATFORMS = (
+    "manylinux_2_31_x86_64",
+    "manylinux_2_28_x86_64",
+    "manylinux_2_17_x86_64",
+    "manylinux2014_x86_64",
+)
 _TESTS = ("tests/conftest.py", "tests/device/test_device_gpu.py")
 # what those read: their machine has no Transformers to make them
 TINY_MODELS = ("qwen3moe", "gpt-oss", "qwen3moe-q4_k", "qwen3moe-scales")
@@ -46,11 +54,19 @@ TINY_MODELS = ("qwen3moe", "gpt-oss", "qwen3moe-q4_k", "qwen3moe-scales")
 _NOT_COMPILED = ("scripts", "conversion", "gguf-py", "licenses")
 
 
+def _project(root: Path) -> dict[str, Any]:
+    return tomllib.loads((root / "pyproject.toml").read_text("utf-8"))
+
+
+def wheels_of(root: Path) -> list[str]:
+    """What pip is to fetch: what the package depends on, and what is behind it."""
+    own: list[str] = _project(root)["project"]["dependencies"]
+    return [*(each for each in own if not each.startswith(_LEFT_OUT)), *_BEHIND]
+
+
 def package_folders(root: Path) -> dict[str, Path]:
     """Every package of the project and its folder."""
-    setuptools: dict[str, Any] = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))["tool"][
-        "setuptools"
-    ]
+    setuptools: dict[str, Any] = _project(root)["tool"]["setuptools"]
     mapped: dict[str, str] = setuptools["package-dir"]
     found = {}
     for package in setuptools["packages"]:
@@ -122,22 +138,22 @@ def write_difference(ours: Path, stock: Path, target: Path) -> list[str]:
     return [relative.as_posix() for relative in files if not (stock / relative).is_file()]
 
 
-def fetch_wheels(cache: Path, target: Path) -> None:
+def fetch_wheels(wheels: list[str], cache: Path, target: Path) -> None:
     """With pip from the configured index, once; raises UsageError with its words."""
     asked = cache / "asked.json"
-    if not asked.is_file() or json.loads(asked.read_text(encoding="utf-8")) != list(WHEELS):
+    if not asked.is_file() or json.loads(asked.read_text(encoding="utf-8")) != wheels:
         shutil.rmtree(cache, ignore_errors=True)
         platforms = [word for name in _PLATFORMS for word in ("--platform", name)]
         done = subprocess.run(
             [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-input",
              "--only-binary=:all:",
              "--disable-pip-version-check", "--python-version", "312", "--implementation", "cp", *platforms,
-             "--dest", str(cache), *WHEELS],
+             "--dest", str(cache), *wheels],
             capture_output=True, text=True, check=False,
         )  # fmt: skip
         if done.returncode != 0:
             raise UsageError(f"the wheels cannot be had: {done.stderr.strip().splitlines()[-1]}")
-        asked.write_text(json.dumps(list(WHEELS)) + "\n", encoding="utf-8")
+        asked.write_text(json.dumps(wheels) + "\n", encoding="utf-8")
     target.mkdir(parents=True)
     for wheel in cache.glob("*.whl"):
         shutil.copy2(wheel, target)
@@ -169,7 +185,7 @@ def pack(root: Path, archive: Path, objects: Path | None = None) -> int:
         copy_models(root, folder / "project" / MODELS)
         (folder / "sources").mkdir()
         copy_sources(folder / "sources")
-        fetch_wheels(archive.parent / "gpu-kit-wheels", folder / "wheels")
+        fetch_wheels(wheels_of(root), archive.parent / "gpu-kit-wheels", folder / "wheels")
         shutil.copy2(Path(__file__).with_name("start.py"), folder / "run.py")
         if objects is not None:
             shutil.copytree(objects, folder / "objects")

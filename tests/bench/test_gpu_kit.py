@@ -15,12 +15,14 @@ from typing import Any
 import pytest
 import tiny_models
 
-from mobile_gguf.bench.gpu_kit import compile_once, pack, phase, run, tests
-from mobile_gguf.bench.gpu_kit.pack import package_folders, write_archive, write_difference
+from mobile_gguf.bench.geometry import scale_model
+from mobile_gguf.bench.gpu_kit import answers, compile_once, pack, phase, run, tests
+from mobile_gguf.bench.gpu_kit.pack import package_folders, wheels_of, write_archive, write_difference
 from mobile_gguf.bench.gpu_kit.results import read_result, save_result
 from mobile_gguf.bench.gpu_kit.run import BOXES, Box, run_all
 from mobile_gguf.bench.gpu_kit.settings import Settings, read_settings
-from mobile_gguf.errors import UsageError
+from mobile_gguf.errors import EngineError, UsageError
+from mobile_gguf.sizes import MIB
 
 PROJECT = Path(__file__).parents[2]
 
@@ -39,6 +41,16 @@ def test_every_package_of_the_project_is_in_the_kit() -> None:
     folders = package_folders(PROJECT)
     assert folders["mobile_gguf.bench.gpu_kit"] == PROJECT / "bench" / "gpu_kit"
     assert all((folder / "__init__.py").is_file() for folder in folders.values())
+
+
+def test_what_the_package_depends_on_is_in_the_kit() -> None:
+    wheels = [re.match(r"[\w-]+", wheel) for wheel in wheels_of(PROJECT)]
+    names = {found[0] for found in wheels if found}
+    declared = (PROJECT / "pyproject.toml").read_text(encoding="utf-8")
+    for name in ("llguidance", "shtab", "greenlet", "gguf"):
+        assert name in names
+        assert f'"{name}' in declared
+    assert not names & {"numpy", "llama-cpp-python", "tomli"}
 
 
 def test_the_models_of_the_gpus_tests_are_in_the_kit(tmp_path: Path) -> None:
@@ -102,6 +114,27 @@ def test_the_stock_tree_is_ours_and_the_difference(tmp_path: Path) -> None:
     assert files == {"changed", "deep/gone"}
 
 
+def test_an_answer_that_is_not_the_trace_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first arm says something else, the second fails; the others are run all the same."""
+    settings = Settings(root=str(tmp_path), out=str(tmp_path), n_prompt=2, n_decode=4)
+    shape = scale_model(settings.read_trace(), 256 * MIB)
+    monkeypatch.setattr(answers, "model_of", lambda _settings: (tmp_path / "replay.gguf", shape))
+    asked = []
+
+    def run_arm(_settings: Any, _path: Path, arm: Any, *rest: Any) -> None:
+        asked.append(arm.name)
+        rest[3]["right"] = len(asked) != 1
+        if len(asked) == 2:
+            raise EngineError("no such device")
+
+    monkeypatch.setattr(answers, "_run_arm", run_arm)
+    result: dict[str, Any] = {}
+    with pytest.raises(EngineError, match=f": {answers.ARMS[0].name}, {answers.ARMS[1].name}$"):
+        answers.run(settings, result, lambda: None)
+    assert asked == [arm.name for arm in answers.ARMS]
+    assert "no such device" in "\n".join(answers.page(result))
+
+
 def test_settings_are_what_they_were(tmp_path: Path) -> None:
     settings = Settings(root=str(tmp_path), out=str(tmp_path), trace="t.csv", repeats=2)
     assert read_settings(settings.write()) == settings
@@ -140,7 +173,7 @@ def test_a_phase_that_is_killed_leaves_its_result_and_the_next_start_does_it_aga
     assert "Not finished" in (out / "facts.md").read_text()
 
     slow.write_text("#!/bin/sh\necho release\n")
-    assert run_all(settings, [Box("facts", 60)], 60)
+    assert run_all(settings, [Box("facts", 600)], 600)
     known = read_result(out, "facts")
     assert known is not None
     assert known["said"]["nvcc"] == "release"

@@ -48,7 +48,7 @@ print(json.dumps([[d.name, d.description] for d in all_devices() if d.type in ("
 
 def _list(environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", _LIST], capture_output=True, text=True, timeout=300, check=False,
+        [sys.executable, "-c", _LIST], capture_output=True, text=True, timeout=800, check=False,
         env=engine_libs.child_environment(engine_libs.engine_lib(), **environment),
     )  # fmt: skip
 
