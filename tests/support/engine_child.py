@@ -481,7 +481,7 @@ class Run:
         return {"status": n, "next": following, "lost": lost}
 
     def op_routed_while(self, op: dict[str, Any]) -> dict[str, Any]:
-        """Rounds of ops while another thread reads what is routed, ``n`` entries at a time, and saves them all.
+        """Rounds of ops while another thread reads what is routed, ``n`` entries at a time, and saves all.
 
         They end once it has read something while an op ran. n_while_running: of a round's ops.
         """
