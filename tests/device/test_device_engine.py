@@ -322,6 +322,7 @@ def run_on(link: Server, holds: Callable[[dict[str, int]], bool], **options: Any
 
     What the CPU takes for an expert is measured, and on a busy machine now and then as long as an upload.
     """
+    counted: dict[str, int] = {}
     for _ in range(ATTEMPTS):
         result = one(spec("slow", link, **options))
         counted = result["stats"]["device"]["counters"]

@@ -55,7 +55,7 @@ def test_a_channel_that_does_not_vary_is_only_shifted() -> None:
     np.testing.assert_allclose(shift[[0, 1]], [2.9, 1.9], rtol=1e-6)
 
 
-def all_sums(*ways: np.ndarray) -> list[LittleSums]:
+def all_sums(*ways: float) -> list[LittleSums]:
     """Of every layer; the little output of a way is what it is scaled by times the first's."""
     return [
         sums_of(outputs(layer)[0] * factor, outputs(layer)[1], layer, way)
@@ -67,7 +67,7 @@ def all_sums(*ways: np.ndarray) -> list[LittleSums]:
 def test_maps_are_of_every_layer_and_way() -> None:
     ways = ways_of(8, [4])
     assert ways == [(4, 0), (4, 6)]
-    maps = fit_maps(INFO, ways, all_sums(np.float64(1), np.float64(0.9)))
+    maps = fit_maps(INFO, ways, all_sums(1, 0.9))
     assert maps is not None
     assert maps.ways == ways
     assert maps.n_bytes == 2 * 2 * 4 * INFO.n_layer * INFO.n_embd
@@ -81,13 +81,13 @@ def test_maps_are_of_every_layer_and_way() -> None:
 
 def test_a_mass_that_changes_nothing_is_left_out() -> None:
     """As where a model gives its top-k no fixed sum."""
-    maps = fit_maps(INFO, ways_of(8, [4]), all_sums(np.float64(1), np.float64(1)))
+    maps = fit_maps(INFO, ways_of(8, [4]), all_sums(1, 1))
     assert maps is not None
     assert maps.ways == [(4, 0)]
 
 
 def test_of_a_layer_that_was_not_seen_there_are_no_maps() -> None:
-    sums = all_sums(np.float64(1), np.float64(0.9))
+    sums = all_sums(1, 0.9)
     assert fit_maps(INFO, ways_of(8, [4]), sums[1:]) is None
     assert fit_maps(INFO, ways_of(8, [4]), []) is None
 
@@ -104,7 +104,7 @@ def test_ways(top_k: int, little: list[int], ways: list[tuple[int, int]]) -> Non
 
 
 def some_maps() -> Maps:
-    maps = fit_maps(INFO, ways_of(8, [4]), all_sums(np.float64(1), np.float64(0.9)))
+    maps = fit_maps(INFO, ways_of(8, [4]), all_sums(1, 0.9))
     assert maps is not None
     return maps
 

@@ -45,7 +45,9 @@ class Layer:
 
     def masked(self, weights: np.ndarray, ks: Sequence[int], mass: int) -> np.ndarray:
         rows = zip(weights, self.scores, ks, strict=True)
-        return np.stack([kept(row, scores, k, mass, self.entry["normalised"]) for row, scores, k in rows])
+        return np.stack(
+            [kept(row, np.asarray(scores), k, mass, self.entry["normalised"]) for row, scores, k in rows]
+        )
 
     def route(self, module: Any, _inputs: Any, output: Any) -> Any:
         logits, weights, ids = output

@@ -28,6 +28,7 @@ from mobile_gguf.engine.structs import (
     WarmCounters,
 )
 from mobile_gguf.errors import PromptTooLongError, UsageError
+from mobile_gguf.generate.passes.corrections import Corrections
 from mobile_gguf.generate.passes.costs import Traffic
 from mobile_gguf.generate.passes.decode import ALL_EXPERTS, Pass, Policy, decode_prompt, decode_token
 from mobile_gguf.generate.passes.head import Head
@@ -155,7 +156,7 @@ class FakeBackend:
         self._experts = ALL_EXPERTS
         self.mass = 0
         self.correction: Correction | None = None  # in force
-        self.corrections: dict[tuple[int, int], Correction] = {}
+        self.corrections: Corrections = {}
         self.auto: Any = None
         self.draft: Any = None
         self.mtp: Any = None
