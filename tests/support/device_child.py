@@ -1,6 +1,7 @@
 """``engine_child`` with devices: runs whose layers are on RPC servers, and ops of the device tier.
 
-A run's settings may have "rpc" (endpoints that become devices; its layers go there) and "on_host".
+A run's settings may have "rpc" (endpoints that become devices; its layers go there) and "on_host". With
+MOBILE_GGUF_TEST_QUEUE the library of that name (shim/queue_device.cpp) makes a device of this process.
 """
 
 from __future__ import annotations
@@ -59,6 +60,22 @@ def add_server(endpoint: str) -> None:
 _servers: list[str] = []
 
 
+def add_queue_device() -> Any:
+    """The library of the device whose queue runs late, None without it."""
+    path = os.environ.get("MOBILE_GGUF_TEST_QUEUE")
+    if path is None:
+        return None
+    library = ctypes.CDLL(path)
+    library.queue_device_register.restype = None
+    library.queue_device_waits.restype = ctypes.c_int64
+    library.queue_device_sum.restype = ctypes.c_float
+    library.queue_device_register()
+    return library
+
+
+queue = add_queue_device()
+
+
 class DeviceRun(engine_child.Run):
     """A run on devices; the ops ``device_*`` are mobile.h's calls."""
 
@@ -95,6 +112,14 @@ class DeviceRun(engine_child.Run):
             if name in op:
                 setattr(params, name, op[name])
         return self.status(mobile.mobile_device_start(self.ctx, ctypes.byref(params)))
+
+    def op_queue_waits(self, op: dict[str, Any]) -> dict[str, Any]:
+        """How often somebody has waited for a queue so far."""
+        return {"n": queue.queue_device_waits()}
+
+    def op_queue_sum(self, op: dict[str, Any]) -> dict[str, Any]:
+        """What a graph gives that is run twice before anybody waits."""
+        return {"sum": queue.queue_device_sum()}
 
     def op_device_stop(self, op: dict[str, Any]) -> dict[str, Any]:
         assert mobile is not None
