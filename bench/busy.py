@@ -10,6 +10,7 @@ per second; ``--out FOLDER`` keeps them.
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -26,15 +27,17 @@ from .plan import budget_bytes
 from .replay import engine_arm, median_range, open_replay, record_run, replay_parser, run_module
 
 _CAP_SLACK_BYTES = 900 * MIB
-_LOOP = """from mobile_gguf.bench.child import end_with_parent
-end_with_parent()
+_LOOP = """import sys
+from mobile_gguf.bench.child import end_with_parent
+end_with_parent(int(sys.argv[1]))
 while True: pass"""
 
 
 @contextmanager
 def busy_loops(number: int) -> Iterator[None]:
     """So many processes that want a processor all the time."""
-    loops = [subprocess.Popen([sys.executable, "-c", _LOOP]) for _ in range(number)]
+    command = [sys.executable, "-c", _LOOP, str(os.getpid())]
+    loops = [subprocess.Popen(command) for _ in range(number)]
     try:
         yield
     finally:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
+import os
 import resource
 import signal
 import sys
@@ -63,10 +64,15 @@ def main() -> int:
     return 0
 
 
-def end_with_parent() -> None:
-    """A long prompt writes nothing for minutes: no broken pipe would say that the parent was killed."""
+def end_with_parent(parent: int | None = None) -> None:
+    """A long prompt writes nothing for minutes: no broken pipe would say that the parent was killed.
+
+    ``parent`` is its process id, for a child that reads nothing from it, which may be gone already.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if parent is not None and os.getppid() != parent:
+        raise SystemExit(1)
 
 
 def _run(job: Job) -> None:

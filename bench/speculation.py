@@ -125,12 +125,14 @@ def _run(model: Any, subject: Subject, source: str, never: dict[int, float]) -> 
     chunks: list[Any] = [chunk for chunk in last if chunk is not None]
     made = sum(chunk.completion_tokens - 1 for chunk in chunks)
     speculation = [chunk.receipt.speculation for chunk in chunks if chunk.receipt.speculation is not None]
-    needs = sum(chunk.receipt.expert_hits + chunk.receipt.expert_misses for chunk in chunks)
+    misses = sum(chunk.receipt.expert_misses for chunk in chunks)
+    needs = misses + sum(chunk.receipt.expert_hits for chunk in chunks)
     return {
         "per_second": made / seconds,
         "per_processor_second": made / processor,
         "mib_per_token": sum(chunk.receipt.bytes_read for chunk in chunks) / made / (1 << 20),
         "needs_per_token": needs / made,
+        "misses_per_token": misses / made,
         "drafted": sum(one.drafted for one in speculation),
         "accepted": sum(one.accepted for one in speculation),
         "mean_length": statistics.fmean(one.mean_length for one in speculation) if speculation else 0.0,

@@ -7,8 +7,9 @@ configurator finds by layer. Without ``--model`` the trace is replayed through a
 engine's, and times are what the configurator foresees for a layer that computes for ``--compute`` ms and
 reads an expert in ``--load`` ms; ``--precision`` of the reads are known a layer ahead. With ``--model``, the
 trace's replay model in segments (``mobile-gguf convert REPLAY.gguf --segments S``), all of it runs in turn,
-round after round, each run in a process under its own memory cap, and times are foreseen by what this machine
-was measured to take. ``--unsegmented`` is the replay model as it was, whose experts have three reads each.
+round after round, each run in a process under its own memory cap. Times are foreseen by what this machine was
+measured to take, set right by a run of whole experts before the others, as ``calibrate --plan`` does.
+``--unsegmented`` is the replay model as it was, whose experts have three reads each.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from mobile_gguf.engine.split import Split
 from mobile_gguf.errors import MobileError, UsageError
 from mobile_gguf.gguf.info import GgufInfo, read_gguf_info
 from mobile_gguf.plan.speed import Pass, Reads
-from mobile_gguf.plan.split import Choice, Costs, Outcome, configure
+from mobile_gguf.plan.split import Choice, Costs, Outcome, as_measured, configure
 from mobile_gguf.plan.split_cache import Shape
 from mobile_gguf.plan.split_costs import choose_split, measured_costs
 from mobile_gguf.sizes import MIB
@@ -95,10 +96,14 @@ def measured(trace: Trace, args: argparse.Namespace) -> tuple[list[dict[str, Any
     if info.segments == 1:
         raise UsageError(f"{args.model} holds its experts whole: `mobile-gguf convert --segments` it first")
     costs, eviction = measured_costs(info, args.threads)
+    runner = Runner(args.model, text_of(trace), find_libraries(BenchOptions(versus=()), {"engine"}), 1)
     foreseen: list[dict[str, Any]] = []
     for budget in args.budget.split(","):
         n_bytes = budget_of(budget, info.expert_bytes)
         choice = choose_split(info, trace.experts, n_bytes, costs, eviction)
+        first = runner.run(_arm(budget, n_bytes, None, args), args.tokens, args.limit)
+        if first.tokens_per_s:
+            choice = as_measured(choice, 1 / first.tokens_per_s)
         foreseen += [
             {
                 "budget": budget, "budget_bytes": n_bytes, "split": name, "chosen": one is choice.chosen,
@@ -106,7 +111,6 @@ def measured(trace: Trace, args: argparse.Namespace) -> tuple[list[dict[str, Any
             }
             for name, one in outcomes(choice, info.segments).items()
         ]  # fmt: skip
-    runner = Runner(args.model, text_of(trace), find_libraries(BenchOptions(versus=()), {"engine"}), 1)
     return foreseen, _run_all(runner, info, foreseen, args)
 
 
@@ -121,13 +125,14 @@ def _run_all(
         for row in rows[:: 1 if number % 2 == 0 else -1]:
             split = None if row["split"] in (WHOLE, UNSEGMENTED) else _in_model(info, row)
             model = args.unsegmented if row["split"] == UNSEGMENTED else args.model
-            arm = Arm(
-                "engine", "exact", row["budget"], row["budget_bytes"], row["budget_bytes"] + _SLACK_BYTES,
-                threads=args.threads, split=split,
-            )  # fmt: skip
+            arm = _arm(row["budget"], row["budget_bytes"], split, args)
             run = replace(runner, model=model).run(arm, args.tokens, args.limit)
             record_run(runs, run, run.tokens_per_s, round=number, budget=row["budget"], split=row["split"])
     return runs
+
+
+def _arm(budget: str, n_bytes: int, split: Split | None, args: argparse.Namespace) -> Arm:
+    return Arm("engine", "exact", budget, n_bytes, n_bytes + _SLACK_BYTES, threads=args.threads, split=split)
 
 
 def _in_model(info: GgufInfo, row: dict[str, Any]) -> Split:

@@ -89,7 +89,7 @@ class ConvertOptions:
         Opt(
             "--no-mtp",
             is_flag=True,
-            help="leave out the blocks that predict several tokens, which nothing runs",
+            help="leave out the blocks that predict several tokens, of use for drafts",
         ),
     ] = False
     threads: Annotated[

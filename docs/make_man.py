@@ -65,6 +65,9 @@ def page() -> str:
     lines = [
         '.\\" made by docs/make_man.py of the parser; do not edit',
         f'.TH MOBILE-GGUF 1 "{day}" "mobile-gguf {__version__}" "User commands"',
+        # commands are copied from here: no hyphens that nobody types
+        ".nh",
+        ".ad l",
         ".SH NAME",
         f"mobile-gguf \\- {_text('run Mixture-of-Experts models that do not fit into memory')}",
         ".SH SYNOPSIS",
@@ -133,7 +136,7 @@ def _options(actions: Iterable[argparse.Action]) -> Iterator[str]:
         takes = "" if action.nargs == 0 else f"\\fI{_text(name)}\\fR"
         if action.option_strings:
             flags = ", ".join(f"\\fB{_text(flag)}\\fR" for flag in action.option_strings)
-            head = f"{flags} {takes}".rstrip()
+            head = f"{flags}[={takes}]" if action.nargs == "?" else f"{flags} {takes}".rstrip()
         else:
             head = takes
         yield from (".TP", head, _text((action.help or "") % vars(action) if action.help else ""))

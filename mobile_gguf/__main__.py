@@ -21,13 +21,18 @@ def fill_closed_streams() -> None:
 
 
 def main() -> int:
-    """Run the command line; Ctrl-C ends it quietly from its first import on."""
+    """Run the command line; Ctrl-C is quiet from its first import on, and so is another one at its end."""
     try:
         fill_closed_streams()
         from .cli import main as run
+
+        return run()
     except KeyboardInterrupt:
         return 130
-    return run()
+    finally:
+        import signal
+
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left but the interpreter's own end
 
 
 if __name__ == "__main__":

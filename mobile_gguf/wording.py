@@ -21,6 +21,11 @@ def format_duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def why(error: BaseException) -> str:
+    """What an error says, without the number and the path that the system's have: ``Permission denied``."""
+    return (isinstance(error, OSError) and error.strerror) or str(error)
+
+
 def plain(text: str) -> str:
     """A name or a text from a file without what a terminal would obey."""
     return "".join(letter if letter.isprintable() else "?" for letter in text)

@@ -182,6 +182,7 @@ def hub(hub_samples: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> Itera
     }
     with hub_stub.serving(repositories) as running:
         monkeypatch.setenv("HF_ENDPOINT", running.url)
+        monkeypatch.setenv("HF_HUB_DOWNLOAD_TIMEOUT", "300")  # a busy machine's pauses break no connection
         monkeypatch.setenv("no_proxy", "*")
         monkeypatch.delenv("HF_TOKEN", raising=False)
         yield running

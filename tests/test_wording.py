@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,7 @@ from mobile_gguf.wording import (
     name_lines,
     plain,
     shell_command,
+    why,
 )
 
 
@@ -66,3 +68,11 @@ def test_a_markdown_table_can_be_read_as_it_is():
         "| lru    |      1.5 | -     |",
         "| moepic |       12 | fast  |",
     ]
+
+
+def test_a_reason_has_no_number_of_the_system_s() -> None:
+    with pytest.raises(FileNotFoundError) as missing:
+        Path("/nosuch/file").read_bytes()
+    assert "Errno" in str(missing.value)
+    assert why(missing.value) == "No such file or directory"
+    assert why(OSError("by itself")) == why(ValueError("by itself")) == "by itself"

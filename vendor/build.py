@@ -180,6 +180,8 @@ def _check_tools(recipe: Recipe) -> Toolchain:
         tools = toolchain.find_toolchain()
     for backend in recipe.options.backends:
         toolchain.check_backend(backend)
+    if target and "vulkan" in recipe.options.backends:
+        portable.write_vulkan(target)
     return tools
 
 

@@ -8,10 +8,11 @@ package index: ``pip install ziglang auditwheel``.
 
 import importlib.util
 import os
+import re
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from mobile_gguf.errors import EngineBuildError
@@ -53,10 +54,14 @@ while [ "$n" -gt 0 ]; do
 done
 """
 
+# of Vulkan and of the format of its shaders; no compiler makes anything of them
+_VULKAN_HEADERS = ("vulkan", "vk_video", "spirv")
+_SYSTEM_HEADERS = ("/usr/local", "/usr")
+
 _TOOLS = {"cc": "cc", "c++": "c++", "ar": "ar", "ranlib": "ranlib"}
 
 
-def cmake_arguments(target: str) -> list[str]:
+def cmake_arguments(target: str, backends: Collection[str] = ()) -> list[str]:
     """What makes one build fit every processor; after ggml's own choices, which it overrules."""
     _, processor = TARGETS[target]
     folder = _tools_dir(target)
@@ -74,7 +79,13 @@ def cmake_arguments(target: str) -> list[str]:
         f"-DCMAKE_RANLIB={folder / 'ranlib'}",
         "-DCMAKE_SHARED_LINKER_FLAGS=-s",
         "-DCMAKE_MODULE_LINKER_FLAGS=-s",
+        *(_vulkan_arguments(target) if "vulkan" in backends else ()),
     ]
+
+
+def _vulkan_arguments(target: str) -> list[str]:
+    folder = _vulkan_dir(target)
+    return [f"-DVulkan_INCLUDE_DIR={folder / 'include'}", f"-DVulkan_LIBRARY={folder / 'libvulkan.so'}"]
 
 
 def platform_tag(target: str) -> str:
@@ -113,6 +124,42 @@ def write_tools(target: str) -> Path:
     return folder
 
 
+def write_vulkan(target: str, environ: Mapping[str, str] = os.environ) -> Path:
+    """What the Vulkan backend is compiled and linked with; returns its folder.
+
+    The headers alone, for beside them lie those of this machine's C library; and a library with the names
+    that Vulkan's loader has, for this machine's may be for another processor.
+
+    Raises EngineBuildError without the headers.
+    """
+    folder = _vulkan_dir(target)
+    include = folder / "include"
+    include.mkdir(parents=True, exist_ok=True)
+    roots = [Path(root, "include") for root in (environ.get("VULKAN_SDK"), *_SYSTEM_HEADERS) if root]
+    for name in _VULKAN_HEADERS:
+        found = next((root / name for root in roots if (root / name).is_dir()), None)
+        if found is None:
+            raise EngineBuildError(
+                f"no headers of Vulkan were found ({name}): install its SDK "
+                "(apt: libvulkan-dev glslc spirv-headers)"
+            )
+        (include / name).unlink(missing_ok=True)
+        (include / name).symlink_to(found)
+    core = (include / "vulkan" / "vulkan_core.h").read_text(encoding="utf-8")
+    # the loader has the functions of every version, and of extensions those of surfaces
+    names = re.findall(r"VKAPI_CALL (vk\w+)\(", core.partition("#define VK_KHR_surface 1")[0])
+    source = folder / "loader.c"
+    source.write_text("".join(f"void {name}(void) {{}}\n" for name in names), encoding="utf-8")
+    command = [str(write_tools(target) / "cc"), "-shared", "-fPIC", f"-Wl,-soname,{_OTHERS_LIBRARIES[0]}",
+               "-o", str(folder / "libvulkan.so"), str(source)]  # fmt: skip
+    log = paths.engine_cache_dir() / "logs" / "vulkan-loader.log"
+    status, lines = process.run(command, log=log)
+    if status != 0:
+        said = lines[-1] if lines else "no output"
+        raise EngineBuildError(f"Vulkan's loader cannot be linked for {target}: {said}; log: {log}")
+    return folder
+
+
 def check_wheel(wheel: Path, target: str, out: Path) -> Path:
     """The wheel under its platform's tag, once auditwheel has found nothing in it that an old Linux lacks.
 
@@ -138,6 +185,10 @@ def check_wheel(wheel: Path, target: str, out: Path) -> Path:
     if not made:
         raise EngineBuildError(f"auditwheel made no wheel for {target}; log: {log}")
     return made[0]
+
+
+def _vulkan_dir(target: str) -> Path:
+    return _tools_dir(target) / "vulkan"
 
 
 def _tools_dir(target: str) -> Path:

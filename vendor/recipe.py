@@ -71,7 +71,7 @@ class EngineOptions:
 
     def wheel_arguments(self) -> list[str]:
         """CMake arguments of the patched wheel; the user's come last, where they win."""
-        portably = portable.cmake_arguments(self.target) if self.target else []
+        portably = portable.cmake_arguments(self.target, self.backends) if self.target else []
         return [*_COMMON, *_WHEEL_ONLY, *portably, *self._backend_arguments(), *self.cmake_args]
 
     def stock_arguments(self) -> list[str]:

@@ -1,8 +1,8 @@
 """Packs the kit: ``python -m mobile_gguf.bench.gpu_kit.pack``, or ``make gpu-kit``.
 
 The archive has the patched sources of llama.cpp and those files of the stock ones that differ, this
-package, the GPU's tests, and the wheels that a machine with Python 3.12 and numpy lacks. With ``--objects``
-it also has CUDA objects that were compiled before.
+package, the GPU's tests and their models, and the wheels that a machine with Python 3.12 and numpy lacks.
+With ``--objects`` it also has CUDA objects that were compiled before.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from mobile_gguf.sizes import MIB, format_bytes
 from mobile_gguf.vendor import patchset, source
 from mobile_gguf.vendor.pin import load_pin
 
+from .tests import MODELS
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -31,22 +33,40 @@ else:
 
 LIMIT_BYTES = 60 * MIB
 NAME = "gpu-kit"
-WHEELS = (
-    "gguf>=0.17,<1", "jinja2>=3.1", "greenlet>=3,<4", "markupsafe", "diskcache", "typing-extensions",
-    "pyyaml", "tqdm", "requests", "urllib3", "idna", "certifi", "charset-normalizer",
-    "pytest>=9", "iniconfig", "pluggy", "packaging", "pygments", "hypothesis>=6", "sortedcontainers",
+# behind the package's own dependencies, and for its tests: pip fetches no more than is named
+_BEHIND = (
+    "markupsafe", "diskcache", "typing-extensions", "pyyaml", "tqdm", "requests", "urllib3", "idna",
+    "certifi", "charset-normalizer", "pytest>=9", "iniconfig", "pluggy", "packaging", "pygments",
+    "hypothesis>=6", "sortedcontainers",
 )  # fmt: skip
-_PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
+# there, brought as source, for another Python, or for a network
+_LEFT_OUT = ("numpy", "llama-cpp-python", "tomli", "huggingface-hub")
+_PLATFORMS = (
+    "manylinux_2_31_x86_64",
+    "manylinux_2_28_x86_64",
+    "manylinux_2_17_x86_64",
+    "manylinux2014_x86_64",
+)
 _TESTS = ("tests/conftest.py", "tests/device/test_device_gpu.py")
+# what those read: their machine has no Transformers to make them
+TINY_MODELS = ("qwen3moe", "gpt-oss", "qwen3moe-q4_k", "qwen3moe-scales")
 # of llama.cpp's sources, beside those that no build of ours reads
 _NOT_COMPILED = ("scripts", "conversion", "gguf-py", "licenses")
 
 
+def _project(root: Path) -> dict[str, Any]:
+    return tomllib.loads((root / "pyproject.toml").read_text("utf-8"))
+
+
+def wheels_of(root: Path) -> list[str]:
+    """What pip is to fetch: what the package depends on, and what is behind it."""
+    own: list[str] = _project(root)["project"]["dependencies"]
+    return [*(each for each in own if not each.startswith(_LEFT_OUT)), *_BEHIND]
+
+
 def package_folders(root: Path) -> dict[str, Path]:
     """Every package of the project and its folder."""
-    setuptools: dict[str, Any] = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))["tool"][
-        "setuptools"
-    ]
+    setuptools: dict[str, Any] = _project(root)["tool"]["setuptools"]
     mapped: dict[str, str] = setuptools["package-dir"]
     found = {}
     for package in setuptools["packages"]:
@@ -72,6 +92,19 @@ def copy_tests(root: Path, target: Path) -> None:
         destination = target / relative
         destination.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(root / relative, destination)
+
+
+def copy_models(root: Path, target: Path) -> None:
+    """The tests' tiny models, made if need be; raises UsageError with what the maker said."""
+    target.mkdir(parents=True)
+    support = root / "tests" / "support"
+    done = subprocess.run(
+        [sys.executable, str(support / "tiny_models.py"), str(target), *TINY_MODELS],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode != 0:
+        said = done.stderr.strip().splitlines() or ["no word"]
+        raise UsageError(f"the tests' models cannot be made: {said[-1]}")
 
 
 def copy_sources(target: Path) -> None:
@@ -105,22 +138,22 @@ def write_difference(ours: Path, stock: Path, target: Path) -> list[str]:
     return [relative.as_posix() for relative in files if not (stock / relative).is_file()]
 
 
-def fetch_wheels(cache: Path, target: Path) -> None:
+def fetch_wheels(wheels: list[str], cache: Path, target: Path) -> None:
     """With pip from the configured index, once; raises UsageError with its words."""
     asked = cache / "asked.json"
-    if not asked.is_file() or json.loads(asked.read_text(encoding="utf-8")) != list(WHEELS):
+    if not asked.is_file() or json.loads(asked.read_text(encoding="utf-8")) != wheels:
         shutil.rmtree(cache, ignore_errors=True)
         platforms = [word for name in _PLATFORMS for word in ("--platform", name)]
         done = subprocess.run(
             [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-input",
              "--only-binary=:all:",
              "--disable-pip-version-check", "--python-version", "312", "--implementation", "cp", *platforms,
-             "--dest", str(cache), *WHEELS],
+             "--dest", str(cache), *wheels],
             capture_output=True, text=True, check=False,
         )  # fmt: skip
         if done.returncode != 0:
             raise UsageError(f"the wheels cannot be had: {done.stderr.strip().splitlines()[-1]}")
-        asked.write_text(json.dumps(list(WHEELS)) + "\n", encoding="utf-8")
+        asked.write_text(json.dumps(wheels) + "\n", encoding="utf-8")
     target.mkdir(parents=True)
     for wheel in cache.glob("*.whl"):
         shutil.copy2(wheel, target)
@@ -149,9 +182,10 @@ def pack(root: Path, archive: Path, objects: Path | None = None) -> int:
         folder = Path(scratch) / NAME
         copy_package(root, folder / "package")
         copy_tests(root, folder / "project")
+        copy_models(root, folder / "project" / MODELS)
         (folder / "sources").mkdir()
         copy_sources(folder / "sources")
-        fetch_wheels(archive.parent / "gpu-kit-wheels", folder / "wheels")
+        fetch_wheels(wheels_of(root), archive.parent / "gpu-kit-wheels", folder / "wheels")
         shutil.copy2(Path(__file__).with_name("start.py"), folder / "run.py")
         if objects is not None:
             shutil.copytree(objects, folder / "objects")

@@ -21,6 +21,7 @@ TITLES = {
     "engine": "Building the engine and stock llama.cpp",
     "tests": "tests/device/test_device_gpu.py",
     "link": "What plan measures of the device",
+    "answers": "Answers through the Python API",
     "replay": "Stock llama.cpp, fetch, the cache and auto at equal device memory",
     "pcie": "The link as it is, and slowed",
 }

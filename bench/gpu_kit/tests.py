@@ -12,22 +12,29 @@ from typing import Any
 from .results import Save
 from .settings import RPC, Settings
 
+MODELS = "models"  # the tests' own, beside them
+
 _LINE = re.compile(r"^(\S+::\S+) (PASSED|FAILED|ERROR|SKIPPED)")
 
 
 def run(settings: Settings, result: dict[str, Any], save: Save) -> None:
     """Each test as soon as it is known; the output to its end. Without a GPU they skip, which says so."""
+    project = Path(settings.root) / "project"
     environment = {
         **settings.environment(settings.engine_lib),
+        # the machine's Python may have plugins for another pytest than ours; its own are always loaded, and
+        # tests/conftest.py names the only other one that is needed
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+        "MOBILE_GGUF_TEST_MODELS": str(project / MODELS),
         "MOBILE_GGUF_ENGINE_LIB": str(settings.engine_lib),
         "MOBILE_GGUF_STOCK_LIB": str(settings.stock_lib),
         "COLUMNS": "200",
     }
     tests = result["tests"] = {}
     process = subprocess.Popen(
-        [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider",
+        [sys.executable, "-m", "pytest", "-v", "-rA", "--tb=short", "-p", "no:cacheprovider",
          "tests/device/test_device_gpu.py"],
-        cwd=Path(settings.root) / "project", env=environment, text=True,
+        cwd=project, env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     said = []

@@ -139,17 +139,18 @@ def _run(
     n_all, n_done = sum(map(len, texts)), 0
     batch = _batch_size(info)
     for text in texts:
-        _forget(llama)
+        forget(llama)
         for start in range(0, len(text), batch):
             progress(f"running the text: token {n_done} of {n_all}", share * n_done / n_all)
             tokens = text[start : start + batch]
-            _decode(llama, tokens, start)
+            decode(llama, tokens, start)
             counts.add(*_rows(observation.take_routes(), counts, len(tokens)))
             n_done += len(tokens)
     progress(f"running the text: token {n_done} of {n_all}", share)
 
 
-def _forget(llama: MobileLlama) -> None:
+def forget(llama: MobileLlama) -> None:
+    """Empty the context."""
     from llama_cpp import llama_cpp
 
     memory = llama_cpp.llama_get_memory(llama.ctx)
@@ -157,7 +158,7 @@ def _forget(llama: MobileLlama) -> None:
         llama_cpp.llama_memory_clear(memory, True)
 
 
-def _decode(llama: MobileLlama, tokens: list[int], position: int) -> None:
+def decode(llama: MobileLlama, tokens: list[int], position: int) -> None:
     """Run tokens at ``position`` and on, with logits for all of them."""
     from llama_cpp import llama_cpp
 

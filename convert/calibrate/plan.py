@@ -1,7 +1,8 @@
 """``calibrate --plan``: which leading segments to keep under a budget, on this machine and for a text.
 
 The text's routing is observed, the machine measured as ``mobile-gguf plan`` does, and MoEpic's configurator
-(``mobile_gguf/plan/split.py``) chooses. What was calibrated before stays as it is.
+(``mobile_gguf/plan/split.py``) chooses; whole experts and what was chosen are then run in turn, which sets
+the times right and may undo the choice. What was calibrated before stays as it is.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from mobile_gguf.gguf.info import GgufInfo, read_gguf_info
 from mobile_gguf.memory.budget import asked_bytes
 from mobile_gguf.options import LoadOptions
 from mobile_gguf.options.words import RAM
-from mobile_gguf.plan.split import Choice, Costs, Outcome
+from mobile_gguf.plan.split import Choice, Costs, Outcome, as_measured
 from mobile_gguf.plan.split_costs import choose_split, measured_costs
 from mobile_gguf.plan.split_file import SplitPlan, read_split_plans, split_plans_text
+from mobile_gguf.plan.workload import make_settings
 from mobile_gguf.progress import Progress, no_progress
 from mobile_gguf.sizes import AUTO, OFF, Size, format_bytes
 from mobile_gguf.wording import columns
@@ -32,6 +34,7 @@ from mobile_gguf.wording import columns
 from ..engine_task import in_child
 from ..gguf.file import update_gguf
 from .collect import run_routed
+from .plan_timed import time_splits
 from .statistics import Floats, Ids
 from .text import Text, cut_blocks, read_text
 
@@ -97,11 +100,16 @@ def plan_splits(path: Path, options: PlanOptions, progress: Progress = no_progre
     budgets = [_bytes_of(size, info) for size in options.budgets]
     check_split_model(info, options.out)
     text = read_text(options.text)
-    routes, costs, eviction = in_child(_observe, info, text, options, progress=progress)
+    routes, blocks, costs, eviction = in_child(_observe, info, text, options, progress=progress)
+    threads = make_settings(info, LoadOptions(threads=options.threads, vram_budget=OFF), 0.5).threads
     planned = []
     for size, n_bytes in zip(options.budgets, budgets, strict=True):
         progress(f"weighing splits for {size}", len(planned) / len(budgets))
         choice = choose_split(info, routes, n_bytes, costs, eviction)
+        chosen = _plan_of(info, n_bytes, choice, text, len(routes)).split
+        splits = [None] if chosen is None else [None, chosen]
+        seconds = in_child(time_splits, info, blocks, splits, n_bytes, threads, progress=progress)
+        choice = as_measured(choice, *seconds)
         planned.append(Planned(size, choice, _plan_of(info, n_bytes, choice, text, len(routes))))
     update_gguf(
         path,
@@ -146,15 +154,15 @@ def _bytes_of(size: Size, info: GgufInfo) -> int:
 
 def _observe(
     info: GgufInfo, text: Text, options: PlanOptions, progress: Progress
-) -> tuple[npt.NDArray[np.int32], Costs, str]:
-    """The text's routing, and what the machine takes; in the engine's process."""
+) -> tuple[npt.NDArray[np.int32], list[list[int]], Costs, str]:
+    """The text's routing and its tokens, and what the machine takes; in the engine's process."""
     costs, eviction = measured_costs(info, options.threads, progress)
-    log = _RouteLog(info)
+    log, blocks = _RouteLog(info), _blocks(info, text, options)
     run_routed(
-        info, _blocks(info, text, options), log,
+        info, blocks, log,
         ram_budget=options.ram_budget, threads=options.threads, progress=progress,
     )  # fmt: skip
-    return log.routes(), costs, eviction
+    return log.routes(), blocks, costs, eviction
 
 
 def _blocks(info: GgufInfo, text: Text, options: PlanOptions) -> list[list[int]]:

@@ -5,15 +5,15 @@ The last one's file says its name, if it has one, so that going on with the last
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 from pathlib import Path
 from typing import Any
 
-from mobile_gguf.errors import MobileError, UsageError, shown
-from mobile_gguf.files.atomic import replacing_file
+from mobile_gguf.errors import UsageError, shown
+from mobile_gguf.files.atomic import disk_errors, replacing_file
 from mobile_gguf.files.paths import data_dir
+from mobile_gguf.wording import why
 
 from .conversation import Conversation
 from .messages import as_messages
@@ -55,7 +55,7 @@ def _folder() -> Path:
 def remember(conversation: Conversation, name: str = LAST) -> None:
     """Keep a conversation in place of the last one, and under its name if it has one.
 
-    A disk that refuses keeps none: nothing is raised.
+    Raises MobileError if the disk refuses, WriterBusyError while another process writes it.
     """
     said = {"system": conversation.system, "turns": conversation.turns}
     if name not in ("", LAST):
@@ -66,7 +66,7 @@ def remember(conversation: Conversation, name: str = LAST) -> None:
 
 def _write(path: Path, said: dict[str, Any]) -> None:
     text = json.dumps(said).encode()
-    with contextlib.suppress(MobileError, OSError):
+    with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing_file(path, len(text), _ONLY_OURS) as file:
             file.write(text)
@@ -86,7 +86,7 @@ def recall(name: str = LAST) -> tuple[Conversation | None, str]:
         return None, name
     except (OSError, ValueError, KeyError, TypeError, RecursionError, UsageError) as error:
         raise UsageError(
-            f"{path} cannot be read ({error}): `mobile-gguf sessions rm {name}` removes it"
+            f"{path} cannot be read ({why(error)}): `mobile-gguf sessions rm {name}` removes it"
         ) from None
 
 

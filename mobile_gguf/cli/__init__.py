@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import copy
 import importlib
-import json
 import logging
 import os
 import sys
@@ -20,7 +19,7 @@ from typing import TextIO
 from mobile_gguf.config import VERBS
 from mobile_gguf.errors import EngineError, MobileError, missing_package
 
-from .parser import EXIT_USAGE, PROGRAM, Parser, finish, usage_line
+from .parser import EXIT_USAGE, PROGRAM, Parser, finish, is_option, parser_named, print_error_object
 from .progress import erase
 from .streams import prepare_streams
 
@@ -35,7 +34,7 @@ _EXAMPLES = """examples:
 """
 
 
-def make_parser(verbs: Sequence[str] = VERBS) -> argparse.ArgumentParser:
+def make_parser(verbs: Sequence[str] = VERBS) -> Parser:
     """The whole command line, or that of some verbs alone: only their modules are imported."""
     parser = Parser(
         prog=PROGRAM,
@@ -52,13 +51,13 @@ def make_parser(verbs: Sequence[str] = VERBS) -> argparse.ArgumentParser:
     return parser
 
 
-def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+def parse(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse a command line; words of a prompt may also follow after options."""
     args, rest = parser.parse_known_args(argv)
     # argparse gives a list of words only the first run of them.
     options = rest[: rest.index("--")] if "--" in rest else rest
-    if rest and (not hasattr(args, "prompt") or any(len(word) > 1 and word[0] == "-" for word in options)):
-        parser.exit(EXIT_USAGE, usage_line(f"unrecognized arguments: {' '.join(rest)}", args.verb))
+    if rest and (not hasattr(args, "prompt") or any(map(is_option, options))):
+        parser_named(parser, args).refuse_words(rest)
     if rest:
         args.prompt += [word for word in rest if word != "--"]
     return args
@@ -103,17 +102,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             if error.filename is None:
                 _drop_output()
             what = error.filename if error.filename is not None else "standard output"
-            print_error(MobileError(f"{what}: {error.strerror or error}"), errors)
-            return EXIT_FAILURE
+            return _failed(MobileError(f"{what}: {error.strerror or error}"), args, errors)
 
 
 def _failed(error: MobileError, args: argparse.Namespace, stream: TextIO) -> int:
     """Say an error as a line, and with --json as an object too; returns the exit code."""
     print_error(error, stream)
     if getattr(args, "json", False) is True:
-        said = {"type": type(error).__name__, "message": str(error), "exit_code": error.exit_code}
-        with contextlib.suppress(OSError):
-            print(json.dumps({"error": said}), flush=True)
+        print_error_object(type(error).__name__, str(error), error.exit_code)
     return error.exit_code
 
 

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, cast
 from mobile_gguf.api.attached_files import files_like, with_files
 from mobile_gguf.api.context import way_out
 from mobile_gguf.api.conversation import Conversation
-from mobile_gguf.api.last_conversation import remember
 from mobile_gguf.api.model import Model
 from mobile_gguf.api.stats import running_facts, stats_lines
 from mobile_gguf.errors import MobileError, PromptTooLongError, UsageError, require_unicode
@@ -40,6 +39,7 @@ from .common import (
     narrate,
     show_answer,
     show_receipt,
+    tell_if_not_kept,
 )
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ _OF_MODEL = ("mode", "gamma", "little_k")
 _COMMANDS = ("/help", "/clear", "/system", "/set", "/stats", "/exit")
 
 HELP = """/help               this text
-/clear              forget the conversation
+/clear, /new        forget the conversation
 /system [TEXT]      set the system message; without TEXT show it, `/system none` removes it
 /set [NAME VALUE]   set an option of the answers, as in /set temp 0.2; without a name show them
 /stats              what the model and its expert store did so far
@@ -176,9 +176,11 @@ class Repl:
         self.options = options
         self._usual, self._loaded = dict(options), model.options  # what `/set NAME default` goes back to
         self.last: Chunk | None = None
+        self._told = ""  # why the conversation is not kept
         self._commands: dict[str, Callable[[str], None]] = {
             "/help": self._help,
             "/clear": self._clear,
+            "/new": self._clear,  # as on the screen
             "/system": self._system,
             "/set": self._set,
             "/stats": self._stats,
@@ -223,7 +225,7 @@ class Repl:
                 sys.stdout,
             )
             if self.model.sessions is not None or self.name:
-                remember(self.conversation, self.name)
+                self._told = tell_if_not_kept(self.conversation, self.name, self._told)
             show_receipt(self.last, way_out=f"/clear begins again, {MORE_CONTEXT}")
             return
         name, _, rest = line.partition(" ")

@@ -10,11 +10,12 @@ from dataclasses import replace
 from typing import Any, TextIO
 
 from mobile_gguf.api.conversation import Conversation
-from mobile_gguf.api.last_conversation import LAST, checked_name, recall
+from mobile_gguf.api.last_conversation import LAST, checked_name, recall, remember
 from mobile_gguf.api.model import Model, load
 from mobile_gguf.api.session_cache import with_sessions
 from mobile_gguf.config import Default, Preset, read_defaults, values_of
-from mobile_gguf.errors import UsageError
+from mobile_gguf.errors import MobileError, UsageError
+from mobile_gguf.files.atomic import WriterBusyError
 from mobile_gguf.flags import add_arguments, given, text_argument
 from mobile_gguf.generate.answer.answer import INTERRUPTED, Chunk
 from mobile_gguf.memory.split import split_line
@@ -194,6 +195,23 @@ def confirmed(question: str) -> bool:
         return input().strip().lower() in ("y", "yes")
     except EOFError:
         return False
+
+
+def tell_if_not_kept(conversation: Conversation, name: str, told: str = "") -> str:
+    """Keep a conversation for --continue; say why that was not done, once, and return it to be ``told``."""
+    try:
+        remember(conversation, name)
+    except WriterBusyError as error:
+        if name in ("", LAST):
+            return told  # who writes at this moment has the last one
+        said = str(error)
+    except MobileError as error:
+        said = str(error)
+    else:
+        return ""
+    if said != told:
+        narrate(f"this conversation is not kept for --continue: {said}")
+    return said
 
 
 def narrate(text: str) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
+import json
 import re
 import sys
 from collections.abc import Sequence
@@ -92,8 +94,10 @@ class HelpFormatter(argparse.HelpFormatter):
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line."""
 
+    _words: Sequence[str] = ()  # of the command line, as far as this parser has seen them
+
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        words = list(sys.argv[1:] if args is None else args)
+        self._words = words = list(sys.argv[1:] if args is None else args)
         return super().parse_known_args(self._with_values(words), namespace)
 
     def _with_values(self, words: list[str]) -> list[str]:
@@ -108,14 +112,45 @@ class Parser(argparse.ArgumentParser):
         return made + words[end:]
 
     def error(self, message: str) -> NoReturn:
-        text = " ".join(message.split())
-        self.exit(EXIT_USAGE, usage_line(_with_hint(text), self.prog.removeprefix(PROGRAM).strip()))
+        said = f"{_with_hint(' '.join(message.split()))} (see `{self.prog} --help`)"
+        if "--json" in _before_words(self._words):
+            print_error_object("UsageError", said, EXIT_USAGE)
+        self.exit(EXIT_USAGE, f"{PROGRAM}: error: {said}\n")
+
+    def refuse_words(self, words: Sequence[str]) -> NoReturn:
+        """End with an error for words that are too many: the options among them, and what they may mean."""
+        options = [word.partition("=")[0] for word in _before_words(words) if is_option(word)]
+        flags = [flag[2:] for flag in self._option_string_actions if flag.startswith("--")]
+        meant = [name.lstrip("-").replace("_", "-") for name in options]
+        near = [f"--{flag}" for name in meant for flag in difflib.get_close_matches(name, flags, 1, 0.75)]
+        hint = f"; did you mean {' '.join(near)}?" if near else ""
+        self.error(f"unrecognized arguments: {' '.join(options or words)}{hint}")
 
 
-def usage_line(text: str, verb: str | None) -> str:
-    """An error of the command line, with where its help is."""
-    program = f"{PROGRAM} {verb}" if verb else PROGRAM
-    return f"{PROGRAM}: error: {text} (see `{program} --help`)\n"
+def parser_named(parser: Parser, args: argparse.Namespace) -> Parser:
+    """The parser of the verb, and of the verb in a verb, that a command line names."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            name = getattr(args, action.dest, None)
+            return parser_named(action.choices[name], args) if name in action.choices else parser
+    return parser
+
+
+def is_option(word: str) -> bool:
+    """Whether a word of a command line begins as an option does."""
+    return len(word) > 1 and word[0] == "-"
+
+
+def _before_words(words: Sequence[str]) -> Sequence[str]:
+    """What of a command line may be options: what stands before ``--``."""
+    return words[: words.index("--")] if "--" in words else words
+
+
+def print_error_object(kind: str, message: str, exit_code: int) -> None:
+    """What --json prints of an error, on standard output."""
+    said = {"type": kind, "message": message, "exit_code": exit_code}
+    with contextlib.suppress(OSError):
+        print(json.dumps({"error": said}), flush=True)
 
 
 def _with_hint(text: str) -> str:

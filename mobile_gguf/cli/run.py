@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from mobile_gguf.api.attached_files import with_files
 from mobile_gguf.api.context import of_a_chat
-from mobile_gguf.api.last_conversation import LAST, remember
+from mobile_gguf.api.last_conversation import LAST
 from mobile_gguf.api.messages import as_answer
 from mobile_gguf.api.model import Model
 from mobile_gguf.errors import UsageError, require_unicode
@@ -33,6 +33,7 @@ from .common import (
     load_model,
     show_answer,
     show_receipt,
+    tell_if_not_kept,
 )
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
         if not raw and (model.sessions is not None or args.goes_on):
             said, thought = map("".join, zip(*heard, strict=True)) if heard else ("", "")
             conversation.turns += [messages[-1], as_answer(said, thought)]
-            remember(conversation, args.goes_on or LAST)
+            tell_if_not_kept(conversation, args.goes_on or LAST)
     return EXIT_INTERRUPTED if reason == INTERRUPTED else 0
 
 

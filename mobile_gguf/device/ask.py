@@ -16,6 +16,7 @@ from pathlib import Path
 
 from mobile_gguf.engine.devices import Device
 from mobile_gguf.errors import EngineError, MobileError
+from mobile_gguf.wording import why
 
 MANIFEST = "_mobile_engine.json"  # in the installed llama_cpp package, as vendor/build.py writes it
 TIMEOUT_S = 30.0  # the first call to a driver that nobody uses takes seconds
@@ -65,7 +66,7 @@ def ask_devices(servers: str = "") -> list[Device]:
     except subprocess.TimeoutExpired:
         raise EngineError(f"the driver of a device does not answer within {TIMEOUT_S:.0f} s") from None
     except OSError as error:
-        raise EngineError(f"the devices cannot be asked for: {error}") from None
+        raise EngineError(f"the devices cannot be asked for: {why(error)}") from None
     if ended.returncode:
         said = ended.stderr.strip().splitlines()
         how = f"signal {-ended.returncode}" if ended.returncode < 0 else f"exit code {ended.returncode}"

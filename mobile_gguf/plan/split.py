@@ -4,13 +4,14 @@ arXiv 2509.08342, by summaries; the search is ours. For each layer the number of
 that have them is searched that leaves the least time; then quanta of 1% of the memory, or less where layers
 are many, move from the layer that loses least to the one that gains most until the sum stops falling. Hit
 rates are those of the model's own routing, by stack distances. What is found is replayed through a cache that
-works as the engine's does, beside whole experts, and is chosen only if it is faster by ``WORTH``.
+works as the engine's does, beside whole experts, and is chosen only if it is faster by ``WORTH``. What whole
+experts took in the engine, and what was chosen beside them, sets the times right (``as_measured``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -79,6 +80,32 @@ class Choice:
     alike: tuple[Outcome, ...]
     by_layer: Outcome
     chosen: Outcome
+
+
+def as_measured(choice: Choice, whole_s: float, chosen_s: float | None = None) -> Choice:
+    """The choice with whole experts' time as it was measured, and others' set right by it.
+
+    What was foreseen too low is what a pass takes besides, under any split; what was foreseen too high is
+    reads that the disk makes faster now. ``chosen_s`` is what was measured of the split that was chosen: it
+    stays only if it is faster by ``WORTH``.
+    """
+    foreseen = choice.whole.seconds
+    besides = max(0.0, whole_s - foreseen)
+    factor = min(1.0, whole_s / foreseen)
+
+    def right(outcome: Outcome) -> Outcome:
+        if outcome is choice.chosen and chosen_s is not None:
+            return replace(outcome, seconds=chosen_s)
+        return replace(outcome, seconds=factor * outcome.seconds + besides)
+
+    whole = replace(choice.whole, seconds=whole_s)
+    alike = tuple(right(one) for one in choice.alike)
+    by_layer = right(choice.by_layer)
+    if choice.chosen is choice.whole or (chosen_s is not None and not chosen_s < (1 - WORTH) * whole_s):
+        return Choice(whole, alike, by_layer, whole)
+    before, after = (*choice.alike, choice.by_layer), (*alike, by_layer)
+    chosen = next(new for old, new in zip(before, after, strict=True) if old is choice.chosen)
+    return Choice(whole, alike, by_layer, chosen)
 
 
 def stack_distances(routes: Routes, n_expert: int) -> npt.NDArray[np.int64]:

@@ -11,8 +11,10 @@ from pydantic import BaseModel, ConfigDict
 from sse_starlette import ServerSentEvent
 
 from mobile_gguf.generate.answer.logprobs import TokenLogprob
+from mobile_gguf.generate.form.reading import CallDelta
 
 from .answering import EVENT_STREAM, Frame, sse
+from .custom import CustomDelta
 from .failures import ApiError
 from .logprobs import TextOffsets, chat_logprobs, completion_logprobs
 from .produce import Event
@@ -69,10 +71,10 @@ class _ChoiceSoFar:
         call = event.call
         if call is None:
             return
+        kind, text = _words_of(call)
         if call.id is not None:
-            function = {"name": call.name, "arguments": ""}
-            self.calls.append({"id": call.id, "type": "function", "function": function})
-        self.calls[call.index]["function"]["arguments"] += call.arguments
+            self.calls.append({"id": call.id, "type": kind, kind: {"name": call.name, text: ""}})
+        self.calls[call.index][kind][text] += call.arguments
 
 
 class Renderer:
@@ -200,8 +202,14 @@ class Renderer:
 def _call_delta(event: Event) -> dict[str, Any]:
     call = event.call
     assert call is not None
-    made: dict[str, Any] = {"index": call.index, "function": {"arguments": call.arguments}}
+    kind, text = _words_of(call)
+    made: dict[str, Any] = {"index": call.index, kind: {text: call.arguments}}
     if call.id is not None:
-        made |= {"id": call.id, "type": "function"}
-        made["function"]["name"] = call.name
+        made |= {"id": call.id, "type": kind}
+        made[kind]["name"] = call.name
     return made
+
+
+def _words_of(call: CallDelta) -> tuple[str, str]:
+    """What OpenAI calls a call's kind, and what it is given."""
+    return ("custom", "input") if isinstance(call, CustomDelta) else ("function", "arguments")

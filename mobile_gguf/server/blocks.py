@@ -12,6 +12,7 @@ from typing import Literal
 
 from mobile_gguf.generate.answer.logprobs import TokenLogprob
 
+from .custom import CustomDelta
 from .produce import Event
 
 THOUGHT, WORDS, CALL = "thought", "words", "call"
@@ -20,13 +21,17 @@ Kind = Literal["thought", "words", "call"]
 
 @dataclass
 class Block:
-    """A block so far; a call's ``text`` is its arguments, JSON. Words have ``logprobs``, if asked for."""
+    """A block so far; a call's ``text`` is its arguments, JSON, or what a custom tool is given.
+
+    Words have ``logprobs``, if asked for.
+    """
 
     index: int
     kind: Kind
     text: str = ""
     id: str = ""  # of a call
     name: str = ""
+    is_custom: bool = False
     logprobs: list[TokenLogprob] = field(default_factory=list)
 
 
@@ -63,7 +68,7 @@ class Blocks:
         if call is not None:
             if call.id is not None:
                 yield from self._close()
-                yield from self._begin(CALL, call.id, call.name or "")
+                yield from self._begin(CALL, call.id, call.name or "", isinstance(call, CustomDelta))
             if call.arguments:
                 yield from self._more(call.arguments)
         self.finish_reason = event.finish_reason or self.finish_reason
@@ -106,8 +111,8 @@ class Blocks:
         if said:
             yield from self._more(said)
 
-    def _begin(self, kind: Kind, id: str = "", name: str = "") -> Iterator[Step]:
-        self._open = Block(len(self.done), kind, id=id, name=name)
+    def _begin(self, kind: Kind, id: str = "", name: str = "", is_custom: bool = False) -> Iterator[Step]:
+        self._open = Block(len(self.done), kind, id=id, name=name, is_custom=is_custom)
         yield Step("begins", self._open)
 
     def _more(self, text: str) -> Iterator[Step]:

@@ -168,6 +168,8 @@ def add_handlers(app: FastAPI) -> None:
             message = f"{error.detail}: {request.method} {request.url.path}"
         elif error.status_code == 400 and isinstance(error.__cause__, UnicodeDecodeError):
             message = "the body is not UTF-8"
+        elif error.status_code == 400 and isinstance(error.__cause__, (RecursionError, ValueError)):
+            message = "the body cannot be read: it is nested too deeply, or holds a number of too many digits"
         return ApiError(error.status_code, message or str(error.detail), headers=error.headers).response(
             request.url.path
         )

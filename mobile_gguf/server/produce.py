@@ -19,6 +19,7 @@ from mobile_gguf.generate.prompts.chat_prompt import OWN_NAMES
 from mobile_gguf.generate.text.text import TextStream
 from mobile_gguf.options.words import TRIM
 
+from .custom import CustomCalls
 from .experts import ExpertMap
 from .failures import TOO_LONG, ApiError, too_long
 from .metrics import Metrics
@@ -79,6 +80,25 @@ class Producer:
     def chat(self, job: Job[Event], request: ChatRequest) -> Generator[Event, None, None]:
         """The events of a chat completion. Raises ApiError and what the Model raises."""
         plan = plan_tools(request)
+        events = self._chat(job, request, plan)
+        if plan is None or not plan.custom_names:
+            yield from events
+            return
+        self.spent.notes += plan.notes
+        calls: dict[int, CustomCalls] = {}
+        with closing(events):
+            for event in events:
+                of_choice = calls.setdefault(event.choice, CustomCalls(plan.custom_names))
+                if event.finish_reason is not None:
+                    for call in of_choice.rest():
+                        yield Event(event.choice, call=call)
+                told = of_choice.told(event.call) if event.call is not None else None
+                if event.call is None or told is not None:
+                    yield replace(event, call=told)
+
+    def _chat(
+        self, job: Job[Event], request: ChatRequest, plan: ToolPlan | None
+    ) -> Generator[Event, None, None]:
         options = self._options(request)
         limit = request.max_completion_tokens
         if limit is not None:
@@ -138,7 +158,7 @@ class Producer:
                 **values | more,
             )
 
-        tools = [tool.model_dump(exclude_none=True) for tool in plan.tools] if plan is not None else None
+        tools = [tool.as_function() for tool in plan.tools] if plan is not None else None
         native = speaks_tools(self._model.info.chat_template)
         try:
             if plan is not None and self._model.has_form:
@@ -160,7 +180,10 @@ class Producer:
         given: Any = request.prompt
         if isinstance(given, str) or (given and isinstance(given[0], int)):
             given = [given]
-        prompts = [self._tokens(prompt) for prompt in given]
+        if request.suffix:
+            prompts = [self._gap(prompt, request.suffix) for prompt in given]
+        else:
+            prompts = [self._tokens(prompt) for prompt in given]
         options = self._options(request)
         yield from self._plain(job, prompts, request, options, request.logprobs, bool(request.echo))
 
@@ -168,11 +191,14 @@ class Producer:
         self, job: Job[Event], request: Generation, before: str, after: str, begun: str = ""
     ) -> Generator[Event, None, None]:
         """The events of what stands between two texts. Raises ApiError and what the Model raises."""
+        prompt = self._gap(before, after, begun)
+        yield from self._plain(job, [prompt], request, self._options(request), None)
+
+    def _gap(self, before: str, after: str, begun: str = "") -> list[int]:
         try:
-            prompt = self._model.gap_tokens(before, after, begun)
+            return self._model.gap_tokens(before, after, begun)
         except PromptTooLongError as error:
             raise too_long(error, "prompt") from None
-        yield from self._plain(job, [prompt], request, self._options(request), None)
 
     def _tokens(self, prompt: str | list[int]) -> list[int]:
         if not isinstance(prompt, str):

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
-    BeforeValidator,
-    ConfigDict,
+    Discriminator,
     Field,
+    Tag,
+    ValidationInfo,
     create_model,
     field_validator,
     model_validator,
@@ -21,20 +22,33 @@ from pydantic import (
 
 from mobile_gguf.options import GenerateOptions, Opt, declared
 
-MAX_INT = (1 << 31) - 1
+from .request_parts import (
+    MAX_INT,
+    MAX_TOOLS,
+    AllowedToolsChoice,
+    Loose,
+    Message,
+    NamedTool,
+    Strict,
+    Text,
+    TextPart,
+    Tokens,
+    Tool,
+    Whole,
+)
+
 MAX_CHOICES = 16
 MAX_PROMPTS = 32
 MAX_INPUTS = 2048
 MAX_BIASES = 10_000
-MAX_NAME = 128  # of a function: those of MCP servers have the server's name before them
-MAX_TOOLS, MAX_MESSAGES = 128, 10_000
+MAX_MESSAGES = 10_000
 # Fields that say how to answer, but not how to sample; all others of Generation are GenerateOptions.
 _NO_OPTIONS = {"model", "n", "stream", "stream_options"}
 # Declared by hand below: OpenAI has its own idea of them.
 _OWN_FORM = ("stop", "json_schema", "seed", "max_tokens", "logit_bias")
 _MAX_TEMPLATE_VALUES, _MAX_TEMPLATE_DEPTH = 10_000, 64
 # What templates know of an effort; gpt-oss has these three.
-_EFFORTS = {"minimal": "low", "xhigh": "high"}
+_EFFORTS = {"minimal": "low", "xhigh": "high", "max": "high"}
 # What other servers call the same.
 _OTHER_NAMES = {
     "n_predict": "max_tokens",
@@ -45,18 +59,10 @@ _OTHER_NAMES = {
 NOT_SAMPLING = {"stop", "json_schema"}
 
 
-def _whole(value: Any) -> Any:
-    """12.0 is 12 in JSON; 12.5, true and "12" are no whole numbers."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-Whole = Annotated[int, BeforeValidator(_whole)]
-Text = Annotated[str, Field(max_length=1 << 22)]
-Token = Annotated[int, Field(ge=0, le=MAX_INT)]
-Tokens = Annotated[list[Token], Field(min_length=1)]
 Id = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
 def _is_bounded(value: Any) -> bool:
@@ -75,12 +81,6 @@ def _is_bounded(value: Any) -> bool:
     return True
 
 
-class Strict(BaseModel):
-    """A request object: no conversions, and what it does not know is remembered."""
-
-    model_config = ConfigDict(strict=True, extra="allow")
-
-
 # Names that clients send, and that change no answer here; of whatever value.
 _SILENT = frozenset(
     {"user", "metadata", "store", "service_tier", "safety_identifier", "background_tasks", "betas"}
@@ -96,7 +96,8 @@ _SILENT = frozenset(
     }
     | {"chat_id", "session_id", "message_id", "parent_id", "request_id", "trace", "litellm_metadata"}
     | {"provider", "transforms", "route", "plugins", "container", "context_management", "keep_alive"}
-    | {"anthropic_version", "diagnostics", "speed"}
+    | {"anthropic_version", "diagnostics", "speed", "user_profile_id", "workspace_id", "billing_policy"}
+    | {"fallbacks", "fallback_credit_token", "access_programs", "background_options", "image"}
 )
 
 
@@ -104,12 +105,6 @@ def unknown_names(body: BaseModel) -> list[str]:
     """What a request names that nobody knows; ``null`` asks for nothing."""
     given = body.model_extra or {}
     return [name for name, value in given.items() if value is not None and name not in _SILENT]
-
-
-class Loose(BaseModel):
-    """A request object that may hold what other versions of the API have."""
-
-    model_config = ConfigDict(strict=True, extra="ignore")
 
 
 def _field(opt: Opt) -> Any:
@@ -197,95 +192,6 @@ class Generation(Asked):
 OPTION_NAMES = Generation.model_fields.keys() - _NO_OPTIONS
 
 
-class TextPart(Loose):
-    """A part of a message; of the kinds that OpenAI has this server takes text.
-
-    What a model thought earlier is taken and left out, as templates leave it out.
-    """
-
-    type: Literal["text", "input_text", "refusal", "thinking"]
-    text: Text | None = None
-    refusal: Text | None = None
-
-
-class FunctionCall(Loose):
-    """A call that the model made earlier; ``arguments`` is JSON as text."""
-
-    name: str = Field(min_length=1, max_length=256)
-    arguments: Text = ""
-
-
-class ToolCall(Loose):
-    """OpenAI's tool call."""
-
-    id: str | None = None
-    type: Literal["function"] = "function"
-    function: FunctionCall
-
-
-class Message(Loose):
-    """A chat message."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: Text | list[TextPart] | None = None
-    reasoning_content: Text | None = Field(
-        default=None, description="what the assistant thought; the template says whether it is of use"
-    )
-    name: str | None = None
-    tool_calls: list[ToolCall] | None = None
-    tool_call_id: str | None = None
-
-    @model_validator(mode="after")
-    def _says_something(self) -> Message:
-        may_be_nothing = self.role in ("assistant", "tool", "function")
-        if self.content is None and not may_be_nothing:
-            raise ValueError(f"content is missing from the {self.role}'s message")
-        return self
-
-
-class Function(Loose):
-    """A function that the model may call; ``parameters`` is the JSON schema of its arguments."""
-
-    name: str = Field(min_length=1, max_length=MAX_NAME, pattern=r"^[a-zA-Z0-9_.-]+$")
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-
-
-class Tool(Loose):
-    """OpenAI's tool."""
-
-    type: Literal["function"]
-    function: Function
-
-
-class NamedFunction(Loose):
-    """The name of a function."""
-
-    name: str = Field(min_length=1, max_length=MAX_NAME)
-
-
-class NamedTool(Loose):
-    """A tool to be called whatever the model thinks."""
-
-    type: Literal["function"]
-    function: NamedFunction
-
-
-class AllowedTools(Loose):
-    """Which tools may be called of those that are given, and whether one has to be."""
-
-    mode: Literal["auto", "required"]
-    tools: list[NamedTool] = Field(min_length=1, max_length=MAX_TOOLS)
-
-
-class AllowedToolsChoice(Loose):
-    """OpenAI's ``tool_choice`` of some of the tools."""
-
-    type: Literal["allowed_tools"]
-    allowed_tools: AllowedTools
-
-
 class Thinking(Loose):
     """Anthropic's switch of thinking, which other servers have taken over."""
 
@@ -322,13 +228,29 @@ class ResponseFormat(Loose):
     schema_: dict[str, Any] | None = Field(default=None, alias="schema")
 
 
+def _kind_of_choice(given: Any) -> str:
+    if not isinstance(given, (dict, NamedTool, AllowedToolsChoice)):
+        return "[word]"
+    kind = given.get("type") if isinstance(given, dict) else given.type
+    return "[several]" if kind == "allowed_tools" else "[one]"
+
+
+# Tags in brackets are left out where an error says what is wrong.
+Choice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("[word]")]
+    | Annotated[NamedTool, Tag("[one]")]
+    | Annotated[AllowedToolsChoice, Tag("[several]")],
+    Discriminator(_kind_of_choice),
+]
+
+
 class ChatRequest(Generation):
     """``POST /v1/chat/completions``."""
 
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_completion_tokens: Whole | None = Field(default=None, ge=-1, le=MAX_INT)
     tools: list[Tool] | None = Field(default=None, max_length=MAX_TOOLS)
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedToolsChoice | None = None
+    tool_choice: Choice | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
     logprobs: bool | None = None
@@ -339,7 +261,7 @@ class ChatRequest(Generation):
     special: bool | None = Field(
         default=None, description="read control tokens in the messages as such, not as text"
     )
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = Field(
+    reasoning_effort: Effort | None = Field(
         default=None,
         description="given to the chat template; none: no thoughts, minimal: it is asked for none",
     )
@@ -356,6 +278,19 @@ class ChatRequest(Generation):
     audio: None = None
     functions: Annotated[list[Any], Field(max_length=0)] | None = None
     function_call: Literal["none", "auto"] | None = None
+
+    @field_validator("modalities", "audio", "functions", "function_call", mode="before")
+    @classmethod
+    def _is_done_here(cls, given: Any, field: ValidationInfo) -> Any:
+        if given and field.field_name == "functions":
+            raise ValueError("functions are OpenAI's tools of once: give tools")
+        if isinstance(given, dict) and field.field_name == "function_call":
+            raise ValueError("function_call is OpenAI's tool_choice of once: give tool_choice")
+        if given is not None and field.field_name == "audio":
+            raise ValueError("this server answers with text only")
+        if isinstance(given, list) and field.field_name == "modalities" and set(map(str, given)) - {"text"}:
+            raise ValueError("this server answers with text only")
+        return given
 
     @field_validator("chat_template_kwargs")
     @classmethod
@@ -398,8 +333,24 @@ class CompletionRequest(Generation):
     ) = Field(description="text or token ids, or several of either")
     echo: bool | None = Field(default=None, description="begin the answer with the prompt")
     logprobs: int | None = Field(default=None, ge=0, le=20)
-    suffix: Annotated[str, Field(max_length=0)] | None = None
-    best_of: Annotated[int, Field(ge=1, le=1)] | None = None
+    suffix: Text | None = Field(
+        default=None, description="what comes after the answer, for models that have tokens for a gap"
+    )
+    best_of: Whole | None = Field(default=None, ge=1, le=MAX_CHOICES)
+
+    @model_validator(mode="after")
+    def _can_be_done(self) -> CompletionRequest:
+        if self.best_of is not None and self.best_of > (self.n or 1):
+            raise ValueError("best_of is more than n: answers that nobody sees are not made here")
+        if self.suffix and (self.echo or self.logprobs is not None):
+            raise ValueError("suffix does not go with echo or logprobs")
+        if self.suffix and not _is_text(self.prompt):
+            raise ValueError("suffix needs a prompt of text: token ids have none to stand before a gap")
+        return self
+
+
+def _is_text(prompt: Any) -> bool:
+    return isinstance(prompt, str) or isinstance(prompt[0], str)
 
 
 class EmbeddingRequest(Strict):

@@ -18,6 +18,7 @@ import uvicorn
 from mobile_gguf.api.model import Model
 from mobile_gguf.errors import MobileError
 from mobile_gguf.sockets import claim_address
+from mobile_gguf.wording import why
 
 from .app import create_app
 from .connections import protocol_of
@@ -107,14 +108,14 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except (OSError, OverflowError, UnicodeError) as error:
-        raise MobileError(f"cannot listen on {host}:{port}: {error}") from None
+        raise MobileError(f"cannot listen on {host}:{port}: {why(error)}") from None
     made = socket.socket(family, kind, protocol)
     try:
         claim_address(made)
         made.bind(address)
     except OSError as error:
         made.close()
-        raise MobileError(f"cannot listen on {host}:{port}: {error}") from None
+        raise MobileError(f"cannot listen on {host}:{port}: {why(error)}") from None
     return made
 
 
@@ -125,7 +126,7 @@ def start_listening(bound: socket.socket) -> socket.socket:
     except OSError as error:
         host, port = bound.getsockname()[:2]
         bound.close()
-        raise MobileError(f"cannot listen on {host}:{port}: {error}") from None
+        raise MobileError(f"cannot listen on {host}:{port}: {why(error)}") from None
     return bound
 
 

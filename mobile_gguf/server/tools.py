@@ -21,7 +21,8 @@ from mobile_gguf.generate.form.form import Calls
 from mobile_gguf.generate.form.reading import CallDelta
 
 from .failures import ApiError
-from .requests import AllowedToolsChoice, ChatRequest, Message, NamedTool, Tool
+from .request_parts import AllowedToolsChoice, Message, NamedTool, Tool
+from .requests import ChatRequest
 from .schemas import call_schema
 
 MARK, END_MARK = "<tool_call>", "</tool_call>"
@@ -45,14 +46,24 @@ class ToolPlan:
     forced: bool
     parallel: bool
 
+    @property
+    def custom_names(self) -> set[str]:
+        """The names of those that take a text."""
+        return {tool.told.name for tool in self.callable if tool.type == "custom"}
+
+    @property
+    def notes(self) -> list[str]:
+        """What of the tools is not followed, a line each."""
+        return [note for tool in self.callable for note in tool.notes]
+
     def of_form(self) -> Calls:
         """The same for a prompt that knows how its model writes calls."""
-        tools = tuple(tool.model_dump(exclude_none=True) for tool in self.callable)
+        tools = tuple(tool.as_function() for tool in self.callable)
         return Calls(tools, self.forced, self.parallel)
 
     def schema(self) -> tuple[dict[str, Any], list[str]]:
         """JSON schema of one call, and what of the tools' parameters it leaves free, a line each."""
-        return call_schema([(tool.function.name, tool.function.parameters) for tool in self.callable])
+        return call_schema([(tool.told.name, tool.told.parameters) for tool in self.callable])
 
 
 def plan_tools(request: ChatRequest) -> ToolPlan | None:
@@ -75,14 +86,12 @@ def plan_tools(request: ChatRequest) -> ToolPlan | None:
 
 def _named(tools: Sequence[Tool], chosen: Sequence[NamedTool]) -> tuple[Tool, ...]:
     """Those of ``tools`` that are chosen. Raises ApiError for one that is not among them."""
-    names = {tool.function.name for tool in tools}
+    names = {tool.told.name for tool in tools}
     for choice in chosen:
-        if choice.function.name not in names:
-            raise ApiError(
-                400, f"tool_choice {choice.function.name!r} is not among the tools", param="tool_choice"
-            )
-    wanted = {choice.function.name for choice in chosen}
-    return tuple(tool for tool in tools if tool.function.name in wanted)
+        if choice.name not in names:
+            raise ApiError(400, f"tool_choice {choice.name!r} is not among the tools", param="tool_choice")
+    wanted = {choice.name for choice in chosen}
+    return tuple(tool for tool in tools if tool.told.name in wanted)
 
 
 def speaks_tools(template: str | None) -> bool:
@@ -96,7 +105,7 @@ def template_messages(
     """Messages for the chat template; with tools told in words unless it is ``native`` to them."""
     made = [_native(message) for message in messages] if native else _all_in_words(messages)
     if plan is not None and not native:
-        lines = "\n".join(json.dumps(tool.function.model_dump(exclude_none=True)) for tool in plan.tools)
+        lines = "\n".join(json.dumps(tool.told.model_dump(exclude_none=True)) for tool in plan.tools)
         text = _TEACHING.format(tools=lines, mark=MARK, end=END_MARK)
         if made[0]["role"] == "system":
             made[0]["content"] = f"{made[0]['content']}\n\n{text}"
@@ -147,7 +156,7 @@ def _native(message: Message) -> dict[str, Any]:
             {
                 "id": call.id,
                 "type": "function",
-                "function": {"name": call.function.name, "arguments": _arguments(call.function.arguments)},
+                "function": {"name": call.told.name, "arguments": _arguments(call.told.arguments)},
             }
             for call in message.tool_calls
         ]
@@ -177,7 +186,7 @@ def _in_words(message: Message) -> dict[str, Any]:
     if role == "tool":
         return {"role": "user", "content": f"<tool_response>\n{text}\n</tool_response>"}
     for call in message.tool_calls or ():
-        body = {"name": call.function.name, "arguments": _arguments(call.function.arguments)}
+        body = {"name": call.told.name, "arguments": _arguments(call.told.arguments)}
         text += f"{text and chr(10)}{MARK}\n{json.dumps(body, ensure_ascii=False)}\n{END_MARK}"
     thought = {"reasoning_content": message.reasoning_content} if message.reasoning_content else {}
     return {"role": role, "content": text, **thought}

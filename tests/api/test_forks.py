@@ -24,7 +24,7 @@ import mobile_gguf
 from mobile_gguf import EngineError, Model, aio
 from mobile_gguf.api.model import backend_of
 
-_SECONDS = 60
+_SECONDS = 600
 _REFUSED = "this model was loaded before a fork: load it in the child process"
 
 

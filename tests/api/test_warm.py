@@ -25,7 +25,7 @@ LOAD: dict[str, Any] = {
 }
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 12, "cache_prompt": False}
 QUESTION = "Why is the sky blue?"
-SECONDS = 60
+SECONDS = 600
 
 
 @pytest.fixture(scope="module", autouse=True)

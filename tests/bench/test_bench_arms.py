@@ -259,7 +259,7 @@ def test_what_a_child_is_asked_for_is_the_text_and_what_the_arm_says(tmp_path: P
 def test_a_child_that_cannot_load_is_an_error_of_its_arm(tmp_path: Path) -> None:
     trace = synthesise_trace(n_layer=1, n_expert=4, k=1, n_prompt=1, n_decode=2)
     runner = Runner(tmp_path / "none.gguf", text_of(trace), {"stock": tmp_path}, little_k=1)
-    result = runner.run(Arm("stock", "exact", "100%", GIB, 2 * GIB), 1, 5.0)
+    result = runner.run(Arm("stock", "exact", "100%", GIB, 2 * GIB), 1, 600)
     # no library in that directory, or no llama-cpp-python at all
     assert "llama-cpp-python" in result.error
     assert result.n_tokens == 0
@@ -268,7 +268,7 @@ def test_a_child_that_cannot_load_is_an_error_of_its_arm(tmp_path: Path) -> None
 def test_bandwidth_is_measured_on_a_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(os.urandom(2 * MIB))
-    measured = measure_bandwidth(path, 5000, n_threads=2, seconds=0.02)
+    measured = measure_bandwidth(path, 5000, n_threads=2, seconds=0)
     assert (measured.block_bytes, measured.n_threads) == (8192, 2)
     assert measured.bytes_per_s > 0
     with pytest.raises(MobileError, match="smaller than one block"):

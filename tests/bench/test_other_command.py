@@ -20,6 +20,7 @@ from mobile_gguf.bench.text import N_CHARACTERS, add_tokenizer, characters, prom
 from mobile_gguf.errors import UsageError
 from mobile_gguf.sizes import GIB
 
+SECONDS = 600
 PRINTED = """\
 perf: prompt eval time =     100.00 ms /    28 tokens (    3.57 ms per token,   280.00 tokens per second)
 perf:        eval time =    1000.00 ms /    31 runs   (   32.26 ms per token,    31.00 tokens per second)
@@ -78,7 +79,7 @@ def test_places_are_filled_within_a_word_and_braces_are_kept() -> None:
     values = {"model": "m n.gguf", "prompt": "p", "tokens": "3"} | dict.fromkeys(
         ("threads", "budget_bytes", "budget_mib", "cap_bytes"), "1"
     )
-    said = run_other(other, values, None, 60)
+    said = run_other(other, values, None, SECONDS)
     assert said.tokens_per_s == 5
     assert "['--model=m n.gguf', 'a b', '{x}', '3']" in said.output
 
@@ -86,7 +87,7 @@ def test_places_are_filled_within_a_word_and_braces_are_kept() -> None:
 def test_failures_of_a_command_are_said() -> None:
     values = {"model": "x"}
 
-    def fails(command: str, limit_s: float = 60) -> str:
+    def fails(command: str, limit_s: float = SECONDS) -> str:
         return run_other(parse_other(command, "(x)"), values, None, limit_s).error
 
     assert "cannot run no-such-engine: No such file" in fails("no-such-engine {model}")
@@ -114,7 +115,7 @@ def test_a_command_is_an_arm_of_its_own(tmp_path: Path) -> None:
     for text, expected in ((follows, True), ("hello", False)):
         other = parse_other(python(f"print({text!r}, 2.0, 't/s')"), r"([\d.]+) t/s")
         runner = Runner(tmp_path / "m.gguf", text_of(TINY_TRACE), {}, 1)
-        run = runner.run(arm_of(other), 4, 60)
+        run = runner.run(arm_of(other), 4, SECONDS)
         assert (run.tokens_per_s, run.n_tokens, run.error, run.follows) == (2.0, 4, "", expected)
         report = Report("c", "h", {}, {}, True, {}, runs={arm_of(other).label: [run]})
         assert any("did not print the trace's text" in note for note in doubts(report, 1, 64)) is not expected
@@ -136,6 +137,6 @@ def test_the_model_goes_through_the_trace_as_text(tmp_path: Path) -> None:
     )  # fmt: skip
     pattern = r"(?P<decode>[\d.]+) tok/s"
     runner = Runner(model, text_of(TINY_TRACE), {}, 1)
-    run = runner.run(arm_of(parse_other(command, pattern)), TINY_TRACE.n_decode, 120)
+    run = runner.run(arm_of(parse_other(command, pattern)), TINY_TRACE.n_decode, SECONDS)
     assert (run.error, run.follows) == ("", True)
     assert prompt_text(TINY_TRACE) == characters(0, TINY_TRACE.n_prompt)

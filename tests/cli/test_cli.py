@@ -241,6 +241,7 @@ def test_chat_commands(command, fake_load):
         "/system Be brief.",
         "hi",
         "/clear",
+        "/new",
         "/nonsense",
         "/help",
     ]
@@ -251,8 +252,9 @@ def test_chat_commands(command, fake_load):
     assert (code, out) == (0, "ok\n")
     assert told[:4] == ["temperature = 0.25", "stop = None", "mode = little", "system message: Be brief."]
     assert told[4].startswith("1 big · 2 little | 75% hits")
-    assert told[5:7] == ["conversation cleared", "unknown command /nonsense; /help lists the commands"]
-    assert told[7].startswith("/help")
+    assert told[5:7] == ["conversation cleared"] * 2
+    assert told[7] == "unknown command /nonsense; /help lists the commands"
+    assert told[8].startswith("/help")
     assert backend.sampling["temp"] == 0.25
     assert bytes(row[0] for row in backend.rows[1:]).startswith(b"<system>Be brief.\n<user>hi")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -28,6 +29,15 @@ def test_help_fits_a_terminal_of_80_columns(capsys, monkeypatch, verb):
     ("argv", "line"),
     [
         (["run", "demo", "--nosuch"], "unrecognized arguments: --nosuch (see `mobile-gguf run --help`)"),
+        (
+            ["run", "demo", "--ram_budget", "4G", "hi"],
+            "unrecognized arguments: --ram_budget; did you mean --ram-budget? (see `mobile-gguf run --help`)",
+        ),
+        (
+            ["engine", "build", "--jbos=3"],
+            "unrecognized arguments: --jbos; did you mean --jobs? (see `mobile-gguf engine build --help`)",
+        ),
+        (["list", "foo"], "unrecognized arguments: foo (see `mobile-gguf list --help`)"),
         (["--nosuch"], "unrecognized arguments: --nosuch (see `mobile-gguf --help`)"),
         (
             ["run", "demo", "-c", "x"],
@@ -56,7 +66,31 @@ def test_a_wrong_argument_names_the_help_of_its_verb(capsys, argv, line):
     with pytest.raises(SystemExit) as end:
         main(argv)
     assert end.value.code == 2
-    assert capsys.readouterr().err == f"mobile-gguf: error: {line}\n"
+    assert capsys.readouterr() == ("", f"mobile-gguf: error: {line}\n")
+
+
+@pytest.mark.parametrize(
+    ("argv", "begin"),
+    [
+        (["run", "demo", "--json", "--nosuch", "hi"], "unrecognized arguments: --nosuch"),
+        (["run", "demo", "--mode", "fast", "--json"], "argument --mode: mode is 'fast'"),
+        (["frobnicate", "--json"], "there is no verb 'frobnicate'"),
+    ],
+)
+def test_a_wrong_argument_is_an_object_for_who_asks_for_json(capsys, argv, begin):
+    with pytest.raises(SystemExit):
+        main(argv)
+    said = capsys.readouterr()
+    error = json.loads(said.out)["error"]
+    assert (error["type"], error["exit_code"]) == ("UsageError", 2)
+    assert error["message"].startswith(begin)
+    assert said.err == f"mobile-gguf: error: {error['message']}\n"
+
+
+def test_json_behind_the_words_is_no_option(capsys):
+    with pytest.raises(SystemExit):
+        main(["run", "demo", "--nosuch", "--", "--json"])
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has a device that is always full")

@@ -27,7 +27,7 @@ PROGRAM = [sys.executable, "-m", "mobile_gguf"]
 
 def lines_of(*argv: bytes | str, **more) -> tuple[int, list[bytes]]:
     """Exit code and the lines of stderr of a real command."""
-    ended = subprocess.run([*PROGRAM, *argv], capture_output=True, timeout=120, **more)
+    ended = subprocess.run([*PROGRAM, *argv], capture_output=True, timeout=600, **more)
     return ended.returncode, ended.stderr.splitlines()
 
 
@@ -212,6 +212,14 @@ def test_ctrl_c_while_the_command_is_imported_is_no_traceback(tmp_path):
     assert signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
 
 
+def test_another_ctrl_c_at_the_end_is_no_traceback(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import atexit, os, signal\natexit.register(os.kill, os.getpid(), signal.SIGINT)\n"
+    )
+    code, lines = lines_of("run", "none.gguf", "hi", env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert (code, len(lines)) == (3, 1), lines
+
+
 def test_a_standard_stream_that_is_closed_leads_nowhere(tmp_path):
     """Not into the next file that is opened, which would get its number; and no traceback comes of it."""
     code = (
@@ -222,10 +230,10 @@ def test_a_standard_stream_that_is_closed_leads_nowhere(tmp_path):
         "for n in (0, 1, 2))]))"
     )
     shell = 'exec "$0" -c "$1" <&- >&- 2>&-'
-    subprocess.run(["bash", "-c", shell, sys.executable, code], cwd=tmp_path, check=True, timeout=120)
+    subprocess.run(["bash", "-c", shell, sys.executable, code], cwd=tmp_path, check=True, timeout=600)
     assert (tmp_path / "found").read_text() == repr([True, "", *[os.devnull] * 3])
     closed = subprocess.run(
-        ["bash", "-c", 'exec "$@" <&- >&-', "bash", *PROGRAM, "chat", "none.gguf"], timeout=120
+        ["bash", "-c", 'exec "$@" <&- >&-', "bash", *PROGRAM, "chat", "none.gguf"], timeout=600
     )
     assert closed.returncode == 3
 

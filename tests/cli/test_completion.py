@@ -24,8 +24,9 @@ from mobile_gguf.files.paths import models_dir, runtime_dir
 pytestmark = pytest.mark.slow
 
 _READY = "READY>"
-_SECONDS = 120
-_CODES = re.compile(r"\033\[[0-9;?>=<]*[a-zA-Z]|\033\][^\a]*\a|\033[=>()][B0]?|[\r\a\b]")
+_SECONDS = 300
+_ASKED_KIND = re.compile(rb"\033\[0?c")  # what kind of terminal is this?
+_CODES = re.compile(r"\033\[[0-9;?>=<]*[a-zA-Z]|\033\][^\a\033]*(?:\a|\033\\)|\033[=>()][B0]?|[\r\a\b]")
 # how each shell is started with its prompt and the script; fish wants the prompt as a function
 _SHELLS: dict[str, tuple[list[str], str]] = {
     "bash": (["bash", "--norc", "--noprofile", "-i"], "PS1='{ready} '; source {script}"),
@@ -72,12 +73,18 @@ class Terminal:
     """A shell on a terminal of its own."""
 
     def __init__(self, argv: list[str], folder: Path, environment: dict[str, str]) -> None:
-        self.heard = ""
+        self._data = b""
+        self._n_told = 0
         pid, self._master = pty.fork()
         if pid == 0:
             os.chdir(folder)
             os.execvpe(argv[0], argv, environment)
         self._pid = pid
+
+    @property
+    def heard(self) -> str:
+        """All that came, without codes, which may come in parts."""
+        return _CODES.sub("", self._data.decode(errors="replace"))
 
     def type(self, text: str) -> None:
         os.write(self._master, text.encode())
@@ -88,10 +95,10 @@ class Terminal:
         while not true(self.heard):
             ready, _, _ = select.select([self._master], [], [], max(0.0, deadline - time.monotonic()))
             assert ready, f"it never came: {self.heard!r}"
-            data = os.read(self._master, 65536).decode(errors="replace")
-            if "\033[c" in data or "\033[0c" in data:  # what kind of terminal is this?
+            self._data += os.read(self._master, 65536)
+            for _ in _ASKED_KIND.findall(self._data)[self._n_told :]:
+                self._n_told += 1
                 self.type("\033[?62c")
-            self.heard += _CODES.sub("", data)
 
     def close(self) -> None:
         os.close(self._master)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,23 @@ def test_a_conversation_of_a_name_goes_on_and_is_the_last_one(
     with pytest.raises(SystemExit):
         main(["run", "--continue=a/b", "m.gguf", "hi"])
     assert "'a/b' is no name of a conversation" in capsys.readouterr().err
+
+
+def test_words_that_cannot_be_kept_are_told(
+    fake_load: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_load(FakeBackend(scripted("ok")))
+    in_the_way = conversation_path("trip").parent
+    in_the_way.parent.mkdir(parents=True, exist_ok=True)
+    in_the_way.write_text("a file in place of the folder")
+    assert main(["run", "--continue=trip", "m.gguf", "one"]) == 0
+    said = capsys.readouterr()
+    assert said.out == "ok\n"
+    assert said.err.count("this conversation is not kept for --continue: ") == 1
+    assert str(in_the_way) in said.err
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
+    assert main(["chat", "--plain", "--continue=trip", "m.gguf"]) == 0
+    assert capsys.readouterr().err.count("is not kept for --continue: ") == 1, "once for all answers"
 
 
 def test_words_are_listed_shown_exported_and_removed(

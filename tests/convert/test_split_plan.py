@@ -15,8 +15,11 @@ import tiny_models
 import mobile_gguf
 from mobile_gguf.cli import main
 from mobile_gguf.convert.calibrate import plan as planning
+from mobile_gguf.convert.calibrate import plan_timed
 from mobile_gguf.convert.gguf.file import update_gguf
 from mobile_gguf.engine.binding import find_engine
+from mobile_gguf.engine.split import Split
+from mobile_gguf.engine.split import set_split as set_in_engine
 from mobile_gguf.errors import ModelFormatError, UsageError
 from mobile_gguf.gguf import keys
 from mobile_gguf.gguf.info import read_gguf_info
@@ -63,7 +66,7 @@ def test_the_command_chooses_and_stores(
     plans = read_split_plans(info)
     assert [plan.budget_bytes for plan in plans] == [int(share * info.expert_bytes) for share in (0.4, 0.6)]
     assert plans[0].bytes >= plans[0].whole_bytes > plans[1].whole_bytes > 0
-    assert all(plan.ms <= plan.whole_ms for plan in plans)
+    assert all(0 < plan.ms <= plan.whole_ms for plan in plans)
     assert plans[0].n_tokens <= 400
     assert keys.PLAN not in read_gguf_info(segmented).metadata
     # again for one of them, into the file itself: the other stays
@@ -77,6 +80,32 @@ def test_the_command_chooses_and_stores(
     assert [plan.budget_bytes for plan in again] == [plan.budget_bytes for plan in plans]
     assert main(["show", str(out)]) == 0
     assert capsys.readouterr().out.count("segments to keep") == 2
+
+
+def test_whole_experts_and_what_was_chosen_take_turns_in_the_engine(
+    segmented: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a clock that only the split of the running turn moves."""
+    info = read_gguf_info(segmented)
+    half = Split((1,) * info.n_layer, (0.0,) * info.n_layer)
+    clock = {"now": 0.0, "step": 0.0}
+    turns: list[float] = []
+
+    def set_split(engine: Any, ctx: int, split: Split | None) -> None:
+        set_in_engine(engine, ctx, split)
+        turns.append(2.0 if split is None else 1.0)
+        clock["step"] = turns[-1]
+
+    def read_clock() -> float:
+        clock["now"] += clock["step"]
+        return clock["now"]
+
+    monkeypatch.setattr(plan_timed, "set_split", set_split)
+    blocks = [list(range(3, 40)), list(range(40, 90))]
+    asked = (info, blocks, [None, half], int(1.3 * info.budget_min_bytes), 1)
+    whole, other = plan_timed.time_splits(*asked, lambda phase, done: None, read_clock)
+    assert turns == [2.0, 1.0] * 2
+    assert whole == 2 * other > 0
 
 
 def with_plan(path: Path, budget: int, **change: Any) -> SplitPlan:

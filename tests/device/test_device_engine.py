@@ -105,8 +105,11 @@ def test_logits_are_stocks_on_the_same_device_and_tokens_the_hosts(server):
     for miss in ("auto", "fetch", "cpu"):
         answer = results[f"tokens-{miss}"]["answers"][0]
         same_choices(answer["tokens"], tokens_of(host["tokens"]), host_arrays["tokens-choices"], miss)
-        assert answer["receipt"]["device_hits"] > 0, miss
-        assert answer["receipt"]["vram_budget_bytes"] > 0
+        receipt = answer["receipt"]
+        assert receipt["vram_budget_bytes"] > 0
+        assert receipt["device_hits"] + receipt["device_misses"] > 0, miss
+        # whether an upload pays for what the CPU would compute is measured, and may be never
+        assert receipt["device_hits"] > 0 or miss != "fetch"
 
 
 def test_little_and_fallback_are_the_hosts(server):
@@ -157,7 +160,10 @@ def test_counters_add_up(server, miss, budget):
 
 def test_both_budgets_hold_and_nothing_grows_after_the_load():
     """Three tiers of 200 MB of experts: a quarter on the device, a fifth in memory, under a hard cap."""
-    options = {"model": "bulky", "n": 24, "ram_budget": "20%", "vram_budget": "25%", "n_ctx": 2048}
+    # of the policies the one that uploads whatever was measured
+    options = {
+        "model": "bulky", "n": 24, "ram_budget": "20%", "vram_budget": "25%", "n_ctx": 2048, "miss": "fetch",
+    }  # fmt: skip
     off, choices = one_with_choices(spec("r", None, **(options | {"vram_budget": "off"}), prompt=LONG))
     with rpc_server() as server:
         before = server.resident()
@@ -239,7 +245,7 @@ def test_a_dense_model_on_the_device(server):
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "mobile_gguf", *arguments],
-        capture_output=True, text=True, timeout=300, check=False,
+        capture_output=True, text=True, timeout=800, check=False,
         env=engine_libs.child_environment(engine_libs.engine_lib()),
     )  # fmt: skip
 

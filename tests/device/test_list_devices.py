@@ -307,7 +307,7 @@ def test_whatever_a_driver_does_is_an_error(child, script, words):
 
 
 def test_a_driver_that_hangs(child, monkeypatch):
-    child("exec sleep 60")
+    child("exec sleep 600")
     monkeypatch.setattr(ask, "TIMEOUT_S", 0.05)
     with pytest.raises(EngineError, match="does not answer"):
         ask_devices()
@@ -320,7 +320,8 @@ def test_no_python_to_start(child, monkeypatch, tmp_path):
         ask_devices()
 
 
-def test_a_real_device_behind_a_server():
+def test_a_real_device_behind_a_server(monkeypatch):
+    monkeypatch.setattr(ask, "TIMEOUT_S", 600)
     with rpc_server() as server:
         (found,) = ask_devices(server.endpoint)
     assert (found.handle, found.is_rpc, found.shares_host_memory) == (0, True, True)

@@ -25,6 +25,7 @@ from device_jobs import (
     on_devices,
     rpc_servers,
     succeeded_on_devices,
+    until,
 )
 from device_oracle import (
     N_STEPS,
@@ -180,9 +181,9 @@ def test_two_devices_share_the_budget(rpc: list[str]) -> None:
 def test_slots_are_watched_by_another_thread(rpc: list[str]) -> None:
     """What is in the slots is shown to any thread, also while the tier starts and stops."""
     start = {"op": "device_start", "budget": 0.5, "miss": AUTO, "poison": 1}
-    ops = [start, *follow(), {"op": "device_stop"}, start, *follow()]
+    ops = [start, *follow(), {"op": "device_stop"}, start, *follow(), {"op": "device_stop"}]
     outcome = succeeded_on_devices(
-        device_run("d", "qwen3moe", rpc, [{"op": "device_watch", "ops": ops}], "40%")
+        device_run("d", "qwen3moe", rpc, [{"op": "device_watch", "rounds": 100, "ops": ops}], "40%")
     )
     (watch,) = outcome.ops("d", "device_watch")
     followed = [done["likeliest"] for done in watch["done"] if "likeliest" in done]
@@ -195,9 +196,13 @@ def test_slots_are_watched_by_another_thread(rpc: list[str]) -> None:
 
 @pytest.mark.parametrize("placement", [CACHE, LAYERS])
 def test_what_lies_in_slots_is_not_called_missed(placement: int, rpc: list[str], tmp_path: Path) -> None:
-    """Once the slots hold every expert: the host reads nothing, whatever it has evicted."""
+    """Once the slots hold every expert: the host reads nothing, whatever it has evicted.
+
+    What is missed is fetched: an upload in the background may end between a layer's record and its needs.
+    """
     outcome = succeeded_on_devices(device_run("d", "deepseek3", rpc, [
-        {"op": "device_start", "budget": 1.0, "placement": placement}, *follow(48), {"op": "clear"},
+        {"op": "device_start", "budget": 1.0, "placement": placement, "miss": FETCH},
+        *follow(48), {"op": "clear"},
         {"op": "trace_start", "path": str(tmp_path / "trace.csv")}, {"op": "watch", "on": True},
         {"op": "reset_counters"}, {"op": "steps", "tokens": PROMPT[:16], "pos": 0},
         {"op": "counters"}, {"op": "trace_stop"},
@@ -334,7 +339,7 @@ def test_files_with_a_tensor_per_expert(model: str, n_segments: int, rpc: list[s
     outcome = succeeded_on_devices(*(
         device_run(f"{miss} {placement} {host}", path, rpc, [
             {"op": "device_start", "budget": 0.7, "miss": miss, "placement": placement, "poison": 1},
-            *follow(24), {"op": "device_counters"},
+            *follow(24), *([until(follow(24), n_hits=0)] if placement == CACHE else []),
         ], host)
         for miss, placement, host in (
             (FETCH, CACHE, "40%"), (CPU, CACHE, "40%"), (CPU, LAYERS, "40%"), (CPU, CACHE, 0),
@@ -342,8 +347,6 @@ def test_files_with_a_tensor_per_expert(model: str, n_segments: int, rpc: list[s
     ))  # fmt: skip
     for name in outcome.runs:
         assert_as_on_cpu(outcome, name, model, 24)
-        if str(CACHE) == name.split()[1]:
-            assert outcome.ops(name, "device_counters")[0]["n_hits"] > 0
 
 
 PLACEMENTS = st.sampled_from([HOST, CACHE, LAYERS])

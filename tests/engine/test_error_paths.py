@@ -62,8 +62,8 @@ def test_nothing_is_thrown_across_the_c_api(tmp_path: Path) -> None:
 DISARM = {"op": "arm", "what": "nothing"}
 
 
-def steps(n: int) -> dict[str, Any]:
-    return {"op": "steps", "tokens": FOLLOWING[:n], "pos": len(PROMPT)}
+def steps_until_failed(n: int) -> dict[str, Any]:
+    return {"op": "steps_until_failed", "rounds": 200, "tokens": FOLLOWING[:n], "pos": 0}
 
 
 def assert_planted(outcome: engine_libs.Outcome, name: str, said: str) -> None:
@@ -87,7 +87,8 @@ def test_read_that_throws_is_a_failed_read(what: str, n_io_threads: int, tmp_pat
 def test_guess_that_throws_fails_a_decode(tmp_path: Path) -> None:
     # what is missed is fetched by the thread that decodes: the uploader has nothing to do before a guess
     start = {"op": "device_start", "budget": 0.5, "miss": FETCH, "poison": 1}
-    ops = [{"op": "set_prefetch", "mode": 1}, start, {"op": "arm", "what": "memory"}, steps(12), DISARM]
+    arm = {"op": "arm", "what": "memory"}
+    ops = [{"op": "set_prefetch", "mode": 1}, start, arm, steps_until_failed(12), DISARM]
     with rpc_servers() as rpc:
         outcome = on_errors(
             device_run("guess", GOOD_MODEL, rpc, [*ops, *follow()]),
@@ -107,8 +108,9 @@ def test_upload_that_throws_fails_a_decode(tmp_path: Path) -> None:
     shim = preload(tmp_path, "throwing_threads.cpp")
     with rpc_servers() as rpc:
         outcome = on_errors(
-            device_run("later", GOOD_MODEL, rpc, [start, arm, steps(12), DISARM, *follow(), residency,
-                                                  {"op": "device_counters"}]),
+            device_run("later", GOOD_MODEL, rpc, [
+                start, arm, steps_until_failed(12), DISARM, *follow(), residency, {"op": "device_counters"},
+            ]),
             device_run("start", GOOD_MODEL, rpc, [arm, start, DISARM, start, *follow()]),
             **shim,
         )  # fmt: skip

@@ -115,7 +115,7 @@ def test_closing_waits_for_a_reader_in_another_thread():
 
     def slow() -> None:
         inside.set()
-        assert go_on.wait(60)
+        assert go_on.wait(600)
         assert not closed.is_set()
 
     def close() -> None:
@@ -133,11 +133,11 @@ def test_closing_waits_for_a_reader_in_another_thread():
 
     reader, closer = threading.Thread(target=take), threading.Thread(target=close)
     reader.start()
-    assert inside.wait(60)
+    assert inside.wait(600)
     closer.start()
     assert not closed.wait(0.1)
     go_on.set()
-    reader.join(60)
-    closer.join(60)
+    reader.join(600)
+    closer.join(600)
     assert closed.is_set()
     assert not failures

@@ -6,11 +6,6 @@ is at the end.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,18 +15,10 @@ import numpy as np
 import pytest
 import tiny_models
 from engine_jobs import assert_same_bits, on_engine, run, succeeded, tokens
-from loss_jobs import RULES, scripted, set_up
+from loss_jobs import FAMILIES, RULES, in_transformers, set_up, text_of, under
 
 F32: dict[str, Any] = {"f32_kv": True}
 STATE, ARGUMENT = -2, -1  # enum mobile_status
-# how each family makes weights of its router's logits, and whether their sum is fixed
-FAMILIES = {
-    "qwen3moe": ("softmax", True),
-    "olmoe": ("softmax", False),
-    "qwen2moe": ("softmax", False),
-    "deepseek3": ("sigmoid", True),
-    "gpt-oss": ("chosen", True),
-}
 # of tokens that are computed together, and of kept weights that do not take over all of the sum
 TOGETHER = {"prompt": {"prompt_drop": 0.06}, "prompt, all but the heaviest": {"prompt_drop": 1.0, "keep": 1}}
 WITH_MASS = {"half the mass": {"drop": 2.0}, "as the model has them": {"drop": 2.0, "keep": 1}}
@@ -41,42 +28,9 @@ COUNTS = ("n_layers", "n_missing", "n_dropped", "n_left_out", "n_substituted", "
 
 @cache
 def transformers_logits() -> dict[str, np.ndarray]:
-    """What Transformers computes under every rule, "model/rule"."""
-    models = [
-        {
-            "name": model, "spec": asdict(tiny_models.MODELS[model]), "scoring": scoring,
-            "normalised": normalised, "rules": {"off": {}, **RULES, **TOGETHER, **WITH_MASS}, "mass": MASS,
-            **scripted(model),
-        }
-        for model, (scoring, normalised) in FAMILIES.items()
-    ]  # fmt: skip
-    out = tiny_models.CACHE / f"loss-{os.getpid()}.npz"
-    child = Path(__file__).parents[1] / "support" / "loss_child.py"
-    try:
-        subprocess.run(
-            [sys.executable, child],
-            input=json.dumps({"out": str(out), "models": models}),
-            text=True,
-            check=True,
-        )
-        with np.load(out) as arrays:
-            return dict(arrays)
-    finally:
-        out.unlink(missing_ok=True)
-
-
-def text_of(model: str) -> list[int]:
-    return tiny_models.reference(model)["tokens"].tolist()
-
-
-def under(rules: dict[str, Any] | None, text: list[int], save: str) -> list[dict[str, Any]]:
-    """Ops that compute ``text`` token by token under rules, long after whatever was displaced before."""
-    return [
-        {"op": "loss", "rules": None, "lossy": False},
-        {"op": "clear"}, {"op": "decode", "tokens": tokens(12, 5)}, {"op": "clear"},
-        {"op": "loss", "rules": rules}, {"op": "reset_counters"},
-        {"op": "steps", "tokens": text, "pos": 0, "save": save}, {"op": "loss_counters"},
-    ]  # fmt: skip
+    """Under every rule of this file, one pass of Transformers for all tests."""
+    entry = {"rules": {"off": {}, **RULES, **TOGETHER, **WITH_MASS}, "mass": MASS}
+    return in_transformers(dict.fromkeys(FAMILIES, entry))
 
 
 @pytest.mark.parametrize("model", FAMILIES)

@@ -13,6 +13,7 @@ PROMPT, FOLLOWING = tokens(20, 41), tokens(24, 42)
 SIZE = 65536  # MOBILE_ROUTED_MAX
 ERR_ARGUMENT, ERR_STATE = -1, -2
 STEPS: list[dict[str, Any]] = [
+    {"op": "clear"},
     {"op": "decode", "tokens": PROMPT},
     {"op": "steps", "tokens": FOLLOWING, "pos": len(PROMPT), "save": "logits"},
 ]
@@ -38,7 +39,7 @@ def test_a_reader_in_another_thread_sees_what_the_trace_has(model: str, n: int, 
     outcome = succeeded(on_engine(
         run("r", model, [
             ON, {"op": "trace_start", "path": str(path)},
-            {"op": "routed_while", "n": n, "save": "seen", "ops": STEPS},
+            {"op": "routed_while", "rounds": 100, "n": n, "save": "seen", "ops": STEPS},
             {"op": "trace_stop"}, OFF,
         ], "40%"),
         run("unwatched", model, STEPS, "40%"),

@@ -59,7 +59,7 @@ def answer(rpc: str | None, n: int = N, **variables: str) -> subprocess.Complete
     ]
     return subprocess.run(
         [sys.executable, "-m", "mobile_gguf", *line, "-c", "256", *device],
-        capture_output=True, text=True, timeout=600, check=False, env=environment(**variables),
+        capture_output=True, text=True, timeout=800, check=False, env=environment(**variables),
     )  # fmt: skip
 
 
@@ -117,9 +117,9 @@ def test_a_server_lost_mid_answer_leaves_the_text_so_far(whole, ports, share):
 def test_a_server_that_freezes_mid_answer(whole, ports):
     text, first_token, everything = whole
     with Proxy(ports[1], (first_token + everything) // 2, freeze=True) as second:
-        done = answer(f"127.0.0.1:{ports[0]},{second.endpoint}", MOBILE_GGUF_RPC_TIMEOUT="5")
+        done = answer(f"127.0.0.1:{ports[0]},{second.endpoint}", MOBILE_GGUF_RPC_TIMEOUT="20")
         assert_lost(done, second.endpoint)
-    assert "no answer within 5 s" in done.stderr
+    assert "no answer within 20 s" in done.stderr
     assert done.stdout.removesuffix("\n")
     assert text.startswith(done.stdout.removesuffix("\n"))
 
@@ -148,7 +148,7 @@ def test_after_a_loss_the_model_says_that_it_must_be_loaded_again():
         endpoint = line.removeprefix("listening on ")
         done = subprocess.run(
             [sys.executable, "-c", _RELOAD, str(tiny_models.path(MODEL)), endpoint, str(process.pid)],
-            capture_output=True, text=True, timeout=600, check=False, env=environment(),
+            capture_output=True, text=True, timeout=800, check=False, env=environment(),
         )  # fmt: skip
     assert done.returncode == 0, done.stderr
     first, second, tokens = done.stdout.splitlines()
@@ -162,7 +162,7 @@ def test_a_server_says_what_it_offers_and_ends_by_ctrl_c():
     with serving("--port", "0", "--host", "0.0.0.0", "--device", "CPU") as (process, line):
         assert line.startswith("listening on 0.0.0.0:")
         process.send_signal(signal.SIGINT)
-        rest, narration = process.communicate(timeout=600)
+        rest, narration = process.communicate(timeout=800)
     assert process.returncode == 0
     assert rest == ""
     assert "GiB free" in narration
@@ -184,7 +184,7 @@ def test_a_server_says_what_it_offers_and_ends_by_ctrl_c():
 def test_errors_of_the_server_are_one_line(ports, arguments, code, words):
     arguments = [str(ports[0]) if argument == "PORT" else argument for argument in arguments]
     done = subprocess.run(
-        [*SERVE, *arguments], capture_output=True, text=True, timeout=600, check=False, env=environment()
+        [*SERVE, *arguments], capture_output=True, text=True, timeout=800, check=False, env=environment()
     )
     assert done.returncode == code
     assert words in done.stderr

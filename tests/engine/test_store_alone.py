@@ -6,7 +6,9 @@ Reads are held back, so that their order is known and nothing hangs on a clock.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +23,16 @@ ROOM = 32  # experts; there are as many
 WARM = [(layer, expert) for expert in range(4) for layer in range(2, 4)]
 ASKED = [1, 4, 6]  # of layer 0, and nothing of the warm set
 
+PATIENCE = 120.0  # seconds, until what never comes is given up
+
 Pair = tuple[int, int]
+
+
+def wait_until(is_so: Callable[[], bool], what: str) -> None:
+    until = time.monotonic() + PATIENCE
+    while not is_so():
+        assert time.monotonic() < until, f"never: {what}"
+        time.sleep(0.001)
 
 
 class Store:
@@ -30,6 +41,7 @@ class Store:
     def __init__(self, library: Path, file: Path) -> None:
         self._lib = ctypes.CDLL(str(library))
         self._file = file
+        self.is_stuck = False  # a thread waits in it for ever: it cannot be closed
 
     def open(
         self, *, n_io_threads: int, budget: int = ROOM - 1, prefault: bool = False, segments: int = 1
@@ -39,6 +51,8 @@ class Store:
         assert self._lib.order_open(path, N_LAYERS, N_EXPERTS, budget, n_io_threads, prefault) == 0
 
     def close(self) -> None:
+        if self.is_stuck:
+            return
         self.allow(-1)
         self._lib.order_close()
 
@@ -53,6 +67,13 @@ class Store:
         """Wait for experts, and hold them against the file."""
         for expert in experts:
             assert self._lib.order_resolve(layer, expert) == 1, f"expert {expert} of layer {layer} is wrong"
+
+    def displace(self, layer: int, experts: Sequence[int]) -> None:
+        self._lib.order_displace(layer, (ctypes.c_int * len(experts))(*experts), len(experts))
+
+    def hold(self) -> None:
+        """Hold reads back from now on, and forget those before."""
+        self._lib.order_hold()
 
     def allow(self, n: int) -> None:
         """Let ``n`` more reads go on; -1: all."""
@@ -223,6 +244,36 @@ def test_a_warm_read_that_fails_under_a_pass_is_done_again(store: Store) -> None
     assert store.end_pass()
 
 
+def test_what_a_pass_waits_for_a_slot_for_is_not_admitted_meanwhile(store: Store) -> None:
+    """Under the smallest budget: one slot is of an expert that is being read while the disk seems idle, and
+    the pass waits for it. The next to be admitted is the very expert that it is wanted for."""
+    store.open(n_io_threads=1, budget=N_EXPERTS)
+    every = list(range(N_EXPERTS))
+    store.allow(-1)
+    store.begin_pass()
+    store.request(0, every)
+    store.resolve(0, every)
+    assert store.end_pass()
+    store.hold()
+    store.at(2.0)
+    store.displace(1, [0])
+    store.displace(2, every[-1:])
+    store.wait(1)  # the first of them is being read
+    assert store.log() == [(1, 0)]
+    store.at(3.0)
+    store.begin_pass()
+    asking = threading.Thread(target=store.request, args=(2, every), daemon=True)
+    asking.start()
+    wait_until(lambda: store.there(2) == every[:-1], "the pass waits for the last of its slots")
+    store.allow(-1)
+    asking.join(PATIENCE)
+    store.is_stuck = asking.is_alive()
+    assert not store.is_stuck, "the pass waits for a slot that the expert has already"
+    store.resolve(2, every)
+    assert store.end_pass()
+    assert store.there(2) == every
+
+
 def test_a_warm_set_of_everything_ends_where_the_budget_does(store: Store) -> None:
     store.open(n_io_threads=2, budget=ROOM // 2, prefault=True)
     every = [(layer, expert) for layer in range(N_LAYERS) for expert in range(N_EXPERTS)]
@@ -242,8 +293,8 @@ SEGMENTS = 4  # of two experts a layer
 def run_routes(store: Store, routes: np.ndarray) -> list[list[int]]:
     """Segments that were read for each token and layer."""
     found, n_before = [], 0
-    for time, token in enumerate(routes.tolist()):
-        store.at(time)
+    for now, token in enumerate(routes.tolist()):
+        store.at(now)
         store.begin_pass()
         read = []
         for layer, experts in enumerate(token):

@@ -31,9 +31,9 @@ def test_a_second_holder_waits_for_the_first(tmp_path):
     other = threading.Thread(target=second)
     with exclusive(tmp_path / "lock"):
         other.start()
-        assert told.wait(60)
+        assert told.wait(300)
         order.append("first")
-    other.join(60)
+    other.join(300)
     assert order == ["first", "second"]
 
 
@@ -60,10 +60,10 @@ def test_a_lock_that_went_with_its_folder_is_made_again(tmp_path):
     other = threading.Thread(target=second)
     with exclusive(path):
         other.start()
-        assert told.wait(60)
+        assert told.wait(300)
         path.unlink()
         path.parent.rmdir()
-    other.join(60)
+    other.join(300)
     assert took.is_set()
     assert path.exists()
 

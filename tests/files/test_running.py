@@ -27,7 +27,7 @@ signal.signal(signal.SIGTERM, lambda *_: ends.set())
 facts = {"model": sys.argv[1], "names": ["alias"], "address": "http://127.0.0.1:8081", "grace": 0.5}
 with announced("serve", lambda: facts):
     print("ready", flush=True)
-    ends.wait(120)
+    ends.wait(1200)
 """
 
 
@@ -70,7 +70,7 @@ def test_what_is_told_follows(monkeypatch: pytest.MonkeyPatch) -> None:
     with announced(CHAT, tell):
         told["model"] = "m"
         for _ in range(3):  # the second of these began after the change, and ended before the third
-            assert asked.acquire(timeout=60)
+            assert asked.acquire(timeout=300)
         assert [one.facts for one in running()] == [{"model": "m"}]
     assert list(runtime_dir().iterdir()) == []
 

@@ -326,3 +326,22 @@ def test_drafts_stay_within_a_micro_batch() -> None:
     assert came == [plain([*PROMPT, i], 20, n_ctx=1024, n_batch=64, n_ubatch=8) for i in range(4)]
     for passed in decoder.passes:
         assert not any(one.is_drafted for one in passed) or sum(len(one.tokens) for one in passed) <= 8
+
+
+class OfKinds(Knowing):
+    """Says of each second token that its drafts are of another kind."""
+
+    def offer(self, most: int) -> Offer:
+        return Offer(most, "even" if len(self._text) % 2 == 0 else "odd")
+
+
+def test_each_kind_is_held_against_what_is_said() -> None:
+    """All that is on offer is compared, whatever is being compared already: of both kinds as much is seen."""
+    scheduler, _, _ = make(1)
+    tuner, seen = fixed(0), []
+    tuner.saw = lambda kind, place, is_taken: seen.append((kind, place, is_taken))  # type: ignore[method-assign]
+    list(drafted(scheduler, PROMPT, 40, OfKinds(1.0, is_free=True), tuner))
+    first = [kind for kind, place, _ in seen if place == 0]
+    assert abs(first.count("even") - first.count("odd")) <= 1
+    assert len(first) >= 36
+    assert all(is_taken for *_, is_taken in seen)

@@ -85,3 +85,21 @@ def test_what_no_draft_can_come_of_is_not_watched() -> None:
     with watching(watch, [[1]], is_plain=True):
         engine.run()
     assert engine.n_reads == 2
+
+
+def test_a_pass_is_told_what_was_before_it() -> None:
+    """Tokens of the pass before; behind a prompt's it is not known."""
+    engine, tuner, seen = Engine(), Tuner(), []
+    observe = tuner.costs.observe
+    tuner.costs.observe = lambda step: (seen.append(step.n_before), observe(step))  # type: ignore[method-assign,assign]
+    watch = watch_of(engine, tuner)
+    for slices, is_plain in (
+        ([[1]], True),
+        ([[1, 2, 3]], True),
+        ([[1]], True),
+        ([[1] * 9], False),
+        ([[1]], True),
+    ):
+        with watching(watch, slices, is_plain=is_plain):
+            engine.run()
+    assert seen == [0, 1, 3, 0]

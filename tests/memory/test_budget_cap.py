@@ -24,7 +24,7 @@ from mobile_gguf.memory.cap import MemoryCgroup
 N_TOKENS = 200
 SLACK = 1.10
 KILLED = -9
-SECONDS = 120
+SECONDS = 600
 
 
 def generation(name: str, budget: int, *before: dict[str, Any], prefault: int = 0) -> dict[str, Any]:

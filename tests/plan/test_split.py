@@ -20,9 +20,13 @@ from mobile_gguf.gguf import keys
 from mobile_gguf.options.words import RAM
 from mobile_gguf.plan.speed import Pass, Reads
 from mobile_gguf.plan.split import (
+    WORTH,
+    Choice,
     Costs,
+    Outcome,
     _convex,
     _move_quanta,
+    as_measured,
     configure,
     hit_shares,
     search,
@@ -223,6 +227,39 @@ def test_predicted_reads_are_hidden_as_far_as_the_window_goes() -> None:
     assert plain.layer_seconds(2.0) - ahead.layer_seconds(2.0) == pytest.approx(1e-3)
     assert plain.layer_seconds(3.0) - ahead.layer_seconds(3.0) == pytest.approx(1e-3)  # not 1.5
     assert ahead.layer_seconds(0.0) == 0.0
+
+
+def choice_of(seconds: tuple[float, ...], chosen: int) -> Choice:
+    """Whole experts, two splits alike, and one by layer, which take so long; the number of the chosen one."""
+    found = [Outcome((4 - i,), (0.0,), one, 100.0 + i) for i, one in enumerate(seconds)]
+    return Choice(found[0], (found[1], found[2]), found[3], found[chosen])
+
+
+def seconds_of(choice: Choice) -> list[float]:
+    return [one.seconds for one in (choice.whole, *choice.alike, choice.by_layer)]
+
+
+def test_what_whole_experts_took_sets_the_others_right() -> None:
+    """Work besides is there under any split; a disk that is quicker now is so for all of them."""
+    more = as_measured(choice_of((0.04, 0.06, 0.11, 0.04), 0), 0.06)
+    assert seconds_of(more) == pytest.approx([0.06, 0.08, 0.13, 0.06])
+    less = as_measured(choice_of((0.04, 0.06, 0.11, 0.04), 0), 0.03)
+    assert seconds_of(less) == pytest.approx([0.03, 0.045, 0.0825, 0.03])
+    assert more.chosen is more.whole
+    assert less.chosen is less.whole
+    assert [one.n_bytes for one in more.alike] == [101.0, 102.0]
+
+
+@pytest.mark.parametrize("chosen", [1, 2, 3])
+def test_a_split_that_was_measured_to_gain_nothing_is_not_chosen(chosen: int) -> None:
+    made = choice_of((0.04, 0.03, 0.03, 0.03), chosen)
+    kept = as_measured(made, 0.06, 0.05)
+    assert (kept.chosen.seconds, kept.chosen.n_bytes) == (0.05, 100.0 + chosen)
+    assert seconds_of(kept)[chosen] == 0.05
+    undone = as_measured(made, 0.06, (1 - WORTH) * 0.06)
+    assert undone.chosen is undone.whole
+    assert undone.chosen.seconds == 0.06
+    assert seconds_of(undone)[chosen] == pytest.approx(0.06, rel=2 * WORTH)
 
 
 # in a file

@@ -33,6 +33,17 @@ def test_every_verb_and_flag_is_on_it(make_man: ModuleType) -> None:
     assert text.count("\\fB\\-\\-top\\-k\\fR") == 1  # shared by verbs, and told once
 
 
+def test_a_value_that_may_be_left_out_stands_in_brackets() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    assert "\n\\fB\\-\\-continue\\fR[=\\fINAME\\fR]\n" in text
+    assert "\\-\\-continue\\fR \\fINAME" not in text
+
+
+def test_what_is_copied_is_not_hyphenated() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    assert -1 < text.find("\n.nh\n") < text.index(".SH")
+
+
 def test_words_that_look_like_requests_are_text(make_man: ModuleType) -> None:
     assert make_man._text("a\n.b 'c' \\d --e") == "a .b \\(aqc\\(aq \\ed \\-\\-e"
     assert make_man._text(".b") == "\\&.b"

@@ -23,6 +23,16 @@ import pytest
 
 pytest.importorskip("no_such_module_anywhere")
 """
+FAILS_AT_FIRST = """
+import pytest
+
+@pytest.mark.parametrize("place", range({n}))
+def test_fails_at_first(place, tmp_path_factory):
+    seen = tmp_path_factory.getbasetemp() / f"seen-{{place}}"
+    if not seen.exists():
+        seen.touch()
+        assert False, place  # here
+"""
 LEFT = """
 import subprocess, sys
 
@@ -39,8 +49,8 @@ def pytest_run(folder: Path, source: str, *options: str) -> tuple[int, str]:
     (folder / "test_planted.py").write_text(source, encoding="utf-8")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-c", os.devnull, f"--rootdir={folder}", "-p", "run_rules",
-         "-p", "xdist", "-p", "no:cacheprovider", "--end-seconds=1", *options, str(folder)],
-        cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300,
+         "-p", "xdist", "-p", "no:cacheprovider", *options, str(folder)],
+        cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=800,
         env={**os.environ, "PYTHONPATH": str(SUPPORT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
     )  # fmt: skip
     return done.returncode, done.stdout
@@ -72,6 +82,27 @@ def test_a_skip_for_want_of_a_gpu_is_one(tmp_path: Path) -> None:
     assert (code, "1 skipped" in output) == (0, True)
 
 
+@pytest.mark.parametrize(("n_failing", "code"), [(2, 0), (3, 1)])
+@WORKERS
+def test_a_second_try_is_told_and_a_third_test_has_none(
+    n_failing: int, code: int, workers: tuple[str, ...], tmp_path: Path
+) -> None:
+    options = ("-p", "pytest_rerunfailures", "--reruns=1", *workers)
+    ended, output = pytest_run(tmp_path, FAILS_AT_FIRST.format(n=n_failing), *options)
+    assert ended == code
+    assert f"failed at first, and had a second try: {n_failing}" in output
+    assert output.count("assert False, place  # here") == n_failing
+    assert f"{n_failing} passed" in output
+
+
+@WORKERS
+def test_a_second_try_helps_no_test_that_fails(workers: tuple[str, ...], tmp_path: Path) -> None:
+    options = ("-p", "pytest_rerunfailures", "--reruns=1", *workers)
+    ended, output = pytest_run(tmp_path, "def test_fails():\n    assert 1 == 2\n", *options)
+    assert ended == pytest.ExitCode.TESTS_FAILED
+    assert "1 failed" in output
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are read from /proc")
 @pytest.mark.parametrize(
     "start",
@@ -85,7 +116,7 @@ def test_a_skip_for_want_of_a_gpu_is_one(tmp_path: Path) -> None:
 )
 @WORKERS
 def test_a_process_left_behind_fails_the_run(start: str, workers: tuple[str, ...], tmp_path: Path) -> None:
-    code, output = pytest_run(tmp_path, LEFT.format(start=start), *workers)
+    code, output = pytest_run(tmp_path, LEFT.format(start=start), *workers, "--end-seconds=1")
     assert code == pytest.ExitCode.TESTS_FAILED
     assert "1 passed" in output
     assert "processes left behind" in output
@@ -96,7 +127,7 @@ def test_a_process_left_behind_fails_the_run(start: str, workers: tuple[str, ...
 @WORKERS
 def test_a_process_that_nobody_waits_for_fails_the_run(workers: tuple[str, ...], tmp_path: Path) -> None:
     start = "sys.zombie = subprocess.Popen([sys.executable, '-c', ''])"
-    code, output = pytest_run(tmp_path, LEFT.format(start=start), *workers)
+    code, output = pytest_run(tmp_path, LEFT.format(start=start), *workers, "--end-seconds=1")
     assert code == pytest.ExitCode.TESTS_FAILED
     assert "nobody waited for it" in output
 

@@ -82,6 +82,29 @@ def test_a_turn_with_tools() -> None:
     assert made[2]["tool_call_id"] == "t1"
 
 
+def test_what_was_found_elsewhere_is_text() -> None:
+    found = {
+        "type": "search_result",
+        "title": "Title",
+        "source": "https://x",
+        "content": [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}],
+    }
+    parts = {"type": "document", "source": {"type": "content", "content": [{"type": "text", "text": "part"}]}}
+    whole = {"type": "document", "source": {"type": "content", "content": "whole"}}
+    made = said(
+        {"role": "user", "content": [found, parts, whole]},
+        {"role": "assistant", "content": [{"type": "compaction", "content": "before"}]},
+        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t", "content": [found]}]},
+        {"role": "assistant", "content": [{"type": "fallback"}, {"type": "text", "text": "so"}]},
+    )
+    assert [one["content"] for one in made] == [
+        "Title\nhttps://x\none\ntwo\n\npart\n\nwhole",
+        "before",
+        "Title\nhttps://x\none\ntwo",
+        "so",
+    ]
+
+
 def test_tools_and_their_choice() -> None:
     tools = [
         ADD | {"cache_control": {"type": "ephemeral"}},
@@ -102,8 +125,9 @@ def test_thinking_effort_and_format() -> None:
     made, _ = chat(thinking={"type": "enabled", "budget_tokens": 1024})
     assert made.template_values() == {"enable_thinking": True}
     schema = {"type": "json_schema", "schema": {"type": "object"}}
+    assert chat(thinking={"type": "between_tools"})[0].template_values() == {}
     made, _ = chat(output_config={"effort": "max", "format": schema}, thinking={"type": "adaptive"})
-    assert made.reasoning_effort == "xhigh"
+    assert made.template_values()["reasoning_effort"] == "high"
     assert made.response_format.json_schema.schema_ == {"type": "object"}
 
 
@@ -126,6 +150,16 @@ def test_thinking_effort_and_format() -> None:
         ({"tools": [{"input_schema": {}}]}, "tools.0.name"),
         ({"tool_choice": {"type": "tool"}}, "tool_choice.name"),
         ({"output_format": {"type": "regex"}}, "output_config.format"),
+        ({"thread": {"type": "create"}}, "thread"),
+        ({"compaction": {"instructions": "x"}}, "compaction"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "search_result", "title": "x"}]}]},
+            "messages.0.content.0.source",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "document", "source": {"type": "url"}}]}]},
+            "messages.0.content.0",
+        ),
     ],
 )
 def test_what_cannot_be_meant_is_named(body: dict[str, Any], param: str) -> None:

@@ -95,8 +95,13 @@ def test_calls_of_free_text_tools_are_calls_all_the_same() -> None:
             {"type": "custom_tool_call_output", "call_id": "1", "output": "ok"},
         ]
     )
-    assert json.loads(made[1]["tool_calls"][0]["function"]["arguments"]) == {"input": "*** Begin"}
+    assert made[1]["tool_calls"][0]["custom"] == {"name": "apply_patch", "input": "*** Begin"}
     assert made[2]["content"] == "ok"
+
+
+def test_an_output_that_nobody_called_for_is_told() -> None:
+    made = messages([{"role": "user", "content": "x"}, {"type": "function_call_output", "output": "ok"}])
+    assert made[1] == {"role": "tool", "content": "ok"}
 
 
 @pytest.mark.parametrize(
@@ -126,7 +131,7 @@ def test_the_effort_and_the_form_of_the_answer() -> None:
     made, _ = chat(
         reasoning={"effort": "max", "summary": "auto"}, text={"format": schema, "verbosity": "low"}
     )
-    assert made.reasoning_effort == "xhigh"
+    assert made.template_values()["reasoning_effort"] == "high"
     assert made.response_format.json_schema.schema_ == {"type": "object"}
     made, _ = chat(text={"format": {"type": "text"}}, reasoning={"effort": None}, truncation="disabled")
     assert (made.response_format, made.reasoning_effort) == (None, None)
@@ -145,8 +150,10 @@ def test_the_effort_and_the_form_of_the_answer() -> None:
         ({"input": [{"role": "user", "content": 5}]}, "input.0.content"),
         ({"input": [{"role": "user", "content": ["x"]}]}, "input.0.content.0"),
         ({"input": [{"type": "function_call", "name": "f"}]}, "input.0.call_id"),
-        ({"input": [{"type": "function_call_output", "output": "x"}]}, "input.0.call_id"),
+        ({"input": [{"type": "function_call_output", "call_id": 5, "output": "x"}]}, "input.0.call_id"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input.0"),
+        ({"input": [{"id": "x"}]}, "input.0"),
+        ({"input": [{"type": "custom_tool_call", "call_id": "c", "name": "f"}]}, "input.0.input"),
         ({"tools": [{"type": "function"}]}, "tools.0.name"),
         ({"tools": [ADD | {"name": "a b"}]}, "tools.0.function.name"),
         ({"text": {"format": {"type": "grammar"}}}, "text.format"),

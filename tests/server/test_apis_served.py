@@ -212,16 +212,17 @@ def test_a_failure_in_a_stream_is_the_last_event_of_each_api() -> None:
     ("path", "body"),
     [
         ("/v1/responses", {"input": "hi"}),
-        ("/v1/messages", {"messages": USER, "max_tokens": 50}),
+        ("/v1/messages", {"messages": USER, "max_tokens": 1 << 19}),
         ("/api/chat", {"messages": USER}),
         ("/completion", {"prompt": "hi"}),
     ],
 )
 def test_who_hangs_up_stops_the_answer(path: str, body: dict[str, Any]) -> None:
     gate = Gate()
-    backend = FakeBackend(scripted("hello there", end=False))
+    backend = FakeBackend(scripted("hello there", end=False), n_ctx=1 << 20)
     backend.on_evaluate = gate
     model = made(backend)
+    model.n_ctx = 1 << 20  # the answer lasts until it is cut
     with running(model) as server:
         gate.allow(4)
         for stream in (True, False):
@@ -231,10 +232,11 @@ def test_who_hangs_up_stops_the_answer(path: str, body: dict[str, Any]) -> None:
                 with client.stream("POST", server.url + path, json=body | {"stream": True}) as answer:
                     next(answer.iter_raw())
             else:
+                short = httpx.Timeout(SECONDS, read=0.5)
                 with pytest.raises(httpx.ReadTimeout):
-                    httpx.post(server.url + path, json=body | {"stream": False}, timeout=0.5)
+                    httpx.post(server.url + path, json=body | {"stream": False}, timeout=short)
             client.close()
-            until(lambda: (gate.allow(1), not server.serving.worker.is_busy)[1])
+            until(lambda: gate.step() or not server.serving.worker.is_busy)
         until(lambda: server.serving.metrics.cancelled._value.get() == 2)
     model.close()
 
@@ -310,6 +312,8 @@ def test_llama_servers_questions(hello: Any) -> None:
     refused = hello.post("/infill", {"input_prefix": "a", "input_suffix": "b"})
     assert refused.status_code == 400
     assert "was not made to fill gaps" in refused.json()["error"]["message"]
+    refused = hello.post("/v1/completions", {"prompt": "a", "suffix": "b"})
+    assert "was not made to fill gaps" in refused.json()["error"]["message"]
     for path in ("/v1/rerank", "/rerank"):
         refused = hello.post(path, {"query": "x", "documents": ["y"]})
         assert "is no reranker" in refused.json()["error"]["message"]
@@ -337,6 +341,14 @@ def test_a_gap_is_filled_by_the_models_tokens() -> None:
         whole = server.post("/api/generate", {"prompt": "be", "suffix": "af", "stream": False}).json()
         assert whole["response"] == "middle"
         assert get(f"{server.url}/props").json()["fills_gaps"] is True
+        body = {"prompt": ["be", "ba"], "suffix": "af", "temperature": 0}
+        choices = server.post("/v1/completions", body).json()["choices"]
+        assert [choice["text"] for choice in choices] == ["middle", "middle"]
+        assert [token for token, _ in backend.rows][:7] == [256, 1, *b"ba", 2, *b"af"]
+        for more in ({"echo": True}, {"logprobs": 1}, {"prompt": [1, 2]}, {"prompt": [[1], [2]]}):
+            refused = server.post("/v1/completions", body | more)
+            assert refused.status_code == 400
+            assert "suffix" in refused.json()["error"]["message"]
     model.close()
 
 

@@ -1,25 +1,15 @@
 """Conversations on the page: kept over a reload, changed by several tabs at once, out to a file and in."""
 
 import json
-from contextlib import ExitStack, contextmanager
 
 import pytest
-from expert_source import ScriptedSource
 from fake_backend import FakeBackend, scripted
 
 pytest.importorskip("fastapi", reason="pip install 'mobile-gguf[server]'")
-from page_harness import DESKTOP, PHONE, ask, bodies_of, lines, opened
-from server_harness import Gate, running, until
+from page_harness import PHONE, ask, bodies_of, context_of, hide, lines, opened
+from server_harness import SECONDS, Gate, running, until
 
 FIRST_WORDS = 4  # the prompt and three tokens
-
-
-@contextmanager
-def context_of(browser, size=DESKTOP):
-    """A browser's context: its pages share what is stored, those of another one do not."""
-    context = browser.new_context(viewport=size)
-    yield context
-    context.close()
 
 
 def titles(page):
@@ -50,7 +40,7 @@ def test_an_answer_is_kept_as_it_comes_and_the_conversation_over_a_reload(browse
         assert said(page) == ["What is it?\nTell me.", "hell"]
         assert lines(page) == ["The page was left before the end."]
         assert page.inner_text(".receipt").startswith("4 big | 75% hits | ")
-        assert titles(page) == ["What is it?"]
+        until(lambda: titles(page) == ["What is it?"])
         gate.open()
         until(lambda: not server.serving.worker.is_busy)
         bodies = bodies_of(page)
@@ -66,6 +56,43 @@ def test_an_answer_is_kept_as_it_comes_and_the_conversation_over_a_reload(browse
         assert page.get_attribute("#log", "aria-live") == "off"
 
 
+# the database is at work for somebody else, until the page is left
+BUSY = """async () => {
+    const opened = indexedDB.open("mobile-gguf");
+    await new Promise((resolve) => { opened.onsuccess = resolve; });
+    const heads = opened.result.transaction(["heads", "bodies"], "readwrite").objectStore("heads");
+    const again = () => { heads.get("none").onsuccess = again; };
+    again();
+}"""
+
+
+def test_what_a_busy_database_has_not_stored_is_kept_over_a_reload(browser, fake_model):
+    model = fake_model(FakeBackend(scripted("hello"), n_ctx=4096))
+    with running(model) as server, context_of(browser) as context, opened(context, server) as page:
+        asked = []
+        for question in ("one", "two"):
+            page.evaluate(BUSY)
+            ask(page, question)
+            asked += [question, "hello"]
+            page.wait_for_selector(f".assistant >> nth={len(asked) // 2 - 1} >> .again")
+            page.reload()
+            page.wait_for_selector("#mode option", state="attached")
+            assert said(page) == asked
+            until(lambda: titles(page) == ["one"])
+        # and a question in the place of another
+        page.evaluate(BUSY)
+        page.locator(".user >> nth=1").get_by_role("button", name="Edit").focus()
+        page.keyboard.press("Enter")
+        page.keyboard.press("Control+a")
+        page.keyboard.type("three")
+        page.keyboard.press("Enter")
+        page.wait_for_selector(".user:has-text('three')")
+        page.wait_for_selector(".assistant >> nth=1 >> .again")
+        page.reload()
+        page.wait_for_selector("#mode option", state="attached")
+        assert said(page) == ["one", "hello", "three", "hello"]
+
+
 def test_new_open_rename_delete_and_take_back(browser, fake_model):
     model = fake_model(FakeBackend(scripted("hello"), n_ctx=4096))
     with running(model) as server, context_of(browser, PHONE) as context, opened(context, server) as page:
@@ -76,7 +103,7 @@ def test_new_open_rename_delete_and_take_back(browser, fake_model):
             ask(page, question)
             page.wait_for_selector(".again")
         page.click("#show-list")
-        assert titles(page) == ["second", "first"]
+        until(lambda: titles(page) == ["second", "first"])
         page.click("#chats a >> text=first")
         page.wait_for_selector(".user:has-text('first')")
         assert not page.is_visible("#list")  # it would hide the conversation
@@ -94,14 +121,14 @@ def test_new_open_rename_delete_and_take_back(browser, fake_model):
         page.reload()  # what is deleted stays so
         page.wait_for_selector("#mode option", state="attached")
         page.click("#show-list") if not page.is_visible("#list") else None
-        assert titles(page) == ["second"]
+        until(lambda: titles(page) == ["second"])
         page.click("#chats a >> text=second")
         page.click("#show-list") if not page.is_visible("#list") else None
         page.click("#chats button:has-text('Delete')")
         page.click("#undo")
         page.wait_for_selector(".user:has-text('second')")
         assert said(page) == ["second", "hello"]
-        assert titles(page) == ["second"]
+        until(lambda: titles(page) == ["second"])
         page.go_back()
         page.wait_for_selector("#hello", state="visible")
 
@@ -138,11 +165,11 @@ def test_a_question_is_edited_and_an_answer_copied(browser, fake_model):
             page.wait_for_selector(".again")
             assert said(page) == ["third", "hello"]
             assert roles(bodies[-1]) == [("user", "third")]
-            assert titles(page) == ["third"]
+            until(lambda: titles(page) == ["third"])
             page.reload()
             page.wait_for_selector("#mode option", state="attached")
             assert said(page) == ["third", "hello"]
-            assert titles(page) == ["third"]
+            until(lambda: titles(page) == ["third"])
             page.set_viewport_size(PHONE)
             page.wait_for_selector("#list", state="hidden")
 
@@ -177,7 +204,7 @@ def test_two_tabs_of_one_conversation_keep_the_turns_of_both(browser, fake_model
             other.wait_for_selector(".again")
             backend.on_evaluate = gate = Gate()
             ask(one, "from one")
-            assert gate.reached.wait(60)
+            assert gate.reached.wait(SECONDS)
             ask(other, "from the other")
             # the first is being answered, the second waits, and each tab shows both
             other.wait_for_selector(".state:has-text('Waiting in line: next')")
@@ -201,35 +228,6 @@ def test_two_tabs_of_one_conversation_keep_the_turns_of_both(browser, fake_model
         until(lambda: said(one) == [*both, "still here", "hello"])
 
 
-def test_many_windows_leave_connections_for_answers(browser, fake_model):
-    """A browser has six for all of them, and each of these is looked at."""
-    backend = FakeBackend(scripted("hello"), n_ctx=4096)
-    backend.expert_source = ScriptedSource(4, 16)
-    followed = []
-    with ExitStack() as stack:
-        server = stack.enter_context(running(fake_model(backend)))
-        context = stack.enter_context(context_of(browser))
-        context.on("requestfailed", lambda request: followed.remove(request) if request in followed else None)
-        context.on("request", lambda request: followed.append(request) if "experts" in request.url else None)
-        pages = [stack.enter_context(opened(context, server)) for _ in range(9)]
-        ask(pages[-1], "here")
-        pages[-1].wait_for_selector(".again")
-        for page in pages:
-            page.wait_for_selector("#map-note:has-text('of 64 in memory')")
-        until(lambda: pages[0].evaluate("1") and len(followed) == 1)
-        # who followed is gone, and another does
-        first = next(page for page in pages if page.evaluate("1") and followed[0].frame.page == page)
-        hide(first)
-        until(lambda: pages[0].evaluate("1") and len(followed) == 1 and followed[0].frame.page != first)
-
-
-def hide(page):
-    page.evaluate(
-        "Object.defineProperty(document, 'hidden', { get: () => true });"
-        "document.dispatchEvent(new Event('visibilitychange'))"
-    )
-
-
 def test_answers_of_several_conversations_go_on_beside_one_another(browser, fake_model):
     backend = FakeBackend(scripted("hello"), n_ctx=4096)
     backend.on_evaluate = gate = Gate()
@@ -239,13 +237,13 @@ def test_answers_of_several_conversations_go_on_beside_one_another(browser, fake
         opened(context, server) as page,
     ):
         ask(page, "slow")
-        assert gate.reached.wait(60)
+        assert gate.reached.wait(SECONDS)
         page.keyboard.press("Alt+n")
         page.wait_for_selector("#hello", state="visible")
         assert page.inner_text("#send") == "Send"
         ask(page, "other")
         page.wait_for_selector(".state:has-text('Waiting in line: next')")
-        assert page.locator("#chats .running").count() == 2
+        until(lambda: page.locator("#chats .running").count() == 2)
         gate.open()
         page.wait_for_selector(".again")
         page.click("#chats a >> text=slow")
@@ -377,7 +375,7 @@ def test_what_the_browser_does_not_store_is_one_line_and_nothing_is_lost(browser
         page.wait_for_selector(".again")
         page.keyboard.press("Alt+n")
         page.wait_for_selector("#hello", state="visible")
-        assert titles(page) == ["one"]
+        until(lambda: titles(page) == ["one"])
         page.click("#chats a")
         page.wait_for_selector(".user:has-text('one')")
         page.evaluate("window.isFull = false")
@@ -395,7 +393,7 @@ def test_what_the_browser_does_not_store_is_one_line_and_nothing_is_lost(browser
             page.wait_for_selector("#kept:has-text('This browser keeps no conversations here')")
             ask(page, "one")
             page.wait_for_selector(".again")
-            assert titles(page) == ["one"]
+            until(lambda: titles(page) == ["one"])
             page.keyboard.press("Alt+n")
             page.wait_for_selector("#hello", state="visible")
             page.click("#chats a")

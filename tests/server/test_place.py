@@ -11,6 +11,8 @@ from fake_backend import FakeBackend, scripted
 pytest.importorskip("fastapi", reason="pip install 'mobile-gguf[server]'")
 from server_harness import SECONDS, Gate, get, running, until
 
+from mobile_gguf.server import answering
+
 
 class Waiting:
     """A client of a stream in a thread of its own, and the lines that it is sent."""
@@ -42,7 +44,7 @@ class Waiting:
         self._client.close()
 
 
-def test_who_waits_is_told_each_place_in_comments_that_clients_pass_over(fake_model):
+def test_who_waits_is_told_each_place_in_comments_that_clients_pass_over(fake_model, monkeypatch):
     backend = FakeBackend(scripted("hello"))
     backend.on_evaluate = gate = Gate()
     with running(fake_model(backend)) as server:
@@ -60,7 +62,9 @@ def test_who_waits_is_told_each_place_in_comments_that_clients_pass_over(fake_mo
         assert set(third.places("data: [DONE]")) <= {": place 0", "data: [DONE]"}
         for client in (first, second, third):
             client.end()
+        until(lambda: not server.serving.worker.is_busy)
         # one that need not wait is told nothing
+        monkeypatch.setattr(answering, "HEADERS_SECONDS", SECONDS)
         alone = Waiting(server)
         assert alone.places("data: [DONE]") == ["data: [DONE]"]
         alone.end()

@@ -13,7 +13,9 @@ pytest.importorskip("llama_cpp", reason="run `mobile-gguf engine build`")
 from page_harness import chromium
 from server_harness import SECONDS
 
-ENDLESS = {"grammar": "root ::= [a-z ] root"}
+# for minutes on any processor, in a context that has room for it
+ENDLESS = {"grammar": "root ::= [a-z ] root", "max_tokens": 7000}
+ROOMY = ("--ram-budget", "40%", "-c", "8192")
 
 NODE_SCRIPT = """
 import Anthropic from "@anthropic-ai/sdk";
@@ -96,8 +98,8 @@ def without_end(route):
     route.continue_(post_data=json.dumps(route.request.post_data_json | ENDLESS))
 
 
-def test_the_page_when_the_server_is_killed(demo_gguf, command, serve):
-    served = serve(demo_gguf, "--ram-budget", "40%", "-c", "1024")
+def test_the_page_when_the_server_is_killed(demo_gguf, serve):
+    served = serve(demo_gguf, *ROOMY)
     with browser_page() as page:
         page.goto(served.url)
         page.wait_for_selector("#mode option:nth-child(3)", state="attached")
@@ -113,12 +115,13 @@ def test_the_page_when_the_server_is_killed(demo_gguf, command, serve):
         page.wait_for_selector("#notice:has-text('No connection to the server: trying again.')")
 
 
-def test_the_page_in_a_browser(command):
+def test_the_page_in_a_browser(demo_gguf, serve):
+    served = serve(demo_gguf, *ROOMY, "-n", "40")
     with browser_page() as page:
         problems: list[str] = []
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
-        page.goto(command.url)
+        page.goto(served.url)
         page.wait_for_selector("#mode option:nth-child(3)", state="attached")
         # What a model writes must not become a part of the page.
         hostile = "<img src=x onerror=alert(1)> **bold** [x](javascript:alert(1)) `<b>`"
@@ -142,7 +145,7 @@ def test_the_page_in_a_browser(command):
         page.keyboard.press("Enter")
         page.wait_for_selector(".again")
         assert re.search(r"\d+ big · \d+ little \| ", page.inner_text(".receipt"))
-        assert "in memory" in page.inner_text("#map-note")
+        page.wait_for_selector("#map-note:has-text('in memory')")
         # an answer that lasts until it is stopped
         page.route("**/v1/chat/completions", without_end)
         page.keyboard.press("Alt+r")

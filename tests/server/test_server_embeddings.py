@@ -146,7 +146,7 @@ def test_a_client_that_leaves_ends_its_texts(fake_model):
         asyncio.run(leave())
 
         def is_free() -> bool:
-            gate.allow(1)
+            gate.step()
             return not server.serving.worker.is_busy
 
         until(is_free)

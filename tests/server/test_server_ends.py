@@ -24,7 +24,7 @@ ENDLESS = {"grammar": "root ::= [a-z ] root"}
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_a_signal_cuts_a_running_stream_cleanly(demo_gguf, command, serve, number, code):
-    served = serve(demo_gguf, "--ram-budget", "40%", "--grace", "0.1", "-c", "1024", MOBILE_GGUF_API_KEY="k")
+    served = serve(demo_gguf, "--ram-budget", "40%", "--grace", "0.1", "-c", "8192", MOBILE_GGUF_API_KEY="k")
     stream = served.client("k").chat.completions.create(
         model=demo_gguf.stem, messages=USER, stream=True, extra_body=ENDLESS
     )
@@ -54,7 +54,7 @@ def test_who_has_not_sent_a_whole_body_is_told_that_the_server_ends(demo_gguf, s
 
 
 def test_a_second_ctrl_c_cuts_without_a_traceback(demo_gguf, command, serve):
-    served = serve(demo_gguf, "--ram-budget", "40%", "--grace", "200", "-c", "1024")
+    served = serve(demo_gguf, "--ram-budget", "40%", "--grace", "200", "-c", "8192")
     stream = served.client().chat.completions.create(
         model=demo_gguf.stem, messages=USER, stream=True, extra_body=ENDLESS
     )

@@ -157,7 +157,7 @@ def test_an_error_is_a_printable_line(server: Any, strict: Any, name: str) -> No
 def test_completions_take_what_says_nothing(server: Any) -> None:
     body = {"prompt": "x", "suffix": None, "best_of": 1, "prompt_cache_retention": None}
     assert server.post("/v1/completions", body).status_code == 200
-    for more in ({"suffix": "end"}, {"best_of": 2}):
+    for more in ({"suffix": "end"}, {"best_of": 2}, {"suffix": "end", "echo": True}):
         assert server.post("/v1/completions", body | more).status_code == 400
 
 
@@ -168,6 +168,7 @@ def test_completions_take_what_says_nothing(server: Any) -> None:
         ("minimal", {"enable_thinking": False, "reasoning_effort": "low"}),
         ("low", {"reasoning_effort": "low"}),
         ("xhigh", {"reasoning_effort": "high"}),
+        ("max", {"reasoning_effort": "high"}),
     ],
 )
 def test_the_effort_is_the_templates(

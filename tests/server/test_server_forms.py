@@ -16,6 +16,7 @@ from speaking import use
 
 import mobile_gguf
 from mobile_gguf.api.model import Model, backend_of
+from mobile_gguf.bench.schema_loss import RUNGS
 from mobile_gguf.generate.form.form import Calls
 from mobile_gguf.generate.prompts import templates
 
@@ -122,6 +123,22 @@ def test_a_schema_holds_behind_thoughts(model: Model, server: Running) -> None:
     noted(message["content"])
 
 
+def test_calls_hold_at_every_rung(demo_gguf: Path) -> None:
+    """The grammar says what may come, whatever a rung makes of it."""
+    lost = {}
+    with mobile_gguf.load(demo_gguf, ram_budget="20%", vram_budget="off", n_ctx=1024, threads=1) as model:
+        use(model, "Qwen3-Coder")
+        with running(model) as server:
+            for rung, fields in RUNGS.items():
+                body = {**SMALL, "tools": [TOOL], "tool_choice": "required", **fields}
+                made = server.chat(**body, parallel_tool_calls=False).json()
+                [call] = made["choices"][0]["message"]["tool_calls"]
+                noted(call["function"]["arguments"])
+                loss = made["usage"]["receipt"]["loss"] or {}
+                lost[rung] = sum(loss.get(name, 0) for name in ("dropped", "little", "substituted"))
+    assert sum(n > 0 for n in lost.values()) >= 4, lost
+
+
 def test_what_was_thought_goes_back_to_the_template(model: Model) -> None:
     use(model, "Qwen3.5-4B")
     said = [
@@ -165,7 +182,7 @@ def test_a_tool_that_is_not_followed_costs_no_other(model: Model, server: Runnin
 def test_a_template_that_is_hostile_to_the_parser_is_left_to_jinja(
     model: Model, server: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(templates, "CPU_SECONDS", 0)
+    monkeypatch.setattr(templates, "CPU_SECONDS", 1)
     looping = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}{{ tools }}"
     use(model, looping)
     made = server.chat(**SMALL)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import socket
@@ -17,7 +18,7 @@ import pytest
 from fake_backend import FakeBackend, fake_info, scripted
 
 pytest.importorskip("fastapi", reason="pip install 'mobile-gguf[server]'")
-from server_harness import SECONDS, Gate, get, post, running, until
+from server_harness import SECONDS, Gate, Running, get, post, running, until
 
 from mobile_gguf.api import aio
 from mobile_gguf.errors import MobileError
@@ -49,20 +50,38 @@ def all_of(connection: socket.socket) -> bytes:
 # connections
 
 
+# where this test is put off for longer than the first, what it sends in time comes late, too
+HEADER_SECONDS = (0.2, 2.0, 20.0)
+
+
 @pytest.mark.parametrize("sent", [b"", b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nX: "])
 def test_a_connection_without_whole_headers_is_closed(fake_model: Any, sent: bytes) -> None:
-    with running(fake_model(), header_timeout=0.2) as server, connected(server.url) as connection:
-        connection.sendall(sent)
-        assert b'"code": "timeout"' in all_of(connection)
-        assert get(f"{server.url}/health").status_code == 200
+    with running(fake_model(), header_timeout=HEADER_SECONDS[0]) as server:
+        with connected(server.url) as connection:
+            with contextlib.suppress(OSError):  # closed already
+                connection.sendall(sent)
+            assert b'"code": "timeout"' in all_of(connection)
+        until(lambda: is_well(server))
+
+
+def is_well(server: Running) -> bool:
+    try:
+        return get(f"{server.url}/health").status_code == 200
+    except httpx.TransportError:
+        return False
 
 
 def test_headers_that_drip_after_an_answer_are_no_reason_to_wait(fake_model: Any) -> None:
-    with running(fake_model(), header_timeout=0.3) as server, connected(server.url) as connection:
-        connection.sendall(b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\nGET /he")
-        text = all_of(connection)
-    assert text.startswith(b"HTTP/1.1 200")
-    assert b"HTTP/1.1 408" in text
+    found: list[bytes] = []
+    for seconds in HEADER_SECONDS:
+        with running(fake_model(), header_timeout=seconds) as server, connected(server.url) as connection:
+            with contextlib.suppress(OSError):
+                connection.sendall(b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\nGET /he")
+            found.append(all_of(connection))
+        if found[-1].startswith(b"HTTP/1.1 200"):
+            break
+    assert found[-1].startswith(b"HTTP/1.1 200")
+    assert b"HTTP/1.1 408" in found[-1]
 
 
 def test_many_idle_connections_keep_nobody_out(fake_model: Any) -> None:
@@ -97,7 +116,7 @@ def test_a_client_that_never_reads_is_dropped(fake_model: Any) -> None:
         connection.connect(connected(server.url).getpeername())
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
         connection.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
-        until(lambda: server.serving.worker.is_busy)
+        until(lambda: backend.n_evaluations)
         until(lambda: not server.serving.worker.is_busy)
         connection.close()
 
@@ -148,6 +167,7 @@ def test_a_client_that_sends_all_before_it_reads_is_told_why(
     fake_model: Any, monkeypatch: pytest.MonkeyPatch, headers: dict[str, str], status: bytes
 ) -> None:
     """More than the buffers between the two hold: a connection closed on it would be reset instead."""
+    monkeypatch.setattr(guard, "DRAIN_SECONDS", SECONDS)
     n_bytes = 24 << 20
     lines = {
         "Host": "localhost",
@@ -251,6 +271,8 @@ def test_a_model_that_is_stuck_is_told_and_forgotten_when_it_comes_back(
     backend.on_evaluate = gate
     with running(fake_model(backend), timeout=0.2) as server:
         assert server.chat().status_code == 504
+        # one whose time is over before its turn has come holds nothing
+        until(lambda: gate.reached.is_set() or (server.chat(), False)[1])
         until(lambda: get(f"{server.url}/health").status_code == 503)
         assert get(f"{server.url}/health").json()["error"]["code"] == "stuck"
         refused = server.chat()

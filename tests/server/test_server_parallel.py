@@ -12,7 +12,7 @@ import tiny_models
 
 pytest.importorskip("fastapi", reason="pip install 'mobile-gguf[server]'")
 pytest.importorskip("llama_cpp", reason="run `mobile-gguf engine build`")
-from server_harness import SECONDS, Running, get, running, until
+from server_harness import SECONDS, Running, get, held, running, until
 
 import mobile_gguf
 
@@ -56,10 +56,12 @@ def test_several_are_answered_at_once_and_each_gets_its_own(server: Running) -> 
         return all(one.done() for one in asked)
 
     with ThreadPoolExecutor(5) as pool:
-        asked = [pool.submit(ask, server, i, **mode) for i, mode in enumerate(modes)]
+        with held(server) as gate:
+            asked = [pool.submit(ask, server, i, **mode) for i, mode in enumerate(modes)]
+            until(lambda: gate.step() or server.serving.worker.n_running == 3)
         until(look)
         together = [one.result() for one in asked]
-    assert most == 3
+    assert most <= 3
     for one, other in zip(alone, together, strict=True):
         assert one["usage"]["completion_tokens"] == other["usage"]["completion_tokens"]
         assert other["usage"]["receipt"]["mode"] == one["usage"]["receipt"]["mode"]
@@ -74,12 +76,14 @@ def test_a_client_that_leaves_costs_the_others_nothing(server: Running) -> None:
     expected = ask(server, 1, 80)["choices"]
     long = body(server, [9] * 20, 900, stream=True)
     with ThreadPoolExecutor(1) as pool:
-        with httpx.stream("POST", f"{server.url}/v1/completions", json=long, timeout=SECONDS) as answer:
-            lines = answer.iter_lines()
-            next(line for line in lines if line.startswith("data:"))
-            stays = pool.submit(ask, server, 1, 80)
-            until(lambda: server.serving.worker.n_running == 2)
-        until(lambda: server.serving.worker.n_running < 2)
+        with held(server) as gate:
+            gate.allow(20)
+            with httpx.stream("POST", f"{server.url}/v1/completions", json=long, timeout=SECONDS) as answer:
+                lines = answer.iter_lines()
+                next(line for line in lines if line.startswith("data:"))
+                stays = pool.submit(ask, server, 1, 80)
+                until(lambda: gate.step() or server.serving.worker.n_running == 2)
+            until(lambda: gate.step() or server.serving.worker.n_running < 2)
         found = stays.result()["choices"]
     assert found[0]["finish_reason"] == expected[0]["finish_reason"] == "length"
     if server.serving.model.options.deterministic:
@@ -91,10 +95,11 @@ def test_what_is_more_waits_in_line_and_more_than_that_is_refused(server: Runnin
     long = body(server, [9] * 20, 900, stream=True)
     url = f"{server.url}/v1/completions"
     with ThreadPoolExecutor(8) as pool:
-        with httpx.Client(timeout=SECONDS) as client:
+        with held(server) as gate, httpx.Client(timeout=SECONDS) as client:
+            gate.allow(20)
             streams = [client.stream("POST", url, json=long) for _ in range(3)]
             answers = [stream.__enter__() for stream in streams]
-            until(lambda: server.serving.worker.n_running == 3)
+            until(lambda: gate.step() or server.serving.worker.n_running == 3)
             waiting = [pool.submit(ask, server, i, 5) for i in range(4)]
             until(lambda: server.serving.worker.n_waiting == 4)
             assert server.post("/v1/completions", long | {"stream": False}).status_code == 429

@@ -105,7 +105,7 @@ def test_a_client_that_leaves_frees_the_model_and_its_place(fake_model, stream):
         until(lambda: server.serving.worker.n_waiting == 0)
 
         def is_free() -> bool:
-            gate.allow(1)  # whether the server has seen by now that nobody listens is its own time
+            gate.step()  # whether the server has seen by now that nobody listens is its own time
             return not server.serving.worker.is_busy
 
         until(is_free)

@@ -83,7 +83,7 @@ def test_the_key(fake_model):
         (
             {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]},
             "messages.0.content.0.type",
-            "'text'",
+            "text only",
         ),
     ],
 )
@@ -101,6 +101,35 @@ def test_a_body_that_is_not_utf_8(hello):
         f"{hello.url}/v1/chat/completions", content=body, headers={"Content-Type": "application/json"}
     )
     assert (answer.status_code, answer.json()["error"]["message"]) == (400, "the body is not UTF-8")
+
+
+@pytest.mark.parametrize(
+    "body", [b"[" * 99_000, b'{"a":' * 9000 + b"1" + b"}" * 9000, b'{"max_tokens": ' + b"9" * 5000 + b"}"]
+)
+def test_a_body_that_python_cannot_read(hello, body):
+    answer = post(
+        f"{hello.url}/v1/chat/completions", content=body, headers={"Content-Type": "application/json"}
+    )
+    assert answer.status_code == 400
+    assert "cannot be read: it is nested too deeply, or holds a number" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"functions": [{"name": "f"}]}, "give tools"),
+        ({"function_call": {"name": "f"}}, "give tool_choice"),
+        ({"audio": {"voice": "x"}}, "answers with text only"),
+        ({"modalities": ["text", "audio"]}, "answers with text only"),
+        ({"tool_choice": 5}, "'none', 'auto' or 'required'"),
+        ({"tool_choice": {"type": "function", "function": {}}}, "tool_choice.function.name"),
+        ({"tool_choice": {"type": "allowed_tools"}}, "tool_choice.allowed_tools"),
+    ],
+)
+def test_what_is_not_done_here_is_said_in_words(hello, body, words):
+    answer = hello.chat(**body)
+    assert answer.status_code == 400
+    assert words in answer.json()["error"]["message"]
 
 
 def test_cors_only_when_asked(fake_model):

@@ -20,9 +20,12 @@ def test_a_short_soak():
 
     model = tiny_models.path("qwen3moe")
     flags = ["-t", "1", "--queue", "4", "-c", "256", "--session-cache", "2MiB"]
-    report = soak(str(model), 12, 24, flags, n_restarts=1)
-    assert report["problems"] == []
-    assert {"answered", "left", "full"} <= report["outcomes"].keys()
+    for seconds in (12, 48, 192):  # a machine that does little else may need longer
+        report = soak(str(model), seconds, 24, flags, n_restarts=1)
+        assert report["problems"] == []
+        if report["outcomes"].keys() >= {"answered", "left", "full"}:
+            break
+    assert report["outcomes"].keys() >= {"answered", "left", "full"}
     assert report["session_bytes"]["most"] > 0
     assert len(report["servers"]) == 2
 

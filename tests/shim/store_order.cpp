@@ -53,6 +53,15 @@ int order_open(const char * path, int n_layers, int n_experts, int budget, int n
 void order_close() { g_store.reset(); }
 
 int  order_warm(const int * pairs, int n) { return g_store->warm(parts_of(pairs, n)); }
+// parts that were not computed, and are to be read while nothing else is
+void order_displace(int layer, const int * experts, int n) {
+    std::vector<mobile_part> parts;
+    for (int i = 0; i < n; ++i) {
+        parts.push_back(mobile_part(experts[i]));
+    }
+    g_store->displace(mobile_store_layer(layer), parts, g_time, true);
+}
+
 void order_begin_pass() { g_store->begin_pass(); }
 int  order_end_pass()   { return g_store->end_pass(); }
 void order_read_ahead(int layer) { g_store->read_ahead(mobile_store_layer(layer)); }
@@ -109,6 +118,7 @@ int order_warm_left() { return (int) g_store->counters_warm().n_left; }
 int order_warm_read() { return (int) g_store->counters_warm().n_read; }
 
 void order_fail(int every)  { planted_reads_set(0, every, 0, 1); }
+void order_hold()           { planted_reads_hold(); }
 void order_allow(int n)     { planted_reads_allow(n); }
 void order_wait(int n)      { planted_reads_wait(n); }
 

@@ -18,7 +18,7 @@ struct ggml_tensor;
 
 enum what { NOTHING, READ, OWN_READ, MEMORY, UPLOAD };
 
-static constexpr int WAIT_SECONDS = 20; // in case nobody has a read to do
+static constexpr int WAIT_SECONDS = 300; // in case nobody has a read to do
 
 static std::atomic<int> g_what   = NOTHING;
 static std::atomic<int> g_times  = 0;

@@ -80,7 +80,8 @@ def run_ours(spec: dict[str, Any], arrays: dict[str, np.ndarray]) -> dict[str, A
                     tier = backend_of(model).device
                     if tier is not None:
                         rows = tier.calls.residency(model.info.n_layer, model.info.n_expert)
-                        result["n_resident"] = sum(row.count(2) for row in rows)
+                        # with those still on their way
+                        result["n_resident"] = sum(len(row) - row.count(0) for row in rows)
                 else:
                     mode = spec.get("mode", "exact")
                     options = {"temperature": 0, "max_tokens": spec["n"], "cache_prompt": False, "mode": mode}

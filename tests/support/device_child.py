@@ -1,14 +1,17 @@
 """``engine_child`` with devices: runs whose layers are on RPC servers, and ops of the device tier.
 
-A run's settings may have "rpc" (endpoints that become devices; its layers go there) and "on_host".
+A run's settings may have "rpc" (endpoints that become devices; its layers go there) and "on_host". With
+MOBILE_GGUF_TEST_QUEUE the library of that name (shim/queue_device.cpp) makes a device of this process.
 """
 
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +60,22 @@ def add_server(endpoint: str) -> None:
 _servers: list[str] = []
 
 
+def add_queue_device() -> Any:
+    """The library of the device whose queue runs late, None without it."""
+    path = os.environ.get("MOBILE_GGUF_TEST_QUEUE")
+    if path is None:
+        return None
+    library = ctypes.CDLL(path)
+    library.queue_device_register.restype = None
+    library.queue_device_waits.restype = ctypes.c_int64
+    library.queue_device_sum.restype = ctypes.c_float
+    library.queue_device_register()
+    return library
+
+
+queue = add_queue_device()
+
+
 class DeviceRun(engine_child.Run):
     """A run on devices; the ops ``device_*`` are mobile.h's calls."""
 
@@ -94,6 +113,14 @@ class DeviceRun(engine_child.Run):
                 setattr(params, name, op[name])
         return self.status(mobile.mobile_device_start(self.ctx, ctypes.byref(params)))
 
+    def op_queue_waits(self, op: dict[str, Any]) -> dict[str, Any]:
+        """How often somebody has waited for a queue so far."""
+        return {"n": queue.queue_device_waits()}
+
+    def op_queue_sum(self, op: dict[str, Any]) -> dict[str, Any]:
+        """What a graph gives that is run twice before anybody waits."""
+        return {"sum": queue.queue_device_sum()}
+
     def op_device_stop(self, op: dict[str, Any]) -> dict[str, Any]:
         assert mobile is not None
         return self.status(mobile.mobile_device_stop(self.ctx))
@@ -120,24 +147,41 @@ class DeviceRun(engine_child.Run):
         """Of the slots."""
         return self.residency(op, "mobile_device_get_residency", self.ctx)
 
-    def op_device_settle(self, op: dict[str, Any]) -> dict[str, Any]:
-        """Rounds of ``ops`` till one misses nothing in the slots or a slot is given away, ``rounds`` at most.
+    def rounds(self, op: dict[str, Any]) -> Iterator[dict[str, int]]:
+        """The device counters now, and after each round of ``ops``, ``rounds`` at most.
 
-        How far uploads in the background have come after so many tokens is the machine's affair.
+        How far a thread in the background has come after so many tokens is the machine's affair: what it
+        counts is waited for by rounds.
         """
-        n_misses, after = None, self.op_device_counters({})
+        yield self.op_device_counters({})
         for _ in range(op["rounds"]):
-            before = after
             for each in op["ops"]:
-                assert getattr(self, f"op_{each['op']}")(each).get("rc", 0) == 0
-            after = self.op_device_counters({})
-            n_misses = after["n_misses"] - before["n_misses"]
-            if n_misses == 0 or after["n_evictions"] > 0:
+                done = getattr(self, f"op_{each['op']}")(each)
+                assert done.get("rc", 0) == 0, done
+                assert done.get("status", 0) >= 0, done
+            yield self.op_device_counters({})
+
+    def op_device_settle(self, op: dict[str, Any]) -> dict[str, Any]:
+        """Rounds till one misses nothing in the slots or a slot is given away."""
+        for before, after in itertools.pairwise(self.rounds(op)):
+            if after["n_misses"] == before["n_misses"] or after["n_evictions"] > 0:
                 break
-        return {"n_misses": n_misses, "n_evictions": after["n_evictions"]}
+        return {"n_misses": after["n_misses"] - before["n_misses"], "n_evictions": after["n_evictions"]}
+
+    def op_device_until(self, op: dict[str, Any]) -> dict[str, Any]:
+        """Rounds till all counters of ``above`` are above their numbers; the job fails if they never are."""
+        counted: dict[str, int] = {}
+        for counted in self.rounds(op):
+            if all(counted[name] > n for name, n in op["above"].items()):
+                return counted
+        counters = {name: counted[name] for name in op["above"]}
+        raise AssertionError(f"{self.spec['name']}: {counters} after {op['rounds']} rounds")
 
     def op_device_watch(self, op: dict[str, Any]) -> dict[str, Any]:
-        """Ops while another thread reads the slots' residency; n_maps: different ones that it saw."""
+        """Rounds of ops while another thread reads the slots' residency, till it has seen three.
+
+        n_maps: different ones that it saw.
+        """
         library = mobile
         assert library is not None
         info = self.result["info"]
@@ -151,8 +195,12 @@ class DeviceRun(engine_child.Run):
 
         thread = threading.Thread(target=watch)
         thread.start()
+        done: list[dict[str, Any]] = []
         try:
-            done = [getattr(self, f"op_{each['op']}")(each) for each in op["ops"]]
+            for _ in range(op["rounds"]):
+                done += [getattr(self, f"op_{each['op']}")(each) for each in op["ops"]]
+                if len(maps) > 2:
+                    break
         finally:
             stop.set()
             thread.join()

@@ -80,3 +80,8 @@ def on_devices(*runs: dict[str, Any], lib: Path | None = None, **how: Any) -> en
 
 def succeeded_on_devices(*runs: dict[str, Any], **how: Any) -> engine_libs.Outcome:
     return succeeded(on_devices(*runs, **how))
+
+
+def until(ops: list[dict[str, Any]], **above: int) -> dict[str, Any]:
+    """Rounds of ``ops`` till each of these device counters is above its number; the job fails if never."""
+    return {"op": "device_until", "rounds": 200, "ops": ops, "above": above}

@@ -67,7 +67,7 @@ def rpc_server() -> Iterator[Server]:
 
 
 def _wait_for(port: int, process: subprocess.Popen[bytes]) -> None:
-    end = time.monotonic() + 300
+    end = time.monotonic() + 600
     while process.poll() is None and time.monotonic() < end:
         try:
             socket.create_connection(("127.0.0.1", port), timeout=1).close()
@@ -90,7 +90,7 @@ def run_child(
             capture_output=True,
             text=True,
             env=engine_libs.child_environment(lib or engine_libs.engine_lib()),
-            timeout=600,
+            timeout=800,
             check=False,
         )
         if done.returncode != 0:

@@ -90,6 +90,8 @@ def bind() -> ctypes.CDLL | None:
     return dll
 
 
+SECONDS = 600.0  # for what ends by itself, on any machine
+
 mobile = bind()
 log_lines: list[str] = []
 
@@ -355,7 +357,7 @@ class Run:
 
     def op_loss_counters(self, op: dict[str, Any]) -> dict[str, Any]:
         """until_read: once what is to be admitted has been."""
-        until = time.monotonic() + 60
+        until = time.monotonic() + SECONDS
         while True:
             counted = self.counters("mobile_get_loss_counters", LossCountersStruct)
             if not op.get("until_read") or counted["n_admit_left"] == 0:
@@ -406,7 +408,7 @@ class Run:
         pointer = pairs.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
         status = mobile.mobile_warm(self.ctx, pointer, len(pairs))
         error = mobile.mobile_last_error().decode() if status < 0 else ""
-        until = time.monotonic() + 60
+        until = time.monotonic() + SECONDS
         while op.get("wait") and status > 0 and not self.is_warm():
             assert time.monotonic() < until, "the warm set was not read"
             time.sleep(0.002)
@@ -494,26 +496,37 @@ class Run:
         return {"status": n, "next": following, "lost": lost}
 
     def op_routed_while(self, op: dict[str, Any]) -> dict[str, Any]:
-        """Ops while another thread reads what is routed, ``n`` entries at a time, and saves them all."""
+        """Rounds of ops while another thread reads what is routed, ``n`` entries at a time, and saves them all.
+
+        They end once it has read something while an op ran. n_while_running: of a round's ops.
+        """
         stop, taken, lost = threading.Event(), [np.zeros((0, 4), np.int32)], 0
+        runs = threading.Event()
         n_while_running = 0
 
         def read() -> None:
             nonlocal lost, n_while_running
             room, since = np.zeros((op["n"], 4), np.int32), 0
             while True:
-                ending = stop.is_set()
+                ending, running = stop.is_set(), runs.is_set()
                 n, since, n_lost = self.read_routed(since, room, op["n"])
                 lost += n_lost
                 taken.append(room[:n].copy())
-                n_while_running += n if not ending else 0
+                n_while_running += n if running and runs.is_set() else 0
                 if ending and n == 0:
                     return
 
         thread = threading.Thread(target=read)
         thread.start()
+        done: list[dict[str, Any]] = []
         try:
-            done = [getattr(self, f"op_{each['op']}")(each) for each in op["ops"]]
+            for _ in range(op["rounds"]):
+                for each in op["ops"]:
+                    runs.set()
+                    done.append(getattr(self, f"op_{each['op']}")(each))
+                    runs.clear()
+                if n_while_running:
+                    break
         finally:
             stop.set()
             thread.join()

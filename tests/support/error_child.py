@@ -53,6 +53,16 @@ class ErrorRun(device_child.DeviceRun):
         """From now on ``what`` throws once, in the engine's own threads; n_thrown: since the last arming."""
         return {"n_thrown": ctypes.CDLL(None).throwing_threads_arm(THROWING.index(op["what"]), 1)}
 
+    def op_steps_until_failed(self, op: dict[str, Any]) -> dict[str, Any]:
+        """The same steps, round after round, till some fail; when a thread comes to throw is its own affair."""
+        done: dict[str, Any] = {}
+        for _ in range(op["rounds"]):
+            self.op_remove(op)
+            done = self.op_steps(op)
+            if done["rc"] != 0:
+                break
+        return done
+
     def op_scribble(self, op: dict[str, Any]) -> dict[str, Any]:
         """Writes into the op_params of an expert tensor."""
         ctypes.CDLL(None).op_params_scribble()

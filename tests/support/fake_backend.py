@@ -246,9 +246,12 @@ class FakeBackend:
         self.log.append("prefetch")
 
     def last_logits(self) -> np.ndarray:
+        return self._logits(self.rows)
+
+    def _logits(self, rows: Sequence[Row]) -> np.ndarray:
         if getattr(self.model, "needs_prompt", False):
-            return self.model(self.rows, self._n_prompt)
-        return self.model(self.rows)
+            return self.model(rows, self._n_prompt)
+        return self.model(rows)
 
     def head_probability(self, token: int) -> float | None:
         self.log.append("head")
@@ -275,7 +278,7 @@ class FakeBackend:
         for i in range(len(prompt) if on_logits is not None else 0):
             assert on_logits is not None
             rows = [(token, ALL_EXPERTS) for token in prompt[: i + 1]]
-            on_logits(i, self.model(rows))
+            on_logits(i, self._logits(rows))
         self.last_pass = decode_prompt(self, prompt)
         self.prompt_evaluated += len(prompt)
         if self.on_prompt is not None:

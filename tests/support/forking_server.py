@@ -20,7 +20,7 @@ import mobile_gguf
 from mobile_gguf.api.model import Model
 from mobile_gguf.errors import MobileError
 
-CHILD_SECONDS = 60.0  # one that waits for a thread or a lock of the parent's waits for ever
+CHILD_SECONDS = 600.0  # one that waits for a thread or a lock of the parent's waits for ever
 # a prompt that is computed whole each time, since last digits hang on what of it is
 BODY = {
     "messages": [{"role": "user", "content": "hi"}],

@@ -1,6 +1,7 @@
 """Every part of a whole request of each endpoint, one after the other made into what it may not be.
 
-    python tests/support/hostile_fields.py http://127.0.0.1:8080
+    mobile-gguf serve MODEL -c 1024 -n 40 --embeddings --alias fake
+    python tests/support/hostile_fields.py http://127.0.0.1:8080 [EVERY]
 
 The requests hold all that an endpoint knows; ``damaged`` says what each becomes. What a server may say of
 one is ``hostile.sent``'s to judge.
@@ -15,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 from hostile import ODD, WrongAnswerError, sent
 
 _SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
@@ -35,15 +37,18 @@ _SAMPLING: dict[str, Any] = {
     "stream": False,
     "cache_prompt": True,
 }
+_CUSTOM = {"type": "custom", "custom": {"name": "p", "description": "d", "format": {"type": "text"}}}
+_CUSTOM_CALL = {"id": "k", "type": "custom", "custom": {"name": "p", "input": "t"}}
 _FORMAT = {"type": "json_schema", "json_schema": {"name": "n", "schema": _SCHEMA}}
 _CHAT: dict[str, Any] = {
     "messages": [
         {"role": "system", "content": "s"},
         {"role": "user", "content": [{"type": "text", "text": "x"}], "name": "n"},
-        {"role": "assistant", "content": None, "reasoning_content": "t", "tool_calls": [_CALL]},
+        {"role": "assistant", "content": None, "reasoning_content": "t", "tool_calls": [_CALL, _CUSTOM_CALL]},
         {"role": "tool", "tool_call_id": "c", "content": "1"},
+        {"role": "tool", "tool_call_id": "k", "content": "2"},
     ],
-    "tools": [_TOOL],
+    "tools": [_TOOL, _CUSTOM],
     "tool_choice": {"type": "function", "function": {"name": "f"}},
     "parallel_tool_calls": False,
     "chat_template_kwargs": {"enable_thinking": False},
@@ -68,7 +73,11 @@ _RESPONSES: dict[str, Any] = {
         {"type": "custom_tool_call_output", "call_id": "d", "output": "2"},
     ],
     "instructions": "i",
-    "tools": [{"type": "function", **_FUNCTION}, {"type": "web_search"}],
+    "tools": [
+        {"type": "function", **_FUNCTION},
+        {"type": "custom", "name": "p", "description": "d", "format": {"type": "text"}},
+        {"type": "web_search"},
+    ],
     "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "f"}]},
     "parallel_tool_calls": True,
     "max_output_tokens": 3,
@@ -107,6 +116,12 @@ _MESSAGES: dict[str, Any] = {
                     "is_error": True,
                 },
                 {"type": "document", "source": {"type": "text", "data": "d"}},
+                {
+                    "type": "search_result",
+                    "title": "t",
+                    "source": "u",
+                    "content": [{"type": "text", "text": "c"}],
+                },
             ],
         },
     ],
@@ -152,6 +167,12 @@ _GENERATE = {
 }
 WHOLE: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": _SAMPLING | _CHAT,
+    "/v1/chat/completions?json": _SAMPLING
+    | {"messages": [{"role": "user", "content": "x"}], "max_tokens": 3, "response_format": _FORMAT},
+    "/v1/completions": _SAMPLING
+    | {"prompt": ["x", "y"], "max_tokens": 2, "echo": True, "logprobs": 1, "best_of": 1, "stop": "q"},
+    "/v1/completions?suffix": _SAMPLING | {"prompt": "x", "suffix": "y", "max_tokens": 2, "best_of": 1},
+    "/v1/embeddings": {"input": ["x"], "encoding_format": "float", "dimensions": 2, "user": "u"},
     "/apply-template": _CHAT,
     "/v1/responses": _SAMPLING | _RESPONSES,
     "/v1/responses/input_tokens": _RESPONSES,
@@ -205,18 +226,29 @@ def damaged(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
             yield f"{'.'.join(map(str, at))} = {str(wrong)[:40]!r}", body
 
 
-def sweep(url: str, path: str, every: int = 1, first: int = 0) -> Counter[str]:
-    """Send each ``every``-th damaged request; returns how many had which status. Raises WrongAnswerError."""
+def sweep(url: str, path: str, every: int = 1, first: int = 0) -> tuple[Counter[str], list[str]]:
+    """Send each ``every``-th damaged request; returns how many had which status, and what was wrong."""
     found: Counter[str] = Counter()
+    wrong = []
     for i, (what, body) in enumerate(damaged(path)):
         if i % every == first % every:
             try:
                 found[sent(url, json.dumps(body).encode(), path)] += 1
-            except WrongAnswerError as error:
-                raise WrongAnswerError(f"{path}: {what}: {error}") from None
-    return found
+            except (WrongAnswerError, httpx.TransportError) as error:
+                wrong.append(f"{path}: {what}: {error!r}")
+    return found, wrong
+
+
+def main() -> int:
+    """The command line."""
+    url, every = sys.argv[1], int((sys.argv[2:] or ["1"])[0])
+    n_wrong = 0
+    for name in WHOLE:
+        found, wrong = sweep(url, name, every)
+        print(name, dict(found), *wrong, sep="\n  ", flush=True)
+        n_wrong += len(wrong)
+    return 1 if n_wrong else 0
 
 
 if __name__ == "__main__":
-    for name in WHOLE:
-        print(name, dict(sweep(sys.argv[1], name)), flush=True)
+    sys.exit(main())

@@ -1,14 +1,29 @@
-"""Lossy rules for jobs of ``engine_child``, and a script of what is resident."""
+"""Lossy rules for jobs of ``engine_child``, what they find resident, and what Transformers makes of it."""
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import loss_oracle as oracle
 import numpy as np
 import tiny_models
+from engine_jobs import tokens
 
 N_BUDDIES = 6
+# how each family makes weights of its router's logits, and whether their sum is fixed
+FAMILIES = {
+    "qwen3moe": ("softmax", True),
+    "olmoe": ("softmax", False),
+    "qwen2moe": ("softmax", False),
+    "deepseek3": ("sigmoid", True),
+    "gpt-oss": ("chosen", True),
+}
 RULES: dict[str, dict[str, Any]] = {
     "drop": {"drop": 0.9},
     "drop more": {"drop": 2.0, "keep": 1},
@@ -36,9 +51,52 @@ def scripted(model: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def scripted_parts(model: str, n_segments: int) -> list[Any]:
+    """Which segments of each expert are there, the leading ones: [n_layer][n_expert][n_segments]."""
+    spec, rng = tiny_models.MODELS[model], np.random.default_rng(13)
+    n_there = rng.integers(0, n_segments + 1, (spec.config["num_hidden_layers"], spec.n_expert, 1))
+    return (np.arange(n_segments) < n_there).astype(int).tolist()
+
+
 def set_up(model: str) -> list[dict[str, Any]]:
     script = scripted(model)
     return [
         {"op": "loss_residency", "resident": script["resident"]},
         {"op": "buddies", "experts": script["buddies"], "shares": script["shares"], "tau": script["tau"]},
     ]
+
+
+def in_transformers(models: dict[str, dict[str, Any]]) -> dict[str, np.ndarray]:
+    """What Transformers computes of families under rules, "model/rule"; see ``loss_child`` for an entry."""
+    entries = []
+    for model, entry in models.items():
+        scoring, normalised = FAMILIES[model]
+        spec = asdict(tiny_models.MODELS[model])
+        entries.append(
+            {"name": model, "spec": spec, "scoring": scoring, "normalised": normalised, **scripted(model)}
+            | entry
+        )
+    out = tiny_models.CACHE / f"loss-{os.getpid()}.npz"
+    child = Path(__file__).parent / "loss_child.py"
+    try:
+        job = json.dumps({"out": str(out), "models": entries})
+        subprocess.run([sys.executable, child], input=job, text=True, check=True)
+        with np.load(out) as arrays:
+            return dict(arrays)
+    finally:
+        out.unlink(missing_ok=True)
+
+
+def text_of(model: str) -> list[int]:
+    """What Transformers computes."""
+    return tiny_models.reference(model)["tokens"].tolist()
+
+
+def under(rules: dict[str, Any] | None, text: list[int], save: str) -> list[dict[str, Any]]:
+    """Ops that compute ``text`` token by token under rules, long after whatever was displaced before."""
+    return [
+        {"op": "loss", "rules": None, "lossy": False},
+        {"op": "clear"}, {"op": "decode", "tokens": tokens(12, 5)}, {"op": "clear"},
+        {"op": "loss", "rules": rules}, {"op": "reset_counters"},
+        {"op": "steps", "tokens": text, "pos": 0, "save": save}, {"op": "loss_counters"},
+    ]  # fmt: skip

@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+# how long a client's going may take to be heard of, far beyond what a busy machine needs
+SECONDS = 300
+
 
 @dataclass
 class OpenAiStub:

@@ -27,6 +27,14 @@ def chromium() -> Iterator[Any]:
 
 
 @contextmanager
+def context_of(browser: Any, size: Any = DESKTOP) -> Iterator[Any]:
+    """A browser's context: its pages share what is stored, those of another one do not."""
+    context = browser.new_context(viewport=size)
+    yield context
+    context.close()
+
+
+@contextmanager
 def opened(browser: Any, server: Any, size: Any = DESKTOP, at: str = "") -> Iterator[Any]:
     """The page of a browser, or of one of its contexts; its scripts must not have failed at the end."""
     page = browser.new_page() if not hasattr(browser, "new_context") else browser.new_page(viewport=size)
@@ -55,3 +63,11 @@ def bodies_of(page: Any) -> list[Any]:
 def lines(page: Any) -> list[str]:
     """The one line that each answer ended with."""
     return [line.strip() for line in page.locator(".end").all_inner_texts()]
+
+
+def hide(page: Any) -> None:
+    """Have the page think that nobody looks at it."""
+    page.evaluate(
+        "Object.defineProperty(document, 'hidden', { get: () => true });"
+        "document.dispatchEvent(new Event('visibilitychange'))"
+    )

@@ -1,6 +1,8 @@
 """Rules of every test run, a pytest plugin: no silent skips, no process left behind, markers by what is used.
 
 ``--strict-skips``: a skip is a failure unless its reason names a GPU, the one thing that cannot be installed.
+With ``--reruns 1`` of pytest-rerunfailures a test that failed has a second try, which is told with its first
+failure; a run in which more tests than ``--second-tries`` had one has failed.
 At the end no process that the run has started may be left, a grandchild whose parent is gone included.
 """
 
@@ -48,7 +50,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--strict-skips", action="store_true", help="a test skipped for want of anything but a GPU fails"
     )
     parser.addoption(
-        "--end-seconds", type=float, default=10, help="how long processes may take to end after the last test"
+        "--end-seconds", type=float, default=120, help="for processes to end after the last test"
+    )
+    parser.addoption(
+        "--second-tries", type=int, default=2, help="how many tests may fail at first, with --reruns"
     )
 
 
@@ -97,6 +102,26 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Any:
     return report
 
 
+# second tries
+
+
+def pytest_runtest_logreport(report: Any) -> None:
+    if report.outcome == "rerun":
+        _RERUN.setdefault(report.nodeid, report)
+
+
+_RERUN: dict[str, Any] = {}
+
+
+def _tell_second_tries(terminalreporter: Any) -> None:
+    if not _RERUN:
+        return
+    terminalreporter.section(f"failed at first, and had a second try: {len(_RERUN)}", yellow=True)
+    for nodeid, report in _RERUN.items():
+        terminalreporter.write_sep("_", nodeid)
+        report.toterminal(terminalreporter._tw)
+
+
 # pytest-xdist's processes
 
 
@@ -142,6 +167,8 @@ def pytest_sessionfinish(session: pytest.Session) -> Any:
     left |= session.config.stash.get(_LEFT, {})
     if left:
         session.config.stash[_LEFT] = left
+    most: Any = session.config.getoption("--second-tries")
+    if left or len(_RERUN) > most:
         session.exitstatus = max(session.exitstatus, pytest.ExitCode.TESTS_FAILED)
     return answer
 
@@ -157,6 +184,7 @@ _LEFT = pytest.StashKey[dict[int, str]]()
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    _tell_second_tries(terminalreporter)
     if left := config.stash.get(_LEFT, None):
         terminalreporter.section("processes left behind", red=True)
         for pid, command in left.items():

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import signal
 import subprocess
 import sys
 import threading
+import time
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 import numpy as np
@@ -70,6 +73,10 @@ def running(model: Model, **settings: Any) -> Iterator[Running]:
     run = Running(f"http://127.0.0.1:{listening.getsockname()[1]}", server, thread)
     try:
         yield run
+    except BaseException:
+        for gate in list(Gate.made):  # else a test that fails would hang instead
+            gate.open()
+        raise
     finally:
         run.stop()
         listening.close()
@@ -115,24 +122,56 @@ def phases(*texts: str) -> Callable[..., Any]:
 
 
 class Gate:
-    """Holds the scripted engine: it computes only what ``allow`` let through, until ``open``."""
+    """Holds an engine: it computes only what ``allow`` and ``step`` let through, until ``open``."""
+
+    made: ClassVar[weakref.WeakSet[Gate]] = weakref.WeakSet()
 
     def __init__(self) -> None:
-        self._permits = threading.Semaphore(0)
-        self._open = threading.Event()
+        Gate.made.add(self)
+        self._changed = threading.Condition()
+        self._n_allowed = 0
+        self._is_open = False
         self.reached = threading.Event()
 
     def __call__(self) -> None:
         self.reached.set()
-        while not self._open.is_set() and not self._permits.acquire(timeout=0.01):
-            pass
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_open or self._n_allowed > 0)
+            self._n_allowed -= 1
 
     def allow(self, n: int) -> None:
-        for _ in range(n):
-            self._permits.release()
+        with self._changed:
+            self._n_allowed += n
+            self._changed.notify_all()
+
+    def step(self) -> None:
+        """Let one through, if all that were let through have come: however often, what runs cannot run on."""
+        with self._changed:
+            self._n_allowed = max(self._n_allowed, 1)
+            self._changed.notify_all()
 
     def open(self) -> None:
-        self._open.set()
+        with self._changed:
+            self._is_open = True
+            self._changed.notify_all()
+
+
+@contextlib.contextmanager
+def held(server: Running) -> Iterator[Gate]:
+    """A gate before each decode of a server over the real engine; open again behind it."""
+    gate, crew = Gate(), server.serving.model.crew
+    advance = crew.advance
+
+    def gated() -> None:
+        gate()
+        advance()
+
+    crew.advance = gated  # type: ignore[method-assign]
+    try:
+        yield gate
+    finally:
+        del crew.advance
+        gate.open()
 
 
 def get(url: str, **options: Any) -> httpx.Response:
@@ -144,10 +183,10 @@ def post(url: str, **options: Any) -> httpx.Response:
 
 
 def until(condition: Callable[[], object]) -> None:
-    """Wait for ``condition``; fails after SECONDS."""
-    done = threading.Event()
-    for _ in range(SECONDS * 100):
+    """Wait for ``condition``; fails after SECONDS, and not before it was looked at a hundred times."""
+    ends = time.monotonic() + SECONDS
+    for n_looks in itertools.count():
         if condition():
             return
-        done.wait(0.01)
-    raise AssertionError("it did not happen")
+        assert n_looks < 100 or time.monotonic() < ends, "it did not happen"
+        time.sleep(0.01)

@@ -40,7 +40,7 @@ _PROGRAMS = {
     "os_check": ("os",),
 }
 LIBRARY = "store_order"  # for ctypes
-PATIENCE = 60  # seconds without a step, after which a program says that it hangs
+PATIENCE = 300  # seconds without a step, after which a program says that it hangs
 # addresses have more random bits than older runtimes of the sanitizer can do with
 _MANY_BITS = 28
 

@@ -1,7 +1,10 @@
 """Tiny random MoE models of many architectures: what they look like, and a cache of their GGUF files.
 
 ``path(name)`` builds everything that is missing in one worker process (``tiny_build``) and keeps it under
-$MOBILE_GGUF_TEST_CACHE, or beside the engine's builds, under a key over all that decides the result.
+$MOBILE_GGUF_TEST_CACHE, or beside the engine's builds, under a key over all that decides the result. A
+machine that cannot build them has them ready in $MOBILE_GGUF_TEST_MODELS, as "name.gguf".
+
+``python tiny_models.py FOLDER NAME...`` makes such a folder.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from contextlib import AbstractContextManager
@@ -270,6 +274,8 @@ def _error(model: TinyModel) -> Path:
 @cache
 def path(name: str) -> Path:
     """The GGUF of a tiny model; skips where torch or Transformers is missing, fails if it cannot be built."""
+    if ready := os.environ.get("MOBILE_GGUF_TEST_MODELS"):
+        return Path(ready) / f"{name}.gguf"
     for package in ("torch", "transformers"):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed: pip install 'mobile-gguf[convert]'")
@@ -289,3 +295,8 @@ def reference(name: str) -> dict[str, np.ndarray]:
     """Transformers' logits: tokens [n], and k<K> [n, n_vocab] for all experts and for half of them."""
     with np.load(path(name).with_name("reference.npz")) as arrays:
         return dict(arrays)
+
+
+if __name__ == "__main__":
+    for wanted in sys.argv[2:]:
+        shutil.copy2(path(wanted), Path(sys.argv[1]) / f"{wanted}.gguf")

@@ -72,7 +72,7 @@ class Loader:
 
 def slow_backend(text: str = "abc " * 200) -> FakeBackend:
     """A model that takes its time and never ends by itself."""
-    backend = FakeBackend(scripted(text, end=False), n_ctx=8192)
+    backend = FakeBackend(scripted(text, end=False), n_ctx=1 << 20)
     backend.on_evaluate = lambda: time.sleep(0.1)
     return backend
 
@@ -112,7 +112,10 @@ async def chat(
     with (
         patch("textual.app.wait_for_idle", quiet),
         patch("textual.pilot.wait_for_idle", quiet),
-        patch("mobile_gguf.tui.app._PATIENCE_SECONDS", 60.0),
+        patch("mobile_gguf.tui.app._PATIENCE_SECONDS", 300.0),
+        # a machine that does much else comes to look at them late
+        patch("textual.notifications.Notification.has_expired", False),
+        patch("mobile_gguf.tui.app.ChatApp._forget_quit", lambda _app: None),
     ):
         try:
             async with app.run_test(size=size, notifications=notifications) as pilot:
@@ -139,7 +142,7 @@ async def _until_quiet(app: ChatApp) -> None:
             return
 
 
-async def until(pilot: Pilot[int], true: Callable[[], Any], seconds: float = 120.0) -> None:
+async def until(pilot: Pilot[int], true: Callable[[], Any], seconds: float = 300.0) -> None:
     """Let the app run until a condition holds; fails if it never does."""
     for _ in range(int(seconds / 0.02)):
         await pilot.pause(0.02)

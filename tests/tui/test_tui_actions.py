@@ -67,6 +67,22 @@ def test_a_model_is_picked(tmp_path, monkeypatch, key):
     run(go())
 
 
+def test_an_open_select_shows_all_its_words(tmp_path):
+    async def go():
+        async with chat(tmp_path) as (app, pilot):
+            await pilot.press("ctrl+s")
+            select = app.screen.query_one("#mode", Select)
+            select.focus()
+            below = app.screen.query_one("#gamma", Input).region
+            await pilot.press("enter")
+            overlay = app.screen.query_one("#mode SelectOverlay", OptionList)
+            await until(pilot, lambda: overlay.region.height > 0)
+            assert overlay.region.height >= overlay.option_count == 4
+            assert app.screen.query_one("#gamma", Input).region == below
+
+    run(go())
+
+
 @pytest.mark.parametrize("key", ["ctrl+s", "f4"])
 def test_settings_are_changed_reset_and_loaded(tmp_path, key):
     async def go():

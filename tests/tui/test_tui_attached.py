@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from openai_stub import OpenAiStub, serving
+from openai_stub import SECONDS, OpenAiStub, serving
 from tui_app import Loader, chat, say, submit, toasts, until
 
 from mobile_gguf.config import presets_dir
@@ -73,7 +73,7 @@ def test_esc_ends_an_answer_of_a_server(tmp_path: Path, stub: OpenAiStub) -> Non
             await until(pilot, lambda: not app.chat.busy)
             assert app.chat.session.turns[-1].content == "Blue light."
             assert app.chat.session.turns[-1].receipt.endswith("| stopped")
-            assert stub.left.wait(60)
+            assert stub.left.wait(SECONDS)
 
     run(go())
 

@@ -361,18 +361,20 @@ def test_a_stuck_engine_does_not_keep_the_program(tmp_path, monkeypatch):
 
         def hang():
             stuck.set()
-            release.wait(30)
+            release.wait()
 
         backend.on_evaluate = hang
         async with chat(tmp_path, loader=loader_of(backend)) as (app, pilot):
-            app.chat.prompt.put("go on")
-            await pilot.press("enter")
-            await until(pilot, stuck.is_set)
-            await pilot.press(*"typing works")
-            assert app.chat.prompt.text == "typing works"
-            await pilot.press("ctrl+q")
-            assert not app.engine.shut_down(0.1)
-            release.set()
+            try:
+                app.chat.prompt.put("go on")
+                await pilot.press("enter")
+                await until(pilot, stuck.is_set)
+                await pilot.press(*"typing works")
+                assert app.chat.prompt.text == "typing works"
+                await pilot.press("ctrl+q")
+                assert not app.engine.shut_down(0.1)
+            finally:
+                release.set()
 
     run(go())
 
@@ -394,13 +396,14 @@ def test_sizes_that_come_together_do_not_follow_each_other_for_ever(tmp_path, ke
             for size in (small, large, small):  # the last one is stale as well
                 app.screen.post_message(events.Resize(size, size))
                 app.screen.call_later(lambda: None)  # or else the queue would join them
-            for _ in range(200):
-                await asyncio.sleep(0)
-            n_layouts = len(seen)
-            for _ in range(200):
-                await asyncio.sleep(0)
-            # without an end there are dozens; a clock of a busy machine may ask for one
-            assert len(seen) <= n_layouts + 3
+            for _ in range(50):
+                n_layouts = len(seen)
+                for _ in range(200):
+                    await asyncio.sleep(0)
+                if not any(size is not None for size in seen[n_layouts:]):  # else a clock asked for it
+                    break
+            else:
+                pytest.fail("each size brings another one")
             assert app.screen.size == app.size == large
             await pilot.resize_terminal(70, 20)
             await until(pilot, lambda: app.screen.size == Size(70, 20))

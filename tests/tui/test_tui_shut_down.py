@@ -10,15 +10,18 @@ from mobile_gguf.api.model import Model
 from mobile_gguf.options import LoadOptions
 from mobile_gguf.tui.engine.thread import EngineThread
 
+SECONDS = 300
+
 
 class SlowToClose(FakeBackend):
     """Closes once it is let to."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.may_close = threading.Event()
+        self.closes, self.may_close = threading.Event(), threading.Event()
 
     def close(self) -> None:
+        self.closes.set()
         self.may_close.wait()
         super().close()
 
@@ -34,8 +37,10 @@ def test_a_model_that_writes_at_its_end_is_waited_for() -> None:
     thread.start()
     thread.load("fake", {})
     loaded.wait()
+    thread._commands.put(None)
+    assert backend.closes.wait(SECONDS), "it came to its end in time"
     threading.Timer(0.3, backend.may_close.set).start()
-    assert thread.shut_down(0.05), "it came to its end in time, and took longer for that"
+    assert thread.shut_down(0.05), "and took longer for that"
     assert backend.closed
 
 

@@ -23,8 +23,8 @@ def contents(app):
 
 
 def endless(gate: threading.Event) -> FakeBackend:
-    """A model that goes on until it is stopped: its context lasts for most of a minute."""
-    backend = FakeBackend(scripted("word ", end=False))
+    """A model that goes on until it is stopped: its context lasts for a day."""
+    backend = FakeBackend(scripted("word ", end=False), n_ctx=1 << 20)
     backend.on_evaluate = lambda: gate.wait(0.1)  # type: ignore[assignment]
     return backend
 
@@ -160,6 +160,40 @@ def test_the_words_so_far_are_saved_and_replaced(tmp_path):
     assert len(session.turns) == 1
     session.answer("half of it", "receipt", [], "m")
     assert [(turn.content, turn.receipt) for turn in store.open(1)[2]][1] == ("half of it", "receipt")
+
+
+def test_a_question_that_is_taken_back_gives_no_title_and_leaves_nothing(tmp_path):
+    store = ConversationStore(tmp_path / "c.db")
+    session = Session(store)
+    session.ask("too long " * 9, "m")
+    session.cut(0)
+    assert store.search() == []
+    session.ask("shorter", "m")
+    assert [(one.title, one.n_turns) for one in store.search()] == [("shorter", 1)]
+    session.open(store.search()[0].id)
+    session.cut(0)  # the first question is edited
+    session.ask("edited", "m")
+    assert [(one.title, one.n_turns) for one in store.search()] == [("edited", 1)]
+    session.rename("mine")
+    session.cut(0)
+    session.ask("another", "m")
+    session.open(store.search()[0].id)
+    session.cut(0)
+    assert [(one.title, one.n_turns) for one in store.search()] == [("mine", 0)], "a name of one's own stays"
+
+
+def test_what_is_taken_back_while_nothing_can_be_saved(tmp_path):
+    store, told = ConversationStore(tmp_path / "c.db"), []
+    session = Session(store, told.append)
+    store._db.execute("pragma query_only = 1")
+    session.ask("one", "m")
+    session.cut(0)
+    store._db.execute("pragma query_only = 0")
+    session.set_system("S")
+    assert store.search() == []
+    session.ask("two", "m")
+    assert told[-1] is None
+    assert [(one.title, one.n_turns) for one in store.search()] == [("two", 1)]
 
 
 def test_what_could_not_be_saved_is_saved_later(tmp_path):

@@ -16,7 +16,7 @@ import pytest
 
 from mobile_gguf.engine.binding import bind_backend_function, load_backends
 from mobile_gguf.errors import EngineBuildError, EngineError
-from mobile_gguf.vendor import engine, install, portable, process, toolchain
+from mobile_gguf.vendor import build, engine, install, portable, process, toolchain
 from mobile_gguf.vendor.install import Installed
 from mobile_gguf.vendor.pin import load_pin
 from mobile_gguf.vendor.progress import Progress
@@ -85,6 +85,87 @@ def test_tools_are_one_word_each_and_compile_for_the_target(
     assert made["_PYTHON_HOST_PLATFORM"] == "linux-aarch64"
     archiver = next(word for word in portable.cmake_arguments(OTHER) if word.startswith("-DCMAKE_AR="))
     assert os.access(archiver.partition("=")[2], os.X_OK)
+
+
+CORE = """
+VKAPI_ATTR VkResult VKAPI_CALL vkCreateInstance(
+VKAPI_ATTR void VKAPI_CALL vkDestroyInstance(VkInstance instance);
+#define VK_KHR_surface 1
+VKAPI_ATTR void VKAPI_CALL vkDestroySurfaceKHR(
+"""
+
+
+@pytest.fixture
+def linker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A zig that keeps what it is asked for in the file it returns."""
+    zig, asked = tmp_path / "zig", tmp_path / "asked"
+    zig.write_text(f'#!/bin/sh\necho "$@" >>{asked}\n', encoding="utf-8")
+    zig.chmod(0o755)
+    monkeypatch.setenv("MOBILE_GGUF_ENGINE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(portable, "_zig", lambda: str(zig))
+    return asked
+
+
+def vulkan_sdk(folder: Path) -> dict[str, str]:
+    for name in ("vulkan", "vk_video", "spirv"):
+        (folder / "include" / name).mkdir(parents=True)
+    (folder / "include" / "stdio.h").touch()
+    (folder / "include" / "vulkan" / "vulkan_core.h").write_text(CORE, encoding="utf-8")
+    return {"VULKAN_SDK": str(folder)}
+
+
+def test_vulkan_is_compiled_with_its_own_headers_and_the_targets_loader(linker: Path, tmp_path: Path) -> None:
+    environ = vulkan_sdk(tmp_path / "sdk")
+    portable.write_vulkan(OTHER, environ)
+    folder = portable.write_vulkan(OTHER, environ)  # once more, over what is there
+    include = folder / "include"
+    assert {path.name for path in include.iterdir()} == {"vulkan", "vk_video", "spirv"}
+    assert (include / "vulkan" / "vulkan_core.h").read_text() == CORE
+    loader = (folder / "loader.c").read_text()
+    assert loader == "void vkCreateInstance(void) {}\nvoid vkDestroyInstance(void) {}\n"
+    last = linker.read_text().splitlines()[-1]
+    assert last == (
+        f"cc -target aarch64-linux-gnu.2.28 -shared -fPIC -Wl,-soname,libvulkan.so.1 "
+        f"-o {folder / 'libvulkan.so'} {folder / 'loader.c'}"
+    )
+    arguments = portable.cmake_arguments(OTHER, ("vulkan",))
+    assert arguments[-2:] == [
+        f"-DVulkan_INCLUDE_DIR={include}",
+        f"-DVulkan_LIBRARY={folder / 'libvulkan.so'}",
+    ]
+    assert not [argument for argument in portable.cmake_arguments(OTHER) if "Vulkan" in argument]
+
+
+def test_vulkan_without_a_part_is_one_line(linker: Path, tmp_path: Path) -> None:
+    environ = vulkan_sdk(tmp_path / "sdk")
+    linker.with_name("zig").write_text("#!/bin/sh\necho no such target\nexit 1\n", encoding="utf-8")
+    with pytest.raises(EngineBuildError, match=r"cannot be linked for .*: no such target; log: "):
+        portable.write_vulkan(TARGET, environ)
+
+
+def test_vulkan_without_headers_is_one_line(
+    linker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(portable, "_SYSTEM_HEADERS", (str(tmp_path / "none"),))
+    with pytest.raises(EngineBuildError, match=r"no headers of Vulkan .* \(vulkan\): .*libvulkan-dev"):
+        portable.write_vulkan(TARGET, {})
+    (tmp_path / "none" / "include" / "vulkan").mkdir(parents=True)
+    with pytest.raises(EngineBuildError, match=r"\(vk_video\)"):
+        portable.write_vulkan(TARGET, {})
+
+
+def test_what_vulkan_needs_is_made_before_anything_is_compiled(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+    monkeypatch.setattr(toolchain, "find_toolchain", lambda *_: "tools")
+    monkeypatch.setattr(toolchain, "check_backend", lambda _: None)
+    monkeypatch.setattr(portable, "environment", lambda _: {})
+    monkeypatch.setattr(portable, "write_vulkan", made.append)
+    build._check_tools(recipe)
+    assert made == []
+    build._check_tools(replace(recipe, options=EngineOptions(("vulkan",), target=TARGET)))
+    assert made == [TARGET]
 
 
 def test_without_zig_one_line_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

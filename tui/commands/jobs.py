@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 
 from textual.message import Message
 
+from mobile_gguf.wording import why
+
 RUNNING, DONE, FAILED, CANCELLED = "running", "done", "failed", "cancelled"
 _SHARE = re.compile(r"(\d{1,3})%\s*$")
 _PARTS = re.compile(rb"(?:[\r\n]|\x1b\[K)+")  # what ends a line, or wipes it
@@ -116,7 +118,7 @@ class Jobs:
             )
         except OSError as error:
             os.close(reader)
-            job.hear(f"cannot be started: {error}")
+            job.hear(f"cannot be started: {why(error)}")
             job.end(-1)
             return job
         finally:

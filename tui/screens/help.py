@@ -15,7 +15,7 @@ from ..commands.slash import COMMANDS
 from .dialog import Dialog
 
 _FIRST, _SECOND = 22, 51  # columns; together what a terminal of 80 has room for
-_KEYS = {"up": "Up", "pageup": "Page-Up", "pagedown": "Page-Down"}
+_KEYS = {"up": "Up", "pageup": "Page-Up", "pagedown": "Page-Down", "underscore": "_"}
 _MORE = {
     "On a question or an answer (Tab and Shift-Tab go there)": [
         ("e", "edit the question and send it again"),

@@ -35,6 +35,7 @@ class Session:
         self.title = ""
         self.system = ""
         self.turns: list[Turn] = []
+        self._is_named = False  # the title is not that of the first question
         self._behind = False  # the store lacks something
 
     @property
@@ -49,17 +50,19 @@ class Session:
     def new(self) -> None:
         """Begin another conversation; the system message stays."""
         self.id, self.title, self.turns = None, "", []
+        self._is_named = False
 
     def open(self, conversation: int) -> None:
         """Continue a saved conversation. Raises StoreError."""
         title, system, turns = self.store.open(conversation)
         self.id, self.title, self.system, self.turns = conversation, title, system, turns
+        self._is_named = bool(turns) and title != _title_of(turns[0].content)
         self._behind = False
 
     def ask(self, text: str, model: str) -> None:
         """Add a question."""
         if self.id is None:
-            self.title = self.title or shorten(folded(text))
+            self.title = self.title or _title_of(text)
         self._add(Turn("user", text, model=model))
 
     def draft(self, text: str, tokens: list[Token], model: str) -> None:
@@ -72,9 +75,13 @@ class Session:
         self._add(Turn("assistant", text, receipt, tokens, model))
 
     def cut(self, position: int) -> None:
-        """Forget the turns from ``position`` on."""
+        """Forget the turns from ``position`` on; without any, and a name, the conversation as well."""
         del self.turns[position:]
-        if self.id is not None:
+        if not self.turns and not self._is_named:
+            forgotten, self.id, self.title = self.id, None, ""
+            if forgotten is not None:
+                self._save(lambda: self.store.delete(forgotten))
+        elif self.id is not None:
             self._save(lambda: self.store.cut(self._saved_id(), position))
 
     def last_question(self) -> int | None:
@@ -89,7 +96,7 @@ class Session:
 
     def rename(self, title: str) -> None:
         """Give the conversation another title."""
-        self.title = shorten(title)
+        self.title, self._is_named = shorten(title), True
         if self.id is not None:
             self._save(lambda: self.store.rename(self._saved_id(), title))
 
@@ -130,11 +137,16 @@ class Session:
             self._warn(error)
 
     def _catch_up(self) -> None:
-        conversation = self._saved_id()
-        self.store.rename(conversation, self.title or "Untitled")
-        self.store.set_system(conversation, self.system)
-        self.store.cut(conversation, 0)
-        for position, turn in enumerate(self.turns):
-            self.store.append(conversation, position, turn)
+        if self.turns or self.id is not None:
+            conversation = self._saved_id()
+            self.store.rename(conversation, self.title or "Untitled")
+            self.store.set_system(conversation, self.system)
+            self.store.cut(conversation, 0)
+            for position, turn in enumerate(self.turns):
+                self.store.append(conversation, position, turn)
         self._behind = False
         self._warn(None)
+
+
+def _title_of(question: str) -> str:
+    return shorten(folded(question))

@@ -13,6 +13,7 @@ from mobile_gguf.files.atomic import complete_or_absent
 from mobile_gguf.flags import option_named, parse_setting
 from mobile_gguf.options import POLICY_OPTIONS, GenerateOptions, LoadOptions, Opt, declared, defaults
 from mobile_gguf.sizes import Size
+from mobile_gguf.wording import why
 
 # The engine's log would be drawn over the screen; a grammar and token ids have no place in a line; a chat
 # makes one answer at a time.
@@ -72,7 +73,7 @@ class Settings:
         except FileNotFoundError:
             return
         except (OSError, ValueError, RecursionError) as error:
-            self.problem = f"{path} cannot be read: {error}; new settings move it to {_aside(path).name}"
+            self.problem = f"{path} cannot be read: {why(error)}; new settings move it to {_aside(path).name}"
             self._moves_aside = True
             return
         self._others = {name: value for name, value in data.items() if name not in ("options", "extra")}
@@ -154,7 +155,7 @@ class Settings:
         except FileNotFoundError:
             pass
         except OSError as error:
-            raise MobileError(f"{path} cannot be moved aside, and nothing is saved: {error}") from None
+            raise MobileError(f"{path} cannot be moved aside, and nothing is saved: {why(error)}") from None
         self._moves_aside = False
 
     def value(self, name: str) -> Any:

@@ -21,6 +21,7 @@ from typing import Any
 from mobile_gguf.engine.forks import abandon_in_children
 from mobile_gguf.errors import EngineError, PromptTooLongError, UsageError
 from mobile_gguf.processes import end, how_it_ended
+from mobile_gguf.wording import why
 
 from . import template_child
 
@@ -156,7 +157,7 @@ class Renderer:
                     start_new_session=True,
                 )  # fmt: skip
             except OSError as error:
-                raise EngineError(f"no process can be started for the chat template: {error}") from None
+                raise EngineError(f"no process can be started for the chat template: {why(error)}") from None
             self._finalizer = weakref.finalize(self, end, self._child)
         return self._child
 

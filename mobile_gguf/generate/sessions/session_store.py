@@ -19,6 +19,7 @@ from stat import S_ISREG
 from mobile_gguf.errors import MobileError, UsageError
 from mobile_gguf.files.atomic import WriterBusyError, partial_path, remove_abandoned, replacing_file
 from mobile_gguf.files.lock import exclusive
+from mobile_gguf.wording import why
 
 from .prefix_cache import LEAST_TOKENS, Kept, common_length, usable
 from .session_files import (
@@ -264,7 +265,8 @@ class SessionStore:
         except WriterBusyError:
             pass  # the same text, by another process
         except (MobileError, OSError) as error:
-            self._tell(f"a conversation is not kept for the next start: {error}")
+            where = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+            self._tell(f"a conversation is not kept for the next start: {where}{why(error)}")
 
     def _save(self, kept: Kept) -> None:
         replaced = []

@@ -7,6 +7,9 @@ about as n ** 0.7 (measured on real routing, docs/speculation.md), and so do byt
 it: what passes of one number of tokens took beside what the line says is kept by that number. All of it
 fades, for caches fill and machines get busy; where single tokens twice take quite another time than before,
 it is forgotten at once.
+
+A pass over another number of tokens than the one before has its graph built anew: ``anew`` more, whatever it
+computes. That is seen by single tokens, of which one follows several and the next follows it.
 """
 
 from __future__ import annotations
@@ -28,13 +31,16 @@ _LINE_WORTH, _NEAR = 10.0, 0.6
 _JUMPED = 1.4
 # What is left then of what is known of several tokens.
 _KEPT = 0.1
+# Pairs of single tokens until it is known what another number of tokens takes; what a pair may say at most.
+_PAIRS, _ANEW_MOST = 3, 0.5
 
 
 @dataclass(frozen=True)
 class Step:
     """A pass over ``n_tokens`` of one or several answers: ``seconds``, of which ``waited`` for ``n_bytes``.
 
-    ``n_needs``: different experts, summed over the layers.
+    ``n_needs``: different experts, summed over the layers; ``n_before``: tokens of the pass before, 0 where
+    that was another's.
     """
 
     n_tokens: int
@@ -42,6 +48,11 @@ class Step:
     waited: float = 0.0
     n_bytes: int = 0
     n_needs: int = 0
+    n_before: int = 0
+
+    @property
+    def is_anew(self) -> bool:
+        return self.n_before != self.n_tokens
 
 
 def usual_cost(n_tokens: int) -> float:
@@ -69,6 +80,14 @@ class StepCosts:
     n_bytes: Mean = field(default_factory=Mean)
     n_needs: Mean = field(default_factory=Mean)
     n_observed: int = 0  # passes over several tokens
+    n_last: int = 0  # tokens of the last pass
+    # of passes over several tokens the share that one over another number came after
+    leaves: Mean = field(default_factory=lambda: Mean(1.0, 1.0))
+    # what a pass over another number of tokens takes more, in units of a single token
+    _anew: Mean = field(default_factory=lambda: Mean(0.0, 1.0))
+    _behind_several: float = (
+        0.0  # what the single token took that the last pass was over, if several were before
+    )
     _waited: float = 0.0  # ... for so many bytes
     _read: float = 0.0
     # of passes over several tokens: sums of squares and products of (1, n - 1, c(n)/c(1) - 1)
@@ -91,18 +110,36 @@ class StepCosts:
         """Whether the last single token took quite another time than those before: the next one says more."""
         return bool(self._other[0])
 
+    @property
+    def wants_pair(self) -> bool:
+        """Whether a single token now would say what the last one took for following several, which is not
+        known well yet."""
+        return self._behind_several > 0 and self._anew.n <= _PAIRS
+
+    @property
+    def anew_seconds(self) -> float:
+        """What a pass takes more where the one before was over another number of tokens."""
+        return max(0.0, self._anew.value) * self.compute.value
+
     def observe(self, step: Step) -> None:
         self._waited = self._waited * _FADES + step.waited
         self._read = self._read * _FADES + step.n_bytes
+        if step.n_before > 1:
+            self.leaves.add(step.is_anew)
         computed = max(step.seconds - step.waited, 1e-9)
+        self.n_last, behind, self._behind_several = step.n_tokens, self._behind_several, 0.0
         if step.n_tokens == 1:
-            self._observe_single(computed)
+            if behind and not step.is_anew:
+                self._anew.add(max(-_ANEW_MOST, min(behind / computed - 1.0, _ANEW_MOST)))
+            if step.n_before > 1:
+                self._behind_several = computed
+            self._observe_single(computed / (1.0 + max(0.0, self._anew.value) * step.is_anew))
             self.n_bytes.add(step.n_bytes)
             self.n_needs.add(step.n_needs)
         else:
             if not self.compute.n:  # until single ones are seen
                 self.compute.value = computed / usual_cost(step.n_tokens)
-            self._observe_several(step, computed)
+            self._observe_several(step, max(computed - self.anew_seconds * step.is_anew, 1e-9))
 
     def _observe_single(self, computed: float) -> None:
         mean = self.compute

@@ -32,8 +32,9 @@ class Record:
     """What drafts did for an answer: tokens that were ``drafted`` and run, and ``accepted`` ones of them.
 
     Of the ``n_passes`` over drafts ``timed`` tokens came while no other answer was made, in ``seconds`` with
-    what it took to draft them, and ``n_single`` without a draft in ``single_seconds``. ``foreseen`` has
-    seconds that passes over drafts were to take, and those that they took.
+    what it took to draft them, and ``n_single`` without a draft in ``single_seconds``, of which ``n_back``
+    followed a draft, in ``back_seconds``. ``foreseen`` has seconds that passes over drafts were to take, and
+    those that they took.
     """
 
     source: str = ""
@@ -45,6 +46,8 @@ class Record:
     seconds: float = 0.0
     n_single: int = 0
     single_seconds: float = 0.0
+    n_back: int = 0
+    back_seconds: float = 0.0
     foreseen: list[tuple[float, float]] = field(default_factory=list)
 
     @property
@@ -71,10 +74,14 @@ class Record:
 
     @property
     def utility_measured(self) -> float | None:
-        """Tokens per second of drafted passes, in units of single ones', if this answer had both."""
+        """Tokens per second of drafted passes, in units of single ones', if this answer had both; what single
+        tokens took more behind a draft is the draft's."""
         if not (self.timed and self.n_single and self.seconds > 0 and self.single_seconds > 0):
             return None
-        return self.timed / self.seconds * self.single_seconds / self.n_single
+        n, seconds = self.n_single - self.n_back, self.single_seconds - self.back_seconds
+        single = seconds / n if n else self.single_seconds / self.n_single
+        back = max(0.0, self.back_seconds - self.n_back * single)
+        return self.timed * single / (self.seconds + back)
 
 
 @dataclass(frozen=True)
@@ -122,7 +129,8 @@ class Drafting:
         self._clock = clock
         self.record = Record("+".join(source.name for source in sources))
         self._n_said = 0
-        self._compared: tuple[str, list[int], int] | None = None  # a draft that the answer is compared with
+        self._is_back = False  # the last pass was over a draft
+        self._compared: list[tuple[str, list[int], int]] = []  # drafts that the answer is compared with
 
     def tokens(self, prompt: Sequence[int]) -> Generator[int, None, None]:
         """The answer's tokens without an end, once the prompt was run; one is run when the next is wanted."""
@@ -169,8 +177,8 @@ class Drafting:
         if self._is_alone():
             tuner.drafted(best.name, len(drafted), seconds)
         draft = self._cut(drafted)
-        if not best.is_free:
-            self._compared = kind, drafted, 0
+        if not best.is_free and drafted:
+            self._compared.append((kind, drafted, 0))
         self.record.predicted += utility if draft else 0.0
         return Draft(draft, best.name, kind, seconds) if draft else None
 
@@ -183,19 +191,19 @@ class Drafting:
 
     def _compare(self, source: Source, offered: Offer) -> None:
         """Have the answer to come compared with what a source says, if it costs nothing to say it."""
-        if source.is_free and offered.n and self._compared is None:
-            self._compared = offered.kind, source.draft(offered.n), 0
+        if source.is_free and offered.n:
+            self._compared.append((offered.kind, source.draft(offered.n), 0))
 
     def _said(self, token: int) -> int:
         self._n_said += 1
         for source in self._sources:
             source.add([token])
-        if self._compared is not None:
-            kind, draft, place = self._compared
+        compared, self._compared = self._compared, []
+        for kind, draft, place in compared:
             is_taken = draft[place] == token
             self._tuner.saw(kind, place, is_taken)
-            goes_on = is_taken and place + 1 < len(draft)
-            self._compared = (kind, draft, place + 1) if goes_on else None
+            if is_taken and place + 1 < len(draft):
+                self._compared.append((kind, draft, place + 1))
         return token
 
     # passes
@@ -204,10 +212,14 @@ class Drafting:
         is_alone, started = self._is_alone(), self._clock()
         self._run_single(token)
         drawn = self._drawn()
+        is_back, self._is_back = self._is_back, False
         if is_alone:
             seconds = self._clock() - started
             self.record.n_single += 1
             self.record.single_seconds += seconds
+            if is_back:
+                self.record.n_back += 1
+                self.record.back_seconds += seconds
             self._tuner.ran_single(seconds)
         return drawn
 
@@ -222,6 +234,7 @@ class Drafting:
         is_alone, started, n_given, n_taken = self._is_alone(), self._clock(), 0, 0
         seconds, n = draft.seconds, len(draft.tokens)
         self._rows.run_drafted(token, draft.tokens)
+        self._is_back = True
         self._tuner.tried(draft.kind)
         if (foreseen := self._last_pass()) is not None:
             self.record.foreseen.append(foreseen)

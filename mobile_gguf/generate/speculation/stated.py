@@ -78,7 +78,7 @@ class StatedCosts(StepCosts):
 
     def observe(self, step: Step) -> None:
         # what it took is left out: it would say when passes count as known
-        super().observe(replace(step, seconds=usual_cost(step.n_tokens), waited=0.0))
+        super().observe(replace(step, seconds=usual_cost(step.n_tokens), waited=0.0, n_before=0))
 
     def seconds_of(self, n_tokens: int) -> float:
         """What a pass over so many tokens takes, in units of what a single token computes."""

@@ -27,6 +27,8 @@ FIRST_PAUSE, LAST_PAUSE = 16, 1024
 # Of drafts that are seen to be right or wrong where they are not run so many are looked at before one is, and
 # none is where not even a pass that costs so little for each token more would pay.
 LOOKS, CHEAP = 4, 0.2
+# What would have to be so much better to pay is tried again after the longest pause only.
+FAR = 1.25
 # Drafted passes in a row before a single one shows again what single ones take.
 IN_A_ROW = 12
 # What was won counts against later losses up to so many single tokens' time; so much may be lost at first.
@@ -68,6 +70,7 @@ class Tuner:
         self._takes = stated.DRAFTING if takes is None else takes
         self._drafting: dict[str, Mean] = {}  # a drafted token, by source
         self._kinds: dict[str, _Kind] = {}
+        self._tried_as: dict[str, str] = {}  # of a kind the one that its trials count for
         self._balance = 0.0  # seconds that drafts have won, those of the last ones at most
         self._seconds = 0.0
         self._in_a_row = 0
@@ -81,7 +84,7 @@ class Tuner:
 
     def tried(self, kind: str) -> None:
         """A draft was run."""
-        known = self._kinds.setdefault(kind, _Kind())
+        known = self._known(kind)
         known.trial = max(0, known.trial - 1)
         self._in_a_row += 1
 
@@ -95,6 +98,8 @@ class Tuner:
 
     def ran_single(self, seconds: float) -> None:
         """A token was run without a draft, for one answer alone."""
+        if self._in_a_row:  # what it took more is the draft's before it
+            self._balance -= self.costs.anew_seconds
         self._seconds += seconds if self.is_timed else self.costs.seconds_of(1)
         self._in_a_row = 0
 
@@ -141,8 +146,17 @@ class Tuner:
         again = self.acceptance.again(kind, n) if self.runs_again else 0.0
         own = tokens * self.drawing.value + n * self._drafts(source) + self.keeping.value
         seconds = costs.seconds_of(round(n_answers * (n + 1 + again))) + n_answers * own
+        seconds += self._switches(n, n_answers) * costs.anew_seconds
         single = costs.seconds_of(n_answers) + n_answers * self.drawing.value
         return tokens * single / max(seconds, 1e-12)
+
+    def _switches(self, n: int, n_answers: int) -> float:
+        """How many more passes over another number of tokens than before a draft of ``n`` brings, there and
+        back, than a single token would; of several answers hardly two passes are alike."""
+        if n_answers > 1:
+            return 1.0
+        last = self.costs.n_last
+        return (last != n + 1) + self.costs.leaves.value - (last != 1)
 
     def _costs_of(self, n_answers: int) -> StepCosts:
         return self.costs if n_answers == 1 else self.together
@@ -189,13 +203,15 @@ class Tuner:
         if most <= 0:
             return 0
         n, utility = self.best(kind, most, source, n_answers)
-        known = self._kinds.setdefault(kind, _Kind())
+        # where a trial only says what passes take it does so for all kinds
+        self._tried_as[kind] = source if is_free and source else kind
+        known = self._known(kind)
         while n and n_answers == 1 and not self._may_lose(n):
             n -= 1
-        if not n:
+        if not n or (n_answers == 1 and costs.wants_pair and utility < FAR):
             return 0
         if utility > GAIN:
-            known.pause, known.trial, known.waits = FIRST_PAUSE, TRIAL, 0
+            known.pause, known.trial, known.waits = FIRST_PAUSE, 0, 0
             return n
         if known.trial > 0:
             known.n_offers += 1
@@ -205,9 +221,12 @@ class Tuner:
         if known.waits <= 0:
             known.waits, known.pause = known.pause, min(LAST_PAUSE, 2 * known.pause)
         known.waits -= 1
-        if known.waits == 0:
+        if known.waits == 0 and (utility * FAR > GAIN or known.pause == LAST_PAUSE):
             known.trial = TRIAL
         return 0
+
+    def _known(self, kind: str) -> _Kind:
+        return self._kinds.setdefault(self._tried_as.get(kind, kind), _Kind())
 
     def _could_pay(self, kind: str) -> bool:
         """Whether drafts of a kind are right so often that on some machine they would pay."""
@@ -225,5 +244,5 @@ class Tuner:
     def _may_lose(self, n: int) -> bool:
         """Whether a draft of ``n`` of which nothing is taken would leave the losses within their share."""
         single = self.costs.seconds_of(1)
-        at_most = self.costs.seconds_of(n + 1) - single
+        at_most = self.costs.seconds_of(n + 1) + 2 * self.costs.anew_seconds - single
         return self._balance - at_most >= -LOSS * self._seconds - _AT_FIRST * single

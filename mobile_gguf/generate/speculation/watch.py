@@ -54,6 +54,7 @@ class StepWatch:
         self._wait = wait
         self._clock = clock
         self._known: Counters | None = None  # the counters as they are, if nothing was run since
+        self._n_before = 0  # tokens of the decode before, if nothing was run since
         self.iterations = Iterations()
         self.last: tuple[float, float] | None = (
             None  # seconds that the last one was to take, and those it took
@@ -62,28 +63,32 @@ class StepWatch:
     def forget(self) -> None:
         """Something else is run, or counted anew."""
         self._known = self.last = None
+        self._n_before = 0
 
     @contextlib.contextmanager
     def decode(self, n_tokens: int, n_answers: int = 1) -> Iterator[None]:
         """A decode of so many generated or drafted tokens, none of a prompt, that ends well."""
         before = self._known or self._counters()
         self._known, started = None, self._clock()
+        n_before, self._n_before = self._n_before, 0
         yield
         self._wait()
         seconds = self._clock() - started
         after = self._known = self._counters()
+        self._n_before = n_tokens
         step = Step(
             n_tokens,
             seconds,
             min(seconds, (after.stall_us - before.stall_us) / 1e6),
             after.bytes_read - before.bytes_read,
             after.n_hits + after.n_misses - before.n_hits - before.n_misses,
+            n_before,
         )
         tuner = self.tuner
         costs = tuner.costs if n_answers == 1 else tuner.together
         self.last = None
         if n_tokens > 1 and tuner.is_timed and costs.is_known:
-            self.last = costs.seconds_of(n_tokens), seconds
+            self.last = costs.seconds_of(n_tokens) + step.is_anew * costs.anew_seconds, seconds
             self.iterations.add(n_tokens, *self.last)
         costs.observe(step)
         if n_tokens == 1:

@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from ..failures import ApiError, from_validation
-from ..requests import MAX_MESSAGES, MAX_TOOLS, ChatRequest
+from ..request_parts import MAX_TOOLS
+from ..requests import MAX_MESSAGES, ChatRequest
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -60,6 +61,16 @@ def function_tool(name: Any, description: Any, parameters: Any, param: str) -> d
     if isinstance(parameters, Mapping):
         made["parameters"] = parameters
     return {"type": "function", "function": made}
+
+
+def custom_tool(name: Any, description: Any, form: Any, param: str) -> dict[str, Any]:
+    """OpenAI's tool that takes a text."""
+    made: dict[str, Any] = {"name": text_of(name, f"{param}.name")}
+    if isinstance(description, str):
+        made["description"] = description
+    if isinstance(form, Mapping):
+        made["format"] = form
+    return {"type": "custom", "custom": made}
 
 
 def without_unknown(

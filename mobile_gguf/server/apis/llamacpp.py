@@ -28,7 +28,8 @@ from ..answering import (
 from ..facts import GUARDED
 from ..failures import ApiError
 from ..produce import Event
-from ..requests import ChatRequest, CompletionRequest, Generation, Loose, Strict, Text, Tokens
+from ..request_parts import Loose, Strict, Text, Tokens
+from ..requests import ChatRequest, CompletionRequest, Generation
 from ..serving import Serving
 
 router = APIRouter()

@@ -8,15 +8,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from ..requests import MAX_INT, MAX_MESSAGES, Asked, ChatRequest, Loose, Stop, Text, Whole
+from ..request_parts import MAX_INT, Loose, Text, Whole
+from ..requests import MAX_MESSAGES, Asked, ChatRequest, Stop
 from .common import chat_request, function_tool, no_pictures, text_of, without_unknown, wrong
 
 # What its client writes at the head of the system's text, another one in each request: it would cost the
 # whole conversation's place in the context, and tells the model nothing.
 _BILLING = "x-anthropic-billing-header:"
-_EFFORTS = {"max": "xhigh"}
 # Of a conversation with tools that are run elsewhere, or what only its own server can read.
 _SKIPPED = {"redacted_thinking", "server_tool_use", "container_upload", "mcp_tool_use", "mcp_tool_result"}
+_SKIPPED |= {"mcp_tool_listing", "fallback"}
 
 
 class AnthropicMessage(Loose):
@@ -37,7 +38,7 @@ class ToolChoice(Loose):
 class Thinking(Loose):
     """Whether the model is to think."""
 
-    type: Literal["enabled", "disabled", "adaptive"]
+    type: Literal["enabled", "disabled", "adaptive", "between_tools"]
     budget_tokens: Whole | None = None
 
 
@@ -66,10 +67,13 @@ class MessagesRequest(CountRequest):
 
     max_tokens: Whole | None = Field(default=None, ge=1, le=MAX_INT)
     stop_sequences: Annotated[list[Stop], Field(max_length=16)] | None = None
+    thread: Any = None
+    compaction: Any = None
 
 
 def to_chat(body: CountRequest) -> tuple[ChatRequest, list[str]]:
     """The same in OpenAI's form, and what of it is not followed. Raises ApiError."""
+    _refuse(body)
     choice = body.tool_choice
     tools, notes = _tools(body.tools or [])
     messages = [*_system(body.system), *_all(body)]
@@ -80,7 +84,7 @@ def to_chat(body: CountRequest) -> tuple[ChatRequest, list[str]]:
         "tool_choice": _choice(choice, tools),
         "response_format": _format(body),
         "chat_template_kwargs": body.chat_template_kwargs,
-        "thinking": None if body.thinking is None else body.thinking.model_dump(exclude_none=True),
+        "thinking": _thinking(body.thinking),
         "max_tokens": getattr(body, "max_tokens", None),
         "stop": getattr(body, "stop_sequences", None) or None,
         "stream": body.stream,
@@ -89,8 +93,17 @@ def to_chat(body: CountRequest) -> tuple[ChatRequest, list[str]]:
         made["parallel_tool_calls"] = False
     effort = body.output_config.effort if body.output_config is not None else None
     if effort is not None:
-        made["reasoning_effort"] = _EFFORTS.get(effort, effort)
+        made["reasoning_effort"] = effort
     return chat_request(made), notes
+
+
+def _refuse(body: CountRequest) -> None:
+    for name, why in (
+        ("thread", "conversations are the client's: send all of their messages"),
+        ("compaction", "ask for a summary in words"),
+    ):
+        if getattr(body, name, None) is not None:
+            raise wrong(f"{name} is not done here: {why}", name)
 
 
 def _tools(given: list[dict[str, Any]]) -> tuple[list[dict[str, Any]] | None, list[str]]:
@@ -125,6 +138,13 @@ def _format(body: CountRequest) -> dict[str, Any] | None:
     return {"type": "json_schema", "json_schema": {"schema": wanted["schema"]}}
 
 
+def _thinking(given: Thinking | None) -> dict[str, Any] | None:
+    if given is None:
+        return None
+    made = given.model_dump(exclude_none=True)
+    return made | {"type": "adaptive"} if given.type == "between_tools" else made
+
+
 def _system(given: str | list[dict[str, Any]] | None) -> Iterator[dict[str, Any]]:
     texts = [given] if isinstance(given, str) else _texts(given or [], "system")
     kept = [text for text in texts if text and not text.startswith(_BILLING)]
@@ -150,6 +170,8 @@ def _assistant(blocks: list[dict[str, Any]], where: str) -> dict[str, Any]:
         kind, at = _kind(block, f"{where}.{i}"), f"{where}.{i}"
         if kind == "text":
             words.append(text_of(block.get("text"), f"{at}.text"))
+        elif kind == "compaction":
+            words += _texts([block], where, i)
         elif kind == "thinking":
             thoughts.append(text_of(block.get("thinking"), f"{at}.thinking"))
         elif kind == "tool_use":
@@ -199,16 +221,31 @@ def _texts(blocks: Any, where: str, start: int = 0) -> list[str]:
     for i, block in enumerate(blocks, start):
         at = f"{where}.{i}"
         kind = _kind(block, at)
-        source = block.get("source")
         if kind == "text":
             found.append(text_of(block.get("text"), f"{at}.text"))
-        elif kind == "document" and isinstance(source, Mapping) and source.get("type") == "text":
-            found.append(text_of(source.get("data"), f"{at}.source.data"))
+        elif kind == "document":
+            found += _document(block, at)
+        elif kind == "search_result":
+            head = [text_of(block.get(name), f"{at}.{name}") for name in ("title", "source")]
+            found.append("\n".join([*head, *_texts(block.get("content"), f"{at}.content")]))
+        elif kind == "compaction":  # what was said before, in few words
+            found += [text_of(block["content"], f"{at}.content")] if block.get("content") is not None else []
         elif kind == "tool_reference":
             found.append(text_of(block.get("tool_name"), f"{at}.tool_name"))
         elif not _is_skipped(kind):
             raise no_pictures(kind, at)
     return found
+
+
+def _document(block: Mapping[str, Any], at: str) -> list[str]:
+    source = block.get("source")
+    kind = source.get("type") if isinstance(source, Mapping) else None
+    if isinstance(source, Mapping) and kind == "text":
+        return [text_of(source.get("data"), f"{at}.source.data")]
+    if isinstance(source, Mapping) and kind == "content":
+        content = source.get("content")
+        return [content] if isinstance(content, str) else _texts(content, f"{at}.source.content")
+    raise no_pictures("document", at)
 
 
 def _kind(block: Any, where: str) -> str:

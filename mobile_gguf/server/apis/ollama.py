@@ -23,7 +23,6 @@ from ..answering import (
 from ..embeddings import embed_all, pooling_of, shortened
 from ..failures import ApiError
 from ..models import iso_time
-from ..requests import CompletionRequest
 from ..serving import Serving
 from .ollama_input import (
     OllamaChatRequest,
@@ -119,12 +118,9 @@ async def generate(request: Request, body: Annotated[OllamaGenerateRequest, Json
     form = OllamaForm(serving.settings.names[0], chat=False)
     asked, notes = to_answer(body)
     producer = serving.producer(check_names(serving, body) + notes)
-    before, after = body.prompt, body.suffix
-    if after and isinstance(asked, CompletionRequest):
-        ask = Ask(producer, form, lambda job: producer.filling(job, asked, before, after), bool(asked.stream))
-    else:
-        ask = Ask(producer, form, lambda job: producer.events(job, asked), stream=bool(asked.stream))
-    return await answer(request, ask)
+    return await answer(
+        request, Ask(producer, form, lambda job: producer.events(job, asked), stream=bool(asked.stream))
+    )
 
 
 def _loaded(serving: Serving) -> dict[str, Any]:

@@ -7,17 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from ..requests import (
-    MAX_INPUTS,
-    MAX_MESSAGES,
-    MAX_TOOLS,
-    ChatRequest,
-    CompletionRequest,
-    Loose,
-    Strict,
-    Text,
-    Tool,
-)
+from ..request_parts import MAX_TOOLS, Loose, Strict, Text, Tool
+from ..requests import MAX_INPUTS, MAX_MESSAGES, ChatRequest, CompletionRequest
 from .common import chat_request, checked, no_pictures
 
 # Its names of options, in ours; the others that it has say how it runs a model, which is the server's here.
@@ -135,7 +126,7 @@ def to_answer(body: OllamaGenerateRequest) -> tuple[ChatRequest | CompletionRequ
         for name in ("response_format", "reasoning_effort", "thinking"):
             options.pop(name, None)
         kept = {name: one for name, one in options.items() if one is not None}
-        return checked(CompletionRequest, kept | {"prompt": body.prompt or ""}), notes
+        return checked(CompletionRequest, kept | {"prompt": body.prompt or "", "suffix": body.suffix}), notes
     said = [{"role": "system", "content": body.system}] if body.system else []
     said.append({"role": "user", "content": body.prompt or ""})
     return chat_request(options | {"messages": said}), notes

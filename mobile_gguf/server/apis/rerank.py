@@ -16,7 +16,8 @@ from mobile_gguf.options.words import RANK
 
 from ..answering import ERRORS, JsonBody, Value, check_names, in_line, note_headers
 from ..failures import ApiError
-from ..requests import MAX_INPUTS, MAX_INT, Loose, Strict, Text, Whole
+from ..request_parts import MAX_INT, Loose, Strict, Text, Whole
+from ..requests import MAX_INPUTS
 from ..serving import Serving
 from ..usage import sum_receipts
 

@@ -12,20 +12,30 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from ..requests import MAX_INT, Asked, ChatRequest, Loose, Text, Whole
-from .common import chat_request, check_length, function_tool, no_pictures, text_of, without_unknown, wrong
+from ..request_parts import MAX_INT, Loose, Text, Whole
+from ..requests import Asked, ChatRequest, Effort
+from .common import (
+    chat_request,
+    check_length,
+    custom_tool,
+    function_tool,
+    no_pictures,
+    text_of,
+    without_unknown,
+    wrong,
+)
 
 Item = dict[str, Any]
 
 _TEXTS = {"input_text": "text", "output_text": "text", "text": "text", "refusal": "refusal"}
+_CALLED = ("function", "custom")
 _ROLES = ("user", "assistant", "system", "developer")
-_EFFORTS = {"max": "xhigh"}
 
 
 class Reasoning(Loose):
     """How much the model is to think."""
 
-    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    effort: Effort | None = None
 
 
 class TextConfig(Loose):
@@ -107,7 +117,7 @@ def to_chat(body: ResponsesRequest, items: Sequence[Item]) -> tuple[ChatRequest,
         "parallel_tool_calls": body.parallel_tool_calls,
         "max_tokens": body.max_output_tokens,
         "response_format": _format(body.text.format if body.text is not None else None),
-        "reasoning_effort": _EFFORTS.get(effort, effort) if effort is not None else None,
+        "reasoning_effort": effort,
         "logprobs": body.wants_logprobs or None,
         "top_logprobs": body.top_logprobs if body.wants_logprobs else None,
         "chat_template_kwargs": body.chat_template_kwargs,
@@ -131,12 +141,13 @@ def _refuse(body: ResponsesRequest) -> None:
 def _tools(given: list[dict[str, Any]]) -> tuple[list[dict[str, Any]] | None, list[str]]:
     tools, skipped = [], []
     for i, tool in enumerate(given):
-        if tool.get("type") != "function":
-            skipped.append(str(tool.get("type")))
-            continue
-        tools.append(
-            function_tool(tool.get("name"), tool.get("description"), tool.get("parameters"), f"tools.{i}")
-        )
+        kind, at = tool.get("type"), f"tools.{i}"
+        if kind == "custom":
+            tools.append(custom_tool(tool.get("name"), tool.get("description"), tool.get("format"), at))
+        elif kind == "function":
+            tools.append(function_tool(tool.get("name"), tool.get("description"), tool.get("parameters"), at))
+        else:
+            skipped.append(str(kind))
     return without_unknown(tools, skipped)
 
 
@@ -144,10 +155,10 @@ def _choice(given: Any, tools: list[dict[str, Any]] | None) -> tuple[Any, list[s
     if given is None or isinstance(given, str):
         return (None if given == "auto" else given), []
     kind = given.get("type")
-    if kind == "function":
+    if kind in _CALLED:
         return _named(given, "tool_choice"), []
     if kind == "allowed_tools":
-        names = {tool["function"]["name"] for tool in tools or ()}
+        names = {tool[tool["type"]]["name"] for tool in tools or ()}
         listed = given.get("tools") or []
         if not isinstance(listed, list):
             raise wrong("tool_choice.tools must be a list of tools", "tool_choice.tools")
@@ -163,7 +174,8 @@ def _choice(given: Any, tools: list[dict[str, Any]] | None) -> tuple[Any, list[s
 
 
 def _named(given: Mapping[str, Any], param: str) -> dict[str, Any]:
-    return {"type": "function", "function": {"name": text_of(given.get("name"), f"{param}.name")}}
+    kind = "custom" if given.get("type") == "custom" else "function"
+    return {"type": kind, kind: {"name": text_of(given.get("name"), f"{param}.name")}}
 
 
 def _format(given: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -207,13 +219,13 @@ class _Messages:
         turn = self.of_assistant()
         turn["reasoning_content"] = turn.get("reasoning_content", "") + text
 
-    def call(self, id: str, name: str, arguments: str) -> None:
-        function = {"name": name, "arguments": arguments}
+    def call(self, id: str, name: str, given: str, is_custom: bool = False) -> None:
+        kind, text = ("custom", "input") if is_custom else ("function", "arguments")
         self.of_assistant().setdefault("tool_calls", []).append(
-            {"id": id, "type": "function", "function": function}
+            {"id": id, "type": kind, kind: {"name": name, text: given}}
         )
 
-    def result(self, id: str, text: str) -> None:
+    def result(self, id: str | None, text: str) -> None:
         self._turn = None
         self.made.append({"role": "tool", "tool_call_id": id, "content": text})
 
@@ -230,7 +242,7 @@ def _messages(items: Sequence[Item]) -> tuple[list[dict[str, Any]], list[str]]:
 
 
 def _add(messages: _Messages, item: Item, where: str) -> None:
-    kind = item.get("type") or "message"
+    kind = item.get("type") or ("message" if "role" in item or "id" not in item else "item_reference")
     if kind == "message":
         role = item.get("role")
         if role not in _ROLES:
@@ -246,12 +258,14 @@ def _add(messages: _Messages, item: Item, where: str) -> None:
         messages.call(
             text_of(item.get("call_id"), f"{where}.call_id"),
             text_of(item.get("name"), f"{where}.name"),
-            json.dumps({"input": item.get("input")}, ensure_ascii=False),
+            text_of(item.get("input"), f"{where}.input"),
+            is_custom=True,
         )
     elif kind in ("function_call_output", "custom_tool_call_output"):
         output = item.get("output")
         text = _text(output, f"{where}.output") if isinstance(output, (str, list)) else json.dumps(output)
-        messages.result(text_of(item.get("call_id"), f"{where}.call_id"), text)
+        id = item.get("call_id")  # outputs of tools that nobody called have none
+        messages.result(None if id is None else text_of(id, f"{where}.call_id"), text)
     elif kind == "reasoning":
         parts = item.get("content") or item.get("summary") or []
         if not isinstance(parts, list):

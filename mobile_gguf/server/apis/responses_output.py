@@ -19,6 +19,7 @@ from ..produce import Event
 from .responses_input import ResponsesRequest
 
 _PREFIXES = {CALL: "fc_", THOUGHT: "rs_"}
+_CUSTOM = "ctc_"  # before the id of a custom tool's call
 _DONE, _RUNNING, _CUT = "completed", "in_progress", "incomplete"
 # Told as they were asked for.
 _ECHOED = ("instructions", "max_output_tokens", "previous_response_id", "temperature", "top_p", "truncation")
@@ -139,14 +140,15 @@ class ResponseForm:
 
     def _id(self, block: Block) -> str:
         while len(self._ids) <= block.index:
-            self._ids.append(_PREFIXES.get(block.kind, "msg_") + secrets.token_hex(24))
+            prefix = _CUSTOM if block.is_custom else _PREFIXES.get(block.kind, "msg_")
+            self._ids.append(prefix + secrets.token_hex(24))
         return self._ids[block.index]
 
     def _item(self, block: Block, status: str) -> dict[str, Any]:
         made: dict[str, Any] = {"id": self._id(block), "status": status}
         if block.kind == CALL:
-            call = {"call_id": block.id, "name": block.name, "arguments": block.text}
-            return made | {"type": "function_call"} | call
+            kind, text = ("custom_tool_call", "input") if block.is_custom else ("function_call", "arguments")
+            return made | {"type": kind, "call_id": block.id, "name": block.name, text: block.text}
         begun = status != _RUNNING
         if block.kind == THOUGHT:
             parts = [{"type": "reasoning_text", "text": block.text}] if begun else []
@@ -169,11 +171,13 @@ class ResponseForm:
             yield self._event("response.output_item.done", output_index=block.index, item=item)
 
     def _call_frames(self, step: Step, at: dict[str, Any]) -> Iterator[Frame]:
-        name = "response.function_call_arguments"
+        block = step.block
+        name = f"response.{'custom_tool_call_input' if block.is_custom else 'function_call_arguments'}"
         if step.what == "more":
             yield self._event(f"{name}.delta", **at, delta=step.more)
         elif step.what == "ends":
-            yield self._event(f"{name}.done", **at, name=step.block.name, arguments=step.block.text)
+            done = {"input": block.text} if block.is_custom else {"name": block.name, "arguments": block.text}
+            yield self._event(f"{name}.done", **at, **done)
 
     def _text_frames(self, step: Step, at: dict[str, Any]) -> Iterator[Frame]:
         is_thought = step.block.kind == THOUGHT

@@ -13,7 +13,7 @@ from mobile_gguf.api.slots import Slots
 from mobile_gguf.errors import UsageError
 
 from ..answering import ERRORS, JsonBody, one_in_line
-from ..requests import Loose
+from ..request_parts import Loose
 from ..serving import Serving
 
 router = APIRouter()

@@ -1,9 +1,10 @@
 import { access, ask } from "/api.js";
-import { begin, chat, go, isBusy, regenerate, send, setSettings, stop } from "/chat.js";
+import { begin, chat, go, isBusy, paint, regenerate, send, setSettings, stop } from "/chat.js";
 import { $, fit, notice } from "/dom.js";
 import { openNew, paintList } from "/list.js";
 import { unwatch, watch } from "/map.js";
 import { bytes } from "/receipt.js";
+import { following } from "/scroll.js";
 import { fill, isSet, read, showDefaults } from "/settings.js";
 
 // the server
@@ -35,6 +36,7 @@ async function connect() {
   $("mode").parentElement.hidden = false;
   $("mode").disabled = meta.modes.length < 2;
   showDefaults(meta);
+  following(paint); // a conversation that came before the model has its buttons now
   showState();
   introduce(meta);
   watchMap();

@@ -20,6 +20,7 @@ export const chat = {
 };
 const views = new Map(); // by turn
 let isStored = false; // whether the conversation that is shown was in the store
+const ended = new Set(); // answers that are whole, and not stored so yet
 
 export async function begin(onListed) {
   chat.store = await Conversations.open(async (id, wasRemote) => {
@@ -120,16 +121,17 @@ function replace(question, text) {
 
 function ask(added, replaced) {
   const add = withTurns(chat.here, added, replaced);
+  const asked = { conversation: chat.here, added, replaced };
   chat.here = add(chat.here);
   isStored = true;
-  chat.store.change(chat.here.id, add);
-  if (location.hash.slice(1) !== chat.here.id) history.replaceState(null, "", `#${chat.here.id}`);
-  make(chat.here, added.at(-1));
+  const live = { id: chat.here.id, turn: added.at(-1), controller: new AbortController(), place: 0, asked };
+  chat.store.change(live.id, add).then(() => { live.asked = null; });
+  if (location.hash.slice(1) !== live.id) history.replaceState(null, "", `#${live.id}`);
+  make(chat.here, live);
 }
 
-async function make(conversation, turn) {
-  const { id } = conversation;
-  const live = { turn, controller: new AbortController(), place: 0 };
+async function make(conversation, live) {
+  const { id, turn } = live;
   chat.answers.set(id, live);
   const isHere = () => chat.here.id === id;
   let kept = Date.now();
@@ -158,7 +160,8 @@ async function make(conversation, turn) {
   });
   clearInterval(timer);
   chat.answers.delete(id);
-  keep();
+  ended.add(live);
+  keep().then(() => ended.delete(live));
   if (isHere()) {
     following(paint);
     // read out once, and not with every word
@@ -176,7 +179,8 @@ export function setSettings(settings) {
 
 // a page that is left keeps what it has
 addEventListener("pagehide", () => {
-  for (const [id, { turn }] of chat.answers) chat.store.leave(id, { ...turn, end: "left", at: Date.now() });
+  for (const live of chat.answers.values()) chat.store.leave(live, { ...live.turn, end: "left", at: Date.now() });
+  for (const live of ended) chat.store.leave(live, live.turn);
 });
 // and one that is looked at again knows how long an answer in another tab said nothing
 setInterval(() => { if (!document.hidden && chat.here.turns.some((turn) => turn.role === "assistant" && !turn.end)) paint(); }, 5000);

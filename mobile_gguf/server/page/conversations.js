@@ -56,10 +56,11 @@ export class Conversations {
     return found;
   }
 
-  // A page that is being left has no time for the database: what it had of a turn waits elsewhere for the next page.
-  leave(id, turn) {
+  // A page that is being left has no time for the database: what it had of a turn waits elsewhere for the next page,
+  // and what was asked by it, {conversation, added, replaced}, if that is not stored either.
+  leave({ id, asked }, turn) {
     try {
-      localStorage.setItem(LEFT + turn.id, JSON.stringify({ id, turn }));
+      localStorage.setItem(LEFT + turn.id, JSON.stringify({ id, asked, turn }));
     } catch { /* no room there: what was stored last has to do */ }
   }
 
@@ -69,8 +70,9 @@ export class Conversations {
       left = Object.keys(localStorage).filter((name) => name.startsWith(LEFT));
     } catch { /* refused like the database */ }
     for (const name of left) {
-      const { id, turn } = JSON.parse(localStorage.getItem(name));
-      await this.change(id, withTurn(turn), turn.id);
+      const { id, asked, turn } = JSON.parse(localStorage.getItem(name));
+      const ask = asked ? withTurns(asked.conversation, asked.added, asked.replaced) : (stored) => stored;
+      await this.change(id, (stored) => withTurn(turn)(ask(stored)), turn.id);
       localStorage.removeItem(name);
     }
   }

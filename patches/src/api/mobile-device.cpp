@@ -2,6 +2,7 @@
 
 #include "api/mobile-context-of.h"
 
+#include "ggml/ggml-idle.h"
 #include "mobile-error.h"
 
 #include "llama-context.h"
@@ -101,6 +102,7 @@ static enum mobile_status start(struct llama_context & ctx, mobile_context & m, 
         return mobile_fail((enum mobile_status) status, err);
     }
     m.slots = std::move(slots);
+    ggml_idle_set(mobile_route_is_idle);
     m.graph.invalidate();
     try {
         ctx.mobile_reserve(); // compute buffers for graphs with hot chains, now and not in the middle of an answer

@@ -68,7 +68,7 @@ void mobile_slots::keep(mobile_slots_layer layer, mobile_part part) {
     mobile_device_layer & l = layers[layer];
     if (l.experts[part].state == MOBILE_SLOT_IDLE && may_hold(pools[l.pool])) {
         move(l, part, MOBILE_SLOT_AWAITED);
-        held.push_back({ layer, part, 0.0 });
+        held.push_back({ layer, part });
     }
 }
 
@@ -120,7 +120,7 @@ bool mobile_slots::upload_ahead(const mobile_slot_hint & h) {
     mobile_device_expert & x = l.experts[h.part];
     mobile_pool          & p = pools[l.pool];
 
-    if (!may_hold(p)) {
+    if (!may_hold(p) && !let_expected_go(l.pool)) {
         return false;
     }
     if (p.free.empty()) {

@@ -1,6 +1,9 @@
-// mobile-slots-guesses.cpp - uses that are taken back (mobile-former.h) in the slots of devices.
+// mobile-slots-guesses.cpp - of passes over drafts in the slots of devices: uses that are taken back (mobile-former.h), and what
+// layers yet to come will probably ask for, which does not go for what others miss.
 
 #include "device/mobile-slots.h"
+
+#include <algorithm>
 
 void mobile_slots::keep_uses(bool on, bool goes_on) {
     if (!goes_on) {
@@ -44,4 +47,41 @@ void mobile_slots::settle_uses(const mobile_uses_of & used) {
         const bool transient = n == 0 && x.slot >= 0 && !was.there;
         set_key(l, was.part, n > 0 ? rank(was.layer, was.part, last) : transient ? MOBILE_TRANSIENT_KEY : was.key);
     }
+}
+
+bool mobile_slots::is_short() const {
+    return params.placement == MOBILE_PLACEMENT_CACHE && std::any_of(pools.begin(), pools.end(), [](const mobile_pool & p) {
+        return p.n_slots - p.n_zero < p.n_expert;
+    });
+}
+
+// as many slots as a layer of the pass may need are left to it
+void mobile_slots::expect(mobile_model_layer il, const std::vector<mobile_part> & parts, int32_t n_tokens) {
+    const mobile_slots_layer layer = layer_of(il);
+    if (layer.is_none() || !is_cached(il, n_tokens)) {
+        return;
+    }
+    mobile_device_layer & l = layers[layer];
+    const mobile_pool   & p = pools[l.pool];
+    int32_t room = p.n_slots - p.n_zero - std::min(n_tokens*n_used, l.n_expert) - n_held(l.pool);
+    for (mobile_part part : parts) {
+        if (room > 0 && l.experts[part].state == MOBILE_SLOT_IDLE) {
+            move(l, part, MOBILE_SLOT_AWAITED);
+            held.push_back({ layer, part, 0.0, true });
+            room--;
+        }
+    }
+}
+
+// what is expected last; false: nothing is
+bool mobile_slots::let_expected_go(int32_t pool) {
+    const auto last = std::find_if(held.rbegin(), held.rend(), [&](const mobile_slot_hint & h) {
+        return h.expected && layers[h.layer].pool == pool;
+    });
+    if (last == held.rend()) {
+        return false;
+    }
+    move(layers[last->layer], last->part, MOBILE_SLOT_IDLE);
+    held.erase(std::next(last).base());
+    return true;
 }

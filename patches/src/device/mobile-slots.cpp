@@ -69,9 +69,9 @@ void mobile_slots::poison(const mobile_pool & p, int32_t slot, int32_t n) {
             const size_t size = (p.slots.*m)->nb[mobile_expert_dim(m)];
             const std::vector<uint8_t> garbage(n*size, POISON);
             ggml_backend_tensor_set_async(devices[p.device].backend, p.slots.*m, garbage.data(), slot*size, n*size);
+            ggml_backend_synchronize(devices[p.device].backend); // before the garbage goes
         }
     }
-    ggml_backend_synchronize(devices[p.device].backend);
 }
 
 void mobile_slots::evict(mobile_slots_layer layer, mobile_part part) {

@@ -7,7 +7,8 @@
 // computed on the CPU and uploaded later if it has earned a slot (cpu): if what the slot would save until those
 // uses are forgotten, against what it holds now, is more than the upload costs, both measured. Placement LAYERS: whole
 // layers lie in contiguous slots, and their graph is the stock graph on views of the pool.
-// Uploads ahead (mobile-slots-ahead.cpp): hints of experts that layers yet to come will probably need.
+// Uploads ahead (mobile-slots-ahead.cpp): hints of experts that layers yet to come will probably need. What tokens of a
+// draft asked for last is expected of them (mobile-slots-guesses.cpp): it stays where it is there, and nothing is uploaded.
 // The first K slots of a pool are zero for ever: rank i of a token points at slot i when its expert is elsewhere,
 // and gets zeros. They are K, not one, since some kernels take no expert twice for one token.
 // What is called an expert in this class is a part (mobile-ids.h).
@@ -40,6 +41,7 @@
 //     ├──── miss, computed on the CPU, earned a slot ──► SENDING ──► IDLE
 //     └──── hint ──► SENDING_AHEAD ──► AWAITED ──► IDLE        (the layer begins; IN_USE if it needs it)
 //                         └── the layer begins before it is there ──► SENDING
+//   IDLE ── hinted or expected of a layer yet to come ──► AWAITED
 //   FETCHING, SENDING, SENDING_AHEAD ── its upload failed ──► NONE
 enum mobile_slot_state : uint8_t {
     MOBILE_SLOT_NONE,          // in no slot
@@ -47,7 +49,7 @@ enum mobile_slot_state : uint8_t {
     MOBILE_SLOT_IN_USE,        // the running layer uses it
     MOBILE_SLOT_SENDING,       // its upload beside the computation is on its way
     MOBILE_SLOT_SENDING_AHEAD, // the same, hinted, and its layer is yet to come in this pass
-    MOBILE_SLOT_AWAITED,       // there, hinted, and its layer is yet to come: it stays
+    MOBILE_SLOT_AWAITED,       // there, hinted or expected, and its layer is yet to come: it stays
     MOBILE_SLOT_IDLE,          // there, and in its layer's evictable set
     MOBILE_SLOT_WHOLE,         // there with all of its layer: it stays
 };
@@ -113,7 +115,8 @@ struct mobile_pool {
 struct mobile_slot_hint {
     mobile_slots_layer layer;
     mobile_part        part;
-    double             now = 0.0; // evicts only what was used before, in tokens
+    double             now      = 0.0;   // evicts only what was used before, in tokens
+    bool               expected = false; // it stays only while no hint wants the room
 };
 
 struct mobile_device {
@@ -188,6 +191,10 @@ public:
     // as of mobile_store
     void keep_uses  (bool on, bool goes_on);
     void settle_uses(const mobile_uses_of & used);
+    // whether some layer's experts have not all a slot
+    bool is_short() const;
+    // before a pass of n_tokens: layer il will probably ask for these. layers in their order
+    void expect(mobile_model_layer il, const std::vector<mobile_part> & parts, int32_t n_tokens);
 
     // uploads ahead of need, in placement CACHE
 
@@ -253,6 +260,7 @@ private:
     int32_t  n_held      (int32_t pool) const;
     bool     may_hold    (const mobile_pool & p) const;
     void     keep        (mobile_slots_layer layer, mobile_part part);
+    bool     let_expected_go(int32_t pool);
     void     begin_layer (const std::vector<mobile_need> & needs);
     double   wait_ahead  (const mobile_device_layer & l, const mobile_device_expert & x);
     void     use_ahead   (const mobile_device_layer & l, double waited_us);

@@ -95,11 +95,9 @@ static void begin(mobile_context & ctx, const llama_ubatch & ubatch) {
     ctx.trace.begin_pass(n_tokens);
     ctx.store->begin_pass(std::max(1, (int32_t) std::count(pass.single.begin(), pass.single.end(), 1)));
     begin_guesses(ctx, ubatch);
-    if (!ctx.store->all_resident) {
-        ctx.recall.begin_pass(ubatch);
-        if (ctx.guesses.is_draft()) {
-            ctx.recall.tell(*ctx.store);
-        }
+    ctx.recall.begin_pass(ubatch, !ctx.store->all_resident || (ctx.slots && ctx.slots->is_short()));
+    if (ctx.guesses.is_draft()) {
+        ctx.recall.tell(*ctx.store, ctx.slots.get());
     }
     ctx.predictor.begin_pass((int64_t) n_tokens, pass.k[0], mobile_route_takes_hints(ctx));
 }

@@ -4,9 +4,9 @@
 
 #include <algorithm>
 
-void mobile_recall::begin_pass(const llama_ubatch & ubatch) {
+void mobile_recall::begin_pass(const llama_ubatch & ubatch, bool is_of_use) {
     tokens.clear();
-    if (ubatch.token) {
+    if (ubatch.token && is_of_use) {
         tokens.assign(ubatch.token, ubatch.token + ubatch.n_tokens);
     }
     if (last.size() + tokens.size() > N_TOKENS_MAX) {
@@ -25,16 +25,34 @@ void mobile_recall::add(mobile_model_layer il, int32_t token, const int32_t * id
     std::copy(ids, ids + n_used, experts.begin() + (size_t) il.n*n_used);
 }
 
-void mobile_recall::tell(mobile_store & store) const {
-    std::vector<mobile_store_part> parts;
+void mobile_recall::tell(mobile_store & store, mobile_slots * slots) const {
+    std::vector<const std::vector<uint16_t> *> asked; // by the pass's tokens
+    size_t n = 0;
     for (int32_t id : tokens) {
         const auto found = last.find(id);
-        for (size_t i = 0; found != last.end() && i < found->second.size(); ++i) {
-            const mobile_store_layer layer = store.layer_of(mobile_model_layer((int64_t) i/n_used));
-            for (int32_t s = 0; s < store.n_segments && found->second[i] != NONE && !layer.is_none(); ++s) {
-                parts.push_back(store.store_part_of(layer, store.part_of(found->second[i], s)));
-            }
+        if (found != last.end()) {
+            asked.push_back(&found->second);
+            n = std::max(n, found->second.size());
         }
     }
-    store.expect(parts);
+    std::vector<mobile_store_part> in_store;
+    std::vector<mobile_part>       parts; // of a layer
+    for (mobile_model_layer il(0); (size_t) il.n*n_used < n; ++il) {
+        parts.clear();
+        for (const std::vector<uint16_t> * experts : asked) {
+            for (size_t i = (size_t) il.n*n_used; i < std::min(experts->size(), (size_t) (il.n + 1)*n_used); ++i) {
+                for (int32_t s = 0; s < store.n_segments && (*experts)[i] != NONE; ++s) {
+                    parts.push_back(store.part_of((*experts)[i], s));
+                }
+            }
+        }
+        const mobile_store_layer layer = store.layer_of(il);
+        for (size_t i = 0; i < parts.size() && !layer.is_none() && !store.all_resident; ++i) {
+            in_store.push_back(store.store_part_of(layer, parts[i]));
+        }
+        if (slots) {
+            slots->expect(il, parts, (int32_t) tokens.size());
+        }
+    }
+    store.expect(in_store);
 }

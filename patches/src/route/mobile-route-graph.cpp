@@ -187,6 +187,7 @@ ggml_tensor * mobile_moe::with_hot(ggml_tensor * cold) const {
             ggml_backend_sched_set_tensor_backend(at.sched, node, at.backend_cpu);
         }
     }
+    at.ctx->routes[mobile_model_layer(at.il)].n_cold_nodes = ggml_graph_n_nodes(at.gf) - cold_start + 1;
     ggml_tensor * end = mobile_op_new(at.ctx0, at.sched, at.backend_cpu, GGML_TYPE_F32, { cold->ne[0], cold->ne[1], 1 }, args, args[1] ? 2 : 1, mobile_route_end_cold, 1, &at.ctx->routes[mobile_model_layer(at.il)]);
     ggml_format_name(end, "ffn_moe_cold-%d", at.il);
     return ggml_add(at.ctx0, hot, end);

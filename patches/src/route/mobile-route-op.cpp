@@ -2,6 +2,7 @@
 
 #include "route/mobile-context.h"
 #include "route/mobile-kept.h"
+#include "route/mobile-op.h"
 
 #include "ggml-backend.h"
 #include "ggml.h"
@@ -95,7 +96,7 @@ static void route_ids(mobile_context & ctx, mobile_route & route, const ggml_ten
     for (int64_t rank = 0; rank < n_used; ++rank) {
         ids[rank] = model_id(ctx, route, dst, rank, t, token);
     }
-    if (!ctx.store->all_resident && n_used == ctx.n_expert_used) {
+    if (n_used == ctx.n_expert_used) {
         ctx.recall.add(route.il, token, ids);
     }
     const int32_t k = ctx.pass.k[token];
@@ -355,13 +356,7 @@ void mobile_route_run(ggml_tensor * dst, int ith, int nth, void * userdata) {
     }
 }
 
-void mobile_route_end_cold(ggml_tensor * dst, int ith, int nth, void * userdata) {
-    GGML_UNUSED(nth);
-    if (ith != 0) {
-        return;
-    }
-    mobile_route & route = *(mobile_route *) userdata;
-    memcpy(dst->data, dst->src[0]->data, ggml_nbytes(dst));
+static void end_cold(mobile_route & route) {
     if (!route.ctx->slots) {
         return;
     }
@@ -371,4 +366,28 @@ void mobile_route_end_cold(ggml_tensor * dst, int ith, int nth, void * userdata)
         }
         mobile_route_ahead(*route.ctx); // by now the next layer's experts have been guessed
     });
+}
+
+void mobile_route_end_cold(ggml_tensor * dst, int ith, int nth, void * userdata) {
+    GGML_UNUSED(nth);
+    if (ith != 0) {
+        return;
+    }
+    memcpy(dst->data, dst->src[0]->data, ggml_nbytes(dst));
+    end_cold(*(mobile_route *) userdata);
+}
+
+bool mobile_route_is_idle(ggml_cgraph * split) {
+    ggml_tensor * end = ggml_graph_node(split, -1);
+    if (!mobile_op_is(end, mobile_route_end_cold)) {
+        return false;
+    }
+    mobile_route & route = *(mobile_route *) mobile_op_params(end).userdata;
+    // a split is a row of the graph's nodes: one with no more than the chain's has no others
+    if (route.n_cold > 0 || ggml_graph_n_nodes(split) > route.n_cold_nodes) {
+        return false;
+    }
+    memset(end->data, 0, ggml_nbytes(end));
+    end_cold(route);
+    return true;
 }

@@ -43,6 +43,7 @@ struct mobile_route {
     bool                 keep    = false;     // a device may compute: no -1, but a weight of 0
     int64_t              start_us = 0;        // of the running cold chain
     int32_t              n_cold   = 0;        // distinct experts in it
+    int32_t              n_cold_nodes = 0;    // of the last graph, its end included
 };
 
 // what the op of the running layer works with
@@ -61,6 +62,8 @@ struct mobile_routing {
 // the pass fail
 void mobile_route_run     (ggml_tensor * dst, int ith, int nth, void * userdata);
 void mobile_route_end_cold(ggml_tensor * dst, int ith, int nth, void * userdata);
+// a cold chain without an expert is not computed; see ggml_idle_set()
+bool mobile_route_is_idle (ggml_cgraph * split);
 
 // whether the device tier takes hints of experts that will probably be needed
 bool mobile_route_takes_hints(const mobile_context & ctx);

@@ -4,7 +4,7 @@
 // in a queue until no read is queued or under way that something waits for, or hinted; then it takes a slot of what ranks
 // below it, and is read beside the computation, one at a time.
 // Invariants: it evicts nothing that ranks above it; a read of it that fails is no error; its bytes are the answer's, and in
-// no demand.
+// no demand; what a pass has asked for meanwhile is left to the pass, which may be waiting for that very slot.
 
 #include "store/mobile-store.h"
 
@@ -58,7 +58,7 @@ bool mobile_store::begin_admit(locked & lock) {
         admits.pop_front();
         mobile_expert & x = experts[part];
         int32_t slot = -1;
-        if (x.state != MOBILE_NOT_RESIDENT || !take_slot(lock, x.layer, SLOT_ADMIT, x.key, slot)) {
+        if (!may_begin(x) || !take_slot(lock, x.layer, SLOT_ADMIT, x.key, slot)) {
             continue;
         }
         begin_load(part, slot, true);

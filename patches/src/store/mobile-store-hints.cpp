@@ -43,7 +43,7 @@ bool mobile_store::begin_hint(locked & lock) {
 
         mobile_expert & x = experts[h.part];
         int32_t slot = -1;
-        if (x.state != MOBILE_NOT_RESIDENT) {
+        if (!may_begin(x)) {
             continue;
         }
         if (!take_slot(lock, x.layer, SLOT_PREFETCH, h.now, slot)) {

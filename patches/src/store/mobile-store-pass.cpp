@@ -269,11 +269,19 @@ bool mobile_store::arrives(locked & lock, mobile_store_layer layer, int32_t piec
     if (x.state == MOBILE_NOT_RESIDENT && (!x.pinned || x.piece_state[piece].load(std::memory_order_relaxed) == MOBILE_PIECE_ABSENT)) {
         // not requested by the route op, or not to the end: a graph of somebody else's. load it as a need of this layer
         int32_t slot = -1;
-        if (take_slot(lock, layer, SLOT_DEMAND, 0.0, slot)) {
-            count.n_misses++;
-            begin_load(part, slot, false);
+        if (!x.pinned) {
             pinned.push_back(part);
             x.pinned = true;
+        }
+        const bool taken = take_slot(lock, layer, SLOT_DEMAND, 0.0, slot);
+        if (x.state != MOBILE_NOT_RESIDENT) {
+            // another computing thread was quicker, while this one waited for a slot
+            if (taken) {
+                classes[layers[layer].cls].free.push_back(slot);
+            }
+        } else if (taken) {
+            count.n_misses++;
+            begin_load(part, slot, false);
             queue_reads({ part }, demand);
             wake_io(1);
         } else {

@@ -48,7 +48,7 @@ bool mobile_store::begin_warm(locked & lock) {
         }
         warm_parts.pop_front();
         int32_t slot = -1;
-        if (x.state != MOBILE_NOT_RESIDENT || bytes + budget_min_bytes > budget_bytes || !take_slot(lock, x.layer, SLOT_WARM, 0.0, slot)) {
+        if (!may_begin(x) || bytes + budget_min_bytes > budget_bytes || !take_slot(lock, x.layer, SLOT_WARM, 0.0, slot)) {
             continue;
         }
         if (x.n_uses == 0) {

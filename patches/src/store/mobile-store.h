@@ -320,6 +320,8 @@ private:
     std::deque<item> * next_queue(locked & lock, bool demand_only);
     bool begin_hint  (locked & lock);
     bool is_idle     () const;
+    // whether a read that nobody waits for may begin: a pass that has asked for the expert reads it itself, once it has a slot
+    static bool may_begin(const mobile_expert & x) { return x.state == MOBILE_NOT_RESIDENT && !x.pinned; }
     bool begin_warm  (locked & lock);
     bool begin_admit (locked & lock);
     size_t n_idle_work() const;
