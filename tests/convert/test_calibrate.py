@@ -158,7 +158,7 @@ def test_the_ladder_is_priced(priced: Run) -> None:
         assert weak["kl"] < strong["kl"]
         assert by_name["little:4"]["big"] == 0
         corrected = {name for name in by_name if name.endswith("+affine")}
-        assert {"little:4+affine", "little:4+mass:6+affine"} <= corrected or corrected == {"little:4+affine"}
+        assert {"little:4+affine"} <= corrected <= {"little:4+affine", "little:6+affine"}
         assert by_name["little:4+affine"]["kl"] != by_name["little:4"]["kl"]
         shown = {row[1].strip(): row for row in rows if float(row[0]) == budget["share"]}
         assert shown.keys() == by_name.keys()
@@ -234,11 +234,14 @@ def test_statistics_are_stored_too(calibrated: Run) -> None:
 
 
 def test_corrections_are_found_and_used(calibrated: Run) -> None:
-    """Of the default's little tokens and of those of half the top-k; off there is nothing of them."""
+    """Of the default's little tokens and of those of half the top-k; off there is nothing of them.
+
+    The demo's top-k has no fixed sum, so that there is no other mass, and fewer experts give less.
+    """
     info = read_gguf_info(calibrated.out)
     found = read_corrections(info)
     counts = {4, stored(calibrated.out)["default"]["little_k"]}
-    assert list(found) == [way for k in sorted(counts) for way in ((k, 0), (k, (k + 8) // 2))]
+    assert list(found) == [(k, 0) for k in sorted(counts)]
     n_bytes = 2 * 4 * len(found) * info.n_layer * info.n_embd
     assert stored(calibrated.out)["corrections"]["n_bytes"] == n_bytes
     assert any(
@@ -246,8 +249,7 @@ def test_corrections_are_found_and_used(calibrated: Run) -> None:
     )
     for one in found.values():
         assert (one.scale > 0).all()
-        # fewer experts that take over the weight of all are longer, and as long again with a part of it
-        assert np.median(one.scale) < 1 if one.mass == 0 else np.median(one.scale) > 0.9
+        assert np.median(one.scale) > 1
     with mobile_gguf.load(calibrated.out, threads=1, threads_batch=1, n_ctx=512, ram_budget="40%") as model:
         ask = GREEDY | {"mode": "little", "little_k": 4}
         prompt = "The sea was calm that day, and"
