@@ -314,7 +314,7 @@ def slow_link(server: Server, megabytes: float) -> Iterator[Server]:
         process.communicate()
 
 
-ATTEMPTS = 20
+ATTEMPTS = 5
 
 
 def run_on(link: Server, holds: Callable[[dict[str, int]], bool], **options: Any) -> dict[str, Any]:
