@@ -19,7 +19,7 @@ _KEPT = 0.99
 _CONTRADICTS = 3.0
 # Texts that calibration did not see differ from what is foreseen of them by so much more than its own blocks
 # do: .15 to .2 where they differ by .12.
-_UNSEEN = 1.5
+_UNSEEN = 1.8
 # The last audits that may raise an alarm, and by how many standard errors.
 _RECENT, _ALARMS = 4, 2.0
 
