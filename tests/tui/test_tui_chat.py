@@ -396,13 +396,14 @@ def test_sizes_that_come_together_do_not_follow_each_other_for_ever(tmp_path, ke
             for size in (small, large, small):  # the last one is stale as well
                 app.screen.post_message(events.Resize(size, size))
                 app.screen.call_later(lambda: None)  # or else the queue would join them
-            for _ in range(50):
+            for _ in range(10):
                 n_layouts = len(seen)
                 for _ in range(200):
                     await asyncio.sleep(0)
                 if not any(size is not None for size in seen[n_layouts:]):  # else a clock asked for it
                     break
             else:
+                app.screen._refresh_layout = lambda size=None, scroll=False: None  # or else it never ends
                 pytest.fail("each size brings another one")
             assert app.screen.size == app.size == large
             await pilot.resize_terminal(70, 20)
