@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -59,9 +60,10 @@ class Training:
 
 def config_of(n_vocab: int = _VOCAB) -> Qwen3MoeConfig:
     """12 M parameters: 6 layers of 64 experts, top-8, whose weights have a fixed sum."""
+    sizes: dict[str, Any] = {"head_dim": 32}  # of which its types know nothing
     return Qwen3MoeConfig(
         vocab_size=n_vocab, hidden_size=192, intermediate_size=384, moe_intermediate_size=48,
-        num_hidden_layers=6, num_attention_heads=6, num_key_value_heads=3, head_dim=32, num_experts=64,
+        num_hidden_layers=6, num_attention_heads=6, num_key_value_heads=3, **sizes, num_experts=64,
         num_experts_per_tok=8, norm_topk_prob=True, decoder_sparse_step=1, router_aux_loss_coef=0.01,
         output_router_logits=True, max_position_embeddings=2048, tie_word_embeddings=True,
         bos_token_id=0, eos_token_id=0,

@@ -10,7 +10,7 @@ import numpy as np
 
 from mobile_gguf.api.loading import open_backend
 from mobile_gguf.engine.binding import find_engine, needs_engine
-from mobile_gguf.engine.observe import INPUTS, NEURONS, ROUTES, Observation, ObservedRoute
+from mobile_gguf.engine.observe import INPUTS, LITTLE, NEURONS, ROUTES, Observation, ObservedRoute
 from mobile_gguf.errors import EngineError, ModelFormatError, UsageError
 from mobile_gguf.gguf.info import GgufInfo, read_gguf_info
 from mobile_gguf.options import LoadOptions
@@ -48,13 +48,16 @@ def collect(
     threads: int | None = None,
     neurons: bool = True,
     inputs: bool = False,
+    ways: Sequence[tuple[int, int]] = (),
     progress: Progress = no_progress,
 ) -> Statistics:
     """Run every chunk of token ids from an empty context, all experts on, and gather statistics.
 
     ``neurons`` asks for the importance of each expert's neurons, ``inputs`` for the sums of every weight's
-    input (an imatrix; see imatrix_file.write_imatrix). The model is loaded here and freed again. Raises
-    UsageError for a dense model or no tokens, EngineError on a stock library, BudgetError as loading does.
+    input (an imatrix; see imatrix_file.write_imatrix), ``ways`` for what fewer experts would give in each
+    layer: their number, and the mass that their weights are divided by. The model is loaded here and freed
+    again. Raises UsageError for a dense model or no tokens, EngineError on a stock library, BudgetError as
+    loading does.
     """
     info = read_gguf_info(model_path)
     if not info.is_moe:
@@ -65,15 +68,15 @@ def collect(
     engine = find_engine()
     if engine is None:
         raise needs_engine("calibration")
-    what = ROUTES | (NEURONS if neurons else 0) | (INPUTS if inputs else 0)
+    what = ROUTES | (NEURONS if neurons else 0) | (INPUTS if inputs else 0) | (LITTLE if ways else 0)
     share = 1 - _NORMS_SHARE if neurons else 1.0
     with GgufSource.open(model_path) as source:
         counts = RouteCounts(info.moe_layers, info.n_expert, info.n_expert_used)
         llama = _open(info, max(map(len, texts)), ram_budget, threads)
         try:
-            with Observation(engine, llama.ctx, what) as observation:
+            with Observation(engine, llama.ctx, what, ways) as observation:
                 _run(llama, info, texts, observation, counts, progress, share)
-                observed = observation.inputs()
+                observed, little = observation.inputs(), observation.little()
         finally:
             llama.close()
         for name, sums in observed.items():
@@ -86,7 +89,7 @@ def collect(
             importance = neuron_importance(
                 source, observed, lambda text, done: progress(text, share + (1 - share) * done)
             )
-    return counts.statistics(importance=importance, inputs=observed if inputs else {})
+    return counts.statistics(importance=importance, inputs=observed if inputs else {}, little=little)
 
 
 def run_routed(

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from mobile_gguf.engine.loss import Buddies
 from mobile_gguf.errors import EngineError, UsageError
 from mobile_gguf.generate.loss.price_list import Offer, PriceList, hull_of, is_switchable
+from mobile_gguf.generate.passes.corrections import Corrections
 from mobile_gguf.generate.passes.decode import default_little_k
 from mobile_gguf.generate.passes.head import Head
 from mobile_gguf.generate.passes.rungs import Rung, parse_rung
@@ -61,7 +62,7 @@ class Prices:
         }
 
 
-def rung_names(info: GgufInfo, shares: Sequence[int]) -> list[str]:
+def rung_names(info: GgufInfo, shares: Sequence[int], corrections: Corrections) -> list[str]:
     """What is priced of a model whose head has thresholds for these shares of big tokens."""
     least = default_little_k(info.n_expert_used)
     little = [f"little:{max(least, int(share * info.n_expert_used))}" for share in LITTLE]
@@ -70,7 +71,8 @@ def rung_names(info: GgufInfo, shares: Sequence[int]) -> list[str]:
     # what is kept weighs as it did: that costs less than to give it all of the sum
     mass = f"+mass:{info.n_expert_used}"
     ladder = [f"{rung}{mass}" for rung in RUNGS] if info.n_expert_used > 2 else []
-    return [EXACT, *little, *(f"{rung}{mass}" for rung in little), *heads, *ladder]
+    affine = [f"little:{k}{f'+mass:{of}' if of else ''}+affine" for k, of in corrections]
+    return [EXACT, *little, *(f"{rung}{mass}" for rung in little), *affine, *heads, *ladder]
 
 
 def price_ladder(
@@ -80,6 +82,7 @@ def price_ladder(
     head: Head,
     thresholds: dict[int, float],
     buddies: Buddies,
+    corrections: Corrections,
     most_bytes: int,
     threads: int,
     checkpoint: Checkpoint,
@@ -91,10 +94,13 @@ def price_ladder(
     """
     all_bytes = info.budget_all_bytes
     by_share = {str(share): value for share, value in thresholds.items()}
-    names = rung_names(info, list(thresholds))
-    rungs = [parse_rung(name, info, head, by_share) for name in names]
+    names = rung_names(info, list(thresholds), corrections)
+    rungs = [parse_rung(name, info, head, by_share, corrections) for name in names]
     shares = [share for share in SHARES if share * all_bytes <= most_bytes] or [most_bytes / all_bytes]
-    series = hashlib.sha256(repr((names, shares, len(blocks), head.bias, COLUMNS)).encode()).hexdigest()[:8]
+    digests = [one.digest for one in corrections.values()]
+    series = hashlib.sha256(
+        repr((names, shares, len(blocks), head.bias, digests, COLUMNS)).encode()
+    ).hexdigest()[:8]
     work = _Work(info, blocks, head, buddies, threads, checkpoint, series)
     jobs = [(share, rung, 0) for share in shares for rung in rungs]
     middle = shares[len(shares) // 2]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from mobile_gguf.options.words import CONFIDENCE, HEAD
+from mobile_gguf.sizes import format_bytes
 from mobile_gguf.wording import markdown_table
 
+from .correction import Maps
 from .curves import BIG, LITTLE, Point, bytes_at_kl
 from .price import Prices, hull_names
 from .run import Calibration
@@ -34,12 +36,19 @@ def lines(result: Calibration) -> list[str]:
         f"(confidence, after the pass: {fit.auc_confidence:.3f})",
         f"default        {_name(default)}, little-k {default.setting.little_k}: perplexity {held} big "
         f"({_percent(default.perplexity_ratio)}), {_share(default, big)} of its expert bytes",
+        *([corrections_line(result.maps)] if result.maps is not None else []),
         "",
         *table(result.points),
         "",
         *comparison(result.points),
         *(["", *price_table(result.prices)] if result.prices is not None else []),
     ]
+
+
+def corrections_line(maps: Maps) -> str:
+    """Which maps of little tokens were found."""
+    found = ", ".join(f"{k} experts" + (f" with mass {mass}" if mass else "") for k, mass in maps.ways)
+    return f"corrections    of little tokens with {found}: {format_bytes(maps.n_bytes)}"
 
 
 def price_table(prices: Prices) -> list[str]:

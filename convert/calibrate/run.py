@@ -34,6 +34,7 @@ from ..engine_task import in_child
 from ..gguf.file import GgufSource, update_gguf
 from .checkpoint import Checkpoint
 from .collect import collect
+from .correction import Maps, fit_maps, ways_of
 from .curves import Point, choose_default, make_points, make_settings, measure_block
 from .head import SHARES, Fit, fit_head
 from .imatrix_file import check_imatrix_target, write_imatrix
@@ -55,7 +56,8 @@ class CalibrateOptions:
     """What to calibrate on (no ``text`` files: the built-in text) and where to write it.
 
     At most ``tokens`` are run; ``out`` None rewrites the model's file. ``kl`` is the divergence above which
-    a token is important, None: so that a quarter of them are. ``curve_blocks`` bounds the held-out blocks
+    a token is important, None: so that a quarter of them are. ``correction`` asks for corrections of little
+    tokens. ``curve_blocks`` bounds the held-out blocks
     that the curves are measured on, ``price_blocks`` the blocks that rungs are priced on, 0: none are.
     ``resume`` False forgets what a stopped run left. ``imatrix`` also gets an importance matrix for
     quantising.
@@ -68,6 +70,7 @@ class CalibrateOptions:
     kl: float | None = None
     threads: int | None = None
     ram_budget: Size = AUTO
+    correction: bool = True
     curve_blocks: int = 8
     price_blocks: int = 6
     resume: bool = True
@@ -90,6 +93,7 @@ class Calibration:
     within: bool
     replaced: bool
     prices: Prices | None = None
+    maps: Maps | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON; the same is stored in the file, but for its path."""
@@ -115,6 +119,7 @@ class Calibration:
             "default": self.default.to_dict() | {"within_one_percent": self.within},
             "curves": [point.to_dict() for point in self.points],
             "prices": self.prices.to_dict() if self.prices is not None else None,
+            "corrections": self.maps.to_dict() if self.maps is not None else None,
         }
 
 
@@ -148,6 +153,7 @@ def calibrate(path: Path, options: CalibrateOptions, progress: Progress = no_pro
         within=within,
         replaced=replaced,
         prices=run.prices,
+        maps=run.maps,
     )
     if options.imatrix is not None:
         datasets = [text.name]
@@ -191,6 +197,7 @@ def _key(info: GgufInfo, text: Text, options: CalibrateOptions) -> dict[str, Any
         "text": text.sha256,
         "tokens": options.tokens,
         "kl": options.kl,
+        "correction": options.correction,
         "curve_blocks": options.curve_blocks,
         "price_blocks": options.price_blocks,
     }
@@ -205,6 +212,7 @@ class _Measured:
     points: list[Point]
     statistics: Statistics
     prices: Prices | None
+    maps: Maps | None
 
 
 def _measure(
@@ -213,7 +221,7 @@ def _measure(
     run = _Run(info, text, options, checkpoint, progress)
     with GgufSource.open(info.path) as source:
         run.measure(source)
-    return _Measured(sum(map(len, run.blocks)), run.fit, run.points, run.statistics, run.prices)
+    return _Measured(sum(map(len, run.blocks)), run.fit, run.points, run.statistics, run.prices, run.maps)
 
 
 class _Run:
@@ -223,6 +231,7 @@ class _Run:
     points: list[Point]
     statistics: Statistics
     prices: Prices | None = None
+    maps: Maps | None = None
 
     def __init__(
         self,
@@ -259,14 +268,20 @@ class _Run:
                 kl=self.options.kl,
             )
             self.points = self._curves(model, self.fit.head)
+        chosen, _ = choose_default(self.points)
+        ks = (self.little_k, chosen.setting.little_k)
+        ways = ways_of(self.info.n_expert_used, ks) if self.options.correction else []
         self.statistics = collect(
             self.info.path,
             self.blocks,
             ram_budget=self.options.ram_budget,
             threads=self.options.threads,
             inputs=self.options.imatrix is not None,
+            ways=ways,
             progress=self.progress,
         )
+        if ways:
+            self.maps = fit_maps(self.info, ways, self.statistics.little)
         if self.options.price_blocks > 0:
             self.prices = self._prices()
 
@@ -286,6 +301,7 @@ class _Run:
             head=self.fit.head,
             thresholds=self.fit.thresholds,
             buddies=make_buddies(self.info, ranked.expert, ranked.share, self.statistics.entropy),
+            corrections=self.maps.corrections(self.info) if self.maps is not None else {},
             most_bytes=fit.ram_budget_bytes,
             threads=self.threads,
             checkpoint=self.checkpoint,
@@ -366,9 +382,11 @@ def _write(
             keys.CALIBRATION_JSON: json.dumps(result.stored()),
         }
         | _listed(result.prices)
+        | (result.maps.metadata() if result.maps is not None else {})
         | statistics_metadata(statistics),
-        drop=(keys.HEAD, keys.CALIBRATION, keys.LOSS, *PREFIXES),
+        drop=(keys.HEAD, keys.CALIBRATION, keys.CORRECTION, keys.LOSS, *PREFIXES),
         add_tensors={keys.HEAD_WEIGHT: head.weight, keys.HEAD_TOKEN_BIAS: head.token_bias}
+        | (result.maps.tensors() if result.maps is not None else {})
         | statistics_tensors(statistics),
         out=out,
         progress=progress,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from mobile_gguf.engine.observe import InputSums
+from mobile_gguf.engine.observe import InputSums, LittleSums
 from mobile_gguf.errors import UsageError
 
 from .buddies import Ranked, rank_buddies, rank_transitions
@@ -37,7 +37,8 @@ class Statistics:
     percentiles (0, 5, ... 100) of the entropy of a token's router weights over ln k: 1 where all are alike, 0
     in a layer that no token was routed in. An older calibration has none of them, [n_layer_moe, 0].
     ``importance``: by layer number, [n_expert, n_ff]; empty if it was not asked for. ``inputs``, by tensor
-    name, only serves to write an imatrix and is not stored.
+    name, only serves to write an imatrix, and ``little``, sums over what each layer's experts give, to find
+    corrections: neither is stored.
     """
 
     n_tokens: int
@@ -51,6 +52,7 @@ class Statistics:
     entropy: Floats  # [n_layer_moe, N_PERCENTILES]
     importance: dict[int, Floats] = field(default_factory=dict)
     inputs: dict[str, InputSums] = field(default_factory=dict)
+    little: list[LittleSums] = field(default_factory=list)
 
 
 class RouteCounts:
@@ -113,6 +115,7 @@ class RouteCounts:
         *,
         importance: dict[int, Floats] | None = None,
         inputs: dict[str, InputSums] | None = None,
+        little: list[LittleSums] | None = None,
     ) -> Statistics:
         """The statistics of all that was counted; raises UsageError if that is nothing."""
         if self.n_tokens == 0:
@@ -129,6 +132,7 @@ class RouteCounts:
             entropy=percentiles(self.entropies),
             importance=importance or {},
             inputs=inputs or {},
+            little=little or [],
         )
 
 

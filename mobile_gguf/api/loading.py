@@ -134,9 +134,10 @@ def _open(
     if engine is None or fit is None or not info.is_moe:
         return _construct(info, options, asked, engine, use_mmap=True, **more), notices
     from mobile_gguf.generate.passes.buddies import read_buddies
+    from mobile_gguf.generate.passes.corrections import read_corrections
     from mobile_gguf.generate.passes.head import read_head
 
-    head, buddies = read_head(info), read_buddies(info)
+    head, buddies, corrections = read_head(info), read_buddies(info), read_corrections(info)
     engine.set_load_params(
         budget_bytes=fit.store_bytes,
         io_threads=options.io_threads,
@@ -150,7 +151,7 @@ def _open(
         llama = _construct(info, options, asked, engine, use_mmap=False, **more)
     finally:
         engine.clear_load_params()
-    llama.decoder.head, llama.decoder.buddies = head, buddies
+    llama.decoder.head, llama.decoder.buddies, llama.corrections = head, buddies, corrections
     if llama.store is None:
         notices.append(
             f"the engine cannot hold the experts of a {info.architecture} model: no budget, only mode exact"

@@ -71,6 +71,11 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         default=6,
         help="blocks of text that the ladder's rungs are priced on, 0: none (default: 6)",
     )
+    add(
+        "--no-correction",
+        action="store_true",
+        help="find no corrections of little tokens, which --little-correction would use",
+    )
     add("--plot", metavar="FILE", type=Path, help="draw the trade-off curves to a .png or .svg")
     add(
         "--plan",
@@ -105,6 +110,7 @@ def run(args: argparse.Namespace) -> int:
         kl=args.kl,
         threads=args.threads,
         ram_budget=args.ram_budget,
+        correction=not args.no_correction,
         price_blocks=args.price_blocks,
         resume=not args.no_resume,
     )
@@ -122,6 +128,8 @@ def run(args: argparse.Namespace) -> int:
         narrate("no setting of the head is within 1% of big's perplexity: the nearest is the default")
     if result.prices is not None and result.prices.listed is None:
         narrate("rungs lost too little to be priced: mode auto will learn what they cost")
+    if result.maps is None and not args.no_correction:
+        narrate("the experts of some layer cannot be observed as a sum: no corrections of little tokens")
     if args.imatrix is not None:
         narrate(f"wrote {args.imatrix}")
     if args.plot is not None:

@@ -80,7 +80,8 @@ def run(args: argparse.Namespace) -> int:
         tables.append(columns([_WORD_HEADS, *map(_word_row, names)], right=(1,)))
     for at, table in enumerate(tables):
         print("\n" * bool(at) + "\n".join(table))
-    narrate(f"{len(entries)} in {sessions_dir()}, {format_bytes(total)}")
+    states = "1 state" if len(entries) == 1 else f"{len(entries)} states"
+    narrate(f"{states} in {sessions_dir()}, {format_bytes(total)}")
     return 0
 
 

@@ -9,10 +9,12 @@ from pathlib import Path
 
 from mobile_gguf.api.conversation import Conversation
 from mobile_gguf.api.last_conversation import LAST, conversation_names, conversation_path, recall
-from mobile_gguf.errors import MobileError, UsageError
-from mobile_gguf.files.atomic import complete_or_absent
+from mobile_gguf.errors import UsageError
+from mobile_gguf.files.atomic import replacing_file
 from mobile_gguf.flags import OUT_FLAGS
 from mobile_gguf.wording import plain
+
+from .common import narrate
 
 
 def add_name_argument(parser: argparse.ArgumentParser) -> None:
@@ -53,12 +55,10 @@ def export(args: argparse.Namespace) -> int:
     if args.out in (None, "-"):
         sys.stdout.write(text)
         return 0
-    path = Path(args.out)
-    try:
-        with complete_or_absent(path) as partial:
-            partial.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise MobileError(f"cannot write {path}: {error.strerror or error}") from None
+    data = text.encode("utf-8")
+    with replacing_file(Path(args.out), len(data)) as file:
+        file.write(data)
+    narrate(f"written {args.out}")
     return 0
 
 

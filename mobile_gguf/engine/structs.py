@@ -12,7 +12,7 @@ from typing import Any
 
 from mobile_gguf.options.words import BUDDY, CACHE, HOST, LAYERS, LIVE, OFF, ON, PRIOR
 
-ABI_VERSION = 7
+ABI_VERSION = 8
 
 # the engine's numbers for the words of the options
 EVICTION = {"lru": 0, "moepic": 1, "decay": 2}
@@ -22,7 +22,7 @@ PLACEMENT = {HOST: 0, CACHE: 1, LAYERS: 2}
 PREFETCH = {OFF: 0, ON: 1, "auto": 2}
 SUBSTITUTE = {OFF: 0, BUDDY: 1, LIVE: 2, PRIOR: 3, "random": 4}  # random: only for experiments
 GUESSED = {"none": 0, "draft": 1, "source": 2}
-OBSERVE = {"routes": 1, "neurons": 2, "inputs": 4}
+OBSERVE = {"routes": 1, "neurons": 2, "inputs": 4, "little": 8}
 NOT_RESIDENT, LOADING, RESIDENT = 0, 1, 2
 ROUTED_MAX = 65536  # entries of what was routed that a context keeps
 
@@ -431,4 +431,19 @@ class ObservedRouteStruct(ctypes.Structure):
         ("reserved", ctypes.c_int32),
         ("ids", ctypes.POINTER(ctypes.c_int32)),
         ("weights", ctypes.POINTER(ctypes.c_float)),
+    ]
+
+
+class ObservedLittleStruct(ctypes.Structure):
+    """``struct mobile_observed_little``."""
+
+    _fields_ = [
+        ("layer", ctypes.c_int32),
+        ("way", ctypes.c_int32),
+        ("n_embd", ctypes.c_int64),
+        ("n_tokens", ctypes.c_int64),
+        ("big", ctypes.POINTER(ctypes.c_double)),
+        ("big2", ctypes.POINTER(ctypes.c_double)),
+        ("little", ctypes.POINTER(ctypes.c_double)),
+        ("little2", ctypes.POINTER(ctypes.c_double)),
     ]

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .form.form import Form
     from .form.reading import AnswerReader
     from .loss.auto import Auto
+    from .passes.corrections import Corrections
     from .passes.head import Head
     from .prompts.gap import FillTokens
     from .speculation.draft_model import DraftModel
@@ -67,6 +68,7 @@ class Backend(Protocol):
     auto: Auto | None  # what mode auto knows of the model; None before it was asked for
     draft: DraftModel | None  # a smaller model that drafts
     mtp: MtpContext | None  # the model's own block that does
+    corrections: Corrections  # of little tokens; empty for a model that was not calibrated
     why_no_mtp: str  # where it was asked for and is not there
 
     @property

@@ -42,6 +42,7 @@ from .context.sequence import TokenSequence
 from .context.threads import FollowingThreads
 from .form.guide import Guide
 from .loss.auto import Auto
+from .passes.corrections import Corrections
 from .passes.costs import Meter
 from .passes.head import Head
 from .prompts.chat_prompt import ChatPrompts
@@ -95,6 +96,7 @@ class MobileLlama(Counted, Spoken):
         self.split: Split | None = None  # set by loading, where experts are not kept whole
         self.draft: DraftModel | None = None  # set by loading, where there is one
         self.why_no_mtp = ""  # set by loading, where the block for it was asked for
+        self.corrections: Corrections = {}  # set by loading, those of a calibrated file
         self.fit: Fit | None = None  # set by loading, where it was planned
         self.store: ModelInfo | None = None
         self.engine: Engine | None = None  # while there is a store to ask it about

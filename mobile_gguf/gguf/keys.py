@@ -35,6 +35,12 @@ TRANSITIONS = "mobile.transitions."
 RANKED_EXPERT, RANKED_SHARE = "expert", "share"  # the two tensors of buddies, and of transitions
 IMPORTANCE = "mobile.importance."
 
+# what makes up for the experts that little tokens lack
+CORRECTION = "mobile.correction."
+CORRECTION_WAYS = "mobile.correction.ways"
+CORRECTION_SCALE = "mobile.correction.scale"
+CORRECTION_SHIFT = "mobile.correction.shift"
+
 # which segments to keep under which budget
 PLAN = "mobile.plan.json"
 

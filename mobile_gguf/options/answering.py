@@ -91,6 +91,7 @@ class GenerateOptions(Checked):
     importance: Annotated[str | None, shared.IMPORTANCE] = None
     head_threshold: Annotated[float | None, shared.HEAD_THRESHOLD] = None
     little_k: Annotated[int | None, shared.LITTLE_K] = None
+    little_correction: Annotated[str | None, shared.LITTLE_CORRECTION] = None
     drop: Annotated[float | None, shared.DROP] = None
     little_on_miss: Annotated[str | None, shared.LITTLE_ON_MISS] = None
     substitute: Annotated[str | None, shared.SUBSTITUTE] = None

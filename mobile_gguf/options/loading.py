@@ -93,6 +93,7 @@ class LoadOptions(Checked):
     importance: Annotated[str, shared.IMPORTANCE] = "auto"
     head_threshold: Annotated[float | None, shared.HEAD_THRESHOLD] = None
     little_k: Annotated[int | None, shared.LITTLE_K] = None
+    little_correction: Annotated[str, shared.LITTLE_CORRECTION] = OFF
     drop: Annotated[float, shared.DROP] = 0.0
     little_on_miss: Annotated[str, shared.LITTLE_ON_MISS] = OFF
     substitute: Annotated[str, shared.SUBSTITUTE] = OFF

@@ -14,6 +14,7 @@ POLICY_OPTIONS = (
     "mode",
     "gamma",
     "little_k",
+    "little_correction",
     "importance",
     "head_threshold",
     "drop",
@@ -57,6 +58,11 @@ LITTLE_K = Opt(
     read=int,
     low=1,
     help="experts of a little token (default: half the top-k, or as calibrated)",
+)
+LITTLE_CORRECTION = Opt(
+    "--little-correction",
+    choices=(words.OFF, words.ON),
+    help="little tokens: make up for the experts they lack by a calibrated map of each layer",
 )
 # more than the two heaviest have no weight of 4 times the mean beside them
 DROP = Opt(

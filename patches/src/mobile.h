@@ -25,7 +25,7 @@
 extern "C" {
 #endif
 
-#define MOBILE_ABI_VERSION 7
+#define MOBILE_ABI_VERSION 8
 
 enum mobile_status {
     MOBILE_OK           =  0,
@@ -130,6 +130,14 @@ LLAMA_API int32_t mobile_set_batch_n_expert_used(struct llama_context * ctx, con
 // changes outputs. of a token that runs with fewer experts the kept weights are divided by the mass of its k heaviest, and
 // not by their own: k = top-k leaves them as the model has them. k = 0: by their own
 LLAMA_API int32_t mobile_set_mass(struct llama_context * ctx, int32_t k);
+
+// changes outputs of tokens that run with exactly k experts, fewer than the top-k, while it is on: of what the routed experts
+// of a layer give them each channel is multiplied by scale and shift is added. all others have the bits that they have without.
+// scale, shift: [n_layer][n_embd]; NULL, both: none. MOBILE_ERR_STATE if some layer's experts are computed twice. a device hands
+// each layer's sum to the CPU from then on, and may round otherwise
+LLAMA_API int32_t mobile_set_correction(struct llama_context * ctx, int32_t k, const float * scale, const float * shift, int32_t n_layer, int32_t n_embd);
+// whether it applies from the next decode on; a new context's does not
+LLAMA_API int32_t mobile_set_corrected(struct llama_context * ctx, bool on);
 
 // starts reading, in layer order, the experts that the last little pass left out (ranks k+1..K):
 // hints for a run of the same position with all experts. returns how many experts or segments are not there yet and
@@ -452,6 +460,7 @@ enum mobile_observe {
     MOBILE_OBSERVE_ROUTES  = 1, // routed ids and weights
     MOBILE_OBSERVE_NEURONS = 2, // squares of what the routed experts' down projections are multiplied with
     MOBILE_OBSERVE_INPUTS  = 4, // ... and every other weight of a layer, and the output weight
+    MOBILE_OBSERVE_LITTLE  = 8, // what routed experts sum to, and what fewer of them would
 };
 
 // sums over all rows since the start; by matrix: an expert of a stacked tensor is one
@@ -474,6 +483,18 @@ struct mobile_observed_route {
     const float   * weights;  // [n_tokens][n_used]
 };
 
+// by channel [n_embd], sums over the tokens of passes with all experts
+struct mobile_observed_little {
+    int32_t        layer;
+    int32_t        way;      // which of those that were asked for
+    int64_t        n_embd;
+    int64_t        n_tokens;
+    const double * big;      // of what the layer's routed experts sum to,
+    const double * big2;     // squares of it,
+    const double * little;   // of what it would be with fewer of them, as mobile_set_n_expert_used and mobile_set_mass have it,
+    const double * little2;  // and squares of that
+};
+
 // what: a sum of enum mobile_observe. MOBILE_ERR_STATE if ctx is observed or has an evaluation callback;
 // stop before the context is freed
 LLAMA_API int32_t mobile_observe_start(struct llama_context * ctx, int32_t what);
@@ -486,6 +507,13 @@ LLAMA_API int32_t mobile_observe_get_input(const struct llama_context * ctx, int
 LLAMA_API int32_t mobile_observe_n_routes (const struct llama_context * ctx);
 LLAMA_API int32_t mobile_observe_get_route(const struct llama_context * ctx, int32_t i, struct mobile_observed_route * route);
 LLAMA_API int32_t mobile_observe_clear_routes(struct llama_context * ctx);
+
+// with MOBILE_OBSERVE_LITTLE, before the first decode: the ways of having fewer experts, [n] each their number and the mass that
+// their weights are divided by. MOBILE_ERR_STATE without an expert store, or with slots of a device
+LLAMA_API int32_t mobile_observe_set_little(struct llama_context * ctx, const int32_t * k, const int32_t * mass, int32_t n);
+// as those of inputs, ordered by layer and way. no layer whose experts are computed twice, or weighted before they are
+LLAMA_API int32_t mobile_observe_n_little(const struct llama_context * ctx);
+LLAMA_API int32_t mobile_observe_get_little(const struct llama_context * ctx, int32_t i, struct mobile_observed_little * little);
 
 #ifdef __cplusplus
 }

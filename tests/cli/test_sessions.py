@@ -142,14 +142,13 @@ def test_words_that_cannot_be_kept_are_told(
     fake_load: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake_load(FakeBackend(scripted("ok")))
-    in_the_way = conversation_path("trip").parent
-    in_the_way.parent.mkdir(parents=True, exist_ok=True)
-    in_the_way.write_text("a file in place of the folder")
+    path = conversation_path("trip")
+    path.with_name(f"{path.name}.partial").mkdir(parents=True)  # where the file would be written first
     assert main(["run", "--continue=trip", "m.gguf", "one"]) == 0
     said = capsys.readouterr()
     assert said.out == "ok\n"
     assert said.err.count("this conversation is not kept for --continue: ") == 1
-    assert str(in_the_way) in said.err
+    assert f"cannot write {path}: Is a directory" in said.err
     monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
     assert main(["chat", "--plain", "--continue=trip", "m.gguf"]) == 0
     assert capsys.readouterr().err.count("is not kept for --continue: ") == 1, "once for all answers"
@@ -171,7 +170,13 @@ def test_words_are_listed_shown_exported_and_removed(
     assert capsys.readouterr().out == text
     assert main(["sessions", "export", "trip", "--out", str(tmp_path / "chat.md")]) == 0
     assert (tmp_path / "chat.md").read_text(encoding="utf-8") == text
-    capsys.readouterr()
+    assert capsys.readouterr() == ("", f"written {tmp_path / 'chat.md'}\n")
+    nowhere = tmp_path / "nosuch" / "chat.md"
+    assert main(["sessions", "export", "trip", "--out", str(nowhere)]) == 1
+    said = capsys.readouterr().err
+    assert f"cannot write {nowhere}: No such file or directory" in said
+    assert "XDG" not in said, "the folder is one that was named"
+    assert not nowhere.parent.exists()
     assert main(["sessions", "export", "last", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["messages"] == [{"role": "system", "content": "S"}, *turns]
     assert main(["sessions", "show", saved[0].stem[:12]]) == 0

@@ -26,9 +26,10 @@ from mobile_gguf.convert.calibrate.store import read_statistics
 from mobile_gguf.convert.calibrate.text import read_text
 from mobile_gguf.convert.gguf.file import GgufSource
 from mobile_gguf.engine.binding import find_engine
-from mobile_gguf.errors import MobileError
+from mobile_gguf.errors import MobileError, UsageError
 from mobile_gguf.files.plots import check_plot
 from mobile_gguf.generate.loss.price_list import read_prices
+from mobile_gguf.generate.passes.corrections import read_corrections
 from mobile_gguf.generate.passes.decode import Pass
 from mobile_gguf.generate.passes.head import read_head
 from mobile_gguf.gguf.info import read_gguf_info
@@ -156,6 +157,9 @@ def test_the_ladder_is_priced(priced: Run) -> None:
         assert weak["demand_bytes"] > strong["demand_bytes"]
         assert weak["kl"] < strong["kl"]
         assert by_name["little:4"]["big"] == 0
+        corrected = {name for name in by_name if name.endswith("+affine")}
+        assert {"little:4+affine"} <= corrected <= {"little:4+affine", "little:6+affine"}
+        assert by_name["little:4+affine"]["kl"] != by_name["little:4"]["kl"]
         shown = {row[1].strip(): row for row in rows if float(row[0]) == budget["share"]}
         assert shown.keys() == by_name.keys()
         assert shown["drop:1+mass:8"][3].strip() == f"{by_name['drop:1+mass:8']['kl']:.4f}"
@@ -229,6 +233,52 @@ def test_statistics_are_stored_too(calibrated: Run) -> None:
     assert statistics.hotness.sum(axis=1) == pytest.approx(np.full(30, 8.0), rel=1e-4)
 
 
+def test_corrections_are_found_and_used(calibrated: Run) -> None:
+    """Of the default's little tokens and of those of half the top-k; off there is nothing of them.
+
+    The demo's top-k has no fixed sum, so that there is no other mass, and fewer experts give less.
+    """
+    info = read_gguf_info(calibrated.out)
+    found = read_corrections(info)
+    counts = {4, stored(calibrated.out)["default"]["little_k"]}
+    assert list(found) == [(k, 0) for k in sorted(counts)]
+    n_bytes = 2 * 4 * len(found) * info.n_layer * info.n_embd
+    assert stored(calibrated.out)["corrections"]["n_bytes"] == n_bytes
+    assert any(
+        line.startswith("corrections    of little tokens with 4 e") for line in calibrated.output.splitlines()
+    )
+    for one in found.values():
+        assert (one.scale > 0).all()
+        assert np.median(one.scale) > 1
+    with mobile_gguf.load(calibrated.out, threads=1, threads_batch=1, n_ctx=512, ram_budget="40%") as model:
+        ask = GREEDY | {"mode": "little", "little_k": 4}
+        prompt = "The sea was calm that day, and"
+        plain = model.generate(prompt, **ask)
+        on = model.generate(prompt, little_correction="on", **ask)
+        again, exact = model.generate(prompt, **ask), model.generate(prompt, **GREEDY)
+        assert (plain.receipt.little_corrected, on.receipt.little_corrected) == (False, True)
+        assert on.receipt.tokens_little == plain.receipt.tokens_little > 0
+        assert again.tokens == plain.tokens
+        assert exact.receipt.tokens_little == 0
+        with pytest.raises(UsageError, match="none for 5 experts"):
+            model.generate(prompt, mode="little", little_k=5, little_correction="on", max_tokens=1)
+
+
+def test_without_corrections_a_file_has_none(calibrated: Run, demo_gguf: Path, tmp_path: Path) -> None:
+    """Also one that had some before; and the rest is as it would be with them."""
+    out = tmp_path / "without.gguf"
+    words = ("--text", calibrated.text, "--tokens", N_TOKENS, "--out", out, "--no-correction")
+    done = calibrate(tmp_path / "cache", calibrated.out, *words)
+    assert done.returncode == 0, done.stderr
+    assert "corrections" not in done.stdout
+    assert read_corrections(read_gguf_info(out)) == {}
+    assert stored(out) == stored(calibrated.out) | {"corrections": None}
+    with GgufSource.open(out) as source:
+        assert not [tensor.name for tensor in source.tensors if "correction" in tensor.name]
+    with pytest.raises(UsageError, match="has no corrections of little tokens: run `mobile-gguf calibrate"):
+        mobile_gguf.load(out, mode="little", little_correction="on", n_ctx=128, threads=1)
+
+
 def test_an_importance_matrix_is_written_too(calibrated: Run) -> None:
     with GgufSource.open(calibrated.folder / "imatrix.gguf") as source:
         assert source.metadata["imatrix.datasets"] == ["story.txt"]
@@ -255,7 +305,8 @@ def test_a_killed_run_goes_on_and_gives_the_same(calibrated: Run, tmp_path: Path
     with GgufSource.open(out) as again, GgufSource.open(calibrated.out) as before:
         assert sorted(kv.name for kv in again.kv) == sorted(kv.name for kv in before.kv)
         assert [tensor.name for tensor in again.tensors] == [tensor.name for tensor in before.tensors]
-        assert np.array_equal(again.array("mobile.head.weight"), before.array("mobile.head.weight"))
+        for name in ("mobile.head.weight", "mobile.correction.scale", "mobile.correction.shift"):
+            assert np.array_equal(again.array(name), before.array(name)), name
     assert json.loads(resumed.stdout) == {"path": str(out)} | stored(out)
     assert not folder.exists()
 

@@ -6,7 +6,7 @@ import json
 import resource
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -314,12 +314,35 @@ def slow_link(server: Server, megabytes: float) -> Iterator[Server]:
         process.communicate()
 
 
+ATTEMPTS = 5
+
+
+def run_on(link: Server, holds: Callable[[dict[str, int]], bool], **options: Any) -> dict[str, Any]:
+    """A run whose device counters are as they have to be where the processor computes when it is asked to.
+
+    What the CPU takes for an expert is measured, and on a busy machine now and then as long as an upload.
+    """
+    counted: dict[str, int] = {}
+    for _ in range(ATTEMPTS):
+        result = one(spec("slow", link, **options))
+        counted = result["stats"]["device"]["counters"]
+        if holds(counted):
+            return result
+    raise AssertionError(f"{options}: never, and last {counted}")
+
+
 def test_over_a_slow_link_uploads_are_measured_and_left_out(server):
     """An upload takes a hundred thousand times as long as the CPU: nothing the CPU computes pays for one."""
     megabytes = 0.5
+
+    def left_out(tries: bool) -> Callable[[dict[str, int]], bool]:
+        # auto does not even try it
+        return lambda counted: counted["bytes_uploaded"] == 0 and (counted["n_ahead_dropped"] > 0) == tries
+
     with slow_link(server, megabytes) as link:
         for miss, prefetch in (("cpu", "auto"), ("auto", "auto"), ("cpu", "on")):
-            result = one(spec("slow", link, n=12, miss=miss, prefetch=prefetch, vram_budget="60%"))
+            options = {"n": 12, "miss": miss, "prefetch": prefetch, "vram_budget": "60%"}
+            result = run_on(link, left_out(prefetch == "on"), **options)
             device = result["stats"]["device"]
             info, counted = device["devices"][0], device["counters"]
             bytes_per_expert = info["expert_bytes"] / (info["n_layers"] * 16)
@@ -327,13 +350,13 @@ def test_over_a_slow_link_uploads_are_measured_and_left_out(server):
             assert info["upload_us"] > 0.9 * bytes_per_expert / megabytes
             assert info["stall_us"] > 0
             assert counted["n_misses"] > 0
-            # auto does not even try it
-            assert (counted["n_ahead_dropped"] > 0) == (prefetch == "on")
-            assert counted["n_admitted"] == counted["n_fetched"] == counted["bytes_uploaded"] == 0
+            assert counted["n_admitted"] == counted["n_fetched"] == counted["n_ahead"] == 0
             host, arrays = on_host()
             expected, choices = tokens_of(host["tokens"])[:12], arrays["tokens-choices"][:12]
             same_choices(tokens_of(result), expected, choices, result["answers"][0]["text"])
+
         # fetched experts keep the link busy: a hinted one would come too late
-        fetched = one(spec("slow", link, n=4, miss="fetch", prefetch="on"))["stats"]["device"]["counters"]
-        assert fetched["n_fetched"] > 0 == fetched["n_ahead"]
-        assert fetched["n_ahead_dropped"] > 0
+        def too_late(counted: dict[str, int]) -> bool:
+            return counted["n_fetched"] > 0 == counted["n_ahead"] and counted["n_ahead_dropped"] > 0
+
+        run_on(link, too_late, n=4, miss="fetch", prefetch="on")

@@ -27,6 +27,7 @@ from mobile_gguf.convert.gguf.layout import to_mobile
 from mobile_gguf.engine.binding import find_engine
 from mobile_gguf.engine.observe import (
     INPUTS,
+    LITTLE,
     NEURONS,
     ROUTES,
     Observation,
@@ -196,9 +197,15 @@ def test_a_context_is_observed_once(backend, engine):
         decode(backend, TEXT[:4])
     with pytest.raises(EngineError, match="not observed"):
         Observation(engine, backend.ctx, ROUTES).inputs()
-    for what in (0, 8, -1):
+    for what in (0, 16, -1):
         with pytest.raises(UsageError, match="what to observe"), Observation(engine, backend.ctx, what):
             pass
+    refused = {(): "a way of having fewer", ((4, 0),): "1 to 3 experts", ((2, -1),): "negative"}
+    for ways, says in refused.items():
+        with pytest.raises(UsageError, match=says), Observation(engine, backend.ctx, LITTLE, ways):
+            pass
+    with pytest.raises(EngineError, match="not observed"):
+        Observation(engine, backend.ctx, LITTLE).little()
 
 
 def decode(llama: Any, text: list[int]) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What the tokens of a draft asked for last stays until a layer is reached, in memory and in a device's slots."""
+"""What a draft's tokens asked for last stays until a layer is reached, in memory and in a device's slots."""
 
 from __future__ import annotations
 

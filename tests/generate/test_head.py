@@ -162,7 +162,7 @@ def test_a_head_is_read_back(tmp_path: Path) -> None:
         ({"mobile.head.bias": math.inf}, "mobile.head.bias is inf"),
         ({"mobile.head.little_k": 99}, "mobile.head.little_k is 99"),
         ({HEAD_WEIGHT: np.zeros(63, np.float32)}, "mobile.head.weight has the shape"),
-        ({HEAD_WEIGHT: np.zeros(64, np.int32)}, "mobile.head.weight has the shape"),
+        ({HEAD_WEIGHT: np.zeros(64, np.int32)}, "mobile.head.weight has another type"),
         ({HEAD_WEIGHT: np.full(64, np.nan, np.float32)}, "mobile.head.weight holds what is not a number"),
         ({HEAD_TOKEN_BIAS: None}, "mobile.head.token_bias is missing"),
     ],

@@ -13,7 +13,7 @@ FIELDS = [
     "expert_misses", "bytes_read", "stall_ms", "budget_bytes", "resident_bytes_peak",
     "device_hits", "device_misses", "bytes_uploaded", "upload_stall_ms", "vram_budget_bytes",
     "prefetch_hits", "prefetch_wasted_bytes", "prefetch_saved_ms", "turns_left_out", "context_full",
-    "threads", "thread_changes", "n_ubatch", "loss", "speculation",
+    "threads", "thread_changes", "n_ubatch", "little_corrected", "loss", "speculation",
 ]  # fmt: skip
 TIMING_NAMES = [
     "prompt_n", "prompt_ms", "prompt_per_token_ms", "prompt_per_second",

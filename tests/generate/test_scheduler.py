@@ -7,9 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pytest
 from fake_decoder import FakeDecoder, answer, make
 
+from mobile_gguf.engine.correction import Correction
 from mobile_gguf.engine.loss import LossRules
 from mobile_gguf.engine.structs import LossCounters
 from mobile_gguf.errors import AnswerStopped, ExpertReadError
@@ -165,6 +167,11 @@ def test_what_goes_into_one_decode() -> None:
     assert goes(1, {"rules": rules}, {"experts": 4})
     assert not goes(1, {"experts": 4, "mass": 8}, {"rules": rules})
     assert goes(1, {"experts": 4, "mass": 8}, {})
+    one, other = (Correction(4, mass, *np.ones((2, 1, 1), np.float32)) for mass in (0, 6))
+    assert not goes(1, {"experts": 4, "correction": one}, {"experts": 4})
+    assert not goes(1, {"experts": 4, "correction": one}, {"experts": 4, "correction": other})
+    assert goes(1, {"experts": 4, "correction": one}, {"experts": 4, "correction": one})
+    assert goes(1, {"experts": 4, "correction": one}, {"correction": other})
     assert goes(1, {"keeps_state": True}, {})
     assert not goes(2, {"keeps_state": True}, {})
 

@@ -51,6 +51,7 @@ def test_the_options_offer_the_words() -> None:
         "eviction": words.EVICTION,
         "threads_auto": (words.ON, words.OFF),
         "warm": (words.ON, words.OFF),
+        "little_correction": (words.OFF, words.ON),
         "little_on_miss": (words.OFF, words.ON),
         "substitute": words.SUBSTITUTE,
         "split": words.SPLIT,

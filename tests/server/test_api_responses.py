@@ -114,7 +114,7 @@ def test_an_output_that_nobody_called_for_is_told() -> None:
 def test_choices_of_tools(given: Any, meant: Any) -> None:
     made, _ = chat(tools=[ADD], tool_choice=given)
     choice = made.tool_choice
-    assert (choice.function.name if isinstance(choice, NamedTool) else choice) == meant
+    assert (choice.name if isinstance(choice, NamedTool) else choice) == meant
 
 
 def test_some_of_the_tools_may_be_allowed() -> None:

@@ -290,7 +290,7 @@ def test_some_of_the_tools_may_be_called() -> None:
     plan = plan_tools(asked(tools=tools, tool_choice=choice("required", "c", "a")))
     assert plan is not None
     assert plan.forced
-    assert [tool.function.name for tool in plan.callable] == ["a", "c"]
+    assert [tool.told.name for tool in plan.callable] == ["a", "c"]
     assert len(plan.tools) == 3  # told to the model, as their order is a part of the prompt that is kept
     free = plan_tools(asked(tools=tools, tool_choice=choice("auto", "b")))
     assert free is not None

@@ -163,6 +163,7 @@ class DeviceRun(engine_child.Run):
 
     def op_device_settle(self, op: dict[str, Any]) -> dict[str, Any]:
         """Rounds till one misses nothing in the slots or a slot is given away."""
+        before = after = self.op_device_counters({})
         for before, after in itertools.pairwise(self.rounds(op)):
             if after["n_misses"] == before["n_misses"] or after["n_evictions"] > 0:
                 break

@@ -54,6 +54,8 @@ def bind() -> ctypes.CDLL | None:
         "mobile_model_get_residency": (int32, [void_p, ctypes.POINTER(ctypes.c_uint8), ctypes.c_size_t]),
         "mobile_set_n_expert_used": (int32, [void_p, int32]),
         "mobile_set_mass": (int32, [void_p, int32]),
+        "mobile_set_correction": (int32, [void_p, int32, void_p, void_p, int32, int32]),
+        "mobile_set_corrected": (int32, [void_p, ctypes.c_bool]),
         "mobile_set_batch_n_expert_used": (int32, [void_p, int32_p, int32]),
         "mobile_prefetch_masked": (int32, [void_p]),
         "mobile_set_prefetch": (int32, [void_p, int32]),
@@ -289,6 +291,19 @@ class Run:
         assert mobile is not None
         return self.status(mobile.mobile_set_mass(self.ctx, op["k"]))
 
+    def op_correction(self, op: dict[str, Any]) -> dict[str, Any]:
+        """scale, shift: [n_layer][n_embd], or null; on: whether tokens with k experts are corrected."""
+        assert mobile is not None
+        arrays = [None if op[name] is None else np.array(op[name], np.float32) for name in ("scale", "shift")]
+        data = [None if array is None else array.ctypes.data for array in arrays]
+        shape = next((array.shape for array in arrays if array is not None), (0, 0))
+        status = mobile.mobile_set_correction(self.ctx, op["k"], *data, *shape)
+        return self.status(status or mobile.mobile_set_corrected(self.ctx, op.get("on", True)))
+
+    def op_corrected(self, op: dict[str, Any]) -> dict[str, Any]:
+        assert mobile is not None
+        return self.status(mobile.mobile_set_corrected(self.ctx, op["on"]))
+
     def op_set_batch_k(self, op: dict[str, Any]) -> dict[str, Any]:
         assert mobile is not None
         k = (ctypes.c_int32 * len(op["k"]))(*op["k"])
@@ -481,7 +496,7 @@ class Run:
         return {"status": n, "next": following, "lost": lost}
 
     def op_routed_while(self, op: dict[str, Any]) -> dict[str, Any]:
-        """Rounds of ops while another thread reads what is routed, ``n`` entries at a time, and saves them all.
+        """Rounds of ops while another thread reads and saves what is routed, ``n`` entries at a time.
 
         They end once it has read something while an op ran. n_while_running: of a round's ops.
         """

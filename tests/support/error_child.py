@@ -54,7 +54,7 @@ class ErrorRun(device_child.DeviceRun):
         return {"n_thrown": ctypes.CDLL(None).throwing_threads_arm(THROWING.index(op["what"]), 1)}
 
     def op_steps_until_failed(self, op: dict[str, Any]) -> dict[str, Any]:
-        """The same steps, round after round, till some fail; when a thread comes to throw is its own affair."""
+        """The same steps, round after round, till some fail: when a thread comes to throw is its affair."""
         done: dict[str, Any] = {}
         for _ in range(op["rounds"]):
             self.op_remove(op)

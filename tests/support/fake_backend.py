@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from mobile_gguf.engine.correction import Correction
 from mobile_gguf.engine.experts import Experts, ExpertSource
 from mobile_gguf.engine.loss import Buddies, LossRules
 from mobile_gguf.engine.split import Split
@@ -27,6 +28,7 @@ from mobile_gguf.engine.structs import (
     WarmCounters,
 )
 from mobile_gguf.errors import PromptTooLongError, UsageError
+from mobile_gguf.generate.passes.corrections import Corrections
 from mobile_gguf.generate.passes.costs import Traffic
 from mobile_gguf.generate.passes.decode import ALL_EXPERTS, Pass, Policy, decode_prompt, decode_token
 from mobile_gguf.generate.passes.head import Head
@@ -153,6 +155,8 @@ class FakeBackend:
         self.on_evaluate: Callable[[], None] = lambda: None
         self._experts = ALL_EXPERTS
         self.mass = 0
+        self.correction: Correction | None = None  # in force
+        self.corrections: Corrections = {}
         self.auto: Any = None
         self.draft: Any = None
         self.mtp: Any = None
@@ -205,6 +209,9 @@ class FakeBackend:
 
     def use_mass(self, n: int) -> None:
         self.mass = n
+
+    def use_correction(self, correction: Correction | None) -> None:
+        self.correction = correction
 
     def forward_drafted(self, tokens: list[int], n_said: int) -> None:
         self.forward(tokens)

@@ -49,7 +49,7 @@ class Router:
         self.rule = rule
         _, logit, mass = SCORING[entry["scoring"]]
         parts = self.parts
-        resident = np.array(entry["resident"][i], bool) if parts is None else parts.all(-1)
+        resident = np.array(entry["resident"][i], bool) if parts is None else np.asarray(parts.all(-1))
         self.state = oracle.Layer(
             resident, rules, np.array(entry["buddies"][i]), np.array(entry["shares"][i], np.float32),
             entry["tau"][i], logit, mass, there=None if parts is None else parts.mean(-1),

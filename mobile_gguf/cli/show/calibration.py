@@ -94,7 +94,18 @@ def calibration_rows(info: GgufInfo, calibration: Mapping[str, Any]) -> list[tup
         ("important tokens", f"those with a KL of little from big above {_fixed(head.get('kl'), 3)}"),
         *_threshold_rows(head.get("thresholds")),
         ("default of big-little", f"{_setting(default)}, little-k {default['little_k']}"),
+        *_correction_row(calibration.get("corrections")),
     ]
+
+
+def _correction_row(corrections: Any) -> list[tuple[str, str]]:
+    """For which little tokens there are corrections."""
+    ways = corrections.get("ways") if isinstance(corrections, dict) else None
+    if not isinstance(ways, list):
+        return []
+    counts = {way["little_k"] for way in ways if isinstance(way, dict) and _is_number(way.get("little_k"))}
+    shown = " and ".join(f"{count:g}" for count in sorted(counts))
+    return [("corrections", f"of little tokens with {shown} experts")] if shown else []
 
 
 def _threshold_rows(thresholds: Any) -> list[tuple[str, str]]:

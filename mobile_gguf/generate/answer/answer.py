@@ -270,6 +270,7 @@ class Answer:
             threads=threads.threads if threads is not None else 0,
             thread_changes=threads.n_changes - self._thread_changes if threads is not None else 0,
             n_ubatch=self._backend.n_ubatch,
+            little_corrected=policy.correction is not None,
             context_full=self.finish_reason == LENGTH and self._request.fills_context,
             loss=loss_of(traffic.loss, policy.spending) if policy.may_lose else None,
             speculation=speculation_of(self._record) if self._record is not None else None,

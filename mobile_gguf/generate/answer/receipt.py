@@ -117,7 +117,8 @@ class Receipt:
     it. ``threads`` is what the last token was generated with, ``thread_changes`` how often another number was
     found faster; both 0 where the number is fixed. ``n_ubatch`` is how many tokens of a prompt are computed
     at once: the last bits of logits may hang on it. ``loss`` is None where every missing expert was read,
-    ``speculation`` where no tokens were to be guessed.
+    ``speculation`` where no tokens were to be guessed. ``little_corrected``: a calibrated map made up for the
+    experts that little tokens lacked.
     """
 
     mode: str = EXACT
@@ -145,6 +146,7 @@ class Receipt:
     threads: int = 0
     thread_changes: int = 0
     n_ubatch: int = 0
+    little_corrected: bool = False
     loss: Loss | None = None
     speculation: Speculation | None = None
 
@@ -171,7 +173,7 @@ class Receipt:
         """
         counts = [f"{self.tokens_big} big"]
         if self.mode not in (EXACT, AUTO_MODE):
-            counts.append(f"{self.tokens_little} little")
+            counts.append(f"{self.tokens_little} little{', corrected' if self.little_corrected else ''}")
         if self.mode == BIG_LITTLE:
             counts.append(f"{self.tokens_fallback} fallback")
         parts = [" · ".join(counts)]

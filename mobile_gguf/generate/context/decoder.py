@@ -15,6 +15,7 @@ import numpy as np
 from llama_cpp import llama_cpp
 
 from mobile_gguf.engine.binding import Engine
+from mobile_gguf.engine.correction import Correction, set_corrected, set_correction
 from mobile_gguf.engine.guarded import GuardedCalls
 from mobile_gguf.engine.log import clear_errors, last_errors
 from mobile_gguf.engine.loss import (
@@ -48,7 +49,8 @@ class Slice:
 
     ``experts``: at most so many routed ones a token, ALL_EXPERTS: the top-k. ``rules``: those that missing
     experts follow, None: all are read; ``mass``: of how many the weights that are kept are divided by the
-    mass, 0: by their own. ``every_output``: logits of every token, else of the last one only.
+    mass, 0: by their own; ``correction``: what makes up for experts that little tokens lack, None: nothing.
+    ``every_output``: logits of every token, else of the last one only.
     """
 
     number: int
@@ -59,6 +61,7 @@ class Slice:
     every_output: bool = False
     keeps_state: bool = False  # the last token's hidden state
     mass: int = 0
+    correction: Correction | None = None
     is_drafted: bool = False  # a generated token and those drafted behind it
     is_guess: bool = False  # one token that is run for a draft only
 
@@ -125,6 +128,8 @@ class Decoder:
         self._is_unsure = False  # a decode failed that may have left its masks
         self._loss: LossRules | None = None  # that the engine was told
         self._mass = 0
+        self._correction: Correction | None = None  # that the engine was told,
+        self._is_corrected = False  # and whether it is on
         self._has_buddies = False  # it was told them, too
         self._calls = calls
         self._on_devices = on_devices
@@ -149,6 +154,22 @@ class Decoder:
         if self.engine is not None and n != self._mass:
             self.engine.checked("set_mass", "choosing what weights are divided by", self.native.ctx, n)
             self._mass = n
+
+    def _use_correction(self, slices: Sequence[Slice]) -> None:
+        """Have little tokens corrected as their slices say, which say the same.
+
+        What the engine was told stays in its graphs, where it changes nothing while it is off.
+        """
+        little = next((one for one in slices if one.experts != ALL_EXPERTS), None)
+        if self.engine is None or little is None:
+            return
+        wanted = little.correction
+        if wanted is not None and wanted != self._correction:
+            set_correction(self.engine, self.native.ctx, wanted)
+            self._correction, self._is_corrected = wanted, False
+        if (wanted is not None) != self._is_corrected:
+            set_corrected(self.engine, self.native.ctx, wanted is not None)
+            self._is_corrected = wanted is not None
 
     def _use_loss(self, slices: Sequence[Slice]) -> None:
         """Have missing experts in the next decode follow the rules of the slices, which are the same."""
@@ -208,6 +229,7 @@ class Decoder:
         last = self._batch.fill(slices)
         self._use_loss(slices)
         self._use_mass(slices)
+        self._use_correction(slices)
         self._use_experts(slices)
         self._expect_drafts(slices)
         self.keep_states(any(one.keeps_state for one in slices))

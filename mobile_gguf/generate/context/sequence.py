@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from mobile_gguf.engine.correction import Correction
 from mobile_gguf.engine.loss import LossRules
 from mobile_gguf.errors import EngineError, UsageError
 
@@ -59,6 +60,7 @@ class TokenSequence(Cells):
         self._experts = ALL_EXPERTS
         self._rules: LossRules | None = None
         self._mass = 0
+        self._correction: Correction | None = None
         self._is_afresh = False  # whether the next prompt is to be computed from its first token
         self._in_prompt = False
         self._is_guess = False
@@ -129,6 +131,7 @@ class TokenSequence(Cells):
         """Run a token with ``k`` experts for what it makes likely; its row is no part of the text."""
         with self._whole():
             self.use_mass(self.policy.mass)
+            self.use_correction(self.policy.correction)
             self.use_loss(None)
             self.use_experts(k)
             self._is_guess = True
@@ -174,6 +177,9 @@ class TokenSequence(Cells):
     def use_mass(self, n: int) -> None:
         self._mass = n
 
+    def use_correction(self, correction: Correction | None) -> None:
+        self._correction = correction
+
     def forward(self, tokens: list[int]) -> None:
         if len(self.tokens) + len(tokens) > self.n_max:
             raise UsageError(f"the context of {self.n_max} tokens is full")
@@ -199,7 +205,7 @@ class TokenSequence(Cells):
                 wish = Wish(
                     self, tokens[done:end], len(tokens) - done, self._experts, self._rules,
                     every_output=show is not None, keeps_state=keeps_state, mass=self._mass,
-                    is_guess=self._is_guess,
+                    correction=self._correction, is_guess=self._is_guess,
                 )  # fmt: skip
                 n_done = self.scheduler.run(wish)
                 done += n_done
@@ -218,7 +224,10 @@ class TokenSequence(Cells):
         done = 0
         while done < n_said:
             left = tokens[done:]
-            wish = Wish(self, left, len(left), self._experts, mass=self._mass, is_drafted=True)
+            wish = Wish(
+                self, left, len(left), self._experts, mass=self._mass, correction=self._correction,
+                is_drafted=True,
+            )  # fmt: skip
             done += self.scheduler.run(wish)
         self.take_back(done - n_said)
 

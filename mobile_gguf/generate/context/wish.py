@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from greenlet import greenlet
 
+from mobile_gguf.engine.correction import Correction
 from mobile_gguf.engine.loss import LossRules
 
 from ..passes.decode import ALL_EXPERTS
@@ -38,6 +39,7 @@ class Wish:
     every_output: bool = False
     keeps_state: bool = False
     mass: int = 0
+    correction: Correction | None = None
     is_drafted: bool = False  # a generated token and those drafted behind it: no part of a prompt
     is_guess: bool = False  # it is run for a draft only
     n_before: int = 0
@@ -59,6 +61,10 @@ class Wish:
             return False
         if self.may_lack and other.may_lack and self.mass != other.mass:
             return False
+        # ... one mass and one correction
+        is_little = ALL_EXPERTS not in (self.experts, other.experts)
+        if is_little and self.correction != other.correction:
+            return False
         if self.rules is None or other.rules is None:
             return True
         return self.rules == other.rules
@@ -76,5 +82,5 @@ class Wish:
             return Slice(sequence.number, start, tokens)
         return Slice(
             sequence.number, start, tokens, self.experts, self.rules, self.every_output or self.is_drafted,
-            self.keeps_state, self.mass, self.is_drafted, self.is_guess,
+            self.keeps_state, self.mass, self.correction, self.is_drafted, self.is_guess,
         )  # fmt: skip

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import numpy.typing as npt
 
 from mobile_gguf.engine.loss import Buddies
 from mobile_gguf.errors import ModelFormatError
 from mobile_gguf.gguf import keys
-from mobile_gguf.gguf.header import read_header
 from mobile_gguf.gguf.info import GgufInfo
+from mobile_gguf.gguf.tensors import TensorError, read_tensor
 
 # A list is the shortest prefix of this mass; the percentile of the entropy above which a layer substitutes.
 ALPHA, PERCENTILE = 0.9, 15
-_TYPES = {np.dtype(np.float32): 0, np.dtype(np.int32): 26}  # ggml's numbers
 
 
 def has_buddies(info: GgufInfo) -> bool:
@@ -31,8 +28,8 @@ def read_buddies(info: GgufInfo, *, alpha: float = ALPHA, percentile: int = PERC
     """
     if not has_buddies(info):
         return None
-    experts = _array(info, f"{keys.BUDDIES}{keys.RANKED_EXPERT}", np.dtype(np.int32))
-    shares = _array(info, f"{keys.BUDDIES}{keys.RANKED_SHARE}", np.dtype(np.float32))
+    experts = _array(info, f"{keys.BUDDIES}{keys.RANKED_EXPERT}", np.int32)
+    shares = _array(info, f"{keys.BUDDIES}{keys.RANKED_SHARE}", np.float32)
     n_layer, n_expert = len(info.moe_layers), info.n_expert
     if experts is None or shares is None:
         raise _damaged(info, "they are missing")
@@ -40,7 +37,7 @@ def read_buddies(info: GgufInfo, *, alpha: float = ALPHA, percentile: int = PERC
         raise _damaged(info, f"their shape is {experts.shape}")
     if experts.min() < -1 or experts.max() >= n_expert or not np.isfinite(shares).all() or shares.min() < 0:
         raise _damaged(info, "they name what cannot be")
-    entropy = _array(info, keys.ENTROPY, np.dtype(np.float32))
+    entropy = _array(info, keys.ENTROPY, np.float32)
     if entropy is not None and (
         entropy.ndim != 2 or len(entropy) != n_layer or not np.isfinite(entropy).all()
     ):
@@ -75,22 +72,11 @@ def make_buddies(
     return found
 
 
-def _array(info: GgufInfo, name: str, dtype: np.dtype) -> npt.NDArray | None:
-    for path in info.files:
-        header = read_header(path)
-        for tensor in header.tensors:
-            if tensor.name != name:
-                continue
-            n = math.prod(tensor.shape)
-            if tensor.type_id != _TYPES[dtype]:
-                raise _damaged(info, f"{name} has another type")
-            with open(path, "rb") as file:
-                file.seek(header.data_start + tensor.offset)
-                values = np.frombuffer(file.read(tensor.n_bytes), dtype.newbyteorder("<"))
-            if len(values) != n:
-                raise _damaged(info, f"{name} is cut off")
-            return values.astype(dtype).reshape(tuple(reversed(tensor.shape)))
-    return None
+def _array(info: GgufInfo, name: str, dtype: type[np.generic]) -> npt.NDArray | None:
+    try:
+        return read_tensor(info, name, dtype)
+    except TensorError as error:
+        raise _damaged(info, str(error)) from None
 
 
 def _damaged(info: GgufInfo, reason: str) -> ModelFormatError:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Protocol
 
+from mobile_gguf.engine.correction import Correction
 from mobile_gguf.engine.loss import LossRules
 from mobile_gguf.options import DEFAULT_GAMMA
 from mobile_gguf.options.words import AUTO_MODE, BIG_LITTLE, CONFIDENCE, EXACT, HEAD, LITTLE, OFF
@@ -42,7 +43,8 @@ class Policy:
     ``importance`` is HEAD or CONFIDENCE; above ``head_threshold``, a probability, the head
     has a token run big. ``loss`` are the rules for missing experts of generated tokens, None: all are read;
     ``prompt_loss`` those for a prompt's. Of a token that lacks experts the weights of the others are divided
-    by the mass of its ``mass`` heaviest, 0: by their own. In mode auto tokens follow what an answer's
+    by the mass of its ``mass`` heaviest, 0: by their own. ``correction`` makes up for the experts that little
+    tokens lack, None: nothing does. In mode auto tokens follow what an answer's
     ``spending`` chooses, of ``max_kld`` nats each. ``speculate`` says where drafts come from.
     """
 
@@ -54,6 +56,7 @@ class Policy:
     loss: LossRules | None = None
     prompt_loss: LossRules | None = None
     mass: int = 0
+    correction: Correction | None = None
     max_kld: float = 0.0
     auto: Auto | None = field(default=None, compare=False)
     spending: Spending | None = field(default=None, compare=False)
@@ -105,6 +108,10 @@ class Steps(Protocol):
 
     def use_mass(self, n: int) -> None:
         """What kept weights are divided by from the next pass on: the mass of ``n`` experts, 0: their own."""
+        ...
+
+    def use_correction(self, correction: Correction | None) -> None:
+        """From the next pass on tokens with its number of experts are corrected; None: none are."""
         ...
 
     def forward(self, tokens: list[int]) -> None:
@@ -186,6 +193,7 @@ def decode_token(steps: Steps, token: int, policy: Policy) -> Pass:
     What is big because it is important loses nothing.
     """
     steps.use_mass(policy.mass)
+    steps.use_correction(policy.correction)
     if policy.spending is not None:
         return policy.spending.run_token(steps, token)
     if policy.mode == EXACT:
@@ -213,6 +221,7 @@ def decode_token(steps: Steps, token: int, policy: Policy) -> Pass:
 def decode_drafted(steps: Steps, said: list[int], draft: list[int], policy: Policy) -> Pass:
     """Run generated tokens and those that were drafted behind them, each as ``policy`` has a token."""
     steps.use_mass(policy.mass)
+    steps.use_correction(policy.correction)
     steps.use_loss(None)
     is_little = policy.mode == LITTLE
     steps.use_experts(policy.little_k if is_little else ALL_EXPERTS)

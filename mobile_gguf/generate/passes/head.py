@@ -18,10 +18,8 @@ import numpy.typing as npt
 
 from mobile_gguf.errors import ModelFormatError
 from mobile_gguf.gguf import keys
-from mobile_gguf.gguf.header import GgufHeader, read_header
 from mobile_gguf.gguf.info import GgufInfo
-
-_F32 = 0
+from mobile_gguf.gguf.tensors import TensorError, read_tensor
 
 
 @dataclass(frozen=True)
@@ -87,20 +85,17 @@ class _Facts:
 
 
 def _vector(info: GgufInfo, name: str, length: int) -> npt.NDArray[np.float32]:
-    for path in info.files:
-        header: GgufHeader = read_header(path)
-        for tensor in header.tensors:
-            if tensor.name != name:
-                continue
-            if tensor.type_id != _F32 or tensor.shape != (length,):
-                raise _damaged(info.path, f"{name} has the shape {tensor.shape}, not {length} numbers of F32")
-            with open(path, "rb") as file:
-                file.seek(header.data_start + tensor.offset)
-                vector = np.frombuffer(file.read(tensor.n_bytes), "<f4").astype(np.float32)
-            if len(vector) != length or not np.isfinite(vector).all():
-                raise _damaged(info.path, f"{name} holds what is not a number")
-            return vector
-    raise _damaged(info.path, f"{name} is missing")
+    try:
+        vector = read_tensor(info, name, np.float32)
+    except TensorError as error:
+        raise _damaged(info.path, str(error)) from None
+    if vector is None:
+        raise _damaged(info.path, f"{name} is missing")
+    if vector.shape != (length,):
+        raise _damaged(info.path, f"{name} has the shape {vector.shape}, not {length} numbers")
+    if not np.isfinite(vector).all():
+        raise _damaged(info.path, f"{name} holds what is not a number")
+    return vector
 
 
 def _damaged(path: Path, reason: str) -> ModelFormatError:

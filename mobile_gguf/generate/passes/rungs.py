@@ -16,6 +16,7 @@ from mobile_gguf.gguf import keys
 from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.options.words import BIG_LITTLE, BUDDY, CONFIDENCE, EXACT, HEAD, LITTLE, LIVE, PRIOR
 
+from .corrections import Corrections, correction_of, read_corrections
 from .decode import Policy, default_little_k
 
 if TYPE_CHECKING:
@@ -59,7 +60,11 @@ def head_shares(info: GgufInfo) -> dict[str, float]:
 
 
 def parse_rung(
-    text: str, info: GgufInfo, head: Head | None, shares: Mapping[str, float] | None = None
+    text: str,
+    info: GgufInfo,
+    head: Head | None,
+    shares: Mapping[str, float] | None = None,
+    corrections: Corrections | None = None,
 ) -> Rung:
     """A Rung of parts joined by ``+``, a number behind a colon each.
 
@@ -67,12 +72,14 @@ def parse_rung(
     Rules: ``drop:F``, ``little-on-miss:K``, ``buddy:TAU``, ``buddy-own:BETA`` with each layer's own tau,
     ``live:MARGIN``, ``prior:LAMBDA``, ``segments:SHARE`` of an expert that must be there, ``random:TAU``,
     ``random-own:BETA``, ``prompt-drop:F``; their settings ``keep:N``, ``mass:N`` (what kept weights are
-    divided by), ``rho:N``, ``beta:X``, ``eta:X``, ``again:TOKENS``, ``admit:N``. ``shares`` are the head's
-    thresholds, by default the file's. Raises UsageError.
+    divided by), ``affine`` (little tokens are corrected by the calibrated map for their number of experts and
+    that mass), ``rho:N``, ``beta:X``, ``eta:X``, ``again:TOKENS``, ``admit:N``. ``shares`` are the head's
+    thresholds and ``corrections`` those of little tokens, by default the file's. Raises UsageError.
     """
     shares = head_shares(info) if shares is None else shares
     little_k = default_little_k(info.n_expert_used)
     policy, rules = Policy(EXACT, little_k=little_k), LossRules()
+    is_affine = False
     for part in text.split("+"):
         word, _, number = part.strip().partition(":")
         value = _number(text, number) if number else None
@@ -80,6 +87,8 @@ def parse_rung(
             policy = _mode(text, word, value, policy, info, head, shares)
         elif word == "mass":
             policy = replace(policy, mass=int(value or 0))
+        elif word == "affine":
+            is_affine = True
         elif word in _RULES:
             field, fixed = _RULES[word]
             if value is None and word == "little-on-miss":
@@ -91,8 +100,13 @@ def parse_rung(
                 changes[field] = int(value) if field in _WHOLE else value
             rules = replace(rules, **changes)
         else:
-            known = ", ".join([*_MODES, "mass", *_RULES])
+            known = ", ".join([*_MODES, "mass", "affine", *_RULES])
             raise UsageError(f"{text!r} is no rung: {word!r} is none of {known}")
+    if is_affine:
+        if policy.mode == EXACT:
+            raise UsageError(f"{text!r} is no rung: affine corrects little tokens, and it has none")
+        found = read_corrections(info) if corrections is None else corrections
+        policy = replace(policy, correction=correction_of(info, found, policy.little_k, policy.mass))
     if rules.prompt_drop > 0:
         policy = replace(policy, prompt_loss=LossRules(prompt_drop=rules.prompt_drop, keep=rules.keep))
         rules = replace(rules, prompt_drop=0.0)

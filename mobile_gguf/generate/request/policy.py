@@ -10,9 +10,10 @@ from mobile_gguf.engine.binding import needs_engine
 from mobile_gguf.errors import UsageError
 from mobile_gguf.gguf.info import GgufInfo
 from mobile_gguf.options import DEFAULT_GAMMA, LoadOptions
-from mobile_gguf.options.words import AUTO_MODE, BIG_LITTLE, CONFIDENCE, EXACT, HEAD
+from mobile_gguf.options.words import AUTO_MODE, BIG_LITTLE, CONFIDENCE, EXACT, HEAD, ON
 
 from ..backend import Backend
+from ..passes.corrections import best_correction
 from ..passes.decode import Policy, default_little_k
 from .auto_policy import auto_policy
 from .choosing import choose_speculation
@@ -29,13 +30,27 @@ def choose_policy(
 
     Raises UsageError where the mode or a rule cannot be had in this way, EngineError on a stock llama.cpp.
     """
-    policy = _with_loss(options, info, backend, _by_mode(options, info, backend, notify), notify)
+    policy = _by_mode(options, info, backend, notify)
+    if options.little_correction == ON:
+        policy = _corrected(options, info, backend, policy, notify)
+    policy = _with_loss(options, info, backend, policy, notify)
     if options.deterministic and policy.may_lose and backend.device is not None:
         notify(
             "what is missing on a device depends on when uploads end: answers that lose experts are not the "
             "same each time, --deterministic or not; --vram-budget off has them so"
         )
     return replace(policy, speculate=choose_speculation(options, info, backend, policy, notify))
+
+
+def _corrected(
+    options: LoadOptions, info: GgufInfo, backend: Backend, policy: Policy, notify: Callable[[str], object]
+) -> Policy:
+    """With what makes up for the experts of little tokens, and the mass that goes with it."""
+    if policy.mode == EXACT:
+        notify(f"--little-correction on has no effect: no token is little in mode {options.mode}")
+        return policy
+    found = best_correction(info, backend.corrections, policy.little_k)
+    return replace(policy, correction=found, mass=found.mass)
 
 
 def _with_loss(

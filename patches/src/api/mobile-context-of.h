@@ -17,3 +17,11 @@ inline mobile_context & mobile_context_of(const struct llama_context * ctx) {
     }
     return *m;
 }
+
+// after a change of what graphs hold: the next one is built anew, and memory for the largest reserved. throws what llama.cpp
+// throws if there is none
+inline void mobile_plan_anew(struct llama_context & ctx, mobile_context & m) {
+    m.graph.invalidate();
+    ctx.synchronize();
+    ctx.mobile_reserve();
+}

@@ -35,10 +35,8 @@ static void check(const struct mobile_loss_params & p, int32_t n_used) {
 // after a change of what the op reads. a graph that differs in that alone keeps the allocator's plan of the last one, in
 // which the scores' memory is used again before the op, so it is planned anew
 static void connect_scores(struct llama_context & ctx, mobile_context & m, const mobile_loss_params & before) {
-    m.graph.invalidate();
     try {
-        ctx.synchronize();
-        ctx.mobile_reserve();
+        mobile_plan_anew(ctx, m);
     } catch (const std::exception & e) {
         m.rules.set_loss(before);
         mobile_throw(MOBILE_ERR_MEMORY, std::string("no memory for a graph that keeps the router's scores: ") + e.what());

@@ -11,6 +11,12 @@
 // the past that says what is used next: uses lately are the uses to expect in as many tokens
 static constexpr double WINDOW = 64.0;
 
+// what the CPU takes for an expert: how many chains the least is taken of, how much a later one moves the average, and
+// how many times the average one counts at most
+static constexpr int64_t CHAINS_OF_THE_LEAST = 16;
+static constexpr double  CPU_STEP            = 0.05;
+static constexpr double  OUTLIER             = 4.0;
+
 static constexpr uint8_t POISON = 0xff; // NaN as F16, BF16 and F32, and as the scales of quantised blocks
 
 //
@@ -219,8 +225,13 @@ size_t mobile_slots::n_to_fetch(const mobile_device_layer & l) const {
 }
 
 void mobile_slots::add_cpu_time(int32_t n_experts, uint64_t us) {
+    // a chain that lost the processor for a while says nothing of experts: at first the least counts, later none for much
     const double each = (double) us/std::max(n_experts, 1);
-    cpu_us_per_expert = cpu_us_per_expert == 0.0 ? each : 0.95*cpu_us_per_expert + 0.05*each;
+    if (n_cpu_chains++ < CHAINS_OF_THE_LEAST) {
+        cpu_us_per_expert = cpu_us_per_expert == 0.0 ? each : std::min(cpu_us_per_expert, each);
+    } else {
+        cpu_us_per_expert += CPU_STEP*(std::min(each, OUTLIER*cpu_us_per_expert) - cpu_us_per_expert);
+    }
     count.cpu_us += us;
 }
 

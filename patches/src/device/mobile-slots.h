@@ -289,6 +289,7 @@ private:
     bool                     sending  = false; // a computing stream may still be reading this layer's uploads
     std::vector<mobile_upload> arrived;       // since the last look
     double                   cpu_us_per_expert = 0.0; // moving average; 0: not measured yet
+    int64_t                  n_cpu_chains      = 0;   // that it was measured on
 
     std::vector<former_use> former; // of the passes that are kept
     bool keeps_former = false;

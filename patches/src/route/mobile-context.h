@@ -9,6 +9,7 @@
 #include "device/mobile-slot-map.h"
 #include "device/mobile-slots.h"
 #include "mobile-error.h"
+#include "route/mobile-correction.h"
 #include "route/mobile-graph.h"
 #include "route/mobile-guesses.h"
 #include "route/mobile-pass.h"
@@ -37,6 +38,7 @@ struct mobile_context {
     const int32_t n_expert_used; // top-k
 
     mobile_rules rules;  // what changes outputs
+    mobile_correction correction; // and what makes up for it
     mobile_trace trace;
     mobile_ring  ring;
     mobile_usage usage;  // counters

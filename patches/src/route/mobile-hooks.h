@@ -72,13 +72,16 @@ public:
     // sums the segments of each expert, [n_embd, K*S, T] to [n_embd, K, T]; whole experts pass through
     ggml_tensor * join(ggml_tensor * results, const ggml_tensor * weights) const;
 
-    // the layer's result with that of the hot chain, if there is one
+    // the layer's result with that of the hot chain, if there is one, and corrected if a correction is set
     ggml_tensor * sum(ggml_tensor * cold) const;
 
 private:
+    ggml_tensor * with_hot(ggml_tensor * cold) const;
+
     const place    at;
     mobile_experts experts;
     bool           is_whole   = false;   // it lies in slots as a whole
+    bool           is_routed  = false;   // the route op stands before its experts
     ggml_tensor  * hot        = nullptr; // what the hot chain gives
     int            cold_start = 0;       // first node behind it
 };

@@ -1,6 +1,7 @@
 #include "route/mobile-observe.h"
 
 #include "mobile-error.h"
+#include "route/mobile-context.h"
 
 #include "llama-context.h"
 
@@ -86,6 +87,9 @@ bool mobile_observer::wants(const ggml_tensor * t) const {
     if ((what & MOBILE_OBSERVE_ROUTES) && is_router_weights(t)) {
         return true;
     }
+    if ((what & MOBILE_OBSERVE_LITTLE) && little.wants(t)) {
+        return true;
+    }
     if (t->op != GGML_OP_MUL_MAT && t->op != GGML_OP_MUL_MAT_ID) {
         return false;
     }
@@ -102,6 +106,10 @@ bool mobile_observer::wants(const ggml_tensor * t) const {
 void mobile_observer::observe(const ggml_tensor * t) {
     if (t->op == GGML_OP_MUL_MAT) {
         add_dense(t);
+        return;
+    }
+    if (t->op == GGML_OP_MUL && little.wants(t)) {
+        little.add(t, on_host(t, host_input), on_host(t->src[1], host_ids));
         return;
     }
     if (t->op != GGML_OP_MUL_MAT_ID) {
@@ -237,7 +245,7 @@ static void set_callback(struct llama_context * ctx, ggml_backend_sched_eval_cal
 
 int32_t mobile_observe_start(struct llama_context * ctx, int32_t what) {
     return mobile_guard([&]() -> int32_t {
-        const int32_t all = MOBILE_OBSERVE_ROUTES | MOBILE_OBSERVE_NEURONS | MOBILE_OBSERVE_INPUTS;
+        const int32_t all = MOBILE_OBSERVE_ROUTES | MOBILE_OBSERVE_NEURONS | MOBILE_OBSERVE_INPUTS | MOBILE_OBSERVE_LITTLE;
         if (!ctx || what <= 0 || (what & ~all)) {
             return mobile_fail(MOBILE_ERR_ARGUMENT, "what to observe must be a sum of enum mobile_observe");
         }
@@ -332,6 +340,56 @@ int32_t mobile_observe_clear_routes(struct llama_context * ctx) {
             return MOBILE_ERR_STATE;
         }
         observer->routes.clear();
+        return MOBILE_OK;
+    });
+}
+
+int32_t mobile_observe_set_little(struct llama_context * ctx, const int32_t * k, const int32_t * mass, int32_t n) {
+    return mobile_guard([&]() -> int32_t {
+        mobile_observer * observer = observer_of(ctx);
+        if (!observer) {
+            return MOBILE_ERR_STATE;
+        }
+        const mobile_context * m = ctx->get_cparams().mobile.get();
+        if (!(observer->what & MOBILE_OBSERVE_LITTLE) || !m || m->slots) {
+            return mobile_fail(MOBILE_ERR_STATE, "what little passes give is observed with an expert store, with no slots on a device, and if it was asked for");
+        }
+        mobile_require(k && mass && n > 0, "there must be a way of having fewer experts");
+        std::vector<mobile_little_observer::way> ways;
+        for (int32_t i = 0; i < n; ++i) {
+            mobile_require(k[i] > 0 && k[i] < m->n_expert_used && mass[i] >= 0, "a little token has 1 to " + std::to_string(m->n_expert_used - 1) + " experts, and no negative mass");
+            ways.push_back({ k[i], mass[i] });
+        }
+        observer->little.ask(m, std::move(ways));
+        return MOBILE_OK;
+    });
+}
+
+int32_t mobile_observe_n_little(const struct llama_context * ctx) {
+    return mobile_guard([&]() -> int32_t {
+        const mobile_observer * observer = intact_observer_of(ctx);
+        return observer ? (int32_t) observer->little.sums.size() : MOBILE_ERR_STATE;
+    });
+}
+
+int32_t mobile_observe_get_little(const struct llama_context * ctx, int32_t i, struct mobile_observed_little * little) {
+    return mobile_guard([&]() -> int32_t {
+        const mobile_observer * observer = intact_observer_of(ctx);
+        if (!observer) {
+            return MOBILE_ERR_STATE;
+        }
+        if (i < 0 || (size_t) i >= observer->little.sums.size()) {
+            return mobile_fail(MOBILE_ERR_ARGUMENT, "there is no such sum");
+        }
+        const auto & [place, sums] = *std::next(observer->little.sums.begin(), i);
+        little->layer    = place.first;
+        little->way      = place.second;
+        little->n_embd   = (int64_t) sums.big.size();
+        little->n_tokens = sums.n_tokens;
+        little->big      = sums.big.data();
+        little->big2     = sums.big2.data();
+        little->little   = sums.little.data();
+        little->little2  = sums.little2.data();
         return MOBILE_OK;
     });
 }

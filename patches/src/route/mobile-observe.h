@@ -10,6 +10,7 @@
 #pragma once
 
 #include "mobile.h"
+#include "route/mobile-observe-little.h"
 
 #include <cstdint>
 #include <map>
@@ -45,6 +46,7 @@ public:
     const int32_t what;            // of enum mobile_observe
     std::map<std::string, mobile_input_sums> inputs; // by weight
     std::vector<mobile_route_record> routes;         // in the order of computation
+    mobile_little_observer little;
     std::string error;             // what could not be observed; from then on nothing more is
 
 private:

@@ -144,6 +144,7 @@ void mobile_moe::route(bool renormalise, bool ranked, bool routes_cur, const sco
     }
     ggml_tensor * routed = mobile_op_new(at.ctx0, at.sched, at.backend_cpu, GGML_TYPE_I32, { n_ids + n_used + (has_hot ? n_ids : 0), n_tokens, 1 }, args, n_args, mobile_route_run, 1, &route);
     ggml_format_name(routed, "ffn_moe_routed-%d", at.il);
+    is_routed = true;
 
     const size_t size = sizeof(int32_t);
     ggml_tensor * ids_in = ids;
@@ -162,9 +163,19 @@ void mobile_moe::route(bool renormalise, bool ranked, bool routes_cur, const sco
 }
 
 ggml_tensor * mobile_moe::sum(ggml_tensor * cold) const {
-    if (!hot) {
-        return cold;
+    ggml_tensor * all = hot ? with_hot(cold) : cold;
+    if (!is_routed) {
+        return all;
     }
+    const mobile_model_layer il(at.il);
+    mobile_route & route = at.ctx->routes[il];
+    if (!route.once || !at.ctx->correction.has(il, all->ne[0])) {
+        return all;
+    }
+    return mobile_op_new(at.ctx0, at.sched, at.backend_cpu, GGML_TYPE_F32, { all->ne[0], all->ne[1], 1 }, &all, 1, mobile_correct_run, GGML_N_TASKS_MAX, &route);
+}
+
+ggml_tensor * mobile_moe::with_hot(ggml_tensor * cold) const {
     // the routed ids are an input so that their memory is not used again before the device has read its own
     ggml_tensor * args[2] = { cold, nullptr };
     for (int i = cold_start; i < ggml_graph_n_nodes(at.gf); ++i) {

@@ -1,6 +1,7 @@
 // mobile-route-op.cpp - the route op itself: what it does when a layer runs.
 
 #include "route/mobile-context.h"
+#include "route/mobile-kept.h"
 #include "route/mobile-op.h"
 
 #include "ggml-backend.h"
@@ -8,7 +9,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <functional>
 
 // the op's tensors by position; the third, the experts' input, is read by predictions, and is there so that the
 // scheduler has copied it to the host before the hot chain runs. the last two are there for rules that read them. its result holds ids [K, S] of all tokens, behind them
@@ -45,21 +45,11 @@ static mobile_part routed_part(const ggml_tensor * dst, int64_t token, int64_t i
 // ids
 //
 
-// marks all but the k heaviest of a token's ids as skipped
-static void mask_token(const mobile_route & route, const ggml_tensor * dst, int64_t token, int32_t k) {
+// marks all but the k heaviest of a token's ids as skipped; own: [K] weights
+static void mask_token(const mobile_route & route, const ggml_tensor * dst, int64_t token, const float * own, int32_t k) {
     const int64_t n_used = n_used_of(dst);
     int32_t * ids = routed_ids(dst, token);
-    if (route.ranked) {
-        std::fill(ids + k, ids + n_used, -1);
-        return;
-    }
-    std::vector<int64_t> order(n_used);
-    for (int64_t i = 0; i < n_used; ++i) {
-        order[i] = i;
-    }
-    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
-        return weight_at(src_weights(dst), a, token) > weight_at(src_weights(dst), b, token);
-    });
+    const std::vector<int64_t> order = mobile_kept_order(own, n_used, route.ranked);
     for (int64_t i = k; i < n_used; ++i) {
         ids[order[i]] = -1;
     }
@@ -110,23 +100,14 @@ static void route_ids(mobile_context & ctx, mobile_route & route, const ggml_ten
         ctx.recall.add(route.il, token, ids);
     }
     const int32_t k = ctx.pass.k[token];
-    if (k > 0 && k < n_used) {
+    const bool is_little = k > 0 && k < n_used;
+    route.corrected[t] = is_little && ctx.correction.is_of(k);
+    if (is_little) {
         if (dst->ne[1] == 1 && route.ranked) {
             route.masked.assign(ids + k, ids + n_used);
         }
-        mask_token(route, dst, t, k);
+        mask_token(route, dst, t, &ctx.routing.weights[t*n_used], k);
     }
-}
-
-// the weight of the n heaviest of a token
-static float mass_of(const float * own, int64_t n_used, int64_t n) {
-    std::vector<float> weights(own, own + n_used);
-    std::partial_sort(weights.begin(), weights.begin() + n, weights.end(), std::greater<float>());
-    float sum = 0.0f;
-    for (int64_t i = 0; i < n; ++i) {
-        sum += weights[i];
-    }
-    return sum;
 }
 
 // own: [K] of the ids that run, those skipped as well. mass: what the kept ones are divided by is that of so many; 0: their own
@@ -144,7 +125,7 @@ static void route_weights(const mobile_route & route, const ggml_tensor * dst, i
     }
     // the kept experts take over the sum that the model gives its top-k, or the share of it that so many would have
     if (route.renormalise && sum_kept != sum_all && sum_kept != 0.0f) {
-        const float divisor = mass > 0 ? std::max(sum_kept, mass_of(own, n_used, std::min((int64_t) mass, n_used))) : sum_kept;
+        const float divisor = mobile_kept_divisor(own, n_used, sum_kept, mass);
         for (int64_t rank = 0; rank < n_used; ++rank) {
             weights[rank] *= sum_all/divisor;
         }
@@ -292,13 +273,14 @@ static void run(mobile_route & route, ggml_tensor * dst) {
     const mobile_store_layer layer    = store.layer_of(route.il);
 
     route.masked.clear();
+    route.corrected.assign(n_tokens, 0);
     r.weights.resize(n_used_of(dst)*n_tokens);
     r.partial.assign(n_used_of(dst)*n_tokens, 0);
     for (int64_t t = 0; t < n_tokens; ++t) {
-        route_ids(ctx, route, dst, t, ctx.pass.token_of(t, n_tokens));
         for (int64_t rank = 0; rank < n_used_of(dst); ++rank) {
             r.weights[t*n_used_of(dst) + rank] = weight_at(src_weights(dst), rank, t);
         }
+        route_ids(ctx, route, dst, t, ctx.pass.token_of(t, n_tokens));
     }
     // a layer that lies in slots as a whole misses nothing
     if (ctx.rules.has_loss() && !layer.is_none() && !(ctx.slots && ctx.slots->whole_layer(route.il))) {

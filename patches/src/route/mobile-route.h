@@ -37,6 +37,7 @@ struct mobile_route {
     enum mobile_score    kind        = MOBILE_SCORE_LOGIT; // of its probabilities
     int32_t              n_used      = 0;     // ids of a token
     std::vector<int32_t> masked;              // experts that the last single-token pass left out
+    std::vector<uint8_t> corrected;           // [n_tokens] 1: its sum of experts is corrected
     mobile_experts       host;                // the layer's tensors, as the last graph had them
     bool                 once    = true;      // no graph had others besides
     bool                 keep    = false;     // a device may compute: no -1, but a weight of 0
