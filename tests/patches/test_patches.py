@@ -20,9 +20,9 @@ EACH_PATCH = pytest.mark.parametrize("patch", SERIES, ids=[patch.name for patch 
 
 # hooks are a few added lines each; code belongs into patches/src
 MOST_ADDED_LINES = 40
-# ... and few in all: 122 lines, 76 of them outside the RPC backend, when this was written
-MOST_ADDED_IN_ALL = 126
-MOST_ADDED_BUT_RPC = 76
+# ... and few in all: 129 lines, 83 of them outside the RPC backend, when this was written
+MOST_ADDED_IN_ALL = 133
+MOST_ADDED_BUT_RPC = 83
 
 
 @pytest.fixture(scope="session")

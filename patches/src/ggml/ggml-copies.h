@@ -19,6 +19,10 @@ class ggml_copies {
 public:
     explicit ggml_copies(int n_backends) : uploads(n_backends), downloads(n_backends) {}
 
+    static ggml_backend_buffer_t buffer_of(const ggml_tensor * t) {
+        return t->view_src ? t->view_src->buffer : t->buffer;
+    }
+
     // true: done, or in a queue. ids are the backends' places in the scheduler
     bool copy(ggml_backend_t from, int from_id, ggml_backend_t to, int to_id, const ggml_tensor * src, ggml_tensor * dst) {
         if (ggml_backend_buffer_is_host(buffer_of(dst))) {
@@ -61,10 +65,6 @@ public:
 private:
     std::vector<ggml_backend_t> uploads;   // NULL: nothing that reads the host's memory is in the queue
     std::vector<ggml_backend_t> downloads; // NULL: nothing that writes to it
-
-    static ggml_backend_buffer_t buffer_of(const ggml_tensor * t) {
-        return t->view_src ? t->view_src->buffer : t->buffer;
-    }
 
     // whether the tensor lies in memory of the backend's device that its queue may copy
     static bool is_own(ggml_backend_t backend, const ggml_tensor * t) {
