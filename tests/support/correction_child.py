@@ -10,8 +10,6 @@ layer's experts sum to with all of them "model/big/LAYER" [n_tokens, n_embd], by
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +17,7 @@ import numpy as np
 import torch
 import transformers
 from tiny_build import randomize, reference_tokens
+from transformers_child import answer
 
 
 def kept(weights: np.ndarray, scores: np.ndarray, k: int, mass: int, normalised: bool) -> np.ndarray:
@@ -110,17 +109,5 @@ def arrays_of(entry: dict[str, Any]) -> dict[str, np.ndarray]:
     return found
 
 
-def main() -> int:
-    torch.set_num_threads(1)
-    job = json.load(sys.stdin)
-    arrays = {
-        f"{entry['name']}/{name}": array
-        for entry in job["models"]
-        for name, array in arrays_of(entry).items()
-    }
-    np.savez(job["out"], **arrays)  # type: ignore[arg-type]
-    return 0
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(answer(arrays_of))

@@ -10,8 +10,6 @@ neurons of an expert that is computed in part do nothing.
 from __future__ import annotations
 
 import copy
-import json
-import sys
 from typing import Any
 
 import loss_oracle as oracle
@@ -19,6 +17,7 @@ import numpy as np
 import torch
 import transformers
 from tiny_build import randomize, reference_tokens
+from transformers_child import answer
 
 # by the router's gating: probabilities of its logits, those logits again, and what weights are proportional
 # to
@@ -137,17 +136,5 @@ def logits_of(entry: dict[str, Any]) -> dict[str, np.ndarray]:
     return found
 
 
-def main() -> int:
-    torch.set_num_threads(1)
-    job = json.load(sys.stdin)
-    arrays = {
-        f"{entry['name']}/{name}": array
-        for entry in job["models"]
-        for name, array in logits_of(entry).items()
-    }
-    np.savez(job["out"], **arrays)  # type: ignore[arg-type]
-    return 0
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(answer(logits_of))

@@ -55,22 +55,20 @@ def no_pictures(kind: str, param: str) -> ApiError:
 
 def function_tool(name: Any, description: Any, parameters: Any, param: str) -> dict[str, Any]:
     """OpenAI's tool of a function."""
-    made: dict[str, Any] = {"name": text_of(name, f"{param}.name")}
-    if isinstance(description, str):
-        made["description"] = description
-    if isinstance(parameters, Mapping):
-        made["parameters"] = parameters
-    return {"type": "function", "function": made}
+    return _tool("function", name, description, {"parameters": parameters}, param)
 
 
 def custom_tool(name: Any, description: Any, form: Any, param: str) -> dict[str, Any]:
     """OpenAI's tool that takes a text."""
+    return _tool("custom", name, description, {"format": form}, param)
+
+
+def _tool(kind: str, name: Any, description: Any, objects: dict[str, Any], param: str) -> dict[str, Any]:
     made: dict[str, Any] = {"name": text_of(name, f"{param}.name")}
     if isinstance(description, str):
         made["description"] = description
-    if isinstance(form, Mapping):
-        made["format"] = form
-    return {"type": "custom", "custom": made}
+    made |= {field: value for field, value in objects.items() if isinstance(value, Mapping)}
+    return {"type": kind, kind: made}
 
 
 def without_unknown(
