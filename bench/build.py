@@ -24,6 +24,7 @@ import numpy.typing as npt
 from mobile_gguf.errors import MobileError
 from mobile_gguf.files.paths import cache_dir
 from mobile_gguf.sizes import MIB, format_bytes
+from mobile_gguf.wording import why
 
 from .geometry import HEAD_SIZE, Q4_0_BLOCK, Q4_0_BLOCK_BYTES, ModelShape
 from .text import add_tokenizer, output_matrix
@@ -102,7 +103,7 @@ def ensure_model(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise MobileError(f"cannot make the folder {path.parent}: {error.strerror or error}") from None
+        raise MobileError(f"cannot make the folder {path.parent}: {why(error)}") from None
     return write_model(path, trace, shape, progress)
 
 
@@ -123,7 +124,7 @@ def write_model(
         _write(partial, trace, shape, progress)
         os.replace(partial, path)
     except OSError as error:
-        raise MobileError(f"cannot write the benchmark model {path}: {error.strerror or error}") from None
+        raise MobileError(f"cannot write the benchmark model {path}: {why(error)}") from None
     finally:
         partial.unlink(missing_ok=True)
     return path

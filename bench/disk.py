@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mobile_gguf.errors import MobileError
+from mobile_gguf.wording import why
 
 SECTOR = 4096
 DEFAULT_THREADS = 8
@@ -68,7 +69,7 @@ def measure_bandwidth(
         elapsed = time.perf_counter() - started
         os.close(descriptor)
     if problems:
-        raise MobileError(f"cannot measure the disk on {path}: {problems[0].strerror or problems[0]}")
+        raise MobileError(f"cannot measure the disk on {path}: {why(problems[0])}")
     if not direct:
         drop_page_cache(path)
     return Bandwidth(sum(n_read) / elapsed, n_threads, block_bytes, direct)

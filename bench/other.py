@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from mobile_gguf.errors import UsageError
 from mobile_gguf.memory.cap import CgroupError, MemoryCgroup
+from mobile_gguf.wording import why
 
 # what llama.cpp's commands and those made from them print when they end
 DEFAULT_PATTERN = (
@@ -101,7 +102,7 @@ def run_other(
             start_new_session=True,
         )
     except OSError as error:
-        return OtherResult(error=f"cannot run {words[0]}: {error.strerror or error}")
+        return OtherResult(error=f"cannot run {words[0]}: {why(error)}")
     if group is not None:
         with contextlib.suppress(CgroupError):
             group.attach(process.pid)

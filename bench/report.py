@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from mobile_gguf.errors import MobileError
 from mobile_gguf.sizes import format_bytes
+from mobile_gguf.wording import why
 
 from .arm import Arm, ArmRun
 from .geometry import ModelShape
@@ -139,5 +140,5 @@ def write_report(report: Written, out: Path) -> list[Path]:
         paths[0].write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")
         paths[1].write_text(report.to_text() + "\n", encoding="utf-8")
     except OSError as error:
-        raise MobileError(f"cannot write the results to {stem}: {error.strerror or error}") from None
+        raise MobileError(f"cannot write the results to {stem}: {why(error)}") from None
     return paths

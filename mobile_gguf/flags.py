@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
+from mobile_gguf.wording import why
+
 from .errors import UsageError, require_unicode
 from .options import Opt, declared, defaults
 from .options.bias import format_bias, parse_bias
@@ -170,7 +172,7 @@ def read_text_file(name: str) -> str:
     try:
         return Path(name).read_text(encoding="utf-8")
     except OSError as error:
-        raise UsageError(f"cannot read {name}: {error.strerror or error}") from None
+        raise UsageError(f"cannot read {name}: {why(error)}") from None
     except UnicodeDecodeError as error:
         raise UsageError(f"cannot read {name}: it is not UTF-8 text (byte {error.start})") from None
 

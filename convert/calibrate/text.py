@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from mobile_gguf.errors import UsageError
+from mobile_gguf.wording import why
 
 from .samples import N_PROMPT
 
@@ -43,7 +44,7 @@ def read_text(files: Sequence[Path]) -> Text:
         try:
             raw.append(path.read_bytes())
         except OSError as error:
-            raise UsageError(f"cannot read the text {path}: {error.strerror or error}") from None
+            raise UsageError(f"cannot read the text {path}: {why(error)}") from None
     return _text(", ".join(path.name for path in files), raw, [str(path) for path in files])
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mobile_gguf.errors import ModelFormatError, ModelNotFoundError
+from mobile_gguf.wording import why
 
 from .consistency import TEXT_CONFIGS, check_consistent
 from .safetensors_header import MAX_NAME, SourceTensor, read_safetensors_header
@@ -169,7 +170,7 @@ def read_json(path: Path) -> dict[str, Any]:
             raise ModelFormatError(f"{path} has more than {_MAX_JSON_BYTES} bytes, too many for this file")
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ModelFormatError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise ModelFormatError(f"{path} cannot be read: {why(error)}") from error
     except (ValueError, RecursionError) as error:
         raise ModelFormatError(f"{path} is not JSON: download or copy it again") from error
     if not isinstance(value, dict):

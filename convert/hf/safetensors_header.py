@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from mobile_gguf.errors import ModelFormatError
-from mobile_gguf.wording import plain
+from mobile_gguf.wording import plain, why
 
 # the types that the pinned converter reads, and their bytes
 DTYPE_BYTES = {
@@ -54,7 +54,7 @@ def read_safetensors_header(path: Path) -> list[SourceTensor]:
                 raise _bad(path, f"its header claims {length} bytes, more than {MAX_HEADER_BYTES}")
             text = file.read(length)
     except OSError as error:
-        raise ModelFormatError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise ModelFormatError(f"{path} cannot be read: {why(error)}") from error
     header = _parse(path, text)
     start = 8 + length
     tensors = [_tensor(path, name, entry, start) for name, entry in header.items() if name != "__metadata__"]

@@ -16,6 +16,7 @@ import numpy as np
 
 from mobile_gguf.errors import ModelFormatError, ModelNotFoundError
 from mobile_gguf.gguf.header import MAGIC, GgufHeader, TensorInfo, read_header
+from mobile_gguf.wording import why
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _F32 = 0
@@ -48,7 +49,7 @@ def read_imatrix(path: Path) -> ImportanceMatrix:
     except FileNotFoundError:
         raise ModelNotFoundError(f"no such importance matrix: {path}") from None
     except OSError as error:
-        raise ModelFormatError(f"cannot read {path}: {error.strerror or error}") from None
+        raise ModelFormatError(f"cannot read {path}: {why(error)}") from None
     if not matrix.values:
         raise _bad(path, "it holds no entries")
     for name, values in matrix.values.items():

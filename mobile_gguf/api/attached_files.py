@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mobile_gguf.errors import UsageError
 from mobile_gguf.sizes import format_bytes
-from mobile_gguf.wording import plain
+from mobile_gguf.wording import plain, why
 
 # What is completed: names of a folder that are looked at, and shown.
 _MOST_LOOKED_AT, _MOST_SHOWN = 5000, 50
@@ -118,7 +118,7 @@ def _text_of(name: str, path: Path) -> str:
             raise UsageError(f"@{plain(name)} has {format_bytes(size)}: no context has room for so much text")
         text = path.read_bytes().decode("utf-8")
     except OSError as error:
-        raise UsageError(f"cannot read @{plain(name)}: {error.strerror or error}") from None
+        raise UsageError(f"cannot read @{plain(name)}: {why(error)}") from None
     except UnicodeDecodeError as error:
         raise UsageError(f"@{plain(name)} is not UTF-8 text (byte {error.start})") from None
     if "\0" in text:

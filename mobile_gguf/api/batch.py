@@ -22,6 +22,7 @@ from mobile_gguf.files.atomic import disk_errors
 from mobile_gguf.files.lock import try_lock
 from mobile_gguf.generate.answer.answer import INTERRUPTED, Chunk
 from mobile_gguf.options import GenerateOptions, make_options
+from mobile_gguf.wording import why
 
 from .messages import as_messages
 from .model import Model
@@ -165,7 +166,7 @@ class StreamOutput:
         except BrokenPipeError:
             raise
         except OSError as error:
-            raise MobileError(f"cannot write the answers: {error.strerror or error}") from error
+            raise MobileError(f"cannot write the answers: {why(error)}") from error
 
     def close(self) -> None:
         """Nothing: each line is out already, and standard output is not ours to close."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mobile_gguf.errors import MobileError, UsageError
+from mobile_gguf.wording import why
 
 if TYPE_CHECKING:
     from mobile_gguf.generate.context.cells import Cells
@@ -52,7 +53,7 @@ class Slots:
         try:
             return len(kept.tokens), sessions.save_as(name, kept)
         except OSError as error:
-            raise MobileError(f"{name} is not saved: {error.strerror or error}") from None
+            raise MobileError(f"{name} is not saved: {why(error)}") from None
 
     def restore(self, number: int, name: str) -> tuple[int, int]:
         """Have a slot hold what was saved; returns its tokens and the file's bytes. Raises MobileError."""
@@ -61,7 +62,7 @@ class Slots:
         try:
             kept, n_bytes = sessions.read_as(name)
         except OSError as error:
-            raise MobileError(f"{name} cannot be read: {error.strerror or error}") from None
+            raise MobileError(f"{name} cannot be read: {why(error)}") from None
         if not sequence.replace_by(kept) or not sequence.tokens:
             raise UsageError(f"the context has no room for the {len(kept.tokens)} tokens of {name} now")
         return len(kept.tokens), n_bytes

@@ -18,6 +18,7 @@ from typing import TextIO
 
 from mobile_gguf.config import VERBS
 from mobile_gguf.errors import EngineError, MobileError, missing_package
+from mobile_gguf.wording import why
 
 from .parser import EXIT_USAGE, PROGRAM, Parser, finish, is_option, parser_named, print_error_object
 from .progress import erase
@@ -102,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if error.filename is None:
                 _drop_output()
             what = error.filename if error.filename is not None else "standard output"
-            return _failed(MobileError(f"{what}: {error.strerror or error}"), args, errors)
+            return _failed(MobileError(f"{what}: {why(error)}"), args, errors)
 
 
 def _failed(error: MobileError, args: argparse.Namespace, stream: TextIO) -> int:

@@ -20,7 +20,7 @@ from mobile_gguf.api.batch import (
 from mobile_gguf.errors import UsageError
 from mobile_gguf.flags import OUT_FLAGS
 from mobile_gguf.options import POLICY_OPTIONS, GenerateOptions, make_options
-from mobile_gguf.wording import format_duration
+from mobile_gguf.wording import format_duration, why
 
 from .common import generate_options, load_model, load_options, narrate
 from .progress import Progress
@@ -152,7 +152,7 @@ def _lines(args: argparse.Namespace) -> list[bytes]:
         with open(args.batch, "rb") as file:
             return file.readlines()
     except OSError as error:
-        raise UsageError(f"cannot read {args.batch}: {error.strerror or error}") from None
+        raise UsageError(f"cannot read {args.batch}: {why(error)}") from None
 
 
 def _report_bad(source: str, items: list[BatchItem], *, strict: bool) -> None:

@@ -16,6 +16,7 @@ from mobile_gguf.files.atomic import complete_or_absent
 from mobile_gguf.flags import OUT_FLAGS, add_arguments, read_text_file
 from mobile_gguf.options import LoadOptions
 from mobile_gguf.options.words import MEAN, POOLINGS
+from mobile_gguf.wording import why
 
 from .chosen import add_chosen_arguments, settle
 from .common import load_model, narrate
@@ -136,4 +137,4 @@ def _write(args: argparse.Namespace, data: bytes) -> None:
         with complete_or_absent(path) as partial:
             partial.write_bytes(data)
     except OSError as error:
-        raise MobileError(f"cannot write {path}: {error.strerror or error}") from None
+        raise MobileError(f"cannot write {path}: {why(error)}") from None

@@ -15,7 +15,7 @@ from mobile_gguf.files.paths import sessions_dir
 from mobile_gguf.generate.sessions.session_files import Saved
 from mobile_gguf.generate.sessions.session_store import SessionFolder
 from mobile_gguf.sizes import format_bytes
-from mobile_gguf.wording import columns, format_duration, plain
+from mobile_gguf.wording import columns, format_duration, plain, why
 
 from .common import confirmed, narrate, require_terminal
 from .sessions_words import (
@@ -128,7 +128,7 @@ def remove(args: argparse.Namespace) -> int:
         for path in said:
             path.unlink(missing_ok=True)
     except OSError as error:
-        raise MobileError(f"{error.filename or sessions_dir()}: {error.strerror or error}") from None
+        raise MobileError(f"{error.filename or sessions_dir()}: {why(error)}") from None
     if args.json:
         removed = {"removed": [path.stem for path in chosen], "conversations": words, "freed_bytes": freed}
         print(json.dumps(removed))
@@ -149,7 +149,7 @@ def _entries(folder: SessionFolder) -> dict[Path, tuple[int, Saved | None]]:
     try:
         found = folder.entries()
     except OSError as error:
-        raise MobileError(f"{folder.folder}: {error.strerror or error}") from None
+        raise MobileError(f"{folder.folder}: {why(error)}") from None
     return dict(sorted(found.items(), key=lambda item: -(item[1][1].used_at if item[1][1] else 0.0)))
 
 

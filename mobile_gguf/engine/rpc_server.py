@@ -13,6 +13,7 @@ from pathlib import Path
 
 from mobile_gguf.errors import EngineError, UsageError
 from mobile_gguf.sockets import claim_address
+from mobile_gguf.wording import why
 
 from .binding import BUILD_HINT, bind_backend_function, load_library
 from .devices import ACCEL, CPU, Device, all_devices
@@ -60,7 +61,7 @@ def choose_endpoint(host: str, port: int) -> Endpoint:
             trial.bind((address, port))
         except OSError as error:
             raise EngineError(
-                f"cannot listen on {address}:{port} ({(error.strerror or str(error)).lower()}); "
+                f"cannot listen on {address}:{port} ({why(error).lower()}); "
                 "choose another --port (0: a free one) or --host"
             ) from None
         return Endpoint(address, trial.getsockname()[1])

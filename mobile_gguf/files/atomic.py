@@ -12,6 +12,7 @@ from typing import BinaryIO
 
 from mobile_gguf.errors import MobileError
 from mobile_gguf.sizes import format_bytes
+from mobile_gguf.wording import why
 
 from .lock import is_still, try_lock
 
@@ -142,7 +143,7 @@ def disk_errors(path: Path, remedy: str = _DATA_REMEDY) -> Iterator[None]:
         elif error.errno == errno.EFBIG:
             what = "it is larger than a file may be there (see `ulimit -f`): raise the limit"
         else:
-            what = f"{error.strerror or error}: check that the directory can be written"
+            what = f"{why(error)}: check that the directory can be written"
         raise MobileError(f"cannot write {path}: {what}{remedy}") from error
 
 

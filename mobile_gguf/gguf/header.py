@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 from mobile_gguf.errors import ModelFormatError, ModelNotFoundError
+from mobile_gguf.wording import why
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -106,7 +107,7 @@ def read_errors(path: Path) -> Iterator[None]:
     except IsADirectoryError:
         raise ModelFormatError(f"{path} is a directory, not a GGUF file") from None
     except OSError as error:
-        raise ModelFormatError(f"cannot read {path}: {error.strerror or error}") from None
+        raise ModelFormatError(f"cannot read {path}: {why(error)}") from None
     except ValueError as error:  # a path with a null character
         raise ModelNotFoundError(f"no such model file: {str(path)!r} ({error})") from None
 

@@ -15,6 +15,7 @@ from mobile_gguf.files.stamps import stamps
 from mobile_gguf.gguf.caches import CacheRows, Caches, Sparse
 from mobile_gguf.gguf.experts import ExpertLayer
 from mobile_gguf.gguf.info import GgufInfo, read_gguf_info
+from mobile_gguf.wording import why
 
 # of the remembered form: a new number forgets what was remembered
 _VERSION = 6
@@ -34,7 +35,7 @@ class FactsCache:
         try:
             signature = stamps(files)
         except OSError as error:
-            return None, f"cannot be read: {error.strerror or error}"
+            return None, f"cannot be read: {why(error)}"
         key = str(path.absolute())
         entry = self._known.get(key)
         if not isinstance(entry, dict) or entry.get("files") != signature:

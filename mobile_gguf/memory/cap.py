@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mobile_gguf.errors import MobileError
+from mobile_gguf.wording import why
 
 from .cgroup import cgroup_directories, read_number, read_text
 from .machine import cgroup_limits
@@ -82,7 +83,7 @@ def remove_cgroup(directory: Path) -> None:
         except FileNotFoundError:
             return
         except OSError as error:
-            problem = error.strerror or str(error)
+            problem = why(error)
         # a process that has been waited for can still be leaving its group
         if attempt + 1 < _REMOVE_ATTEMPTS:
             time.sleep(_REMOVE_PAUSE_S)

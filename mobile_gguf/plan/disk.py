@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mobile_gguf.errors import MobileError
+from mobile_gguf.wording import why
 
 from .machine import Rate
 
@@ -78,7 +79,7 @@ def _round(
                         return
                     counts[index] += 1
             except OSError as error:
-                problems.append(error.strerror or str(error))
+                problems.append(why(error))
             spent[index] = time.perf_counter() - started
 
     threads = [threading.Thread(target=read, args=(index,), daemon=True) for index in range(n_threads)]

@@ -29,6 +29,7 @@ from mobile_gguf.memory.machine import Memory, read_memory
 from mobile_gguf.memory.threads import cpu_quota
 from mobile_gguf.options.words import DEFAULT_IO_THREADS
 from mobile_gguf.processes import how_it_ended
+from mobile_gguf.wording import why
 
 from .disk import CHUNK_BYTES, measure_reads
 from .machine import identify_machine
@@ -176,7 +177,7 @@ def _folder(name: str, path: Path) -> Folder:
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
-        free, problem = 0, f"{existing}: {(error.strerror or str(error)).lower()}"
+        free, problem = 0, f"{existing}: {why(error).lower()}"
     return Folder(name, path, free, problem)
 
 

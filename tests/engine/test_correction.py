@@ -6,10 +6,6 @@ the engine's logits must not be.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -21,7 +17,7 @@ import numpy as np
 import pytest
 import tiny_models
 from engine_jobs import assert_same_bits, on_engine, run, succeeded, tokens
-from places import SUPPORT
+from transformers_jobs import arrays_of
 
 from mobile_gguf.convert.calibrate.collect import collect
 from mobile_gguf.engine.binding import find_engine
@@ -71,15 +67,7 @@ def transformers_arrays() -> dict[str, np.ndarray]:
         }
         for model, normalised in FAMILIES.items()
     ]  # fmt: skip
-    out = tiny_models.CACHE / f"correction-{os.getpid()}.npz"
-    child = SUPPORT / "correction_child.py"
-    try:
-        job = json.dumps({"out": str(out), "models": models})
-        subprocess.run([sys.executable, child], input=job, text=True, check=True)
-        with np.load(out) as arrays:
-            return dict(arrays)
-    finally:
-        out.unlink(missing_ok=True)
+    return arrays_of("correction_child", models)
 
 
 def correction(model: str, **changes: Any) -> dict[str, Any]:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import loss_oracle as oracle
 import numpy as np
 import tiny_models
 from engine_jobs import tokens
+from transformers_jobs import arrays_of
 
 N_BUDDIES = 6
 # how each family makes weights of its router's logits, and whether their sum is fixed
@@ -76,15 +72,7 @@ def in_transformers(models: dict[str, dict[str, Any]]) -> dict[str, np.ndarray]:
             {"name": model, "spec": spec, "scoring": scoring, "normalised": normalised, **scripted(model)}
             | entry
         )
-    out = tiny_models.CACHE / f"loss-{os.getpid()}.npz"
-    child = Path(__file__).parent / "loss_child.py"
-    try:
-        job = json.dumps({"out": str(out), "models": entries})
-        subprocess.run([sys.executable, child], input=job, text=True, check=True)
-        with np.load(out) as arrays:
-            return dict(arrays)
-    finally:
-        out.unlink(missing_ok=True)
+    return arrays_of("loss_child", entries)
 
 
 def text_of(model: str) -> list[int]:

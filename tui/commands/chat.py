@@ -13,6 +13,7 @@ from mobile_gguf.api.stats import stats_lines
 from mobile_gguf.config import VERBS, preset_names, read_preset
 from mobile_gguf.errors import MobileError, UsageError
 from mobile_gguf.files.atomic import disk_errors, partial_path
+from mobile_gguf.wording import why
 
 from ..clipboard import copy
 from ..screens.chat_view import ChatView
@@ -47,7 +48,7 @@ class ChatCommands(ChatView):
         except MobileError as error:
             self.notify(str(error), severity="error", timeout=10)
         except OSError as error:
-            self.notify(f"{error.strerror or error}: {error.filename}", severity="error", timeout=10)
+            self.notify(f"{why(error)}: {error.filename}", severity="error", timeout=10)
 
     # screens
 
